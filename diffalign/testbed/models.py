@@ -1,0 +1,155 @@
+"""The architectures of the two shipped base models: real diffusers and transformers classes, only small.
+
+Both share one VAE design (8x smaller latents, 16 channels: an 8 x 8 latent image) and learn their text encoders with the
+trunk, since there is nothing to inherit.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from diffalign.testbed.tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
+
+LATENT_CHANNELS = 16
+LATENT_SIZE = 8
+CLIP_WIDTH = 64
+
+
+def autoencoder() -> AutoencoderKL:
+    """Four levels, so the latents are 8 times smaller, as in every Stable Diffusion."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 24, 48, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=LATENT_SIZE * 8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def clip_text_model(projected: bool, pad_token: str) -> tuple[CLIPTextModel | CLIPTextModelWithProjection, object]:
+    """Three layers; diffusers reads the last but one."""
+    tokenizer = clip_tokenizer(pad_token)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=4 * CLIP_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=CLIP_WIDTH,
+        max_position_embeddings=CLIP_LENGTH,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config), tokenizer
+
+
+def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """A rectified-flow MMDiT with two CLIPs and a tiny T5, so that `from_pretrained` needs no special arguments."""
+    tokenizer_3 = t5_tokenizer()
+    width = 2 * CLIP_WIDTH
+    text_encoder_3 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer_3),
+            d_model=width,
+            d_kv=32,
+            d_ff=2 * width,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=tokenizer_3.pad_token_id,
+            eos_token_id=tokenizer_3.eos_token_id,
+        )
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=width,
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * CLIP_WIDTH,
+        pos_embed_max_size=LATENT_SIZE,
+    )
+    clip_1, clip_2 = clip_text_model(True, "<|endoftext|>"), clip_text_model(True, "!")
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        # The grid is as coarse as the image is small: shifting it towards noise, as at 1024 px, would only waste steps.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=clip_1[0],
+        tokenizer=clip_1[1],
+        text_encoder_2=clip_2[0],
+        tokenizer_2=clip_2[1],
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def shapes_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """An epsilon-prediction UNet with SDXL's micro-conditioning and two CLIPs."""
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=2 * CLIP_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + CLIP_WIDTH,
+        norm_num_groups=16,
+    )
+    clip_1, clip_2 = clip_text_model(False, "<|endoftext|>"), clip_text_model(True, "!")
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        vae=vae,
+        text_encoder=clip_1[0],
+        tokenizer=clip_1[1],
+        text_encoder_2=clip_2[0],
+        tokenizer_2=clip_2[1],
+        add_watermarker=False,
+    )
+
+
+BUILDERS = {"shapes-sd3": shapes_sd3, "shapes-sdxl": shapes_sdxl}
+
+
+def parameters(pipeline: StableDiffusion3Pipeline | StableDiffusionXLPipeline) -> dict[str, int]:
+    """Parameters by component."""
+    modules = {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

@@ -1,0 +1,220 @@
+"""Trains the shipped base models from nothing: `diffalign testbed pretrain shapes-sd3 --out FOLDER`.
+
+Three steps: draw scenes, train the VAE, then train trunk and text encoders together on latents. The last part of the
+run draws a share of each caption's attributes at random. A base that was told the truth only half of the time draws
+clean shapes but follows prompts loosely, as models trained on web captions do: it leaves preference learning something
+to improve. Stops and goes on at its snapshots.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import l1_loss, mse_loss
+
+from diffalign.testbed.models import BUILDERS, autoencoder
+from diffalign.testbed.prompts import TAGS, Metadata, combinations, misdescribed, scene_for
+from diffalign.testbed.scenes import render
+from diffalign.testbed.tokenizers import T5_LENGTH
+
+Say = Callable[[str], None]
+Pipeline = StableDiffusion3Pipeline | StableDiffusionXLPipeline
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that made the shipped models, stored beside their weights."""
+
+    scenes: int = 30_000
+    vae_steps: int = 2_000
+    vae_batch: int = 16
+    vae_lr: float = 2e-3
+    kl_weight: float = 1e-5
+    steps: int = 4_000
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 200
+    ema: float = 0.998
+    caption_dropout: float = 0.1
+    caption_noise: float = 0.35
+    clean_share: float = 0.6  # of the steps, before captions become noisy
+    seed: int = 0
+
+
+def draw_scenes(settings: PretrainSettings) -> tuple[list[Metadata], np.ndarray]:
+    """Captions' metadata and images [N, 64, 64, 3] uint8, all six kinds of prompt in equal shares."""
+    rng = np.random.default_rng([settings.seed, 1])
+    wordings = {tag: [w for c in combinations(tag) for w in c] for tag in TAGS}
+    described, images = [], []
+    for i in range(settings.scenes):
+        options = wordings[TAGS[i % len(TAGS)]]
+        described.append(options[rng.integers(len(options))])
+        images.append(np.asarray(render(scene_for(described[-1], rng))))
+    return described, np.stack(images)
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng([seed, 2])
+    for _ in range(steps):
+        yield rng.integers(n, size=batch)
+
+
+def train_vae(images: np.ndarray, settings: PretrainSettings, say: Say) -> AutoencoderKL:
+    """L1 reconstruction with a faint KL; afterwards the latents' mean and spread become shift and scale."""
+    torch.manual_seed(settings.seed)
+    vae = autoencoder().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=0.0)
+    started = time.monotonic()
+    for step, index in enumerate(_batches(len(images), settings.vae_batch, settings.vae_steps, settings.seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings.vae_steps, settings.vae_lr, 50)
+        pixels = to_pixels(images[index]).to(memory_format=torch.channels_last)
+        posterior = vae.encode(pixels).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        loss = l1_loss(decoded, pixels) + mse_loss(decoded, pixels) + settings.kl_weight * posterior.kl().mean() / 1024
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            say(f"vae step {step}/{settings.vae_steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
+    """Posterior means [N, 16, 8, 8], neither shifted nor scaled."""
+    return torch.cat([vae.encode(to_pixels(images[i : i + batch])).latent_dist.mode() for i in range(0, len(images), batch)])
+
+
+def prepare(folder: Path, settings: PretrainSettings, say: Say) -> tuple[AutoencoderKL, list[Metadata], Tensor]:
+    """Scenes, a trained VAE and latents; the VAE and the latents are kept in `folder` for the next model or run."""
+    described, images = draw_scenes(settings)
+    say(f"{len(images)} scenes drawn")
+    if not (folder / "vae").is_dir():
+        vae = train_vae(images, settings, say)
+        latents = encode(vae, images[:4096])
+        vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+        vae.save_pretrained(folder / "vae")
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    if not (folder / "latents.safetensors").is_file():
+        save_file({"latents": encode(vae, images)}, folder / "latents.safetensors")
+    return vae, described, load_file(folder / "latents.safetensors")["latents"]
+
+
+def condition(pipeline: Pipeline, captions: list[str]) -> dict[str, Tensor]:
+    """Trunk arguments for captions, with gradient to the text encoders; "" stands for no caption."""
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    # SDXL's unconditional branch is zeros (`force_zeros_for_empty_prompt`), not the encoding of "".
+    keep = torch.tensor([float(bool(c)) for c in captions])
+    embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
+    size = torch.tensor([64.0, 64, 0, 0, 64, 64]).expand(len(captions), 6)
+    return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": size}}
+
+
+def denoising_loss(pipeline: Pipeline, latents: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+    """Rectified flow with logit-normal times for the MMDiT, plain epsilon prediction for the UNet."""
+    noise = torch.randn(latents.shape, generator=generator)
+    arguments = condition(pipeline, captions)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        t = torch.sigmoid(torch.randn(len(latents), generator=generator))[:, None, None, None]
+        noisy = (1 - t) * latents + t * noise
+        velocity = pipeline.transformer(noisy, timestep=1000 * t.flatten(), **arguments).sample
+        return mse_loss(velocity, noise - latents)
+    process = DDPMScheduler.from_config(pipeline.scheduler.config)
+    t = torch.randint(1000, (len(latents),), generator=generator)
+    return mse_loss(pipeline.unet(process.add_noise(latents, noise, t), t, **arguments).sample, noise)
+
+
+def learners(pipeline: Pipeline) -> torch.nn.ModuleDict:
+    """What is trained: the trunk and every text encoder."""
+    names = [n for n, c in pipeline.components.items() if isinstance(c, torch.nn.Module) and n != "vae"]
+    return torch.nn.ModuleDict({n: pipeline.components[n] for n in names})
+
+
+def save(pipeline: Pipeline, averages: dict[str, Tensor], folder: Path) -> None:
+    """The averaged weights in bf16, in diffusers' layout."""
+    modules = learners(pipeline)
+    current = {k: v.clone() for k, v in modules.state_dict().items()}
+    modules.load_state_dict(averages, strict=False)
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    pipeline.to(torch.float32)
+    modules.load_state_dict(current)
+    pipeline.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+
+
+def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Say = print) -> None:
+    """Pre-train `name` into `out` / `name`; intermediate states lie in `out` and make a second run go on."""
+    settings = settings or PretrainSettings()
+    out.mkdir(parents=True, exist_ok=True)
+    vae, described, latents = prepare(out, settings, say)
+    torch.manual_seed(settings.seed)
+    if name == "shapes-sdxl":  # its pipeline knows a scale, but no shift
+        vae.register_to_config(shift_factor=None)
+        latents = latents * vae.config.scaling_factor
+    else:
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    pipeline = BUILDERS[name](vae)
+    modules = learners(pipeline).train()
+    parameters = dict(modules.named_parameters())
+    averages = {k: p.detach().clone() for k, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    snapshot, first = out / f"{name}-snapshot.pt", 0
+    if snapshot.is_file():
+        state = torch.load(snapshot, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        averages, first = state["averages"], state["step"]
+    log, started, running = out / f"{name}-log.jsonl", time.monotonic(), 0.0
+    batches = list(_batches(len(latents), settings.batch, settings.steps, settings.seed))
+    for step in range(first, settings.steps):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        rng = np.random.default_rng([settings.seed, 3, step])
+        noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
+        captions = [
+            "" if rng.random() < settings.caption_dropout else misdescribed(described[i], rng, noise) for i in batches[step]
+        ]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings.steps, settings.lr, settings.warmup)
+        loss = denoising_loss(pipeline, latents[batches[step]], captions, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(settings.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(averages.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
+        if step % 50 == 0:
+            with log.open("a") as stream:
+                stream.write(json.dumps({"step": step, "loss": round(running, 5)}) + "\n")
+            say(f"{name} step {step}/{settings.steps} loss {running:.4f} {time.monotonic() - started:.0f} s")
+        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages}
+            torch.save(state | {"step": step + 1}, snapshot.with_suffix(".part"))
+            snapshot.with_suffix(".part").replace(snapshot)
+    save(pipeline, averages, out / name)
+    (out / name / "pretraining.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
