@@ -1,0 +1,89 @@
+"""Choose the attention kernel of a UNet or SD3 transformer, in a way that takes effect.
+
+`model.set_attention_backend()` of diffusers is a silent no-op on these models: their processors do not go through its
+dispatcher, and the call changes a process-wide default instead. So the processors themselves are exchanged here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.errors import DiffalignError
+
+ATTENTION = ("sdpa", "xformers", "flash")
+
+
+def set_attention(model: nn.Module, kind: str) -> None:
+    """Exchange the attention processors of a diffusers UNet2DConditionModel or SD3Transformer2DModel in place.
+
+    `sdpa`: torch picks the kernel. `flash`: torch's flash kernel or an error, never a silent fall-back. `xformers`: its
+    memory-efficient attention. Raises DiffalignError for an unknown kind, or xformers without the package or CUDA.
+    """
+    if kind not in ATTENTION:
+        raise DiffalignError(f"model.attention: unknown kind '{kind}'; choose one of {', '.join(ATTENTION)}")
+    if kind == "xformers":
+        _require_xformers()
+    plain, joint = _processors(kind)
+    exchanged = {}
+    for name, processor in model.attn_processors.items():  # type: ignore[operator]  # diffusers' own property
+        exchanged[name] = joint() if "Joint" in type(processor).__name__ else plain()
+    model.set_attn_processor(exchanged)  # type: ignore[operator]  # diffusers' own method
+
+
+def _require_xformers() -> None:
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError as error:
+        raise DiffalignError(
+            "model.attention: xformers is not installed; `pip install diffalign[xformers]` or use attention: sdpa"
+        ) from error
+    if not torch.cuda.is_available():
+        raise DiffalignError("model.attention: xformers needs a CUDA device and none is available; use attention: sdpa")
+
+
+def _processors(kind: str) -> tuple[type, type]:
+    """Processor classes for plain attention (UNet; cross-attention of SD3.5's second branch) and joint attention (SD3)."""
+    from diffusers.models.attention_processor import (
+        AttnProcessor2_0,
+        JointAttnProcessor2_0,
+        XFormersAttnProcessor,
+        XFormersJointAttnProcessor,
+    )
+
+    if kind == "xformers":
+        return XFormersAttnProcessor, XFormersJointAttnProcessor
+    if kind == "flash":
+        return _flash(AttnProcessor2_0), _flash(JointAttnProcessor2_0)
+    return AttnProcessor2_0, JointAttnProcessor2_0
+
+
+@functools.cache
+def _flash(processor: Any) -> type:
+    """A subclass that allows only the flash kernel while it runs.
+
+    The restriction sits in the processor rather than around the model, because gradient checkpointing runs the processor
+    again during backward, outside any context the caller held open.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    class FlashAttention(processor):  # type: ignore[misc]  # the base class is an argument
+        # diffusers reads the signature of __call__ to decide which arguments to pass; `wraps` hands it on.
+        @functools.wraps(processor.__call__)
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                try:
+                    return super().__call__(*arguments, **options)
+                except RuntimeError as error:
+                    if "No available kernel" not in str(error):
+                        raise
+                    raise DiffalignError(
+                        "model.attention: torch's flash kernel cannot run here (it needs CUDA with bfloat16 or float16); "
+                        "set train.mixed_precision: bf16 or attention: sdpa"
+                    ) from error
+
+    FlashAttention.__name__ = FlashAttention.__qualname__ = f"Flash{processor.__name__}"
+    return FlashAttention

@@ -1,0 +1,92 @@
+"""Find a model: a local folder, or a repository on the Hugging Face hub resolved to one commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import DiffalignError
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_index(path: str, revision: str | None, token: str | None, local_files_only: bool) -> tuple[Path, str | None]:
+    """Path of the model's model_index.json, and the commit (None for a local folder).
+
+    The local path is tried first: diffusers would ask the hub for a misspelt folder and answer with a network error.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            raise DiffalignError(f"{path} is no diffusers pipeline: it holds no {INDEX}")
+        return folder / INDEX, None
+    if folder.exists():
+        raise DiffalignError(f"{path} is a file; a folder in diffusers format (with {INDEX}) is needed")
+    if not HUB_ID.fullmatch(path):
+        raise DiffalignError(f"model folder {path} does not exist (and it is no hub id of the form owner/name)")
+    import huggingface_hub
+
+    with hub_errors(path, revision, INDEX):
+        found = huggingface_hub.hf_hub_download(
+            path, INDEX, revision=revision, token=token, local_files_only=local_files_only
+        )
+    # The cache names a snapshot's folder after its commit.
+    return Path(found), Path(found).parent.name
+
+
+def download(path: str, commit: str, variant: str | None, token: str | None, absent: Mapping[str, None]) -> Path:
+    """Fetch what the pipeline needs of this commit, safetensors only; `absent` names components to leave out."""
+    from diffusers import DiffusionPipeline
+
+    with hub_errors(path, commit, "its weights"):
+        return Path(
+            DiffusionPipeline.download(
+                path, revision=commit, variant=variant, token=token, use_safetensors=True, **absent
+            )
+        )
+
+
+@contextmanager
+def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
+    """Turn the hub's exceptions into one line that says what to do."""
+    import httpx
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{path}"
+    at = f" at revision {revision}" if revision else ""
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DiffalignError(
+            f"{path} is gated: accept its conditions at {page}, then pass a token (model.token or `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DiffalignError(f"{path} has no revision '{revision}'; see {page}/commits/main") from error
+    except errors.RepositoryNotFoundError as error:
+        raise DiffalignError(
+            f"no folder {path} here, and {page} does not exist or is private; check the name, or pass model.token"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise DiffalignError(
+            f"{path}: {wanted}{at} is not in the local cache and the hub was not reached; go online, unset "
+            "local_files_only, or give a local folder"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise DiffalignError(f"{path} is no diffusers pipeline: {page} holds no {wanted}{at}") from error
+    except (errors.HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+        raise DiffalignError(
+            f"{path}: the hub did not answer for {wanted}{at} ({_first(error)}); try again later"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DiffalignError(
+            f"{path}: {wanted}{at} cannot be fetched ({_first(error)}); see {page}/tree/main"
+        ) from error
+
+
+def _first(error: BaseException) -> Any:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,202 @@
+"""Load a backbone from a local folder or a hub id, with errors that say what to mend.
+
+Only safetensors weights are read and no code from a repository is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.hub import INDEX, download, find_index
+from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
+from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "StableDiffusionPipeline": StableDiffusion15,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+}
+# Components that are never needed: a filter for finished images, and inputs of image prompts.
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+T5 = ("text_encoder_3", "tokenizer_3")
+SAMPLES, SAMPLE_BYTES = 16, 65536
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from. `path` is what the user gave, `folder` where its files lie."""
+
+    path: str
+    folder: Path
+    revision: str | None
+    variant: str | None = None
+    absent: dict[str, None] = field(default_factory=dict)
+
+    def fingerprint(self, *more: str) -> str:
+        """16 hex digits over configs and weights. Weights enter by name, size and samples of their bytes, so that a model
+        trained anew in the same folder is another one, and a large one takes no minutes to read."""
+        digest = hashlib.sha256("\0".join([self.path, str(self.revision), str(self.variant), *more]).encode())
+        for file in sorted(self.folder.rglob("*")):
+            name = file.relative_to(self.folder)
+            if not file.is_file() or any(part.startswith(".") for part in name.parts) or name.parts[0] in self.absent:
+                continue
+            if file.suffix in (".json", ".txt", ".model"):
+                digest.update(f"\0{name}\0".encode() + file.read_bytes())
+            elif file.suffix == ".safetensors":
+                size = file.stat().st_size
+                digest.update(f"\0{name}\0{size}\0".encode())
+                with file.open("rb") as stream:
+                    for part in range(SAMPLES):
+                        stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                        digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
+    gradient_checkpointing: bool = False,
+    max_sequence_length: int | None = None,
+    use_t5: bool = True,
+) -> Backbone:
+    """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
+
+    path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
+    variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
+    ones are exact. max_sequence_length: T5 tokens (SD3). use_t5=False leaves T5 out (SD3).
+    Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
+    missing file, unsupported class, absent device or attention kernel.
+    """
+    path = str(path)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DiffalignError("device: CUDA was asked for and is not available here; use device: cpu")
+    index, commit = find_index(path, revision, token, local_files_only)
+    components = _read_index(path, index)
+    name = components["_class_name"]
+    if name not in BACKBONES:
+        raise DiffalignError(f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}")
+    absent = _absent(path, components, use_t5)
+    folder = index.parent
+    if commit is not None and not local_files_only:
+        folder = download(path, commit, variant, token, absent)
+    source = Source(path, folder, commit, variant, absent)
+    _check_files(source, components)
+    pipeline = _load_pipeline(source, name, dtype)
+    return BACKBONES[name](
+        pipeline,
+        source,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        gradient_checkpointing=gradient_checkpointing,
+        max_sequence_length=max_sequence_length,
+    )
+
+
+def _read_index(path: str, index: Path) -> dict[str, Any]:
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} is not valid JSON ({error})") from error
+    if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
+        raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} names no _class_name")
+    return components
+
+
+def _is_component(name: str, entry: Any) -> bool:
+    return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2
+
+
+def _absent(path: str, components: dict[str, Any], use_t5: bool) -> dict[str, None]:
+    """Components to pass as None: unused ones, and T5 if it is missing or not wanted. Others must be there.
+
+    diffusers writes [null, null] for a missing T5 but does not load such a folder unless None is passed.
+    """
+    absent: dict[str, None] = {}
+    for name, entry in components.items():
+        if not _is_component(name, entry):
+            continue
+        if name in UNUSED or (name in T5 and (entry[1] is None or not use_t5)):
+            absent[name] = None
+        elif entry[1] is None:
+            raise DiffalignError(f"{path}: component {name} is absent; only T5 (text_encoder_3, tokenizer_3) may be")
+        elif entry[0] not in ("diffusers", "transformers"):
+            raise DiffalignError(f"{path}: component {name} is code of the repository ({entry[0]}), which is never run")
+    for name in T5 if components["_class_name"] == "StableDiffusion3Pipeline" else ():
+        if name not in components:
+            absent[name] = None
+    if len(set(T5) & set(absent)) == 1:  # half a T5 is none
+        absent.update(dict.fromkeys(T5))
+    return absent
+
+
+def _check_files(source: Source, components: dict[str, Any]) -> None:
+    """Name what is missing before diffusers fails in the middle of loading."""
+    variants = False
+    for name, entry in components.items():
+        if not _is_component(name, entry) or name in source.absent:
+            continue
+        folder = source.folder / name
+        where = f"{source.path}: {name}/"
+        if not folder.is_dir():
+            raise DiffalignError(f"{where} is missing; {INDEX} asks for it ({entry[1]})")
+        if name.startswith("tokenizer"):
+            needed = "tokenizer_config.json"
+        elif name == "scheduler":
+            needed = "scheduler_config.json"
+        else:
+            needed = "config.json"
+            weights = sorted(f.name for f in folder.glob("*.safetensors"))
+            if not weights:
+                pickled = sorted(f.name for f in folder.glob("*.bin"))
+                advice = f"; {pickled[0]} is a pickle, which is not read: convert it" if pickled else ""
+                raise DiffalignError(f"{where} holds no .safetensors weights{advice}")
+            variants |= source.variant is not None and any(f".{source.variant}." in w for w in weights)
+        if not (folder / needed).is_file():
+            raise DiffalignError(f"{where}{needed} is missing")
+    if source.variant is not None and not variants:
+        raise DiffalignError(f"{source.path}: no weights of variant '{source.variant}'; leave model.variant out")
+
+
+def _load_pipeline(source: Source, name: str, dtype: torch.dtype) -> Any:
+    import diffusers
+    from safetensors import SafetensorError
+
+    classes = {
+        "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
+        "StableDiffusionXLPipeline": diffusers.StableDiffusionXLPipeline,
+        "StableDiffusion3Pipeline": diffusers.StableDiffusion3Pipeline,
+    }
+    options: dict[str, Any] = dict(source.absent)
+    if name == "StableDiffusionPipeline":
+        options["requires_safety_checker"] = False
+    elif name == "StableDiffusionXLPipeline":
+        options["add_watermarker"] = False
+    try:
+        return classes[name].from_pretrained(
+            source.folder,
+            dtype={"vae": torch.float32, "default": dtype},
+            variant=source.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        text = str(error).strip() or type(error).__name__
+        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {text.splitlines()[0]}") from error

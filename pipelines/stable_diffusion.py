@@ -1,0 +1,106 @@
+"""Stable Diffusion 1.x and SDXL: UNets over 4-channel latents, epsilon or v prediction."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.process import Diffusion
+
+
+def diffusion_process(scheduler: Any) -> Diffusion:
+    """Read prediction type, zero terminal SNR and timestep layout from a diffusers scheduler.
+
+    Raises DiffalignError for schedulers without a table of alphas (EDM) and for what `Diffusion` refuses.
+    """
+    config = scheduler.config
+    name = type(scheduler).__name__
+    if "alphas_cumprod" not in vars(scheduler):
+        raise DiffalignError(
+            f"scheduler: {name} has no alphas_cumprod; only discrete epsilon and v schedulers are supported"
+        )
+    euler = "Euler" in name
+    if euler:
+        final = 1.0
+    elif config.get("set_alpha_to_one", True):
+        final = 1.0
+    else:
+        final = float(scheduler.alphas_cumprod[0])
+    spacing = config.get("timestep_spacing", "leading")
+    return Diffusion(
+        scheduler.alphas_cumprod,
+        config.get("prediction_type", "epsilon"),
+        spacing=spacing,
+        offset=int(config.get("steps_offset", 0)),
+        final_alpha_cumprod=final,
+        scaled_start=euler and spacing != "leading",
+        zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
+    )
+
+
+class _UNetBackbone(Backbone):
+    trunk_name: ClassVar[str] = "unet"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def build_process(self, scheduler: Any) -> Diffusion:
+        if self.pipeline.unet.config.time_cond_proj_dim is not None:
+            raise DiffalignError(f"{self.path}: guidance-distilled models (LCM) cannot be trained; use the base model")
+        return diffusion_process(scheduler)
+
+    @property
+    def pipeline_trunk(self) -> nn.Module:
+        return self.pipeline.unet  # type: ignore[no-any-return]
+
+    @pipeline_trunk.setter
+    def pipeline_trunk(self, module: nn.Module) -> None:
+        self.pipeline.unet = module
+
+    def prompt_tokens(self) -> int:
+        return int(self.pipeline.tokenizer.model_max_length)
+
+
+class StableDiffusion15(_UNetBackbone):
+    """StableDiffusionPipeline: one CLIP text encoder. Conditioning: prompt_embeds [B, L, D]."""
+
+    family: ClassVar[str] = "sd15"
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
+        return {"prompt_embeds": embeds}
+
+    def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        output: Tensor = module(noisy, time, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
+        return output
+
+
+class StableDiffusionXL(_UNetBackbone):
+    """StableDiffusionXLPipeline. Conditioning: prompt_embeds [B, L, D1 + D2] and pooled_prompt_embeds [B, D2].
+
+    Micro-conditioning (Podell et al. 2023, section 2.2): original and target size are the image's own, the crop is 0, 0.
+    """
+
+    family: ClassVar[str] = "sdxl"
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        height, width = (side * self.vae_scale_factor for side in noisy.shape[-2:])
+        # In the trunk's dtype, as the pipeline has it.
+        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": size.expand(len(noisy), 6)}
+        output: Tensor = module(
+            noisy,
+            time,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output

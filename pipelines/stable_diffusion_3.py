@@ -1,0 +1,85 @@
+"""Stable Diffusion 3 and 3.5: rectified flow in an MMDiT, two CLIP encoders and optionally T5."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.process import Flow
+
+DEFAULT_T5_TOKENS = 256
+
+
+class StableDiffusion3(Backbone):
+    """StableDiffusion3Pipeline. Conditioning: prompt_embeds [B, L_clip + L_t5, D] and pooled_prompt_embeds [B, P].
+
+    Without T5 its L_t5 positions are zeros, as diffusers has it. `max_sequence_length` is L_t5; unset, it is the
+    tokenizer's own limit if that is shorter than diffusers' default of 256.
+    """
+
+    family: ClassVar[str] = "sd3"
+    trunk_name: ClassVar[str] = "transformer"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    def build_process(self, scheduler: Any) -> Flow:
+        config = scheduler.config
+        name = type(scheduler).__name__
+        if "FlowMatch" not in name:
+            raise DiffalignError(f"scheduler: SD3 needs a FlowMatch scheduler, not {name}; see scheduler_config.json")
+        if config.get("use_dynamic_shifting"):
+            raise DiffalignError(
+                "scheduler: use_dynamic_shifting is not supported; set it to false and give a fixed shift"
+            )
+        return Flow(
+            float(config.shift),
+            timesteps=int(config.num_train_timesteps),
+            shift_terminal=config.get("shift_terminal"),
+        )
+
+    @property
+    def pipeline_trunk(self) -> nn.Module:
+        return self.pipeline.transformer  # type: ignore[no-any-return]
+
+    @pipeline_trunk.setter
+    def pipeline_trunk(self, module: nn.Module) -> None:
+        self.pipeline.transformer = module
+
+    def t5_tokens(self) -> int:
+        if self.max_sequence_length is not None:
+            return self.max_sequence_length
+        tokenizer = self.pipeline.tokenizer_3
+        return DEFAULT_T5_TOKENS if tokenizer is None else min(DEFAULT_T5_TOKENS, int(tokenizer.model_max_length))
+
+    def prompt_tokens(self) -> int:
+        return int(self.pipeline.tokenizer.model_max_length) + self.t5_tokens()
+
+    def sampling_options(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.t5_tokens()}
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.t5_tokens(),
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        output: Tensor = module(
+            hidden_states=noisy,
+            timestep=time,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return output

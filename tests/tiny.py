@@ -1,0 +1,149 @@
+"""Builders of tiny, random, but genuine diffusers checkpoints. A forward pass takes milliseconds.
+
+Each writes a folder with `save_pretrained` and returns its path. The VAE shrinks 8x (four blocks); images are 64 x 64,
+latents 8 x 8. The tokenizers hold 256 byte symbols (each also as a word end) and two special tokens, so they take any text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 516  # 256 bytes, 256 bytes that end a word, two merges, two special tokens
+START, END = 514, 515
+
+
+def _symbols() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes (`bytes_to_unicode`), in byte order of the printable ones first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + i for i in range(256 - len(printable))]
+    return [chr(code) for code in [*printable, *others]]
+
+
+def clip_tokenizer(length: int = 16, pad_token: str = "<|endoftext|>") -> Any:
+    from transformers import CLIPTokenizer
+
+    symbols = _symbols()
+    tokens = [*symbols, *(s + "</w>" for s in symbols), "ed</w>", "en</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    assert len(vocab) == VOCABULARY
+    return CLIPTokenizer(
+        vocab=vocab, merges=[("e", "d</w>"), ("e", "n</w>")], model_max_length=length, pad_token=pad_token
+    )
+
+
+def t5_tokenizer(length: int = 12) -> Any:
+    from transformers import T5Tokenizer
+
+    letters = [(chr(code), -4.0) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def _clip_config(width: int, length: int, projection: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, projection_dim=projection,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length,
+        bos_token_id=START, eos_token_id=END, pad_token_id=END,
+    )  # fmt: skip
+
+
+def vae(channels: int = 4, **options: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64, **options,
+    )  # fmt: skip
+
+
+def _betas(prediction_type: str, **options: Any) -> dict[str, Any]:
+    return {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+        "prediction_type": prediction_type, "timestep_spacing": "leading", **options,
+    }  # fmt: skip
+
+
+def _ddim(prediction_type: str, **options: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**_betas(prediction_type, clip_sample=False, set_alpha_to_one=False, **options))
+
+
+def sd15(path: str | Path, prediction_type: str = "epsilon", *, seed: int = 0, **scheduler: Any) -> Path:
+    """Stable Diffusion 1.x: one CLIP encoder, DDIM; `scheduler` are options such as rescale_betas_zero_snr."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        unet=unet, vae=vae(), text_encoder=CLIPTextModel(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
+        scheduler=_ddim(prediction_type, **scheduler), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)
+
+
+def sdxl(
+    path: str | Path, prediction_type: str = "epsilon", *, scheduler: str = "euler", seed: int = 0, **options: Any
+) -> Path:
+    """SDXL: two CLIP encoders and micro-conditioning. `scheduler` is euler (as SDXL ships) or ddim."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=(1, 2), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    if scheduler == "euler":
+        noise: Any = EulerDiscreteScheduler(**_betas(prediction_type, **options))
+    else:
+        noise = _ddim(prediction_type, **options)
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet, vae=vae(), scheduler=noise,
+        text_encoder=CLIPTextModel(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(16, 16, 16)), tokenizer_2=clip_tokenizer(pad_token="!"),
+        add_watermarker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)
+
+
+def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0) -> Path:
+    """SD3: two CLIP encoders and, if asked, T5. Without T5 its model_index.json holds [null, null], as users have it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    t5_config = T5Config(
+        vocab_size=98, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(16, 16, 16)), tokenizer_2=clip_tokenizer(pad_token="!"),
+        text_encoder_3=T5EncoderModel(t5_config) if t5 else None, tokenizer_3=t5_tokenizer() if t5 else None,
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)
