@@ -1,0 +1,163 @@
+"""Typed configs: a YAML file or a shipped recipe, dotted overrides, and errors that name key, file and line.
+
+    config = load_config("sdxl_dpo", ["data.path=my/pairs", "train.steps=200"])
+
+The sections and their keys are in `config_schema.py`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from diffalign.config_errors import explain
+from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config_schema import (
+    CheckpointSection,
+    DataSection,
+    EvalConfig,
+    LabelSection,
+    ModelSection,
+    OptimizerSection,
+    RewardSection,
+    SampleConfig,
+    TimeSection,
+    TrackingSection,
+    TrainConfig,
+    TrainSection,
+    TuneSection,
+)
+from diffalign.config_yaml import Document, apply_override, read_document
+from diffalign.errors import DiffalignError
+
+__all__ = [
+    "OBJECTIVE_SECTIONS",
+    "CheckpointSection",
+    "DataSection",
+    "EvalConfig",
+    "LabelSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "RewardSection",
+    "SampleConfig",
+    "TimeSection",
+    "TrackingSection",
+    "TrainConfig",
+    "TrainSection",
+    "TuneSection",
+    "config_path",
+    "eval_config_of_run",
+    "load_config",
+    "load_eval_config",
+    "load_sample_config",
+    "pick_device",
+    "recipes",
+    "resolved_yaml",
+]
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes: name -> file."""
+    folder = Path(str(resources.files("diffalign.configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_path(name: str | Path) -> Path:
+    """The file that CONFIG means: a file of that name, else a shipped recipe. Raises DiffalignError where there is neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = recipes()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if path.is_dir():
+        raise DiffalignError(f"{name}: a folder, where a config file or the name of a recipe is expected")
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(shipped)}"
+    raise DiffalignError(f"{name}: neither a file nor a shipped recipe; {hint}")
+
+
+def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config of a training run.
+
+    `config`: a YAML file or the name of a shipped recipe; `overrides`: "section.key=value", the value as in YAML, later ones win.
+    Raises DiffalignError, one line: the key, its file and line (or the argument), what is wrong, and what was perhaps meant.
+    """
+    return _validate(_document(config, overrides), TrainConfig)
+
+
+def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:
+    """As `load_config`, for `diffalign sample`."""
+    return _validate(_document(config, overrides), SampleConfig)
+
+
+def load_eval_config(config: str | Path, overrides: Sequence[str] = ()) -> EvalConfig:
+    """As `load_config`, for `diffalign eval`."""
+    return _validate(_document(config, overrides), EvalConfig)
+
+
+def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
+    """The evaluation of a training run: its model, its weights, results into its folder; `prompts` must come as an override."""
+    trained = run_dir / "config.yaml"
+    if not trained.is_file():
+        raise DiffalignError(f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run or a config file")
+    document = read_document(trained)
+    run = Document(
+        {
+            "model": document.values.get("model"),
+            "device": document.values.get("device", "auto"),
+            "weights": str(run_dir / "weights"),
+            "out": str(run_dir),
+        },
+        str(trained),
+        {key: place for key, place in document.places.items() if key[:1] in (("model",), ("device",))},
+    )
+    for argument in overrides:
+        apply_override(run, argument)
+    return _validate(run, EvalConfig)
+
+
+def resolved_yaml(config: BaseModel) -> str:
+    """The config with every default written out; `load_config` reads it back as it was. The access token is left out."""
+    values = config.model_dump(mode="json")
+    if values.get("model", {}).get("token") is not None:
+        values["model"]["token"] = None
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def pick_device(device: str) -> str:
+    """ "cpu" or "cuda" for auto | cpu | cuda. Raises DiffalignError where cuda is asked for and absent."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        raise DiffalignError(f"device: cuda was asked for, but {reason}; set device=cpu or device=auto")
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `config_yaml` reads: floats always with a point, texts quoted where YAML 1.2 or 1.1 would see another type."""
+
+
+def _document(config: str | Path, overrides: Sequence[str]) -> Document:
+    document = read_document(config_path(config))
+    for argument in overrides:
+        apply_override(document, argument)
+    return document
+
+
+def _validate(document: Document, kind: type[Config]) -> Config:
+    try:
+        return kind.model_validate(document.values)
+    except ValidationError as error:
+        raise DiffalignError(explain(error, document, kind)) from None

@@ -1,0 +1,104 @@
+"""Combinations of values that cannot work, each with the keys to blame and the way out.
+
+An error here is a pydantic error of type `combination`; its context lists the keys, so that the reader of the file can name the line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from diffalign.config_schema import EvalConfig, ModelSection, SampleConfig, TrainConfig
+
+COMBINATION = "combination"
+
+
+def _refuse(message: str, *keys: str) -> NoReturn:
+    """`keys`, dotted, the likeliest culprit first."""
+    raise PydanticCustomError(COMBINATION, "{message}", {"message": message, "keys": keys})
+
+
+def check_training(config: TrainConfig) -> None:
+    _check_batches(config)
+    _check_weights(config)
+    _check_labels(config)
+    _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
+    times = config.times
+    if times.sampler == "uniform" and (times.mean, times.std) != (0.0, 1.0):
+        _refuse("mean and std shape logit_normal times only; set times.sampler=logit_normal or leave them out", "times.mean", "times.std")
+    if config.optimizer.warmup_steps >= config.train.steps:
+        _refuse(
+            f"the warm-up of {config.optimizer.warmup_steps} steps does not end within train.steps={config.train.steps}; shorten it",
+            "optimizer.warmup_steps",
+            "train.steps",
+        )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        _refuse("both betas must lie in [0, 1)", "optimizer.betas")
+    if len(set(config.tracking.trackers)) < len(config.tracking.trackers):
+        _refuse("a tracker is named twice", "tracking.trackers")
+
+
+def _check_batches(config: TrainConfig) -> None:
+    groups, micro = config.train.groups_per_step, config.train.micro_batch
+    if groups % micro:
+        fitting = ", ".join(str(n) for n in range(min(groups, micro), 0, -1) if groups % n == 0)
+        _refuse(
+            f"{micro} does not divide train.groups_per_step={groups}, and every forward pass takes the same number of whole groups; "
+            f"use {fitting}",
+            "train.micro_batch",
+            "train.groups_per_step",
+        )
+
+
+def _check_weights(config: TrainConfig) -> None:
+    if config.tune.kind == "full":
+        if config.tune.init is not None:
+            _refuse("init loads a LoRA, but tune.kind=full trains no LoRA; set tune.kind=lora or leave init out", "tune.init", "tune.kind")
+        if config.tune.targets is not None:
+            _refuse("targets choose where a LoRA goes, but tune.kind=full trains all weights; leave targets out", "tune.targets")
+        if config.model.dtype == "float16":
+            _refuse(
+                "full fine-tuning updates the weights themselves, and float16 loses the updates; use float32, with "
+                "train.mixed_precision for speed",
+                "model.dtype",
+                "tune.kind",
+            )
+    if config.device == "cpu" and config.train.mixed_precision == "fp16":
+        _refuse("fp16 needs a GPU; use no or bf16 with device=cpu", "train.mixed_precision", "device")
+
+
+def _check_labels(config: TrainConfig) -> None:
+    labels = config.labels
+    if labels.source == "preference" and labels.transform != "none":
+        _refuse(
+            f"preference holds vote shares already, transform={labels.transform} is for scores; set labels.source=scores.NAME or "
+            "labels.transform=none",
+            "labels.transform",
+            "labels.source",
+        )
+    if labels.stats is not None and labels.transform not in ("minmax", "zscore"):
+        _refuse(f"statistics serve minmax and zscore, not transform={labels.transform}; leave stats out", "labels.stats", "labels.transform")
+
+
+def _check_model(model: ModelSection, device: str, autocast: bool = False) -> None:
+    if device == "cpu" and model.attention != "sdpa":
+        _refuse(f"{model.attention} needs a GPU; use sdpa with device=cpu", "model.attention", "device")
+    if model.attention == "flash" and model.dtype == "float32" and not autocast:
+        _refuse("flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype")
+
+
+def _check_size(height: int | None, width: int | None) -> None:
+    if (height is None) != (width is None):
+        _refuse("give both height and width, or neither", "height" if width is None else "width")
+
+
+def check_sampling(config: SampleConfig) -> None:
+    _check_model(config.model, config.device)
+    _check_size(config.height, config.width)
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    _check_model(config.model, config.device)
+    _check_size(config.height, config.width)

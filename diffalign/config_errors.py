@@ -1,0 +1,121 @@
+"""From pydantic's errors to one line that a person can act on: place, key, what is wrong, what was perhaps meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from diffalign.config_checks import COMBINATION
+from diffalign.config_yaml import Document, Key
+
+
+def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
+    """One line for the first of the errors, and the keys of the others. Unknown keys go first: they explain missing ones."""
+    details = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    lines = [_line(one, document, kind) for one in details]
+    if len(lines) == 1:
+        return lines[0]
+    others = dict.fromkeys(".".join(map(str, _way(one["loc"], kind)[0])) for one in details[1:])
+    return f"{lines[0]} (also wrong: {', '.join(others)})"
+
+
+def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
+    key, owner = _way(one["loc"], kind)
+    context = one.get("ctx", {})
+    if one["type"] == COMBINATION:
+        keys: list[Key] = [tuple(dotted.split(".")) for dotted in context["keys"]]
+        written = [k for k in keys if k in document.places]  # blame what was written, not a default
+        key = (written or keys)[0]
+        return f"{document.place(key)}: {'.'.join(map(str, key))}: {context['message']}"
+    name = ".".join(map(str, key))
+    if one["type"] == "missing":
+        return f"{document.place(key)}: {name} is missing; write {_sample(name)}{_described(owner, key)}"
+    if one["type"] == "extra_forbidden":
+        known = list(owner.model_fields) if owner else []
+        return f"{document.place(key)}: unknown key {name}{_meant(str(key[-1]), known, 'keys here')}"
+    if one["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        known = re.findall(r"'([^']+)'", str(context.get("expected_tags", ""))) or _tags(owner, key)
+        if one["type"] == "union_tag_not_found":
+            return f"{document.place(key)}: {name}.name is missing; one of {', '.join(known)}"
+        return f"{document.place((*key, 'name'))}: unknown {name} {context['tag']}{_meant(str(context['tag']), known, 'known')}"
+    what = one["msg"][:1].lower() + one["msg"][1:]
+    what = what.replace("input should be a valid dictionary or instance of", "should be a section with keys of its own, a")
+    what = what.replace("input should", "should")
+    message = f"{document.place(key)}: {name} {what}, not {_shown(one['input'])}"
+    if one["type"] == "literal_error":
+        message += _meant(str(one["input"]), re.findall(r"'([^']+)'", context["expected"]), None)
+    elif one["type"] == "string_type" and isinstance(one["input"], int | float):
+        message += "; quote it"
+    elif isinstance(one["input"], str) and one["type"].startswith(("float", "int", "bool")):
+        message += "; without quotes" if _looks_like_number(one["input"]) else ""
+    return message
+
+
+def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[BaseModel] | None]:
+    """pydantic's location without the tags that it puts in for unions, and the section that owns the last key."""
+    key: list[str | int] = []
+    owner: type[BaseModel] | None = kind
+    inside: list[type[BaseModel]] = [kind]
+    for part in loc:
+        tagged = [model for model in inside if len(inside) > 1 and _tag(model) == part]
+        if tagged:
+            inside = tagged
+            continue
+        owner = inside[0] if inside else None
+        key.append(part)
+        found = owner.model_fields.get(str(part)) if owner else None
+        inside = list(_models(found.annotation)) if found else []
+    return tuple(key), owner
+
+
+def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, UnionType):
+        for inner in get_args(annotation):
+            yield from _models(inner)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    """The value of `name` that chooses this model among the objectives."""
+    return str(model.model_fields["name"].default) if "name" in model.model_fields else None
+
+
+def _tags(owner: type[BaseModel] | None, key: Key) -> list[str]:
+    annotation = owner.model_fields[str(key[-1])].annotation if owner else None
+    return [tag for tag in map(_tag, _models(annotation)) if tag]
+
+
+def _meant(given: str, known: list[str], otherwise: str | None) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; {otherwise}: {', '.join(known)}" if otherwise and known else ""
+
+
+def _sample(name: str) -> str:
+    return f"it in the file or as {name}=..."
+
+
+def _described(owner: type[BaseModel] | None, key: Key) -> str:
+    found = owner.model_fields.get(str(key[-1])) if owner else None
+    return f" ({found.description})" if found and found.description else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _looks_like_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""Reading YAML so that every key knows its line, and dotted overrides so that every value knows its argument.
+
+Differences from plain PyYAML, each against a silent mistake: `1e-4` is a number (YAML 1.2), `no`, `on` and `yes` are text, `010` is ten, dates
+are text, and a key that occurs twice is refused instead of winning silently.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.errors import DiffalignError
+
+Key = tuple[str | int, ...]
+"""The way to a value: ("model", "path"), ("tune", "targets", 0)."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema: of PyYAML's implicit types only null survives, and the others are defined below."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+@dataclass
+class Document:
+    """Plain values, and where each one stands."""
+
+    values: dict[str, Any]
+    source: str
+    """How messages name the file, or "" where there is none."""
+    places: dict[Key, str] = field(default_factory=dict)
+    """Key -> "configs/x.yaml:12" or "argument 'train.steps=x'"."""
+
+    def place(self, key: Key) -> str:
+        """The place of the key, or of the nearest section around it, or the file."""
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.places:
+                return self.places[key[:end]]
+        return self.source
+
+
+def read_document(path: Path) -> Document:
+    """A config file. Raises DiffalignError: unreadable, not YAML, no mapping, a key twice."""
+    source = str(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DiffalignError(f"{source}: not a text file in UTF-8 (byte {error.start}); a config is YAML") from error
+    except OSError as error:
+        raise DiffalignError(f"{source}: cannot be read: {error.strerror or error}") from error
+    node, loader = _compose(text, source)
+    document = Document({}, source)
+    if node is None:
+        return document
+    if not isinstance(node, yaml.MappingNode):
+        raise DiffalignError(f"{source}:{_line(node)}: a config is a mapping of sections, such as `model:`, not {_shape(node)}")
+    document.values = _plain(node, loader, (), document, source, by_line=True)
+    return document
+
+
+def apply_override(document: Document, argument: str) -> None:
+    """Puts `section.key=value` into the document. The value is YAML: 1e-4, [a, b], null, {name: sft}."""
+    place = f"argument '{argument}'"
+    dotted, equals, text = argument.partition("=")
+    keys: Key = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise DiffalignError(f"{place}: write key.sub=value, such as train.steps=400")
+    node, loader = _compose(text, place)
+    target = document.values
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = target.setdefault(str(key), {})
+        if inner is None:  # `section:` with nothing below it
+            inner = target[str(key)] = {}
+        if not isinstance(inner, dict):
+            way = ".".join(map(str, keys[:depth]))
+            raise DiffalignError(f"{place}: {way} is a value ({inner!r}, {document.place(keys[:depth])}), not a section with keys of its own")
+        target = inner
+    for key in [key for key in document.places if key[: len(keys)] == keys]:
+        del document.places[key]
+    for depth in range(1, len(keys) + 1):
+        document.places.setdefault(keys[:depth], place)
+    target[str(keys[-1])] = None if node is None else _plain(node, loader, keys, document, place, by_line=False)
+
+
+def _compose(text: str, source: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+    try:
+        loader = _Loader(text)
+        return loader.get_single_node(), loader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = source if mark is None or source.startswith("argument") else f"{source}:{mark.line + 1}"
+        raise DiffalignError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # a control character: it has no mark
+        raise DiffalignError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _plain(
+    node: yaml.Node, loader: yaml.SafeLoader, key: Key, document: Document, source: str, *, by_line: bool, above: tuple[int, ...] = ()
+) -> Any:
+    """The node's value in Python; notes the place of everything in it on the way."""
+    here = f"{source}:{_line(node)}" if by_line else source
+    if id(node) in above:
+        raise DiffalignError(f"{here}: the anchor contains itself")
+    document.places.setdefault(key, here)
+    above = (*above, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, loader, (*key, i), document, source, by_line=by_line, above=above) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = f"{source}:{_line(key_node)}" if by_line else source
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise DiffalignError(f"{place}: a key must be a word, not {_shape(key_node)}")
+            name = key_node.value
+            if name in values:
+                raise DiffalignError(f"{place}: {_dotted((*key, name))} occurs twice in this section; delete one")
+            document.places[(*key, name)] = place
+            values[name] = _plain(value_node, loader, (*key, name), document, source, by_line=by_line, above=above)
+        return values
+    try:
+        return loader.construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise DiffalignError(f"{here}: {_dotted(key)} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _shape(node: yaml.Node) -> str:
+    return {"sequence": "a list", "mapping": "a mapping"}.get(node.id, "a single value")
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key)) or "the config"
