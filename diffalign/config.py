@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffalign.config_errors import explain
@@ -33,7 +32,7 @@ from diffalign.config_schema import (
     TrainSection,
     TuneSection,
 )
-from diffalign.config_yaml import Document, apply_override, read_document
+from diffalign.config_yaml import Document, apply_override, dump, read_document
 from diffalign.errors import DiffalignError
 
 __all__ = [
@@ -131,7 +130,7 @@ def resolved_yaml(config: BaseModel) -> str:
     values = config.model_dump(mode="json")
     if values.get("model", {}).get("token") is not None:
         values["model"]["token"] = None
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    return dump(values)
 
 
 def pick_device(device: str) -> str:
@@ -143,10 +142,6 @@ def pick_device(device: str) -> str:
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
         raise DiffalignError(f"device: cuda was asked for, but {reason}; set device=cpu or device=auto")
     return "cuda" if available and device != "cpu" else "cpu"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `config_yaml` reads: floats always with a point, texts quoted where YAML 1.2 or 1.1 would see another type."""
 
 
 def _document(config: str | Path, overrides: Sequence[str]) -> Document:

@@ -17,7 +17,8 @@ from diffalign.config_yaml import Document, Key
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
     """One line for the first of the errors, and the keys of the others. Unknown keys go first: they explain missing ones."""
-    details = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
+    details.sort(key=lambda one: one["type"] != "extra_forbidden")
     lines = [_line(one, document, kind) for one in details]
     if len(lines) == 1:
         return lines[0]
@@ -34,6 +35,8 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         key = (written or keys)[0]
         return f"{document.place(key)}: {'.'.join(map(str, key))}: {context['message']}"
     name = ".".join(map(str, key))
+    if one["type"] == "missing" and isinstance(key[-1], int):
+        return f"{document.place(key)}: {'.'.join(map(str, key[:-1]))} has too few entries"
     if one["type"] == "missing":
         return f"{document.place(key)}: {name} is missing; write {_sample(name)}{_described(owner, key)}"
     if one["type"] == "extra_forbidden":
@@ -44,10 +47,7 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         if one["type"] == "union_tag_not_found":
             return f"{document.place(key)}: {name}.name is missing; one of {', '.join(known)}"
         return f"{document.place((*key, 'name'))}: unknown {name} {context['tag']}{_meant(str(context['tag']), known, 'known')}"
-    what = one["msg"][:1].lower() + one["msg"][1:]
-    what = what.replace("input should be a valid dictionary or instance of", "should be a section with keys of its own, a")
-    what = what.replace("input should", "should")
-    message = f"{document.place(key)}: {name} {what}, not {_shown(one['input'])}"
+    message = f"{document.place(key)}: {name} {_wanted(one)}, not {_shown(one['input'])}"
     if one["type"] == "literal_error":
         message += _meant(str(one["input"]), re.findall(r"'([^']+)'", context["expected"]), None)
     elif one["type"] == "string_type" and isinstance(one["input"], int | float):
@@ -55,6 +55,15 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
     elif isinstance(one["input"], str) and one["type"].startswith(("float", "int", "bool")):
         message += "; without quotes" if _looks_like_number(one["input"]) else ""
     return message
+
+
+def _wanted(one: ErrorDetails) -> str:
+    """ "should be ..." for a wrong type or value."""
+    if one["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "should be a section with keys of its own"
+    if one["type"] == "string_pattern_mismatch" and one["loc"] == ("labels", "source"):
+        return "should be preference, scores.NAME or scores.NAME.COLUMN"
+    return re.sub("^(Input|String|List|Tuple) should", "should", one["msg"])
 
 
 def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[BaseModel] | None]:

@@ -1,0 +1,198 @@
+"""The verbs. Nothing heavy is imported before a verb runs, so `--help` answers at once.
+
+Exit codes: 0 done; 2 a mistake that the user can mend, said in one line on stderr; 130 stopped by Ctrl-C; 1 with a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffalign import __version__
+from diffalign.errors import DiffalignError
+
+app = typer.Typer(
+    name="diffalign",
+    help="Make text-to-image diffusion and rectified-flow models follow preferences.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+testbed = typer.Typer(
+    help="The embedded world: coloured shapes, two small models, a detector. It runs on a CPU, offline.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(testbed, name="testbed")
+
+Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values that replace those of CONFIG, such as train.steps=200.")
+]
+SHAPES_MODELS = "shapes-sd3 or shapes-sdxl"
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(f"diffalign {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config, facts about model and data and the steps; write nothing.")
+    ] = False,
+) -> None:
+    """Train a model on preference data. The same command again goes on where it stopped."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_config
+
+        checked = load_config(config, overrides or ())  # before torch is imported: a mistyped key is reported at once
+        from diffalign import stages
+
+        stages.train(checked, dry_run=dry_run)
+
+
+@app.command()
+def sample(config: Source, overrides: Overrides = None) -> None:
+    """Draw groups of images for prompts into a dataset folder. The same command again goes on where it stopped."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_sample_config
+
+        checked = load_sample_config(config, overrides or ())
+        from diffalign import stages
+
+        stages.sample(checked)
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or the directory of a training run (then give prompts=... too).")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Compare a model without and with trained weights on the same prompts and seeds, and write report.html."""
+    with _plain_errors():
+        from diffalign.config import eval_config_of_run, load_eval_config
+
+        if Path(source).is_dir():
+            checked = eval_config_of_run(Path(source), overrides or ())
+        else:
+            checked = load_eval_config(source, overrides or ())
+        from diffalign import stages
+
+        stages.evaluate(checked)
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the shipped recipes and where their files are."""
+    with _plain_errors():
+        from diffalign.config import recipes
+
+        for name, path in recipes().items():
+            print(f"{name:20} {path}")
+
+
+@testbed.command("prompts")
+def testbed_prompts(
+    split: Annotated[str, typer.Argument(help="train, validation or test: no combination of objects is in two of them.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="How many prompts.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A .jsonl file; without it, standard output.")] = None,
+) -> None:
+    """Write prompts with their GenEval metadata, one JSON object a line."""
+    with _plain_errors():
+        if split not in ("train", "validation", "test"):
+            raise DiffalignError(f"split {split}: unknown; one of train, validation, test")
+        from diffalign.testbed.prompts import prompts
+
+        lines = "".join(json.dumps(row) + "\n" for row in prompts(split, n, seed))
+        if out is None:
+            sys.stdout.write(lines)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(lines, encoding="utf-8")
+
+
+@testbed.command("pretrain")
+def testbed_pretrain(
+    name: Annotated[str, typer.Argument(help=f"Which model: {SHAPES_MODELS}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and the states on the way to it.")] = Path("runs/pretrain"),
+) -> None:
+    """Train a base model of the embedded world from nothing (hours on a CPU; the shipped ones were made so)."""
+    with _plain_errors(goes_on=True):
+        _check_shapes_model(name)
+        from diffalign.testbed.pretrain import main
+
+        main(name, out)
+
+
+@testbed.command("quickstart")
+def testbed_quickstart(
+    base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sd3",
+    out: Annotated[Path, typer.Option(help="Folder for data, run and report.")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the whole round.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; without it, as many as the recipe says.")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Control: shuffle the labels within every group first.")] = False,
+) -> None:
+    """One round on the embedded world: sample, score, rank, train, evaluate, report."""
+    with _plain_errors(goes_on=True):
+        _check_shapes_model(base)
+        from diffalign.rounds import quickstart
+
+        given: dict[str, Any] = {} if steps is None else {"steps": steps}
+        quickstart(base=base, out=out, seed=seed, shuffle=shuffle, **given)
+
+
+def _check_shapes_model(name: str) -> None:
+    if name not in ("shapes-sd3", "shapes-sdxl"):
+        raise DiffalignError(f"{name}: no model of the embedded world; use {SHAPES_MODELS}")
+
+
+@contextmanager
+def _plain_errors(goes_on: bool = False) -> Iterator[None]:
+    """Turns what a user can mend into one line and exit code 2, and Ctrl-C into one line and 130. Bugs keep their traceback."""
+    try:
+        yield
+    except DiffalignError as error:
+        raise _leave(f"error: {error}", 2) from None
+    except KeyboardInterrupt:
+        raise _leave("stopped by Ctrl-C" + ("; the same command goes on where it stopped" if goes_on else ""), 130) from None
+    except Exception as error:
+        complaint = _system_complaint(error)
+        if complaint is None:
+            raise
+        raise _leave(f"error: {complaint}", 2) from None
+
+
+def _leave(message: str, code: int) -> typer.Exit:
+    print(message.replace("\n", " "), file=sys.stderr, flush=True)
+    return typer.Exit(code)
+
+
+def _system_complaint(error: BaseException | None) -> str | None:
+    """What to say when the disk is full or a folder may not be written; None for every other error."""
+    while error is not None:
+        path = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors and pyarrow report a full disk with errors of their own that carry only the system's words
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return f"no disk space left{path}; free some or write elsewhere, then run the same command again"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"no permission{path.replace('writing', 'opening')}; change the folder or its rights"
+        error = error.__cause__ or error.__context__
+    return None
