@@ -34,14 +34,16 @@ def check_targets(trunk: nn.Module, targets: Sequence[str]) -> None:
 
 
 def add_adapter(trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Freeze the trunk and add the adapter "policy" in float32; B = 0, A is Gaussian from `seed` (the same everywhere)."""
+    """Freeze the trunk and add the adapter "policy" in float32: B = 0, A Gaussian from `seed`, on any device."""
     from peft import LoraConfig
 
     if rank < 1:
         raise DiffalignError(f"tune.rank: {rank} is not possible; it must be at least 1")
     check_targets(trunk, targets)
     trunk.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    # peft annotates alpha as an integer but only divides it by the rank.
+    scale: Any = alpha
+    config = LoraConfig(r=rank, lora_alpha=scale, init_lora_weights="gaussian", target_modules=list(targets))
     trunk.add_adapter(config, adapter_name=POLICY)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
     # peft draws from the global generator on whatever device it likes; redraw on the CPU, in the order of the names.
     generator = torch.Generator().manual_seed(seed)
@@ -122,10 +124,9 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
         state = convert_unet_state_dict_to_peft(state)
     if has_adapter(trunk, adapter):
         trunk.delete_adapters(adapter)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
+    model: Any = trunk
     try:
-        trunk.load_lora_adapter(  # type: ignore[operator]  # diffusers' PeftAdapterMixin
-            state, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, **options
-        )
+        model.load_lora_adapter(state, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, **options)
     except (RuntimeError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DiffalignError(f"{path}: this LoRA does not fit the model ({first})") from error
@@ -157,7 +158,7 @@ def _read(pipeline: Any, trunk: nn.Module, trunk_name: str, path: Path) -> tuple
 def check_rank(
     trunk: nn.Module, folder: str | Path, rank: int, alpha: float, targets: Sequence[str] | None = None
 ) -> None:
-    """Raise DiffalignError unless the loaded policy adapter has this rank and alpha: a config must not say otherwise."""
+    """Raise DiffalignError unless the loaded policy adapter is what the config says: same rank, alpha and targets."""
     config: Any = vars(trunk)["peft_config"][POLICY]
     if (config.r, float(config.lora_alpha)) != (rank, float(alpha)) or config.rank_pattern or config.alpha_pattern:
         if config.rank_pattern or config.alpha_pattern:

@@ -28,10 +28,11 @@ def set_attention(model: nn.Module, kind: str) -> None:
     if kind == "xformers":
         _require_xformers()
     plain, joint = _processors(kind)
+    trunk: Any = model
     exchanged = {}
-    for name, processor in model.attn_processors.items():  # type: ignore[operator]  # diffusers' own property
+    for name, processor in trunk.attn_processors.items():
         exchanged[name] = joint() if "Joint" in type(processor).__name__ else plain()
-    model.set_attn_processor(exchanged)  # type: ignore[operator]  # diffusers' own method
+    trunk.set_attn_processor(exchanged)
 
 
 def _require_xformers() -> None:
@@ -46,7 +47,7 @@ def _require_xformers() -> None:
 
 
 def _processors(kind: str) -> tuple[type, type]:
-    """Processor classes for plain attention (UNet; cross-attention of SD3.5's second branch) and joint attention (SD3)."""
+    """Processor classes for plain attention (UNet) and for joint attention (SD3)."""
     from diffusers.models.attention_processor import (
         AttnProcessor2_0,
         JointAttnProcessor2_0,
@@ -65,12 +66,12 @@ def _processors(kind: str) -> tuple[type, type]:
 def _flash(processor: Any) -> type:
     """A subclass that allows only the flash kernel while it runs.
 
-    The restriction sits in the processor rather than around the model, because gradient checkpointing runs the processor
-    again during backward, outside any context the caller held open.
+    The restriction sits in the processor rather than around the model, because gradient checkpointing runs the
+    processor again during backward, outside any context the caller held open.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    class FlashAttention(processor):  # type: ignore[misc]  # the base class is an argument
+    class FlashAttention(processor):
         # diffusers reads the signature of __call__ to decide which arguments to pass; `wraps` hands it on.
         @functools.wraps(processor.__call__)
         def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -81,7 +82,7 @@ def _flash(processor: Any) -> type:
                     if "No available kernel" not in str(error):
                         raise
                     raise DiffalignError(
-                        "model.attention: torch's flash kernel cannot run here (it needs CUDA with bfloat16 or float16); "
+                        "model.attention: torch's flash kernel cannot run here (on CUDA it needs bfloat16 or float16); "
                         "set train.mixed_precision: bf16 or attention: sdpa"
                     ) from error
 

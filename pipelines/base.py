@@ -1,42 +1,34 @@
 """The backbone: one interface over the diffusers pipelines. Families subclass it in their own files.
 
-Lives of the weights: the trunk (UNet or transformer) is what trains; text encoders and VAE are always frozen. After
-`add_lora` the policy is an adapter in float32 and the reference the bare base (or a second, frozen adapter); after
-`enable_full` the policy is the trunk itself in float32 and the reference a frozen copy.
+The trunk (UNet or transformer) is what trains (`tuning.py`); text encoders and VAE are always frozen.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines import adapters
 from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.tuning import Tunable
 
 if TYPE_CHECKING:
     from diffalign.pipelines.loading import Source
 
-ROLES = ("policy", "reference")
 
-
-class Backbone:
+class Backbone(Tunable):
     """A text-to-image model: encode, predict, sample, adapt, save. Build it with `load_backbone`.
 
     Latents are [B, C, h, w] float32, scaled as the trunk expects them; times are those of `process`.
     """
 
     family: ClassVar[str]
-    trunk_name: ClassVar[str]
-    lora_targets: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -62,29 +54,17 @@ class Backbone:
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         self.trunk: nn.Module = self.pipeline_trunk
-        """The policy's trunk."""
+        self._model: Any = self.trunk
         set_attention(self.trunk, attention)
         if gradient_checkpointing:
-            self.trunk.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
+            self._model.enable_gradient_checkpointing()
         self.vae_scale_factor: int = pipeline.vae_scale_factor
         self._vae_config: Any = pipeline.vae.config
-        self._config: Any = self.trunk.config
-        self._full_reference: nn.Module | None = None
-        self.tuning: str | None = None
-        """None, "lora" or "full"."""
+        self._config: Any = self._model.config
 
     # --- what a family defines ---------------------------------------------------------------------------------
 
     def build_process(self, scheduler: Any) -> NoiseProcess:
-        raise NotImplementedError
-
-    @property
-    def pipeline_trunk(self) -> nn.Module:
-        """The trunk that the pipeline samples with now (the reference's inside `role("reference")`)."""
-        raise NotImplementedError
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
         raise NotImplementedError
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -154,7 +134,7 @@ class Backbone:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> latents [B, C, H/f, W/f] float32 on the backbone's device: posterior mean."""
+        """Pixels [B, 3, H, W] in [0, 1] -> latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""
         self._require_encoders()
         side = self.vae_scale_factor
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] % side or pixels.shape[3] % side:
@@ -193,24 +173,21 @@ class Backbone:
     ) -> Tensor:
         """The network's native prediction (epsilon, v or velocity), [N, C, h, w] float32, differentiable.
 
-        noisy [N, C, h, w]; t [N] in the process's units; conditioning from `encode_prompts`, each [N, ...]. Runs under the
-        current role, inside torch.autocast or without. `module` stands in for the policy's trunk (a DDP wrapper of it).
+        noisy [N, C, h, w]; t [N] in the process's units; conditioning from `encode_prompts`, each [N, ...]. Runs under
+        the current role, inside torch.autocast or without. `module` stands in for the policy's trunk (a DDP wrapper of
+        it).
         """
         active = self.pipeline_trunk
         if module is None:
             module = active
         elif active is not self.trunk:
             raise RuntimeError("predict: the reference is a copy of its own; pass no module inside role('reference')")
-        # The base's dtype, not that of the float32 LoRA weights within it. Autocast leaves inputs of non-matmul layers as
-        # they are, so they are cast in either case.
+        # The base's dtype, not that of the float32 LoRA weights within it. Autocast leaves inputs of non-matmul layers
+        # as they are, so they are cast in either case.
         dtype = self._base_dtype(active)
         inputs = {name: value.to(self.device, dtype) for name, value in conditioning.items()}
         time = self.process.model_time(t).to(self.device)
         return self.forward(module, noisy.to(self.device, dtype), time, inputs).float()
-
-    @staticmethod
-    def _base_dtype(trunk: nn.Module) -> torch.dtype:
-        return next(p.dtype for n, p in trunk.named_parameters() if ".lora_" not in n)
 
     @torch.no_grad()
     def sample(
@@ -227,9 +204,9 @@ class Backbone:
     ) -> Any:
         """Sample one image per prompt and seed through the diffusers pipeline, under the current role.
 
-        Image i depends on prompt i and seed i: its noise is what `torch.Generator().manual_seed(seed)` on the CPU gives a
-        plain diffusers pipeline. Seeds lie in [0, 2**32): torch's CPU generator reads no more bits. Returns PIL images, or a
-        float32 tensor for output_type "pt" ([B, 3, H, W] in [0, 1]) and "latent" ([B, C, h, w]).
+        Image i depends on prompt i and seed i: its noise is what `torch.Generator().manual_seed(seed)` on the CPU gives
+        a plain diffusers pipeline. Seeds lie in [0, 2**32): torch's CPU generator reads no more bits. Returns PIL
+        images, or a float32 tensor for output_type "pt" ([B, 3, H, W] in [0, 1]) and "latent" ([B, C, h, w]).
         """
         self._require_encoders()
         if len(prompts) != len(seeds) or not prompts:
@@ -241,6 +218,8 @@ class Backbone:
         outside = [s for s in seeds if not 0 <= s < 2**32]
         if outside:
             raise DiffalignError(f"sample: seed {outside[0]} is outside 0..2**32-1; larger ones would repeat silently")
+        if steps < 1:
+            raise DiffalignError(f"sample: {steps} sampling steps asked for; at least 1 is needed")
         height, width = height or self.default_resolution, width or self.default_resolution
         side = self.vae_scale_factor
         if height % side or width % side:
@@ -272,130 +251,6 @@ class Backbone:
         return self.pipeline.image_processor.postprocess(
             pixels, output_type="pil", do_denormalize=[False] * len(pixels)
         )
-
-    # --- adapt -------------------------------------------------------------------------------------------------
-
-    def add_lora(
-        self,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str] | None = None,
-        seed: int = 0,
-        init: str | Path | None = None,
-    ) -> None:
-        """Train a LoRA: the policy is an adapter in float32, the reference the bare base.
-
-        `targets`: names of layers (None: the family's attention projections). `init`: start from a saved LoRA, which also
-        becomes the frozen reference; its rank and alpha must be those given. Raises DiffalignError for targets that match
-        nothing and for a LoRA that does not fit.
-        """
-        self._require_untuned()
-        if init is None:
-            adapters.add_adapter(self.trunk, rank, alpha, tuple(targets or self.lora_targets), seed)
-        else:
-            for name in (adapters.REFERENCE, adapters.POLICY):
-                adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, init, name)
-            adapters.check_rank(self.trunk, init, rank, alpha, targets)
-            self._activate_policy()
-        self.tuning = "lora"
-
-    def _activate_policy(self) -> None:
-        """Only the policy adapter is active and trainable. Called outside any graph, so switching is safe here."""
-        self.trunk.set_adapter(adapters.POLICY)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
-        for name, parameter in self.trunk.named_parameters():
-            parameter.requires_grad_(f".{adapters.POLICY}." in name and ".lora_" in name)
-
-    def enable_full(self, *, keep_reference: bool = True, init: str | Path | None = None) -> None:
-        """Train the whole trunk in float32. The reference is a frozen copy in the dtype that was loaded.
-
-        `keep_reference=False` saves that copy for methods that need none. `init`: start policy and reference from a folder
-        that `save_weights` wrote.
-        """
-        self._require_untuned()
-        if init is not None:
-            self.load_weights(init)
-        if keep_reference:
-            self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
-        self.trunk.float().requires_grad_(True)
-        self.tuning = "full"
-
-    def _require_untuned(self) -> None:
-        if self.tuning is not None or adapters.has_adapter(self.trunk, adapters.POLICY):
-            raise RuntimeError("this backbone already has trained weights; load a fresh one")
-
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        """Run as "policy" or "reference" inside the block, for `predict` and `sample`.
-
-        No requires_grad changes and no autograd state is touched, so a graph built before or after keeps its gradients. Run
-        backward outside a reference block: gradient checkpointing repeats the forward there, under the role of that moment.
-        """
-        if name not in ROLES:
-            raise ValueError(f"unknown role '{name}'; choose one of {', '.join(ROLES)}")
-        if self.tuning == "full":
-            module = self.trunk if name == "policy" else self._full_reference
-            if module is None:
-                raise DiffalignError("the reference was not kept (enable_full with keep_reference=False)")
-            before = self.pipeline_trunk
-            self.pipeline_trunk = module
-            try:
-                yield
-            finally:
-                self.pipeline_trunk = before
-            return
-        with self._adapter_role(name):
-            yield
-
-    def _adapter_role(self, name: str) -> AbstractContextManager[None]:
-        if not adapters.has_adapter(self.trunk, adapters.POLICY):
-            return nullcontext()
-        if name == "policy":
-            return adapters.use_adapter(self.trunk, adapters.POLICY)
-        second = adapters.has_adapter(self.trunk, adapters.REFERENCE)
-        return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, float32, by stable name, sorted."""
-        return dict(sorted((n, p) for n, p in self.trunk.named_parameters() if p.requires_grad))
-
-    # --- save and load -----------------------------------------------------------------------------------------
-
-    def save_weights(self, folder: str | Path) -> None:
-        """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if adapters.has_adapter(self.trunk, adapters.POLICY):
-            weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
-            self.pipeline.save_lora_weights(
-                folder,
-                **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
-            )
-        else:
-            self.trunk.save_pretrained(folder / self.trunk_name)  # type: ignore[operator]  # diffusers' ModelMixin
-
-    def load_weights(self, folder: str | Path) -> None:
-        """Put weights that `save_weights` (or diffusers) wrote into the policy. Raises DiffalignError if they do not fit."""
-        folder = Path(folder)
-        if not folder.exists():
-            raise DiffalignError(f"no weights at {folder}: the folder does not exist")
-        if (folder / self.trunk_name / "config.json").is_file():
-            self._load_full(folder / self.trunk_name)
-            return
-        adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, folder, adapters.POLICY)
-        self._activate_policy()
-        if self.tuning != "lora":
-            self.trunk.requires_grad_(False)
-
-    def _load_full(self, folder: Path) -> None:
-        from safetensors import SafetensorError
-
-        kind: Any = type(self.trunk)
-        try:
-            loaded = kind.from_pretrained(folder, dtype=self._base_dtype(self.trunk), use_safetensors=True)
-            self.trunk.load_state_dict(loaded.state_dict())
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise DiffalignError(f"{folder}: these weights do not fit the model ({first})") from error
 
     def drop_encoders(self) -> None:
         """Free VAE and text encoders: with latents and embeddings cached, training needs only the trunk."""

@@ -18,6 +18,7 @@ from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
+from diffalign.pipelines.tuning import quiet_progress
 
 BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion15,
@@ -41,8 +42,11 @@ class Source:
     absent: dict[str, None] = field(default_factory=dict)
 
     def fingerprint(self, *more: str) -> str:
-        """16 hex digits over configs and weights. Weights enter by name, size and samples of their bytes, so that a model
-        trained anew in the same folder is another one, and a large one takes no minutes to read."""
+        """16 hex digits over configs and weights.
+
+        Weights enter by name, size and samples of their bytes: a model trained anew in the same folder is another one,
+        and a large one takes no minutes to read.
+        """
         digest = hashlib.sha256("\0".join([self.path, str(self.revision), str(self.variant), *more]).encode())
         for file in sorted(self.folder.rglob("*")):
             name = file.relative_to(self.folder)
@@ -97,7 +101,8 @@ def load_backbone(
         folder = download(path, commit, variant, token, absent)
     source = Source(path, folder, commit, variant, absent)
     _check_files(source, components)
-    pipeline = _load_pipeline(source, name, dtype)
+    with quiet_progress():
+        pipeline = _load_pipeline(source, name, dtype)
     return BACKBONES[name](
         pipeline,
         source,

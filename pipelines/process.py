@@ -84,8 +84,8 @@ class NoiseProcess:
     ) -> Tensor:
         """Turn uniform draws u [B] float64 in (0, 1) into times [B] float32; larger u is noisier.
 
-        `logit_normal`: sigmoid(mean + std z) with z normal (Esser et al. 2024, eq. 19). `shift` > 1 moves towards noise,
-        t -> shift t / (1 + (shift - 1) t) (their eq. 23). Raises DiffalignError for an unknown sampler.
+        `logit_normal`: sigmoid(mean + std z) with z normal (Esser et al. 2024, eq. 19). `shift` > 1 moves them towards
+        noise: t -> shift t / (1 + (shift - 1) t) (their eq. 23). Raises DiffalignError for an unknown sampler.
         """
         fraction = u.to(torch.float64).clamp(2.0**-53, 1.0 - 2.0**-53)
         if sampler == "logit_normal":
@@ -142,7 +142,7 @@ class Diffusion(NoiseProcess):
         # Euler schedulers store 2^-24 instead of 0.
         if prediction_type == "epsilon" and (zero_snr or float(self.alphas_cumprod[-1]) < 1e-7):
             raise DiffalignError(
-                "scheduler: zero terminal SNR (rescale_betas_zero_snr) cannot be combined with prediction_type epsilon; "
+                "scheduler: zero terminal SNR (rescale_betas_zero_snr) cannot go with prediction_type epsilon; "
                 "use a v_prediction model or set rescale_betas_zero_snr to false in scheduler_config.json"
             )
         if spacing not in ("leading", "trailing", "linspace"):

@@ -24,12 +24,9 @@ def diffusion_process(scheduler: Any) -> Diffusion:
             f"scheduler: {name} has no alphas_cumprod; only discrete epsilon and v schedulers are supported"
         )
     euler = "Euler" in name
-    if euler:
-        final = 1.0
-    elif config.get("set_alpha_to_one", True):
-        final = 1.0
-    else:
-        final = float(scheduler.alphas_cumprod[0])
+    # Euler ends at sigma 0; DDIM and PNDM decide by `set_alpha_to_one`.
+    clean = euler or config.get("set_alpha_to_one", True)
+    final = 1.0 if clean else float(scheduler.alphas_cumprod[0])
     spacing = config.get("timestep_spacing", "leading")
     return Diffusion(
         scheduler.alphas_cumprod,
@@ -53,7 +50,8 @@ class _UNetBackbone(Backbone):
 
     @property
     def pipeline_trunk(self) -> nn.Module:
-        return self.pipeline.unet  # type: ignore[no-any-return]
+        trunk: nn.Module = self.pipeline.unet
+        return trunk
 
     @pipeline_trunk.setter
     def pipeline_trunk(self, module: nn.Module) -> None:
@@ -80,7 +78,8 @@ class StableDiffusion15(_UNetBackbone):
 class StableDiffusionXL(_UNetBackbone):
     """StableDiffusionXLPipeline. Conditioning: prompt_embeds [B, L, D1 + D2] and pooled_prompt_embeds [B, D2].
 
-    Micro-conditioning (Podell et al. 2023, section 2.2): original and target size are the image's own, the crop is 0, 0.
+    Micro-conditioning (Podell et al. 2023, section 2.2): original and target size are the image's own, the crop is 0,
+    0.
     """
 
     family: ClassVar[str] = "sdxl"

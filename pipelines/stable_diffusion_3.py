@@ -44,7 +44,8 @@ class StableDiffusion3(Backbone):
 
     @property
     def pipeline_trunk(self) -> nn.Module:
-        return self.pipeline.transformer  # type: ignore[no-any-return]
+        trunk: nn.Module = self.pipeline.transformer
+        return trunk
 
     @pipeline_trunk.setter
     def pipeline_trunk(self, module: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Builders of tiny, random, but genuine diffusers checkpoints. A forward pass takes milliseconds.
 
 Each writes a folder with `save_pretrained` and returns its path. The VAE shrinks 8x (four blocks); images are 64 x 64,
-latents 8 x 8. The tokenizers hold 256 byte symbols (each also as a word end) and two special tokens, so they take any text.
+latents 8 x 8. The tokenizers hold 256 byte symbols (each also as a word end) and two special tokens, so they take any
+text.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def sdxl(
 
 
 def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0) -> Path:
-    """SD3: two CLIP encoders and, if asked, T5. Without T5 its model_index.json holds [null, null], as users have it."""
+    """SD3: two CLIP encoders and, if asked, T5. Without it model_index.json holds [null, null], as users have it."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 

@@ -1,0 +1,196 @@
+"""Tune a trunk: LoRA or full, its roles, its weights on disk.
+
+After `add_lora` the policy is an adapter in float32 and the reference the bare base (or a second, frozen adapter).
+After `enable_full` the policy is the trunk itself in float32 and the reference a frozen copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines import adapters
+
+ROLES = ("policy", "reference")
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Keep diffusers' and transformers' progress bars off the terminal; they have a switch each."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    # Two calls each, not a loop: the modules only look alike.
+    shown = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            diffusers_logging.enable_progress_bar()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()
+
+
+class Tunable:
+    """The half of a backbone that concerns trained weights."""
+
+    trunk_name: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    pipeline: Any
+    trunk: nn.Module
+    """The policy's trunk."""
+    _model: Any
+    """The same module, for what diffusers' ModelMixin adds to nn.Module."""
+    tuning: str | None = None
+    """None, "lora" or "full"."""
+    _full_reference: nn.Module | None = None
+
+    @property
+    def pipeline_trunk(self) -> nn.Module:
+        """The trunk that the pipeline samples with now (the reference's inside `role("reference")`)."""
+        raise NotImplementedError
+
+    @pipeline_trunk.setter
+    def pipeline_trunk(self, module: nn.Module) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _base_dtype(trunk: nn.Module) -> torch.dtype:
+        return next(p.dtype for n, p in trunk.named_parameters() if ".lora_" not in n)
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] | None = None,
+        seed: int = 0,
+        init: str | Path | None = None,
+    ) -> None:
+        """Train a LoRA: the policy is an adapter in float32, the reference the bare base.
+
+        `targets`: names of layers (None: the family's attention projections). `init`: start from a saved LoRA, which
+        also becomes the frozen reference; its rank and alpha must be those given. Raises DiffalignError for targets
+        that match nothing and for a LoRA that does not fit.
+        """
+        self._require_untuned()
+        if init is None:
+            adapters.add_adapter(self.trunk, rank, alpha, tuple(targets or self.lora_targets), seed)
+        else:
+            for name in (adapters.REFERENCE, adapters.POLICY):
+                adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, init, name)
+            adapters.check_rank(self.trunk, init, rank, alpha, targets)
+            self._activate_policy()
+        self.tuning = "lora"
+
+    def _activate_policy(self) -> None:
+        """Only the policy adapter is active and trainable. Called outside any graph, so switching is safe here."""
+        self._model.set_adapter(adapters.POLICY)
+        for name, parameter in self.trunk.named_parameters():
+            parameter.requires_grad_(f".{adapters.POLICY}." in name and ".lora_" in name)
+
+    def enable_full(self, *, keep_reference: bool = True, init: str | Path | None = None) -> None:
+        """Train the whole trunk in float32. The reference is a frozen copy in the dtype that was loaded.
+
+        `keep_reference=False` saves that copy for methods that need none. `init`: start policy and reference from a
+        folder that `save_weights` wrote.
+        """
+        self._require_untuned()
+        if init is not None:
+            self.load_weights(init)
+        if keep_reference:
+            self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
+        self.trunk.float().requires_grad_(True)
+        self.tuning = "full"
+
+    def _require_untuned(self) -> None:
+        if self.tuning is not None or adapters.has_adapter(self.trunk, adapters.POLICY):
+            raise RuntimeError("this backbone already has trained weights; load a fresh one")
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Run as "policy" or "reference" inside the block, for `predict` and `sample`.
+
+        No requires_grad changes and no autograd state is touched, so a graph built before or after keeps its gradients.
+        Run backward outside a reference block: gradient checkpointing repeats the forward there, under the role of that
+        moment.
+        """
+        if name not in ROLES:
+            raise ValueError(f"unknown role '{name}'; choose one of {', '.join(ROLES)}")
+        if self.tuning == "full":
+            module = self.trunk if name == "policy" else self._full_reference
+            if module is None:
+                raise DiffalignError("the reference was not kept (enable_full with keep_reference=False)")
+            before = self.pipeline_trunk
+            self.pipeline_trunk = module
+            try:
+                yield
+            finally:
+                self.pipeline_trunk = before
+            return
+        with self._adapter_role(name):
+            yield
+
+    def _adapter_role(self, name: str) -> AbstractContextManager[None]:
+        if not adapters.has_adapter(self.trunk, adapters.POLICY):
+            return nullcontext()
+        if name == "policy":
+            return adapters.use_adapter(self.trunk, adapters.POLICY)
+        second = adapters.has_adapter(self.trunk, adapters.REFERENCE)
+        return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, float32, by stable name, sorted."""
+        return dict(sorted((n, p) for n, p in self.trunk.named_parameters() if p.requires_grad))
+
+    # --- save and load -----------------------------------------------------------------------------------------
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if adapters.has_adapter(self.trunk, adapters.POLICY):
+            weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
+            self.pipeline.save_lora_weights(
+                folder,
+                **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
+            )
+        else:
+            with quiet_progress():
+                self._model.save_pretrained(folder / self.trunk_name)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Put weights that `save_weights` or diffusers wrote into the policy: for inference, or before training.
+
+        Raises DiffalignError if there are none, or if they do not fit.
+        """
+        folder = Path(folder)
+        if not folder.exists():
+            raise DiffalignError(f"no weights at {folder}: the folder does not exist")
+        if (folder / self.trunk_name / "config.json").is_file():
+            self._load_full(folder / self.trunk_name)
+            return
+        adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, folder, adapters.POLICY)
+        self._activate_policy()
+        if self.tuning != "lora":
+            self.trunk.requires_grad_(False)
+
+    def _load_full(self, folder: Path) -> None:
+        from safetensors import SafetensorError
+
+        kind: Any = type(self.trunk)
+        try:
+            loaded = kind.from_pretrained(folder, dtype=self._base_dtype(self.trunk), use_safetensors=True)
+            self.trunk.load_state_dict(loaded.state_dict())
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise DiffalignError(f"{folder}: these weights do not fit the model ({first})") from error
