@@ -102,7 +102,8 @@ def train_vae(images: np.ndarray, settings: PretrainSettings, say: Say) -> Autoe
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
     """Posterior means [N, 16, 8, 8], neither shifted nor scaled."""
-    return torch.cat([vae.encode(to_pixels(images[i : i + batch])).latent_dist.mode() for i in range(0, len(images), batch)])
+    parts = [vae.encode(to_pixels(images[i : i + batch])).latent_dist.mode() for i in range(0, len(images), batch)]
+    return torch.cat(parts).contiguous()
 
 
 def prepare(folder: Path, settings: PretrainSettings, say: Say) -> tuple[AutoencoderKL, list[Metadata], Tensor]:

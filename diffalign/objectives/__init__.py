@@ -1,0 +1,28 @@
+"""Objectives: pure functions of prediction errors, one file per paper. This package imports torch and nothing else."""
+
+from diffalign.objectives.base import (
+    GroupErrors,
+    Objective,
+    ObjectiveOutput,
+    best_and_worst,
+    check_labels,
+    has_preference,
+    ranking,
+)
+from diffalign.objectives.dpo import DiffusionDPO
+from diffalign.objectives.sft import SFT
+
+OBJECTIVES: dict[str, type] = {"dpo": DiffusionDPO, "sft": SFT}
+
+__all__ = [
+    "OBJECTIVES",
+    "SFT",
+    "DiffusionDPO",
+    "GroupErrors",
+    "Objective",
+    "ObjectiveOutput",
+    "best_and_worst",
+    "check_labels",
+    "has_preference",
+    "ranking",
+]

@@ -1,0 +1,101 @@
+"""What an objective sees and gives back: the seam between papers and the training loop.
+
+A group is K images of one prompt. Errors are mean squared errors of a prediction over the latent's elements, so every
+beta in this package belongs to the *mean* reduction.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+LabelKind = Literal["vote_share", "score", "role", "none"]
+Members = Literal["all", "best_worst", "best"]
+
+
+@dataclass(frozen=True)
+class GroupErrors:
+    """A batch of B groups of K images; all fields are [B, K] unless said otherwise.
+
+    policy_error: squared error of the policy's prediction, mean over the latent's elements.
+    reference_error: the same for the reference; None where the objective has `needs_reference = False`.
+    rewards: labels, higher is better.
+    mask: [B], False where a group has fewer than K images.
+    order: a seeded random permutation of 0..K-1 in each group, used only to break ties.
+    prediction_gap: mean squared difference of policy and reference predictions, where `needs_gap`.
+    role: 1 for a real image, 0 for a generated one, where `label_kind` is "role".
+    time: [B], the noise level shared by the group.
+    """
+
+    policy_error: Tensor
+    reference_error: Tensor | None = None
+    rewards: Tensor | None = None
+    mask: Tensor | None = None
+    order: Tensor | None = None
+    prediction_gap: Tensor | None = None
+    role: Tensor | None = None
+    time: Tensor | None = None
+
+    @property
+    def advantage(self) -> Tensor:
+        """d = policy_error - reference_error, [B, K]: LOWER means that the policy likes the image more."""
+        if self.reference_error is None:
+            raise ValueError("this objective compares with a reference: reference_error is missing")
+        return self.policy_error - self.reference_error
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """loss: [B], one number per group; metrics: values of [B] that the trainer averages and logs."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A frozen dataclass of hyperparameters with one call."""
+
+    needs_reference: ClassVar[bool]
+    needs_gap: ClassVar[bool]
+    label_kind: ClassVar[LabelKind]
+    members: ClassVar[Members]
+    """Which images of a group the loss depends on; the trainer spares the forward passes of the others."""
+
+    def __call__(self, group: GroupErrors) -> ObjectiveOutput: ...
+
+
+def _labels(group: GroupErrors) -> Tensor:
+    if group.rewards is None:
+        raise ValueError("this objective ranks the images of a group: rewards are missing")
+    return group.rewards
+
+
+def ranking(group: GroupErrors) -> Tensor:
+    """Indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position."""
+    rewards = _labels(group)
+    order = group.order if group.order is not None else torch.arange(rewards.shape[1]).expand_as(rewards)
+    by_order = order.to(rewards.device).argsort(dim=1)
+    ranked = rewards.gather(1, by_order).argsort(dim=1, descending=True, stable=True)
+    return by_order.gather(1, ranked)
+
+
+def best_and_worst(group: GroupErrors) -> tuple[Tensor, Tensor]:
+    """Indices [B, 1] of the best and the worst image of each group; ties by `order`."""
+    ranked = ranking(group)
+    return ranked[:, :1], ranked[:, -1:]
+
+
+def has_preference(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Whether a group states a strict preference at all, [B]; a group with a NaN label or masked out does not."""
+    spread = rewards.amax(dim=1) > rewards.amin(dim=1)
+    known = torch.isfinite(rewards).all(dim=1) & spread
+    return known if mask is None else known & mask
+
+
+def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:
+    """What is wrong with labels [B, K] for an objective of this kind, or None."""
+    known = rewards[torch.isfinite(rewards)]
+    if kind == "vote_share" and known.numel() and (known.min() < 0 or known.max() > 1):
+        return f"vote shares lie in [0, 1], but labels reach from {known.min():.4g} to {known.max():.4g}"
+    return None

@@ -1,0 +1,21 @@
+"""Supervised fine-tuning on the best image of each group: the baseline that every preference method must beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
+
+
+@dataclass(frozen=True)
+class SFT:
+    """The policy's denoising error on the best image."""
+
+    needs_reference: ClassVar[bool] = False
+    needs_gap: ClassVar[bool] = False
+    label_kind: ClassVar[LabelKind] = "score"
+    members: ClassVar[Members] = "best"
+
+    def __call__(self, group: GroupErrors) -> ObjectiveOutput:
+        best, _ = best_and_worst(group)
+        error = group.policy_error.gather(1, best).squeeze(1)
+        return ObjectiveOutput(error, {"winner_error": error})

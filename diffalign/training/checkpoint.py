@@ -1,0 +1,155 @@
+"""Checkpoints: everything an exact resume needs, in safetensors and JSON, written beside and renamed.
+
+checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffalign.errors import DiffalignError
+
+_NAME = re.compile(r"step-(\d{8})")
+# Keys that a run may change when it goes on; all others would make it another run.
+FREE_KEYS = ("run_dir", "tracking", "checkpoint", "train.log_every", "train.steps", "model.token", "data.cache")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What is saved: `step` optimiser steps are done."""
+
+    step: int
+    policy: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+    scaler: Any = None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's per-parameter state as tensors and plain numbers, both named `index/key`."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, entries in state.items():
+        for key, value in entries.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{index}/{key}"] = value
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scalars
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], keep: int) -> Path:
+    """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were."""
+    folder = run_dir / "checkpoints"
+    final, part = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.part"
+    tensors, scalars = _flatten(state.optimizer.state_dict()["state"])
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.state_dict()["param_groups"]]
+    record = {
+        "step": state.step,
+        "config": config,
+        "optimizer": {"scalars": scalars, "groups": groups},
+        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.policy.items()}, part / "policy.safetensors")
+        save_file(tensors, part / "optimizer.safetensors")
+        if state.ema is not None:
+            save_file({k: v.cpu().contiguous() for k, v in state.ema.items()}, part / "ema.safetensors")
+        (part / "state.json").write_text(json.dumps(record, indent=1))
+        _sync(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _sync(folder)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        # safetensors reports a full disk as an error of its own type with the system's words in it.
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full:
+            raise
+        last = checkpoints(run_dir)
+        raise DiffalignError(
+            f"no space left on the disk of {run_dir} at step {state.step}; the last complete checkpoint is "
+            f"{last[-1] if last else 'none'}: free some space and run the same command again"
+        ) from error
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested config as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def check_same_run(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another config, naming what differs."""
+    before, now = flat(stored), flat(config)
+    different = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    ]
+    # The schedule's shape hangs on the number of steps; a constant one can simply go on.
+    if before.get("train.steps") != now.get("train.steps") and now.get("optimizer.schedule") != "constant":
+        different.append("train.steps")
+    if different:
+        key = different[0]
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise DiffalignError(
+            f"{path} belongs to another config: {key} was {before.get(key)!r}, is now {now.get(key)!r}{more}; "
+            "choose another run_dir, or restore the old value to go on"
+        )
+
+
+def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> int:
+    """Put a checkpoint into policy, optimiser and average, in place; returns its step."""
+    try:
+        record = json.loads((path / "state.json").read_text())
+        policy = load_file(path / "policy.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
+        averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
+    except (OSError, ValueError) as error:
+        raise DiffalignError(f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before") from error
+    check_same_run(path, record["config"], config)
+    with torch.no_grad():
+        for name, parameter in state.policy.items():
+            parameter.copy_(policy[name])
+        for name, average in (state.ema or {}).items():
+            average.copy_(averages[name])
+    entries: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **record["optimizer"]["scalars"]}.items():
+        index, key = name.split("/", 1)
+        entries.setdefault(int(index), {})[key] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    restored = [{**stored, "params": g["params"]} for stored, g in zip(record["optimizer"]["groups"], groups, strict=True)]
+    state.optimizer.load_state_dict({"state": entries, "param_groups": restored})
+    if state.scaler is not None and record["scaler"]:
+        state.scaler.load_state_dict(record["scaler"])
+    return int(record["step"])

@@ -1,0 +1,239 @@
+"""The training loop, from top to bottom.
+
+One optimiser step: `groups_per_step` groups are drawn by a seeded order, cut over processes and micro-batches, and
+
+    loss of the step = sum over its groups of weight * loss / groups_per_step
+
+so neither accumulation nor the number of processes can change it. The same command run again goes on from the newest
+complete checkpoint, bit for bit on the same machine.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.objectives import OBJECTIVES, Objective
+from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
+from diffalign.training.optim import build_optimizer, learning_rate
+from diffalign.training.order import groups_for_step
+from diffalign.training.preference import StepOutput, make_draws, preference_step
+from diffalign.training.progress import TrainProgress, peak_memory
+from diffalign.training.tracking import Metrics
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """run_dir/weights holds the trained weights after `step` steps; metrics are those of the last logged step."""
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, float]
+
+
+def build_objective(section: Any) -> Objective:
+    """The objective that a config's `objective` section names."""
+    fields = section.model_dump()
+    return OBJECTIVES[fields.pop("name")](**fields)
+
+
+def start_accelerator(config: Any) -> Accelerator:
+    """accelerate's view of device and processes, checked against what the launcher started."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = config.train.mixed_precision
+    if precision == "auto":
+        precision = "no" if cpu else "bf16"
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        # Otherwise each process would believe it is alone, and all would write the same files.
+        raise DiffalignError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; on a machine without a GPU "
+            "set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    return accelerator
+
+
+def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
+    """Make the policy trainable; returns whether it equals the reference by construction."""
+    tune = config.tune
+    if tune.kind == "lora":
+        backbone.add_lora(tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init)
+        return True
+    backbone.enable_full(keep_reference=objective.needs_reference)
+    # The policy trains in float32; a reference kept in half precision rounds differently.
+    return bool(backbone.dtype == torch.float32)
+
+
+def train(config: Any, *, backbone: Any, source: Any, say: Say = print, accelerator: Accelerator | None = None) -> TrainResult:
+    """Train `backbone` on `source` as `config` (a TrainConfig) says; writes everything into `config.run_dir`.
+
+    `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.cache.TrainingSource`).
+    Raises DiffalignError for a checkpoint of another config, for losses that are not finite, and for a full disk.
+    """
+    # ---- Set-up ------------------------------------------------------------------------------------------------------
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    accelerator = accelerator or start_accelerator(config)
+    main = accelerator.is_main_process
+    run_dir, steps = Path(config.run_dir), config.train.steps
+    objective = build_objective(config.objective)
+    per_process, rest = divmod(config.train.groups_per_step, accelerator.num_processes)
+    if rest or per_process % min(config.train.micro_batch, per_process):
+        raise DiffalignError(
+            f"train.groups_per_step={config.train.groups_per_step} cannot be cut into micro-batches of "
+            f"{config.train.micro_batch} groups over {accelerator.num_processes} processes; make it a multiple of their product"
+        )
+    micro = min(config.train.micro_batch, per_process)
+    same_at_start = prepare_policy(config, backbone, objective)
+    backbone.trunk.train()
+    policy = backbone.trainable()
+    optimizer = build_optimizer(config.optimizer, policy.values())
+    ema = {k: p.detach().clone() for k, p in policy.items()} if config.train.ema_decay else None
+    state = TrainState(0, policy, optimizer, ema, accelerator.scaler)
+    plain_config = config.model_dump(mode="json")
+
+    # ---- Resume ------------------------------------------------------------------------------------------------------
+    saved = checkpoints(run_dir)
+    first = load_checkpoint(saved[-1], state, plain_config) if saved else 0
+    if first > steps:
+        raise DiffalignError(f"{run_dir} has {first} steps already; train.steps={steps} would go back: choose another run_dir")
+    if first and main:
+        say(f"going on from {saved[-1]}")
+    module, optimizer = accelerator.prepare(backbone.trunk, optimizer)
+    metrics_log = None
+    if main:
+        tracking = config.tracking
+        metrics_log = Metrics(run_dir, tracking.trackers, tracking.project, plain_config, first)
+    row: dict[str, float] = {}
+
+    # ---- Steps -------------------------------------------------------------------------------------------------------
+    with TrainProgress(first, steps, say, show=main) as progress:
+        for step in range(first, steps):
+            started = time.monotonic()
+            rate = learning_rate(config.optimizer, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            indices = groups_for_step(len(source), config.train.groups_per_step, step, config.seed)
+            mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+            starts = mine[::micro]
+            totals: dict[str, Tensor] = {}
+
+            # ---- Forward and backward, micro-batch by micro-batch ----
+            for start in starts:
+                slots = list(range(start, start + micro))
+                batch = source.batch([indices[s] for s in slots])
+                draws = make_draws(config, backbone.process, step, slots, batch.group_ids, batch.latents.shape)
+                last = start == starts[-1]
+                with nullcontext() if last else accelerator.no_sync(module):
+                    with accelerator.autocast():
+                        result = preference_step(config, objective, backbone, batch, draws, source.unconditional, module)
+                    share = (result.weight * result.output.loss).sum() / config.train.groups_per_step
+                    if step == 0 and same_at_start:
+                        _check_margin(result)
+                    _check_finite(result, share, step, batch.group_ids, run_dir)
+                    # DDP averages gradients over processes; the step's loss is their sum.
+                    accelerator.backward(share * accelerator.num_processes)
+                _add(totals, result, share)
+
+            # ---- Update ----
+            norm = accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm)
+            if not torch.isfinite(norm) and accelerator.scaler is None:
+                raise _not_finite("gradient norm", float(norm), step, [source.group_ids[i] for i in indices], run_dir)
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                decay = config.train.ema_decay
+                torch._foreach_lerp_(list(ema.values()), [p.detach() for p in policy.values()], 1 - decay)
+
+            # ---- Log ----
+            done = step + 1
+            row = _metrics(accelerator, totals) | {"grad_norm": float(norm), "lr": rate}
+            if metrics_log and (done % config.train.log_every == 0 or done == steps):
+                metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+            progress.update(done, row)
+
+            # ---- Checkpoint ----
+            if done % config.checkpoint.every == 0 or done == steps:
+                if main:
+                    save_checkpoint(run_dir, TrainState(done, policy, _inner(optimizer), ema, accelerator.scaler), plain_config, config.checkpoint.keep)  # fmt: skip
+                accelerator.wait_for_everyone()
+
+    # ---- Weights for diffusers ---------------------------------------------------------------------------------------
+    if metrics_log:
+        metrics_log.close()
+    if main:
+        _save_weights(backbone, policy, ema, run_dir)
+    accelerator.wait_for_everyone()
+    return TrainResult(run_dir, steps, row)
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser inside accelerate's wrapper."""
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+
+
+def _save_weights(backbone: Any, policy: dict[str, Any], ema: dict[str, Tensor] | None, run_dir: Path) -> None:
+    """The averaged weights if an average is kept, else the last ones."""
+    with torch.no_grad():
+        for name, average in (ema or {}).items():
+            policy[name].copy_(average)
+    backbone.save_weights(run_dir / "weights")
+
+
+def _check_margin(result: StepOutput) -> None:
+    """Policy = reference by construction before the first update, so every error must agree to the last bit."""
+    errors = result.errors
+    if errors.reference_error is None:
+        return
+    difference = float((errors.policy_error - errors.reference_error).abs().max().detach())
+    if difference != 0.0:
+        raise DiffalignError(
+            f"before the first update policy and reference differ by {difference:.3g} in their error, but must be equal: "
+            "something other than the policy's weights changes between the two forward passes"
+        )
+
+
+def _not_finite(what: str, value: float, step: int, group_ids: list[str], run_dir: Path) -> DiffalignError:
+    saved = checkpoints(run_dir)
+    return DiffalignError(
+        f"the {what} is {value} at step {step + 1}, groups {', '.join(map(str, group_ids))}; the last good checkpoint is "
+        f"{saved[-1] if saved else 'none'}: look at these images and captions, or lower optimizer.lr or objective.beta"
+    )
+
+
+def _check_finite(result: StepOutput, share: Tensor, step: int, group_ids: list[str], run_dir: Path) -> None:
+    if not torch.isfinite(share):
+        finite = torch.isfinite(result.output.loss.detach()).tolist()
+        bad = [g for g, ok in zip(group_ids, finite, strict=True) if not ok]
+        raise _not_finite("loss", float(share), step, bad or group_ids, run_dir)
+
+
+def _add(totals: dict[str, Tensor], result: StepOutput, share: Tensor) -> None:
+    """Sums of a micro-batch: metrics over groups that count, and how many these are."""
+    new = {name: (result.weight * value).sum() for name, value in result.metrics.items()}
+    new |= {"loss": share.detach(), "_count": result.weight.sum(), "_groups": torch.ones_like(result.weight).sum()}
+    for name, value in new.items():
+        totals[name] = totals.get(name, torch.zeros_like(value)) + value
+
+
+def _metrics(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, float]:
+    """Global means: one reduction, one transfer."""
+    names = sorted(totals)
+    values = accelerator.reduce(torch.stack([totals[n].float() for n in names]), reduction="sum")
+    row = dict(zip(names, values.tolist(), strict=True))
+    count, groups = row.pop("_count"), row.pop("_groups")
+    means = {name: value if name == "loss" else value / max(count, 1.0) for name, value in row.items()}
+    return means | {"share_without_preference": 1.0 - count / groups}
+
+

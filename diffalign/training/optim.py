@@ -1,0 +1,50 @@
+"""Optimisers by name, and the learning rate as a function of the step (so that it needs no state to resume)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.errors import DiffalignError
+
+
+def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """`settings`: the `optimizer` section of a config. The learning rate is set anew before every step."""
+    parameters = list(parameters)
+    adam = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
+    if settings.name == "adamw":
+        return torch.optim.AdamW(parameters, **adam)
+    if settings.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'") from error
+        return AdamW8bit(parameters, **adam)
+    # transformers' Adafactor with an external rate, as the Diffusion-DPO authors train SDXL; torch.optim.Adafactor
+    # has other update rules.
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        parameters,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        relative_step=False,
+        scale_parameter=False,
+        warmup_init=False,
+    )
+
+
+def learning_rate(settings: Any, step: int, steps: int) -> float:
+    """Rate of step 0..steps-1: linear warm-up, then constant, or linear or cosine to 0 at `steps`."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return float(settings.lr * (step + 1) / warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[settings.schedule]
+    return float(settings.lr * factor)

@@ -1,0 +1,132 @@
+"""The preference step: from cached groups to an objective's loss and metrics.
+
+The reference's forward comes first, without gradient; then the policy's. Both see the same noisy latents, the same times
+and the same caption. Errors are taken in float32, whatever the model computes in.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.draws import draw, normal
+from diffalign.errors import DiffalignError
+from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, check_labels, has_preference, ranking
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a micro-batch of B groups of K images.
+
+    noise [B, K, C, h, w] float32; times [B] in the process's units; order [B, K] breaks ties; dropped [B] bool, groups
+    whose prompt is replaced by the empty one.
+    """
+
+    noise: Tensor
+    times: Tensor
+    order: Tensor
+    dropped: Tensor
+
+
+def make_draws(config: Any, process: Any, step: int, slots: list[int], group_ids: list[str], shape: torch.Size) -> Draws:
+    """Draws for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
+
+    The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
+    """
+    _, members, *latent = shape
+
+    def one(stream: str, slot: int, group: str, member: int | None = None) -> Any:
+        return draw(config.seed, stream, step=step, inner=slot, group=group, member=member)
+
+    noise, uniform, order, dropped = [], [], [], []
+    for slot, group in zip(slots, group_ids, strict=True):
+        if config.noise == "shared":
+            noise.append(normal(one("noise", slot, group), (1, *latent)).repeat(members, axis=0))
+        else:
+            each = [normal(one("noise", slot, group, m), (1, *latent)) for m in range(members)]
+            noise.append(torch.cat([torch.from_numpy(n) for n in each]).numpy())
+        uniform.append(one("time", slot, group).random())
+        order.append(one("order", slot, group).permutation(members))
+        dropped.append(bool(one("prompt_dropout", slot, group).random() < config.train.prompt_dropout))
+    times = process.draw_times(torch.tensor(uniform, dtype=torch.float64), **config.times.model_dump())
+    return Draws(
+        torch.stack([torch.from_numpy(n) for n in noise]),
+        times,
+        torch.stack([torch.from_numpy(o) for o in order]),
+        torch.tensor(dropped),
+    )
+
+
+def used_members(objective: Objective, rewards: Tensor, order: Tensor) -> Tensor:
+    """Indices [B, k] of the images that the objective's loss depends on."""
+    if objective.members == "all":
+        return torch.arange(rewards.shape[1]).expand_as(rewards)
+    ranked = ranking(GroupErrors(policy_error=rewards, rewards=rewards.nan_to_num(float("-inf")), order=order))
+    return ranked[:, :1] if objective.members == "best" else ranked[:, [0, -1]]
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over the latent's elements, [B, k, C, h, w] -> [B, k] float32."""
+    return (prediction.float() - target.float()).square().mean(dim=(2, 3, 4))
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """output: the objective's; weight [B]: 0 for groups that state no preference; errors and drift for the log."""
+
+    output: ObjectiveOutput
+    weight: Tensor
+    errors: GroupErrors
+    metrics: dict[str, Tensor]
+
+
+def preference_step(
+    config: Any, objective: Objective, backbone: Any, batch: Any, draws: Draws, unconditional: dict[str, Tensor], module: nn.Module
+) -> StepOutput:
+    """Loss and metrics of B groups, each of [B], with gradient to the policy."""
+    process = backbone.process
+    problem = check_labels(batch.rewards, objective.label_kind)
+    if problem:
+        raise DiffalignError(f"labels.source={config.labels.source}: {problem}; set labels.transform=votes")
+    chosen = used_members(objective, batch.rewards, draws.order)  # [B, k]
+    groups, k = chosen.shape
+    pick = chosen[:, :, None, None, None].expand(-1, -1, *batch.latents.shape[2:])
+    latents = batch.latents.gather(1, pick).flatten(0, 1).to(backbone.device)  # [B k, C, h, w]
+    noise = draws.noise.gather(1, pick).flatten(0, 1).to(backbone.device)
+    times = draws.times.repeat_interleave(k).to(backbone.device)
+    noisy, target = process.add_noise(latents, noise, times), process.target(latents, noise, times)
+    conditioning = {}
+    for name, value in batch.conditioning.items():
+        kept = torch.where(draws.dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value.dtype), value)
+        conditioning[name] = kept.repeat_interleave(k, dim=0)
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.view(groups, k, *x.shape[1:])
+
+    scale = process.error_scale(draws.times, config.error_space).to(backbone.device)[:, None]
+    reference = None
+    if objective.needs_reference:
+        with torch.no_grad(), backbone.role("reference"):
+            reference = grouped(backbone.predict(noisy, times, conditioning))
+    with backbone.role("policy"):
+        policy = grouped(backbone.predict(noisy, times, conditioning, module=module))
+    target = grouped(target)
+    gap = None if reference is None else squared_error(policy, reference)
+    errors = GroupErrors(
+        policy_error=scale * squared_error(policy, target),
+        reference_error=None if reference is None else scale * squared_error(reference, target),
+        rewards=batch.rewards.gather(1, chosen).to(backbone.device),
+        mask=batch.mask.to(backbone.device),
+        order=draws.order.gather(1, chosen).to(backbone.device),
+        prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
+        time=draws.times.to(backbone.device),
+    )
+    output = objective(errors)
+    weight = torch.ones(groups)
+    if objective.label_kind != "none":
+        weight = has_preference(batch.rewards, batch.mask).float()
+    metrics = {"policy_error": errors.policy_error.mean(1), **output.metrics}
+    if errors.reference_error is not None and gap is not None:
+        metrics |= {"reference_error": errors.reference_error.mean(1), "drift": gap.mean(1)}
+    return StepOutput(output, weight.to(backbone.device), errors, {k: v.detach() for k, v in metrics.items()})

@@ -1,0 +1,72 @@
+"""What a person sees while it trains: a bar on a terminal, a plain line now and then elsewhere."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30
+
+
+def describe(metrics: dict[str, float], seconds: float) -> str:
+    """`loss 0.671  margin +0.042  accuracy 0.62  0.21 s/step  1.3 GiB`."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "margin" in metrics:
+        parts += [f"margin {metrics['margin']:+.3f}", f"accuracy {metrics['accuracy']:.2f}"]
+    return "  ".join([*parts, f"{seconds:.2f} s/step", f"{peak_memory():.1f} GiB"])
+
+
+class TrainProgress:
+    """Use as a context manager; `update` once a step. Smoothed over about 20 steps: single batches only flicker."""
+
+    def __init__(self, first: int, steps: int, say: Callable[[str], None], show: bool = True) -> None:
+        self.first, self.steps, self.say, self.show = first, steps, say, show
+        self.smooth: dict[str, float] = {}
+        self.started = time.monotonic()
+        self.bar: Progress | None = None
+        console = Console(stderr=True)
+        if show and console.is_terminal:
+            columns = (
+                TextColumn("train"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task("train", total=steps, completed=first, text="")
+
+    def __enter__(self) -> "TrainProgress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, metrics: dict[str, float]) -> None:
+        """`done` steps are finished; `metrics` are those of the last."""
+        if not self.show:
+            return
+        share = 1 / min(20, done - self.first)
+        for name, value in metrics.items():
+            self.smooth[name] = (1 - share) * self.smooth.get(name, value) + share * value
+        seconds = (time.monotonic() - self.started) / (done - self.first)
+        text = describe(self.smooth, seconds)
+        if self.bar:
+            self.bar.update(self.task, completed=done, text=text)
+        elif done == self.steps or done - self.first == 1 or done % max(1, self.steps // 10) == 0:
+            left = seconds * (self.steps - done)
+            self.say(f"step {done}/{self.steps}  {text}  ETA {int(left // 60)}:{int(left % 60):02d}")

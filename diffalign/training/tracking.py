@@ -1,0 +1,110 @@
+"""Where metrics go: `metrics.jsonl` and `timing.jsonl` always, trackers by name."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffalign.errors import DiffalignError
+
+
+class Tracker(Protocol):
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run directory."""
+
+    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases; offline unless the user is logged in, so no run waits for a login."""
+
+    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise DiffalignError("tracking.trackers: wandb is not installed: pip install 'diffalign[wandb]'") from error
+        known = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+        mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config, mode=mode, resume="allow")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """Hugging Face's local-first tracker."""
+
+    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import trackio
+        except ImportError as error:
+            raise DiffalignError("tracking.trackers: trackio is not installed: pip install 'diffalign[trackio]'") from error
+        self.trackio = trackio
+        trackio.init(project=project, name=run_dir.name, config=config)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.trackio.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drop rows written after `step` steps were done, and a last line that a kill left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+class Metrics:
+    """Rows to files and trackers. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
+
+    def __init__(self, run_dir: Path, trackers: list[str], project: str, config: dict[str, Any], step: int) -> None:
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            cut_rows(run_dir / name, step)
+        # Line by line: a checkpoint must never be ahead of its metrics.
+        self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.timing = (run_dir / "timing.jsonl").open("a", buffering=1)
+        self.trackers: list[Tracker] = [TRACKERS[name](run_dir, project, config) for name in trackers]
+
+    def log(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.timing.write(json.dumps({"step": step, **timing}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.timing.close()
+        for tracker in self.trackers:
+            tracker.close()
