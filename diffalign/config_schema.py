@@ -47,7 +47,7 @@ class TuneSection(Section):
 
     kind: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the UNet/transformer")
     rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
-    alpha: float = Field(16, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
+    alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
@@ -99,7 +99,7 @@ class TrainSection(Section):
     steps: int = Field(400, gt=0, description="optimiser steps")
     groups_per_step: int = Field(8, gt=0, description="groups in one optimiser step, over all processes and micro-batches")
     micro_batch: int = Field(
-        default_factory=_micro_batch, gt=0, description="groups in one forward pass; divides groups_per_step; default: up to 8"
+        default_factory=_micro_batch, gt=0, description="groups in one forward pass; must divide groups_per_step"
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, no on CPU")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
@@ -112,7 +112,7 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """Which optimiser, and its learning rate over time."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="adamw8bit needs bitsandbytes")
+    name: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="the optimiser; adamw8bit needs bitsandbytes")
     lr: float = Field(1e-4, gt=0, description="learning rate at its peak")
     betas: Betas = Field((0.9, 0.999), description="decay of Adam's two averages")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
