@@ -1,0 +1,62 @@
+# Every target sets up .venv first, and again only when pyproject.toml has changed.
+#   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
+#   make test           the test suite
+#   make lint           ruff, mypy, import contracts (the last two on the built wheel)
+#   make wheel-test     tests of packaging, config, command line and data files against the built wheel
+#   make soak           the long form of tests whose short form is part of `make test`
+#   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOT := $(CURDIR)
+SITE := $(ROOT)/build/site
+EMPTY := $(ROOT)/build/empty
+SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
+WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
+
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart clean setup wheel
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/diffalign testbed quickstart
+
+test: $(STAMP)
+	$(BIN)/pytest -q
+
+# The wheel unpacked into a folder of its own. Tools that check it start in an empty folder: the checkout's root would shadow it.
+# build/lib is deleted first because setuptools packs whatever an earlier build left there.
+wheel: $(SITE)/.built
+$(SITE)/.built: $(STAMP) $(SOURCES)
+	rm -rf build dist
+	mkdir -p $(EMPTY)
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(SITE) dist/*.whl
+	touch $@
+
+lint: $(SITE)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(EMPTY) && MYPYPATH=$(SITE) $(ROOT)/$(BIN)/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p diffalign
+	cd $(EMPTY) && PYTHONPATH=$(SITE) $(ROOT)/$(BIN)/lint-imports --config $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.import_linter_cache
+
+wheel-test: $(SITE)/.built
+	cd $(EMPTY) && PYTHONPATH=$(SITE) DIFFALIGN_SITE=$(SITE) $(ROOT)/$(BIN)/python -P -m pytest -q -c $(ROOT)/pyproject.toml $(addprefix $(ROOT)/,$(WHEEL_TESTS))
+
+soak: $(STAMP)
+	DIFFALIGN_SOAK=1 $(BIN)/pytest -q -m soak -o timeout=0
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py
+
+bench-quickstart: $(STAMP)
+	$(BIN)/python benchmarks/bench_quickstart.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find diffalign rewards pipelines configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
