@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,12 @@ def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], di
     return get_peft_model_state_dict(trunk, adapter_name=adapter), config.to_dict()
 
 
+def first_line(error: BaseException) -> str:
+    """Libraries' messages can be long; one line of ours has room for their first."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def lora_file(folder: str | Path) -> Path:
     """The LoRA file in a weights folder, or the file itself. Raises DiffalignError if there is none."""
     path = Path(folder)
@@ -111,9 +118,13 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils import set_peft_model_state_dict
+    from safetensors import SafetensorError
 
     path = lora_file(folder)
-    state, options = _read(pipeline, trunk, trunk_name, path)
+    try:
+        state, options = _read(pipeline, trunk, trunk_name, path)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise DiffalignError(f"{path} cannot be read as a LoRA: {first_line(error)}") from error
     prefix = f"{trunk_name}."
     other = sorted({key.split(".")[0] for key in state if not key.startswith(prefix)})
     if other:
@@ -126,10 +137,12 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
         trunk.delete_adapters(adapter)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
     model: Any = trunk
     try:
-        model.load_lora_adapter(state, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, **options)
+        with warnings.catch_warnings():
+            # peft warns of a second adapter; policy and reference are meant.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            model.load_lora_adapter(state, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, **options)
     except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DiffalignError(f"{path}: this LoRA does not fit the model ({first})") from error
+        raise DiffalignError(f"{path}: this LoRA does not fit the model ({first_line(error)})") from error
     loaded = len(adapter_parameters(trunk, adapter))
     saved = sum(1 for key in state if ".alpha" not in key)
     if loaded != saved:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.adapters import first_line
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,7 +53,6 @@ def download(path: str, commit: str, variant: str | None, token: str | None, abs
 @contextmanager
 def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
     """Turn the hub's exceptions into one line that says what to do."""
-    import httpx
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{path}"
@@ -71,22 +70,20 @@ def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
             f"no folder {path} here, and {page} does not exist or is private; check the name, or pass model.token"
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        why = "the hub was not asked" if cause is None else f"the hub gave no answer ({first_line(cause)})"
         raise DiffalignError(
-            f"{path}: {wanted}{at} is not in the local cache and the hub was not reached; go online, unset "
-            "local_files_only, or give a local folder"
+            f"{path}: {wanted}{at} is not in the local cache and {why}; go online, unset local_files_only, or give a "
+            "local folder"
         ) from error
     except errors.EntryNotFoundError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: {page} holds no {wanted}{at}") from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+    # HTTPError is that of the HTTP library the hub's client was built on, whose name has changed before.
+    except (errors.HfHubHTTPError, errors.HTTPError, errors.RevisionResolutionError, ConnectionError) as error:
         raise DiffalignError(
-            f"{path}: the hub did not answer for {wanted}{at} ({_first(error)}); try again later"
+            f"{path}: the hub did not answer for {wanted}{at} ({first_line(error)}); try again later"
         ) from error
     except (OSError, ValueError) as error:
         raise DiffalignError(
-            f"{path}: {wanted}{at} cannot be fetched ({_first(error)}); see {page}/tree/main"
+            f"{path}: {wanted}{at} cannot be fetched ({first_line(error)}); see {page}/tree/main"
         ) from error
-
-
-def _first(error: BaseException) -> Any:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

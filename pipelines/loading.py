@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.adapters import first_line
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
@@ -203,5 +204,4 @@ def _load_pipeline(source: Source, name: str, dtype: torch.dtype) -> Any:
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {text.splitlines()[0]}") from error
+        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {first_line(error)}") from error

@@ -1,11 +1,12 @@
 """The process steps and `sample` against the diffusers pipelines themselves, and encoding and decoding."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
 
@@ -19,7 +20,7 @@ def loop(backbone: Backbone, steps: int) -> torch.Tensor:
     conditioning = backbone.encode_prompts(PROMPTS)
     times = backbone.process.schedule(steps)
     x = backbone.process.initial(noise)
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         now, then = t.repeat(2), t_next.repeat(2)
         with torch.no_grad():
             x = backbone.process.step(x, backbone.predict(x, now, conditioning), now, then)
@@ -101,7 +102,7 @@ def test_output_types_agree_and_size_is_free(sd15_dir: Path) -> None:
     assert pixels.shape == (2, 3, 80, 48) and pixels.dtype == torch.float32
     assert latents.shape == (2, 4, 10, 6)
     assert torch.equal(backbone.decode_latents(latents), pixels)
-    assert 0 <= float(pixels.min()) and float(pixels.max()) <= 1
+    assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
     image = backbone.sample(PROMPTS, SEEDS, **options)[0]
     assert image.size == (48, 80)
 

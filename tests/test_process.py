@@ -1,6 +1,7 @@
 """Noise processes: identities against numpy, tables of the real schedules, and what they refuse."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_inversion_equals_the_published_table() -> None:
     """DDIM inversion of x = 1 under eps(x) = 0.3 x, levels 1, 201, ..., 801, from abar_0: hand-checked values."""
     process = diffusion(final_alpha_cumprod=float(np.float32(ABAR[0])))
     x, path, times = torch.ones(1, 1, 1, 1), [], [process.clean, 1.0, 201.0, 401.0, 601.0, 801.0]
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         x = process.invert_step(x, 0.3 * x, torch.tensor([t]), torch.tensor([t_next]))
         path.append(float(x))
     assert path == pytest.approx([1.0032136294, 1.0098431905, 0.8742597076, 0.6553740250, 0.4202071885], abs=1e-6)
