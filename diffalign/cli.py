@@ -1,6 +1,7 @@
 """The verbs. Nothing heavy is imported before a verb runs, so `--help` answers at once.
 
-Exit codes: 0 done; 2 a mistake that the user can mend, said in one line on stderr; 130 stopped by Ctrl-C; 1 with a traceback is a bug.
+Exit codes: 0 done; 2 a mistake that the user can mend, said in one line on stderr; 130 stopped by Ctrl-C; 1 with a
+traceback is a bug.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ testbed = typer.Typer(
 )
 app.add_typer(testbed, name="testbed")
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")]
+Source = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values that replace those of CONFIG, such as train.steps=200.")
+    list[str] | None,
+    typer.Argument(metavar="KEY.SUB=VALUE", help="Values that replace those of CONFIG, such as train.steps=200."),
 ]
 SHAPES_MODELS = "shapes-sd3 or shapes-sdxl"
 
@@ -52,7 +56,10 @@ def train(
     config: Source,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved config, facts about model and data and the steps; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved config, facts about model and data and the steps; write nothing."
+        ),
     ] = False,
 ) -> None:
     """Train a model on preference data. The same command again goes on where it stopped."""
@@ -80,7 +87,10 @@ def sample(config: Source, overrides: Overrides = None) -> None:
 @app.command("eval")
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or the directory of a training run (then give prompts=... too).")
+        str,
+        typer.Argument(
+            metavar="CONFIG|RUN", help="A YAML file, or the directory of a training run (then give prompts=... too)."
+        ),
     ],
     overrides: Overrides = None,
 ) -> None:
@@ -109,7 +119,9 @@ def list_recipes() -> None:
 
 @testbed.command("prompts")
 def testbed_prompts(
-    split: Annotated[str, typer.Argument(help="train, validation or test: no combination of objects is in two of them.")],
+    split: Annotated[
+        str, typer.Argument(help="train, validation or test: no combination of objects is in two of them.")
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="How many prompts.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .jsonl file; without it, standard output.")] = None,
@@ -131,7 +143,9 @@ def testbed_prompts(
 @testbed.command("pretrain")
 def testbed_pretrain(
     name: Annotated[str, typer.Argument(help=f"Which model: {SHAPES_MODELS}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model and the states on the way to it.")] = Path("runs/pretrain"),
+    out: Annotated[Path, typer.Option(help="Folder for the model and the states on the way to it.")] = Path(
+        "runs/pretrain"
+    ),
 ) -> None:
     """Train a base model of the embedded world from nothing (hours on a CPU; the shipped ones were made so)."""
     with _plain_errors(goes_on=True):
@@ -146,8 +160,12 @@ def testbed_quickstart(
     base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sd3",
     out: Annotated[Path, typer.Option(help="Folder for data, run and report.")] = Path("runs/quickstart"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the whole round.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; without it, as many as the recipe says.")] = None,
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="Control: shuffle the labels within every group first.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; without it, as many as the recipe says.")
+    ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Control: shuffle the labels within every group first.")
+    ] = False,
 ) -> None:
     """One round on the embedded world: sample, score, rank, train, evaluate, report."""
     with _plain_errors(goes_on=True):
@@ -165,13 +183,15 @@ def _check_shapes_model(name: str) -> None:
 
 @contextmanager
 def _plain_errors(goes_on: bool = False) -> Iterator[None]:
-    """Turns what a user can mend into one line and exit code 2, and Ctrl-C into one line and 130. Bugs keep their traceback."""
+    """What a user can mend becomes one line and exit code 2, Ctrl-C one line and 130. Bugs keep their traceback."""
     try:
         yield
     except DiffalignError as error:
         raise _leave(f"error: {error}", 2) from None
     except KeyboardInterrupt:
-        raise _leave("stopped by Ctrl-C" + ("; the same command goes on where it stopped" if goes_on else ""), 130) from None
+        raise _leave(
+            "stopped by Ctrl-C" + ("; the same command goes on where it stopped" if goes_on else ""), 130
+        ) from None
     except Exception as error:
         complaint = _system_complaint(error)
         if complaint is None:

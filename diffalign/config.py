@@ -71,7 +71,7 @@ def recipes() -> dict[str, Path]:
 
 
 def config_path(name: str | Path) -> Path:
-    """The file that CONFIG means: a file of that name, else a shipped recipe. Raises DiffalignError where there is neither."""
+    """The file that CONFIG means: a file of that name, else a shipped recipe. DiffalignError where there is neither."""
     path = Path(name)
     if path.is_file():
         return path
@@ -88,8 +88,9 @@ def config_path(name: str | Path) -> Path:
 def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a training run.
 
-    `config`: a YAML file or the name of a shipped recipe; `overrides`: "section.key=value", the value as in YAML, later ones win.
-    Raises DiffalignError, one line: the key, its file and line (or the argument), what is wrong, and what was perhaps meant.
+    `config`: a YAML file or the name of a shipped recipe. `overrides`: "section.key=value", the value as in YAML; later
+    ones win. Raises DiffalignError, one line: the key, its file and line (or the argument), what is wrong, and what was
+    perhaps meant.
     """
     return _validate(_document(config, overrides), TrainConfig)
 
@@ -105,10 +106,12 @@ def load_eval_config(config: str | Path, overrides: Sequence[str] = ()) -> EvalC
 
 
 def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
-    """The evaluation of a training run: its model, its weights, results into its folder; `prompts` must come as an override."""
+    """The evaluation of a training run: its model, weights and folder; `prompts` must come as an override."""
     trained = run_dir / "config.yaml"
     if not trained.is_file():
-        raise DiffalignError(f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run or a config file")
+        raise DiffalignError(
+            f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run or a config file"
+        )
     document = read_document(trained)
     run = Document(
         {
@@ -126,7 +129,7 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
 
 
 def resolved_yaml(config: BaseModel) -> str:
-    """The config with every default written out; `load_config` reads it back as it was. The access token is left out."""
+    """The config with every default written out; `load_config` reads it back as it was, less the access token."""
     values = config.model_dump(mode="json")
     if values.get("model", {}).get("token") is not None:
         values["model"]["token"] = None

@@ -1,6 +1,6 @@
 """Combinations of values that cannot work, each with the keys to blame and the way out.
 
-An error here is a pydantic error of type `combination`; its context lists the keys, so that the reader of the file can name the line.
+An error here is a pydantic error of type `combination`; its context lists the keys, so that the message can name the line.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ def check_training(config: TrainConfig) -> None:
     _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
     times = config.times
     if times.sampler == "uniform" and (times.mean, times.std) != (0.0, 1.0):
-        _refuse("mean and std shape logit_normal times only; set times.sampler=logit_normal or leave them out", "times.mean", "times.std")
+        _refuse(
+            "mean and std shape logit_normal times only; set times.sampler=logit_normal or leave them out",
+            "times.mean",
+            "times.std",
+        )
     if config.optimizer.warmup_steps >= config.train.steps:
         _refuse(
-            f"the warm-up of {config.optimizer.warmup_steps} steps does not end within train.steps={config.train.steps}; shorten it",
+            f"the warm-up of {config.optimizer.warmup_steps} steps does not end within train.steps={config.train.steps}; "
+            "shorten it",
             "optimizer.warmup_steps",
             "train.steps",
         )
@@ -45,8 +50,8 @@ def _check_batches(config: TrainConfig) -> None:
     if groups % micro:
         fitting = ", ".join(str(n) for n in range(min(groups, micro), 0, -1) if groups % n == 0)
         _refuse(
-            f"{micro} does not divide train.groups_per_step={groups}, and every forward pass takes the same number of whole groups; "
-            f"use {fitting}",
+            f"{micro} does not divide train.groups_per_step={groups}, and every forward pass takes the same number of "
+            f"whole groups; use {fitting}",
             "train.micro_batch",
             "train.groups_per_step",
         )
@@ -55,9 +60,16 @@ def _check_batches(config: TrainConfig) -> None:
 def _check_weights(config: TrainConfig) -> None:
     if config.tune.kind == "full":
         if config.tune.init is not None:
-            _refuse("init loads a LoRA, but tune.kind=full trains no LoRA; set tune.kind=lora or leave init out", "tune.init", "tune.kind")
+            _refuse(
+                "init loads a LoRA, but tune.kind=full trains no LoRA; set tune.kind=lora or leave init out",
+                "tune.init",
+                "tune.kind",
+            )
         if config.tune.targets is not None:
-            _refuse("targets choose where a LoRA goes, but tune.kind=full trains all weights; leave targets out", "tune.targets")
+            _refuse(
+                "targets choose where a LoRA goes, but tune.kind=full trains all weights; leave targets out",
+                "tune.targets",
+            )
         if config.model.dtype == "float16":
             _refuse(
                 "full fine-tuning updates the weights themselves, and float16 loses the updates; use float32, with "
@@ -73,20 +85,26 @@ def _check_labels(config: TrainConfig) -> None:
     labels = config.labels
     if labels.source == "preference" and labels.transform != "none":
         _refuse(
-            f"preference holds vote shares already, transform={labels.transform} is for scores; set labels.source=scores.NAME or "
-            "labels.transform=none",
+            f"preference holds vote shares already, transform={labels.transform} is for scores; set "
+            "labels.source=scores.NAME or labels.transform=none",
             "labels.transform",
             "labels.source",
         )
     if labels.stats is not None and labels.transform not in ("minmax", "zscore"):
-        _refuse(f"statistics serve minmax and zscore, not transform={labels.transform}; leave stats out", "labels.stats", "labels.transform")
+        _refuse(
+            f"statistics serve minmax and zscore, not transform={labels.transform}; leave stats out",
+            "labels.stats",
+            "labels.transform",
+        )
 
 
 def _check_model(model: ModelSection, device: str, autocast: bool = False) -> None:
     if device == "cpu" and model.attention != "sdpa":
         _refuse(f"{model.attention} needs a GPU; use sdpa with device=cpu", "model.attention", "device")
     if model.attention == "flash" and model.dtype == "float32" and not autocast:
-        _refuse("flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype")
+        _refuse(
+            "flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype"
+        )
 
 
 def _check_size(height: int | None, width: int | None) -> None:

@@ -16,7 +16,7 @@ from diffalign.config_yaml import Document, Key
 
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
-    """One line for the first of the errors, and the keys of the others. Unknown keys go first: they explain missing ones."""
+    """One line for the first error, and the keys of the others. Unknown keys go first: they explain missing ones."""
     details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
     details.sort(key=lambda one: one["type"] != "extra_forbidden")
     lines = [_line(one, document, kind) for one in details]

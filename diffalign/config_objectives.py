@@ -1,7 +1,7 @@
 """The `objective:` section: one model per objective, chosen by `name`.
 
-These mirror the dataclasses in `diffalign.objectives.OBJECTIVES` (names, fields and defaults; a test compares them), so that a
-config is checked, and `diffalign --help` answers, without importing torch.
+These mirror the dataclasses in `diffalign.objectives.OBJECTIVES` (names, fields and defaults; a test compares them), so
+that a config is checked, and `diffalign --help` answers, without importing torch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class DiffusionDPOSection(ObjectiveSection):
     beta: float = Field(
         2000.0,
         gt=0,
-        description="strength of the pull to the reference; belongs to errors that are a mean over the latent's elements, with "
-        "the factor 1/2 of the paper's code. Larger stays nearer to the reference",
+        description="strength of the pull to the reference; belongs to errors that are a mean over the latent's elements, "
+        "with the factor 1/2 of the paper's code. Larger stays nearer to the reference",
     )
 
 

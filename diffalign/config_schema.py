@@ -18,7 +18,7 @@ Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a lis
 
 
 class Section(BaseModel):
-    """Strict: `steps: "400"`, `steps: true` and `lr: .nan` are mistakes, not numbers. Frozen: copy with `model_copy`."""
+    """Strict: `steps: "400"`, `steps: true` and `lr: .nan` are mistakes. Frozen: change with `model_copy`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -27,31 +27,44 @@ class ModelSection(Section):
     """Which model, and how it is loaded."""
 
     path: str = Field(
-        min_length=1, description="a diffusers folder, a Hugging Face id, or one of the small models shapes-sd3, shapes-sdxl"
+        min_length=1,
+        description="a diffusers folder, a Hugging Face id, or one of the small models shapes-sd3, shapes-sdxl",
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model; resolved to a commit and recorded")
-    variant: str | None = Field(None, description="which weight files of a hub model, such as fp16; null: the plain ones")
-    token: str | None = Field(None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a hub model; resolved to a commit and recorded"
+    )
+    variant: str | None = Field(
+        None, description="which weight files of a hub model, such as fp16; null: the plain ones"
+    )
+    token: str | None = Field(
+        None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out"
+    )
     local_files_only: bool = Field(False, description="true: never ask the network, use what is in the cache")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
     attention: Literal["sdpa", "xformers", "flash"] = Field(
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
     )
     gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
-    max_sequence_length: int | None = Field(None, gt=0, description="tokens for SD3's T5; null: the pipeline's own (256)")
+    max_sequence_length: int | None = Field(
+        None, gt=0, description="tokens for SD3's T5; null: the pipeline's own (256)"
+    )
     use_t5: bool = Field(True, description="false: SD3 without its T5 encoder (zeros in its place)")
 
 
 class TuneSection(Section):
     """What is trained."""
 
-    kind: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the UNet/transformer")
+    kind: Literal["lora", "full"] = Field(
+        "lora", description="low-rank adapters, or all weights of the UNet/transformer"
+    )
     rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
     alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(None, description="folder of a LoRA to train on from; it is also the reference (lora only)")
+    init: FilePath | None = Field(
+        None, description="folder of a LoRA to train on from; it is also the reference (lora only)"
+    )
 
 
 class DataSection(Section):
@@ -60,7 +73,10 @@ class DataSection(Section):
     path: FilePath = Field(description="a dataset folder: images/, scores/, groups.parquet")
     split: str = Field("train", min_length=1, description="the groups whose split has this name")
     resolution: int | None = Field(
-        None, gt=0, multiple_of=8, description="images are resized and centre-cropped to this square, pixels; null: the model's"
+        None,
+        gt=0,
+        multiple_of=8,
+        description="images are resized and centre-cropped to this square, pixels; null: the model's",
     )
     cache: FilePath | None = Field(None, description="folder of encoded latents and prompts; null: <path>/cache")
     limit: int | None = Field(None, gt=0, description="use only the first so many groups; null: all")
@@ -74,8 +90,12 @@ class LabelSection(Section):
         pattern=r"^(preference|scores\.[^.]+(\.[^.]+)?)$",
         description="preference (of groups.parquet), scores.NAME (first column of a reward) or scores.NAME.COLUMN",
     )
-    transform: Literal["none", "votes", "minmax", "zscore"] = Field("none", description="what is done to scores before they are used")
-    stats: Any = Field(None, description="statistics for minmax and zscore: stored, or a mapping; null: computed from the data")
+    transform: Literal["none", "votes", "minmax", "zscore"] = Field(
+        "none", description="what is done to scores before they are used"
+    )
+    stats: Any = Field(
+        None, description="statistics for minmax and zscore: stored, or a mapping; null: computed from the data"
+    )
 
 
 class TimeSection(Section):
@@ -84,7 +104,9 @@ class TimeSection(Section):
     sampler: Literal["uniform", "logit_normal"] = Field("uniform", description="density of the times")
     mean: float = Field(0.0, description="mean of the logit (logit_normal only)")
     std: float = Field(1.0, gt=0, description="standard deviation of the logit (logit_normal only)")
-    shift: float = Field(1.0, gt=0, description="moves times towards noise: t -> shift t / (1 + (shift - 1) t); 1: not at all")
+    shift: float = Field(
+        1.0, gt=0, description="moves times towards noise: t -> shift t / (1 + (shift - 1) t); 1: not at all"
+    )
 
 
 def _micro_batch(data: dict[str, Any]) -> int:
@@ -97,27 +119,37 @@ class TrainSection(Section):
     """Length and shape of the training."""
 
     steps: int = Field(400, gt=0, description="optimiser steps")
-    groups_per_step: int = Field(8, gt=0, description="groups in one optimiser step, over all processes and micro-batches")
+    groups_per_step: int = Field(
+        8, gt=0, description="groups in one optimiser step, over all processes and micro-batches"
+    )
     micro_batch: int = Field(
         default_factory=_micro_batch, gt=0, description="groups in one forward pass; must divide groups_per_step"
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, no on CPU")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights, as 0.999; null: none")
-    threads: int | None = Field(None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
+    )
     log_every: int = Field(1, gt=0, description="a row in metrics.jsonl every so many steps")
-    prompt_dropout: float = Field(0.0, ge=0, lt=1, description="share of groups whose prompt is replaced by the empty one")
+    prompt_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of groups whose prompt is replaced by the empty one"
+    )
 
 
 class OptimizerSection(Section):
     """Which optimiser, and its learning rate over time."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="the optimiser; adamw8bit needs bitsandbytes")
+    name: Literal["adamw", "adamw8bit", "adafactor"] = Field(
+        "adamw", description="the optimiser; adamw8bit needs bitsandbytes"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate at its peak")
     betas: Betas = Field((0.9, 0.999), description="decay of Adam's two averages")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     eps: float = Field(1e-8, gt=0, description="Adam's division guard")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; linear, cosine end at 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up; linear, cosine end at 0"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises linearly from 0")
 
 
@@ -141,7 +173,9 @@ class RewardSection(Section):
     """What judges the images."""
 
     name: str = Field("geneval", min_length=1, description="the reward's name")
-    detector: str | None = Field("shapes", description="the object detector that a GenEval reward looks through; null: its own")
+    detector: str | None = Field(
+        "shapes", description="the object detector that a GenEval reward looks through; null: its own"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the reward")
 
 
@@ -160,8 +194,12 @@ class TrainConfig(Section):
     data: DataSection
     labels: LabelSection = Field(default_factory=LabelSection)
     objective: AnyObjective = Field(default_factory=DiffusionDPOSection)
-    noise: Literal["shared", "independent"] = Field("shared", description="one noise for all images of a group, or one each")
-    error_space: Literal["native", "epsilon", "x0"] = Field("native", description="what the squared errors are errors of")
+    noise: Literal["shared", "independent"] = Field(
+        "shared", description="one noise for all images of a group, or one each"
+    )
+    error_space: Literal["native", "epsilon", "x0"] = Field(
+        "native", description="what the squared errors are errors of"
+    )
     times: TimeSection = Field(default_factory=TimeSection)
     train: TrainSection = Field(default_factory=TrainSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
@@ -180,7 +218,9 @@ class _Images(Section):
     seed: int = Field(0, ge=0, description="seed of every draw")
     device: Device = Field("auto", description=DEVICE)
     model: ModelSection
-    prompts: str = Field(min_length=1, description="a .txt or .jsonl file, or testbed:train, testbed:validation, testbed:test")
+    prompts: str = Field(
+        min_length=1, description="a .txt or .jsonl file, or testbed:train, testbed:validation, testbed:test"
+    )
     n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
     steps: int = Field(30, gt=0, description="denoising steps")
     guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; 1: none")

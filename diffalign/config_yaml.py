@@ -1,7 +1,7 @@
 """Reading YAML so that every key knows its line, and dotted overrides so that every value knows its argument.
 
-Differences from plain PyYAML, each against a silent mistake: `1e-4` is a number (YAML 1.2), `no`, `on` and `yes` are text, `010` is ten, dates
-are text, and a key that occurs twice is refused instead of winning silently.
+Differences from plain PyYAML, each against a silent mistake: `1e-4` is a number (YAML 1.2), `no`, `on` and `yes` are text,
+`010` is ten, dates are text, and a key that occurs twice is refused instead of winning silently.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -22,15 +22,19 @@ Key = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: of PyYAML's implicit types only null survives, and the others are defined below."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -45,8 +49,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or the loader above would take for another type: a revision `12e4567` is text."""
 
-    yaml_implicit_resolvers = {
-        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
     }
 
@@ -88,7 +95,9 @@ def read_document(path: Path) -> Document:
     if node is None:
         return document
     if not isinstance(node, yaml.MappingNode):
-        raise DiffalignError(f"{source}:{_line(node)}: a config is a mapping of sections, such as `model:`, not {_shape(node)}")
+        raise DiffalignError(
+            f"{source}:{_line(node)}: a config is a mapping of sections, such as `model:`, not {_shape(node)}"
+        )
     document.values = _plain(node, loader, (), document, source, by_line=True)
     return document
 
@@ -108,7 +117,9 @@ def apply_override(document: Document, argument: str) -> None:
             inner = target[str(key)] = {}
         if not isinstance(inner, dict):
             way = ".".join(map(str, keys[:depth]))
-            raise DiffalignError(f"{place}: {way} is a value ({inner!r}, {document.place(keys[:depth])}), not a section with keys of its own")
+            raise DiffalignError(
+                f"{place}: {way} is a value ({inner!r}, {document.place(keys[:depth])}), not a section with keys of its own"
+            )
         target = inner
     for key in [key for key in document.places if key[: len(keys)] == keys]:
         del document.places[key]
@@ -130,7 +141,14 @@ def _compose(text: str, source: str) -> tuple[yaml.Node | None, yaml.SafeLoader]
 
 
 def _plain(
-    node: yaml.Node, loader: yaml.SafeLoader, key: Key, document: Document, source: str, *, by_line: bool, above: tuple[int, ...] = ()
+    node: yaml.Node,
+    loader: yaml.SafeLoader,
+    key: Key,
+    document: Document,
+    source: str,
+    *,
+    by_line: bool,
+    above: tuple[int, ...] = (),
 ) -> Any:
     """The node's value in Python; notes the place of everything in it on the way."""
     here = f"{source}:{_line(node)}" if by_line else source
@@ -139,7 +157,10 @@ def _plain(
     document.places.setdefault(key, here)
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, loader, (*key, i), document, source, by_line=by_line, above=above) for i, item in enumerate(node.value)]
+        return [
+            _plain(item, loader, (*key, i), document, source, by_line=by_line, above=above)
+            for i, item in enumerate(node.value)
+        ]
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
