@@ -1,6 +1,6 @@
 """Combinations of values that cannot work, each with the keys to blame and the way out.
 
-An error here is a pydantic error of type `combination`; its context lists the keys, so that the message can name the line.
+An error here is a pydantic error of type `combination`; its context lists the keys, for naming the line.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def check_training(config: TrainConfig) -> None:
         )
     if config.optimizer.warmup_steps >= config.train.steps:
         _refuse(
-            f"the warm-up of {config.optimizer.warmup_steps} steps does not end within train.steps={config.train.steps}; "
-            "shorten it",
+            f"the warm-up of {config.optimizer.warmup_steps} steps does not end within "
+            f"train.steps={config.train.steps}; shorten it",
             "optimizer.warmup_steps",
             "train.steps",
         )

@@ -22,7 +22,7 @@ def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -
     lines = [_line(one, document, kind) for one in details]
     if len(lines) == 1:
         return lines[0]
-    others = dict.fromkeys(".".join(map(str, _way(one["loc"], kind)[0])) for one in details[1:])
+    others = dict.fromkeys(_dotted(_way(one["loc"], kind)[0]) for one in details[1:])
     return f"{lines[0]} (also wrong: {', '.join(others)})"
 
 
@@ -33,28 +33,43 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         keys: list[Key] = [tuple(dotted.split(".")) for dotted in context["keys"]]
         written = [k for k in keys if k in document.places]  # blame what was written, not a default
         key = (written or keys)[0]
-        return f"{document.place(key)}: {'.'.join(map(str, key))}: {context['message']}"
-    name = ".".join(map(str, key))
-    if one["type"] == "missing" and isinstance(key[-1], int):
-        return f"{document.place(key)}: {'.'.join(map(str, key[:-1]))} has too few entries"
-    if one["type"] == "missing":
-        return f"{document.place(key)}: {name} is missing; write {_sample(name)}{_described(owner, key)}"
-    if one["type"] == "extra_forbidden":
+        message = f"{_dotted(key)}: {context['message']}"
+    elif one["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        key, message = (*key, "name"), _objective(one, key, owner)
+    elif one["type"] == "extra_forbidden":
         known = list(owner.model_fields) if owner else []
-        return f"{document.place(key)}: unknown key {name}{_meant(str(key[-1]), known, 'keys here')}"
-    if one["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        known = re.findall(r"'([^']+)'", str(context.get("expected_tags", ""))) or _tags(owner, key)
-        if one["type"] == "union_tag_not_found":
-            return f"{document.place(key)}: {name}.name is missing; one of {', '.join(known)}"
-        return f"{document.place((*key, 'name'))}: unknown {name} {context['tag']}{_meant(str(context['tag']), known, 'known')}"
-    message = f"{document.place(key)}: {name} {_wanted(one)}, not {_shown(one['input'])}"
+        message = f"unknown key {_dotted(key)}{_meant(str(key[-1]), known, 'keys here')}"
+    elif one["type"] == "missing" and isinstance(key[-1], int):
+        message = f"{_dotted(key[:-1])} has too few entries"
+    elif one["type"] == "missing":
+        found = owner.model_fields.get(str(key[-1])) if owner else None
+        meaning = f" ({found.description})" if found and found.description else ""
+        message = f"{_dotted(key)} is missing; give {_dotted(key)}=... or write it into the file{meaning}"
+    else:
+        message = f"{_dotted(key)} {_wanted(one)}, not {_shown(one['input'])}{_hint(one)}"
+    return f"{document.place(key)}: {message}"
+
+
+def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> str:
+    """The objective's name is missing or unknown."""
+    annotation = owner.model_fields[str(key[-1])].annotation if owner else None
+    known = [tag for tag in map(_tag, _models(annotation)) if tag]
+    if one["type"] == "union_tag_not_found":
+        return f"{_dotted(key)}.name is missing; one of {', '.join(known)}"
+    name = str(one["ctx"]["tag"])
+    return f"unknown {_dotted(key)} {name}{_meant(name, known, 'known')}"
+
+
+def _hint(one: ErrorDetails) -> str:
+    """The likely remedy for a wrong type or value, or ""."""
+    given = one["input"]
     if one["type"] == "literal_error":
-        message += _meant(str(one["input"]), re.findall(r"'([^']+)'", context["expected"]), None)
-    elif one["type"] == "string_type" and isinstance(one["input"], int | float):
-        message += "; quote it"
-    elif isinstance(one["input"], str) and one["type"].startswith(("float", "int", "bool")):
-        message += "; without quotes" if _looks_like_number(one["input"]) else ""
-    return message
+        return _meant(str(given), re.findall(r"'([^']+)'", one["ctx"]["expected"]), None)
+    if one["type"] == "string_type" and isinstance(given, int | float):
+        return "; quote it"
+    if one["type"].startswith(("float", "int", "bool")) and isinstance(given, str) and _looks_like_number(given):
+        return "; without quotes"
+    return ""
 
 
 def _wanted(one: ErrorDetails) -> str:
@@ -96,11 +111,6 @@ def _tag(model: type[BaseModel]) -> str | None:
     return str(model.model_fields["name"].default) if "name" in model.model_fields else None
 
 
-def _tags(owner: type[BaseModel] | None, key: Key) -> list[str]:
-    annotation = owner.model_fields[str(key[-1])].annotation if owner else None
-    return [tag for tag in map(_tag, _models(annotation)) if tag]
-
-
 def _meant(given: str, known: list[str], otherwise: str | None) -> str:
     near = difflib.get_close_matches(given, known, n=1)
     if near:
@@ -108,13 +118,8 @@ def _meant(given: str, known: list[str], otherwise: str | None) -> str:
     return f"; {otherwise}: {', '.join(known)}" if otherwise and known else ""
 
 
-def _sample(name: str) -> str:
-    return f"it in the file or as {name}=..."
-
-
-def _described(owner: type[BaseModel] | None, key: Key) -> str:
-    found = owner.model_fields.get(str(key[-1])) if owner else None
-    return f" ({found.description})" if found and found.description else ""
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
 
 
 def _shown(value: Any) -> str:

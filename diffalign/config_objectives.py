@@ -31,8 +31,8 @@ class DiffusionDPOSection(ObjectiveSection):
     beta: float = Field(
         2000.0,
         gt=0,
-        description="strength of the pull to the reference; belongs to errors that are a mean over the latent's elements, "
-        "with the factor 1/2 of the paper's code. Larger stays nearer to the reference",
+        description="strength of the pull to the reference; belongs to errors that are a mean over the latent's "
+        "elements, with the factor 1/2 of the paper's code. Larger stays nearer to the reference",
     )
 
 

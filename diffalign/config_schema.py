@@ -110,7 +110,7 @@ class TimeSection(Section):
 
 
 def _micro_batch(data: dict[str, Any]) -> int:
-    """The largest divisor of groups_per_step that is at most 8. `data` lacks groups_per_step where that one is refused."""
+    """The largest divisor of groups_per_step that is at most 8. `data` lacks it where it is refused."""
     groups = data.get("groups_per_step", 8)
     return next(n for n in range(min(8, groups), 0, -1) if groups % n == 0)
 

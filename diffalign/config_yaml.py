@@ -1,7 +1,7 @@
 """Reading YAML so that every key knows its line, and dotted overrides so that every value knows its argument.
 
-Differences from plain PyYAML, each against a silent mistake: `1e-4` is a number (YAML 1.2), `no`, `on` and `yes` are text,
-`010` is ten, dates are text, and a key that occurs twice is refused instead of winning silently.
+Differences from plain PyYAML, each against a silent mistake: `1e-4` is a number (YAML 1.2), `no`, `on` and `yes` are
+text, `010` is ten, dates are text, and a key that occurs twice is refused instead of winning silently.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def apply_override(document: Document, argument: str) -> None:
         if not isinstance(inner, dict):
             way = ".".join(map(str, keys[:depth]))
             raise DiffalignError(
-                f"{place}: {way} is a value ({inner!r}, {document.place(keys[:depth])}), not a section with keys of its own"
+                f"{place}: {way} is a value ({inner!r}, {document.place(keys[:depth])}), not a section with keys"
             )
         target = inner
     for key in [key for key in document.places if key[: len(keys)] == keys]:
