@@ -94,10 +94,10 @@ def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], di
     return get_peft_model_state_dict(trunk, adapter_name=adapter), config.to_dict()
 
 
-def first_line(error: BaseException) -> str:
-    """Libraries' messages can be long; one line of ours has room for their first."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def brief(error: BaseException) -> str:
+    """A library's message on one line, cut to what a reader takes in."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def lora_file(folder: str | Path) -> Path:
@@ -124,7 +124,7 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
     try:
         state, options = _read(pipeline, trunk, trunk_name, path)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise DiffalignError(f"{path} cannot be read as a LoRA: {first_line(error)}") from error
+        raise DiffalignError(f"{path} cannot be read as a LoRA: {brief(error)}") from error
     prefix = f"{trunk_name}."
     other = sorted({key.split(".")[0] for key in state if not key.startswith(prefix)})
     if other:
@@ -142,7 +142,7 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             model.load_lora_adapter(state, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, **options)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise DiffalignError(f"{path}: this LoRA does not fit the model ({first_line(error)})") from error
+        raise DiffalignError(f"{path}: this LoRA does not fit the model ({brief(error)})") from error
     loaded = len(adapter_parameters(trunk, adapter))
     saved = sum(1 for key in state if ".alpha" not in key)
     if loaded != saved:

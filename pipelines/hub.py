@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import first_line
+from diffalign.pipelines.adapters import brief
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -23,6 +23,10 @@ def find_index(path: str, revision: str | None, token: str | None, local_files_o
     if folder.is_dir():
         if not (folder / INDEX).is_file():
             raise DiffalignError(f"{path} is no diffusers pipeline: it holds no {INDEX}")
+        if revision is not None:
+            raise DiffalignError(
+                f"model.revision: {path} is a local folder, which has none; leave it out or give a hub id"
+            )
         return folder / INDEX, None
     if folder.exists():
         raise DiffalignError(f"{path} is a file; a folder in diffusers format (with {INDEX}) is needed")
@@ -71,7 +75,7 @@ def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
-        why = "the hub was not asked" if cause is None else f"the hub gave no answer ({first_line(cause)})"
+        why = "the hub was not asked" if cause is None else f"the hub gave no answer ({brief(cause)})"
         raise DiffalignError(
             f"{path}: {wanted}{at} is not in the local cache and {why}; go online, unset local_files_only, or give a "
             "local folder"
@@ -81,9 +85,9 @@ def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
     # HTTPError is that of the HTTP library the hub's client was built on, whose name has changed before.
     except (errors.HfHubHTTPError, errors.HTTPError, errors.RevisionResolutionError, ConnectionError) as error:
         raise DiffalignError(
-            f"{path}: the hub did not answer for {wanted}{at} ({first_line(error)}); try again later"
+            f"{path}: the hub did not answer for {wanted}{at} ({brief(error)}); try again later"
         ) from error
     except (OSError, ValueError) as error:
         raise DiffalignError(
-            f"{path}: {wanted}{at} cannot be fetched ({first_line(error)}); see {page}/tree/main"
+            f"{path}: {wanted}{at} cannot be fetched ({brief(error)}); see {page}/tree/main"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import first_line
+from diffalign.pipelines.adapters import brief
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
@@ -204,4 +204,4 @@ def _load_pipeline(source: Source, name: str, dtype: torch.dtype) -> Any:
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {first_line(error)}") from error
+        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {brief(error)}") from error

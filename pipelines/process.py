@@ -154,19 +154,27 @@ class Diffusion(NoiseProcess):
         self.scaled_start = scaled_start
         self.timesteps = len(self.alphas_cumprod)
         # Schedules may visit fractional timesteps (Euler with linspace); there s/a is interpolated, as Euler does.
-        self._sigmas = ((1.0 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
+        sigmas = ((1.0 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
+        self._tables = {torch.device("cpu"): (self.alphas_cumprod, sigmas)}
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """abar and sigma [T] on a device; kept, so that a step on a GPU needs no transfer."""
+        if device not in self._tables:
+            abar, sigmas = self._tables[torch.device("cpu")]
+            self._tables[device] = abar.to(device), sigmas.to(device)
+        return self._tables[device]
 
     def alpha_cumprod(self, t: Tensor) -> Tensor:
         """abar [B] float32 at timesteps t [B]; `clean` and anything below 0 give `final_alpha_cumprod`."""
-        times = t.detach().to("cpu", torch.float64)
+        abar, sigmas = self._table(t.device)
+        times = t.detach().to(torch.float64)
         low = times.floor().clamp(0, self.timesteps - 1).long()
         high = (low + 1).clamp(max=self.timesteps - 1)
         part = (times - low).clamp(0.0, 1.0)
-        # lerp is avoided where part is 0: with zero terminal SNR the next sigma is infinite.
-        sigma = torch.where(part > 0, self._sigmas[low] * (1 - part) + self._sigmas[high] * part, self._sigmas[low])
-        exact = self.alphas_cumprod[low]
-        value = torch.where(part > 0, (1.0 / (1.0 + sigma * sigma)).float(), exact)
-        return torch.where(times < 0, torch.tensor(self.final_alpha_cumprod), value).to(t.device)
+        # Where part is 0 the interpolated value is not used: with zero terminal SNR the next sigma is infinite.
+        sigma = sigmas[low] * (1 - part) + sigmas[high] * part
+        value = torch.where(part > 0, (1.0 / (1.0 + sigma * sigma)).float(), abar[low])
+        return torch.where(times < 0, torch.full_like(value, self.final_alpha_cumprod), value)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alpha_cumprod(t)

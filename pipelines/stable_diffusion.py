@@ -44,7 +44,7 @@ class _UNetBackbone(Backbone):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def build_process(self, scheduler: Any) -> Diffusion:
-        if self.pipeline.unet.config.time_cond_proj_dim is not None:
+        if self.pipeline.unet.config.get("time_cond_proj_dim") is not None:
             raise DiffalignError(f"{self.path}: guidance-distilled models (LCM) cannot be trained; use the base model")
         return diffusion_process(scheduler)
 

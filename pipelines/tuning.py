@@ -192,6 +192,4 @@ class Tunable:
             loaded = kind.from_pretrained(folder, dtype=self._base_dtype(self.trunk), use_safetensors=True)
             self.trunk.load_state_dict(loaded.state_dict())
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise DiffalignError(
-                f"{folder}: these weights do not fit the model ({adapters.first_line(error)})"
-            ) from error
+            raise DiffalignError(f"{folder}: these weights do not fit the model ({adapters.brief(error)})") from error

@@ -96,9 +96,16 @@ def test_a_bf16_model_samples_after_full_training(folder: Path) -> None:
 def test_a_wrapper_stands_in_for_the_policy_only(sd3_dir: Path) -> None:
     backbone = load_backbone(sd3_dir)
     backbone.enable_full()
-    wrapper = torch.nn.DataParallel(backbone.trunk)  # forwards to the trunk, as DDP does
     calls: list[int] = []
-    wrapper.register_forward_hook(lambda *_: calls.append(1))
+
+    class Wrapper(torch.nn.Module):
+        """Forwards to the trunk, as DistributedDataParallel does."""
+
+        def forward(self, *arguments: object, **options: object) -> object:
+            calls.append(1)
+            return backbone.trunk(*arguments, **options)
+
+    wrapper = Wrapper()
     assert torch.equal(predict(backbone, wrapper), predict(backbone)) and calls == [1]
     with backbone.role("reference"), pytest.raises(RuntimeError, match="pass no module"):
         predict(backbone, wrapper)

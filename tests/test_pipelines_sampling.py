@@ -4,9 +4,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
 
@@ -75,6 +75,11 @@ def test_loop_equals_sdxl_with_other_schedulers(tmp_path: Path, options: dict[st
 
 def test_loop_equals_sd3_without_t5(tmp_path: Path) -> None:
     check_loop(tiny.sd3(tmp_path / "model", t5=False, shift=1.5), 3)
+
+
+def test_loop_equals_sd35(tmp_path: Path) -> None:
+    """SD3.5-medium: query and key norms, and a second attention in some blocks."""
+    check_loop(tiny.sd3(tmp_path / "model", qk_norm="rms_norm", dual_attention_layers=(0,)), 3)
 
 
 def test_sample_equals_plain_diffusers(sdxl_dir: Path, sd3_dir: Path) -> None:

@@ -125,8 +125,11 @@ def sdxl(
     return Path(path)
 
 
-def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0) -> Path:
-    """SD3: two CLIP encoders and, if asked, T5. Without it model_index.json holds [null, null], as users have it."""
+def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0, **options: Any) -> Path:
+    """SD3: two CLIP encoders and, if asked, T5. Without it model_index.json holds [null, null], as users have it.
+
+    `options` reach the transformer: qk_norm and dual_attention_layers make it an SD3.5.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -134,7 +137,7 @@ def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0)
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2,
         attention_head_dim=8, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-        pos_embed_max_size=16,
+        pos_embed_max_size=16, **options,
     )  # fmt: skip
     t5_config = T5Config(
         vocab_size=98, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
