@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,12 +43,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's per-parameter state as tensors and plain numbers, both named `index/key`."""
+    """An optimiser's per-parameter state as tensors and plain numbers, both named `index/key` or `index/dict/key`."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, entries in state.items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else scalars)[f"{index}/{key}"] = value
+            # bitsandbytes keeps its quantised tensors one level deeper.
+            for name, item in ({f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}).items():
+                (tensors if isinstance(item, Tensor) else scalars)[f"{index}/{name}"] = item
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scalars
 
 
@@ -135,7 +138,7 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
         policy = load_file(path / "policy.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
         averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before") from error
     check_same_run(path, record["config"], config)
     with torch.no_grad():
@@ -145,8 +148,11 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
             average.copy_(averages[name])
     entries: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **record["optimizer"]["scalars"]}.items():
-        index, key = name.split("/", 1)
-        entries.setdefault(int(index), {})[key] = value
+        index, *keys = name.split("/")
+        place = entries.setdefault(int(index), {})
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
     groups = state.optimizer.state_dict()["param_groups"]
     restored = [{**stored, "params": g["params"]} for stored, g in zip(record["optimizer"]["groups"], groups, strict=True)]
     state.optimizer.load_state_dict({"state": entries, "param_groups": restored})

@@ -27,6 +27,7 @@ from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
 from diffalign.training.preference import StepOutput, make_draws, preference_step
 from diffalign.training.progress import TrainProgress, peak_memory
+from diffalign.training.run_dir import open_run_dir
 from diffalign.training.tracking import Metrics
 
 Say = Callable[[str], None]
@@ -101,7 +102,7 @@ def train(config: Any, *, backbone: Any, source: Any, say: Say = print, accelera
     optimizer = build_optimizer(config.optimizer, policy.values())
     ema = {k: p.detach().clone() for k, p in policy.items()} if config.train.ema_decay else None
     state = TrainState(0, policy, optimizer, ema, accelerator.scaler)
-    plain_config = config.model_dump(mode="json")
+    plain_config = config.model_dump(mode="json", exclude={"model": {"token"}})
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
     saved = checkpoints(run_dir)
@@ -113,6 +114,7 @@ def train(config: Any, *, backbone: Any, source: Any, say: Say = print, accelera
     module, optimizer = accelerator.prepare(backbone.trunk, optimizer)
     metrics_log = None
     if main:
+        open_run_dir(run_dir, plain_config)
         tracking = config.tracking
         metrics_log = Metrics(run_dir, tracking.trackers, tracking.project, plain_config, first)
     row: dict[str, float] = {}
@@ -216,7 +218,7 @@ def _check_finite(result: StepOutput, share: Tensor, step: int, group_ids: list[
     if not torch.isfinite(share):
         finite = torch.isfinite(result.output.loss.detach()).tolist()
         bad = [g for g, ok in zip(group_ids, finite, strict=True) if not ok]
-        raise _not_finite("loss", float(share), step, bad or group_ids, run_dir)
+        raise _not_finite("loss", float(share.detach()), step, bad or group_ids, run_dir)
 
 
 def _add(totals: dict[str, Tensor], result: StepOutput, share: Tensor) -> None:

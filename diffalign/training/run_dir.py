@@ -1,0 +1,50 @@
+"""The folder of a run: the resolved config and a short README, written before the first step."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.errors import DiffalignError
+
+README = """# {name}
+
+`{base}` fine-tuned with diffalign: objective `{objective}`, {steps} steps of {groups} groups, {kind}.
+
+- `config.yaml`: the resolved config; `diffalign train {folder}/config.yaml` goes on where this run stopped.
+- `metrics.jsonl`: one row a step. `timing.jsonl`: seconds and peak memory.
+- `weights/`: what was trained, in diffusers' format. {how}
+- `checkpoints/`: the state to go on from.
+"""
+
+LORA = """Use it with
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{folder}/weights")
+```
+"""
+
+
+def open_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
+    """Create the folder with `config.yaml` and `README.md`; an existing run keeps its files but these two."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiffalignError(f"run_dir {run_dir} cannot be made ({error.strerror}); choose another one") from error
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    base, folder, lora = config["model"]["path"], run_dir.as_posix(), config["tune"]["kind"] == "lora"
+    (run_dir / "README.md").write_text(
+        README.format(
+            name=run_dir.name,
+            base=base,
+            objective=config["objective"]["name"],
+            steps=config["train"]["steps"],
+            groups=config["train"]["groups_per_step"],
+            kind="LoRA" if lora else "all weights",
+            folder=folder,
+            how=LORA.format(base=base, folder=folder) if lora else "A trunk folder for `from_pretrained`.",
+        )
+    )

@@ -1,0 +1,31 @@
+"""What a reward needs of an object detector, so that any detector can stand behind it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One detected object.
+
+    box: (x1, y1, x2, y2) in pixels of the image; score: confidence in [0, 1]; color: the name of its colour, None where
+    the detector does not tell.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    score: float
+    color: str | None = None
+
+
+class Detector(Protocol):
+    """Finds objects and, if it can, names their colours."""
+
+    labels: tuple[str, ...]
+    colors: tuple[str, ...]
+
+    def detect(self, images: list[Image.Image]) -> list[list[Detection]]:
+        """The objects of each image, all classes together, in any order."""
+        ...

@@ -1,0 +1,119 @@
+"""A backbone and a source of groups small enough that a training step takes a millisecond and nothing heavy is imported.
+
+The backbone is one frozen linear map with a low-rank policy beside it, behind the interface of `diffalign.pipelines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffalign.config import TrainConfig
+from diffalign.pipelines.process import Flow
+
+SHAPE = (2, 4, 4)
+WIDTH = 32
+
+
+class Trunk(nn.Module):
+    def __init__(self, bfloat16: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.base = nn.Parameter(torch.randn(WIDTH + 4, WIDTH, generator=generator) / 6, requires_grad=False)
+        self.down = nn.Parameter(torch.randn(WIDTH + 4, 3, generator=generator) / 6)
+        self.up = nn.Parameter(torch.zeros(3, WIDTH))
+        self.adapted = True
+
+    def forward(self, x: Tensor, prompt: Tensor, time: Tensor) -> Tensor:
+        features = torch.cat([x.flatten(1), prompt, time[:, None]], dim=1)
+        out = features @ self.base
+        if self.adapted:
+            out = out + features @ self.down @ self.up
+        return out.view_as(x)
+
+
+class ToyBackbone:
+    device, dtype, family = torch.device("cpu"), torch.float32, "toy"
+
+    def __init__(self) -> None:
+        self.process = Flow()
+        self.trunk = Trunk()
+
+    def add_lora(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        self.trunk.adapted = name == "policy"
+        try:
+            yield
+        finally:
+            self.trunk.adapted = True
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor], module: nn.Module | None = None) -> Tensor:
+        return (module or self.trunk)(noisy, conditioning["prompt"], t)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {"down": self.trunk.down, "up": self.trunk.up}
+
+    def save_weights(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: p.detach().clone() for k, p in self.trainable().items()}, folder / "weights.safetensors")
+
+
+@dataclass
+class Batch:
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    rewards: Tensor
+    mask: Tensor
+    group_ids: list[str]
+    prompts: list[str]
+
+
+class ToySource:
+    """Groups of random latents; the reward is their mean, so there is something to learn."""
+
+    def __init__(self, groups: int = 13, members: int = 4) -> None:
+        rng = np.random.default_rng(0)
+        self.latents = torch.from_numpy(rng.standard_normal((groups, members, *SHAPE), dtype=np.float32))
+        self.rewards = self.latents.mean(dim=(2, 3, 4))
+        self.prompts = torch.from_numpy(rng.standard_normal((groups, 3), dtype=np.float32))
+        self.mask = torch.ones(groups, dtype=torch.bool)
+        self.group_ids = [f"g{i}" for i in range(groups)]
+        self.unconditional = {"prompt": torch.zeros(1, 3)}
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, indices: list[int]) -> Batch:
+        names = [self.group_ids[i] for i in indices]
+        return Batch(
+            self.latents[indices], {"prompt": self.prompts[indices]}, self.rewards[indices], self.mask[indices], names, names
+        )
+
+
+def toy_config(run_dir: Path, **sections: dict[str, Any]) -> TrainConfig:
+    """A config for ToyBackbone; keyword sections are merged over the defaults."""
+    plain: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "model": {"path": "toy"},
+        "data": {"path": "toy"},
+        "objective": {"name": "dpo", "beta": 20.0},
+        "train": {"steps": 12, "groups_per_step": 4, "micro_batch": 4, "threads": 1},
+        "optimizer": {"lr": 1e-2},
+        "checkpoint": {"every": 4},
+        "tracking": {"trackers": []},
+    }
+    for name, values in sections.items():
+        plain[name] = {**plain.get(name, {}), **values} if isinstance(values, dict) else values
+    return TrainConfig.model_validate(plain)
