@@ -22,6 +22,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """`tune:` with every key below it commented out is the section with its defaults."""
+        return {} if value is None else value
+
 
 class ModelSection(Section):
     """Which model, and how it is loaded."""

@@ -1,0 +1,191 @@
+"""Configs: what is read, what is written back, and where recipes come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from diffalign.config import (
+    OBJECTIVE_SECTIONS,
+    EvalConfig,
+    SampleConfig,
+    TrainConfig,
+    config_path,
+    eval_config_of_run,
+    load_config,
+    load_eval_config,
+    load_sample_config,
+    pick_device,
+    recipes,
+    resolved_yaml,
+)
+from diffalign.errors import DiffalignError
+
+SMALL = "run_dir: runs/x\nmodel: {path: m}\ndata: {path: d}\n"
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALL))
+    assert (config.tune.kind, config.tune.rank, config.objective.name) == ("lora", 16, "dpo")
+    assert config.objective.arguments() == {"beta": 2000.0}
+    assert config.train.micro_batch == 8 and config.optimizer.betas == (0.9, 0.999)
+    assert config.run_dir == Path("runs/x") and config.data.cache is None
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("0.5", 0.5), (".5", 0.5), ("3", 3.0), ("+2.5e+1", 25.0), ("010", 10.0)],
+)
+def test_numbers_are_yaml_1_2(tmp_path: Path, written: str, value: float) -> None:
+    config = load_config(write(tmp_path, SMALL + f"optimizer: {{lr: {written}}}\n"))
+    assert config.optimizer.lr == value and isinstance(config.optimizer.lr, float)
+
+
+def test_words_of_yaml_1_1_stay_words(tmp_path: Path) -> None:
+    text = SMALL.replace("{path: m}", "{path: on, revision: 2024-01-01}") + "train: {mixed_precision: no}\n"
+    config = load_config(write(tmp_path, text))
+    assert (config.model.path, config.model.revision, config.train.mixed_precision) == ("on", "2024-01-01", "no")
+
+
+def test_overrides_win_in_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL + "train: {steps: 5}\ntune:\n")
+    config = load_config(
+        path,
+        ["train.steps=7", "train.steps=9", "tune.targets=[to_q, to_k]", "objective={name: sft}", "tune.rank=4"],
+    )
+    assert config.train.steps == 9 and config.tune.targets == ["to_q", "to_k"] and config.tune.rank == 4
+    assert config.objective.name == "sft" and config.objective.arguments() == {}
+    assert load_config(path, ["train.ema_decay="]).train.ema_decay is None
+
+
+@pytest.mark.parametrize(("groups", "micro"), [(8, 8), (6, 6), (12, 6), (32, 8), (7, 7), (11, 1)])
+def test_default_micro_batch_divides(tmp_path: Path, groups: int, micro: int) -> None:
+    config = load_config(write(tmp_path, SMALL), [f"train.groups_per_step={groups}"])
+    assert config.train.micro_batch == micro
+
+
+def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
+    overrides = [
+        "model.revision='12e4567'",
+        "model.variant='010'",
+        "optimizer.lr=3e-7",
+        "tune.init=a b/#c",
+        "data.limit=3",
+    ]
+    config = load_config(write(tmp_path, SMALL), overrides)
+    again = load_config(write(tmp_path, resolved_yaml(config), "again.yaml"))
+    assert again == config and again.model.revision == "12e4567" and again.model.variant == "010"
+
+
+def test_token_is_never_written(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALL), ["model.token=hf_secret"])
+    assert config.model.token == "hf_secret"
+    assert "hf_secret" not in resolved_yaml(config) and "hf_secret" not in repr(config)
+
+
+def test_configs_are_frozen(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALL))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]  # the point of the test
+
+
+def test_sample_and_eval(tmp_path: Path) -> None:
+    common = "model: {path: m}\nprompts: testbed:test\nout: o\n"
+    sample = load_sample_config(write(tmp_path, common), ["images_per_prompt=2", "height=64", "width=64"])
+    assert isinstance(sample, SampleConfig) and sample.weights is None and sample.images_per_prompt == 2
+    judged = load_eval_config(write(tmp_path, common + "weights: w\n"), ["reward.options={threshold: 0.2}"])
+    assert isinstance(judged, EvalConfig) and judged.seeds == 4
+    assert (judged.reward.name, judged.reward.detector, judged.reward.options) == (
+        "geneval",
+        "shapes",
+        {"threshold": 0.2},
+    )
+
+
+def test_eval_of_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = load_config(write(tmp_path, SMALL), ["model.max_sequence_length=24", "device=cpu"])
+    write(run, resolved_yaml(config))
+    judged = eval_config_of_run(run, ["prompts=testbed:test", "n=8"])
+    assert judged.model == config.model and judged.device == "cpu"
+    assert judged.weights == run / "weights" and judged.out == run and judged.n == 8
+    with pytest.raises(DiffalignError, match="prompts is missing; give prompts="):
+        eval_config_of_run(run)
+    with pytest.raises(DiffalignError, match="holds no config.yaml"):
+        eval_config_of_run(tmp_path / "nowhere")
+
+
+def test_objectives_match_their_dataclasses() -> None:
+    from diffalign.objectives import OBJECTIVES
+
+    assert set(OBJECTIVE_SECTIONS) == set(OBJECTIVES)
+    for name, section in OBJECTIVE_SECTIONS.items():
+        fields = {field.name: field.default for field in dataclasses.fields(OBJECTIVES[name])}
+        assert section().arguments() == fields, name
+        assert section().name == name
+        OBJECTIVES[name](**section().arguments())
+
+
+def test_cuda_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == "cpu"
+    with pytest.raises(DiffalignError, match=r"device: cuda was asked for, but .*; set device=cpu or device=auto"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("cuda") == "cuda" and pick_device("cpu") == "cpu"
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes_are_there() -> None:
+    assert {"sdxl_dpo", "sdxl_dpo_full", "sd15_dpo", "sd35_medium_dpo", "sd3_medium_dpo", "sdxl_sft"} <= set(recipes())
+    assert {"shapes_sd3_dpo", "shapes_sdxl_dpo"} <= set(recipes())
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_is_whole_and_commented(name: str) -> None:
+    config = load_config(name)
+    lines = config_path(name).read_text(encoding="utf-8").splitlines()
+    written = yaml.safe_load("\n".join(lines))
+    for key, value in config.model_dump().items():
+        assert key in written, f"{name}: {key} is not in the file"
+        if isinstance(value, dict):
+            assert set(written[key]) == set(value), f"{name}: {key} is incomplete"
+    for above, line in pairwise(lines):
+        if line.strip() and not line.lstrip().startswith("#"):
+            assert "#" in line or above.lstrip().startswith("#"), f"{name}: no comment at {line!r}"
+
+
+def test_a_file_wins_over_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, SMALL, "sdxl_dpo")
+    assert load_config("sdxl_dpo").model.path == "m"
+
+
+def test_a_mistyped_recipe() -> None:
+    with pytest.raises(DiffalignError, match="^sdxl_dpoo: neither a file nor a shipped recipe; did you mean sdxl_dpo"):
+        load_config("sdxl_dpoo")
+    with pytest.raises(DiffalignError, match="recipes: .*shapes_sd3_dpo"):
+        load_config("zzz/qqq.yaml")
+
+
+def test_python_callers_get_the_same_checks() -> None:
+    with pytest.raises(ValidationError, match="does not divide"):
+        TrainConfig.model_validate(
+            {"run_dir": "r", "model": {"path": "m"}, "data": {"path": "d"}, "train": {"micro_batch": 3}}
+        )

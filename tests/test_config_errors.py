@@ -1,0 +1,142 @@
+"""Every mistake in a config: one line that names the key, its place and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffalign.config import load_config, load_sample_config
+from diffalign.errors import DiffalignError
+
+BASE = """\
+run_dir: runs/x
+model:
+  path: m
+data:
+  path: d
+train:
+  steps: 20
+"""
+
+
+def complaint(folder: Path, text: str, *overrides: str) -> str:
+    path = folder / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DiffalignError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(path), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BASE + "  stepz: 3\n", "c.yaml:8: unknown key train.stepz; did you mean steps?"),
+        (BASE + "trian: {}\n", "c.yaml:8: unknown key trian; did you mean train?"),
+        (BASE + "zzz: 1\n", "c.yaml:8: unknown key zzz; keys here: run_dir, seed, device, model"),
+        (BASE + "objective: {name: dpo, bata: 3}\n", "c.yaml:8: unknown key objective.bata; did you mean beta?"),
+        (BASE + "objective: {name: dop}\n", "c.yaml:8: unknown objective dop; did you mean dpo?"),
+        (BASE + "objective: {name: xyz}\n", "c.yaml:8: unknown objective xyz; known: dpo, sft"),
+        (BASE + "objective: {beta: 3}\n", "c.yaml:8: objective.name is missing; one of dpo, sft"),
+        (BASE + "objective: dpo\n", "c.yaml:8: objective should be a section with keys of its own, not 'dpo'"),
+        (BASE + "objective: {name: dpo, beta: -1}\n", "c.yaml:8: objective.beta should be greater than 0, not -1"),
+        (BASE + "noise: sharde\n", "c.yaml:8: noise should be 'shared' or 'independent', not 'sharde'; did you mean"),
+        (BASE + "seed: '1'\n", "c.yaml:8: seed should be a valid integer, not '1'; without quotes"),
+        (BASE + "seed: true\n", "c.yaml:8: seed should be a valid integer, not True"),
+        (BASE + "seed: 1.5\n", "c.yaml:8: seed should be a valid integer, not 1.5"),
+        (BASE + "optimizer: {lr: .nan}\n", "c.yaml:8: optimizer.lr should be a finite number, not nan"),
+        (BASE + "optimizer:\n  betas:\n  - 0.9\n", "c.yaml:9: optimizer.betas has too few entries"),
+        (BASE + "optimizer: {betas: [0.9, 1.0]}\n", "c.yaml:8: optimizer.betas: both betas must lie in [0, 1)"),
+        (BASE + "tune: {targets: [a, 1]}\n", "c.yaml:8: tune.targets.1 should be a valid string, not 1; quote it"),
+        (BASE + "labels: {source: scores}\n", "c.yaml:8: labels.source should be preference, scores.NAME or"),
+        (BASE.replace("path: d", "split: train"), "c.yaml:4: data.path is missing; give data.path=..."),
+        (BASE.replace("model:\n  path: m\n", ""), "model is missing; give model=..."),
+        ("", "run_dir is missing"),
+        ("- a\n", "c.yaml:1: a config is a mapping of sections"),
+        (BASE + "train: {}\n", "c.yaml:8: train occurs twice in this section; delete one"),
+        (BASE + "  steps: 30\n", "c.yaml:8: train.steps occurs twice"),
+        (BASE + "tune: {rank: 4\n", "c.yaml:9: not valid YAML"),
+        (BASE + "tune: \x07\n", "c.yaml: not valid YAML"),
+        (BASE + "tune: &a {targets: *a}\n", "c.yaml:8: the anchor contains itself"),
+        (BASE + "? [a]\n: 1\n", "c.yaml:8: a key must be a word, not a list"),
+        (BASE + "seed: !!python/name:os.system x\n", "c.yaml:8: seed cannot be read"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stepz=3", "argument 'train.stepz=3': unknown key train.stepz; did you mean steps?"),
+        ("train.steps=many", "argument 'train.steps=many': train.steps should be a valid integer, not 'many'"),
+        ("train.steps", "argument 'train.steps': write key.sub=value"),
+        ("=3", "argument '=3': write key.sub=value"),
+        ("train..steps=3", "argument 'train..steps=3': write key.sub=value"),
+        ("model.path.x=3", "model.path is a value ('m', "),
+        ("train.steps=[", "argument 'train.steps=[': not valid YAML"),
+        ("data=null", "argument 'data=null': data.path is missing"),
+        ("data=3", "argument 'data=3': data should be a section with keys of its own, not 3"),
+        ("tune={rank: 1, rank: 2}", "argument 'tune={rank: 1, rank: 2}': tune.rank occurs twice"),
+        ("train={stepz: 3}", "argument 'train={stepz: 3}': unknown key train.stepz"),
+    ],
+)
+def test_mistakes_in_an_argument_name_it(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in complaint(tmp_path, BASE, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["train.micro_batch=3"],
+            "'train.micro_batch=3': train.micro_batch: 3 does not divide train.groups_per_step=8",
+        ),
+        (["train.micro_batch=30"], "whole groups; use 8, 4, 2, 1"),
+        (["tune.kind=full", "tune.init=w"], "tune.init: init loads a LoRA, but tune.kind=full trains no LoRA"),
+        (["tune.kind=full", "tune.targets=[to_q]"], "tune.targets: targets choose where a LoRA goes"),
+        (["tune.kind=full", "model.dtype=float16"], "model.dtype: full fine-tuning updates the weights themselves"),
+        (["device=cpu", "train.mixed_precision=fp16"], "train.mixed_precision: fp16 needs a GPU"),
+        (["device=cpu", "model.attention=flash"], "model.attention: flash needs a GPU; use sdpa"),
+        (["model.attention=flash", "train.mixed_precision=no"], "flash attention has no float32 kernel"),
+        (["labels.transform=votes"], "labels.transform: preference holds vote shares already"),
+        (["labels.stats=stored", "labels.source=scores.a"], "labels.stats: statistics serve minmax and zscore"),
+        (["times.std=2"], "times.std: mean and std shape logit_normal times only"),
+        (["optimizer.warmup_steps=20"], "optimizer.warmup_steps: the warm-up of 20 steps does not end within"),
+        (["tracking.trackers=[wandb, wandb]"], "tracking.trackers: a tracker is named twice"),
+        (["train.ema_decay=1"], "train.ema_decay should be less than 1, not 1"),
+        (["train.ema_decay=0"], "train.ema_decay should be greater than 0, not 0"),
+        (["data.resolution=100"], "data.resolution should be a multiple of 8, not 100"),
+    ],
+)
+def test_impossible_combinations(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert expected in complaint(tmp_path, BASE, *overrides)
+
+
+def test_a_combination_names_the_line_of_what_was_written(tmp_path: Path) -> None:
+    text = BASE.replace("steps: 20", "micro_batch: 4\n  groups_per_step: 6")
+    assert complaint(tmp_path, text).startswith("c.yaml:7: train.micro_batch: 4 does not divide")
+
+
+def test_several_mistakes_are_counted_in_one_line(tmp_path: Path) -> None:
+    message = complaint(tmp_path, BASE + "  stepz: 3\nnoise: x\nseed: y\n")
+    assert message.startswith("c.yaml:8: unknown key train.stepz") and message.endswith("(also wrong: seed, noise)")
+
+
+def test_sampling_needs_both_sides(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("model: {path: m}\nprompts: p.txt\nout: o\nheight: 64\n")
+    with pytest.raises(DiffalignError, match=r"s\.yaml:4: height: give both height and width, or neither"):
+        load_sample_config(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match="a folder, where a config file"):
+        load_config(tmp_path)
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"run_dir: \xff\xfe")
+    with pytest.raises(DiffalignError, match=r"b\.yaml: not a text file in UTF-8 \(byte 9\)"):
+        load_config(binary)
