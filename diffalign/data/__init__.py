@@ -1,0 +1,1 @@
+"""Datasets on disk: images, scores, groups; sampling, scoring, ranking; the latent cache that training reads."""

@@ -1,0 +1,65 @@
+"""The columns of a dataset folder.
+
+    images/part-00000.parquet   one row an image; never rewritten
+    scores/<reward>.parquet     a reward's columns for every image
+    groups.parquet              one row a group of images of one prompt
+
+Image columns carry the metadata with which `datasets.load_dataset("parquet", ...)` shows them as pictures.
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from diffalign.errors import DiffalignError
+
+_IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_FEATURES = {
+    "group_id": {"dtype": "string", "_type": "Value"},
+    "index": {"dtype": "int32", "_type": "Value"},
+    "image": {"_type": "Image"},
+    "generator": {"dtype": "string", "_type": "Value"},
+    "seed": {"dtype": "int64", "_type": "Value"},
+    "provenance": {"dtype": "string", "_type": "Value"},
+}
+
+IMAGES = pa.schema(
+    [
+        ("group_id", pa.string()),
+        ("index", pa.int32()),
+        ("image", _IMAGE_TYPE),
+        ("generator", pa.string()),
+        ("seed", pa.int64()),
+        ("provenance", pa.string()),
+    ],
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+)
+
+GROUPS = pa.schema(
+    [
+        ("group_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("preference", pa.list_(pa.float32())),
+        ("split", pa.string()),
+        ("metadata", pa.string()),
+    ]
+)
+
+GROUPS_FILE = "groups.parquet"
+
+
+def score_schema(columns: tuple[str, ...]) -> pa.Schema:
+    """group_id, index, a float32 for every column of the reward, and why a value is NaN."""
+    return pa.schema(
+        [("group_id", pa.string()), ("index", pa.int32()), *((c, pa.float32()) for c in columns), ("reason", pa.string())]
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused if it leaves the folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DiffalignError(f"path {name!r} leaves its folder {folder}; only files below it are read")
+    return path

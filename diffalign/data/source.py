@@ -1,0 +1,95 @@
+"""What training reads: cached latents and embeddings, with labels, by group."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.data.cache import LatentCache
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.labels import labels
+from diffalign.errors import DiffalignError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B groups: latents [B, K, C, h, w] float32, conditioning each [B, ...], rewards [B, K] float32 (NaN: no label),
+    mask [B] bool, False where a group has fewer than K images."""
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    rewards: Tensor
+    mask: Tensor
+    group_ids: list[str]
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """Groups to train on, all with K image slots."""
+
+    cache: LatentCache
+    rewards: Tensor
+    mask: Tensor
+    group_ids: list[str]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    @property
+    def unconditional(self) -> dict[str, Tensor]:
+        return self.cache.unconditional
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The groups at these positions, in this order."""
+        return Batch(
+            torch.from_numpy(self.cache.latents[indices].astype(np.float32)),
+            self.cache.conditioning(indices),
+            self.rewards[indices],
+            self.mask[indices],
+            [self.group_ids[i] for i in indices],
+            [self.prompts[i] for i in indices],
+        )
+
+
+def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int, int]:
+    """Groups of the split (up to `limit`), K = the largest group, and how many groups are smaller."""
+    chosen = dataset.split(data.split)[: data.limit]
+    ids = dataset.column("group_id")
+    sizes = [len(dataset.members(ids[i])) for i in chosen]
+    members = max(sizes)
+    if members < 2:
+        raise DiffalignError(
+            f"{dataset.folder}: every group of split {data.split!r} has {members} image; a preference needs at least two "
+            "(images_per_prompt in `diffalign sample`)"
+        )
+    return chosen, members, sum(s < members for s in sizes)
+
+
+def prepare_source(
+    data: Any, label: Any, dataset: PreferenceDataset, backbone: Any, say: Callable[[str], None] = print
+) -> TrainingSource:
+    """Encode what is not cached yet and pair it with labels. `data`, `label`: a config's `data` and `labels` sections."""
+    chosen, members, smaller = choose_groups(data, dataset)
+    if smaller:
+        say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
+    values = labels(dataset, chosen, label.source, label.transform, label.stats)
+    rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
+    for row, value in enumerate(values):
+        rewards[row, : len(value)] = value
+    ids, prompts = dataset.column("group_id"), dataset.column("prompt")
+    folder = Path(data.cache) if data.cache else dataset.folder / "cache"
+    resolution = data.resolution or backbone.default_resolution
+    cache = LatentCache.build(dataset, chosen, members, backbone, folder, resolution, say)
+    return TrainingSource(
+        cache,
+        torch.from_numpy(rewards),
+        torch.tensor([len(v) == members for v in values]),
+        [ids[i] for i in chosen],
+        [prompts[i] for i in chosen],
+    )

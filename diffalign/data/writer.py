@@ -1,0 +1,100 @@
+"""Writing a dataset folder. Files are written beside and renamed, so a kill leaves only whole ones."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES
+from diffalign.errors import DiffalignError
+
+ROWS_PER_GROUP = 64  # images in a parquet row group: what one random access reads at most
+
+
+@contextmanager
+def replacing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A parquet file that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with pq.ParquetWriter(part, schema) as writer:
+            yield writer
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Lossless, without any metadata: equal images have equal bytes."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+class ImageWriter:
+    """Streams images into one shard, `images/<shard>.parquet`; memory holds 64 images at most."""
+
+    def __init__(self, folder: Path, shard: str = "part-00000") -> None:
+        self.path = Path(folder) / "images" / f"{shard}.parquet"
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "ImageWriter":
+        self._file = replacing(self.path, IMAGES)
+        self._writer = self._file.__enter__()
+        return self
+
+    def write(
+        self, group_id: str, index: int, image: Image.Image | bytes, generator: str, seed: int, provenance: dict[str, Any]
+    ) -> None:
+        """Add one image; bytes are an encoded picture and are kept as they are."""
+        data = image if isinstance(image, bytes) else png_bytes(image)
+        self.rows.append(
+            {
+                "group_id": group_id,
+                "index": index,
+                "image": {"bytes": data, "path": None},
+                "generator": generator,
+                "seed": seed,
+                "provenance": json.dumps(provenance, sort_keys=True),
+            }
+        )
+        if len(self.rows) == ROWS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            self._writer.write_table(pa.Table.from_pylist(self.rows, schema=IMAGES))
+            self.rows = []
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+        self._file.__exit__(kind, error, trace)
+
+
+def write_groups(folder: Path, rows: Iterable[dict[str, Any]], batch: int = 4096) -> int:
+    """Write `groups.parquet` from rows with the columns of `schema.GROUPS` (metadata as a dict); returns how many.
+
+    Raises DiffalignError if a group id comes twice.
+    """
+    seen: set[str] = set()
+    pending: list[dict[str, Any]] = []
+    with replacing(Path(folder) / GROUPS_FILE, GROUPS) as writer:
+        for row in rows:
+            if row["group_id"] in seen:
+                raise DiffalignError(f"group id {row['group_id']!r} comes twice; group ids must be unique")
+            seen.add(row["group_id"])
+            pending.append({**row, "metadata": json.dumps(row["metadata"], sort_keys=True)})
+            if len(pending) == batch:
+                writer.write_table(pa.Table.from_pylist(pending, schema=GROUPS))
+                pending = []
+        if pending or not seen:
+            writer.write_table(pa.Table.from_pylist(pending, schema=GROUPS))
+    return len(seen)
