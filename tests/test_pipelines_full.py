@@ -59,7 +59,7 @@ def test_saved_trunk_loads_in_diffusers_and_here(folder: Path, tmp_path: Path) -
     backbone.save_weights(tmp_path)
     names = sorted(f.name for f in (tmp_path / backbone.trunk_name).iterdir())
     assert names == ["config.json", "diffusion_pytorch_model.safetensors"]
-    plain = type(backbone.trunk).from_pretrained(tmp_path, subfolder=backbone.trunk_name)  # type: ignore[attr-defined]
+    plain = type(backbone.trunk).from_pretrained(tmp_path, subfolder=backbone.trunk_name)
     assert all(torch.equal(p, backbone.trunk.state_dict()[n]) for n, p in plain.state_dict().items())
 
     again = load_backbone(folder)

@@ -39,7 +39,7 @@ def test_facts(name: str, family: str, prediction: str, request: pytest.FixtureR
 
 
 def test_prediction_type_and_zero_snr_come_from_the_scheduler(tmp_path: Path) -> None:
-    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    zero: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     backbone = load_backbone(tiny.sd15(tmp_path / "v", "v_prediction", **zero))
     assert backbone.process.prediction_type == "v_prediction"
     assert float(backbone.process.coefficients(torch.tensor([999.0]))[0]) == 0.0

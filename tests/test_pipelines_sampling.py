@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -69,7 +70,7 @@ def test_loop_equals_sd3_with_shift_3(sd3_dir: Path, steps: int) -> None:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )  # fmt: skip
-def test_loop_equals_sdxl_with_other_schedulers(tmp_path: Path, options: dict[str, str]) -> None:
+def test_loop_equals_sdxl_with_other_schedulers(tmp_path: Path, options: dict[str, Any]) -> None:
     check_loop(tiny.sdxl(tmp_path / "model", **options), 5)
 
 
@@ -176,11 +177,14 @@ def test_images_of_wrong_shape_are_refused(sd15_dir: Path, shape: tuple[int, ...
 def test_micro_conditioning_follows_the_latents(sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(sdxl_dir)
     conditioning = backbone.encode_prompts(PROMPTS)
-    seen = []
+    seen: list[torch.Tensor] = []
     forward = backbone.trunk.forward
-    monkeypatch.setattr(
-        backbone.trunk, "forward", lambda *a, **k: seen.append(k["added_cond_kwargs"]["time_ids"]) or forward(*a, **k)
-    )
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["added_cond_kwargs"]["time_ids"])
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(backbone.trunk, "forward", spy)
     backbone.predict(torch.zeros(2, 4, 10, 6), torch.tensor([5.0, 6.0]), conditioning)
     assert seen[0].tolist() == [[80, 48, 0, 0, 80, 48]] * 2
 

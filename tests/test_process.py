@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # "scaled_linear", as 
 ABAR = np.cumprod(1.0 - BETAS)
 
 
-def diffusion(prediction_type: str = "epsilon", **options: object) -> Diffusion:
-    return Diffusion(torch.from_numpy(ABAR).float(), prediction_type, offset=1, **options)  # type: ignore[arg-type]
+def diffusion(prediction_type: str = "epsilon", **options: Any) -> Diffusion:
+    return Diffusion(torch.from_numpy(ABAR).float(), prediction_type, offset=1, **options)
 
 
 PROCESSES = {"epsilon": diffusion(), "v_prediction": diffusion("v_prediction"), "flow": Flow(shift=3.0)}

@@ -30,9 +30,8 @@ def clip_tokenizer(length: int = 16, pad_token: str = "<|endoftext|>") -> Any:
     tokens = [*symbols, *(s + "</w>" for s in symbols), "ed</w>", "en</w>", "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
     assert len(vocab) == VOCABULARY
-    return CLIPTokenizer(
-        vocab=vocab, merges=[("e", "d</w>"), ("e", "n</w>")], model_max_length=length, pad_token=pad_token
-    )
+    merges: Any = [("e", "d</w>"), ("e", "n</w>")]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, pad_token=pad_token)
 
 
 def t5_tokenizer(length: int = 12) -> Any:
@@ -87,7 +86,7 @@ def sd15(path: str | Path, prediction_type: str = "epsilon", *, seed: int = 0, *
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=2,
     )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         unet=unet, vae=vae(), text_encoder=CLIPTextModel(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
         scheduler=_ddim(prediction_type, **scheduler), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
@@ -115,7 +114,7 @@ def sdxl(
         noise: Any = EulerDiscreteScheduler(**_betas(prediction_type, **options))
     else:
         noise = _ddim(prediction_type, **options)
-    pipeline = StableDiffusionXLPipeline(
+    pipeline: Any = StableDiffusionXLPipeline(
         unet=unet, vae=vae(), scheduler=noise,
         text_encoder=CLIPTextModel(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(16, 16, 16)), tokenizer_2=clip_tokenizer(pad_token="!"),
@@ -139,10 +138,8 @@ def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0,
         attention_head_dim=8, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
         pos_embed_max_size=16, **options,
     )  # fmt: skip
-    t5_config = T5Config(
-        vocab_size=98, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    pipeline = StableDiffusion3Pipeline(
+    t5_config = T5Config(vocab_size=98, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    pipeline: Any = StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5),
         text_encoder=CLIPTextModelWithProjection(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
