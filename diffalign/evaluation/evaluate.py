@@ -1,0 +1,166 @@
+"""Sample two models at the same prompts and seeds, score them, and write what was found.
+
+    <out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
+    <out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns
+    <out>/eval.json                         comparisons: overall and per kind of prompt
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from rich.table import Table
+
+from diffalign.draws import draw
+from diffalign.errors import DiffalignError
+from diffalign.evaluation.compare import compare
+
+Sampler = Callable[[list[str], list[int]], list[Image.Image]]
+MODELS = ("base", "tuned")
+
+
+class Prompt(Protocol):
+    """A prompt with the facts that rewards may need; `metadata["tag"]` is its kind."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn: the same noise for both models, from (seed, prompt's place, k) alone."""
+
+    prompts: list[Any]
+    seeds: int
+    seed: int = 0
+    batch_size: int = 32
+
+    def cells(self) -> list[tuple[int, int]]:
+        return [(p, k) for p in range(len(self.prompts)) for k in range(self.seeds)]
+
+    def image_seed(self, prompt: int, k: int) -> int:
+        return int(draw(self.seed, "evaluation", inner=prompt, member=k).integers(2**32))
+
+
+def image_path(folder: Path, prompt: int, k: int) -> Path:
+    return folder / f"{prompt:05d}-{k}.png"
+
+
+def sample_images(sampler: Sampler, plan: Plan, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Draw the plan's images into `folder`; whole batches that are there already are not drawn again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = plan.cells()
+    for start in range(0, len(cells), plan.batch_size):
+        batch = cells[start : start + plan.batch_size]
+        if not all(image_path(folder, *cell).is_file() for cell in batch):
+            texts = [plan.prompts[p].prompt for p, _ in batch]
+            for cell, image in zip(batch, sampler(texts, [plan.image_seed(*c) for c in batch]), strict=True):
+                path = image_path(folder, *cell)
+                image.save(path.with_suffix(".part"), format="PNG")
+                path.with_suffix(".part").replace(path)
+        if on_progress:
+            on_progress(start + len(batch), len(cells))
+
+
+def score_folder(plan: Plan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
+    """"reward.column" -> scores [P, S] of the images in `folder`."""
+    cells = plan.cells()
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(cells), chunk):
+        batch = cells[start : start + chunk]
+        images = [Image.open(image_path(folder, *cell)).convert("RGB") for cell in batch]
+        texts = [plan.prompts[p].prompt for p, _ in batch]
+        facts = [plan.prompts[p].metadata for p, _ in batch]
+        for name, reward in rewards.items():
+            for column, values in reward.measure(images, texts, facts).items():
+                found.setdefault(f"{name}.{column}", []).extend(values.tolist())
+    return {name: np.array(values).reshape(len(plan.prompts), plan.seeds) for name, values in found.items()}
+
+
+def evaluate(
+    *,
+    base: Sampler,
+    tuned: Sampler,
+    plan: Plan,
+    rewards: dict[str, Any],
+    out: Path,
+    base_folder: Path | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compare two models; returns what `eval.json` holds.
+
+    `base_folder`: where the base model's images lie or go, so that several runs on the same plan share them.
+    """
+    if not plan.prompts:
+        raise DiffalignError("there is no prompt to evaluate on")
+    folders = {"base": base_folder or out / "eval" / "images" / "base", "tuned": out / "eval" / "images" / "tuned"}
+    scores = {}
+    for model, sampler in zip(MODELS, (base, tuned), strict=True):
+        sample_images(sampler, plan, folders[model], _named(on_progress, model))
+        scores[model] = score_folder(plan, rewards, folders[model])
+    result = {"seed": plan.seed, "seeds": plan.seeds, "prompts": [p.prompt for p in plan.prompts]}
+    result |= {"images": {m: str(f) for m, f in folders.items()}, "scores": summarise(scores, plan)}
+    rows = (
+        {"model": m, "prompt": plan.prompts[p].prompt, "seed": plan.image_seed(p, k), "index": [p, k]}
+        | {column: float(values[p, k]) for column, values in scores[m].items()}
+        for m in MODELS
+        for p, k in plan.cells()
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval").mkdir(exist_ok=True)
+    (out / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "eval.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _named(on_progress: Callable[[str, int, int], None] | None, model: str) -> Callable[[int, int], None] | None:
+    return None if on_progress is None else lambda done, total: on_progress(model, done, total)
+
+
+def summarise(scores: dict[str, dict[str, np.ndarray]], plan: Plan) -> dict[str, dict[str, dict[str, float]]]:
+    """score -> kind of prompt ("all" first) -> comparison."""
+    tags = [p.metadata.get("tag", "") for p in plan.prompts]
+    kinds = {"all": np.ones(len(tags), dtype=bool)}
+    kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
+    return {
+        column: {
+            kind: compare(values[rows], scores["tuned"][column][rows], seed=plan.seed).as_dict() for kind, rows in kinds.items()
+        }
+        for column, values in scores["base"].items()
+    }
+
+
+def load_scores(out: Path, model: str, column: str) -> np.ndarray:
+    """Scores [P, S] of an evaluation on disk."""
+    rows = [json.loads(line) for line in (out / "eval" / "scores.jsonl").read_text().splitlines()]
+    chosen = [row for row in rows if row["model"] == model]
+    prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
+    values = np.full((prompts, seeds), np.nan)
+    for row in chosen:
+        values[tuple(row["index"])] = row[column]
+    return values
+
+
+def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
+    """The comparison for a terminal."""
+    shown = Table(title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left")
+    shown.add_column("score")
+    shown.add_column("kind")
+    for name in ("prompts", "base", "tuned", "difference", "95% interval", "win rate"):
+        shown.add_column(name, justify="right")
+    for column, kinds in result["scores"].items():
+        if columns is not None and column not in columns:
+            continue
+        for kind, c in kinds.items():
+            interval = f"{c['low']:+.3f} to {c['high']:+.3f}"
+            values = (f"{c['base']:.3f}", f"{c['tuned']:.3f}", f"{c['difference']:+.3f}", interval, f"{c['win_rate']:.1%}")
+            style = "bold" if kind == "all" else None
+            shown.add_row(column if kind == "all" else "", kind, str(int(c["prompts"])), *values, style=style)
+        shown.add_section()
+    return shown

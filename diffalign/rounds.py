@@ -1,0 +1,65 @@
+"""Rounds: the loop over stages. Today one round, on the embedded world: sample, score, rank, train, evaluate, report."""
+
+from pathlib import Path
+from typing import Any
+
+from diffalign import stages
+from diffalign.config import load_config
+from diffalign.config_schema import EvalConfig, RewardSection, SampleConfig
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.rank import rank
+from diffalign.data.score import score_images
+
+RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
+# How both models are sampled, for training data and for evaluation alike.
+SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 2.0, "batch_size": 64, "device": "cpu"}
+GROUPS, IMAGES_PER_GROUP, TEST_PROMPTS, TEST_SEEDS = 384, 8, 256, 4
+REWARD = {"name": "geneval", "detector": "shapes"}
+
+
+def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> PreferenceDataset:
+    """Sample groups from `base` on training prompts and score them; what is there already is kept."""
+    model = load_config(RECIPES[base], ()).model.model_dump()
+    config = {"model": model, "prompts": "testbed:train", "n": groups, "out": str(folder), "seed": seed}
+    stages.sample(SampleConfig.model_validate({**config, **SAMPLING, "images_per_prompt": IMAGES_PER_GROUP}))
+    dataset = PreferenceDataset(folder)
+    scored = score_images(dataset, stages.open_reward(RewardSection.model_validate(REWARD)))
+    stages.say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
+    return dataset
+
+
+def quickstart(
+    base: str = "shapes-sd3",
+    out: Path = Path("runs/quickstart"),
+    seed: int = 0,
+    steps: int | None = None,
+    shuffle: bool = False,
+    groups: int = GROUPS,
+    prompts: str = "testbed:test",
+    data: Path | None = None,
+    base_images: Path | None = None,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """One round from prompts to a report; returns the evaluation. `shuffle` is the control with permuted labels.
+
+    `data` and `base_images` let several rounds share samples and the base model's evaluation images.
+    """
+    data = data or out / "data"
+    dataset = make_data(base, data, seed, groups)
+    rank(dataset, ["geneval"], shuffle_seed=seed if shuffle else None)
+    facts = PreferenceDataset(data).facts("train")
+    stages.say(f"ranked {facts['groups']} groups; {facts['without_preference']} state no preference")
+    run_dir = out / "run"
+    given = [f"run_dir={run_dir}", f"data.path={data}", f"seed={seed}", *overrides]
+    config = load_config(RECIPES[base], [*given, *([f"train.steps={steps}"] if steps else [])])
+    stages.train(config)
+    evaluation = {
+        "model": config.model.model_dump(),
+        "weights": str(run_dir / "weights"),
+        "prompts": prompts,
+        "n": TEST_PROMPTS if prompts == "testbed:test" else None,
+        "seeds": TEST_SEEDS,
+        "reward": REWARD,
+        "out": str(run_dir),
+    }
+    return stages.evaluate(EvalConfig.model_validate({**evaluation, **SAMPLING}), base_folder=base_images)
