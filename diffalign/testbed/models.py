@@ -1,7 +1,7 @@
 """The architectures of the two shipped base models: real diffusers and transformers classes, only small.
 
-Both share one VAE design (8x smaller latents, 16 channels: an 8 x 8 latent image) and learn their text encoders with the
-trunk, since there is nothing to inherit.
+Both share one VAE (4x smaller latents of 8 channels: 64 x 64 pixels are a 16 x 16 latent image; at this size a factor of
+8 would blur the shapes) and learn their text encoders with the trunk, since there is nothing to inherit.
 """
 
 import torch
@@ -18,23 +18,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffalign.testbed.tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
-LATENT_CHANNELS = 16
-LATENT_SIZE = 8
+LATENT_CHANNELS = 8
+LATENT_SIZE = 16
 CLIP_WIDTH = 64
 
 
 def autoencoder() -> AutoencoderKL:
-    """Four levels, so the latents are 8 times smaller, as in every Stable Diffusion."""
+    """Three levels, so the latents are 4 times smaller. Purely convolutional: shapes are local."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 24, 48),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        sample_size=LATENT_SIZE * 8,
+        sample_size=LATENT_SIZE * 4,
+        mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
         force_upcast=False,
@@ -82,7 +83,7 @@ def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
     transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
-        patch_size=1,
+        patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         num_layers=6,
@@ -91,7 +92,7 @@ def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         joint_attention_dim=width,
         caption_projection_dim=128,
         pooled_projection_dim=2 * CLIP_WIDTH,
-        pos_embed_max_size=LATENT_SIZE,
+        pos_embed_max_size=LATENT_SIZE // 2,
     )
     clip_1, clip_2 = clip_text_model(True, "<|endoftext|>"), clip_text_model(True, "!")
     return StableDiffusion3Pipeline(
@@ -114,12 +115,12 @@ def shapes_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128),
+        block_out_channels=(32, 64, 128),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        transformer_layers_per_block=(1, 1),
-        attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=(1, 2, 4),  # the number of heads, whatever its name says
         use_linear_projection=True,
         cross_attention_dim=2 * CLIP_WIDTH,
         addition_embed_type="text_time",

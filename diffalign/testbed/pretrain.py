@@ -33,8 +33,8 @@ Pipeline = StableDiffusion3Pipeline | StableDiffusionXLPipeline
 class PretrainSettings:
     """Everything that made the shipped models, stored beside their weights."""
 
-    scenes: int = 30_000
-    vae_steps: int = 2_000
+    scenes: int = 24_000
+    vae_steps: int = 1_600
     vae_batch: int = 16
     vae_lr: float = 2e-3
     kl_weight: float = 1e-5
@@ -89,7 +89,7 @@ def train_vae(images: np.ndarray, settings: PretrainSettings, say: Say) -> Autoe
         pixels = to_pixels(images[index]).to(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        loss = l1_loss(decoded, pixels) + mse_loss(decoded, pixels) + settings.kl_weight * posterior.kl().mean() / 1024
+        loss = l1_loss(decoded, pixels) + mse_loss(decoded, pixels) + settings.kl_weight * posterior.kl().mean() / 2048
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -101,7 +101,7 @@ def train_vae(images: np.ndarray, settings: PretrainSettings, say: Say) -> Autoe
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
-    """Posterior means [N, 16, 8, 8], neither shifted nor scaled."""
+    """Posterior means [N, 8, 16, 16], neither shifted nor scaled."""
     parts = [vae.encode(to_pixels(images[i : i + batch])).latent_dist.mode() for i in range(0, len(images), batch)]
     return torch.cat(parts).contiguous()
 

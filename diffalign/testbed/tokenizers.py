@@ -56,4 +56,4 @@ def t5_tokenizer() -> T5Tokenizer:
     characters = [(chr(c), -10.0) for c in range(33, 127)] + [("▁", -10.0)]
     pieces = dict([*special, *words])
     pieces |= {c: score for c, score in characters if c not in pieces}
-    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=T5_LENGTH)
