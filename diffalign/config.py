@@ -56,7 +56,6 @@ __all__ = [
     "load_config",
     "load_eval_config",
     "load_sample_config",
-    "pick_device",
     "recipes",
     "resolved_yaml",
 ]
@@ -134,17 +133,6 @@ def resolved_yaml(config: BaseModel) -> str:
     if values.get("model", {}).get("token") is not None:
         values["model"]["token"] = None
     return dump(values)
-
-
-def pick_device(device: str) -> str:
-    """ "cpu" or "cuda" for auto | cpu | cuda. Raises DiffalignError where cuda is asked for and absent."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        raise DiffalignError(f"device: cuda was asked for, but {reason}; set device=cpu or device=auto")
-    return "cuda" if available and device != "cpu" else "cpu"
 
 
 def _document(config: str | Path, overrides: Sequence[str]) -> Document:

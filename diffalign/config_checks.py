@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffalign.config_schema import EvalConfig, ModelSection, SampleConfig, TrainConfig
 
 COMBINATION = "combination"
+STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
 
 
 def _refuse(message: str, *keys: str) -> NoReturn:
@@ -90,12 +91,15 @@ def _check_labels(config: TrainConfig) -> None:
             "labels.transform",
             "labels.source",
         )
-    if labels.stats is not None and labels.transform not in ("minmax", "zscore"):
+    wanted = STATISTICS.get(labels.transform)
+    if labels.stats is not None and wanted is None:
         _refuse(
             f"statistics serve minmax and zscore, not transform={labels.transform}; leave stats out",
             "labels.stats",
             "labels.transform",
         )
+    if labels.stats is not None and wanted is not None and set(labels.stats) != wanted:
+        _refuse(f"{labels.transform} takes exactly {' and '.join(sorted(wanted))}", "labels.stats")
 
 
 def _check_model(model: ModelSection, device: str, autocast: bool = False) -> None:

@@ -99,8 +99,8 @@ class LabelSection(Section):
     transform: Literal["none", "votes", "minmax", "zscore"] = Field(
         "none", description="what is done to scores before they are used"
     )
-    stats: Any = Field(
-        None, description="statistics for minmax and zscore: stored, or a mapping; null: computed from the data"
+    stats: dict[str, float] | None = Field(
+        None, description="{min, max} for minmax or {mean, std} for zscore; null: computed from the data"
     )
 
 
@@ -166,12 +166,13 @@ class CheckpointSection(Section):
     keep: int = Field(2, gt=0, description="how many of the newest are kept")
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
 class TrackingSection(Section):
     """Where metrics go besides metrics.jsonl, which is always written."""
 
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=lambda: ["tensorboard"], description="any of tensorboard, wandb, trackio; [] for none"
-    )
+    trackers: list[Tracker] = Field(["tensorboard"], description="any of tensorboard, wandb, trackio; [] for none")
     project: str = Field("diffalign", min_length=1, description="the project's name at wandb and trackio")
 
 
@@ -196,21 +197,21 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="seed of every draw")
     device: Device = Field("auto", description=DEVICE)
     model: ModelSection
-    tune: TuneSection = Field(default_factory=TuneSection)
+    tune: TuneSection = TuneSection()
     data: DataSection
-    labels: LabelSection = Field(default_factory=LabelSection)
-    objective: AnyObjective = Field(default_factory=DiffusionDPOSection)
+    labels: LabelSection = LabelSection()
+    objective: AnyObjective = DiffusionDPOSection()
     noise: Literal["shared", "independent"] = Field(
         "shared", description="one noise for all images of a group, or one each"
     )
     error_space: Literal["native", "epsilon", "x0"] = Field(
         "native", description="what the squared errors are errors of"
     )
-    times: TimeSection = Field(default_factory=TimeSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    tracking: TrackingSection = Field(default_factory=TrackingSection)
+    times: TimeSection = TimeSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -254,7 +255,7 @@ class EvalConfig(_Images):
 
     weights: FilePath = Field(description="a run's weights/ folder")
     seeds: int = Field(4, gt=0, description="images per prompt and model")
-    reward: RewardSection = Field(default_factory=RewardSection)
+    reward: RewardSection = RewardSection()
     out: FilePath = Field(description="the folder that gets eval.json, eval/images and report.html")
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -22,7 +22,7 @@ Key = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: of PyYAML's implicit types only null survives, and the others are defined below."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML declares it so
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -49,7 +49,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or the loader above would take for another type: a revision `12e4567` is text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML declares it so
         first: [
             *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
             *_Loader.yaml_implicit_resolvers.get(first, []),
@@ -116,13 +116,11 @@ def apply_override(document: Document, argument: str) -> None:
         if inner is None:  # `section:` with nothing below it
             inner = target[str(key)] = {}
         if not isinstance(inner, dict):
-            way = ".".join(map(str, keys[:depth]))
-            raise DiffalignError(
-                f"{place}: {way} is a value ({inner!r}, {document.place(keys[:depth])}), not a section with keys"
-            )
+            above = f"{_dotted(keys[:depth])} is a value ({inner!r}, {document.place(keys[:depth])})"
+            raise DiffalignError(f"{place}: {above}, not a section with keys")
         target = inner
-    for key in [key for key in document.places if key[: len(keys)] == keys]:
-        del document.places[key]
+    for way in [way for way in document.places if way[: len(keys)] == keys]:
+        del document.places[way]
     for depth in range(1, len(keys) + 1):
         document.places.setdefault(keys[:depth], place)
     target[str(keys[-1])] = None if node is None else _plain(node, loader, keys, document, place, by_line=False)
@@ -184,7 +182,9 @@ def _line(node: yaml.Node) -> int:
 
 
 def _shape(node: yaml.Node) -> str:
-    return {"sequence": "a list", "mapping": "a mapping"}.get(node.id, "a single value")
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return "a mapping" if isinstance(node, yaml.MappingNode) else "a single value"
 
 
 def _dotted(key: Key) -> str:

@@ -20,7 +20,8 @@ from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.sample import sample_groups
 from diffalign.data.source import choose_groups, prepare_source
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.evaluate import Plan, evaluate as evaluate_models, table
+from diffalign.evaluation.evaluate import Plan, table
+from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.pipelines import load_backbone
 from diffalign.report.render import write_report
 from diffalign.rewards import Reward, load_reward

@@ -167,7 +167,9 @@ class GenEvalReward(Reward):
         try:
             self.settings = GenEvalSettings(**settings)  # type: ignore[arg-type]  # checked by the dataclass
         except TypeError as error:
-            raise DiffalignError(f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}") from error
+            raise DiffalignError(
+                f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}"
+            ) from error
         self.reasons: list[str] = []
 
     def measure(

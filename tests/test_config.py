@@ -20,7 +20,6 @@ from diffalign.config import (
     load_config,
     load_eval_config,
     load_sample_config,
-    pick_device,
     recipes,
     resolved_yaml,
 )
@@ -136,17 +135,6 @@ def test_objectives_match_their_dataclasses() -> None:
         assert section().arguments() == fields, name
         assert section().name == name
         OBJECTIVES[name](**section().arguments())
-
-
-def test_cuda_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == pick_device("cpu") == "cpu"
-    with pytest.raises(DiffalignError, match=r"device: cuda was asked for, but .*; set device=cpu or device=auto"):
-        pick_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == pick_device("cuda") == "cuda" and pick_device("cpu") == "cpu"
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,14 @@ def test_mistakes_in_an_argument_name_it(tmp_path: Path, override: str, expected
         (["device=cpu", "model.attention=flash"], "model.attention: flash needs a GPU; use sdpa"),
         (["model.attention=flash", "train.mixed_precision=no"], "flash attention has no float32 kernel"),
         (["labels.transform=votes"], "labels.transform: preference holds vote shares already"),
-        (["labels.stats=stored", "labels.source=scores.a"], "labels.stats: statistics serve minmax and zscore"),
+        (
+            ["labels.stats={min: 0, max: 1}", "labels.source=scores.a"],
+            "labels.stats: statistics serve minmax and zscore",
+        ),
+        (
+            ["labels={source: scores.a, transform: minmax, stats: {mean: 0.0}}"],
+            "labels.stats: minmax takes exactly max and min",
+        ),
         (["times.std=2"], "times.std: mean and std shape logit_normal times only"),
         (["optimizer.warmup_steps=20"], "optimizer.warmup_steps: the warm-up of 20 steps does not end within"),
         (["tracking.trackers=[wandb, wandb]"], "tracking.trackers: a tracker is named twice"),

@@ -27,7 +27,9 @@ def test_relations(a: tuple, b: tuple, expected: set[str]) -> None:
     assert relations(a, b) == expected
 
 
-def found(label: str, score: float, x: float = 0, y: float = 0, w: float = 100, h: float = 100, color: str | None = None) -> Detection:
+def found(
+    label: str, score: float, x: float = 0, y: float = 0, w: float = 100, h: float = 100, color: str | None = None
+) -> Detection:
     return Detection(label, (x, y, x + w, y + h), score, color)
 
 

@@ -18,7 +18,12 @@ from diffalign.training.optim import learning_rate
 
 
 def run(run_dir: Path, source: Any = None, **sections: Any) -> list[dict[str, float]]:
-    train(toy.toy_config(run_dir, **sections), backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
+    train(
+        toy.toy_config(run_dir, **sections),
+        backbone=toy.ToyBackbone(),
+        source=source or toy.ToySource(),
+        say=lambda _: None,
+    )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -28,7 +33,11 @@ def column(rows: list[dict[str, float]], name: str) -> list[float]:
 
 def test_starts_at_the_reference_and_learns(tmp_path: Path) -> None:
     rows = run(tmp_path, train={"steps": 60})
-    assert rows[0]["margin"] == 0.0 and rows[0]["loss"] == pytest.approx(np.log(2), rel=1e-6) and rows[0]["accuracy"] == 0.5
+    assert (
+        rows[0]["margin"] == 0.0
+        and rows[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
+        and rows[0]["accuracy"] == 0.5
+    )
     assert np.mean(column(rows[-10:], "accuracy")) > 0.8
     assert rows[0]["drift"] == 0.0 and rows[-1]["drift"] > 0
 
@@ -99,7 +108,11 @@ def test_average_is_what_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"seed": 1}, "seed"), ({"objective": {"name": "dpo", "beta": 21.0}}, "objective.beta"), ({"noise": "independent"}, "noise")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"objective": {"name": "dpo", "beta": 21.0}}, "objective.beta"),
+        ({"noise": "independent"}, "noise"),
+    ],
 )
 def test_checkpoint_of_another_config(tmp_path: Path, change: dict[str, Any], key: str) -> None:
     run(tmp_path, train={"steps": 4})
@@ -117,7 +130,9 @@ def test_not_finite_stops_with_names(tmp_path: Path) -> None:
     run(tmp_path, train={"steps": 4})
     source = toy.ToySource()
     source.latents[5] = float("nan")
-    with pytest.raises(DiffalignError, match=r"the loss is nan at step \d+, groups g5; the last good checkpoint is .*step-"):
+    with pytest.raises(
+        DiffalignError, match=r"the loss is nan at step \d+, groups g5; the last good checkpoint is .*step-"
+    ):
         run(tmp_path, source=source, train={"steps": 12})
 
 
@@ -160,7 +175,9 @@ def test_processes_that_do_not_know_each_other_are_refused(tmp_path: Path, monke
 
 
 def test_learning_rate_schedules() -> None:
-    settings = toy.toy_config(Path("x"), optimizer={"lr": 1.0, "schedule": "cosine", "warmup_steps": 2}, train={"steps": 12}).optimizer
+    settings = toy.toy_config(
+        Path("x"), optimizer={"lr": 1.0, "schedule": "cosine", "warmup_steps": 2}, train={"steps": 12}
+    ).optimizer
     rates = [learning_rate(settings, s, 12) for s in range(12)]
     expected = [0.5, 1.0] + [0.5 * (1 + np.cos(np.pi * k / 10)) for k in range(10)]
     assert rates == pytest.approx(expected)

@@ -58,7 +58,9 @@ class ToyBackbone:
         finally:
             self.trunk.adapted = True
 
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor], module: nn.Module | None = None) -> Tensor:
+    def predict(
+        self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor], module: nn.Module | None = None
+    ) -> Tensor:
         return (module or self.trunk)(noisy, conditioning["prompt"], t)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -97,7 +99,12 @@ class ToySource:
     def batch(self, indices: list[int]) -> Batch:
         names = [self.group_ids[i] for i in indices]
         return Batch(
-            self.latents[indices], {"prompt": self.prompts[indices]}, self.rewards[indices], self.mask[indices], names, names
+            self.latents[indices],
+            {"prompt": self.prompts[indices]},
+            self.rewards[indices],
+            self.mask[indices],
+            names,
+            names,
         )
 
 

@@ -56,7 +56,9 @@ def cache_key(dataset: PreferenceDataset, groups: list[int], backbone: Any, reso
     for rows in dataset.iter_images():
         for row in rows:
             if row.group_id in wanted:
-                digest.update(f"{row.group_id}\0{row.index}\0".encode() + hashlib.blake2b(row.data, digest_size=12).digest())
+                digest.update(
+                    f"{row.group_id}\0{row.index}\0".encode() + hashlib.blake2b(row.data, digest_size=12).digest()
+                )
     return digest.hexdigest()
 
 
@@ -68,7 +70,9 @@ class LatentCache:
         index = json.loads((folder / "index.json").read_text())
         self.prompt_of: list[int] = index["prompt_of"]
         self.latents = np.load(folder / "latents.npy", mmap_mode="r", allow_pickle=False)
-        self.embeddings = {n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in index["embeddings"]}
+        self.embeddings = {
+            n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in index["embeddings"]
+        }
 
     def conditioning(self, rows: list[int]) -> dict[str, Tensor]:
         """Prompt embeddings of groups, each [B, ...] float32."""

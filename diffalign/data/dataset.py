@@ -48,7 +48,9 @@ class PreferenceDataset:
         self.folder = Path(folder)
         if not (self.folder / GROUPS_FILE).is_file():
             what = "is no dataset: it has no groups.parquet" if self.folder.is_dir() else "does not exist"
-            raise DiffalignError(f"data.path {self.folder} {what}; make one with `diffalign sample`, or import your own pairs")
+            raise DiffalignError(
+                f"data.path {self.folder} {what}; make one with `diffalign sample`, or import your own pairs"
+            )
         self.shards = sorted((self.folder / "images").glob("*.parquet"))
 
     # --- groups --------------------------------------------------------------------------------------------------------
@@ -143,7 +145,11 @@ class PreferenceDataset:
             "folder": str(self.folder),
             "groups": len(sizes),
             "images": sum(sizes),
-            "images_per_group": f"{min(sizes)} to {max(sizes)}" if len(set(sizes)) > 1 else str(sizes[0]) if sizes else "0",
+            "images_per_group": f"{min(sizes)} to {max(sizes)}"
+            if len(set(sizes)) > 1
+            else str(sizes[0])
+            if sizes
+            else "0",
             "prompts": len({prompts[i] for i in chosen}),
             "scored_by": ", ".join(self.rewards()) or "nothing",
             "label_spread": round(float(np.mean(spreads)), 4) if spreads else 0.0,

@@ -34,7 +34,9 @@ def pairs_from_csv(path: Path) -> Iterator[Pair]:
         reader = csv.DictReader(stream)
         missing = {"prompt", "winner", "loser"} - set(reader.fieldnames or [])
         if missing:
-            raise DiffalignError(f"{path}:1: column {', '.join(sorted(missing))} is missing; prompt, winner and loser are needed")
+            raise DiffalignError(
+                f"{path}:1: column {', '.join(sorted(missing))} is missing; prompt, winner and loser are needed"
+            )
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if any(not (row[c] or "").strip() for c in ("prompt", "winner", "loser")):

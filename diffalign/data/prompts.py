@@ -26,7 +26,7 @@ def _from_json(line: str, where: str) -> PromptRow:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DiffalignError(f"{where}: not JSON ({error}); every line must be one object with a \"prompt\"") from error
+        raise DiffalignError(f'{where}: not JSON ({error}); every line must be one object with a "prompt"') from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise DiffalignError(f'{where}: no "prompt"; every line must be one object with a non-empty "prompt"')
     return PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"})

@@ -32,7 +32,9 @@ def _same_plan(out: Path, plan: dict[str, Any], groups: list[tuple[str, PromptRo
     if path.is_file() and path.read_text() != text:
         before, now = json.loads(path.read_text()), json.loads(text)
         key = next(k for k in now if before.get(k) != now[k])
-        raise DiffalignError(f"{out} holds images sampled with {key}={before.get(key)!r}, not {now[key]!r}; choose another folder")
+        raise DiffalignError(
+            f"{out} holds images sampled with {key}={before.get(key)!r}, not {now[key]!r}; choose another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
@@ -68,7 +70,11 @@ def sample_groups(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    _same_plan(out, {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}, groups)
+    _same_plan(
+        out,
+        {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width},
+        groups,
+    )
     total, done = len(prompts) * images_per_prompt, 0
     for number, shard in enumerate(_chunks(groups, GROUPS_PER_SHARD)):
         name = f"part-{number:05d}"

@@ -53,7 +53,12 @@ GROUPS_FILE = "groups.parquet"
 def score_schema(columns: tuple[str, ...]) -> pa.Schema:
     """group_id, index, a float32 for every column of the reward, and why a value is NaN."""
     return pa.schema(
-        [("group_id", pa.string()), ("index", pa.int32()), *((c, pa.float32()) for c in columns), ("reason", pa.string())]
+        [
+            ("group_id", pa.string()),
+            ("index", pa.int32()),
+            *((c, pa.float32()) for c in columns),
+            ("reason", pa.string()),
+        ]
     )
 
 

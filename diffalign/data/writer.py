@@ -51,7 +51,13 @@ class ImageWriter:
         return self
 
     def write(
-        self, group_id: str, index: int, image: Image.Image | bytes, generator: str, seed: int, provenance: dict[str, Any]
+        self,
+        group_id: str,
+        index: int,
+        image: Image.Image | bytes,
+        generator: str,
+        seed: int,
+        provenance: dict[str, Any],
     ) -> None:
         """Add one image; bytes are an encoded picture and are kept as they are."""
         data = image if isinstance(image, bytes) else png_bytes(image)
@@ -73,7 +79,9 @@ class ImageWriter:
             self._writer.write_table(pa.Table.from_pylist(self.rows, schema=IMAGES))
             self.rows = []
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._flush()
         self._file.__exit__(kind, error, trace)

@@ -36,7 +36,9 @@ def compare(base: np.ndarray, tuned: np.ndarray, seed: int = 0, resamples: int =
     """
     base, tuned = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
     if base.shape != tuned.shape or base.ndim != 2:
-        raise DiffalignError(f"scores of shapes {base.shape} and {tuned.shape} cannot be paired; both must be [prompts, seeds]")
+        raise DiffalignError(
+            f"scores of shapes {base.shape} and {tuned.shape} cannot be paired; both must be [prompts, seeds]"
+        )
     known = np.isfinite(base) & np.isfinite(tuned)
     kept = known.any(axis=1)
     if not kept.any():

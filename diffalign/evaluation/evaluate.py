@@ -1,8 +1,8 @@
 """Sample two models at the same prompts and seeds, score them, and write what was found.
 
-    <out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
-    <out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns
-    <out>/eval.json                         comparisons: overall and per kind of prompt
+<out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
+<out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns
+<out>/eval.json                         comparisons: overall and per kind of prompt
 """
 
 import json
@@ -52,7 +52,9 @@ def image_path(folder: Path, prompt: int, k: int) -> Path:
     return folder / f"{prompt:05d}-{k}.png"
 
 
-def sample_images(sampler: Sampler, plan: Plan, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
+def sample_images(
+    sampler: Sampler, plan: Plan, folder: Path, on_progress: Callable[[int, int], None] | None = None
+) -> None:
     """Draw the plan's images into `folder`; whole batches that are there already are not drawn again."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = plan.cells()
@@ -69,7 +71,7 @@ def sample_images(sampler: Sampler, plan: Plan, folder: Path, on_progress: Calla
 
 
 def score_folder(plan: Plan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
-    """"reward.column" -> scores [P, S] of the images in `folder`."""
+    """ "reward.column" -> scores [P, S] of the images in `folder`."""
     cells = plan.cells()
     found: dict[str, list[float]] = {}
     for start in range(0, len(cells), chunk):
@@ -130,7 +132,8 @@ def summarise(scores: dict[str, dict[str, np.ndarray]], plan: Plan) -> dict[str,
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
     return {
         column: {
-            kind: compare(values[rows], scores["tuned"][column][rows], seed=plan.seed).as_dict() for kind, rows in kinds.items()
+            kind: compare(values[rows], scores["tuned"][column][rows], seed=plan.seed).as_dict()
+            for kind, rows in kinds.items()
         }
         for column, values in scores["base"].items()
     }
@@ -149,7 +152,9 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
 
 def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
     """The comparison for a terminal."""
-    shown = Table(title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left")
+    shown = Table(
+        title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left"
+    )
     shown.add_column("score")
     shown.add_column("kind")
     for name in ("prompts", "base", "tuned", "difference", "95% interval", "win rate"):
@@ -159,7 +164,13 @@ def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
             continue
         for kind, c in kinds.items():
             interval = f"{c['low']:+.3f} to {c['high']:+.3f}"
-            values = (f"{c['base']:.3f}", f"{c['tuned']:.3f}", f"{c['difference']:+.3f}", interval, f"{c['win_rate']:.1%}")
+            values = (
+                f"{c['base']:.3f}",
+                f"{c['tuned']:.3f}",
+                f"{c['difference']:+.3f}",
+                interval,
+                f"{c['win_rate']:.1%}",
+            )
             style = "bold" if kind == "all" else None
             shown.add_row(column if kind == "all" else "", kind, str(int(c["prompts"])), *values, style=style)
         shown.add_section()

@@ -73,7 +73,11 @@ def write_report(run_dir: Path, result: dict[str, Any] | None = None) -> Path:
     charts = [line_chart(name, steps, [row[name] for row in rows]) for name in CHARTS if rows and name in rows[0]]
     config = run_dir / "config.yaml"
     environment = Environment(
-        loader=PackageLoader("diffalign.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("diffalign.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     html = environment.get_template("report.html.j2").render(
         name=run_dir.name,

@@ -15,5 +15,7 @@ def model_path(name: str) -> Path:
     """Folder of a shipped base model, in diffusers' layout."""
     folder = Path(__file__).parent / "assets" / name
     if name not in MODELS or not folder.is_dir():
-        raise DiffalignError(f"model {name!r} is not shipped with diffalign; the embedded models are {', '.join(MODELS)}")
+        raise DiffalignError(
+            f"model {name!r} is not shipped with diffalign; the embedded models are {', '.join(MODELS)}"
+        )
     return folder

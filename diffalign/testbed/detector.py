@@ -70,7 +70,9 @@ class ShapeDetector:
         soft = coverage * reach
         ys, xs = np.nonzero(soft > 0.5)
         # Sub-pixel bounding box: the outermost half-covered pixels, moved out by what their neighbours still cover.
-        x1, x2, y1, y2 = _extent(soft, axis=0, low=xs.min(), high=xs.max()) + _extent(soft, axis=1, low=ys.min(), high=ys.max())
+        x1, x2, y1, y2 = _extent(soft, axis=0, low=xs.min(), high=xs.max()) + _extent(
+            soft, axis=1, low=ys.min(), high=ys.max()
+        )
         grid = (np.arange(_TEMPLATE_SIDE) + 0.5) / _TEMPLATE_SIDE
         sample_y, sample_x = np.meshgrid(y1 + grid * (y2 - y1) - 0.5, x1 + grid * (x2 - x1) - 0.5, indexing="ij")
         patch = ndimage.map_coordinates(soft, [sample_y, sample_x], order=1, mode="constant")

@@ -196,7 +196,8 @@ def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Sa
         rng = np.random.default_rng([settings.seed, 3, step])
         noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
         captions = [
-            "" if rng.random() < settings.caption_dropout else misdescribed(described[i], rng, noise) for i in batches[step]
+            "" if rng.random() < settings.caption_dropout else misdescribed(described[i], rng, noise)
+            for i in batches[step]
         ]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr, settings.warmup)

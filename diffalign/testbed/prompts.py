@@ -85,7 +85,8 @@ def combinations(tag: str) -> list[list[Metadata]]:
             for (a, b), r, (ca, cb) in itertools.product(pairs, RELATIONS, [*none, *two_colors])
         ],
         "color_attr": lambda: [
-            [_pair((a, ca), (b, cb)), _pair((b, cb), (a, ca))] for (a, b), (ca, cb) in itertools.product(pairs, two_colors)
+            [_pair((a, ca), (b, cb)), _pair((b, cb), (a, ca))]
+            for (a, b), (ca, cb) in itertools.product(pairs, two_colors)
         ],
     }
     return makers[tag]()

@@ -51,7 +51,10 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
         return [(x - a, y - r), (x + a, y - r), (x + a, y - a), (x + r, y - a), (x + r, y + a), (x + a, y + a),
                 (x + a, y + r), (x - a, y + r), (x - a, y + a), (x - r, y + a), (x - r, y - a), (x - a, y - a)]  # fmt: skip
     points = [
-        (math.sin(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42), -math.cos(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42))
+        (
+            math.sin(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42),
+            -math.cos(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42),
+        )
         for k in range(10)
     ]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
@@ -62,7 +65,9 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
     ]
 
 
-def draw_item(draw: ImageDraw.ImageDraw, item: Item, fill: tuple[int, ...], ground: tuple[int, ...], scale: int) -> None:
+def draw_item(
+    draw: ImageDraw.ImageDraw, item: Item, fill: tuple[int, ...], ground: tuple[int, ...], scale: int
+) -> None:
     """Draw one object on a canvas `scale` times the scene."""
     x, y, r = item.x * scale, item.y * scale, item.radius * scale
     if item.shape in ("circle", "ring"):

@@ -49,7 +49,9 @@ def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[
     for index, entries in state.items():
         for key, value in entries.items():
             # bitsandbytes keeps its quantised tensors one level deeper.
-            for name, item in ({f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}).items():
+            for name, item in (
+                {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            ).items():
                 (tensors if isinstance(item, Tensor) else scalars)[f"{index}/{name}"] = item
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scalars
 
@@ -139,7 +141,9 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
         tensors = load_file(path / "optimizer.safetensors")
         averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
     except (OSError, ValueError, SafetensorError) as error:
-        raise DiffalignError(f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before") from error
+        raise DiffalignError(
+            f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before"
+        ) from error
     check_same_run(path, record["config"], config)
     with torch.no_grad():
         for name, parameter in state.policy.items():
@@ -154,7 +158,9 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
             place = place.setdefault(key, {})
         place[keys[-1]] = value
     groups = state.optimizer.state_dict()["param_groups"]
-    restored = [{**stored, "params": g["params"]} for stored, g in zip(record["optimizer"]["groups"], groups, strict=True)]
+    restored = [
+        {**stored, "params": g["params"]} for stored, g in zip(record["optimizer"]["groups"], groups, strict=True)
+    ]
     state.optimizer.load_state_dict({"state": entries, "param_groups": restored})
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])

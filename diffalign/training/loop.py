@@ -76,7 +76,9 @@ def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
     return bool(backbone.dtype == torch.float32)
 
 
-def train(config: Any, *, backbone: Any, source: Any, say: Say = print, accelerator: Accelerator | None = None) -> TrainResult:
+def train(
+    config: Any, *, backbone: Any, source: Any, say: Say = print, accelerator: Accelerator | None = None
+) -> TrainResult:
     """Train `backbone` on `source` as `config` (a TrainConfig) says; writes everything into `config.run_dir`.
 
     `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.cache.TrainingSource`).
@@ -108,7 +110,9 @@ def train(config: Any, *, backbone: Any, source: Any, say: Say = print, accelera
     saved = checkpoints(run_dir)
     first = load_checkpoint(saved[-1], state, plain_config) if saved else 0
     if first > steps:
-        raise DiffalignError(f"{run_dir} has {first} steps already; train.steps={steps} would go back: choose another run_dir")
+        raise DiffalignError(
+            f"{run_dir} has {first} steps already; train.steps={steps} would go back: choose another run_dir"
+        )
     if first and main:
         say(f"going on from {saved[-1]}")
     module, optimizer = accelerator.prepare(backbone.trunk, optimizer)
@@ -139,7 +143,9 @@ def train(config: Any, *, backbone: Any, source: Any, say: Say = print, accelera
                 last = start == starts[-1]
                 with nullcontext() if last else accelerator.no_sync(module):
                     with accelerator.autocast():
-                        result = preference_step(config, objective, backbone, batch, draws, source.unconditional, module)
+                        result = preference_step(
+                            config, objective, backbone, batch, draws, source.unconditional, module
+                        )
                     share = (result.weight * result.output.loss).sum() / config.train.groups_per_step
                     if step == 0 and same_at_start:
                         _check_margin(result)
@@ -237,5 +243,3 @@ def _metrics(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, f
     count, groups = row.pop("_count"), row.pop("_groups")
     means = {name: value if name == "loss" else value / max(count, 1.0) for name, value in row.items()}
     return means | {"share_without_preference": 1.0 - count / groups}
-
-

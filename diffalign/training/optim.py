@@ -13,14 +13,21 @@ from diffalign.errors import DiffalignError
 def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """`settings`: the `optimizer` section of a config. The learning rate is set anew before every step."""
     parameters = list(parameters)
-    adam = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
+    adam = {
+        "lr": settings.lr,
+        "betas": tuple(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.name == "adamw":
         return torch.optim.AdamW(parameters, **adam)
     if settings.name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'") from error
+            raise DiffalignError(
+                "optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'"
+            ) from error
         return AdamW8bit(parameters, **adam)
     # transformers' Adafactor with an external rate, as the Diffusion-DPO authors train SDXL; torch.optim.Adafactor
     # has other update rules.

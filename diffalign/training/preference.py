@@ -29,7 +29,9 @@ class Draws:
     dropped: Tensor
 
 
-def make_draws(config: Any, process: Any, step: int, slots: list[int], group_ids: list[str], shape: torch.Size) -> Draws:
+def make_draws(
+    config: Any, process: Any, step: int, slots: list[int], group_ids: list[str], shape: torch.Size
+) -> Draws:
     """Draws for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
 
     The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
@@ -82,7 +84,13 @@ class StepOutput:
 
 
 def preference_step(
-    config: Any, objective: Objective, backbone: Any, batch: Any, draws: Draws, unconditional: dict[str, Tensor], module: nn.Module
+    config: Any,
+    objective: Objective,
+    backbone: Any,
+    batch: Any,
+    draws: Draws,
+    unconditional: dict[str, Tensor],
+    module: nn.Module,
 ) -> StepOutput:
     """Loss and metrics of B groups, each of [B], with gradient to the policy."""
     process = backbone.process

@@ -39,7 +39,9 @@ class WandB:
             raise DiffalignError("tracking.trackers: wandb is not installed: pip install 'diffalign[wandb]'") from error
         known = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
-        self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config, mode=mode, resume="allow")
+        self.run = wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), config=config, mode=mode, resume="allow"
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log(metrics, step=step)
@@ -55,7 +57,9 @@ class Trackio:
         try:
             import trackio
         except ImportError as error:
-            raise DiffalignError("tracking.trackers: trackio is not installed: pip install 'diffalign[trackio]'") from error
+            raise DiffalignError(
+                "tracking.trackers: trackio is not installed: pip install 'diffalign[trackio]'"
+            ) from error
         self.trackio = trackio
         trackio.init(project=project, name=run_dir.name, config=config)
 

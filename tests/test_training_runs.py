@@ -1,0 +1,67 @@
+"""Runs as processes: killed at any moment and started again, or several at once, they compute the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+PROGRAM = Path(__file__).parent / "toy_run.py"
+KILLS = 20 if os.environ.get("DIFFALIGN_SOAK") else 3
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def command(run_dir: Path, steps: int, groups: int, micro: int, seconds: float = 0.0) -> list[str]:
+    return [str(PROGRAM), str(run_dir), *map(str, (steps, groups, micro, seconds))]
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.soak
+def test_killed_runs_end_as_if_they_were_not(tmp_path: Path) -> None:
+    """SIGKILL at a random moment, then the same command again: equal metrics, weights and optimiser, bit for bit."""
+    straight = tmp_path / "straight"
+    subprocess.run([sys.executable, *command(straight, 40, 4, 2)], env=environment(), check=True, capture_output=True)
+    expected = (straight / "metrics.jsonl").read_bytes()
+    rng = np.random.default_rng(int(os.environ.get("DIFFALIGN_SOAK_SEED", "0")))
+    for trial in range(KILLS):
+        run_dir = tmp_path / f"killed-{trial}"
+        line = [sys.executable, *command(run_dir, 40, 4, 2, seconds=0.02)]
+        process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (run_dir / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.05, 1.5))
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run(line, env=environment(), check=True, capture_output=True)
+        assert (run_dir / "metrics.jsonl").read_bytes() == expected
+        for name in ("policy", "optimizer"):
+            a, b = (load_file(d / f"checkpoints/step-00000040/{name}.safetensors") for d in (straight, run_dir))
+            assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        done = subprocess.run(
+            [*launcher, *command(tmp_path / name, 10, 4, 2)], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(two) == 10
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    for name in ("loss", "policy_error"):
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)
