@@ -59,7 +59,7 @@ CASES: list[tuple[str, dict[str, Any], list[Detection], bool, bool, float, float
     ("G10 target missing", DOG, [RIGHT_DOG], False, False, 1 / 3, 1 / 3),
     ("G11 second dog", DOG, [TEDDY, RIGHT_DOG, found("dog", 0.5, 0, 100, 50)], True, False, 1 / 3, 1 / 3),
     ("G12", FRUIT, [found("glass", 0.9, color="purple"), found("apple", 0.9, color="black")], True, True, 1.0, 1.0),
-    ("G13 swapped colours", FRUIT, [found("glass", 0.9, color="black"), found("apple", 0.9, color="purple")], False, False, 0.5, 0.5),
+    ("G13 swapped", FRUIT, [found("glass", 0.9, color="black"), found("apple", 0.9, color="purple")], False, False, 0.5, 0.5),
     ("G14 one missing", FRUIT, [found("glass", 0.9, color="purple")], False, False, 0.5, 0.5),
     ("G15 nothing", TWO, [], False, False, 0.0, 0.0),
 ]  # fmt: skip

@@ -174,7 +174,8 @@ def train(
             # ---- Checkpoint ----
             if done % config.checkpoint.every == 0 or done == steps:
                 if main:
-                    save_checkpoint(run_dir, TrainState(done, policy, _inner(optimizer), ema, accelerator.scaler), plain_config, config.checkpoint.keep)  # fmt: skip
+                    state = TrainState(done, policy, _inner(optimizer), ema, accelerator.scaler)
+                    save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep)
                 accelerator.wait_for_everyone()
 
     # ---- Weights for diffusers ---------------------------------------------------------------------------------------
