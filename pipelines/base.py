@@ -54,10 +54,11 @@ class Backbone(Tunable):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         self.trunk: nn.Module = self.pipeline_trunk
-        self._model: Any = self.trunk
+        model: Any = self.pipeline_trunk  # diffusers' models carry methods that nn.Module does not declare
+        self._model = model
         set_attention(self.trunk, attention)
         if gradient_checkpointing:
-            self._model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing()
         self.vae_scale_factor: int = pipeline.vae_scale_factor
         self._vae_config: Any = pipeline.vae.config
         self._config: Any = self._model.config

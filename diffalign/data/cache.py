@@ -130,7 +130,7 @@ def _write(
     part.mkdir(parents=True)
     ids, prompts = dataset.column("group_id"), dataset.column("prompt")
     distinct = list(dict.fromkeys(prompts[i] for i in groups))
-    latent: np.ndarray | None = None
+    latent: np.memmap | None = None
     pending: list[tuple[int, int, np.ndarray]] = []
 
     def encode() -> None:
@@ -155,7 +155,7 @@ def _write(
         encode()
     if latent is not None:
         latent.flush()
-    stores: dict[str, np.ndarray] = {}
+    stores: dict[str, np.memmap] = {}
     texts = [*distinct, ""]
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
@@ -26,7 +27,7 @@ from diffalign.testbed.scenes import render
 from diffalign.testbed.tokenizers import T5_LENGTH
 
 Say = Callable[[str], None]
-Pipeline = StableDiffusion3Pipeline | StableDiffusionXLPipeline
+Pipeline = Any  # StableDiffusion3Pipeline or StableDiffusionXLPipeline; diffusers does not type them
 
 
 @dataclass(frozen=True)
