@@ -39,14 +39,14 @@ class PretrainSettings:
     vae_batch: int = 16
     vae_lr: float = 2e-3
     kl_weight: float = 1e-5
-    steps: int = 4_000
+    steps: int = 9_000
     batch: int = 64
     lr: float = 1e-3
     warmup: int = 200
     ema: float = 0.998
     caption_dropout: float = 0.1
     caption_noise: float = 0.35
-    clean_share: float = 0.6  # of the steps, before captions become noisy
+    clean_share: float = 0.75  # of the steps, before captions become noisy
     seed: int = 0
 
 
@@ -68,8 +68,9 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Linear warm-up, a plateau, and half a cosine to zero over the last half: a run can be made longer on the way."""
+    fall = max(0.0, 2 * step / steps - 1)
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * fall))
 
 
 def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[np.ndarray]:
