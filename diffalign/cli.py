@@ -107,6 +107,30 @@ def evaluate(
         stages.evaluate(checked)
 
 
+@app.command("pairs")
+def import_pairs(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CSV | WINNERS LOSERS",
+            help="A csv with columns prompt, winner, loser; or two folders of pictures with equal names, "
+            "with the caption of a.png in a.txt beside the winner.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
+) -> None:
+    """Turn your own pairs into a dataset that `diffalign train` reads (data.path)."""
+    with _plain_errors():
+        from diffalign.data import pairs
+
+        if len(sources) > 2:
+            raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
+        if len(sources) == 1 and sources[0].is_dir():
+            raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
+        found = pairs.pairs_from_folders(*sources) if len(sources) == 2 else pairs.pairs_from_csv(sources[0])
+        print(f"{pairs.import_pairs(found, out)} pairs in {out}; train on them with data.path={out}")
+
+
 @app.command("recipes")
 def list_recipes() -> None:
     """List the shipped recipes and where their files are."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import inside
+from diffalign.data.schema import GROUPS_FILE, inside
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 
@@ -62,6 +64,8 @@ def pairs_from_folders(winners: Path, losers: Path) -> Iterator[Pair]:
 
 def import_pairs(pairs: Iterator[Pair], out: Path, split: str = "train") -> int:
     """Write a dataset of groups of two, the winner first; returns how many. A picture that cannot be read is named."""
+    if (out / GROUPS_FILE).exists():
+        raise DiffalignError(f"{out} holds a dataset already; choose another folder")
     groups: list[dict[str, Any]] = []
     with ImageWriter(out) as writer:
         for number, pair in enumerate(pairs):
@@ -85,8 +89,6 @@ def import_pairs(pairs: Iterator[Pair], out: Path, split: str = "train") -> int:
 
 
 def _checked(path: Path, where: str) -> bytes:
-    from PIL import Image
-
     try:
         data = path.read_bytes()
         with Image.open(path) as image:

@@ -1,0 +1,487 @@
+"""The dataset folder: what is written is what is read, bad input is named, nothing half-written is ever seen."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.cli import app
+from diffalign.data.cache import LatentCache, to_square
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.labels import labels
+from diffalign.data.pairs import import_pairs, pairs_from_csv, pairs_from_folders
+from diffalign.data.prompts import PromptRow, read_prompts
+from diffalign.data.rank import rank, vote_shares
+from diffalign.data.sample import image_seed, sample_groups
+from diffalign.data.score import score_images
+from diffalign.data.source import choose_groups, prepare_source
+from diffalign.data.writer import ImageWriter, write_groups
+from diffalign.errors import DiffalignError
+
+
+def picture(value: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def group_row(group: str, prompt: str, preference: list[float], split: str = "train") -> dict[str, Any]:
+    row = PromptRow(prompt)
+    return {
+        "group_id": group,
+        "prompt_id": row.prompt_id,
+        "prompt": prompt,
+        "preference": preference,
+        "split": split,
+        "metadata": {"tag": "single_object"},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three groups of 3, 3 and 2 images with preferences."""
+    out = tmp_path / "data"
+    sizes = {"a": 3, "b": 3, "c": 2}
+    with ImageWriter(out) as writer:
+        for n, (group, size) in enumerate(sizes.items()):
+            for k in range(size):
+                writer.write(group, k, picture(10 * n + k), "model", 100 + k, {"steps": 5})
+    write_groups(out, [group_row(g, f"prompt {g}", list(np.linspace(0, 1, s))) for g, s in sizes.items()])
+    return out
+
+
+class Brightness:
+    """A reward with two columns."""
+
+    name, columns = "brightness", ("mean", "half")
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: list[dict[str, Any]]) -> dict[str, Any]:
+        assert [f["prompt"] for f in facts] == prompts and all(f["tag"] == "single_object" for f in facts)
+        self.reasons = [""] * len(images)
+        values = torch.tensor([float(np.asarray(i).mean()) for i in images])
+        return {"mean": values, "half": values / 2}
+
+
+# --- writer and reader -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_what_is_read(folder: Path) -> None:
+    dataset = PreferenceDataset(folder)
+    assert len(dataset) == 3 and dataset.members("c") == [0, 1]
+    assert dataset.group(1)["prompt"] == "prompt b" and dataset.group(1)["metadata"] == {"tag": "single_object"}
+    images = dataset.images("b")
+    assert [(i.index, i.seed, i.generator) for i in images] == [(0, 100, "model"), (1, 101, "model"), (2, 102, "model")]
+    assert all(np.array_equal(i.decode(), picture(10 + i.index)) for i in images)
+    assert [(r.group_id, r.index) for rows in dataset.iter_images(batch=3) for r in rows] == [
+        ("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 1),
+    ]  # fmt: skip
+
+
+def test_other_libraries_see_pictures(folder: Path, tmp_path: Path) -> None:
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(folder / "images" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
+    )
+    assert isinstance(loaded[0]["image"], Image.Image) and loaded[4]["group_id"] == "b"
+
+
+def test_equal_images_have_equal_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with ImageWriter(tmp_path / name) as writer:
+            writer.write("a", 0, picture(1), "model", 0, {"b": 1, "a": 2} if name == "one" else {"a": 2, "b": 1})
+    one, two = ((tmp_path / n / "images" / "part-00000.parquet").read_bytes() for n in ("one", "two"))
+    assert one == two
+
+
+def test_a_shard_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ImageWriter(tmp_path) as writer:
+        writer.write("a", 0, picture(1), "model", 0, {})
+        raise RuntimeError
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_the_writer_holds_one_row_group(tmp_path: Path) -> None:
+    with ImageWriter(tmp_path) as writer:
+        for k in range(300):
+            writer.write("a", k, b"x" * 100, "model", k, {})
+            assert len(writer.rows) < 64
+    assert len(PreferenceDataset.members(_with_group(tmp_path), "a")) == 300
+
+
+def _with_group(folder: Path) -> PreferenceDataset:
+    write_groups(folder, [group_row("a", "p", [])])
+    return PreferenceDataset(folder)
+
+
+def test_group_ids_are_unique(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match="'a' comes twice"):
+        write_groups(tmp_path, [group_row("a", "p", []), group_row("a", "q", [])])
+    assert not (tmp_path / "groups.parquet").exists()
+
+
+def test_missing_things_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match="does not exist"):
+        PreferenceDataset(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DiffalignError, match=r"no groups\.parquet"):
+        PreferenceDataset(tmp_path / "empty")
+    with pytest.raises(DiffalignError, match=r"'test'.*there are \['train'\]"):
+        PreferenceDataset(folder).split("test")
+
+
+def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+    with ImageWriter(tmp_path) as writer:
+        writer.write("a", 0, _png(picture(1))[:200], "model", 0, {})
+    with pytest.raises(DiffalignError, match="image 0 of group a cannot be decoded"):
+        _with_group(tmp_path).images("a")[0].decode()
+
+
+def _png(image: Image.Image) -> bytes:
+    from diffalign.data.writer import png_bytes
+
+    return png_bytes(image)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("p.txt", b"\n \n", "holds no prompt"),
+        ("p.csv", b"a", "unknown kind of file"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"x": 1}\n', r'p\.jsonl:2: no "prompt"'),
+        ("p.jsonl", b"{nonsense\n", r"p\.jsonl:1: not JSON"),
+        ("p.txt", b"caf\xe9", "not UTF-8 at byte 3"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DiffalignError, match=complaint):
+        read_prompts(tmp_path / name)
+
+
+def test_prompts_keep_their_facts(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "tag": "single_object"}\n\n{"prompt": "a cat"}\n')
+    rows = read_prompts(tmp_path / "p.jsonl")
+    assert [(r.prompt, r.metadata) for r in rows] == [("a dog", {"tag": "single_object"}), ("a cat", {})]
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+class Painter:
+    """A backbone whose images depend on prompt and seed alone."""
+
+    path, revision = "some/painter", None
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.drawn, self.fail_after = 0, fail_after
+
+    def sample(self, prompts: list[str], seeds: list[int], **_: Any) -> list[Image.Image]:
+        if self.fail_after is not None and self.drawn >= self.fail_after:
+            raise KeyboardInterrupt
+        self.drawn += len(prompts)
+        return [picture(seed % 2**31 + len(prompt), (8, 8)) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def draw_dataset(painter: Painter, out: Path, seed: int = 0, batch_size: int = 7, n: int = 70) -> None:
+    sample_groups(
+        painter,
+        [PromptRow(f"prompt {i}") for i in range(n)],
+        out,
+        images_per_prompt=2,
+        seed=seed,
+        steps=3,
+        guidance_scale=2.0,
+        batch_size=batch_size,
+    )
+
+
+def test_sampling_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    draw_dataset(Painter(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        draw_dataset(Painter(fail_after=80), tmp_path / "cut")
+    rest = Painter()
+    draw_dataset(rest, tmp_path / "cut")
+    assert rest.drawn == 140 - 64  # the first shard of 32 groups was complete
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
+    assert files and all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "cut" / f).read_bytes() for f in files)
+    again = Painter()
+    draw_dataset(again, tmp_path / "cut")
+    assert again.drawn == 0
+
+
+def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    for size in (1, 64):
+        draw_dataset(Painter(), tmp_path / str(size), batch_size=size, n=5)
+    one, many = (PreferenceDataset(tmp_path / n) for n in ("1", "64"))
+    assert [i.data for rows in one.iter_images() for i in rows] == [i.data for rows in many.iter_images() for i in rows]
+    seeds = [i.seed for rows in one.iter_images() for i in rows]
+    assert len(set(seeds)) == 10 and seeds[0] == image_seed(0, one.column("group_id")[0], 0)
+
+
+def test_another_plan_does_not_mix_in(tmp_path: Path) -> None:
+    draw_dataset(Painter(), tmp_path, n=2)
+    with pytest.raises(DiffalignError, match="sampled with seed=0, not 1"):
+        draw_dataset(Painter(), tmp_path, seed=1, n=2)
+    with pytest.raises(DiffalignError, match="prompts="):
+        draw_dataset(Painter(), tmp_path, n=3)
+
+
+# --- scores and labels -----------------------------------------------------------------------------------------------
+
+
+def test_scores_are_stored_once(folder: Path) -> None:
+    dataset = PreferenceDataset(folder)
+    assert score_images(dataset, Brightness(), batch_size=3) == 8
+    assert score_images(dataset, Brightness()) == 0
+    scores = dataset.scores("brightness")
+    assert scores["b", 1] == pytest.approx(float(np.asarray(picture(11)).mean()), rel=1e-6)
+    assert dataset.scores("brightness", "half")["b", 1] == pytest.approx(scores["b", 1] / 2, rel=1e-6)
+    with pytest.raises(DiffalignError, match="no scores of 'hpsv2'; scored by: brightness"):
+        dataset.scores("hpsv2")
+    with pytest.raises(DiffalignError, match="no column 'max'; it has mean, half"):
+        dataset.scores("brightness", "max")
+
+
+def test_a_broken_image_scores_nan_with_its_reason(tmp_path: Path) -> None:
+    with ImageWriter(tmp_path) as writer:
+        writer.write("a", 0, _png(picture(1))[:150], "model", 0, {})
+        writer.write("a", 1, picture(2), "model", 0, {})
+    dataset = _with_group(tmp_path)
+    score_images(dataset, Brightness())
+    scores = dataset.scores("brightness")
+    assert np.isnan(scores["a", 0]) and np.isfinite(scores["a", 1])
+    table = datasets.Dataset.from_parquet(str(tmp_path / "scores" / "brightness.parquet"), cache_dir=str(tmp_path))
+    assert "cannot be decoded" in table[0]["reason"] and table[1]["reason"] == ""
+
+
+def test_vote_shares() -> None:
+    """Five rewards, four images: counted by hand from the strict inequalities."""
+    scores = np.array([[3.0, 1, 2, 4], [2, 1, 3, 4], [4, 1, 2, 3], [1, 3, 2, 4], [3, 1, 2, 4]])
+    by_hand = [sum(scores[r, i] > scores[r, j] for r in range(5) for j in range(4) if j != i) / 15 for i in range(4)]
+    assert vote_shares(scores) == pytest.approx(by_hand)
+    assert vote_shares(np.exp(scores / 7)) == pytest.approx(by_hand)
+    # A tie gives nobody a vote and stays in the denominator; a NaN leaves it.
+    assert vote_shares(np.array([[1.0, 1.0, 0.0]])) == pytest.approx([0.5, 0.5, 0.0])
+    assert vote_shares(np.array([[1.0, np.nan, 0.0]])) == pytest.approx([1.0, 0.0, 0.0])
+
+
+def test_ranking_and_its_control(folder: Path) -> None:
+    dataset = PreferenceDataset(folder)
+    score_images(dataset, Brightness())
+    rank(dataset, ["brightness"])
+    ranked = PreferenceDataset(folder)
+    for i, group in enumerate(("a", "b", "c")):
+        values = np.array([dataset.scores("brightness")[group, k] for k in dataset.members(group)])
+        assert np.array_equal(np.argsort(ranked.group(i)["preference"]), np.argsort(values))
+    shares = ranked.column("preference")
+    rank(ranked, ["brightness"], shuffle_seed=1)
+    shuffled = PreferenceDataset(folder).column("preference")
+    assert shuffled != shares and [sorted(s) for s in shuffled] == [sorted(s) for s in shares]
+
+
+def test_labels(folder: Path) -> None:
+    dataset = PreferenceDataset(folder)
+    score_images(dataset, Brightness())
+    scores = dataset.scores("brightness")
+    raw = [np.array([scores[g, k] for k in dataset.members(g)]) for g in ("a", "b", "c")]
+    flat = np.concatenate(raw)
+    for got, want in zip(labels(dataset, [0, 1, 2], "scores.brightness.mean", "zscore"), raw, strict=True):
+        assert got == pytest.approx((want - flat.mean()) / flat.std())
+    stats = {"min": 0.0, "max": 255.0}
+    for got, want in zip(labels(dataset, [0, 1, 2], "scores.brightness", "minmax", stats), raw, strict=True):
+        assert got == pytest.approx(want / 255)
+    assert labels(dataset, [2], "scores.brightness", "votes")[0].sum() == 1.0
+    assert labels(dataset, [2])[0] == pytest.approx([0, 1])
+
+
+def test_unranked_groups_are_refused(tmp_path: Path) -> None:
+    draw_dataset(Painter(), tmp_path, n=2)
+    with pytest.raises(DiffalignError, match="2 images and 0 preferences; rank the dataset first"):
+        labels(PreferenceDataset(tmp_path), [0])
+
+
+def test_a_group_of_one_image_is_refused(tmp_path: Path) -> None:
+    with ImageWriter(tmp_path) as writer:
+        writer.write("a", 0, picture(1), "model", 0, {})
+    with pytest.raises(DiffalignError, match="has 1 image; a preference needs at least two"):
+        choose_groups(SimpleNamespace(split="train", limit=None), _with_group(tmp_path))
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Means of 8 x 8 blocks as latents, the length of the prompt as its embedding."""
+
+    default_resolution = 16
+
+    def __init__(self, weights: str = "w") -> None:
+        self.weights, self.encoded = weights, 0
+
+    def fingerprint(self) -> str:
+        return self.weights
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.encoded += len(pixels)
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {"length": torch.tensor([[float(len(p))] for p in prompts])}
+
+
+def build(folder: Path, encoder: Encoder, resolution: int = 16) -> LatentCache:
+    dataset = PreferenceDataset(folder)
+    return LatentCache.build(dataset, [2, 0, 1], 3, encoder, folder / "cache", resolution, lambda _: None)
+
+
+def test_the_cache_holds_what_the_model_encodes(folder: Path) -> None:
+    encoder = Encoder()
+    cache = build(folder, encoder)
+    want = np.asarray(picture(11)).astype(np.float64).reshape(2, 8, 2, 8, 3).mean((1, 3)).transpose(2, 0, 1) / 255
+    assert cache.latents[2, 1] == pytest.approx(want, abs=1e-3)
+    assert cache.conditioning([0, 2])["length"].tolist() == [[8.0], [8.0]]
+    assert cache.unconditional["length"].tolist() == [[0.0]]
+    assert encoder.encoded == 8
+    build(folder, encoder)
+    assert encoder.encoded == 8  # nothing changed, nothing is encoded again
+
+
+def test_changed_input_has_another_cache(folder: Path) -> None:
+    first = build(folder, Encoder()).folder
+    assert build(folder, Encoder("other weights")).folder != first
+    assert build(folder, Encoder(), 8).folder != first
+    with ImageWriter(folder) as writer:
+        for n, (group, size) in enumerate({"a": 3, "b": 3, "c": 2}.items()):
+            for k in range(size):
+                writer.write(group, k, picture(500 if (n, k) == (1, 1) else 10 * n + k), "model", 100 + k, {"steps": 5})
+    assert build(folder, Encoder()).folder != first
+
+
+def test_a_cache_cut_short_is_made_again(folder: Path) -> None:
+    class Broken(Encoder):
+        def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, Broken())
+    assert list((folder / "cache").iterdir()) == []
+    encoder = Encoder()
+    build(folder, encoder)
+    assert encoder.encoded == 8
+
+
+def test_values_beyond_float16_are_refused(folder: Path) -> None:
+    class Large(Encoder):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode_images(pixels) + 1e5
+
+    with pytest.raises(DiffalignError, match="latents overflow float16"):
+        build(folder, Large())
+
+
+def test_source_pairs_latents_with_labels(folder: Path) -> None:
+    data = SimpleNamespace(split="train", limit=None, cache=None, resolution=None)
+    label = SimpleNamespace(source="preference", transform="none", stats=None)
+    said: list[str] = []
+    source = prepare_source(data, label, PreferenceDataset(folder), Encoder(), said.append)
+    assert source.mask.tolist() == [True, True, False] and any("1 of 3 groups have fewer" in s for s in said)
+    batch = source.batch([1, 2])
+    assert batch.rewards[0].tolist() == [0.0, 0.5, 1.0] and batch.prompts == ["prompt b", "prompt c"]
+    assert torch.equal(batch.latents[0], torch.from_numpy(source.cache.latents[1].astype(np.float32)))
+
+
+def test_images_are_cropped_to_a_square() -> None:
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste(Image.new("RGB", (20, 20), "blue"), (10, 0))
+    square = to_square(wide, 10)
+    assert square.shape == (10, 10, 3) and (square[:, 3:7] == [0, 0, 255]).all()  # Lanczos rings at the edges
+    assert np.array_equal(to_square(picture(3), 16), picture(3))
+
+
+# --- your own pairs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Two pictures with a csv, and the same as two folders."""
+    for side, value in (("win", 1), ("lose", 2)):
+        (tmp_path / side).mkdir()
+        picture(value).save(tmp_path / side / "x.png")
+    (tmp_path / "win" / "x.txt").write_text("a red cube\n")
+    with (tmp_path / "pairs.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["prompt", "winner", "loser"], ["a red cube", "win/x.png", "lose/x.png"]])
+    return tmp_path
+
+
+def test_csv_and_folders_give_the_same_dataset(own: Path) -> None:
+    import_pairs(pairs_from_csv(own / "pairs.csv"), own / "one")
+    import_pairs(pairs_from_folders(own / "win", own / "lose"), own / "two")
+    for name in ("one", "two"):
+        dataset = PreferenceDataset(own / name)
+        group = dataset.group(0)
+        assert group["prompt"] == "a red cube" and group["preference"] == [1.0, 0.0]
+        assert [i.data for i in dataset.images(group["group_id"])] == [
+            (own / side / "x.png").read_bytes() for side in ("win", "lose")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ("prompt,winner\na,b\n", "column loser is missing"),
+        ("prompt,winner,loser\na,win/x.png,\n", "pairs.csv:2: prompt, winner or loser is empty"),
+        ("prompt,winner,loser\na,win/x.png,../../etc/passwd\n", "leaves its folder"),
+        ("prompt,winner,loser\na,win/x.png,win/x.txt\n", r"pairs.csv:2: x\.txt is no whole picture"),
+        ("prompt,winner,loser\na,win/x.png,win/none.png\n", r"none\.png is no whole picture \(No such file"),
+        ("prompt,winner,loser\n", "no pair to import"),
+    ],
+)
+def test_bad_pairs(own: Path, rows: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "pairs.csv").write_text(rows)
+    with pytest.raises(DiffalignError, match=complaint):
+        import_pairs(pairs_from_csv(own / "pairs.csv"), own / "out")
+    assert not (own / "out" / "groups.parquet").exists()
+    with pytest.raises(SystemExit) as left:
+        app(["pairs", str(own / "pairs.csv"), "--out", str(own / "out")])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_truncated_picture_and_missing_caption(own: Path) -> None:
+    whole = (own / "lose" / "x.png").read_bytes()
+    (own / "lose" / "x.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DiffalignError, match=r"x\.png is no whole picture"):
+        import_pairs(pairs_from_folders(own / "win", own / "lose"), own / "out")
+    (own / "win" / "x.txt").unlink()
+    with pytest.raises(DiffalignError, match=r"no caption; write it into x\.txt"):
+        list(pairs_from_folders(own / "win", own / "lose"))
+    (own / "lose" / "x.png").unlink()
+    with pytest.raises(DiffalignError, match="no picture of the same name"):
+        list(pairs_from_folders(own / "win", own / "lose"))
+
+
+def test_the_verb(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sources, code in (
+        (["pairs.csv"], 0),
+        (["pairs.csv"], 2),  # the folder holds a dataset now
+        (["win"], 2),
+        (["win", "lose", "win"], 2),
+        (["none.csv"], 2),
+    ):
+        with pytest.raises(SystemExit) as left:
+            app(["pairs", *(str(own / s) for s in sources), "--out", str(own / "out")])
+        assert left.value.code == code, sources
+    assert "holds a dataset already" in capsys.readouterr().err
+    assert json.loads(PreferenceDataset(own / "out")._table["metadata"][0].as_py()) == {}
