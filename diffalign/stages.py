@@ -4,6 +4,8 @@
 reward, since rewards and pipelines know nothing of the embedded world.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +151,14 @@ def sample(config: SampleConfig) -> None:
     say(f"dataset: {config.out}")
 
 
+def _digest(weights: Path) -> str:
+    """Hash of the files of a weights folder."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(weights.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
     """`diffalign eval`: one backbone is both models, since its policy can be switched off."""
     backbone = open_backbone(config.model, resolve_device(config.device))
@@ -171,6 +181,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
 
         return draw_images
 
+    drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(options)}"
     ticker = {name: Ticker(name) for name in ("base", "tuned")}
     result = evaluate_models(
         base=sampler(base, "policy" if full else "reference"),
@@ -178,10 +189,13 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         plan=Plan(rows, config.seeds, config.seed, config.batch_size),
         rewards={config.reward.name: open_reward(config.reward)},
         out=config.out,
+        identities={"base": drawn_by, "tuned": f"{drawn_by} {_digest(config.weights)}"},
         base_folder=base_folder,
         on_progress=lambda name, done, total: ticker[name](done, total),
     )
-    Console().print(table(result))
+    console = Console()
+    # rich takes a pipe for 80 columns, which would break the table's lines
+    console.print(table(result), width=None if console.is_terminal else 120)
     report = write_report(config.out, result)
     say(f"report: {report}")
     return result

@@ -1,11 +1,13 @@
 """Sample two models at the same prompts and seeds, score them, and write what was found.
 
 <out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
-<out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns
+<out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns (null: not scored)
 <out>/eval.json                         comparisons: overall and per kind of prompt
 """
 
+import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +55,33 @@ def image_path(folder: Path, prompt: int, k: int) -> Path:
 
 
 def sample_images(
-    sampler: Sampler, plan: Plan, folder: Path, on_progress: Callable[[int, int], None] | None = None
+    sampler: Sampler,
+    plan: Plan,
+    folder: Path,
+    identity: str,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Draw the plan's images into `folder`; whole batches that are there already are not drawn again."""
+    """Draw the plan's images into `folder`; whole batches that are there already are not drawn again.
+
+    `identity` says what draws them: model, weights, sampler. Images of another identity or plan are deleted first, so that
+    an old model's images are never taken for a new one's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    texts = "\0".join(p.prompt for p in plan.prompts)
+    wanted = hashlib.blake2b(
+        f"{identity}\0{plan.seed}\0{plan.batch_size}\0{texts}".encode(), digest_size=12
+    ).hexdigest()
+    mark = folder / "identity"
+    if not mark.is_file() or mark.read_text() != wanted:
+        for old in folder.glob("*.png"):
+            old.unlink()
+        mark.write_text(wanted)
     cells = plan.cells()
     for start in range(0, len(cells), plan.batch_size):
         batch = cells[start : start + plan.batch_size]
         if not all(image_path(folder, *cell).is_file() for cell in batch):
-            texts = [plan.prompts[p].prompt for p, _ in batch]
-            for cell, image in zip(batch, sampler(texts, [plan.image_seed(*c) for c in batch]), strict=True):
+            prompts = [plan.prompts[p].prompt for p, _ in batch]
+            for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
                 path = image_path(folder, *cell)
                 image.save(path.with_suffix(".part"), format="PNG")
                 path.with_suffix(".part").replace(path)
@@ -92,11 +111,13 @@ def evaluate(
     plan: Plan,
     rewards: dict[str, Any],
     out: Path,
+    identities: dict[str, str],
     base_folder: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Compare two models; returns what `eval.json` holds.
 
+    `identities` say for "base" and "tuned" what draws their images: where it changes, they are drawn again.
     `base_folder`: where the base model's images lie or go, so that several runs on the same plan share them.
     """
     if not plan.prompts:
@@ -104,13 +125,13 @@ def evaluate(
     folders = {"base": base_folder or out / "eval" / "images" / "base", "tuned": out / "eval" / "images" / "tuned"}
     scores = {}
     for model, sampler in zip(MODELS, (base, tuned), strict=True):
-        sample_images(sampler, plan, folders[model], _named(on_progress, model))
+        sample_images(sampler, plan, folders[model], identities[model], _named(on_progress, model))
         scores[model] = score_folder(plan, rewards, folders[model])
     result = {"seed": plan.seed, "seeds": plan.seeds, "prompts": [p.prompt for p in plan.prompts]}
     result |= {"images": {m: str(f) for m, f in folders.items()}, "scores": summarise(scores, plan)}
     rows = (
         {"model": m, "prompt": plan.prompts[p].prompt, "seed": plan.image_seed(p, k), "index": [p, k]}
-        | {column: float(values[p, k]) for column, values in scores[m].items()}
+        | {column: float(values[p, k]) if math.isfinite(values[p, k]) else None for column, values in scores[m].items()}
         for m in MODELS
         for p, k in plan.cells()
     )
@@ -146,7 +167,7 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:
-        values[tuple(row["index"])] = row[column]
+        values[tuple(row["index"])] = math.nan if row[column] is None else row[column]
     return values
 
 

@@ -44,7 +44,7 @@ def pairs(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     scores: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
         scores.setdefault(tuple(row["index"]), {"prompt": row["prompt"]})[row["model"]] = row[column]
-    known = {k: v for k, v in scores.items() if v.get("base") == v.get("base") and v.get("tuned") == v.get("tuned")}
+    known = {k: v for k, v in scores.items() if v.get("base") is not None and v.get("tuned") is not None}
     change = sorted(known, key=lambda k: (known[k]["tuned"] - known[k]["base"], k))
     best, worst = change[::-1][:PAIRS_SHOWN], change[:PAIRS_SHOWN]
     shown = [(k, "best") for k in best] + [(k, "worst") for k in worst if k not in best]
