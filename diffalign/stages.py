@@ -6,6 +6,7 @@ reward, since rewards and pipelines know nothing of the embedded world.
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,9 +194,8 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         base_folder=base_folder,
         on_progress=lambda name, done, total: ticker[name](done, total),
     )
-    console = Console()
     # rich takes a pipe for 80 columns, which would break the table's lines
-    console.print(table(result), width=None if console.is_terminal else 120)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(result))
     report = write_report(config.out, result)
     say(f"report: {report}")
     return result

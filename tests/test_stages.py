@@ -1,0 +1,151 @@
+"""The path through the command line on genuine (tiny, random) checkpoints, and what a user reads after a mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.cli import app
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.pairs import import_pairs, pairs_from_folders
+from diffalign.data.writer import write_groups
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        app([str(a) for a in arguments], prog_name="diffalign")
+    return int(left.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def own_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of four pairs at 32 px. Shared: copy it before writing into it."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for side in ("win", "lose"):
+        (folder / side).mkdir()
+        for n in range(4):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / side / f"{n}.png")
+            (folder / side / f"{n}.txt").write_text(f"picture number {n}")
+    import_pairs(pairs_from_folders(folder / "win", folder / "lose"), folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture
+def config(tmp_path: Path, own_pairs: Path, sd3_dir: Path) -> Path:
+    """A config of two training steps on a tiny SD3."""
+    shutil.copytree(own_pairs, tmp_path / "data")
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"run_dir: {tmp_path / 'run'}\ndevice: cpu\nmodel: {{path: {sd3_dir}, max_sequence_length: 12}}\n"
+        f"data: {{path: {tmp_path / 'data'}, resolution: 32}}\nobjective: {{name: dpo, beta: 100.0}}\n"
+        "train: {steps: 2, groups_per_step: 2}\ncheckpoint: {every: 1}\ntracking: {trackers: []}\n"
+    )
+    return path
+
+
+def test_train_then_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", config) == 0
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2] and rows[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert f"weights: {tmp_path / 'run' / 'weights'}" in said and "report.html" in said
+    assert run("train", config) == 0  # the run is complete; the same command changes nothing
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a red circle", "tag": "single_object", "include": [{"class": "circle", "count": 1}]}\n'
+    )
+    given = [f"prompts={tmp_path / 'p.jsonl'}", "seeds=2", "steps=2", "height=32", "width=32", "reward.name=geneval"]
+    assert run("eval", tmp_path / "run", *given, "reward.detector=shapes") == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert set(result["scores"]) == {"geneval.dense", "geneval.official", "geneval.exact", "geneval.server"}
+    assert "geneval.dense" in capsys.readouterr().out and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_sample_again_with_trained_weights(config: Path, tmp_path: Path, sd3_dir: Path) -> None:
+    assert run("train", config) == 0
+    (tmp_path / "p.txt").write_text("a dog\na cat\n")
+    images = tmp_path / "s.yaml"
+    images.write_text(
+        f"device: cpu\nmodel: {{path: {sd3_dir}, max_sequence_length: 12}}\nprompts: {tmp_path / 'p.txt'}\n"
+        f"out: {tmp_path / 'samples'}\nweights: {tmp_path / 'run' / 'weights'}\nsteps: 2\nheight: 32\nwidth: 32\n"
+        "images_per_prompt: 2\nbatch_size: 2\n"
+    )
+    assert run("sample", images) == 0
+    dataset = PreferenceDataset(tmp_path / "samples")
+    assert len(dataset) == 2 and dataset.images(dataset.column("group_id")[0])[1].decode().size == (32, 32)
+
+
+def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert run("train", config, "--dry-run") == 0
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    said = capsys.readouterr().out
+    for fact in (
+        "family: sd3",
+        "groups: 4",
+        "label_spread: 0.5",
+        "without_preference: 0",
+        "2 x 2 groups = 1.00 epochs",
+    ):
+        assert fact in said, fact
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr of a call that a user's mistake ends."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_models_that_are_none(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in refused(capsys, "train", config, f"model.path={tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in refused(capsys, "train", config, f"model.path={tmp_path / 'empty'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_objective(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "dpo" in refused(capsys, "train", config, "objective.name=dpp")
+
+
+def test_absent_score_column(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no scores of 'hpsv2'" in refused(capsys, "train", config, "labels.source=scores.hpsv2")
+
+
+def test_absent_data(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in refused(capsys, "train", config, f"data.path={tmp_path / 'nothing'}")
+
+
+def test_groups_of_one_image(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [PreferenceDataset(tmp_path / "data").group(i) for i in range(4)]
+    write_groups(tmp_path / "data", [{**r, "group_id": f"other{i}"} for i, r in enumerate(rows)])
+    assert "a preference needs at least two" in refused(capsys, "train", config)
+
+
+def test_checkpoint_of_another_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", config) == 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert "objective.beta" in refused(capsys, "train", config, "objective.beta=7.0", "train.steps=4")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no usable CUDA device" in refused(capsys, "train", config, "device=cuda")
+
+
+def test_empty_prompt_file(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", config) == 0
+    (tmp_path / "p.txt").write_text("\n")
+    assert "holds no prompt" in refused(capsys, "eval", tmp_path / "run", f"prompts={tmp_path / 'p.txt'}")
