@@ -25,6 +25,7 @@ from diffalign.data.source import choose_groups, prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.objectives import OBJECTIVES, has_preference
 from diffalign.pipelines import load_backbone
 from diffalign.report.render import write_report
 from diffalign.rewards import Reward, load_reward
@@ -102,6 +103,11 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     # The first process fills the cache; the others then find it.
     with accelerator.main_process_first():
         source = prepare_source(config.data, config.labels, dataset, backbone, say)
+    if OBJECTIVES[config.objective.name].label_kind != "none" and not has_preference(source.rewards, source.mask).any():
+        raise DiffalignError(
+            f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
+            "its scores may all be equal, or the groups may have one image each"
+        )
     backbone.drop_encoders()
     result = train_backbone(config, backbone=backbone, source=source, say=say, accelerator=accelerator)
     if accelerator.is_main_process:

@@ -133,6 +133,12 @@ def test_groups_of_one_image(config: Path, tmp_path: Path, capsys: pytest.Captur
     assert "a preference needs at least two" in refused(capsys, "train", config)
 
 
+def test_labels_without_any_preference(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [PreferenceDataset(tmp_path / "data").group(i) for i in range(4)]
+    write_groups(tmp_path / "data", [{**r, "preference": [0.5, 0.5]} for r in rows])
+    assert "no group states a preference" in refused(capsys, "train", config)
+
+
 def test_checkpoint_of_another_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", config) == 0
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -1,5 +1,7 @@
 """Objectives: pure functions of prediction errors, one file per paper. This package imports torch and nothing else."""
 
+from typing import Any
+
 from diffalign.objectives.base import (
     GroupErrors,
     Objective,
@@ -12,7 +14,7 @@ from diffalign.objectives.base import (
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.sft import SFT
 
-OBJECTIVES: dict[str, type] = {"dpo": DiffusionDPO, "sft": SFT}
+OBJECTIVES: dict[str, type[Any]] = {"dpo": DiffusionDPO, "sft": SFT}
 
 __all__ = [
     "OBJECTIVES",
