@@ -45,7 +45,8 @@ def add_adapter(trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str
     # peft annotates alpha as an integer but only divides it by the rank.
     scale: Any = alpha
     config = LoraConfig(r=rank, lora_alpha=scale, init_lora_weights="gaussian", target_modules=list(targets))
-    trunk.add_adapter(config, adapter_name=POLICY)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
+    model: Any = trunk  # diffusers' PeftAdapterMixin adds methods that nn.Module does not declare
+    model.add_adapter(config, adapter_name=POLICY)
     # peft draws from the global generator on whatever device it likes; redraw on the CPU, in the order of the names.
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapter_parameters(trunk, POLICY).items():
@@ -133,9 +134,9 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
         )
     if not any(".lora_A." in key for key in state):
         state = convert_unet_state_dict_to_peft(state)
-    if has_adapter(trunk, adapter):
-        trunk.delete_adapters(adapter)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
     model: Any = trunk
+    if has_adapter(trunk, adapter):
+        model.delete_adapters(adapter)
     try:
         with warnings.catch_warnings():
             # peft warns of a second adapter; policy and reference are meant.

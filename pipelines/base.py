@@ -6,6 +6,7 @@ The trunk (UNet or transformer) is what trains (`tuning.py`); text encoders and 
 from __future__ import annotations
 
 import gc
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -65,21 +66,21 @@ class Backbone(Tunable):
 
     # --- what a family defines ---------------------------------------------------------------------------------
 
-    def build_process(self, scheduler: Any) -> NoiseProcess:
-        raise NotImplementedError
+    @abstractmethod
+    def build_process(self, scheduler: Any) -> NoiseProcess: ...
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]: ...
 
-    def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor: ...
 
     def sampling_options(self) -> dict[str, Any]:
         """Arguments of the pipeline that only this family takes."""
         return {}
 
-    def prompt_tokens(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def prompt_tokens(self) -> int: ...
 
     # --- facts -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ prediction, and compute in float32 whatever dtype comes in: bf16 latents lose 0.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def _like(values: Tensor, latents: Tensor) -> Tensor:
     return values.to(latents.device, torch.float32).reshape(-1, *([1] * (latents.dim() - 1)))
 
 
-class NoiseProcess:
+class NoiseProcess(ABC):
     """What trainers and samplers know about a model's noise. See the module docstring for symbols and shapes."""
 
     prediction_type: str
@@ -36,37 +37,37 @@ class NoiseProcess:
 
     # --- what a subclass defines -------------------------------------------------------------------------------
 
+    @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a(t), s(t), each [B] float32 on t's device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model_time(self, t: Tensor) -> Tensor:
         """What the network takes as its time input, [B] float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def schedule(self, steps: int) -> Tensor:
         """[steps + 1] float32, noisiest first, `clean` last: the times that the diffusers pipeline visits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect network would predict, [B, C, h, w] float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean latent that a prediction implies, [B, C, h, w] float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def epsilon(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The noise that a prediction implies, [B, C, h, w] float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def error_scale(self, t: Tensor, space: str = "native") -> Tensor:
         """[B]: factor that turns a squared error of the native prediction into one of epsilon or x0 at the same x_t."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _time_of(self, fraction: Tensor) -> Tensor:
         """[B] float64 in (0, 1) -> times [B] float32."""
-        raise NotImplementedError
 
     def initial(self, noise: Tensor) -> Tensor:
         """Unit noise -> the latent at `schedule(steps)[0]`, as the diffusers pipeline starts."""
@@ -96,13 +97,13 @@ class NoiseProcess:
             )
         return self._time_of(shift * fraction / (1.0 + (shift - 1.0) * fraction))
 
+    @abstractmethod
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None = None) -> Tensor:
         """One sampling step from time t to the less noisy t_next, [B, C, h, w] float32.
 
         Without `noise` it is deterministic: DDIM (Song et al. 2021, eq. 12, eta = 0) or Euler on the flow. With unit
         `noise` it is ancestral: DDIM with eta = 1, or, for a flow, x0 noised again to t_next.
         """
-        raise NotImplementedError
 
     def invert_step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """The deterministic step towards more noise: x at time t goes to t_next > t. `t` may be `clean`.

@@ -7,6 +7,7 @@ After `enable_full` the policy is the trunk itself in float32 and the reference 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -40,7 +41,7 @@ def quiet_progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class Tunable:
+class Tunable(ABC):
     """The half of a backbone that concerns trained weights."""
 
     trunk_name: ClassVar[str]
@@ -56,13 +57,13 @@ class Tunable:
     _full_reference: nn.Module | None = None
 
     @property
+    @abstractmethod
     def pipeline_trunk(self) -> nn.Module:
         """The trunk that the pipeline samples with now (the reference's inside `role("reference")`)."""
-        raise NotImplementedError
 
     @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def pipeline_trunk(self, module: nn.Module) -> None: ...
 
     @staticmethod
     def _base_dtype(trunk: nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ Four scores, because the field uses four under one name:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -162,10 +163,10 @@ class GenEvalReward(Reward):
     licence = "MIT (the decisions); the detector's own"
     weights = "the detector's"
 
-    def __init__(self, detector: Detector, **settings: float) -> None:
+    def __init__(self, detector: Detector, **settings: Any) -> None:
         self.detector = detector
         try:
-            self.settings = GenEvalSettings(**settings)  # type: ignore[arg-type]  # checked by the dataclass
+            self.settings = GenEvalSettings(**settings)
         except TypeError as error:
             raise DiffalignError(
                 f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}"

@@ -16,7 +16,7 @@ from rich.console import Console
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare, pool
-from diffalign.evaluation.evaluate import Plan, evaluate, load_scores, table
+from diffalign.evaluation.evaluate import Plan, Sampler, evaluate, load_scores, table
 
 PROMPTS = [PromptRow(f"prompt {i}", {"tag": "counting" if i % 2 else "colors"}) for i in range(6)]
 PLAN = Plan(PROMPTS, seeds=3, seed=5, batch_size=4)
@@ -41,7 +41,7 @@ class Grey:
         return [Image.new("RGB", (4, 4), (s % 100 + self.shift,) * 3) for s in seeds]
 
 
-def run(out: Path, base: Grey, tuned: Grey, name: str = "t", **options: Any) -> dict[str, Any]:
+def run(out: Path, base: Sampler, tuned: Sampler, name: str = "t", **options: Any) -> dict[str, Any]:
     identities = {"base": "b", "tuned": name}
     rewards = {"brightness": Brightness()}
     return evaluate(base=base, tuned=tuned, plan=PLAN, rewards=rewards, out=out, identities=identities, **options)
@@ -120,7 +120,7 @@ def test_runs_share_the_base_images(tmp_path: Path) -> None:
 
 
 def test_unscored_images_are_null_on_disk(tmp_path: Path) -> None:
-    run(tmp_path, Grey(0), lambda prompts, seeds: [Image.new("RGB", (4, 4), (200 if s % 2 else 9,) * 3) for s in seeds])  # type: ignore[arg-type]
+    run(tmp_path, Grey(0), lambda prompts, seeds: [Image.new("RGB", (4, 4), (200 if s % 2 else 9,) * 3) for s in seeds])
     lines = (tmp_path / "eval" / "scores.jsonl").read_text()
     assert "NaN" not in lines and "null" in lines
     assert np.isnan(load_scores(tmp_path, "tuned", "brightness.mean")).any()
