@@ -20,7 +20,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An untrained shapes-sd3 in place of the shipped one, and rounds of a handful of images."""
     torch.manual_seed(0)
     folder = tmp_path / "shapes-sd3"
-    BUILDERS["shapes-sd3"](autoencoder()).save_pretrained(folder)
+    BUILDERS["shapes-sd3"](autoencoder("shapes-sd3")).save_pretrained(folder)
     monkeypatch.setattr(testbed, "model_path", lambda name: folder)
     monkeypatch.setattr(rounds, "SAMPLING", {"steps": 2, "guidance_scale": 2.0, "batch_size": 8, "device": "cpu"})
     monkeypatch.setattr(rounds, "IMAGES_PER_GROUP", 2)

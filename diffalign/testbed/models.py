@@ -1,8 +1,11 @@
 """The architectures of the two shipped base models: real diffusers and transformers classes, only small.
 
-Both share one VAE (4x smaller latents of 8 channels: 64 x 64 pixels are a 16 x 16 latent image; at this size a factor of
-8 would blur the shapes) and learn their text encoders with the trunk, since there is nothing to inherit.
+Their latents differ as those of SDXL and SD3 do: few channels for the UNet, which finds its way on a fine grid (16 x 16),
+and many on a coarse one (8 x 8) for the transformer, whose cost and whose trouble grow with the number of places. Text
+encoders are learnt with the trunk, since there is nothing to inherit.
 """
+
+from dataclasses import dataclass
 
 import torch
 from diffusers import (
@@ -18,23 +21,38 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffalign.testbed.tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
-LATENT_CHANNELS = 8
-LATENT_SIZE = 16
 CLIP_WIDTH = 64
+SIZE = 64
 
 
-def autoencoder() -> AutoencoderKL:
-    """Three levels, so the latents are 4 times smaller. Purely convolutional: shapes are local."""
+@dataclass(frozen=True)
+class Latents:
+    """`channels` latent channels; the VAE has a level for each of `widths`, and all but the first halve the image."""
+
+    channels: int
+    widths: tuple[int, ...]
+
+    @property
+    def side(self) -> int:
+        return SIZE // 2 ** (len(self.widths) - 1)
+
+
+LATENTS = {"shapes-sd3": Latents(16, (16, 32, 48, 64)), "shapes-sdxl": Latents(8, (8, 24, 48))}
+
+
+def autoencoder(name: str) -> AutoencoderKL:
+    """The untrained VAE of a model. Purely convolutional: shapes are local."""
+    latents = LATENTS[name]
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 24, 48),
+        down_block_types=("DownEncoderBlock2D",) * len(latents.widths),
+        up_block_types=("UpDecoderBlock2D",) * len(latents.widths),
+        block_out_channels=latents.widths,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latents.channels,
         norm_num_groups=8,
-        sample_size=LATENT_SIZE * 4,
+        sample_size=SIZE,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -81,18 +99,19 @@ def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
             eos_token_id=tokenizer_3.eos_token_id,
         )
     )
+    latents = LATENTS["shapes-sd3"]
     transformer = SD3Transformer2DModel(
-        sample_size=LATENT_SIZE,
-        patch_size=2,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=6,
+        sample_size=latents.side,
+        patch_size=1,
+        in_channels=latents.channels,
+        out_channels=latents.channels,
+        num_layers=5,
         attention_head_dim=32,
-        num_attention_heads=4,
+        num_attention_heads=5,
         joint_attention_dim=width,
-        caption_projection_dim=128,
+        caption_projection_dim=160,
         pooled_projection_dim=2 * CLIP_WIDTH,
-        pos_embed_max_size=LATENT_SIZE // 2,
+        pos_embed_max_size=latents.side,
     )
     clip_1, clip_2 = clip_text_model(True, "<|endoftext|>"), clip_text_model(True, "!")
     return StableDiffusion3Pipeline(
@@ -111,10 +130,11 @@ def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 def shapes_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     """An epsilon-prediction UNet with SDXL's micro-conditioning and two CLIPs."""
+    latents = LATENTS["shapes-sdxl"]
     unet = UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        sample_size=latents.side,
+        in_channels=latents.channels,
+        out_channels=latents.channels,
         block_out_channels=(32, 64, 128),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
 from diffalign.testbed.models import BUILDERS, autoencoder
@@ -32,7 +33,7 @@ Pipeline = Any  # StableDiffusion3Pipeline or StableDiffusionXLPipeline; diffuse
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Everything that made the shipped models, stored beside their weights."""
+    """Everything that made a shipped model, stored beside its weights."""
 
     scenes: int = 24_000
     vae_steps: int = 1_600
@@ -47,7 +48,15 @@ class PretrainSettings:
     caption_dropout: float = 0.1
     caption_noise: float = 0.35
     clean_share: float = 0.75  # of the steps, before captions become noisy
+    bf16: bool = False  # trunk and VAE under autocast: faster on CPUs with matrix units for it
     seed: int = 0
+
+
+# The VAE of more levels has more to learn; the transformer is dearer a step, and needs fewer on its coarser latents.
+SETTINGS = {
+    "shapes-sd3": PretrainSettings(vae_steps=1_500, vae_batch=32, kl_weight=3e-4, steps=4_000, bf16=True),
+    "shapes-sdxl": PretrainSettings(),
+}
 
 
 def draw_scenes(settings: PretrainSettings) -> tuple[list[Metadata], np.ndarray]:
@@ -79,19 +88,21 @@ def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[np.ndarray]:
         yield rng.integers(n, size=batch)
 
 
-def train_vae(images: np.ndarray, settings: PretrainSettings, say: Say) -> AutoencoderKL:
+def train_vae(name: str, images: np.ndarray, settings: PretrainSettings, say: Say) -> AutoencoderKL:
     """L1 reconstruction with a faint KL; afterwards the latents' mean and spread become shift and scale."""
     torch.manual_seed(settings.seed)
-    vae = autoencoder().to(memory_format=torch.channels_last)
+    vae = autoencoder(name).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=0.0)
     started = time.monotonic()
     for step, index in enumerate(_batches(len(images), settings.vae_batch, settings.vae_steps, settings.seed)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.vae_steps, settings.vae_lr, 50)
         pixels = to_pixels(images[index]).to(memory_format=torch.channels_last)
-        posterior = vae.encode(pixels).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        loss = l1_loss(decoded, pixels) + mse_loss(decoded, pixels) + settings.kl_weight * posterior.kl().mean() / 2048
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = l1_loss(decoded, pixels) + mse_loss(decoded, pixels) + settings.kl_weight * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -103,24 +114,27 @@ def train_vae(images: np.ndarray, settings: PretrainSettings, say: Say) -> Autoe
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
-    """Posterior means [N, 8, 16, 16], neither shifted nor scaled."""
+    """Posterior means [N, C, h, w], neither shifted nor scaled."""
     parts = [vae.encode(to_pixels(images[i : i + batch])).latent_dist.mode() for i in range(0, len(images), batch)]
     return torch.cat(parts).contiguous()
 
 
-def prepare(folder: Path, settings: PretrainSettings, say: Say) -> tuple[AutoencoderKL, list[Metadata], Tensor]:
-    """Scenes, a trained VAE and latents; the VAE and the latents are kept in `folder` for the next model or run."""
+def prepare(
+    name: str, folder: Path, settings: PretrainSettings, say: Say
+) -> tuple[AutoencoderKL, list[Metadata], Tensor]:
+    """Scenes, a trained VAE and latents; the VAE and the latents are kept in `folder` for the next run."""
+    stored = folder / f"{name}-latents.safetensors"
     described, images = draw_scenes(settings)
     say(f"{len(images)} scenes drawn")
-    if not (folder / "vae").is_dir():
-        vae = train_vae(images, settings, say)
+    if not (folder / f"{name}-vae").is_dir():
+        vae = train_vae(name, images, settings, say)
         latents = encode(vae, images[:4096])
         vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
-        vae.save_pretrained(folder / "vae")
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    if not (folder / "latents.safetensors").is_file():
-        save_file({"latents": encode(vae, images)}, folder / "latents.safetensors")
-    return vae, described, load_file(folder / "latents.safetensors")["latents"]
+        vae.save_pretrained(folder / f"{name}-vae")
+    vae = AutoencoderKL.from_pretrained(folder / f"{name}-vae").eval()
+    if not stored.is_file():
+        save_file({"latents": encode(vae, images)}, stored)
+    return vae, described, load_file(stored)["latents"]
 
 
 def condition(pipeline: Pipeline, captions: list[str]) -> dict[str, Tensor]:
@@ -138,18 +152,22 @@ def condition(pipeline: Pipeline, captions: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": size}}
 
 
-def denoising_loss(pipeline: Pipeline, latents: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+def denoising_loss(
+    pipeline: Pipeline, latents: Tensor, captions: list[str], generator: torch.Generator, bf16: bool = False
+) -> Tensor:
     """Rectified flow with logit-normal times for the MMDiT, plain epsilon prediction for the UNet."""
     noise = torch.randn(latents.shape, generator=generator)
     arguments = condition(pipeline, captions)
-    if isinstance(pipeline, StableDiffusion3Pipeline):
-        t = torch.sigmoid(torch.randn(len(latents), generator=generator))[:, None, None, None]
-        noisy = (1 - t) * latents + t * noise
-        velocity = pipeline.transformer(noisy, timestep=1000 * t.flatten(), **arguments).sample
-        return mse_loss(velocity, noise - latents)
-    process = DDPMScheduler.from_config(pipeline.scheduler.config)
-    t = torch.randint(1000, (len(latents),), generator=generator)
-    return mse_loss(pipeline.unet(process.add_noise(latents, noise, t), t, **arguments).sample, noise)
+    # The fused CPU attention has a backward in bf16 that is slower than the plain one by half.
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+        if isinstance(pipeline, StableDiffusion3Pipeline):
+            t = torch.sigmoid(torch.randn(len(latents), generator=generator))[:, None, None, None]
+            noisy = (1 - t) * latents + t * noise
+            velocity = pipeline.transformer(noisy, timestep=1000 * t.flatten(), **arguments).sample
+            return mse_loss(velocity.float(), noise - latents)
+        process = DDPMScheduler.from_config(pipeline.scheduler.config)
+        t = torch.randint(1000, (len(latents),), generator=generator)
+        return mse_loss(pipeline.unet(process.add_noise(latents, noise, t), t, **arguments).sample.float(), noise)
 
 
 def learners(pipeline: Pipeline) -> torch.nn.ModuleDict:
@@ -171,9 +189,9 @@ def save(pipeline: Pipeline, averages: dict[str, Tensor], folder: Path) -> None:
 
 def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Say = print) -> None:
     """Pre-train `name` into `out` / `name`; intermediate states lie in `out` and make a second run go on."""
-    settings = settings or PretrainSettings()
+    settings = settings or SETTINGS[name]
     out.mkdir(parents=True, exist_ok=True)
-    vae, described, latents = prepare(out, settings, say)
+    vae, described, latents = prepare(name, out, settings, say)
     torch.manual_seed(settings.seed)
     if name == "shapes-sdxl":  # its pipeline knows a scale, but no shift
         vae.register_to_config(shift_factor=None)
@@ -203,7 +221,7 @@ def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Sa
         ]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr, settings.warmup)
-        loss = denoising_loss(pipeline, latents[batches[step]], captions, generator)
+        loss = denoising_loss(pipeline, latents[batches[step]], captions, generator, settings.bf16)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
