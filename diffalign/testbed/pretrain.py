@@ -49,6 +49,7 @@ class PretrainSettings:
     caption_noise: float = 0.35
     clean_share: float = 0.75  # of the steps, before captions become noisy
     bf16: bool = False  # trunk and VAE under autocast: faster on CPUs with matrix units for it
+    snapshot_every: int = 250
     seed: int = 0
 
 
@@ -187,8 +188,13 @@ def save(pipeline: Pipeline, averages: dict[str, Tensor], folder: Path) -> None:
     pipeline.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
 
 
-def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Say = print) -> None:
-    """Pre-train `name` into `out` / `name`; intermediate states lie in `out` and make a second run go on."""
+def main(
+    name: str, out: Path, settings: PretrainSettings | None = None, say: Say = print, until: int | None = None
+) -> None:
+    """Pre-train `name` into `out` / `name`; intermediate states lie in `out` and make a second run go on.
+
+    `until`: stop after so many of the steps, before anything but a snapshot is saved.
+    """
     settings = settings or SETTINGS[name]
     out.mkdir(parents=True, exist_ok=True)
     vae, described, latents = prepare(name, out, settings, say)
@@ -211,7 +217,8 @@ def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Sa
         averages, first = state["averages"], state["step"]
     log, started, running = out / f"{name}-log.jsonl", time.monotonic(), 0.0
     batches = list(_batches(len(latents), settings.batch, settings.steps, settings.seed))
-    for step in range(first, settings.steps):
+    last = settings.steps if until is None else min(until, settings.steps)
+    for step in range(first, last):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         rng = np.random.default_rng([settings.seed, 3, step])
         noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
@@ -234,9 +241,11 @@ def main(name: str, out: Path, settings: PretrainSettings | None = None, say: Sa
             with log.open("a") as stream:
                 stream.write(json.dumps({"step": step, "loss": round(running, 5)}) + "\n")
             say(f"{name} step {step}/{settings.steps} loss {running:.4f} {time.monotonic() - started:.0f} s")
-        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
+        if (step + 1) % settings.snapshot_every == 0 or step + 1 == last:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages}
             torch.save(state | {"step": step + 1}, snapshot.with_suffix(".part"))
             snapshot.with_suffix(".part").replace(snapshot)
+    if last < settings.steps:
+        return
     save(pipeline, averages, out / name)
     (out / name / "pretraining.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
