@@ -12,8 +12,8 @@ from diffalign.data.score import score_images
 
 RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
 # How both models are sampled, for training data and for evaluation alike.
-SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 2.0, "batch_size": 64, "device": "cpu"}
-GROUPS, IMAGES_PER_GROUP, TEST_PROMPTS, TEST_SEEDS = 384, 8, 256, 4
+SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 4.0, "batch_size": 64, "device": "cpu"}
+GROUPS, IMAGES_PER_GROUP, TEST_PROMPTS, TEST_SEEDS = 256, 8, 256, 4
 REWARD = {"name": "geneval", "detector": "shapes"}
 
 
