@@ -42,6 +42,20 @@ def check_training(config: TrainConfig) -> None:
         )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         _refuse("both betas must lie in [0, 1)", "optimizer.betas")
+    if config.validation.every is not None and config.validation.prompts is None:
+        _refuse(
+            "validation draws images of prompts, and none are given; set validation.prompts to a file, or "
+            "validation.every=null",
+            "validation.prompts",
+            "validation.every",
+        )
+    if config.train.auto_beta is not None and config.objective.name != "dpo":
+        _refuse(
+            f"auto_beta needs a beta and a margin that is proportional to it, as dpo has, not {config.objective.name}; leave "
+            "it out",
+            "train.auto_beta",
+            "objective.name",
+        )
     if len(set(config.tracking.trackers)) < len(config.tracking.trackers):
         _refuse("a tracker is named twice", "tracking.trackers")
 

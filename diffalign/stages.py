@@ -25,6 +25,7 @@ from diffalign.data.source import choose_groups, prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.health import examine_labels
 from diffalign.objectives import OBJECTIVES, has_preference
 from diffalign.pipelines import load_backbone
 from diffalign.report.render import write_report
@@ -33,6 +34,7 @@ from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.loop import start_accelerator
 from diffalign.training.loop import train as train_backbone
+from diffalign.training.validation import Validation
 
 Say = Callable[[str], None]
 DETECTORS: dict[str, type] = {"shapes": ShapeDetector}
@@ -108,11 +110,40 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
             "its scores may all be equal, or the groups may have one image each"
         )
-    backbone.drop_encoders()
-    result = train_backbone(config, backbone=backbone, source=source, say=say, accelerator=accelerator)
+    known = examine_labels(source.labelled(dataset))
+    validation = prepare_validation(config, backbone)
+    backbone.drop_encoders(keep_vae=validation is not None)
+    try:
+        result = train_backbone(
+            config,
+            backbone=backbone,
+            source=source,
+            say=say,
+            accelerator=accelerator,
+            validation=validation,
+            known=known,
+        )
+    finally:
+        # Also of a run that an alarm has stopped: the report is where one sees why.
+        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
+            write_report(Path(config.run_dir))
     if accelerator.is_main_process:
-        write_report(result.run_dir)
         say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+
+
+def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
+    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted."""
+    wanted = config.validation
+    if wanted.every is None or wanted.prompts is None:
+        return None
+    rows = resolve_prompts(wanted.prompts, wanted.n)
+    texts = [row.prompt for row in rows]
+    chunks = [texts[i : i + wanted.batch_size] for i in range(0, len(texts), wanted.batch_size)]
+    parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
+    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rewards = {section.name: open_reward(section) for section in wanted.rewards}
+    side = config.data.resolution or backbone.default_resolution
+    return Validation(wanted, rows, encoded, rewards, side, config.seed)
 
 
 def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:
