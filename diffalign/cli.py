@@ -141,6 +141,24 @@ def list_recipes() -> None:
             print(f"{name:20} {path}")
 
 
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several stand side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; without it, RUN/report.html, or report.html here for several.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="So many images with the largest gains, and as many with the largest losses.")
+    ] = 12,
+) -> None:
+    """Write one self-contained HTML file about a run, or about several side by side."""
+    with _plain_errors():
+        from diffalign.report.render import write_reports
+
+        target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+        print(f"report: {write_reports(runs, target, shown=images)}")
+
+
 @testbed.command("prompts")
 def testbed_prompts(
     split: Annotated[
