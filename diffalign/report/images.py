@@ -87,9 +87,9 @@ def _scores(run: Run, column: str) -> dict[tuple[int, int], dict[str, Any]]:
     return scores
 
 
-def comparisons(members: list[tuple[Candidate, Run]], shown: int) -> list[dict[str, Any]]:
+def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool = True) -> list[dict[str, Any]]:
     """Pictures side by side: the `shown` largest gains, then the `shown` largest losses, by the first score, averaged over
-    candidates. A picture that one of them could not score has no place among them."""
+    candidates. Without `pictures` only which they are. A picture that one of them could not score has no place among them."""
     column = next(iter(members[0][0].scores))
     base = Path((members[0][1].result or {})["images"]["base"])
     tables = {id(run): _scores(run, column) for _, run in members}
@@ -105,11 +105,15 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int) -> list[dict[s
     rows = []
     for key, kind in [(k, "best") for k in best] + [(k, "worst") for k in worst]:
         file = f"{key[0]:05d}-{key[1]}.png"
-        pictures = [{"label": "base", "score": first[key]["base"], "source": thumbnail(base / file)}]
-        for candidate, run in members:
-            score = tables[id(run)][key][candidate.model]
-            pictures.append({"label": candidate.label, "score": score, "source": thumbnail(candidate.folder / file)})
-        rows.append({"kind": kind, "prompt": first[key]["prompt"], "change": changes[key], "pictures": pictures})
+        row: dict[str, Any] = {"kind": kind, "prompt": first[key]["prompt"], "change": changes[key], "file": file}
+        if pictures:
+            shown_ones = [{"label": "base", "score": first[key]["base"], "source": thumbnail(base / file)}]
+            for candidate, run in members:
+                score = tables[id(run)][key][candidate.model]
+                source = thumbnail(candidate.folder / file)
+                shown_ones.append({"label": candidate.label, "score": score, "source": source})
+            row["pictures"] = shown_ones
+        rows.append(row)
     return rows
 
 
