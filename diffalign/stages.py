@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from diffalign import testbed
-from diffalign.config import resolved_yaml
+from diffalign.config import load_config, resolved_yaml
 from diffalign.config_schema import EvalConfig, ModelSection, RewardSection, SampleConfig, TrainConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow, read_prompts
@@ -197,6 +197,23 @@ def _digest(weights: Path) -> str:
     return digest.hexdigest()
 
 
+def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None:
+    """What chose the best weights, or where to stop, flatters them: it is not what they are judged by."""
+    trained = config.weights.parent / "config.yaml"
+    if not trained.is_file():
+        return
+    validation = load_config(trained).validation
+    if validation.every is None or validation.prompts is None:
+        return
+    chosen = {row.prompt for row in resolve_prompts(validation.prompts, validation.n)}
+    shared = [row.prompt for row in rows if row.prompt in chosen]
+    if shared:
+        raise DiffalignError(
+            f"prompts={config.prompts}: {len(shared)} of {len(rows)} prompts chose this run's weights by validation, such as "
+            f"{shared[0]!r}; evaluate on others"
+        )
+
+
 def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
     """`diffalign eval`: one backbone is both models, since its policy can be switched off."""
     backbone = open_backbone(config.model, resolve_device(config.device))
@@ -204,6 +221,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     full = (config.weights / backbone.trunk_name).is_dir()
     base = open_backbone(config.model, resolve_device(config.device)) if full else backbone
     rows = resolve_prompts(config.prompts, config.n)
+    _refuse_selection_prompts(config, rows)
     options = {
         "steps": config.steps,
         "guidance_scale": config.guidance_scale,

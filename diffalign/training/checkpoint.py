@@ -25,7 +25,7 @@ FREE_KEYS = (
     "run_dir",
     "tracking",
     "checkpoint",
-    "validation",
+    "validation.patience",
     "on_alarm",
     "train.log_every",
     "train.steps",

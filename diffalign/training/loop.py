@@ -137,7 +137,7 @@ def train(
     oversight = Oversight(run_dir, config.on_alarm, known, first, say, main)
     validations = ValidationLog(run_dir, first, main) if validation else None
     patience = config.validation.patience
-    if validation and validations and first == 0:
+    if validation and validations and not validations.rows:
         _validate(validation, validations, oversight, accelerator, backbone, run_dir, 0)
     idle = best_of(validations.rows)[1] if validations else 0
     if patience and idle >= patience:

@@ -117,10 +117,11 @@ def read_validations(run_dir: Path, step: int | None = None) -> list[Row]:
 
 
 class ValidationLog:
-    """validation.jsonl, cut to what a resumed run has reached."""
+    """validation.jsonl, cut to what a resumed run has reached (nothing, where no step is done yet)."""
 
     def __init__(self, run_dir: Path, step: int, write: bool) -> None:
         self.path, self.write = run_dir / "validation.jsonl", write
+        step = step or -1
         self.rows = read_validations(run_dir, step)
         if write:
             cut_rows(self.path, step)
