@@ -5,6 +5,7 @@ An error here is a pydantic error of type `combination`; its context lists the k
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic_core import PydanticCustomError
@@ -136,5 +137,12 @@ def check_sampling(config: SampleConfig) -> None:
 
 
 def check_evaluation(config: EvalConfig) -> None:
+    for name in config.others:
+        # Names become folders.
+        if name in ("base", "tuned") or not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+            _refuse(f"{name!r} is taken or no plain name; use letters, digits, dots and dashes", "others")
+    names = [config.reward.name, *(reward.name for reward in config.more_rewards)]
+    if len(set(names)) < len(names):
+        _refuse("a reward is named twice", "more_rewards", "reward.name")
     _check_model(config.model, config.device)
     _check_size(config.height, config.width)

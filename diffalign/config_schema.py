@@ -260,7 +260,8 @@ class _Images(Section):
     device: Device = Field("auto", description=DEVICE)
     model: ModelSection
     prompts: str = Field(
-        min_length=1, description="a .txt or .jsonl file, or testbed:train, testbed:validation, testbed:test"
+        min_length=1,
+        description="a .txt or .jsonl file; testbed:train, testbed:validation or testbed:test; or suite:NAME:PATH",
     )
     n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
     steps: int = Field(30, gt=0, description="denoising steps")
@@ -284,12 +285,29 @@ class SampleConfig(_Images):
         return self
 
 
+class CorrectionSection(Section):
+    """A score that falls where a reward is gained at the cost of quality: r (u - u0) + c, as GDRO reports."""
+
+    reward: str = Field(min_length=1, description="r: a score, such as geneval.dense")
+    quality: list[str] = Field(min_length=1, description="u is the mean of these scores")
+    u0: float = Field(3.0, description="quality that counts as none (GDRO: 3 of UnifiedReward's 5)")
+    c: float = Field(0.2, description="shift, only for plotting (GDRO: 0.2)")
+
+
 class EvalConfig(_Images):
     """`diffalign eval`: the model without and with trained weights, at the same prompts and seeds."""
 
     weights: FilePath = Field(description="a run's weights/ folder")
     seeds: int = Field(4, gt=0, description="images per prompt and model")
     reward: RewardSection = RewardSection()
+    more_rewards: list[RewardSection] = Field(
+        default_factory=list, description="further rewards: what is not trained on shows over-optimisation"
+    )
+    others: dict[str, FilePath] = Field(
+        default_factory=dict, description="further weights against the same base, by name: folders or checkpoints"
+    )
+    checkpoints: bool = Field(False, description="true: also every checkpoint that the run has kept, as step-N")
+    corrected: CorrectionSection | None = Field(None, description="the score corrected for lost quality; null: none")
     out: FilePath = Field(description="the folder that gets eval.json, eval/images and report.html")
 
     @model_validator(mode="after")

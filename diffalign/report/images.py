@@ -63,10 +63,17 @@ def candidates(run: Run, name: str) -> list[Candidate]:
     if run.result is None:
         return []
     images = {model: Path(folder) for model, folder in run.result["images"].items()}
-    found = [Candidate(name, images["tuned"], run.result["scores"], "tuned")]
-    for model, scores in run.result.get("others", {}).items():
-        found.append(Candidate(f"{name}: {model}", images[model], scores, model))
-    return found
+    spreads = run.result.get("diversity", {})
+    compared = {"tuned": run.result["scores"], **run.result.get("others", {})}
+    return [
+        Candidate(
+            name if model == "tuned" else f"{name}: {model}",
+            images[model],
+            {**scores, **({"diversity": {"all": spreads[model]["all"]}} if model in spreads else {})},
+            model,
+        )
+        for model, scores in compared.items()
+    ]
 
 
 def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]]]:

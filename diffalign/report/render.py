@@ -1,5 +1,6 @@
 """`report.html`: what was run, how it went, what changed. One file for one run or for several; no network."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffalign import __version__
-from diffalign.report.curves import CHARTS, series, static_svg
+from diffalign.report.curves import CHARTS, Series, series, static_svg
 from diffalign.report.images import comparisons, strip, trials
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 
@@ -41,9 +42,38 @@ def _rows(run: Run, name: str) -> list[dict[str, float]]:
     return [{"step": step, "validation": mean} for step, mean in means if mean is not None]
 
 
+def over_checkpoints(run: Run) -> dict[str, list[dict[str, float]]]:
+    """Score -> {"step", "score"} of the base, of every checkpoint that was evaluated (`step-N`) and of the final weights."""
+    if run.result is None:
+        return {}
+    steps = {int(name[5:]): name for name in run.result.get("others", {}) if re.fullmatch(r"step-\d+", name)}
+    found = {}
+    for column, kinds in run.result["scores"].items() if steps else ():
+        at = {0: kinds["all"]["base"], run.steps: kinds["all"]["tuned"]}
+        at |= {step: run.result["others"][name][column]["all"]["tuned"] for step, name in steps.items()}
+        found[column] = [{"step": step, "score": at[step]} for step in sorted(at)]
+    return found
+
+
+def _over_optimisation(runs: list[Run]) -> list[dict[str, Any]]:
+    """A chart a score: where the trained reward still rises and others fall, the run is past its best."""
+    scores = [over_checkpoints(run) for run in runs]
+    found = []
+    for place, column in enumerate(dict.fromkeys(column for one in scores for column in one)):
+        lines = [s for n, one in enumerate(scores) for s in [series(n, "score", one.get(column, []))] if s is not None]
+        note = "mean over the evaluation's prompts; step 0 is the base. Read it beside drift"
+        found.append(_chart(f"over-{place}", f"{column} over checkpoints", note, lines, []))
+    return found
+
+
+def _chart(name: str, title: str, note: str, lines: list[Series], marks: list[dict[str, Any]]) -> dict[str, Any]:
+    data = {"lines": [{"run": line.run, "x": line.steps, "y": line.values} for line in lines], "marks": marks}
+    return {"name": name, "title": title, "note": note, "svg": Markup(static_svg(name, lines)), "data": data}
+
+
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """Every chart that a run has values for: title, note, series, marks of findings, static SVG."""
-    found = []
+    found = _over_optimisation(runs)
     for name, (title, note) in CHARTS.items():
         lines = [s for n, run in enumerate(runs) for s in [series(n, name, _rows(run, name))] if s is not None]
         if not lines:
@@ -54,9 +84,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
             for finding in run.findings
             if MARKED_ON.get(finding["name"]) == name
         ]
-        data = [{"run": line.run, "x": line.steps, "y": line.values} for line in lines]
-        svg = Markup(static_svg(name, lines))
-        found.append({"name": name, "title": title, "note": note, "svg": svg, "data": {"lines": data, "marks": marks}})
+        found.append(_chart(name, title, note, lines, marks))
     return found
 
 
