@@ -227,7 +227,7 @@ def train(
     if main:
         _save_weights(backbone, policy, ema, run_dir)
     accelerator.wait_for_everyone()
-    if patience and idle >= patience and validations:
+    if main and patience and idle >= patience and validations:
         say(
             f"no better validation in {idle} of them: stopped at step {steps}; best/ is step {best_of(validations.rows)[0]}"
         )
