@@ -40,7 +40,7 @@ def _column(rows: list[dict[str, Any]], name: str, path: Path) -> None:
 
 
 def _table(path: Path, delimiter: str, prompt: str, tag: str | None) -> list[PromptRow]:
-    rows = list(csv.DictReader(_text(path).splitlines(), delimiter=delimiter))
+    rows: list[dict[str, Any]] = [dict(row) for row in csv.DictReader(_text(path).splitlines(), delimiter=delimiter)]
     for name in (prompt, tag) if tag else (prompt,):
         _column(rows, name, path)
     return [PromptRow((row[prompt] or "").strip(), {"tag": row[tag]} if tag else {}) for row in rows]
