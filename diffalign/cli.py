@@ -141,6 +141,53 @@ def list_recipes() -> None:
             print(f"{name:20} {path}")
 
 
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several stand side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; without it, RUN/report.html, or report.html here for several.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="So many images with the largest gains, and as many with the largest losses.")
+    ] = 12,
+) -> None:
+    """Write one self-contained HTML file about a run, or about several side by side."""
+    with _plain_errors():
+        from diffalign.report.render import write_reports
+
+        target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+        print(f"report: {write_reports(runs, target, shown=images)}")
+
+
+@app.command("export")
+def export_weights(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers: what load_lora_weights reads; kohya: for ComfyUI, A1111 and others (UNets); "
+            "merged: the whole pipeline with the LoRA in it.",
+        ),
+    ] = "diffusers",
+    out: Annotated[Path | None, typer.Option(help="The folder to write; without it, RUN/export/FORMAT.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The weights of the best validation, not the last.")] = False,
+    licence: Annotated[
+        str | None, typer.Option(help="The licence in the model card, as the hub names it; without it, the base's.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository, with HF_TOKEN or your login."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
+) -> None:
+    """Write a run's weights for other programs, with a model card."""
+    with _plain_errors():
+        from diffalign.export import export
+
+        export(run, out or run / "export" / form, form, best=best, licence=licence, push=push, private=private)
+
+
 @testbed.command("prompts")
 def testbed_prompts(
     split: Annotated[

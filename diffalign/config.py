@@ -31,6 +31,7 @@ from diffalign.config_schema import (
     TrainConfig,
     TrainSection,
     TuneSection,
+    ValidationSection,
 )
 from diffalign.config_yaml import Document, apply_override, dump, read_document
 from diffalign.errors import DiffalignError
@@ -51,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "TrainSection",
     "TuneSection",
+    "ValidationSection",
     "config_path",
     "eval_config_of_run",
     "load_config",

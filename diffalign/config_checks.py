@@ -5,6 +5,7 @@ An error here is a pydantic error of type `combination`; its context lists the k
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic_core import PydanticCustomError
@@ -42,6 +43,20 @@ def check_training(config: TrainConfig) -> None:
         )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         _refuse("both betas must lie in [0, 1)", "optimizer.betas")
+    if config.validation.every is not None and config.validation.prompts is None:
+        _refuse(
+            "validation draws images of prompts, and none are given; set validation.prompts to a file, or "
+            "validation.every=null",
+            "validation.prompts",
+            "validation.every",
+        )
+    if config.train.auto_beta is not None and config.objective.name != "dpo":
+        _refuse(
+            f"auto_beta needs a beta and a margin that is proportional to it, as dpo has, not {config.objective.name}; leave "
+            "it out",
+            "train.auto_beta",
+            "objective.name",
+        )
     if len(set(config.tracking.trackers)) < len(config.tracking.trackers):
         _refuse("a tracker is named twice", "tracking.trackers")
 
@@ -122,5 +137,12 @@ def check_sampling(config: SampleConfig) -> None:
 
 
 def check_evaluation(config: EvalConfig) -> None:
+    for name in config.others:
+        # Names become folders.
+        if name in ("base", "tuned") or not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+            _refuse(f"{name!r} is taken or no plain name; use letters, digits, dots and dashes", "others")
+    names = [config.reward.name, *(reward.name for reward in config.more_rewards)]
+    if len(set(names)) < len(names):
+        _refuse("a reward is named twice", "more_rewards", "reward.name")
     _check_model(config.model, config.device)
     _check_size(config.height, config.width)

@@ -34,6 +34,11 @@ class DiffusionDPOSection(ObjectiveSection):
         description="strength of the pull to the reference; belongs to errors that are a mean over the latent's "
         "elements, with the factor 1/2 of the paper's code. Larger stays nearer to the reference",
     )
+    loser_weight: float = Field(
+        1.0, ge=0, le=1, description="below 1 the loser's error counts less, so it cannot carry the margin alone"
+    )
+    margin_clamp: float | None = Field(None, gt=0, description="a margin above this pulls no further; null: no bound")
+    anchor: float = Field(0.0, ge=0, description="adds so many times the policy's error on the winner; 0: none")
 
 
 class SFTSection(ObjectiveSection):

@@ -141,6 +141,15 @@ class TrainSection(Section):
     prompt_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of groups whose prompt is replaced by the empty one"
     )
+    skip_grad_norm: float | None = Field(
+        None, gt=1, description="skip steps whose gradient norm is so many times that of recent ones; null: none"
+    )
+    auto_beta: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="find beta so that the gradient factor becomes this, as 0.3 (dpo only); null: off",
+    )
 
 
 class OptimizerSection(Section):
@@ -186,6 +195,27 @@ class RewardSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the reward")
 
 
+class ValidationSection(Section):
+    """Images of prompts that are not trained on, drawn and judged during training; the best weights go to best/."""
+
+    every: int | None = Field(None, gt=0, description="steps between validations; null: none")
+    prompts: str | None = Field(
+        None, description="a .txt or .jsonl file, or testbed:validation; never those of the final evaluation"
+    )
+    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
+    rewards: list[RewardSection] = Field(
+        [RewardSection()], min_length=1, description="what judges; the first column of the first decides what is best"
+    )
+    seeds: int = Field(1, gt=0, description="images per prompt")
+    steps: int = Field(30, gt=0, description="denoising steps")
+    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; 1: none")
+    negative_prompt: str | None = Field(None, description="what to steer away from")
+    batch_size: int = Field(8, gt=0, description="images drawn at once")
+    patience: int | None = Field(
+        None, gt=0, description="stop after so many validations in a row without a better one; null: never"
+    )
+
+
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "auto: CUDA where there is one"
 
@@ -211,6 +241,10 @@ class TrainConfig(Section):
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+    on_alarm: Literal["warn", "stop"] = Field(
+        "warn", description="what a health alarm does: say it and go on, or save and stop"
+    )
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
@@ -226,7 +260,8 @@ class _Images(Section):
     device: Device = Field("auto", description=DEVICE)
     model: ModelSection
     prompts: str = Field(
-        min_length=1, description="a .txt or .jsonl file, or testbed:train, testbed:validation, testbed:test"
+        min_length=1,
+        description="a .txt or .jsonl file; testbed:train, testbed:validation or testbed:test; or suite:NAME:PATH",
     )
     n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
     steps: int = Field(30, gt=0, description="denoising steps")
@@ -250,12 +285,29 @@ class SampleConfig(_Images):
         return self
 
 
+class CorrectionSection(Section):
+    """A score that falls where a reward is gained at the cost of quality: r (u - u0) + c, as GDRO reports."""
+
+    reward: str = Field(min_length=1, description="r: a score, such as geneval.dense")
+    quality: list[str] = Field(min_length=1, description="u is the mean of these scores")
+    u0: float = Field(3.0, description="quality that counts as none (GDRO: 3 of UnifiedReward's 5)")
+    c: float = Field(0.2, description="shift, only for plotting (GDRO: 0.2)")
+
+
 class EvalConfig(_Images):
     """`diffalign eval`: the model without and with trained weights, at the same prompts and seeds."""
 
     weights: FilePath = Field(description="a run's weights/ folder")
     seeds: int = Field(4, gt=0, description="images per prompt and model")
     reward: RewardSection = RewardSection()
+    more_rewards: list[RewardSection] = Field(
+        default_factory=list, description="further rewards: what is not trained on shows over-optimisation"
+    )
+    others: dict[str, FilePath] = Field(
+        default_factory=dict, description="further weights against the same base, by name: folders or checkpoints"
+    )
+    checkpoints: bool = Field(False, description="true: also every checkpoint that the run has kept, as step-N")
+    corrected: CorrectionSection | None = Field(None, description="the score corrected for lost quality; null: none")
     out: FilePath = Field(description="the folder that gets eval.json, eval/images and report.html")
 
     @model_validator(mode="after")

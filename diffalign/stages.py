@@ -14,25 +14,31 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from diffalign import testbed
-from diffalign.config import resolved_yaml
+from diffalign.config import load_config, resolved_yaml
 from diffalign.config_schema import EvalConfig, ModelSection, RewardSection, SampleConfig, TrainConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.sample import sample_groups
 from diffalign.data.source import choose_groups, prepare_source
+from diffalign.data.suites import read_suite
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.health import examine_labels
 from diffalign.objectives import OBJECTIVES, has_preference
 from diffalign.pipelines import load_backbone
+from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.report.render import write_report
 from diffalign.rewards import Reward, load_reward
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
+from diffalign.training.checkpoint import checkpoints
 from diffalign.training.loop import start_accelerator
 from diffalign.training.loop import train as train_backbone
+from diffalign.training.validation import Validation
 
 Say = Callable[[str], None]
 DETECTORS: dict[str, type] = {"shapes": ShapeDetector}
@@ -58,8 +64,11 @@ def open_backbone(model: ModelSection, device: str) -> Any:
 
 
 def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:
-    """A prompt file, or `testbed:SPLIT`."""
+    """A prompt file, `testbed:SPLIT`, or `suite:NAME:PATH`."""
     kind, _, split = source.partition(":")
+    if kind == "suite":
+        name, _, path = split.partition(":")
+        return read_suite(name, Path(path))[:n]
     if kind == "testbed":
         rows = testbed_prompts(split, n or TESTBED_PROMPTS, seed)
         return [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
@@ -108,11 +117,40 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
             "its scores may all be equal, or the groups may have one image each"
         )
-    backbone.drop_encoders()
-    result = train_backbone(config, backbone=backbone, source=source, say=say, accelerator=accelerator)
+    known = examine_labels(source.labelled(dataset))
+    validation = prepare_validation(config, backbone)
+    backbone.drop_encoders(keep_vae=validation is not None)
+    try:
+        result = train_backbone(
+            config,
+            backbone=backbone,
+            source=source,
+            say=say,
+            accelerator=accelerator,
+            validation=validation,
+            known=known,
+        )
+    finally:
+        # Also of a run that an alarm has stopped: the report is where one sees why.
+        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
+            write_report(Path(config.run_dir))
     if accelerator.is_main_process:
-        write_report(result.run_dir)
         say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+
+
+def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
+    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted."""
+    wanted = config.validation
+    if wanted.every is None or wanted.prompts is None:
+        return None
+    rows = resolve_prompts(wanted.prompts, wanted.n)
+    texts = [row.prompt for row in rows]
+    chunks = [texts[i : i + wanted.batch_size] for i in range(0, len(texts), wanted.batch_size)]
+    parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
+    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rewards = {section.name: open_reward(section) for section in wanted.rewards}
+    side = config.data.resolution or backbone.default_resolution
+    return Validation(wanted, rows, encoded, rewards, side, config.seed)
 
 
 def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:
@@ -166,13 +204,64 @@ def _digest(weights: Path) -> str:
     return digest.hexdigest()
 
 
+def _trains_all(weights: Path, trunk_name: str) -> bool:
+    """Whether a folder of weights, or a checkpoint, holds the whole trunk rather than a LoRA."""
+    if (weights / "state.json").is_file():
+        return bool(json.loads((weights / "state.json").read_text())["config"]["tune"]["kind"] == "full")
+    return (weights / trunk_name).is_dir()
+
+
+def load_trained(backbone: Any, weights: Path) -> None:
+    """Put trained weights into the policy: a folder in diffusers' layout, or a checkpoint of a run (its average, if kept)."""
+    if not (weights / "state.json").is_file():
+        backbone.load_weights(weights)
+        return
+    tune = json.loads((weights / "state.json").read_text())["config"]["tune"]
+    average = weights / "ema.safetensors"
+    values = load_file(average if average.is_file() else weights / "policy.safetensors")
+    if tune["kind"] == "lora" and not has_adapter(backbone.trunk, POLICY):
+        backbone.add_lora(tune["rank"], tune["alpha"], targets=tune["targets"])
+    own = dict(backbone.trunk.named_parameters())
+    if values.keys() - own.keys() or any(values[name].shape != own[name].shape for name in values):
+        raise DiffalignError(f"{weights}: this checkpoint does not fit the model; was it trained on another one?")
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+
+
+def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None:
+    """What chose the best weights, or where to stop, flatters them: it is not what they are judged by."""
+    trained = config.weights.parent / "config.yaml"
+    if not trained.is_file():
+        return
+    validation = load_config(trained).validation
+    if validation.every is None or validation.prompts is None:
+        return
+    chosen = {row.prompt for row in resolve_prompts(validation.prompts, validation.n)}
+    shared = [row.prompt for row in rows if row.prompt in chosen]
+    if shared:
+        raise DiffalignError(
+            f"prompts={config.prompts}: {len(shared)} of {len(rows)} prompts chose this run's weights by validation, such as "
+            f"{shared[0]!r}; evaluate on others"
+        )
+
+
 def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
     """`diffalign eval`: one backbone is both models, since its policy can be switched off."""
+    models = {"tuned": config.weights, **config.others}
+    if config.checkpoints:
+        found = checkpoints(config.weights.parent)
+        if not found:
+            raise DiffalignError(f"checkpoints=true: {config.weights.parent} holds no checkpoints/ beside its weights")
+        models |= {f"step-{int(path.name.removeprefix('step-'))}": path for path in found}
+    for path in models.values():
+        if not path.exists():
+            raise DiffalignError(f"no weights at {path}: the folder does not exist")
     backbone = open_backbone(config.model, resolve_device(config.device))
-    backbone.load_weights(config.weights)
-    full = (config.weights / backbone.trunk_name).is_dir()
+    full = any(_trains_all(path, backbone.trunk_name) for path in models.values())
     base = open_backbone(config.model, resolve_device(config.device)) if full else backbone
     rows = resolve_prompts(config.prompts, config.n)
+    _refuse_selection_prompts(config, rows)
     options = {
         "steps": config.steps,
         "guidance_scale": config.guidance_scale,
@@ -181,22 +270,30 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         "width": config.width,
     }
 
-    def sampler(model: Any, role: str) -> Callable[[list[str], list[int]], Any]:
+    loaded: list[Path] = []
+
+    def sampler(model: Any, role: str, weights: Path | None = None) -> Callable[[list[str], list[int]], Any]:
         def draw_images(prompts: list[str], seeds: list[int]) -> Any:
+            # Models are drawn one after the other: each puts its weights in at its first images.
+            if weights is not None and loaded[-1:] != [weights]:
+                load_trained(model, weights)
+                loaded.append(weights)
             with model.role(role):
                 return model.sample(prompts, seeds, **options)
 
         return draw_images
 
     drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(options)}"
-    ticker = {name: Ticker(name) for name in ("base", "tuned")}
+    ticker = {name: Ticker(name) for name in ("base", *models)}
     result = evaluate_models(
         base=sampler(base, "policy" if full else "reference"),
-        tuned=sampler(backbone, "policy"),
+        tuned=sampler(backbone, "policy", config.weights),
+        others={name: sampler(backbone, "policy", path) for name, path in models.items() if name != "tuned"},
         plan=Plan(rows, config.seeds, config.seed, config.batch_size),
-        rewards={config.reward.name: open_reward(config.reward)},
+        rewards={section.name: open_reward(section) for section in (config.reward, *config.more_rewards)},
+        correction=config.corrected,
         out=config.out,
-        identities={"base": drawn_by, "tuned": f"{drawn_by} {_digest(config.weights)}"},
+        identities={"base": drawn_by, **{name: f"{drawn_by} {_digest(path)}" for name, path in models.items()}},
         base_folder=base_folder,
         on_progress=lambda name, done, total: ticker[name](done, total),
     )

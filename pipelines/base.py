@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -79,6 +79,10 @@ class Backbone(Tunable):
         """Arguments of the pipeline that only this family takes."""
         return {}
 
+    def encoding_options(self) -> dict[str, Any]:
+        """Arguments of the pipeline's `encode_prompt` that only this family takes."""
+        return {}
+
     @abstractmethod
     def prompt_tokens(self) -> int: ...
 
@@ -133,6 +137,22 @@ class Backbone(Tunable):
         encoded = self.encode(list(prompts))
         # float16 is widened: not everything that stores or mixes these knows it.
         return {k: (v.float() if v.dtype == torch.float16 else v).cpu() for k, v in encoded.items()}
+
+    @torch.no_grad()
+    def encode_guided(self, prompts: Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
+        """What `sample_encoded` needs in place of text encoders: the pipeline's own embeddings, also of what to steer
+        away from, each [B, ...] on the CPU under the pipeline's argument names."""
+        self._require_encoders()
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            **self.encoding_options(),
+        )
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        return {name: value.cpu() for name, value in zip(names, encoded, strict=False)}  # SD1.5 pools nothing
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -215,6 +235,38 @@ class Backbone(Tunable):
             raise DiffalignError(
                 f"sample: {len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt is needed"
             )
+        inputs = {
+            "prompt": list(prompts),
+            "negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompts),
+        }
+        return self._sample(inputs, seeds, steps, guidance_scale, height, width, output_type)
+
+    @torch.no_grad()
+    def sample_encoded(
+        self,
+        encoded: dict[str, Tensor],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """`sample` from what `encode_guided` gave, with the text encoders freed; the same images."""
+        inputs = {name: value.to(self.device, self.dtype) for name, value in encoded.items()}
+        return self._sample(inputs, seeds, steps, guidance_scale, height, width, output_type)
+
+    def _sample(
+        self,
+        inputs: dict[str, Any],
+        seeds: Sequence[int],
+        steps: int,
+        guidance_scale: float,
+        height: int | None,
+        width: int | None,
+        output_type: str,
+    ) -> Any:
         if output_type not in ("pil", "pt", "latent"):
             raise DiffalignError(f"sample: unknown output_type '{output_type}'; choose pil, pt or latent")
         outside = [s for s in seeds if not 0 <= s < 2**32]
@@ -234,8 +286,7 @@ class Backbone(Tunable):
         mixed = trunk_dtype != self.dtype
         with torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext():
             latents = self.pipeline(
-                prompt=list(prompts),
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+                **inputs,
                 latents=noise.to(self.device, self.dtype),
                 generator=generators,
                 num_inference_steps=steps,
@@ -254,11 +305,33 @@ class Backbone(Tunable):
             pixels, output_type="pil", do_denormalize=[False] * len(pixels)
         )
 
-    def drop_encoders(self) -> None:
-        """Free VAE and text encoders: with latents and embeddings cached, training needs only the trunk."""
+    def drop_encoders(self, keep_vae: bool = False) -> None:
+        """Free VAE and text encoders: with latents and embeddings cached, training needs only the trunk.
+
+        `keep_vae` leaves the VAE in the CPU's memory, for `borrowed_vae`.
+        """
         for name, component in list(self.pipeline.components.items()):
             if isinstance(component, nn.Module) and name != self.trunk_name:
-                self.pipeline.register_modules(**{name: None})
+                if name == "vae" and keep_vae:
+                    component.to("cpu")
+                else:
+                    self.pipeline.register_modules(**{name: None})
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def borrowed_vae(self) -> Iterator[None]:
+        """The VAE on the device for the time of the block, decoding tile by tile where images are larger than a tile."""
+        vae = self.pipeline.vae
+        if vae is None:
+            raise DiffalignError(f"{self.path}: the VAE was freed by drop_encoders; keep it with keep_vae=True")
+        vae.to(self.device)
+        vae.enable_tiling()
+        try:
+            yield
+        finally:
+            vae.disable_tiling()
+            vae.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()

@@ -115,6 +115,15 @@ def load_backbone(
     )
 
 
+def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
+    """The pipeline's class name, from its model_index.json alone. Raises DiffalignError for one that is not supported."""
+    index, _ = find_index(path, revision, token, local)
+    name = str(_read_index(path, index)["_class_name"])
+    if name not in BACKBONES:
+        raise DiffalignError(f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}")
+    return name
+
+
 def _read_index(path: str, index: Path) -> dict[str, Any]:
     try:
         components = json.loads(index.read_text(encoding="utf-8"))

@@ -63,6 +63,9 @@ class StableDiffusion3(Backbone):
     def sampling_options(self) -> dict[str, Any]:
         return {"max_sequence_length": self.t5_tokens()}
 
+    def encoding_options(self) -> dict[str, Any]:
+        return {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.t5_tokens()}
+
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,

@@ -17,6 +17,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import Plan, Sampler, evaluate, load_scores, table
+from diffalign.evaluation.quality import corrected, diversity
 
 PROMPTS = [PromptRow(f"prompt {i}", {"tag": "counting" if i % 2 else "colors"}) for i in range(6)]
 PLAN = Plan(PROMPTS, seeds=3, seed=5, batch_size=4)
@@ -42,7 +43,7 @@ class Grey:
 
 
 def run(out: Path, base: Sampler, tuned: Sampler, name: str = "t", **options: Any) -> dict[str, Any]:
-    identities = {"base": "b", "tuned": name}
+    identities = {"base": "b", "tuned": name, **options.pop("identity", {})}
     rewards = {"brightness": Brightness()}
     return evaluate(base=base, tuned=tuned, plan=PLAN, rewards=rewards, out=out, identities=identities, **options)
 
@@ -131,3 +132,38 @@ def test_the_table_fits_120_columns(tmp_path: Path) -> None:
     console.print(table(run(tmp_path, Grey(0), Grey(10))))
     text = console.export_text()
     assert "+0.039 to +0.039" in text and "…" not in text and "100.0%" in text
+
+
+def test_several_weights_against_one_base(tmp_path: Path) -> None:
+    base = Grey(0)
+    others = {"step-10": Grey(20), "step-20": Grey(30)}
+    result = run(tmp_path, base, Grey(10), others=others, identity={"step-10": "a", "step-20": "b"})
+    assert base.drawn == 18  # drawn once for all
+    rises = {m: c["brightness.mean"]["all"]["difference"] for m, c in result["others"].items()}
+    assert rises == pytest.approx({"step-10": 20 / 255, "step-20": 30 / 255})
+    assert result["scores"]["brightness.mean"]["all"]["difference"] == pytest.approx(10 / 255)
+    assert (
+        load_scores(tmp_path, "step-20", "brightness.mean") > load_scores(tmp_path, "base", "brightness.mean")
+    ).all()
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(result))
+    assert "step-20: brightness.mean" in (text := console.export_text()) and "diversity" in text and "…" not in text
+
+
+def test_diversity_against_plain_numpy(tmp_path: Path) -> None:
+    values = np.array([[0, 100, 200], [50, 50, 50]])
+    for p in range(2):
+        for k in range(3):
+            Image.new("RGB", (64, 64), (int(values[p, k]),) * 3).save(tmp_path / f"{p}-{k}.png")
+    found = diversity(lambda p, k: tmp_path / f"{p}-{k}.png", 2, 3)
+    assert found[:, 0].tolist() == pytest.approx([(100 + 100 + 200) / 3 / 255, 0.0])
+    assert np.isnan(diversity(lambda p, k: tmp_path / f"{p}-{k}.png", 2, 1)).all()
+
+
+def test_the_corrected_score() -> None:
+    """GDRO's GenEval row of FLUX: 0.66 x (3.428 - 3) + 0.2."""
+    scores = {"geneval.dense": np.array([[0.66]]), "u.style": np.array([[3.4]]), "u.coherence": np.array([[3.456]])}
+    found = corrected(scores, "geneval.dense", ["u.style", "u.coherence"])
+    assert found[0, 0] == pytest.approx(0.66 * 0.428 + 0.2)
+    with pytest.raises(DiffalignError, match="no score 'hps'; there are geneval.dense"):
+        corrected(scores, "hps", [])

@@ -61,9 +61,16 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
         '{"prompt": "a red circle", "tag": "single_object", "include": [{"class": "circle", "count": 1}]}\n'
     )
     given = [f"prompts={tmp_path / 'p.jsonl'}", "seeds=2", "steps=2", "height=32", "width=32", "reward.name=geneval"]
-    assert run("eval", tmp_path / "run", *given, "reward.detector=shapes") == 0
+    given += ["reward.detector=shapes", "checkpoints=true", f"others={{again: {tmp_path / 'run' / 'weights'}}}"]
+    assert run("eval", tmp_path / "run", *given) == 0
     result = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert set(result["scores"]) == {"geneval.dense", "geneval.official", "geneval.exact", "geneval.server"}
+    assert set(result["others"]) == {"again", "step-1", "step-2"} and "all" in result["diversity"]["step-1"]
+    images = {m: (Path(f) / "00000-1.png").read_bytes() for m, f in result["images"].items()}
+    assert (
+        images["again"] == images["tuned"] == images["step-2"] != images["step-1"]
+    )  # the last checkpoint is the weights
+    assert "geneval.dense over checkpoints" in (tmp_path / "run" / "report.html").read_text()
     assert "geneval.dense" in capsys.readouterr().out and (tmp_path / "run" / "report.html").is_file()
 
 

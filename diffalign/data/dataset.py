@@ -112,6 +112,15 @@ class PreferenceDataset:
             for table in pq.ParquetFile(path).iter_batches(batch_size=batch):
                 yield [_image_row(table, i) for i in range(table.num_rows)]
 
+    def generators(self) -> dict[tuple[str, int], str]:
+        """(group id, index) -> who made the image; read without the pictures."""
+        found: dict[tuple[str, int], str] = {}
+        for path in self.shards:
+            table = pq.read_table(path, columns=["group_id", "index", "generator"])
+            keys = zip(table["group_id"].to_pylist(), table["index"].to_pylist(), strict=True)
+            found |= dict(zip(keys, table["generator"].to_pylist(), strict=True))
+        return found
+
     # --- scores --------------------------------------------------------------------------------------------------------
 
     def rewards(self) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import vote_shares
 from diffalign.errors import DiffalignError
+from diffalign.health import LabelledGroup
 
 
 def labels(
@@ -53,3 +54,16 @@ def _transformed(raw: list[np.ndarray], transform: str, stats: Any) -> list[np.n
         return [(r - low) / max(high - low, 1e-12) for r in raw]
     mean, std = (stats["mean"], stats["std"]) if stats else (known.mean(), known.std())
     return [(r - mean) / max(std, 1e-12) for r in raw]
+
+
+def labelled_groups(dataset: PreferenceDataset, groups: list[int], values: list[np.ndarray]) -> list[LabelledGroup]:
+    """Labels `values` of groups beside every stored score and the generators' names, for `examine_labels`."""
+    ids = dataset.column("group_id")
+    stored = {reward: dataset.scores(reward) for reward in dataset.rewards()}
+    made_by = dataset.generators()
+    found = []
+    for i, value in zip(groups, values, strict=True):
+        members = dataset.members(ids[i])
+        scores = {r: [s.get((ids[i], m), float("nan")) for m in members] for r, s in stored.items()}
+        found.append(LabelledGroup(value.tolist(), scores, [made_by.get((ids[i], m), "") for m in members]))
+    return found

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffalign.data.cache import LatentCache
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.labels import labels
+from diffalign.data.labels import labelled_groups, labels
 from diffalign.errors import DiffalignError
+from diffalign.health import LabelledGroup
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class TrainingSource:
             [self.group_ids[i] for i in indices],
             [self.prompts[i] for i in indices],
         )
+
+    def labelled(self, dataset: PreferenceDataset) -> list[LabelledGroup]:
+        """Labels beside stored scores and generators, for judging the labels before they are trained on."""
+        position = {group: i for i, group in enumerate(dataset.column("group_id"))}
+        rows = [position[group] for group in self.group_ids]
+        sizes = [len(dataset.members(group)) for group in self.group_ids]
+        values = [row[:size].double().numpy() for row, size in zip(self.rewards, sizes, strict=True)]
+        return labelled_groups(dataset, rows, values)
 
 
 def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int, int]:

@@ -3,6 +3,8 @@
 <out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
 <out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns (null: not scored)
 <out>/eval.json                         comparisons: overall and per kind of prompt
+
+Besides `tuned`, any number of further weights (`others`) can be compared with the same base.
 """
 
 import hashlib
@@ -20,9 +22,9 @@ from rich.table import Table
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
+from diffalign.evaluation.quality import corrected, diversity
 
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
-MODELS = ("base", "tuned")
 
 
 class Prompt(Protocol):
@@ -112,27 +114,41 @@ def evaluate(
     rewards: dict[str, Any],
     out: Path,
     identities: dict[str, str],
+    others: dict[str, Sampler] | None = None,
+    correction: Any = None,
     base_folder: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare two models; returns what `eval.json` holds.
+    """Compare models with the base; returns what `eval.json` holds.
 
-    `identities` say for "base" and "tuned" what draws their images: where it changes, they are drawn again.
+    `identities` say for every model what draws its images: where it changes, they are drawn again. `others`: further
+    models by name, drawn one after the other. `correction`: with `reward`, `quality`, `u0` and `c` (`quality.corrected`).
     `base_folder`: where the base model's images lie or go, so that several runs on the same plan share them.
     """
     if not plan.prompts:
         raise DiffalignError("there is no prompt to evaluate on")
-    folders = {"base": base_folder or out / "eval" / "images" / "base", "tuned": out / "eval" / "images" / "tuned"}
-    scores = {}
-    for model, sampler in zip(MODELS, (base, tuned), strict=True):
+    samplers = {"base": base, "tuned": tuned, **(others or {})}
+    folders = {model: out / "eval" / "images" / model for model in samplers}
+    folders["base"] = base_folder or folders["base"]
+    scores, spreads = {}, {}
+    for model, sampler in samplers.items():
         sample_images(sampler, plan, folders[model], identities[model], _named(on_progress, model))
         scores[model] = score_folder(plan, rewards, folders[model])
+        if correction is not None:
+            columns = (correction.reward, correction.quality, correction.u0, correction.c)
+            scores[model]["corrected"] = corrected(scores[model], *columns)
+        if plan.seeds > 1:
+            spreads[model] = _spread(folders[model], plan)
     result = {"seed": plan.seed, "seeds": plan.seeds, "prompts": [p.prompt for p in plan.prompts]}
     result |= {"images": {m: str(f) for m, f in folders.items()}, "scores": summarise(scores, plan)}
+    if others:
+        result["others"] = {model: summarise(scores, plan, model) for model in others}
+    if spreads:
+        result["diversity"] = {m: summarise(spreads, plan, m)["diversity"] for m in samplers if m != "base"}
     rows = (
         {"model": m, "prompt": plan.prompts[p].prompt, "seed": plan.image_seed(p, k), "index": [p, k]}
         | {column: float(values[p, k]) if math.isfinite(values[p, k]) else None for column, values in scores[m].items()}
-        for m in MODELS
+        for m in samplers
         for p, k in plan.cells()
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -146,14 +162,20 @@ def _named(on_progress: Callable[[str, int, int], None] | None, model: str) -> C
     return None if on_progress is None else lambda done, total: on_progress(model, done, total)
 
 
-def summarise(scores: dict[str, dict[str, np.ndarray]], plan: Plan) -> dict[str, dict[str, dict[str, float]]]:
-    """score -> kind of prompt ("all" first) -> comparison."""
+def _spread(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
+    return {"diversity": diversity(lambda p, k: image_path(folder, p, k), len(plan.prompts), plan.seeds)}
+
+
+def summarise(
+    scores: dict[str, dict[str, np.ndarray]], plan: Plan, model: str = "tuned"
+) -> dict[str, dict[str, dict[str, float]]]:
+    """score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
     tags = [p.metadata.get("tag", "") for p in plan.prompts]
     kinds = {"all": np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
     return {
         column: {
-            kind: compare(values[rows], scores["tuned"][column][rows], seed=plan.seed).as_dict()
+            kind: compare(values[rows], scores[model][column][rows], seed=plan.seed).as_dict()
             for kind, rows in kinds.items()
         }
         for column, values in scores["base"].items()
@@ -180,19 +202,27 @@ def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
     shown.add_column("kind")
     for name in ("prompts", "base", "tuned", "difference", "95% interval", "win rate"):
         shown.add_column(name, justify="right")
-    for column, kinds in result["scores"].items():
-        if columns is not None and column not in columns:
-            continue
-        for kind, c in kinds.items():
-            interval = f"{c['low']:+.3f} to {c['high']:+.3f}"
-            values = (
-                f"{c['base']:.3f}",
-                f"{c['tuned']:.3f}",
-                f"{c['difference']:+.3f}",
-                interval,
-                f"{c['win_rate']:.1%}",
-            )
-            style = "bold" if kind == "all" else None
-            shown.add_row(column if kind == "all" else "", kind, str(int(c["prompts"])), *values, style=style)
-        shown.add_section()
+    compared = {"": result["scores"], **result.get("others", {})}
+    for model, scores in compared.items():
+        found = dict(scores)
+        if model or "tuned" in result.get("diversity", {}):
+            found["diversity"] = result.get("diversity", {}).get(model or "tuned", {})
+        for column, kinds in found.items():
+            if columns is not None and column not in columns:
+                continue
+            for kind, c in kinds.items():
+                if kind != "all" and (model or column == "diversity"):
+                    continue  # further weights and diversity are told in one line each
+                interval = f"{c['low']:+.3f} to {c['high']:+.3f}"
+                values = (
+                    f"{c['base']:.3f}",
+                    f"{c['tuned']:.3f}",
+                    f"{c['difference']:+.3f}",
+                    interval,
+                    f"{c['win_rate']:.1%}",
+                )
+                style = "bold" if kind == "all" else None
+                name = f"{model}: {column}" if model else column
+                shown.add_row(name if kind == "all" else "", kind, str(int(c["prompts"])), *values, style=style)
+            shown.add_section()
     return shown

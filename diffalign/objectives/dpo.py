@@ -19,9 +19,16 @@ class DiffusionDPO:
     with a constant beta, as Flow-DPO (arXiv 2501.13918) recommends over beta (1 - t)^2.
 
     At policy = reference the loss is log 2 and its gradient is not zero.
+
+    Three remedies for runs that unlearn both images, none of them in the paper and off by default: `loser_weight` < 1
+    multiplies d_l, so that the loser cannot carry the margin alone; `margin_clamp` ends the pull where a margin has
+    reached it; `anchor` adds that many times the policy's error on the winner (as GDRO's stabiliser does).
     """
 
     beta: float = 2000.0
+    loser_weight: float = 1.0
+    margin_clamp: float | None = None
+    anchor: float = 0.0
 
     needs_reference: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
@@ -32,7 +39,8 @@ class DiffusionDPO:
         d = group.advantage
         best, worst = best_and_worst(group)
         d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
-        margin = -0.5 * self.beta * (d_w - d_l)
+        margin = -0.5 * self.beta * (d_w - self.loser_weight * d_l)
+        pulled = margin if self.margin_clamp is None else margin.clamp(max=self.margin_clamp)
         metrics = {
             "margin": margin,
             # A margin of exactly 0 (policy = reference) is neither right nor wrong.
@@ -41,4 +49,5 @@ class DiffusionDPO:
             "loser_gap": d_l,
             "gradient_factor": (-margin).sigmoid(),
         }
-        return ObjectiveOutput(-logsigmoid(margin), metrics)
+        anchor = self.anchor * group.policy_error.gather(1, best).squeeze(1) if self.anchor else 0.0
+        return ObjectiveOutput(-logsigmoid(pulled) + anchor, metrics)

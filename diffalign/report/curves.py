@@ -1,35 +1,49 @@
-"""Line charts as inline SVG: no script, no network."""
+"""Line charts: the series that the page draws, and the same as static SVG for where scripts do not run."""
 
 import math
 from dataclasses import dataclass
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 190, 52, 26, 10
+POINTS = 1500
+"""A longer series is averaged into so many points: a screen shows no more."""
 
 # What is worth a chart, its title, and the words under it.
 CHARTS: dict[str, tuple[str, str]] = {
-    "loss": ("Loss", "log 2 = 0.693 is no preference learnt"),
+    "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
+    "loss": ("Loss", "log 2 = 0.693 is no preference learnt (times the share of groups that state one)"),
     "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
     "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
-    "winner_gap": ("Winner's error against the reference", "below 0 the winner became likelier"),
-    "loser_gap": ("Loser's error against the reference", "above 0 the loser became less likely"),
+    "winner_gap": ("Winner's error against the reference", "should stay near 0 or fall"),
+    "loser_gap": ("Loser's error against the reference", "may rise, but should not run away from the winner's"),
     "gradient_factor": ("Gradient factor", "sigmoid(-margin): near 0 nothing is learnt any more"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "drift": ("Drift", "mean squared difference of policy and reference predictions"),
     "policy_error": ("Policy's error", "mean squared, on the images that are used"),
     "winner_error": ("Winner's error", "mean squared"),
+    "beta": ("Beta", "as train.auto_beta sets it"),
     "lr": ("Learning rate", ""),
     "share_without_preference": ("Groups without preference", "their weight is 0"),
 }
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A chart ready for the template."""
+class Series:
+    """One run's values; `run` is its place among the runs, which decides its colour."""
 
-    title: str
-    note: str
-    last: str
-    svg: str
+    run: int
+    steps: list[float]
+    values: list[float]
+
+
+def series(run: int, name: str, rows: list[dict[str, float]]) -> Series | None:
+    """The finite values of a metric; None where there are fewer than two."""
+    points = [(float(r["step"]), float(r[name])) for r in rows if name in r and math.isfinite(r[name])]
+    if len(points) < 2:
+        return None
+    size = math.ceil(len(points) / POINTS)
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    means = [[sum(column) / len(chunk) for column in zip(*chunk, strict=True)] for chunk in chunks]
+    return Series(run, [m[0] for m in means], [m[1] for m in means])
 
 
 def smooth(values: list[float], window: int) -> list[float]:
@@ -56,43 +70,31 @@ def number(value: float) -> str:
     return f"{value:.1e}" if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"
 
 
-def line_chart(name: str, steps: list[int], values: list[float]) -> Chart | None:
-    """The chart of one metric; None where there is nothing finite to draw."""
-    points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
-    if len(points) < 2:
-        return None
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys), max(ys)
+def static_svg(name: str, lines: list[Series]) -> str:
+    """The chart without a script: raw lines and their moving averages."""
+    xs, ys = [s for line in lines for s in line.steps], [v for line in lines for v in line.values]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
 
     def x(value: float) -> float:
-        return LEFT + (value - xs[0]) / max(1, xs[-1] - xs[0]) * (WIDTH - LEFT - 8)
+        return LEFT + (value - left) / ((right - left) or 1) * (WIDTH - LEFT - 8)
 
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    def path(series: list[float]) -> str:
-        return "M" + " L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in zip(xs, series, strict=True))
+    def path(steps: list[float], values: list[float]) -> str:
+        return "M" + " L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in zip(steps, values, strict=True))
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">']
     for tick in ticks(low, high):
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f} H{WIDTH - 8}"/>')
         parts.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{number(tick)}</text>')
-    for tick in ticks(xs[0], xs[-1]):
+    for tick in ticks(left, right):
         parts.append(f'<text class="x" x="{x(tick):.1f}" y="{HEIGHT - 8}">{number(tick)}</text>')
-    parts.append(f'<path class="raw" d="{path(ys)}"/>')
-    window = max(1, len(ys) // 20)
-    if window > 1:
-        parts.append(f'<path class="line" d="{path(smooth(ys, window))}"/>')
-    # A thin invisible column over each of about 60 steps shows its value on hover.
-    every = max(1, len(xs) // 60)
-    width = (WIDTH - LEFT - 8) / max(1, len(xs) // every)
-    for i in range(0, len(xs), every):
-        parts.append(
-            f'<rect class="hover" x="{x(xs[i]) - width / 2:.1f}" y="{TOP}" width="{width:.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}"><title>step {xs[i]}: {number(ys[i])}</title></rect>'
-        )
-    title, note = CHARTS.get(name, (name, ""))
-    tail = ys[-window:]
-    return Chart(title, note, number(sum(tail) / len(tail)), "".join(parts) + "</svg>")
+    for line in lines:
+        window = max(1, len(line.values) // 20)
+        if window > 1:
+            parts.append(f'<path class="raw run{line.run % 8}" d="{path(line.steps, line.values)}"/>')
+        parts.append(f'<path class="line run{line.run % 8}" d="{path(line.steps, smooth(line.values, window))}"/>')
+    return "".join(parts) + "</svg>"

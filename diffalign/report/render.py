@@ -1,77 +1,104 @@
-"""`report.html`: what was run, how it went, what changed. One file, no network, opens from disk."""
+"""`report.html`: what was run, how it went, what changed. One file for one run or for several; no network."""
 
-import base64
-import io
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from diffalign import __version__
-from diffalign.errors import DiffalignError
-from diffalign.report.curves import CHARTS, line_chart
+from diffalign.report.curves import CHARTS, Series, series, static_svg
+from diffalign.report.images import comparisons, strip, trials
+from diffalign.report.runs import Run, differences, distinct_names, read_run
 
 PAIRS_SHOWN = 12
-THUMBNAIL = 256
+# The chart on which a finding is marked, by the finding's name.
+MARKED_ON: dict[str, str] = {
+    "accuracy_stuck": "accuracy",
+    "beta_too_small": "gradient_factor",
+    "winner_rises": "winner_gap",
+    "loser_dominates": "loser_gap",
+    "margin_saturated": "gradient_factor",
+    "gradient_jumps": "grad_norm",
+    "loss_diverges": "loss",
+    "drift_explodes": "drift",
+    "reward_below_base": "validation",
+    "drift_without_reward": "validation",
+    "labels_without_spread": "share_without_preference",
+}
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl; none where there is no run."""
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def validation_mean(row: dict[str, Any]) -> float | None:
+    """Mean over prompts of a validation's first column."""
+    known = [v for v in next(iter(row["scores"].values())) if v is not None]
+    return sum(known) / len(known) if known else None
 
 
-def thumbnail(path: Path) -> str:
-    """A picture as a data URI, at most 256 px wide; small ones stay lossless."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    buffer = io.BytesIO()
-    if max(image.size) > THUMBNAIL:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(buffer, format="JPEG", quality=82)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _rows(run: Run, name: str) -> list[dict[str, float]]:
+    if name != "validation":
+        return run.rows
+    means = [(row["step"], validation_mean(row)) for row in run.validations]
+    return [{"step": step, "validation": mean} for step, mean in means if mean is not None]
 
 
-def pairs(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Images side by side at equal seeds: the largest gains, then the largest losses, in the first score."""
-    column = next(iter(result["scores"]))
-    rows = [json.loads(line) for line in (run_dir / "eval" / "scores.jsonl").read_text().splitlines()]
-    scores: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in rows:
-        scores.setdefault(tuple(row["index"]), {"prompt": row["prompt"]})[row["model"]] = row[column]
-    known = {k: v for k, v in scores.items() if v.get("base") is not None and v.get("tuned") is not None}
-    change = sorted(known, key=lambda k: (known[k]["tuned"] - known[k]["base"], k))
-    best, worst = change[::-1][:PAIRS_SHOWN], change[:PAIRS_SHOWN]
-    shown = [(k, "best") for k in best] + [(k, "worst") for k in worst if k not in best]
-    return [
-        {
-            "kind": kind,
-            "prompt": known[k]["prompt"],
-            "seed": k[1],
-            "base": known[k]["base"],
-            "tuned": known[k]["tuned"],
-            "images": {m: thumbnail(Path(result["images"][m]) / f"{k[0]:05d}-{k[1]}.png") for m in ("base", "tuned")},
-        }
-        for k, kind in shown
-    ]
+def over_checkpoints(run: Run) -> dict[str, list[dict[str, float]]]:
+    """Score -> {"step", "score"} of the base, of every checkpoint that was evaluated (`step-N`) and of the final weights."""
+    if run.result is None:
+        return {}
+    steps = {int(name[5:]): name for name in run.result.get("others", {}) if re.fullmatch(r"step-\d+", name)}
+    found = {}
+    for column, kinds in run.result["scores"].items() if steps else ():
+        at = {0: kinds["all"]["base"], run.steps: kinds["all"]["tuned"]}
+        at |= {step: run.result["others"][name][column]["all"]["tuned"] for step, name in steps.items()}
+        found[column] = [{"step": step, "score": at[step]} for step in sorted(at)]
+    return found
 
 
-def write_report(run_dir: Path, result: dict[str, Any] | None = None) -> Path:
-    """Write `run_dir`/report.html from its metrics, config and, if there is one, its evaluation."""
-    run_dir = Path(run_dir)
-    if result is None and (run_dir / "eval.json").is_file():
-        result = json.loads((run_dir / "eval.json").read_text())
-    rows = read_metrics(run_dir)
-    if not rows and result is None:
-        raise DiffalignError(f"{run_dir} holds neither metrics.jsonl nor eval.json; there is nothing to report")
-    steps = [int(row["step"]) for row in rows]
-    charts = [line_chart(name, steps, [row[name] for row in rows]) for name in CHARTS if rows and name in rows[0]]
-    config = run_dir / "config.yaml"
+def _over_optimisation(runs: list[Run]) -> list[dict[str, Any]]:
+    """A chart a score: where the trained reward still rises and others fall, the run is past its best."""
+    scores = [over_checkpoints(run) for run in runs]
+    found = []
+    for place, column in enumerate(dict.fromkeys(column for one in scores for column in one)):
+        lines = [s for n, one in enumerate(scores) for s in [series(n, "score", one.get(column, []))] if s is not None]
+        note = "mean over the evaluation's prompts; step 0 is the base. Read it beside drift"
+        found.append(_chart(f"over-{place}", f"{column} over checkpoints", note, lines, []))
+    return found
+
+
+def _chart(name: str, title: str, note: str, lines: list[Series], marks: list[dict[str, Any]]) -> dict[str, Any]:
+    data = {"lines": [{"run": line.run, "x": line.steps, "y": line.values} for line in lines], "marks": marks}
+    return {"name": name, "title": title, "note": note, "svg": Markup(static_svg(name, lines)), "data": data}
+
+
+def charts(runs: list[Run]) -> list[dict[str, Any]]:
+    """Every chart that a run has values for: title, note, series, marks of findings, static SVG."""
+    found = _over_optimisation(runs)
+    for name, (title, note) in CHARTS.items():
+        lines = [s for n, run in enumerate(runs) for s in [series(n, name, _rows(run, name))] if s is not None]
+        if not lines:
+            continue
+        marks = [
+            {"run": n, "step": finding["step"], "title": finding["title"]}
+            for n, run in enumerate(runs)
+            for finding in run.findings
+            if MARKED_ON.get(finding["name"]) == name
+        ]
+        found.append(_chart(name, title, note, lines, marks))
+    return found
+
+
+def write_reports(
+    folders: list[Path], out: Path, *, result: dict[str, Any] | None = None, shown: int = PAIRS_SHOWN
+) -> Path:
+    """Write one HTML file about the runs in `folders`, side by side where there are several.
+
+    `result`: the evaluation of a single run, where it is at hand. `shown`: images with the largest gains, and as many with
+    the largest losses. Raises DiffalignError for a folder that holds nothing to report.
+    """
+    runs = [read_run(Path(folder), result) for folder in folders]
+    names = distinct_names(runs)
+    made = [{"members": members, "pictures": comparisons(members, shown)} for members in trials(runs, names)]
     environment = Environment(
         loader=PackageLoader("diffalign.report"),
         autoescape=True,
@@ -79,16 +106,24 @@ def write_report(run_dir: Path, result: dict[str, Any] | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    drawn = charts(runs)
     html = environment.get_template("report.html.j2").render(
-        name=run_dir.name,
+        title=" · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         version=__version__,
-        steps=steps[-1] if steps else 0,
-        charts=[{"title": c.title, "note": c.note, "last": c.last, "svg": Markup(c.svg)} for c in charts if c],
-        result=result,
-        pairs=pairs(run_dir, result) if result else [],
-        config=config.read_text() if config.is_file() else "",
+        runs=list(zip(names, runs, strict=True)),
+        trials=made,
+        charts=drawn,
+        data={"names": names, "charts": {chart["name"]: chart["data"] for chart in drawn}},
+        strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],
+        differences=differences(runs) if len(runs) > 1 else [],
     )
-    path = run_dir / "report.html"
-    path.with_suffix(".part").write_text(html, encoding="utf-8")
-    path.with_suffix(".part").replace(path)
-    return path
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(html, encoding="utf-8")
+    part.replace(out)
+    return out
+
+
+def write_report(run_dir: Path, result: dict[str, Any] | None = None) -> Path:
+    """`run_dir`/report.html, from its metrics, config and, if there is one, its evaluation."""
+    return write_reports([Path(run_dir)], Path(run_dir) / "report.html", result=result)

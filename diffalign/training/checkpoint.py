@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from diffalign.errors import DiffalignError
 
 _NAME = re.compile(r"step-(\d{8})")
 # Keys that a run may change when it goes on; all others would make it another run.
-FREE_KEYS = ("run_dir", "tracking", "checkpoint", "train.log_every", "train.steps", "model.token", "data.cache")
+FREE_KEYS = (
+    "run_dir",
+    "tracking",
+    "checkpoint",
+    "validation.patience",
+    "on_alarm",
+    "train.log_every",
+    "train.steps",
+    "model.token",
+    "data.cache",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor] | None
     scaler: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Plain numbers that the loop remembers (`steady.py`)."""
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -74,6 +86,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
         "config": config,
         "optimizer": {"scalars": scalars, "groups": groups},
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+        "extra": state.extra,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -162,6 +175,7 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
         {**stored, "params": g["params"]} for stored, g in zip(record["optimizer"]["groups"], groups, strict=True)
     ]
     state.optimizer.load_state_dict({"state": entries, "param_groups": restored})
+    state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
     return int(record["step"])

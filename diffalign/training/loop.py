@@ -10,25 +10,30 @@ complete checkpoint, bit for bit on the same machine.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.health import Finding
 from diffalign.objectives import OBJECTIVES, Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
+from diffalign.training.oversight import Oversight
 from diffalign.training.preference import StepOutput, make_draws, preference_step
 from diffalign.training.progress import TrainProgress, peak_memory
 from diffalign.training.run_dir import open_run_dir
+from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 from diffalign.training.tracking import Metrics
+from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
 
 Say = Callable[[str], None]
 
@@ -77,12 +82,20 @@ def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
 
 
 def train(
-    config: Any, *, backbone: Any, source: Any, say: Say = print, accelerator: Accelerator | None = None
+    config: Any,
+    *,
+    backbone: Any,
+    source: Any,
+    say: Say = print,
+    accelerator: Accelerator | None = None,
+    validation: Validation | None = None,
+    known: Sequence[Finding] = (),
 ) -> TrainResult:
     """Train `backbone` on `source` as `config` (a TrainConfig) says; writes everything into `config.run_dir`.
 
-    `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.cache.TrainingSource`).
-    Raises DiffalignError for a checkpoint of another config, for losses that are not finite, and for a full disk.
+    `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.cache.TrainingSource`). `known`:
+    what is wrong with the data already. Raises DiffalignError for a checkpoint of another config, for losses that are not
+    finite, for a full disk, and for an alarm where on_alarm is stop.
     """
     # ---- Set-up ------------------------------------------------------------------------------------------------------
     if config.train.threads:
@@ -121,6 +134,14 @@ def train(
         open_run_dir(run_dir, plain_config)
         tracking = config.tracking
         metrics_log = Metrics(run_dir, tracking.trackers, tracking.project, plain_config, first)
+    oversight = Oversight(run_dir, config.on_alarm, known, first, say, main)
+    validations = ValidationLog(run_dir, first, main) if validation else None
+    patience = config.validation.patience
+    if validation and validations and not validations.rows:
+        _validate(validation, validations, oversight, accelerator, backbone, run_dir, 0)
+    idle = best_of(validations.rows)[1] if validations else 0
+    if patience and idle >= patience:
+        steps = first
     row: dict[str, float] = {}
 
     # ---- Steps -------------------------------------------------------------------------------------------------------
@@ -134,6 +155,7 @@ def train(
             mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
             starts = mine[::micro]
             totals: dict[str, Tensor] = {}
+            current = with_auto_beta(objective, config.train.auto_beta, state.extra)
 
             # ---- Forward and backward, micro-batch by micro-batch ----
             for start in starts:
@@ -143,9 +165,7 @@ def train(
                 last = start == starts[-1]
                 with nullcontext() if last else accelerator.no_sync(module):
                     with accelerator.autocast():
-                        result = preference_step(
-                            config, objective, backbone, batch, draws, source.unconditional, module
-                        )
+                        result = preference_step(config, current, backbone, batch, draws, source.unconditional, module)
                     share = (result.weight * result.output.loss).sum() / config.train.groups_per_step
                     if step == 0 and same_at_start:
                         _check_margin(result)
@@ -158,7 +178,9 @@ def train(
             norm = accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm)
             if not torch.isfinite(norm) and accelerator.scaler is None:
                 raise _not_finite("gradient norm", float(norm), step, [source.group_ids[i] for i in indices], run_dir)
-            optimizer.step()
+            skipped = is_freak(float(norm), config.train.skip_grad_norm, state.extra)
+            if not skipped:
+                optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
                 decay = config.train.ema_decay
@@ -167,16 +189,37 @@ def train(
             # ---- Log ----
             done = step + 1
             row = _metrics(accelerator, totals) | {"grad_norm": float(norm), "lr": rate}
-            if metrics_log and (done % config.train.log_every == 0 or done == steps):
-                metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+            if config.train.skip_grad_norm:
+                row["skipped"] = float(skipped)
+            if config.train.auto_beta:
+                row["beta"] = current.beta
+                remember_margin(row["margin"], current.beta, state.extra)
+            if done % config.train.log_every == 0 or done == steps:
+                if metrics_log:
+                    metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+                oversight.row({"step": done, **row})
             progress.update(done, row)
 
+            # ---- Validate ----
+            if validation and validations and validation.due(done, steps):
+                with averaged(policy, ema):
+                    means = _validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
+                    best, idle = best_of(validations.rows)
+                    if main and best == done:
+                        backbone.save_weights(run_dir / "best")
+                if metrics_log:
+                    metrics_log.track(done, means)
+            stopping = oversight.stops or bool(patience and idle >= patience)
+
             # ---- Checkpoint ----
-            if done % config.checkpoint.every == 0 or done == steps:
+            if done % config.checkpoint.every == 0 or done == steps or stopping:
                 if main:
-                    state = TrainState(done, policy, _inner(optimizer), ema, accelerator.scaler)
+                    state = replace(state, step=done, optimizer=_inner(optimizer))
                     save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep)
                 accelerator.wait_for_everyone()
+            if stopping:
+                steps = done
+                break
 
     # ---- Weights for diffusers ---------------------------------------------------------------------------------------
     if metrics_log:
@@ -184,7 +227,34 @@ def train(
     if main:
         _save_weights(backbone, policy, ema, run_dir)
     accelerator.wait_for_everyone()
+    if main and patience and idle >= patience and validations:
+        say(
+            f"no better validation in {idle} of them: stopped at step {steps}; best/ is step {best_of(validations.rows)[0]}"
+        )
+    oversight.close()
+    if oversight.stops:
+        raise DiffalignError(oversight.reason())
     return TrainResult(run_dir, steps, row)
+
+
+def _validate(
+    validation: Validation,
+    log: ValidationLog,
+    oversight: Oversight,
+    accelerator: Accelerator,
+    backbone: Any,
+    run_dir: Path,
+    done: int,
+) -> dict[str, float]:
+    """The main process draws and scores; all learn the outcome, since it may end the run. Returns means for trackers."""
+    message: list[Any] = [validation.run(backbone, run_dir, done) if accelerator.is_main_process else None]
+    row = broadcast_object_list(message)[0]
+    log.add(row)
+    oversight.validation(row)
+    column = next(iter(row["scores"]))
+    if oversight.main:
+        oversight.say(f"validation at step {done}: {column} {score_of(row):.4f}")
+    return {f"validation/{column}": score_of(row)}
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

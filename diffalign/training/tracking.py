@@ -104,6 +104,10 @@ class Metrics:
     def log(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.timing.write(json.dumps({"step": step, **timing}) + "\n")
+        self.track(step, metrics)
+
+    def track(self, step: int, metrics: dict[str, float]) -> None:
+        """To the trackers alone."""
         for tracker in self.trackers:
             tracker.log(step, metrics)
 

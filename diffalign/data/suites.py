@@ -1,0 +1,126 @@
+"""Prompt suites of the field by name, read from where the user has them: `suite:NAME:PATH`. None is shipped.
+
+Each reader keeps the suite's own kinds of prompts as `metadata["tag"]`, by which evaluation breaks scores down.
+
+    geneval       evaluation_metadata.jsonl (Ghosh et al. 2023)
+    hpsv2         folder with anime.json, concept-art.json, paintings.json, photo.json (Wu et al. 2023)
+    partiprompts  PartiPrompts.tsv: Prompt, Category, Challenge (Yu et al. 2022)
+    drawbench     csv: Prompts, Category (Saharia et al. 2022)
+    dpgbench      folder of .txt files, a prompt each (Hu et al. 2024)
+    t2i-compbench folder of <kind>_val.txt files, a prompt a line (Huang et al. 2023)
+    pickapic      test split of Pick-a-Pic as parquet, csv or jsonl: caption (Kirstain et al. 2023)
+"""
+
+import csv
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.prompts import PromptRow, read_prompts
+from diffalign.errors import DiffalignError
+
+csv.field_size_limit(1 << 20)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DiffalignError(f"suite file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DiffalignError(f"suite file {path}: not UTF-8 at byte {error.start}") from error
+
+
+def _column(rows: list[dict[str, Any]], name: str, path: Path) -> None:
+    if not rows or name not in rows[0]:
+        have = ", ".join(map(str, rows[0])) if rows else "no rows"
+        raise DiffalignError(f"suite file {path}: no column {name!r}; it has {have}")
+
+
+def _table(path: Path, delimiter: str, prompt: str, tag: str | None) -> list[PromptRow]:
+    rows: list[dict[str, Any]] = [dict(row) for row in csv.DictReader(_text(path).splitlines(), delimiter=delimiter)]
+    for name in (prompt, tag) if tag else (prompt,):
+        _column(rows, name, path)
+    return [PromptRow((row[prompt] or "").strip(), {"tag": row[tag]} if tag else {}) for row in rows]
+
+
+def _folder(path: Path, pattern: str) -> list[Path]:
+    files = sorted(path.glob(pattern)) if path.is_dir() else []
+    if not files:
+        raise DiffalignError(f"suite folder {path}: it holds no {pattern}")
+    return files
+
+
+def _hpsv2(path: Path) -> list[PromptRow]:
+    rows = []
+    for file in _folder(path, "*.json"):
+        try:
+            prompts = json.loads(_text(file))
+        except ValueError as error:
+            raise DiffalignError(f"suite file {file}: not JSON ({error})") from error
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+            raise DiffalignError(f"suite file {file}: a list of prompts is expected")
+        rows += [PromptRow(p.strip(), {"tag": file.stem}) for p in prompts]
+    return rows
+
+
+def _dpgbench(path: Path) -> list[PromptRow]:
+    return [PromptRow(" ".join(_text(file).split()), {"item": file.stem}) for file in _folder(path, "*.txt")]
+
+
+def _compbench(path: Path) -> list[PromptRow]:
+    return [
+        PromptRow(line.strip(), {"tag": file.stem.removesuffix("_val")})
+        for file in _folder(path, "*_val.txt")
+        for line in _text(file).splitlines()
+    ]
+
+
+def _pickapic(path: Path) -> list[PromptRow]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        if not path.is_file():
+            raise DiffalignError(f"suite file {path}: does not exist")
+        if "caption" not in pq.read_schema(path).names:
+            raise DiffalignError(f"suite file {path}: no column 'caption'")
+        return [PromptRow(str(c).strip()) for c in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
+    if path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in _text(path).splitlines() if line.strip()]
+        except ValueError as error:
+            raise DiffalignError(f"suite file {path}: not JSON ({error})") from error
+        _column(rows, "caption", path)
+        return [PromptRow(str(row["caption"]).strip()) for row in rows]
+    return _table(path, ",", "caption", None)
+
+
+SUITES: dict[str, Callable[[Path], list[PromptRow]]] = {
+    "geneval": read_prompts,
+    "hpsv2": _hpsv2,
+    "partiprompts": lambda path: _table(path, "\t", "Prompt", "Category"),
+    "drawbench": lambda path: _table(path, ",", "Prompts", "Category"),
+    "dpgbench": _dpgbench,
+    "t2i-compbench": _compbench,
+    "pickapic": _pickapic,
+}
+
+
+def read_suite(name: str, path: Path) -> list[PromptRow]:
+    """The suite's prompts in its own order; a prompt that occurs again is dropped. Raises DiffalignError with the file."""
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=1)
+        raise DiffalignError(
+            f"prompts=suite:{name}: unknown suite; {f'did you mean {near[0]}?' if near else 'one of ' + ', '.join(SUITES)}"
+        )
+    if not str(path) or not path.exists():
+        raise DiffalignError(f"prompts=suite:{name}:PATH: {path} does not exist; give where the suite's prompts lie")
+    rows: dict[str, PromptRow] = {}
+    for row in SUITES[name](path):
+        if row.prompt:
+            rows.setdefault(row.prompt, row)
+    if not rows:
+        raise DiffalignError(f"suite {name} at {path}: it holds no prompt")
+    return list(rows.values())

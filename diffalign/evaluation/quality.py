@@ -1,0 +1,42 @@
+"""What a reward alone does not show: diversity within a prompt, and a score corrected for what over-optimisation costs."""
+
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffalign.errors import DiffalignError
+
+SIDE = 32
+# GDRO (section 5): r (u - u0) + c, where u is the mean of UnifiedReward's axes (1 to 5, mostly 3 to 4); c only shifts the plot.
+CORRECTION = (3.0, 0.2)
+
+
+def diversity(path_of: Callable[[int, int], Path], prompts: int, seeds: int) -> np.ndarray:
+    """Mean distance between a prompt's images, [prompts, 1]: root mean square over the pixels of 32 x 32 thumbnails, in
+    [0, 1]. It needs no network and sees layout and colour, not style; a fall says that seeds no longer make a difference.
+    """
+    found = np.full((prompts, 1), np.nan)
+    for p in range(prompts):
+        small = []
+        for k in range(seeds):
+            with Image.open(path_of(p, k)) as image:
+                resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+            small.append(np.asarray(resized, dtype=np.float64) / 255)
+        pairs = [np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(small, 2)]
+        if pairs:
+            found[p, 0] = np.mean(pairs)
+    return found
+
+
+def corrected(
+    scores: dict[str, np.ndarray], reward: str, quality: list[str], u0: float = CORRECTION[0], c: float = CORRECTION[1]
+) -> np.ndarray:
+    """r (u - u0) + c for every image: `reward` is r, u the mean of the `quality` columns. Raises DiffalignError for a column
+    that is not there."""
+    for name in (reward, *quality):
+        if name not in scores:
+            raise DiffalignError(f"corrected: no score {name!r}; there are {', '.join(scores)}")
+    return scores[reward] * (np.mean([scores[name] for name in quality], axis=0) - u0) + c

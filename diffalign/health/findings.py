@@ -1,0 +1,141 @@
+"""What can be found, what it means, and what to change. The words that terminal, files and report share."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Level = Literal["alarm", "note"]
+
+
+@dataclass(frozen=True)
+class Words:
+    """An alarm says that going on as it is wastes the run; a note says what to keep an eye on."""
+
+    level: Level
+    title: str
+    means: str
+    change: str
+
+
+FINDINGS: dict[str, Words] = {
+    "labels_oppose_scores": Words(
+        "alarm",
+        "the labels oppose the stored scores",
+        "the labels prefer the image that the reward scored lower: the order is probably reversed, and training would "
+        "make images worse by that reward",
+        "check which image of a pair is the winner, and whether the score counts upwards; rank the dataset again",
+    ),
+    "labels_ignore_scores": Words(
+        "alarm",
+        "the labels agree with no stored score",
+        "pairs are ordered as a coin would order them: labels and images may have come apart (shuffled, or joined by "
+        "the wrong key)",
+        "look at a few groups with their labels; rank the dataset again; if the labels are people's and the score is "
+        "not meant for them, this is to be expected",
+    ),
+    "generators_explain_ranking": Words(
+        "note",
+        "the generator of an image explains its rank",
+        "one generator wins nearly always, so the policy can learn to look like that generator instead of what is "
+        "preferred within it",
+        "compare with a control trained on images of one generator, or balance who wins",
+    ),
+    "labels_without_spread": Words(
+        "alarm",
+        "most groups state no preference",
+        "groups whose labels are all equal get no weight, so most of every step is computed for nothing",
+        "use a finer score (labels.source=scores.NAME.COLUMN), more images per prompt, or harder prompts",
+    ),
+    "accuracy_stuck": Words(
+        "alarm",
+        "the implicit accuracy stays at a coin's",
+        "after all these groups the policy prefers the labelled winner no more often than chance: the labels may be "
+        "random, or too weak a signal at this size of data",
+        "check the labels (shuffled? joined by the wrong key?); try a higher optimizer.lr or more groups_per_step",
+    ),
+    "beta_too_small": Words(
+        "alarm",
+        "beta is too small: nothing ties the policy to the reference",
+        "the errors have moved away from the reference's, yet the gradient factor is still exactly that of the first "
+        "step: the sigmoid never saturates, and the policy drifts without limit",
+        "raise objective.beta (a hundredfold, say), or let train.auto_beta find it",
+    ),
+    "winner_rises": Words(
+        "alarm",
+        "the winner's error rises above the reference's",
+        "the policy becomes worse on the very images that it should prefer; only the difference to the loser is "
+        "constrained, and both are being unlearnt",
+        "lower optimizer.lr or train.steps, raise objective.beta, or set objective.anchor or objective.loser_weight "
+        "below 1",
+    ),
+    "loser_dominates": Words(
+        "alarm",
+        "the margin comes from the loser alone",
+        "the loser's error has grown by a large share of the reference's while the winner's has not fallen: the policy "
+        "learns to destroy, not to prefer",
+        "set objective.loser_weight below 1 or objective.margin_clamp, lower optimizer.lr, or raise objective.beta",
+    ),
+    "margin_saturated": Words(
+        "alarm",
+        "the margin is saturated",
+        "the gradient factor is near 0: nearly every group is ordered with certainty, and what is left to learn from is "
+        "noise and the few wrong labels",
+        "lower objective.beta, use more data, or stop here and keep an earlier checkpoint",
+    ),
+    "gradient_jumps": Words(
+        "alarm",
+        "the gradient norm jumped",
+        "several steps in a row have gradients many times larger than before: training has become unstable",
+        "lower optimizer.lr, add optimizer.warmup_steps, or set train.skip_grad_norm",
+    ),
+    "loss_diverges": Words(
+        "alarm",
+        "the loss rises instead of falling",
+        "it lies well above where it started: steps are too large for this model",
+        "lower optimizer.lr (by ten, say) or add optimizer.warmup_steps",
+    ),
+    "drift_explodes": Words(
+        "alarm",
+        "the policy has left the reference",
+        "its predictions differ from the reference's by as much as those differ from the truth: images are likely broken",
+        "lower optimizer.lr, raise objective.beta, or go back to an earlier checkpoint",
+    ),
+    "reward_below_base": Words(
+        "alarm",
+        "the validation reward is below the untrained model's",
+        "images got worse on prompts that are not trained on, by more than chance: the labels may be reversed or meant for "
+        "another taste, or training has gone too far",
+        "check the labels' direction; else take best/, lower optimizer.lr or raise objective.beta",
+    ),
+    "drift_without_reward": Words(
+        "note",
+        "drift grows, the validation reward does not",
+        "the policy still moves away from the reference but nothing is gained by it: over-optimisation begins here",
+        "take best/ and stop here (validation.patience does so by itself), or raise objective.beta",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`name` is a key of FINDINGS; `step` the first step at which it held (0: before training); `measured` the evidence."""
+
+    name: str
+    step: int
+    measured: str
+
+    @property
+    def words(self) -> Words:
+        return FINDINGS[self.name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `health.json` holds."""
+        return {"name": self.name, "step": self.step, "measured": self.measured, **asdict(self.words)}
+
+
+def describe(finding: Finding) -> str:
+    """One line for a terminal."""
+    words = finding.words
+    when = f"step {finding.step}" if finding.step else "before training"
+    return (
+        f"{words.level}, {when}: {words.title} ({finding.measured}). It means: {words.means}. Change: {words.change}."
+    )

@@ -1,0 +1,140 @@
+"""Pictures in a report: small, inside the file, the largest changes first."""
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffalign.report.runs import Run, read_lines
+
+# (side in pixels, JPEG quality), tried in turn until a picture fits: 2,000 of them stay below 60 MB in base64.
+SIZES = ((256, 82), (256, 65), (192, 60), (128, 50), (96, 40))
+BYTES = 20_000
+STRIP_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trained model in an evaluation: whose it is, where its images lie, its comparisons by score and kind."""
+
+    label: str
+    folder: Path
+    scores: dict[str, dict[str, Any]]
+    model: str
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def data_uri(image: Image.Image, wide: bool = False) -> str:
+    """At most 256 px (a strip of pictures: 1024 px wide) and 20 kB (a strip: 80 kB); small ones stay lossless."""
+    scale = 4 if wide else 1
+    if max(image.size) <= SIZES[0][0] * scale:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", optimize=True)
+        if len(buffer.getvalue()) <= BYTES * scale:
+            return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for side, quality in SIZES:
+        small = image.copy()
+        small.thumbnail((side * scale, side * scale))
+        data = _jpeg(small, quality)
+        if len(data) <= BYTES * scale:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def thumbnail(path: Path, wide: bool = False) -> str | None:
+    """A picture as a data URI; None where the file is gone."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as opened:
+        return data_uri(opened.convert("RGB"), wide)
+
+
+def candidates(run: Run, name: str) -> list[Candidate]:
+    """What a run's evaluation compared with the base: `tuned` first, then further weights."""
+    if run.result is None:
+        return []
+    images = {model: Path(folder) for model, folder in run.result["images"].items()}
+    spreads = run.result.get("diversity", {})
+    compared = {"tuned": run.result["scores"], **run.result.get("others", {})}
+    return [
+        Candidate(
+            name if model == "tuned" else f"{name}: {model}",
+            images[model],
+            {**scores, **({"diversity": {"all": spreads[model]["all"]}} if model in spreads else {})},
+            model,
+        )
+        for model, scores in compared.items()
+    ]
+
+
+def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]]]:
+    """Candidates that drew the same prompts at the same seeds, so that their pictures can stand side by side."""
+    found: dict[str, list[tuple[Candidate, Run]]] = {}
+    for run, name in zip(runs, names, strict=True):
+        if run.result is not None:
+            key = repr((run.result["seed"], run.result["seeds"], run.result["prompts"]))
+            found.setdefault(key, []).extend((c, run) for c in candidates(run, name))
+    return list(found.values())
+
+
+def _scores(run: Run, column: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """(prompt, seed) -> {"prompt", model: score}."""
+    scores: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in read_lines(run.folder / "eval" / "scores.jsonl"):
+        scores.setdefault((row["index"][0], row["index"][1]), {"prompt": row["prompt"]})[row["model"]] = row.get(column)
+    return scores
+
+
+def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool = True) -> list[dict[str, Any]]:
+    """Pictures side by side: the `shown` largest gains, then the `shown` largest losses, by the first score, averaged over
+    candidates. Without `pictures` only which they are. A picture that one of them could not score has no place among them."""
+    column = next(iter(members[0][0].scores))
+    base = Path((members[0][1].result or {})["images"]["base"])
+    tables = {id(run): _scores(run, column) for _, run in members}
+    first = tables[id(members[0][1])]
+    changes: dict[tuple[int, int], float] = {}
+    for key, row in first.items():
+        values = [tables[id(run)].get(key, {}).get(candidate.model) for candidate, run in members]
+        if row.get("base") is not None and all(v is not None for v in values):
+            changes[key] = sum(v - row["base"] for v in values) / len(values)
+    order = sorted(changes, key=lambda k: (-changes[k], k))
+    best = order[:shown]
+    worst = [k for k in order[::-1][:shown] if k not in set(best)]
+    rows = []
+    for key, kind in [(k, "best") for k in best] + [(k, "worst") for k in worst]:
+        file = f"{key[0]:05d}-{key[1]}.png"
+        row: dict[str, Any] = {"kind": kind, "prompt": first[key]["prompt"], "change": changes[key], "file": file}
+        if pictures:
+            shown_ones = [{"label": "base", "score": first[key]["base"], "source": thumbnail(base / file)}]
+            for candidate, run in members:
+                score = tables[id(run)][key][candidate.model]
+                source = thumbnail(candidate.folder / file)
+                shown_ones.append({"label": candidate.label, "score": score, "source": source})
+            row["pictures"] = shown_ones
+        rows.append(row)
+    return rows
+
+
+def strip(run: Run, score_of: Callable[[dict[str, Any]], float | None]) -> list[dict[str, Any]]:
+    """The validation's grids over steps, at most 12 of them, the first and the last always there."""
+    rows = [r for r in run.validations if (run.folder / "samples" / f"step-{r['step']:08d}.png").is_file()]
+    if len(rows) > STRIP_STEPS:
+        places = [round(i * (len(rows) - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)]
+        rows = [rows[i] for i in places]
+    return [
+        {
+            "step": row["step"],
+            "score": score_of(row),
+            "source": thumbnail(run.folder / "samples" / f"step-{row['step']:08d}.png", wide=True),
+        }
+        for row in rows
+    ]

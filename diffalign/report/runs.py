@@ -1,0 +1,116 @@
+"""What a report knows of a run: read from its folder, nothing computed but health where it was not written."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.errors import DiffalignError
+from diffalign.health import examine
+
+# The facts that tell what was run and on what, and how they are called.
+FACTS: dict[str, str] = {
+    "model.path": "base model",
+    "objective.name": "objective",
+    "objective.beta": "beta",
+    "tune.kind": "trained",
+    "tune.rank": "rank",
+    "data.path": "data",
+    "labels.source": "labels",
+    "optimizer.lr": "learning rate",
+    "train.groups_per_step": "groups per step",
+    "seed": "seed",
+}
+# Where a run lies says nothing about how it differs.
+PLACES = ("run_dir", "data.cache", "tracking.trackers", "tracking.project")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. `result`: its eval.json; `findings`: as in health.json; `config`: dotted keys."""
+
+    folder: Path
+    name: str
+    rows: list[dict[str, float]]
+    validations: list[dict[str, Any]]
+    findings: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+
+    @property
+    def steps(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    def facts(self) -> list[tuple[str, str]]:
+        found = [(label, str(self.config[key])) for key, label in FACTS.items() if self.config.get(key) is not None]
+        return [*found, ("steps", str(self.steps))] if self.steps else found
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file; none where there is no file, and none for a line that a kill left unfinished."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """A .json file, None where there is none. Raises DiffalignError where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DiffalignError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
+    """Raises DiffalignError if the folder holds neither metrics nor an evaluation."""
+    if not folder.is_dir():
+        raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
+    rows, result = read_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
+    if not rows and result is None:
+        raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
+    validations = read_lines(folder / "validation.jsonl")
+    findings = read_json(folder / "health.json")
+    if findings is None:
+        findings = [f.as_dict() for f in examine(rows, validations)]
+    path = folder / "config.yaml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DiffalignError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
+    config = flat(loaded) if isinstance(loaded, dict) else {}
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
+
+
+def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Config keys whose values are not the same in all runs, each with its values in the order of the runs."""
+    keys = sorted({key for run in runs for key in run.config} - set(PLACES))
+    rows = [(key, [str(run.config.get(key, "not there")) for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def distinct_names(runs: list[Run]) -> list[str]:
+    """The folders' names, with as much of the way before them as tells them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({n})" for n, name in enumerate(names, start=1)]  # the same folder twice

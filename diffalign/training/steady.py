@@ -1,0 +1,52 @@
+"""What may steady a run, each off by default: steps with a freak gradient are skipped, beta is found while training.
+
+Both keep plain numbers that go into the checkpoint, and both see metrics that are already reduced over processes, so
+every process decides alike.
+"""
+
+import dataclasses
+import math
+from collections.abc import MutableMapping
+from statistics import median
+from typing import Any
+
+USUAL_STEPS = 50
+NEEDED_STEPS = 10
+AUTO_BETA_MEMORY = 0.95
+# How far beta may move from where it started; the margin is tiny at first and would send it anywhere.
+AUTO_BETA_REACH = 100.0
+
+
+def is_freak(norm: float, factor: float | None, state: MutableMapping[str, Any]) -> bool:
+    """Whether a gradient norm is `factor` times the median of recent ones; ordinary norms are remembered in `state`."""
+    if factor is None:
+        return False
+    usual = state.setdefault("usual_norms", [])
+    if len(usual) >= NEEDED_STEPS and not norm <= factor * median(usual):
+        return True
+    usual.append(norm)
+    del usual[:-USUAL_STEPS]
+    return False
+
+
+def with_auto_beta(objective: Any, target: float | None, state: MutableMapping[str, Any]) -> Any:
+    """The objective with the beta at which the mean margin gives the gradient factor `target`: sigmoid(-margin) = target.
+
+    The margin is beta times a size that is remembered as a moving average in `state`; before there is one, and while it
+    is not above 0, beta stays what it was.
+    """
+    if target is None:
+        return objective
+    size = state.get("margin_size", 0.0) / (1 - AUTO_BETA_MEMORY ** state.get("margin_count", 0) or 1.0)
+    if size <= 0:
+        return objective
+    wanted = math.log((1 - target) / target) / size
+    low, high = objective.beta / AUTO_BETA_REACH, objective.beta * AUTO_BETA_REACH
+    return dataclasses.replace(objective, beta=min(max(wanted, low), high))
+
+
+def remember_margin(margin: float, beta: float, state: MutableMapping[str, Any]) -> None:
+    """Take the step's mean margin into the moving average of margin / beta."""
+    old = state.get("margin_size", 0.0)
+    state["margin_size"] = AUTO_BETA_MEMORY * old + (1 - AUTO_BETA_MEMORY) * margin / beta
+    state["margin_count"] = state.get("margin_count", 0) + 1

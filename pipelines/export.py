@@ -1,0 +1,106 @@
+"""Trained weights in the layouts that others read: diffusers' LoRA, kohya's LoRA, a whole pipeline with the LoRA merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.adapters import LORA_FILE, POLICY, brief, has_adapter, lora_file
+
+if TYPE_CHECKING:
+    from diffalign.pipelines.base import Backbone
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+# kohya's names for what a UNet LoRA belongs to, by the family of the backbone.
+KOHYA_BASES = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
+
+
+def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a LoRA that `save_weights` wrote, and its adapter's config without the trunk's prefix (r, lora_alpha, ...).
+
+    Raises DiffalignError where there is none, or where rank and alpha are not in its metadata.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = lora_file(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        config = json.loads(metadata[DIFFUSERS_METADATA])
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DiffalignError(f"{path} cannot be read as a LoRA: {brief(error)}") from error
+    except KeyError as error:
+        raise DiffalignError(
+            f"{path} does not say its rank and alpha; only a LoRA that diffalign saved is exported"
+        ) from error
+    return state, {key.split(".", 1)[1]: value for key, value in config.items()}
+
+
+def export_diffusers(weights: Path, trunk_name: str, out: Path) -> None:
+    """The LoRA for `load_lora_weights`, rank and alpha also under plain names in the metadata; or the trunk's folder."""
+    if (weights / trunk_name).is_dir():
+        shutil.copytree(weights / trunk_name, out / trunk_name, dirs_exist_ok=True)
+        return
+    from safetensors.torch import save_file
+
+    state, config = read_lora(weights)
+    metadata = {
+        "format": "pt",
+        "rank": str(config["r"]),
+        "alpha": f"{config['lora_alpha']:g}",
+        DIFFUSERS_METADATA: json.dumps({f"{trunk_name}.{k}": v for k, v in config.items()}),
+    }
+    save_file(state, out / LORA_FILE, metadata=metadata)
+
+
+def to_kohya(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """`unet.a.b.lora_A.weight` -> `lora_unet_a_b.lora_down.weight`, with an alpha beside each pair.
+
+    diffusers' block names are kept; ComfyUI, A1111's forks and diffusers know them beside SGM's.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        module, _, kind = key.removesuffix(".weight").rpartition(".")
+        name = module.replace("unet.", "lora_unet_", 1).replace(".", "_")
+        found[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = value.contiguous()
+        found[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return found
+
+
+def export_kohya(weights: Path, family: str, out: Path) -> None:
+    """One file for programs that read kohya's layout. Raises DiffalignError for anything but a UNet's LoRA."""
+    from safetensors.torch import save_file
+
+    if family not in KOHYA_BASES:
+        raise DiffalignError(
+            f"--format kohya: kohya's layout for {family} fuses layers that this LoRA adapts apart; use --format diffusers, "
+            "which ComfyUI reads too, or --format merged"
+        )
+    state, config = read_lora(weights)
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config["r"]),
+        "ss_network_alpha": f"{config['lora_alpha']:g}",
+        "ss_base_model_version": KOHYA_BASES[family],
+    }
+    save_file(to_kohya(state, config["lora_alpha"]), out / "kohya_lora.safetensors", metadata=metadata)
+
+
+def export_merged(backbone: Backbone, out: Path) -> None:
+    """The whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
+
+    Load the backbone in float32: a LoRA added to half-precision weights is rounded to their last bits.
+    """
+    pipeline = backbone.pipeline
+    if has_adapter(backbone.trunk, POLICY):
+        pipeline.fuse_lora(components=[backbone.trunk_name], adapter_names=[POLICY])
+        pipeline.unload_lora_weights()
+    pipeline.save_pretrained(out, safe_serialization=True)

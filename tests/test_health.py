@@ -1,0 +1,228 @@
+"""Health: every finding on rows made for it, none on ordinary rows, and the watch over a run of the toy backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from diffalign.errors import DiffalignError
+from diffalign.health import FINDINGS, Finding, LabelledGroup, describe, examine, examine_labels
+from diffalign.objectives import DiffusionDPO, GroupErrors
+from diffalign.training.loop import train
+from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
+
+RNG = np.random.default_rng(0)
+
+
+def rows(count: int = 160, **changes: Any) -> list[dict[str, float]]:
+    """Rows of an ordinary DPO run; a change is a number, or a function of the step."""
+    plain: dict[str, Any] = {
+        "loss": lambda s: 0.69 - 0.0005 * s,
+        "margin": lambda s: 0.001 * s,
+        "accuracy": lambda s: float(np.clip(RNG.binomial(8, 0.62) / 8, 0, 1)),
+        "winner_gap": lambda s: 1e-5 * s,
+        "loser_gap": lambda s: 2e-5 * s,
+        "gradient_factor": lambda s: 0.5 - 0.0005 * s,
+        "grad_norm": lambda s: 0.3 + 0.1 * RNG.random(),
+        "drift": lambda s: 2e-5 * s,
+        "policy_error": 0.04,
+        "reference_error": 0.04,
+        "share_without_preference": 0.1,
+        "lr": 1e-3,
+    }
+    made = {**plain, **changes}
+    return [{"step": s, **{k: float(v(s) if callable(v) else v) for k, v in made.items()}} for s in range(1, count + 1)]
+
+
+def names(found: list[Finding]) -> list[str]:
+    return [f.name for f in found]
+
+
+def test_an_ordinary_run_is_healthy() -> None:
+    assert examine(rows()) == []
+    sft = [{k: r[k] for k in ("step", "loss", "policy_error", "grad_norm", "lr")} for r in rows()]
+    assert examine(sft) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "changes"),
+    [
+        ("labels_without_spread", 20, {"share_without_preference": 0.75}),
+        ("accuracy_stuck", 120, {"accuracy": lambda s: (0.375, 0.5, 0.625)[s % 3]}),
+        ("beta_too_small", 20, {"gradient_factor": 0.4999, "winner_gap": 0.001, "loser_gap": 0.002}),
+        ("winner_rises", 44, {"winner_gap": lambda s: 0.03 if s > 30 else 0.0}),  # 14 x 0.03 / 20 > 0.5 x 0.04
+        ("loser_dominates", 20, {"loser_gap": 0.03}),
+        ("margin_saturated", 48, {"gradient_factor": lambda s: 0.01 if s > 30 else 0.4}),  # (2 x 0.4 + 18 x 0.01) / 20
+        ("gradient_jumps", 45, {"grad_norm": lambda s: 5.0 if s > 40 else 0.5}),
+        ("loss_diverges", 35, {"loss": lambda s: 2.0 if s > 30 else 0.6}),  # (15 x 0.6 + 5 x 2) / 20 > 1.5 x 0.6
+        ("drift_explodes", 20, {"drift": 0.05}),
+    ],
+)
+def test_each_trouble_is_named_once_at_its_first_step(name: str, step: int, changes: dict[str, Any]) -> None:
+    found = {f.name: f.step for f in examine(rows(**changes))}
+    assert found.get(name) == step
+
+
+def test_steps_without_a_preference_are_not_judged() -> None:
+    """Their accuracy is 0 and their gaps are 0 because nothing counts, not because anything is wrong."""
+    made = rows()
+    for row in made[::2]:
+        row.update(share_without_preference=1.0, accuracy=0.0, gradient_factor=0.0, winner_gap=0.0)
+    assert names(examine(made)) == ["labels_without_spread"]
+
+
+def test_every_finding_has_words() -> None:
+    for name in FINDINGS:
+        line = describe(Finding(name, 7, "measured"))
+        assert line.count("\n") == 0 and "step 7" in line and "Change: " in line
+    assert "before training" in describe(Finding("labels_oppose_scores", 0, "x"))
+
+
+def validation(step: int, scores: np.ndarray) -> dict[str, Any]:
+    return {"step": step, "scores": {"geneval.dense": scores.tolist()}}
+
+
+def test_the_validation_reward() -> None:
+    base = RNG.random(40)
+    worse, better = base - 0.1 + 0.05 * RNG.standard_normal(40), base + 0.1
+    found = examine(rows(), [validation(0, base), validation(40, base + 0.001), validation(80, worse)])
+    assert [(f.name, f.step) for f in found] == [("reward_below_base", 80)]
+    assert examine(rows(), [validation(0, base), validation(40, better), validation(80, better)]) == []
+    flat = [validation(s, better if s == 40 else base + 0.05) for s in (0, 40, 80, 120, 160)]
+    assert names(examine(rows(drift=lambda s: 1e-5 * s), flat)) == ["drift_without_reward"]
+    assert examine(rows(drift=1e-4), flat) == []
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def labelled(kind: str, groups: int = 40) -> list[LabelledGroup]:
+    made = []
+    for _ in range(groups):
+        scores = RNG.random(4)
+        labels = {"true": scores, "reversed": 1 - scores, "shuffled": RNG.permutation(scores)}[kind]
+        made.append(LabelledGroup(labels.tolist(), {"geneval": scores.tolist(), "other": RNG.random(4).tolist()}))
+    return made
+
+
+def test_labels_against_scores() -> None:
+    assert examine_labels(labelled("true")) == []
+    assert names(examine_labels(labelled("shuffled", 200))) == ["labels_ignore_scores"]
+    reversed_ = [LabelledGroup(g.labels, {"geneval": g.scores["geneval"]}) for g in labelled("reversed")]
+    assert names(examine_labels(reversed_)) == ["labels_oppose_scores"]
+    assert examine_labels(labelled("reversed", 3)) == []  # too few pairs decide nothing
+    assert examine_labels([LabelledGroup([1.0, 0.0], {})] * 100) == []
+
+
+def test_generators_that_explain_the_ranking() -> None:
+    clear = [LabelledGroup([1.0, 0.5, 0.0], {}, ["a", "b", "b"])] * 50
+    mixed = [LabelledGroup([1.0, 0.0], {}, ["a", "b"]), LabelledGroup([0.0, 1.0], {}, ["a", "b"])] * 50
+    one = [LabelledGroup([1.0, 0.0], {}, ["a", "a"])] * 100
+    assert names(examine_labels(clear)) == ["generators_explain_ranking"]
+    assert examine_labels(mixed) == examine_labels(one) == []
+
+
+# --- in the loop -----------------------------------------------------------------------------------------------------
+
+
+def run(run_dir: Path, said: list[str] | None = None, **sections: Any) -> list[dict[str, float]]:
+    known = sections.pop("known", ())
+    config = toy.toy_config(run_dir, **sections)
+    say = (lambda _: None) if said is None else said.append
+    train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=say, known=known)
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+SMALL_BETA: dict[str, Any] = {"objective": {"name": "dpo", "beta": 1e-3}, "optimizer": {"lr": 0.05}}
+
+
+def test_said_and_written(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = run(tmp_path, said, train={"steps": 40}, **SMALL_BETA)
+    written = json.loads((tmp_path / "health.json").read_text())
+    assert "beta_too_small" in [f["name"] for f in written]
+    assert any(line.startswith("alarm, step ") and "beta is too small" in line for line in said)
+    assert said[-1].startswith("health: ")
+    assert [f["name"] for f in written] == names(examine(made))
+
+
+def test_a_healthy_run_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    run(tmp_path, said)
+    assert said[-1] == "health: nothing found" and json.loads((tmp_path / "health.json").read_text()) == []
+
+
+def test_stop_keeps_what_was_trained_and_warn_goes_on(tmp_path: Path) -> None:
+    warned = run(tmp_path / "warn", train={"steps": 40}, **SMALL_BETA)
+    step = json.loads((tmp_path / "warn/health.json").read_text())[0]["step"]
+    with pytest.raises(DiffalignError, match=r"on_alarm=stop.*beta is too small.*Set on_alarm=warn to go on"):
+        run(tmp_path / "stop", train={"steps": 40}, on_alarm="stop", **SMALL_BETA)
+    assert (tmp_path / f"stop/checkpoints/step-{step:08d}/policy.safetensors").is_file()
+    assert (tmp_path / "stop/weights/weights.safetensors").is_file()
+    with pytest.raises(DiffalignError, match="on_alarm=stop"):  # the same command does not slip past
+        run(tmp_path / "stop", train={"steps": 40}, on_alarm="stop", **SMALL_BETA)
+    assert run(tmp_path / "stop", train={"steps": 40}, **SMALL_BETA) == warned
+
+
+def test_what_is_wrong_before_training_stops_it(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match="before training: the labels oppose"):
+        run(tmp_path, on_alarm="stop", known=[Finding("labels_oppose_scores", 0, "3% of 400 pairs")])
+    assert not (tmp_path / "checkpoints").exists()
+    assert json.loads((tmp_path / "health.json").read_text())[0]["name"] == "labels_oppose_scores"
+
+
+# --- what steadies a run ---------------------------------------------------------------------------------------------
+
+
+def test_freak_gradients_are_skipped_and_not_remembered() -> None:
+    state: dict[str, Any] = {}
+    assert not any(is_freak(1.0 + 0.01 * i, 5.0, state) for i in range(20))
+    assert is_freak(50.0, 5.0, state) and is_freak(float("nan"), 5.0, state) and max(state["usual_norms"]) < 2
+    assert not is_freak(5.0, 5.0, state) and not is_freak(50.0, None, {})
+
+
+def test_a_skipped_step_changes_no_weight(tmp_path: Path) -> None:
+    made = run(tmp_path / "a", train={"steps": 30, "skip_grad_norm": 1.1})
+    assert {r["skipped"] for r in made} == {0.0, 1.0}
+    run(tmp_path / "b", train={"steps": 17, "skip_grad_norm": 1.1})
+    assert run(tmp_path / "b", train={"steps": 30, "skip_grad_norm": 1.1}) == made  # also when it goes on
+
+
+def test_auto_beta_reaches_its_target() -> None:
+    objective, state = DiffusionDPO(beta=100.0), {}
+    assert with_auto_beta(objective, None, state).beta == with_auto_beta(objective, 0.3, state).beta == 100.0
+    size = 2e-4  # margin / beta
+    beta = 100.0
+    for _ in range(5):
+        remember_margin(beta * size, beta, state)
+        beta = with_auto_beta(objective, 0.3, state).beta
+    assert 1 / (1 + np.exp(beta * size)) == pytest.approx(0.3)
+    assert with_auto_beta(DiffusionDPO(beta=1.0), 0.3, state).beta == 100.0  # no further than a hundredfold
+
+
+def test_auto_beta_goes_on_exactly(tmp_path: Path) -> None:
+    made = run(tmp_path / "a", train={"auto_beta": 0.3})
+    assert len({r["beta"] for r in made}) > 3
+    run(tmp_path / "b", train={"steps": 6, "auto_beta": 0.3})
+    assert run(tmp_path / "b", train={"auto_beta": 0.3}) == made
+
+
+def test_remedies_of_dpo() -> None:
+    policy = torch.tensor([[0.5, 0.9], [0.2, 0.1]], dtype=torch.float64, requires_grad=True)
+    group = GroupErrors(policy, torch.full((2, 2), 0.4, dtype=torch.float64), torch.tensor([[1.0, 0.0]] * 2))
+    d_w, d_l = np.array([0.1, -0.2]), np.array([0.5, -0.3])
+    plain = np.log1p(np.exp(5.0 * (d_w - d_l)))
+    assert DiffusionDPO(10.0)(group).loss.tolist() == pytest.approx(plain)
+    assert DiffusionDPO(10.0, anchor=0.5)(group).loss.tolist() == pytest.approx(plain + 0.5 * np.array([0.5, 0.2]))
+    weighted = np.log1p(np.exp(5.0 * (d_w - 0.5 * d_l)))
+    assert DiffusionDPO(10.0, loser_weight=0.5)(group).loss.tolist() == pytest.approx(weighted)
+    clamped = DiffusionDPO(10.0, margin_clamp=1.0)(group)
+    assert clamped.loss.tolist() == pytest.approx([np.log1p(np.exp(-1.0)), plain[1]])  # the first margin is 2
+    clamped.loss.sum().backward()
+    assert policy.grad is not None and not policy.grad[0].any() and policy.grad[1].all()
