@@ -3,9 +3,27 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
+
+
+def pair_loss(group: GroupErrors, strength: float | Tensor) -> ObjectiveOutput:
+    """-log sigmoid(-strength (d_w - d_l)) of the best and the worst image; `strength` is a number or [B]."""
+    d = group.advantage
+    best, worst = best_and_worst(group)
+    d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
+    margin = -strength * (d_w - d_l)
+    metrics = {
+        "margin": margin,
+        # A margin of exactly 0 (policy = reference) is neither right nor wrong.
+        "accuracy": 0.5 * (margin.sign() + 1),
+        "winner_gap": d_w,
+        "loser_gap": d_l,
+        "gradient_factor": (-margin).sigmoid(),
+    }
+    return ObjectiveOutput(-logsigmoid(margin), metrics)
 
 
 @dataclass(frozen=True)
@@ -29,16 +47,4 @@ class DiffusionDPO:
     members: ClassVar[Members] = "best_worst"
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
-        d = group.advantage
-        best, worst = best_and_worst(group)
-        d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
-        margin = -0.5 * self.beta * (d_w - d_l)
-        metrics = {
-            "margin": margin,
-            # A margin of exactly 0 (policy = reference) is neither right nor wrong.
-            "accuracy": 0.5 * (margin.sign() + 1),
-            "winner_gap": d_w,
-            "loser_gap": d_l,
-            "gradient_factor": (-margin).sigmoid(),
-        }
-        return ObjectiveOutput(-logsigmoid(margin), metrics)
+        return pair_loss(group, 0.5 * self.beta)
