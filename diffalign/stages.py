@@ -108,6 +108,10 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
             "its scores may all be equal, or the groups may have one image each"
         )
+    if source.label_stats:
+        # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
+        config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
+        say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     backbone.drop_encoders()
     result = train_backbone(config, backbone=backbone, source=source, say=say, accelerator=accelerator)
     if accelerator.is_main_process:
@@ -128,6 +132,7 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
         ("run", {
             "device": device,
             "groups used": f"{len(chosen)} of {members} images" + (f", {smaller} of them smaller" if smaller else ""),
+            "images of a group in a step": config.data.group_size or members,
             "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
         }),
     ):  # fmt: skip

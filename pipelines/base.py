@@ -41,6 +41,7 @@ class Backbone(Tunable):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         max_sequence_length: int | None = None,
+        guidance: float = 3.5,
     ) -> None:
         self.pipeline = pipeline
         self.source = source
@@ -48,6 +49,7 @@ class Backbone(Tunable):
         self.dtype, self.device = dtype, torch.device(device)
         self.attention = attention
         self.max_sequence_length = max_sequence_length
+        self.guidance = guidance
         self.process: NoiseProcess = self.build_process(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.device)

@@ -78,12 +78,14 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     max_sequence_length: int | None = None,
     use_t5: bool = True,
+    guidance: float = 3.5,
 ) -> Backbone:
     """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
 
     path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
     variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
     ones are exact. max_sequence_length: T5 tokens (SD3). use_t5=False leaves T5 out (SD3).
+    guidance: what `predict` gives the guidance embedding (FLUX).
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
     missing file, unsupported class, absent device or attention kernel.
     """
@@ -112,6 +114,7 @@ def load_backbone(
         attention=attention,
         gradient_checkpointing=gradient_checkpointing,
         max_sequence_length=max_sequence_length,
+        guidance=guidance,
     )
 
 

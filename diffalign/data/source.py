@@ -1,7 +1,7 @@
 """What training reads: cached latents and embeddings, with labels, by group."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.data.cache import LatentCache
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.labels import labels
+from diffalign.data.labels import raw_labels, scaled, statistics
 from diffalign.errors import DiffalignError
 
 
@@ -30,13 +30,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Groups to train on, all with K image slots."""
+    """Groups to train on, all with K image slots. `label_stats`: what labels.transform took from them, or was given."""
 
     cache: LatentCache
     rewards: Tensor
     mask: Tensor
     group_ids: list[str]
     prompts: list[str]
+    label_stats: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -68,6 +69,11 @@ def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int
             f"{dataset.folder}: every group of split {data.split!r} has {members} image; a preference needs at least two "
             "(images_per_prompt in `diffalign sample`)"
         )
+    if data.group_size is not None and data.group_size > members:
+        raise DiffalignError(
+            f"data.group_size={data.group_size}: the largest group of split {data.split!r} in {dataset.folder} has "
+            f"{members} images; use at most as many, or null for all"
+        )
     return chosen, members, sum(s < members for s in sizes)
 
 
@@ -78,7 +84,9 @@ def prepare_source(
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
-    values = labels(dataset, chosen, label.source, label.transform, label.stats)
+    raw = raw_labels(dataset, chosen, label.source)
+    stats = dict(label.stats or statistics(raw, label.transform))
+    values = scaled(raw, label.transform, stats)
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
@@ -92,4 +100,5 @@ def prepare_source(
         torch.tensor([len(v) == members for v in values]),
         [ids[i] for i in chosen],
         [prompts[i] for i in chosen],
+        stats,
     )
