@@ -21,7 +21,7 @@ from diffalign.config_schema import EvalConfig, ModelSection, RewardSection, Sam
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.sample import sample_groups
-from diffalign.data.source import choose_groups, prepare_source
+from diffalign.data.source import check_guidance, choose_groups, prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
@@ -100,6 +100,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     backbone = open_backbone(config.model, str(accelerator.device))
+    check_guidance(config.data, dataset, backbone)
     # The first process fills the cache; the others then find it.
     with accelerator.main_process_first():
         source = prepare_source(config.data, config.labels, dataset, backbone, say)
@@ -124,6 +125,7 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
     chosen, members, smaller = choose_groups(config.data, dataset)
     facts = dataset.facts(config.data.split)
     backbone = open_backbone(config.model, "cpu")
+    check_guidance(config.data, dataset, backbone)
     epochs = config.train.steps * config.train.groups_per_step / len(chosen)
     print(resolved_yaml(config))
     for title, values in (

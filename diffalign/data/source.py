@@ -77,6 +77,31 @@ def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int
     return chosen, members, sum(s < members for s in sizes)
 
 
+def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None:
+    """Refuse a guidance embedding other than the one that this model's images of the split were drawn with.
+
+    A model that takes the guidance scale as an input is another model at another scale. Images of other origin say
+    nothing about it.
+    """
+    if backbone.guidance is None:
+        return
+    ids = dataset.column("group_id")
+    chosen = {ids[i] for i in dataset.split(data.split)[: data.limit]}
+    model = Path(backbone.path).name
+    drawn = {
+        float(origin["guidance_scale"])
+        for group, origin in dataset.provenance()
+        if group in chosen and "guidance_scale" in origin and Path(origin.get("model", "")).name == model
+    }
+    if drawn - {backbone.guidance}:
+        scales = ", ".join(f"{scale:g}" for scale in sorted(drawn))
+        remedy = f"set model.guidance={scales}" if len(drawn) == 1 else "train on those of one scale"
+        raise DiffalignError(
+            f"model.guidance={backbone.guidance:g}: the images in {dataset.folder} were drawn with guidance_scale="
+            f"{scales}; {remedy}"
+        )
+
+
 def prepare_source(
     data: Any, label: Any, dataset: PreferenceDataset, backbone: Any, say: Callable[[str], None] = print
 ) -> TrainingSource:
