@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic_core import PydanticCustomError
 
+from diffalign.config_objectives import SmPOSection
+
 if TYPE_CHECKING:
     from diffalign.config_schema import EvalConfig, ModelSection, SampleConfig, TrainConfig
 
@@ -98,6 +100,19 @@ def _check_labels(config: TrainConfig) -> None:
             f"statistics serve minmax and zscore, not transform={labels.transform}; leave stats out",
             "labels.stats",
             "labels.transform",
+        )
+    objective = config.objective
+    if (
+        isinstance(objective, SmPOSection)
+        and labels.source != "preference"
+        and labels.transform in ("none", "zscore")
+        and (objective.reward_min, objective.reward_max) == (0.0, 1.0)
+    ):
+        _refuse(
+            "smpo compares scores between 0 and 1, and others would count as certain or as nothing; set "
+            "labels.transform=minmax, or objective.reward_min and objective.reward_max to the reward's bounds",
+            "labels.transform",
+            "labels.source",
         )
     if labels.stats is not None and wanted is not None and set(labels.stats) != wanted:
         _refuse(f"{labels.transform} takes exactly {' and '.join(sorted(wanted))}", "labels.stats")

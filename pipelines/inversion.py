@@ -55,7 +55,7 @@ def renoise_step(
 
 
 @dataclass(frozen=True)
-class Path:
+class Route:
     """Steps of a batch of B: sample i makes its first counts[i]; from step k's start to its stop, told a time."""
 
     counts: Tensor
@@ -64,17 +64,17 @@ class Path:
     stop: Tensor
 
 
-def consistent_path(process: NoiseProcess, t: Tensor, steps: int) -> Path:
+def consistent_route(process: NoiseProcess, t: Tensor, steps: int) -> Route:
     """From the noiseless image to exactly t [B] in max(1, ceil(steps t / span)) equal steps, each told where it goes."""
     share = steps * t.double() / process.span
     counts = (share - 1e-6).ceil().clamp_min(1).long()  # 5 x 0.2 in float32 is a little more than 1
     k = torch.arange(int(counts.max()), device=t.device)
     stop = t[:, None] * ((k + 1) / counts[:, None]).clamp(max=1.0)
     start = torch.cat([torch.full_like(stop[:, :1], process.noiseless), stop[:, :-1]], dim=1)
-    return Path(counts, start, stop, stop)
+    return Route(counts, start, stop, stop)
 
 
-def official_path(process: NoiseProcess, t: Tensor, steps: int) -> Path:
+def official_route(process: NoiseProcess, t: Tensor, steps: int) -> Route:
     """The grid that SmPO's code walks with the scheduler of diffusers 0.20: -199, 1, 201, 401, 601 for five steps.
 
     Its quirks, all kept: the last step stops at a grid level at or above t (at 801 if t is above that), while the loss
@@ -90,10 +90,10 @@ def official_path(process: NoiseProcess, t: Tensor, steps: int) -> Path:
     told = (torch.arange(steps, device=t.device) - 1.0) * ratio + 1.0
     counts = (told < t[:, None]).sum(1)
     rows = told.expand(len(t), -1)
-    return Path(counts, rows.clamp_min(0.0), rows, rows + ratio)
+    return Route(counts, rows.clamp_min(0.0), rows, rows + ratio)
 
 
-PATHS = {"consistent": consistent_path, "official": official_path}
+ROUTES = {"consistent": consistent_route, "official": official_route}
 
 
 def inverted_noise(
@@ -113,12 +113,12 @@ def inverted_noise(
     flow. `steps` lead from an image to pure noise, fewer to an earlier time. Each forward pass takes the samples that
     are still on their way. Runs as it is called: wrap it in `torch.no_grad()`.
     """
-    if mode not in PATHS:
-        raise DiffalignError(f"inversion.mode: unknown mode '{mode}'; choose one of {', '.join(PATHS)}")
-    path = PATHS[mode](process, t, steps)
+    if mode not in ROUTES:
+        raise DiffalignError(f"inversion.mode: unknown mode '{mode}'; choose one of {', '.join(ROUTES)}")
+    route = ROUTES[mode](process, t, steps)
     x = x0.float().clone()
-    for k in range(int(path.counts.max())):
-        rows = (path.counts > k).nonzero().squeeze(1)
+    for k in range(int(route.counts.max())):
+        rows = (route.counts > k).nonzero().squeeze(1)
 
         def here(noisy: Tensor, told: Tensor, rows: Tensor = rows) -> Tensor:
             return predict(noisy, told, rows)
@@ -127,11 +127,11 @@ def inverted_noise(
             process,
             here,
             x[rows],
-            path.start[rows, k],
-            path.stop[rows, k],
+            route.start[rows, k],
+            route.stop[rows, k],
             iterations=iterations,
             average_from=average_from,
-            told=path.told[rows, k],
+            told=route.told[rows, k],
         )
     a, s = (c.view(-1, *[1] * (x.dim() - 1)) for c in process.coefficients(t))
     return (x - a * x0.float()) / s

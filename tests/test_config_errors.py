@@ -54,6 +54,10 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
             BASE + "noise: sharde\n",
             "c.yaml:8: noise should be 'shared', 'independent' or 'inverted', not 'sharde'; did you mean",
         ),
+        (
+            BASE + "objective: {name: smpo}\nlabels: {source: scores.pickscore}\n",
+            "c.yaml:9: labels.source: smpo compares scores between 0 and 1",
+        ),
         (BASE + "inversion: {steps: 5}\n", "c.yaml:8: inversion.steps: inversion has no effect with noise=shared"),
         (BASE + "noise: inverted\ninversion: {average_from: 2}\n", "c.yaml:9: inversion.average_from: a step has 2"),
         (

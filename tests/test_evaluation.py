@@ -131,3 +131,12 @@ def test_the_table_fits_120_columns(tmp_path: Path) -> None:
     console.print(table(run(tmp_path, Grey(0), Grey(10))))
     text = console.export_text()
     assert "+0.039 to +0.039" in text and "…" not in text and "100.0%" in text
+
+
+def test_corrected_score() -> None:
+    """Published pairs of raw score and quality; a better reward with worse pictures falls."""
+    from diffalign.evaluation.corrected import corrected_score
+
+    found = corrected_score(np.array([0.8721, 0.954]), np.array([3.4244, 3.2945]))
+    assert found == pytest.approx([0.5701, 0.4810], abs=1e-4)
+    assert np.isnan(corrected_score(np.array([0.5]), np.array([np.nan]))).all()

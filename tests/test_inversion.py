@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.inversion import consistent_path, inverted_noise, official_path, renoise_step
+from diffalign.pipelines.inversion import consistent_route, inverted_noise, official_route, renoise_step
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
 from diffalign.training.loop import train
 
@@ -89,10 +89,10 @@ def test_renoise_proper_tells_the_model_where_a_step_goes() -> None:
 
 def test_official_steps_and_levels() -> None:
     times = torch.tensor([0.0, 1.0, 2.0, 201.0, 202.0, 401.0, 402.0, 601.0, 602.0, 999.0])
-    assert official_path(diffusion(), times, 5).counts.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert official_route(diffusion(), times, 5).counts.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     every = torch.arange(1000.0)
-    assert official_path(diffusion(), every, 5).counts.float().mean().item() == pytest.approx(3.792)
-    assert official_path(diffusion(), every, 10).counts.float().mean().item() == pytest.approx(6.382)
+    assert official_route(diffusion(), every, 5).counts.float().mean().item() == pytest.approx(3.792)
+    assert official_route(diffusion(), every, 10).counts.float().mean().item() == pytest.approx(6.382)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_official_steps_and_levels() -> None:
 )  # fmt: skip
 def test_official_takes_one_level_for_another(steps: int, tau: int, gain: float, leak: float) -> None:
     """The official target is gain e + leak x0 where x_L = a_L x0 + s_L e; consistent steps end at tau itself."""
-    path = official_path(diffusion(), torch.tensor([float(tau)]), steps)
-    level = int(path.stop[0, path.counts[0] - 1])
+    route = official_route(diffusion(), torch.tensor([float(tau)]), steps)
+    level = int(route.stop[0, route.counts[0] - 1])
     a, s, a_level, s_level = ABAR[tau] ** 0.5, (1 - ABAR[tau]) ** 0.5, ABAR[level] ** 0.5, (1 - ABAR[level]) ** 0.5
     assert (s_level / s, (a_level - a) / s) == (pytest.approx(gain, abs=1e-4), pytest.approx(leak, abs=1e-4))
 
@@ -135,18 +135,18 @@ PROCESSES: dict[str, NoiseProcess] = {"epsilon": diffusion(), "v": diffusion("v_
 def test_consistent_steps_are_equal_and_end_at_the_drawn_time(kind: str) -> None:
     process = PROCESSES[kind]
     t = torch.tensor([0.2, 0.201, 0.5, 1.0, 0.1]) * (process.span if kind == "flow" else 999.0)
-    path = consistent_path(process, t, 5)
-    assert path.counts.tolist() == [1, 2, 3, 5, 1]
-    for i, n in enumerate(path.counts.tolist()):
-        stops = path.stop[i, :n]
-        assert stops[-1] == t[i] and torch.equal(path.told, path.stop)
+    route = consistent_route(process, t, 5)
+    assert route.counts.tolist() == [1, 2, 3, 5, 1]
+    for i, n in enumerate(route.counts.tolist()):
+        stops = route.stop[i, :n]
+        assert stops[-1] == t[i] and torch.equal(route.told, route.stop)
         torch.testing.assert_close(stops, t[i] * torch.arange(1, n + 1) / n)
-        assert path.start[i, 0] == process.noiseless and torch.equal(path.start[i, 1:n], stops[:-1])
+        assert route.start[i, 0] == process.noiseless and torch.equal(route.start[i, 1:n], stops[:-1])
 
 
 def test_an_image_has_a_step_even_at_time_zero() -> None:
-    path = consistent_path(diffusion(), torch.tensor([0.0]), 5)
-    assert path.counts.tolist() == [1] and path.stop.tolist() == [[0.0]]
+    route = consistent_route(diffusion(), torch.tensor([0.0]), 5)
+    assert route.counts.tolist() == [1] and route.stop.tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("kind", PROCESSES)
