@@ -1,4 +1,4 @@
-"""The table and the picture of bench_objectives: Markdown, JSON and an SVG without script."""
+"""The table and the picture of objectives.py: Markdown, JSON and an SVG without script."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def write_report(rows: list[dict[str, Any]], folder: Path, size: dict[str, int]) -> None:
+def write_report(rows: list[dict[str, Any]], folder: Path, size: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = table(rows)
     print(f"\n{text}")

@@ -1,7 +1,7 @@
 """Objectives side by side on the embedded world: true and shuffled labels, at an equal budget of image-forwards.
 
-python benchmarks/bench_objectives.py [--bases shapes-sdxl shapes-sd3] [--seeds 0 1 2] [--max-hours 8] [--tiny]
-python benchmarks/bench_objectives.py --prompts testbed:validation      to choose settings; writes no table
+python benchmarks/objectives.py [--bases shapes-sdxl shapes-sd3] [--seeds 0 1 2] [--max-hours 8] [--tiny]
+python benchmarks/objectives.py --prompts testbed:validation      to choose settings; writes no table
 
 A cell is a method, a base and a seed. Every cell may spend the same number of image-forwards: forward passes of one image
 through policy, reference or inversion (a backward goes with each pass of the policy). The CPU-hours are estimated from a
@@ -180,7 +180,7 @@ def diversity(images: Path) -> float:
     return statistics.fmean(values)
 
 
-def run_cell(cell: Cell, out: Path, size: Size, prompts: str) -> None:
+def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[str]) -> None:
     folder = cell.folder(out)
     if (folder / "cell.json").is_file():
         return
@@ -189,7 +189,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str) -> None:
     recipe = RECIPES[cell.base].replace("dpo", method.recipe)
     data = prepare_data(cell.base, cell.seed, cell.shuffled, out, size)
     given = (f"run_dir={folder}", f"data.path={data}", f"seed={cell.seed}", f"train.steps={steps}")
-    config = load_config(recipe, (*given, "tracking.trackers=[]", *method.overrides))
+    config = load_config(recipe, (*given, "tracking.trackers=[]", *method.overrides, *overrides))
     stages.train(config)
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(size.out_of_distribution)))
@@ -275,7 +275,8 @@ def main() -> None:
     parser.add_argument("--prompts", default="testbed:test", help="testbed:validation is for choosing settings")
     parser.add_argument("--max-hours", type=float, default=8.0)
     parser.add_argument("--tiny", action="store_true", help="a few groups, steps and prompts: does everything run?")
-    given = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of every training config")
+    given = parser.parse_intermixed_args()
     size = TINY if given.tiny else Size()
     out = given.out / given.prompts.replace(":", "-")
     out.mkdir(parents=True, exist_ok=True)
@@ -288,10 +289,10 @@ def main() -> None:
             sys.exit(f"more than --max-hours={given.max_hours:g}; choose fewer bases or seeds")
     for cell in todo:
         print(f"\n=== {cell.base}: {cell.method}, {'shuffled' if cell.shuffled else 'true'} labels, seed {cell.seed}")
-        run_cell(cell, out, size, given.prompts)
+        run_cell(cell, out, size, given.prompts, given.overrides)
     done = [json.loads((cell.folder(out) / "cell.json").read_text()) for cell in wanted]
     if given.prompts == "testbed:test":
-        write_report(summarise(done), given.results, asdict(size))
+        write_report(summarise(done), given.results, {**asdict(size), "overrides": given.overrides})
 
 
 if __name__ == "__main__":
