@@ -58,8 +58,8 @@ class ModelSection(Section):
     guidance: float = Field(
         3.5,
         ge=0,
-        description="value of FLUX's guidance embedding in training; that of the data, or it is refused. Other families "
-        "have none",
+        description="FLUX takes the guidance scale as an input: the one to train under, which must be that of the data. "
+        "Other families ignore it",
     )
 
 

@@ -143,9 +143,19 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
             print(f"#   {key}: {value}")
 
 
+def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:
+    """Where the guidance scale is an input of the network, images are drawn at the one that it is trained under."""
+    if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
+        raise DiffalignError(
+            f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
+            f"model.guidance={backbone.guidance:g}; set both to the same value"
+        )
+
+
 def sample(config: SampleConfig) -> None:
     """`diffalign sample`."""
     backbone = open_backbone(config.model, resolve_device(config.device))
+    check_guidance_scale(config, backbone)
     if config.weights is not None:
         backbone.load_weights(config.weights)
     sample_groups(
@@ -176,6 +186,7 @@ def _digest(weights: Path) -> str:
 def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
     """`diffalign eval`: one backbone is both models, since its policy can be switched off."""
     backbone = open_backbone(config.model, resolve_device(config.device))
+    check_guidance_scale(config, backbone)
     backbone.load_weights(config.weights)
     full = (config.weights / backbone.trunk_name).is_dir()
     base = open_backbone(config.model, resolve_device(config.device)) if full else backbone

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from test_training_models import Source, config_for
 
+from diffalign import stages
+from diffalign.config import SampleConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.source import check_guidance
 from diffalign.data.writer import ImageWriter, write_groups
@@ -163,6 +165,21 @@ def test_refusals(flux_dir: Path, tmp_path: Path) -> None:
         load_backbone(tiny.flux(tmp_path / "schnell", guidance_embeds=False))
     with pytest.raises(DiffalignError, match="needs a FlowMatch scheduler with use_dynamic_shifting"):
         load_backbone(tiny.flux(tmp_path / "fixed", use_dynamic_shifting=False))
+
+
+def test_images_are_drawn_at_the_scale_to_train_under(flux_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a dog\na cat\n")
+    config = SampleConfig.model_validate(
+        {"model": {"path": str(flux_dir), "guidance": 2.0}, "prompts": str(tmp_path / "p.txt"), "device": "cpu",
+         "out": str(tmp_path / "data"), "steps": 1, "height": 64, "width": 64, "images_per_prompt": 2}
+    )  # fmt: skip
+    with pytest.raises(DiffalignError, match=r"guidance_scale=5: .* trained under model\.guidance=2; set both"):
+        stages.sample(config)
+    stages.sample(config.model_copy(update={"guidance_scale": 2.0}))
+    drawn, section = PreferenceDataset(tmp_path / "data"), SimpleNamespace(split="train", limit=None)
+    check_guidance(section, drawn, load_backbone(flux_dir, guidance=2.0))
+    with pytest.raises(DiffalignError, match=r"set model\.guidance=2"):
+        check_guidance(section, drawn, load_backbone(flux_dir))
 
 
 def test_attention_kernels_are_set_processor_by_processor(flux_dir: Path) -> None:
