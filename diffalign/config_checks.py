@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic_core import PydanticCustomError
 
+from diffalign.config_objectives import SmPOSection
+
 if TYPE_CHECKING:
     from diffalign.config_schema import EvalConfig, ModelSection, SampleConfig, TrainConfig
 
@@ -26,6 +28,7 @@ def check_training(config: TrainConfig) -> None:
     _check_batches(config)
     _check_weights(config)
     _check_labels(config)
+    _check_inversion(config)
     _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
     times = config.times
     if times.sampler == "uniform" and (times.mean, times.std) != (0.0, 1.0):
@@ -113,8 +116,39 @@ def _check_labels(config: TrainConfig) -> None:
             "labels.stats",
             "labels.transform",
         )
+    objective = config.objective
+    if (
+        isinstance(objective, SmPOSection)
+        and labels.source != "preference"
+        and labels.transform in ("none", "zscore")
+        and (objective.reward_min, objective.reward_max) == (0.0, 1.0)
+    ):
+        _refuse(
+            "smpo compares scores between 0 and 1, and others would count as certain or as nothing; set "
+            "labels.transform=minmax, or objective.reward_min and objective.reward_max to the reward's bounds",
+            "labels.transform",
+            "labels.source",
+        )
     if labels.stats is not None and wanted is not None and set(labels.stats) != wanted:
         _refuse(f"{labels.transform} takes exactly {' and '.join(sorted(wanted))}", "labels.stats")
+
+
+def _check_inversion(config: TrainConfig) -> None:
+    inversion = config.inversion
+    changed = [key for key, value in type(inversion)().model_dump().items() if inversion.model_dump()[key] != value]
+    if changed and config.noise != "inverted":
+        _refuse(
+            f"inversion has no effect with noise={config.noise}; set noise=inverted or leave it out",
+            *(f"inversion.{key}" for key in changed),
+            "noise",
+        )
+    if inversion.average_from > inversion.iterations:
+        _refuse(
+            f"a step has {inversion.iterations + 1} predictions, numbered from 0: none is left to average; use at most "
+            f"inversion.iterations={inversion.iterations}",
+            "inversion.average_from",
+            "inversion.iterations",
+        )
 
 
 def _check_model(model: ModelSection, device: str, autocast: bool = False) -> None:

@@ -55,6 +55,12 @@ class ModelSection(Section):
         None, gt=0, description="tokens for SD3's T5; null: the pipeline's own (256)"
     )
     use_t5: bool = Field(True, description="false: SD3 without its T5 encoder (zeros in its place)")
+    guidance: float = Field(
+        3.5,
+        ge=0,
+        description="FLUX takes the guidance scale as an input: the one to train under, which must be that of the data. "
+        "Other families ignore it",
+    )
 
 
 class TuneSection(Section):
@@ -86,6 +92,9 @@ class DataSection(Section):
     )
     cache: FilePath | None = Field(None, description="folder of encoded latents and prompts; null: <path>/cache")
     limit: int | None = Field(None, gt=0, description="use only the first so many groups; null: all")
+    group_size: int | None = Field(
+        None, ge=2, description="images of a group in a step, drawn anew each time the group comes up; null: all"
+    )
 
 
 class LabelSection(Section):
@@ -113,6 +122,26 @@ class TimeSection(Section):
     shift: float = Field(
         1.0, gt=0, description="moves times towards noise: t -> shift t / (1 + (shift - 1) t); 1: not at all"
     )
+
+
+class InversionSection(Section):
+    """How `noise: inverted` finds an image's noise: by running the sampler backwards (ReNoise)."""
+
+    steps: int = Field(10, gt=0, description="inversion steps from the image to pure noise; fewer to an earlier time")
+    iterations: int = Field(
+        1, ge=0, description="ReNoise iterations a step, each one more forward pass; 0: DDIM inversion"
+    )
+    average_from: int = Field(
+        0,
+        ge=0,
+        description="the predictions of a step from this one on are averaged; 0: all, iterations: only the last",
+    )
+    mode: Literal["consistent", "official"] = Field(
+        "consistent",
+        description="consistent: the steps end at the drawn time and see where they go; official: as the code of SmPO "
+        "(epsilon models only), which does neither",
+    )
+    by: Literal["policy", "reference"] = Field("policy", description="which model is run backwards")
 
 
 def _micro_batch(data: dict[str, Any]) -> int:
@@ -231,9 +260,10 @@ class TrainConfig(Section):
     data: DataSection
     labels: LabelSection = LabelSection()
     objective: AnyObjective = DiffusionDPOSection()
-    noise: Literal["shared", "independent"] = Field(
-        "shared", description="one noise for all images of a group, or one each"
+    noise: Literal["shared", "independent", "inverted"] = Field(
+        "shared", description="one noise for all images of a group, one each, or each image's own by inversion"
     )
+    inversion: InversionSection = InversionSection()
     error_space: Literal["native", "epsilon", "x0"] = Field(
         "native", description="what the squared errors are errors of"
     )

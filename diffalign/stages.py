@@ -22,7 +22,7 @@ from diffalign.config_schema import EvalConfig, ModelSection, RewardSection, Sam
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.sample import sample_groups
-from diffalign.data.source import choose_groups, prepare_source
+from diffalign.data.source import check_guidance, choose_groups, prepare_source
 from diffalign.data.suites import read_suite
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, table
@@ -109,6 +109,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     backbone = open_backbone(config.model, str(accelerator.device))
+    check_guidance(config.data, dataset, backbone)
     # The first process fills the cache; the others then find it.
     with accelerator.main_process_first():
         source = prepare_source(config.data, config.labels, dataset, backbone, say)
@@ -117,6 +118,10 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
             "its scores may all be equal, or the groups may have one image each"
         )
+    if source.label_stats:
+        # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
+        config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
+        say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     known = examine_labels(source.labelled(dataset))
     validation = prepare_validation(config, backbone)
     backbone.drop_encoders(keep_vae=validation is not None)
@@ -158,6 +163,7 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
     chosen, members, smaller = choose_groups(config.data, dataset)
     facts = dataset.facts(config.data.split)
     backbone = open_backbone(config.model, "cpu")
+    check_guidance(config.data, dataset, backbone)
     epochs = config.train.steps * config.train.groups_per_step / len(chosen)
     print(resolved_yaml(config))
     for title, values in (
@@ -166,6 +172,7 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
         ("run", {
             "device": device,
             "groups used": f"{len(chosen)} of {members} images" + (f", {smaller} of them smaller" if smaller else ""),
+            "images of a group in a step": config.data.group_size or members,
             "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
         }),
     ):  # fmt: skip
@@ -174,9 +181,19 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
             print(f"#   {key}: {value}")
 
 
+def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:
+    """Where the guidance scale is an input of the network, images are drawn at the one that it is trained under."""
+    if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
+        raise DiffalignError(
+            f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
+            f"model.guidance={backbone.guidance:g}; set both to the same value"
+        )
+
+
 def sample(config: SampleConfig) -> None:
     """`diffalign sample`."""
     backbone = open_backbone(config.model, resolve_device(config.device))
+    check_guidance_scale(config, backbone)
     if config.weights is not None:
         backbone.load_weights(config.weights)
     sample_groups(
@@ -258,6 +275,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         if not path.exists():
             raise DiffalignError(f"no weights at {path}: the folder does not exist")
     backbone = open_backbone(config.model, resolve_device(config.device))
+    check_guidance_scale(config, backbone)
     full = any(_trains_all(path, backbone.trunk_name) for path in models.values())
     base = open_backbone(config.model, resolve_device(config.device)) if full else backbone
     rows = resolve_prompts(config.prompts, config.n)

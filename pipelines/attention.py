@@ -15,10 +15,14 @@ from torch import nn
 from diffalign.errors import DiffalignError
 
 ATTENTION = ("sdpa", "xformers", "flash")
+# The same in the words of diffusers' dispatcher.
+DISPATCHED = {"sdpa": "native", "xformers": "xformers", "flash": "_native_flash"}
 
 
 def set_attention(model: nn.Module, kind: str) -> None:
     """Exchange the attention processors of a diffusers UNet2DConditionModel or SD3Transformer2DModel in place.
+
+    FLUX's processors do go through diffusers' dispatcher and are told their kernel one by one, which spares the others.
 
     `sdpa`: torch picks the kernel. `flash`: torch's flash kernel or an error, never a silent fall-back. `xformers`: its
     memory-efficient attention. Raises DiffalignError for an unknown kind, or xformers without the package or CUDA.
@@ -27,8 +31,12 @@ def set_attention(model: nn.Module, kind: str) -> None:
         raise DiffalignError(f"model.attention: unknown kind '{kind}'; choose one of {', '.join(ATTENTION)}")
     if kind == "xformers":
         _require_xformers()
-    plain, joint = _processors(kind)
     trunk: Any = model
+    if all("Flux" in type(processor).__name__ for processor in trunk.attn_processors.values()):
+        for processor in trunk.attn_processors.values():
+            processor._attention_backend = DISPATCHED[kind]
+        return
+    plain, joint = _processors(kind)
     exchanged = {}
     for name, processor in trunk.attn_processors.items():
         exchanged[name] = joint() if "Joint" in type(processor).__name__ else plain()

@@ -30,6 +30,8 @@ class Backbone(Tunable):
     """
 
     family: ClassVar[str]
+    guided: ClassVar[bool] = False
+    """Whether the guidance scale is an input of the network."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Backbone(Tunable):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         max_sequence_length: int | None = None,
+        guidance: float = 3.5,
     ) -> None:
         self.pipeline = pipeline
         self.source = source
@@ -48,6 +51,7 @@ class Backbone(Tunable):
         self.dtype, self.device = dtype, torch.device(device)
         self.attention = attention
         self.max_sequence_length = max_sequence_length
+        self.guidance = guidance if self.guided else None
         self.process: NoiseProcess = self.build_process(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.device)
@@ -83,6 +87,14 @@ class Backbone(Tunable):
         """Arguments of the pipeline's `encode_prompt` that only this family takes."""
         return {}
 
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] in the form that the pipeline takes and returns."""
+        return latents
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `to_pipeline`; height and width are those of the latents."""
+        return latents
+
     @abstractmethod
     def prompt_tokens(self) -> int: ...
 
@@ -93,6 +105,11 @@ class Backbone(Tunable):
         """Side in pixels of the images the trunk was made for."""
         size = self._config.sample_size
         return int(size if isinstance(size, int) else size[0]) * self.vae_scale_factor
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What sides of images are multiples of."""
+        return self.vae_scale_factor
 
     @property
     def latent_channels(self) -> int:
@@ -158,7 +175,7 @@ class Backbone(Tunable):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""
         self._require_encoders()
-        side = self.vae_scale_factor
+        side = self.pixel_multiple
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] % side or pixels.shape[3] % side:
             shape = "x".join(map(str, pixels.shape))
             raise DiffalignError(
@@ -275,9 +292,11 @@ class Backbone(Tunable):
         if steps < 1:
             raise DiffalignError(f"sample: {steps} sampling steps asked for; at least 1 is needed")
         height, width = height or self.default_resolution, width or self.default_resolution
-        side = self.vae_scale_factor
-        if height % side or width % side:
-            raise DiffalignError(f"sample: {height}x{width} pixels are not multiples of {side}, which this model needs")
+        multiple, side = self.pixel_multiple, self.vae_scale_factor
+        if height % multiple or width % multiple:
+            raise DiffalignError(
+                f"sample: {height}x{width} pixels are not multiples of {multiple}, which this model needs"
+            )
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         shape = (1, self.latent_channels, height // side, width // side)
         noise = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
@@ -287,7 +306,7 @@ class Backbone(Tunable):
         with torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext():
             latents = self.pipeline(
                 **inputs,
-                latents=noise.to(self.device, self.dtype),
+                latents=self.to_pipeline(noise.to(self.device, self.dtype)),
                 generator=generators,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
@@ -296,6 +315,7 @@ class Backbone(Tunable):
                 output_type="latent",
                 **self.sampling_options(),
             ).images
+        latents = self.from_pipeline(latents, height // side, width // side)
         if output_type == "latent":
             return latents.float()
         pixels = self.decode_latents(latents)

@@ -16,6 +16,7 @@ import torch
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import brief
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
@@ -25,6 +26,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion15,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
 }
 # Components that are never needed: a filter for finished images, and inputs of image prompts.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -78,12 +80,14 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     max_sequence_length: int | None = None,
     use_t5: bool = True,
+    guidance: float = 3.5,
 ) -> Backbone:
     """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
 
     path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
     variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
-    ones are exact. max_sequence_length: T5 tokens (SD3). use_t5=False leaves T5 out (SD3).
+    ones are exact. max_sequence_length: T5 tokens (SD3, FLUX). use_t5=False leaves T5 out (SD3).
+    guidance: what `predict` gives the guidance embedding (FLUX).
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
     missing file, unsupported class, absent device or attention kernel.
     """
@@ -112,6 +116,7 @@ def load_backbone(
         attention=attention,
         gradient_checkpointing=gradient_checkpointing,
         max_sequence_length=max_sequence_length,
+        guidance=guidance,
     )
 
 
@@ -197,6 +202,7 @@ def _load_pipeline(source: Source, name: str, dtype: torch.dtype) -> Any:
         "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
         "StableDiffusionXLPipeline": diffusers.StableDiffusionXLPipeline,
         "StableDiffusion3Pipeline": diffusers.StableDiffusion3Pipeline,
+        "FluxPipeline": diffusers.FluxPipeline,
     }
     options: dict[str, Any] = dict(source.absent)
     if name == "StableDiffusionPipeline":

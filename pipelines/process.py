@@ -34,6 +34,10 @@ class NoiseProcess(ABC):
     prediction_type: str
     clean: float
     """The time that `schedule` puts last: there the latent holds no (or next to no) noise."""
+    noiseless: float
+    """The time of an image without any noise; some diffusion schedulers stop short of it, at timestep 0's level."""
+    span: float
+    """Length of the time axis from image to noise: the number of timesteps, or 1."""
 
     # --- what a subclass defines -------------------------------------------------------------------------------
 
@@ -105,12 +109,24 @@ class NoiseProcess(ABC):
         `noise` it is ancestral: DDIM with eta = 1, or, for a flow, x0 noised again to t_next.
         """
 
-    def invert_step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """The deterministic step towards more noise: x at time t goes to t_next > t. `t` may be `clean`.
+    def invert_step(
+        self,
+        x: Tensor,
+        prediction: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        seen: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The deterministic step towards more noise: x at time t goes to t_next > t. `t` may be `clean` or `noiseless`.
 
-        The prediction is the caller's choice (at t, at t_next, or refined); it is read as one made at (x, t).
+        `seen` is the latent and the time that the prediction was made at, where these are not (x, t): what a sampler
+        holds constant over a step (epsilon, or a flow's velocity) is read off there.
         """
         return self.step(x, prediction, t, t_next)
+
+    def invertible_times(self, t: Tensor, steps: int) -> Tensor:
+        """Times [B] as near to t as inversion in `steps` steps can tell the noise: here, t itself."""
+        return t
 
 
 class Diffusion(NoiseProcess):
@@ -123,6 +139,7 @@ class Diffusion(NoiseProcess):
     """
 
     clean = -1.0
+    noiseless = float("-inf")
 
     def __init__(
         self,
@@ -154,6 +171,7 @@ class Diffusion(NoiseProcess):
         self.final_alpha_cumprod = final_alpha_cumprod
         self.scaled_start = scaled_start
         self.timesteps = len(self.alphas_cumprod)
+        self.span = float(self.timesteps)
         # Schedules may visit fractional timesteps (Euler with linspace); there s/a is interpolated, as Euler does.
         sigmas = ((1.0 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
         self._tables = {torch.device("cpu"): (self.alphas_cumprod, sigmas)}
@@ -166,7 +184,7 @@ class Diffusion(NoiseProcess):
         return self._tables[device]
 
     def alpha_cumprod(self, t: Tensor) -> Tensor:
-        """abar [B] float32 at timesteps t [B]; `clean` and anything below 0 give `final_alpha_cumprod`."""
+        """abar [B] float32 at timesteps t [B]; 1 at `noiseless`, and `final_alpha_cumprod` at others below 0."""
         abar, sigmas = self._table(t.device)
         times = t.detach().to(torch.float64)
         low = times.floor().clamp(0, self.timesteps - 1).long()
@@ -175,7 +193,8 @@ class Diffusion(NoiseProcess):
         # Where part is 0 the interpolated value is not used: with zero terminal SNR the next sigma is infinite.
         sigma = sigmas[low] * (1 - part) + sigmas[high] * part
         value = torch.where(part > 0, (1.0 / (1.0 + sigma * sigma)).float(), abar[low])
-        return torch.where(times < 0, torch.full_like(value, self.final_alpha_cumprod), value)
+        value = torch.where(times < 0, torch.full_like(value, self.final_alpha_cumprod), value)
+        return torch.where(times.isneginf(), torch.ones_like(value), value)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alpha_cumprod(t)
@@ -242,6 +261,20 @@ class Diffusion(NoiseProcess):
         mean = _like(then.sqrt(), x) * x0 + _like(direction, x) * epsilon
         return mean + _like(variance.sqrt(), x) * noise.float()
 
+    def invert_step(
+        self,
+        x: Tensor,
+        prediction: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        seen: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        latent, time = seen or (x, t)
+        epsilon = self.epsilon(latent, prediction, time)
+        (a, s), (a_next, s_next) = self.coefficients(t), self.coefficients(t_next)
+        x0 = (x.float() - _like(s, x) * epsilon) / _like(a, x)
+        return _like(a_next, x) * x0 + _like(s_next, x) * epsilon
+
     def _time_of(self, fraction: Tensor) -> Tensor:
         return (fraction * self.timesteps).floor().clamp(0, self.timesteps - 1).float()
 
@@ -254,6 +287,8 @@ class Flow(NoiseProcess):
     """
 
     clean = 0.0
+    noiseless = 0.0
+    span = 1.0
     prediction_type = "flow"
 
     def __init__(self, shift: float = 1.0, *, timesteps: int = 1000, shift_terminal: float | None = None) -> None:
@@ -305,6 +340,10 @@ class Flow(NoiseProcess):
         if noise is None:
             return x.float() + _like(t_next.float() - t.float(), x) * prediction.float()
         return self.add_noise(self.x0(x, prediction, t), noise, t_next)
+
+    def invertible_times(self, t: Tensor, steps: int) -> Tensor:
+        # The velocity is (x_t - x0) / t: nearer to the image than one step it would be rounding error.
+        return t.clamp_min(1.0 / steps)
 
     def _time_of(self, fraction: Tensor) -> Tensor:
         # float32 could round the smallest draws to 0, where epsilon is undefined in some methods.

@@ -52,6 +52,12 @@ def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine FluxPipeline folder with guidance embedding (flow). Shared: do not write into it."""
+    return tiny.flux(tmp_path_factory.mktemp("flux") / "model")
+
+
+@pytest.fixture(scope="session")
 def soak() -> bool:
     """True under `make soak`: a test with this fixture then runs its long form (more repetitions of the same)."""
     return os.environ.get("DIFFALIGN_SOAK") == "1"

@@ -316,7 +316,7 @@ def test_a_group_of_one_image_is_refused(tmp_path: Path) -> None:
     with ImageWriter(tmp_path) as writer:
         writer.write("a", 0, picture(1), "model", 0, {})
     with pytest.raises(DiffalignError, match="has 1 image; a preference needs at least two"):
-        choose_groups(SimpleNamespace(split="train", limit=None), _with_group(tmp_path))
+        choose_groups(SimpleNamespace(split="train", group_size=None, limit=None), _with_group(tmp_path))
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_values_beyond_float16_are_refused(folder: Path) -> None:
 
 
 def test_source_pairs_latents_with_labels(folder: Path) -> None:
-    data = SimpleNamespace(split="train", limit=None, cache=None, resolution=None)
+    data = SimpleNamespace(split="train", group_size=None, limit=None, cache=None, resolution=None)
     label = SimpleNamespace(source="preference", transform="none", stats=None)
     said: list[str] = []
     source = prepare_source(data, label, PreferenceDataset(folder), Encoder(), said.append)

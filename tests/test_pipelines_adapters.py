@@ -11,7 +11,8 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.adapters import adapter_parameters
 
-FAMILIES = ["sd15_dir", "sdxl_dir", "sd3_dir"]
+FAMILIES = ["sd15_dir", "sdxl_dir", "sd3_dir", "flux_dir"]
+SIZE = {"height": 64, "width": 64}  # FLUX's config does not say its own
 
 
 @pytest.fixture(params=FAMILIES)
@@ -22,7 +23,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 def inputs(backbone: Backbone) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     noisy = torch.randn(2, backbone.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    times = torch.tensor([0.7, 0.2]) if backbone.family == "sd3" else torch.tensor([700.0, 20.0])
+    times = torch.tensor([0.7, 0.2]) if backbone.process.span == 1.0 else torch.tensor([700.0, 20.0])
     return noisy, times, backbone.encode_prompts(["a red circle", "blue"])
 
 
@@ -155,11 +156,11 @@ def test_saved_lora_gives_the_same_image_in_plain_diffusers(folder: Path, tmp_pa
 
     backbone = load_backbone(folder)
     backbone.add_lora(2, 7)
-    base = backbone.sample(["a cat"], [5], steps=3, guidance_scale=3.0)[0]
+    base = backbone.sample(["a cat"], [5], steps=3, guidance_scale=3.0, **SIZE)[0]
     shake(backbone)
-    tuned = backbone.sample(["a cat"], [5], steps=3, guidance_scale=3.0)[0]
+    tuned = backbone.sample(["a cat"], [5], steps=3, guidance_scale=3.0, **SIZE)[0]
     with backbone.role("reference"):
-        assert backbone.sample(["a cat"], [5], steps=3, guidance_scale=3.0)[0].tobytes() == base.tobytes()
+        assert backbone.sample(["a cat"], [5], steps=3, guidance_scale=3.0, **SIZE)[0].tobytes() == base.tobytes()
     assert tuned.tobytes() != base.tobytes()
     backbone.save_weights(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -167,13 +168,13 @@ def test_saved_lora_gives_the_same_image_in_plain_diffusers(folder: Path, tmp_pa
     plain = DiffusionPipeline.from_pretrained(folder)
     plain.load_lora_weights(tmp_path)
     generator = [torch.Generator().manual_seed(5)]
-    image = plain(["a cat"], generator=generator, num_inference_steps=3, guidance_scale=3.0,
+    image = plain(["a cat"], generator=generator, num_inference_steps=3, guidance_scale=3.0, **SIZE,
                   **backbone.sampling_options()).images[0]  # fmt: skip
     assert image.tobytes() == tuned.tobytes()
 
     again = load_backbone(folder)
     again.load_weights(tmp_path)
-    assert again.sample(["a cat"], [5], steps=3, guidance_scale=3.0)[0].tobytes() == tuned.tobytes()
+    assert again.sample(["a cat"], [5], steps=3, guidance_scale=3.0, **SIZE)[0].tobytes() == tuned.tobytes()
 
 
 def test_lora_of_a_bf16_base_is_saved_and_loaded_in_float32(sdxl_dir: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
-SUPPORTED = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline"
+SUPPORTED = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -84,7 +84,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
         (remove("model_index.json"), r"is no diffusers pipeline: it holds no model_index\.json"),
         (write("model_index.json", "{"), "is not valid JSON"),
         (write("model_index.json", "[]"), "names no _class_name"),
-        (index(_class_name="FluxPipeline"), f"FluxPipeline is not supported; supported are {SUPPORTED}$"),
+        (index(_class_name="KolorsPipeline"), f"KolorsPipeline is not supported; supported are {SUPPORTED}$"),
         (index(text_encoder=[None, None]), "component text_encoder is absent; only T5"),
         (index(vae=["my_code", "MyVAE"]), r"component vae is code of the repository \(my_code\), which is never run"),
         (remove("vae"), r"vae/ is missing; model_index\.json asks for it \(AutoencoderKL\)"),
@@ -192,6 +192,7 @@ def test_fingerprint_follows_the_content(sd15_dir: Path, sdxl_dir: Path, tmp_pat
 def test_every_family_has_its_class() -> None:
     assert {name: kind.family for name, kind in BACKBONES.items()} == {
         "StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3",
+        "FluxPipeline": "flux",
     }  # fmt: skip
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pairs import import_pairs, pairs_from_folders
+from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
 
 
@@ -103,6 +105,29 @@ def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.Cap
         assert fact in said, fact
 
 
+class Red:
+    """A reward that tells the images of a pair apart: the first pixel's red."""
+
+    name, columns, reasons = "red", ("red",), ("",) * 8
+
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: object) -> dict[str, torch.Tensor]:
+        return {"red": torch.tensor([float(np.asarray(image)[0, 0, 0]) for image in images])}
+
+
+def test_scale_of_the_labels_is_written_down(config: Path, tmp_path: Path) -> None:
+    """The bounds that minmax found are in config.yaml; a dataset with other bounds is then another run."""
+    dataset = PreferenceDataset(tmp_path / "data")
+    score_images(dataset, Red())
+    given = ["objective={name: smpo, beta: 100.0}", "labels.source=scores.red", "labels.transform=minmax"]
+    assert run("train", config, *given) == 0
+    values = dataset.scores("red").values()
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["labels"]
+    assert stored["stats"] == {"min": min(values), "max": max(values)}
+    assert run("train", config, *given) == 0
+    assert run("train", tmp_path / "run" / "config.yaml") == 0
+    assert run("train", config, *given, "labels.stats={min: 0.0, max: 300.0}") == 2
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +163,13 @@ def test_groups_of_one_image(config: Path, tmp_path: Path, capsys: pytest.Captur
     rows = [PreferenceDataset(tmp_path / "data").group(i) for i in range(4)]
     write_groups(tmp_path / "data", [{**r, "group_id": f"other{i}"} for i, r in enumerate(rows)])
     assert "a preference needs at least two" in refused(capsys, "train", config)
+
+
+def test_more_images_a_step_than_a_group_has(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "train", config, "data.group_size=3")
+    assert (
+        "data.group_size=3: the largest group of split 'train'" in said and "has 2 images; use at most as many" in said
+    )
 
 
 def test_labels_without_any_preference(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

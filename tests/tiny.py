@@ -148,3 +148,25 @@ def sd3(path: str | Path, t5: bool = True, *, shift: float = 3.0, seed: int = 0,
     )  # fmt: skip
     pipeline.save_pretrained(path)
     return Path(path)
+
+
+def flux(path: str | Path, *, seed: int = 0, guidance_embeds: bool = True, **scheduler: Any) -> Path:
+    """FLUX.1-dev: one CLIP for the pooled embedding, T5 for the tokens, guidance embedding, dynamic shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    t5_config = T5Config(vocab_size=98, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    options = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, **scheduler}
+    pipeline: Any = FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(**options),
+        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=CLIPTextModel(_clip_config(16, 16, 16)), tokenizer=clip_tokenizer(),
+        text_encoder_2=T5EncoderModel(t5_config), tokenizer_2=t5_tokenizer(),
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)

@@ -121,6 +121,13 @@ class PreferenceDataset:
             found |= dict(zip(keys, table["generator"].to_pylist(), strict=True))
         return found
 
+    def provenance(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(group id, provenance) of every image, without reading the images."""
+        for path in self.shards:
+            table = pq.read_table(path, columns=["group_id", "provenance"])
+            for group, text in zip(table["group_id"].to_pylist(), table["provenance"].to_pylist(), strict=True):
+                yield group, json.loads(text or "{}")
+
     # --- scores --------------------------------------------------------------------------------------------------------
 
     def rewards(self) -> list[str]:

@@ -1,7 +1,5 @@
 """Labels of a dataset's groups, from its preferences or from a reward's scores."""
 
-from typing import Any
-
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
@@ -23,6 +21,28 @@ def labels(
     (vote shares within the group), "minmax" or "zscore" over the dataset; `stats` replaces what these two would compute
     ({"min", "max"} or {"mean", "std"}), so that several runs can share a scale.
     """
+    raw = raw_labels(dataset, groups, source)
+    return scaled(raw, transform, stats or statistics(raw, transform))
+
+
+def statistics(raw: list[np.ndarray], transform: str) -> dict[str, float]:
+    """What `minmax` ({"min", "max"}) or `zscore` ({"mean", "std"}) takes from the labels of all groups; else nothing.
+
+    Raises DiffalignError where no image has a label.
+    """
+    if transform not in ("minmax", "zscore"):
+        return {}
+    known = np.concatenate(raw)
+    known = known[np.isfinite(known)]
+    if not known.size:
+        raise DiffalignError(f"labels.transform={transform}: no image of the chosen groups has a label to scale")
+    if transform == "minmax":
+        return {"min": float(known.min()), "max": float(known.max())}
+    return {"mean": float(known.mean()), "std": float(known.std())}
+
+
+def raw_labels(dataset: PreferenceDataset, groups: list[int], source: str) -> list[np.ndarray]:
+    """Labels as they are stored; see `labels`."""
     ids = dataset.column("group_id")
     if source == "preference":
         preferences = dataset.column("preference")
@@ -39,21 +59,18 @@ def labels(
         _, reward, *column = source.split(".")
         scores = dataset.scores(reward, column[0] if column else None)
         raw = [np.array([scores.get((ids[i], m), float("nan")) for m in dataset.members(ids[i])]) for i in groups]
-    return _transformed(raw, transform, stats)
+    return raw
 
 
-def _transformed(raw: list[np.ndarray], transform: str, stats: Any) -> list[np.ndarray]:
+def scaled(raw: list[np.ndarray], transform: str, stats: dict[str, float]) -> list[np.ndarray]:
+    """Labels after a transform; `stats` are those of `statistics`."""
     if transform == "none":
         return raw
     if transform == "votes":
         return [np.where(np.isfinite(r), vote_shares(r[None]), float("nan")) for r in raw]
-    known = np.concatenate(raw)
-    known = known[np.isfinite(known)]
     if transform == "minmax":
-        low, high = (stats["min"], stats["max"]) if stats else (known.min(), known.max())
-        return [(r - low) / max(high - low, 1e-12) for r in raw]
-    mean, std = (stats["mean"], stats["std"]) if stats else (known.mean(), known.std())
-    return [(r - mean) / max(std, 1e-12) for r in raw]
+        return [(r - stats["min"]) / max(stats["max"] - stats["min"], 1e-12) for r in raw]
+    return [(r - stats["mean"]) / max(stats["std"], 1e-12) for r in raw]
 
 
 def labelled_groups(dataset: PreferenceDataset, groups: list[int], values: list[np.ndarray]) -> list[LabelledGroup]:

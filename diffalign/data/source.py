@@ -1,7 +1,7 @@
 """What training reads: cached latents and embeddings, with labels, by group."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.data.cache import LatentCache
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.labels import labelled_groups, labels
+from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
 
@@ -31,13 +31,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Groups to train on, all with K image slots."""
+    """Groups to train on, all with K image slots. `label_stats`: what labels.transform took from them, or was given."""
 
     cache: LatentCache
     rewards: Tensor
     mask: Tensor
     group_ids: list[str]
     prompts: list[str]
+    label_stats: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -77,7 +78,37 @@ def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int
             f"{dataset.folder}: every group of split {data.split!r} has {members} image; a preference needs at least two "
             "(images_per_prompt in `diffalign sample`)"
         )
+    if data.group_size is not None and data.group_size > members:
+        raise DiffalignError(
+            f"data.group_size={data.group_size}: the largest group of split {data.split!r} in {dataset.folder} has "
+            f"{members} images; use at most as many, or null for all"
+        )
     return chosen, members, sum(s < members for s in sizes)
+
+
+def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None:
+    """Refuse a guidance embedding other than the one that this model's images of the split were drawn with.
+
+    A model that takes the guidance scale as an input is another model at another scale. Images of other origin say
+    nothing about it.
+    """
+    if backbone.guidance is None:
+        return
+    ids = dataset.column("group_id")
+    chosen = {ids[i] for i in dataset.split(data.split)[: data.limit]}
+    model = Path(backbone.path).name
+    drawn = {
+        float(origin["guidance_scale"])
+        for group, origin in dataset.provenance()
+        if group in chosen and "guidance_scale" in origin and Path(origin.get("model", "")).name == model
+    }
+    if drawn - {backbone.guidance}:
+        scales = ", ".join(f"{scale:g}" for scale in sorted(drawn))
+        remedy = f"set model.guidance={scales}" if len(drawn) == 1 else "train on those of one scale"
+        raise DiffalignError(
+            f"model.guidance={backbone.guidance:g}: the images in {dataset.folder} were drawn with guidance_scale="
+            f"{scales}; {remedy}"
+        )
 
 
 def prepare_source(
@@ -87,7 +118,9 @@ def prepare_source(
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
-    values = labels(dataset, chosen, label.source, label.transform, label.stats)
+    raw = raw_labels(dataset, chosen, label.source)
+    stats = dict(label.stats or statistics(raw, label.transform))
+    values = scaled(raw, label.transform, stats)
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
@@ -101,4 +134,5 @@ def prepare_source(
         torch.tensor([len(v) == members for v in values]),
         [ids[i] for i in chosen],
         [prompts[i] for i in chosen],
+        stats,
     )

@@ -12,17 +12,29 @@ from diffalign.objectives.base import (
     ranking,
 )
 from diffalign.objectives.dpo import DiffusionDPO
+from diffalign.objectives.gdro import GDRO
+from diffalign.objectives.rankdpo import RankDPO
 from diffalign.objectives.sft import SFT
+from diffalign.objectives.smpo import SmPO
 
-OBJECTIVES: dict[str, type[Any]] = {"dpo": DiffusionDPO, "sft": SFT}
+OBJECTIVES: dict[str, type[Any]] = {
+    "dpo": DiffusionDPO,
+    "sft": SFT,
+    "rankdpo": RankDPO,
+    "smpo": SmPO,
+    "gdro": GDRO,
+}
 
 __all__ = [
+    "GDRO",
     "OBJECTIVES",
     "SFT",
     "DiffusionDPO",
     "GroupErrors",
     "Objective",
     "ObjectiveOutput",
+    "RankDPO",
+    "SmPO",
     "best_and_worst",
     "check_labels",
     "has_preference",

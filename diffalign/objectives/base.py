@@ -44,6 +44,13 @@ class GroupErrors:
             raise ValueError("this objective compares with a reference: reference_error is missing")
         return self.policy_error - self.reference_error
 
+    @property
+    def labels(self) -> Tensor:
+        """rewards, [B, K]; they must be there."""
+        if self.rewards is None:
+            raise ValueError("this objective ranks the images of a group: rewards are missing")
+        return self.rewards
+
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
@@ -65,15 +72,9 @@ class Objective(Protocol):
     def __call__(self, group: GroupErrors) -> ObjectiveOutput: ...
 
 
-def _labels(group: GroupErrors) -> Tensor:
-    if group.rewards is None:
-        raise ValueError("this objective ranks the images of a group: rewards are missing")
-    return group.rewards
-
-
 def ranking(group: GroupErrors) -> Tensor:
     """Indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position."""
-    rewards = _labels(group)
+    rewards = group.labels
     order = group.order if group.order is not None else torch.arange(rewards.shape[1]).expand_as(rewards)
     by_order = order.to(rewards.device).argsort(dim=1)
     ranked = rewards.gather(1, by_order).argsort(dim=1, descending=True, stable=True)

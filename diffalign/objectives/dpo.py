@@ -3,9 +3,38 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
+
+
+def pair_loss(
+    group: GroupErrors,
+    strength: float | Tensor,
+    loser_weight: float = 1.0,
+    margin_clamp: float | None = None,
+    anchor: float = 0.0,
+) -> ObjectiveOutput:
+    """-log sigmoid(-strength (d_w - d_l)) of the best and the worst image; `strength` is a number or [B].
+
+    The other three are those of `DiffusionDPO`.
+    """
+    d = group.advantage
+    best, worst = best_and_worst(group)
+    d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
+    margin = -strength * (d_w - loser_weight * d_l)
+    pulled = margin if margin_clamp is None else margin.clamp(max=margin_clamp)
+    metrics = {
+        "margin": margin,
+        # A margin of exactly 0 (policy = reference) is neither right nor wrong.
+        "accuracy": 0.5 * (margin.sign() + 1),
+        "winner_gap": d_w,
+        "loser_gap": d_l,
+        "gradient_factor": (-margin).sigmoid(),
+    }
+    anchored = anchor * group.policy_error.gather(1, best).squeeze(1) if anchor else 0.0
+    return ObjectiveOutput(-logsigmoid(pulled) + anchored, metrics)
 
 
 @dataclass(frozen=True)
@@ -36,18 +65,4 @@ class DiffusionDPO:
     members: ClassVar[Members] = "best_worst"
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
-        d = group.advantage
-        best, worst = best_and_worst(group)
-        d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
-        margin = -0.5 * self.beta * (d_w - self.loser_weight * d_l)
-        pulled = margin if self.margin_clamp is None else margin.clamp(max=self.margin_clamp)
-        metrics = {
-            "margin": margin,
-            # A margin of exactly 0 (policy = reference) is neither right nor wrong.
-            "accuracy": 0.5 * (margin.sign() + 1),
-            "winner_gap": d_w,
-            "loser_gap": d_l,
-            "gradient_factor": (-margin).sigmoid(),
-        }
-        anchor = self.anchor * group.policy_error.gather(1, best).squeeze(1) if self.anchor else 0.0
-        return ObjectiveOutput(-logsigmoid(pulled) + anchor, metrics)
+        return pair_loss(group, 0.5 * self.beta, self.loser_weight, self.margin_clamp, self.anchor)

@@ -10,12 +10,20 @@ POINTS = 1500
 # What is worth a chart, its title, and the words under it.
 CHARTS: dict[str, tuple[str, str]] = {
     "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
-    "loss": ("Loss", "log 2 = 0.693 is no preference learnt (times the share of groups that state one)"),
+    "loss": ("Loss", "of a pair, log 2 = 0.693 is no preference learnt (times the share of groups that state one)"),
     "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
     "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
     "winner_gap": ("Winner's error against the reference", "should stay near 0 or fall"),
     "loser_gap": ("Loser's error against the reference", "may rise, but should not run away from the winner's"),
     "gradient_factor": ("Gradient factor", "sigmoid(-margin): near 0 nothing is learnt any more"),
+    "loss_at_reference": (
+        "Loss at the reference",
+        "log 2 times the pairs' weights; the loss below it is what is learnt",
+    ),
+    "listwise": ("Listwise loss", "cross-entropy of implicit and explicit reward, summed over places"),
+    "implicit_spread": ("Spread of the implicit reward", "deviation of beta d within a group; for GDRO 0.3 to 3"),
+    "reward_spread": ("Spread of the labels", "deviation within a group"),
+    "smoothing": ("Smoothing", "gamma (2p - 1): 1 is Diffusion-DPO"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "drift": ("Drift", "mean squared difference of policy and reference predictions"),
     "policy_error": ("Policy's error", "mean squared, on the images that are used"),

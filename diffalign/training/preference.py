@@ -7,23 +7,27 @@ and the same caption. Errors are taken in float32, whatever the model computes i
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffalign.draws import draw, normal
 from diffalign.errors import DiffalignError
 from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, check_labels, has_preference, ranking
+from diffalign.pipelines.inversion import inverted_noise
 
 
 @dataclass(frozen=True)
 class Draws:
     """What is random in a micro-batch of B groups of K images.
 
-    noise [B, K, C, h, w] float32; times [B] in the process's units; order [B, K] breaks ties; dropped [B] bool, groups
-    whose prompt is replaced by the empty one.
+    members [B, n]: the images of each group that this step looks at, all of them or `data.group_size`. noise [B, K, C,
+    h, w] float32, None where it is found by inversion; times [B] in the process's units; order [B, K] breaks ties;
+    dropped [B] bool, groups whose prompt is replaced by the empty one.
     """
 
-    noise: Tensor
+    members: Tensor
+    noise: Tensor | None
     times: Tensor
     order: Tensor
     dropped: Tensor
@@ -37,40 +41,62 @@ def make_draws(
     The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
     """
     _, members, *latent = shape
+    size = config.data.group_size or members
 
     def one(stream: str, slot: int, group: str, member: int | None = None) -> Any:
         return draw(config.seed, stream, step=step, inner=slot, group=group, member=member)
 
-    noise, uniform, order, dropped = [], [], [], []
+    noise, uniform, order, dropped, chosen = [], [], [], [], []
     for slot, group in zip(slots, group_ids, strict=True):
         if config.noise == "shared":
             noise.append(normal(one("noise", slot, group), (1, *latent)).repeat(members, axis=0))
-        else:
+        elif config.noise == "independent":
             each = [normal(one("noise", slot, group, m), (1, *latent)) for m in range(members)]
             noise.append(torch.cat([torch.from_numpy(n) for n in each]).numpy())
         uniform.append(one("time", slot, group).random())
         order.append(one("order", slot, group).permutation(members))
+        every = np.arange(members) if size == members else one("members", slot, group).permutation(members)
+        chosen.append(np.sort(every[:size]))
         dropped.append(bool(one("prompt_dropout", slot, group).random() < config.train.prompt_dropout))
     times = process.draw_times(torch.tensor(uniform, dtype=torch.float64), **config.times.model_dump())
+    if config.noise == "inverted":
+        times = process.invertible_times(times, config.inversion.steps)
     return Draws(
-        torch.stack([torch.from_numpy(n) for n in noise]),
+        torch.from_numpy(np.stack(chosen)),
+        torch.stack([torch.from_numpy(n) for n in noise]) if noise else None,
         times,
         torch.stack([torch.from_numpy(o) for o in order]),
         torch.tensor(dropped),
     )
 
 
-def used_members(objective: Objective, rewards: Tensor, order: Tensor) -> Tensor:
-    """Indices [B, k] of the images that the objective's loss depends on."""
+def used_members(objective: Objective, rewards: Tensor, draws: Draws) -> Tensor:
+    """Indices [B, k] of those among `draws.members` that the objective's loss depends on."""
     if objective.members == "all":
-        return torch.arange(rewards.shape[1]).expand_as(rewards)
-    ranked = ranking(GroupErrors(policy_error=rewards, rewards=rewards.nan_to_num(float("-inf")), order=order))
-    return ranked[:, :1] if objective.members == "best" else ranked[:, [0, -1]]
+        return draws.members
+    labels, order = rewards.gather(1, draws.members), draws.order.gather(1, draws.members)
+    ranked = ranking(GroupErrors(policy_error=labels, rewards=labels.nan_to_num(float("-inf")), order=order))
+    return draws.members.gather(1, ranked[:, :1] if objective.members == "best" else ranked[:, [0, -1]])
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over the latent's elements, [B, k, C, h, w] -> [B, k] float32."""
     return (prediction.float() - target.float()).square().mean(dim=(2, 3, 4))
+
+
+def _inverted(config: Any, backbone: Any, latents: Tensor, times: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    """Each image's own noise, [N, C, h, w]: under the caption that the loss sees, without guidance or gradient."""
+    settings = config.inversion.model_dump()
+
+    def predict(noisy: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return backbone.predict(noisy, t, {name: value[rows.to(value.device)] for name, value in conditioning.items()})
+
+    with torch.no_grad(), backbone.role(settings.pop("by")):
+        noise = inverted_noise(backbone.process, predict, latents, times, **settings)
+    # Autocast keeps casts of weights for the next forward. In some versions of torch those made here, without gradient,
+    # would be used in the policy's forward, which would then train nothing and say nothing.
+    torch.clear_autocast_cache()
+    return noise
 
 
 @dataclass(frozen=True)
@@ -97,17 +123,20 @@ def preference_step(
     problem = check_labels(batch.rewards, objective.label_kind)
     if problem:
         raise DiffalignError(f"labels.source={config.labels.source}: {problem}; set labels.transform=votes")
-    chosen = used_members(objective, batch.rewards, draws.order)  # [B, k]
+    chosen = used_members(objective, batch.rewards, draws)  # [B, k]
     groups, k = chosen.shape
     pick = chosen[:, :, None, None, None].expand(-1, -1, *batch.latents.shape[2:])
     latents = batch.latents.gather(1, pick).flatten(0, 1).to(backbone.device)  # [B k, C, h, w]
-    noise = draws.noise.gather(1, pick).flatten(0, 1).to(backbone.device)
     times = draws.times.repeat_interleave(k).to(backbone.device)
-    noisy, target = process.add_noise(latents, noise, times), process.target(latents, noise, times)
     conditioning = {}
     for name, value in batch.conditioning.items():
         kept = torch.where(draws.dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value.dtype), value)
         conditioning[name] = kept.repeat_interleave(k, dim=0)
+    if draws.noise is None:
+        noise = _inverted(config, backbone, latents, times, conditioning)
+    else:
+        noise = draws.noise.gather(1, pick).flatten(0, 1).to(backbone.device)
+    noisy, target = process.add_noise(latents, noise, times), process.target(latents, noise, times)
 
     def grouped(x: Tensor) -> Tensor:
         return x.view(groups, k, *x.shape[1:])
@@ -124,7 +153,8 @@ def preference_step(
     errors = GroupErrors(
         policy_error=scale * squared_error(policy, target),
         reference_error=None if reference is None else scale * squared_error(reference, target),
-        rewards=batch.rewards.gather(1, chosen).to(backbone.device),
+        # A group with an image without label has no weight, but 0 times NaN would still be NaN.
+        rewards=batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0).to(backbone.device),
         mask=batch.mask.to(backbone.device),
         order=draws.order.gather(1, chosen).to(backbone.device),
         prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
@@ -133,7 +163,7 @@ def preference_step(
     output = objective(errors)
     weight = torch.ones(groups)
     if objective.label_kind != "none":
-        weight = has_preference(batch.rewards, batch.mask).float()
+        weight = has_preference(batch.rewards.gather(1, draws.members), batch.mask).float()
     metrics = {"policy_error": errors.policy_error.mean(1), **output.metrics}
     if errors.reference_error is not None and gap is not None:
         metrics |= {"reference_error": errors.reference_error.mean(1), "drift": gap.mean(1)}

@@ -1,0 +1,103 @@
+"""What a RankDPO step costs beside its bare forwards, backward and optimiser.
+
+python benchmarks/bench_step.py [--repeat 20] [--groups 4]
+
+Both run on the same groups of four images, in turn, so that a busy machine slows both. The bare one has the noisy
+latents at hand and does: reference forward without gradient, policy forward, mean squared error, backward, update.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from diffalign.config import load_config
+from diffalign.data.source import Batch
+from diffalign.draws import draw, normal
+from diffalign.objectives import RankDPO
+from diffalign.pipelines import load_backbone
+from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
+from diffalign.training.preference import make_draws, preference_step
+
+RESULTS = Path(__file__).parent / "results"
+K = 4
+
+
+def seconds(what: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    what()
+    return time.perf_counter() - started
+
+
+def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, float]:
+    """Median seconds of both, and the median of their ratio in each turn."""
+    torch.manual_seed(0)
+    BUILDERS[name](autoencoder(name)).save_pretrained(folder / name)
+    backbone = load_backbone(folder / name, max_sequence_length=12 if name == "shapes-sd3" else None)
+    backbone.add_lora(rank=16, alpha=16.0)
+    config = load_config("shapes_sdxl_rankdpo", ("data.group_size=",))
+    optimizer = torch.optim.AdamW(backbone.trainable().values(), lr=1e-4)
+    prompts = [f"{n} red circles" for n in range(groups)]
+    conditioning = backbone.encode_prompts(prompts)
+    side = LATENTS[name].side
+    latents = torch.from_numpy(normal(draw(0, "latents"), (groups, K, backbone.latent_channels, side, side)))
+    labels = torch.tensor([[1.0, 2 / 3, 1 / 3, 0.0]] * groups)
+    batch = Batch(latents, conditioning, labels, torch.ones(groups, dtype=torch.bool), prompts, prompts)
+    objective = RankDPO(50.0)
+    flat = latents.flatten(0, 1)
+    times = backbone.process.draw_times(torch.full((groups * K,), 0.5, dtype=torch.float64))
+    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+    noisy, target = backbone.process.add_noise(flat, noise, times), backbone.process.target(flat, noise, times)
+    repeated = {key: value.repeat_interleave(K, dim=0) for key, value in conditioning.items()}
+
+    def update(loss: torch.Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def bare() -> None:
+        with torch.no_grad(), backbone.role("reference"):
+            backbone.predict(noisy, times, repeated)
+        with backbone.role("policy"):
+            update((backbone.predict(noisy, times, repeated) - target).square().mean())
+
+    def step() -> None:
+        draws = make_draws(config, backbone.process, 0, list(range(groups)), prompts, latents.shape)
+        result = preference_step(config, objective, backbone, batch, draws, conditioning, backbone.trunk)
+        update((result.weight * result.output.loss).sum() / groups)
+
+    bare(), step()
+    pairs = [(seconds(bare), seconds(step)) for _ in range(repeat)]
+    return {
+        "bare": statistics.median(a for a, _ in pairs),
+        "step": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(b / a for a, b in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--groups", type=int, default=4)
+    given = parser.parse_args()
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in BUILDERS:
+            found[name] = compare(name, given.groups, given.repeat, Path(folder))
+            print(name, " ".join(f"{key} {value:.4f}" for key, value in found[name].items()), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    document = {
+        "repeat": given.repeat, "groups": given.groups, "images": K, "machine": platform.machine(),
+        "threads": torch.get_num_threads(), "seconds": found,
+    }  # fmt: skip
+    (RESULTS / "step.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Objectives side by side on the embedded world: true and shuffled labels, at an equal budget of image-forwards.
+
+python benchmarks/objectives.py [--bases shapes-sdxl shapes-sd3] [--seeds 0 1 2] [--max-hours 8] [--tiny]
+python benchmarks/objectives.py --prompts testbed:validation      to choose settings; writes no table
+
+A cell is a method, a base and a seed. Every cell may spend the same number of image-forwards: forward passes of one image
+through policy, reference or inversion (a backward goes with each pass of the policy). The CPU-hours are estimated from a
+few timed passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again.
+
+The measures were fixed before any training: the dense and the exact GenEval score on held-out prompts and on prompts of
+kinds that no training caption has (three objects, a number and an object, five), drift from the reference in training,
+diversity of images of one prompt, and seconds per step. Intervals are bootstrapped over prompts.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from objectives_report import write_report
+from PIL import Image
+
+from diffalign import stages
+from diffalign.config import load_config
+from diffalign.config_schema import EvalConfig
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.rank import rank
+from diffalign.draws import draw
+from diffalign.evaluation.compare import compare, pool
+from diffalign.evaluation.evaluate import load_scores
+from diffalign.rounds import RECIPES, REWARD, SAMPLING, make_data
+from diffalign.testbed.prompts import plural
+from diffalign.testbed.scenes import COLORS, SHAPES
+
+RESULTS = Path(__file__).parent / "results"
+MEASURES = ("geneval.dense", "geneval.exact")
+GROUPS_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class Method:
+    """`recipe`: the shapes recipe that it starts from; `forwards`: image-forwards of a group in a step."""
+
+    recipe: str
+    forwards: int
+    overrides: tuple[str, ...] = ()
+    control: bool = False
+
+
+# An inversion in n = 1..5 steps, 3 on average, has two passes a step and image.
+METHODS: dict[str, Method] = {
+    "SFT on the best image": Method("dpo", 1, ("objective={name: sft}",)),
+    "DPO, best against worst": Method("dpo", 4, control=True),
+    "DPO, all pairs of 4": Method("rankdpo", 8, ("objective.pair_weight=none", "objective.beta=50.0")),
+    "RankDPO, 4": Method("rankdpo", 8, control=True),
+    "SmPO, shared noise": Method("smpo", 4, ("noise=shared", "inversion={}")),
+    "SmPO, inverted noise": Method("smpo", 4 + 2 * 2 * 3, control=True),
+    "GDRO, 6": Method("gdro", 12, control=True),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the benchmark is."""
+
+    groups: int = 384
+    budget: int = 25_600
+    prompts: int = 256
+    out_of_distribution: int = 96
+    seeds_per_prompt: int = 2
+
+
+TINY = Size(groups=8, budget=128, prompts=6, out_of_distribution=6, seeds_per_prompt=2)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-").strip("-")
+
+
+def out_of_distribution(n: int) -> list[dict[str, Any]]:
+    """Prompts of three kinds that no training caption has, with the metadata that the reward reads."""
+    rng = np.random.default_rng(7)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < n:
+        shapes = [str(s) for s in rng.permutation(list(SHAPES))[:3]]
+        colors = [str(c) for c in rng.choice(list(COLORS), 3)]
+        kind = len(rows) % 3
+        if kind == 0:
+            include = [{"class": s, "count": 1, "color": c} for s, c in zip(shapes, colors, strict=True)]
+            text, tag = " and ".join(f"a {c} {s}" for s, c in zip(shapes, colors, strict=True)), "three_objects"
+        elif kind == 1:
+            include = [{"class": shapes[0], "count": 2, "color": colors[0]}, {"class": shapes[1], "count": 1}]
+            text, tag = f"two {colors[0]} {plural(shapes[0])} and a {shapes[1]}", "count_and_object"
+        else:
+            include = [{"class": shapes[0], "count": 5, "color": colors[0]}]
+            text, tag = f"five {colors[0]} {plural(shapes[0])}", "five"
+        row: dict[str, Any] = {"prompt": text, "tag": tag, "include": include}
+        if kind == 2:
+            row["exclude"] = [{"class": shapes[0], "count": 6}]
+        if text not in {r["prompt"] for r in rows}:
+            rows.append(row)
+    return rows
+
+
+def shuffle_scores(folder: Path, seed: int) -> None:
+    """Give the scores of each group to its images in another order: what no method may profit from."""
+    path = folder / "scores" / f"{REWARD['name']}.parquet"
+    table = pq.read_table(path)
+    groups = np.array(table["group_id"].to_pylist())
+    source = np.arange(len(groups))
+    for group in dict.fromkeys(groups.tolist()):
+        rows = np.flatnonzero(groups == group)
+        source[rows] = draw(seed, "shuffle", group=group).permutation(rows)
+    shuffled = table.take(source)
+    for key in ("group_id", "index"):
+        shuffled = shuffled.set_column(shuffled.schema.get_field_index(key), key, table[key])
+    pq.write_table(shuffled, path)
+
+
+@dataclass(frozen=True)
+class Cell:
+    base: str
+    method: str
+    seed: int
+    shuffled: bool
+
+    def folder(self, out: Path) -> Path:
+        return out / self.base / f"{slug(self.method)}-{'shuffled' if self.shuffled else 'true'}-{self.seed}"
+
+
+def cells(bases: list[str], seeds: list[int]) -> list[Cell]:
+    return [
+        Cell(base, name, seed, shuffled)
+        for base in bases
+        for seed in seeds
+        for name, method in METHODS.items()
+        for shuffled in ((False, True) if method.control else (False,))
+    ]
+
+
+def steps_of(method: Method, size: Size) -> int:
+    return max(1, round(size.budget / (GROUPS_PER_STEP * method.forwards)))
+
+
+def prepare_data(base: str, seed: int, shuffled: bool, out: Path, size: Size) -> Path:
+    """Sample and score once a base and seed; true and shuffled labels each get a copy with its own ranking."""
+    raw = out / base / f"data-{seed}"
+    make_data(base, raw, seed, size.groups)
+    own = out / base / f"data-{seed}-{'shuffled' if shuffled else 'true'}"
+    if not own.is_dir():
+        part = own.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(raw, part)
+        if shuffled:
+            shuffle_scores(part, seed)
+        rank(PreferenceDataset(part), [REWARD["name"]])
+        part.rename(own)
+    return own
+
+
+def diversity(images: Path) -> float:
+    """Root mean square difference in [0, 1] of two images of one prompt, averaged over prompts and pairs."""
+    by_prompt: dict[str, list[np.ndarray]] = {}
+    for path in sorted(images.glob("*.png")):
+        by_prompt.setdefault(path.stem.rsplit("-", 1)[0], []).append(np.asarray(Image.open(path), np.float32) / 255)
+    values = [
+        float(np.sqrt(((a - b) ** 2).mean()))
+        for group in by_prompt.values()
+        for i, a in enumerate(group)
+        for b in group[i + 1 :]
+    ]
+    return statistics.fmean(values)
+
+
+def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[str]) -> None:
+    folder = cell.folder(out)
+    if (folder / "cell.json").is_file():
+        return
+    method = METHODS[cell.method]
+    steps = steps_of(method, size)
+    recipe = RECIPES[cell.base].replace("dpo", method.recipe)
+    data = prepare_data(cell.base, cell.seed, cell.shuffled, out, size)
+    given = (f"run_dir={folder}", f"data.path={data}", f"seed={cell.seed}", f"train.steps={steps}")
+    config = load_config(recipe, (*given, "tracking.trackers=[]", *method.overrides, *overrides))
+    stages.train(config)
+    other = out / "out_of_distribution.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(size.out_of_distribution)))
+    scores: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
+    for kind, source, n in (("held_out", prompts, size.prompts), ("out_of_distribution", str(other), None)):
+        place = folder / kind
+        plan = {
+            "model": config.model.model_dump(), "weights": str(folder / "weights"), "prompts": source, "n": n,
+            "seeds": size.seeds_per_prompt, "reward": REWARD, "out": str(place),
+        }  # fmt: skip
+        stages.evaluate(EvalConfig.model_validate({**plan, **SAMPLING}), base_folder=out / cell.base / f"base-{kind}")
+        scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in MEASURES} for m in ("base", "tuned")}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = [json.loads(line)["seconds"] for line in (folder / "timing.jsonl").read_text().splitlines()]
+    tail = rows[-max(1, len(rows) // 10) :]
+    facts = {
+        **asdict(cell),
+        "steps": steps,
+        "seconds_per_step": statistics.median(timing),
+        "drift": statistics.fmean(row["drift"] for row in tail) if "drift" in tail[0] else None,
+        "diversity": diversity(folder / "held_out" / "eval" / "images" / "tuned"),
+        "base_diversity": diversity(out / cell.base / "base-held_out"),
+        "scores": scores,
+    }
+    part = folder / "cell.part"
+    part.write_text(json.dumps(facts))
+    part.rename(folder / "cell.json")
+
+
+def estimate(todo: list[Cell], size: Size) -> float:
+    """CPU-hours of the cells that are left: a training pass counts three forwards, an image its steps twice."""
+    total = 0.0
+    for base in dict.fromkeys(cell.base for cell in todo):
+        model = load_config(RECIPES[base]).model
+        backbone = stages.open_backbone(model, "cpu")
+        conditioning = {k: v.repeat(16, *[1] * (v.dim() - 1)) for k, v in backbone.encode_prompts(["a circle"]).items()}
+        side = backbone.default_resolution // backbone.vae_scale_factor
+        x, t = torch.randn(16, backbone.latent_channels, side, side), torch.full((16,), 0.5 * backbone.process.span)
+        times = []
+        for _ in range(4):
+            started = time.process_time()
+            with torch.no_grad():
+                backbone.predict(x, t, conditioning)
+            times.append((time.process_time() - started) / 16)
+        images = (size.prompts + size.out_of_distribution) * size.seeds_per_prompt
+        own = [cell for cell in todo if cell.base == base]
+        sampled = size.groups * 8 * len({cell.seed for cell in own}) + images * (len(own) + 1)
+        total += min(times[1:]) * (3 * size.budget * len(own) + 2 * SAMPLING["steps"] * sampled)
+    return total / 3600
+
+
+def summarise(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a base, method and kind of labels, over the seeds."""
+    rows = []
+    for key in dict.fromkeys((c["base"], c["method"], c["shuffled"]) for c in done):
+        own = [c for c in done if (c["base"], c["method"], c["shuffled"]) == key]
+        row: dict[str, Any] = {"base": key[0], "method": key[1], "shuffled": key[2], "seeds": len(own)}
+        for kind in ("held_out", "out_of_distribution"):
+            for column in MEASURES:
+                sides = [pool([np.array(c["scores"][kind][m][column], float) for c in own]) for m in ("base", "tuned")]
+                row[f"{kind} {column}"] = asdict(compare(sides[0], sides[1]))
+        twins = [c for c in done if (c["base"], c["method"], c["shuffled"]) == (*key[:2], True)]
+        if not key[2] and twins and {c["seed"] for c in twins} == {c["seed"] for c in own}:
+            sides = [
+                pool([np.array(c["scores"]["held_out"]["tuned"][MEASURES[0]], float) for c in group])
+                for group in (twins, own)
+            ]
+            row["against shuffled"] = asdict(compare(sides[0], sides[1]))
+        for name in ("steps", "seconds_per_step", "diversity", "base_diversity"):
+            row[name] = statistics.fmean(c[name] for c in own)
+        drifts = [c["drift"] for c in own if c["drift"] is not None]
+        row["drift"] = statistics.fmean(drifts) if drifts else None
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", nargs="+", default=["shapes-sdxl", "shapes-sd3"], choices=list(RECIPES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-objectives"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--prompts", default="testbed:test", help="testbed:validation is for choosing settings")
+    parser.add_argument("--max-hours", type=float, default=8.0)
+    parser.add_argument("--tiny", action="store_true", help="a few groups, steps and prompts: does everything run?")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of every training config")
+    given = parser.parse_intermixed_args()
+    size = TINY if given.tiny else Size()
+    out = given.out / given.prompts.replace(":", "-")
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = cells(given.bases, given.seeds)
+    todo = [cell for cell in wanted if not (cell.folder(out) / "cell.json").is_file()]
+    if todo:
+        hours = estimate(todo, size)
+        print(f"{len(todo)} of {len(wanted)} cells to run, about {hours:.2f} CPU-hours", flush=True)
+        if hours > given.max_hours:
+            sys.exit(f"more than --max-hours={given.max_hours:g}; choose fewer bases or seeds")
+    for cell in todo:
+        print(f"\n=== {cell.base}: {cell.method}, {'shuffled' if cell.shuffled else 'true'} labels, seed {cell.seed}")
+        run_cell(cell, out, size, given.prompts, given.overrides)
+    done = [json.loads((cell.folder(out) / "cell.json").read_text()) for cell in wanted]
+    if given.prompts == "testbed:test":
+        write_report(summarise(done), given.results, {**asdict(size), "overrides": given.overrides})
+
+
+if __name__ == "__main__":
+    main()

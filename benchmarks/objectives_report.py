@@ -1,0 +1,82 @@
+"""The table and the picture of objectives.py: Markdown, JSON and an SVG without script."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+DENSE, EXACT = "geneval.dense", "geneval.exact"
+ROW, LEFT, WIDTH = 22, 250, 760
+
+
+def interval(values: dict[str, float] | None) -> str:
+    if values is None:
+        return ""
+    return f"{values['difference']:+.3f} ({values['low']:+.3f} to {values['high']:+.3f})"
+
+
+def name(row: dict[str, Any]) -> str:
+    return row["method"] + (", shuffled labels" if row["shuffled"] else "")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Differences from the base with 95 % intervals over prompts."""
+    lines = []
+    for base in dict.fromkeys(row["base"] for row in rows):
+        own = [row for row in rows if row["base"] == base]
+        score = own[0][f"held_out {DENSE}"]["base"]
+        lines += [
+            f"### {base} (dense {score:.3f}, diversity {own[0]['base_diversity']:.3f} before)\n",
+            "| method | dense, held out | exact, held out | dense, unseen kinds | true against shuffled | drift | "
+            "diversity | steps | s/step |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in own:
+            drift = "" if row["drift"] is None else f"{row['drift']:.2g}"
+            lines.append(
+                f"| {name(row)} | {interval(row[f'held_out {DENSE}'])} | {interval(row[f'held_out {EXACT}'])} | "
+                f"{interval(row[f'out_of_distribution {DENSE}'])} | {interval(row.get('against shuffled'))} | {drift} | "
+                f"{row['diversity']:.3f} | {row['steps']:.0f} | {row['seconds_per_step']:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """A dot and its interval for every row: difference of the held-out dense score from the base."""
+    found = [row[f"held_out {DENSE}"] for row in rows]
+    low, high = min(0.0, *(v["low"] for v in found)), max(0.0, *(v["high"] for v in found))
+    room = (high - low) * 0.05 or 0.01
+    low, high = low - room, high + room
+    height = ROW * (len(rows) + 2)
+
+    def x(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - 20) * (value - low) / (high - low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{ROW}" y2="{height - ROW}" stroke="#999"/>',
+        f'<text x="{x(0):.1f}" y="{height - 6}" text-anchor="middle">no change of the dense score</text>',
+    ]
+    for i, (row, value) in enumerate(zip(rows, found, strict=True)):
+        y = ROW * (i + 1.5)
+        color = "#999999" if row["shuffled"] else "#1f5fa8"
+        label = escape(f"{name(row)} ({row['base'].removeprefix('shapes-')})")
+        parts += [
+            f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>',
+            f'<line x1="{x(value["low"]):.1f}" x2="{x(value["high"]):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+            f'stroke="{color}" stroke-width="2"/>',
+            f'<circle cx="{x(value["difference"]):.1f}" cy="{y:.1f}" r="4" fill="{color}"/>',
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def write_report(rows: list[dict[str, Any]], folder: Path, size: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    print(f"\n{text}")
+    (folder / "objectives.md").write_text(text)
+    (folder / "objectives.svg").write_text(picture(rows))
+    (folder / "objectives.json").write_text(json.dumps({"size": size, "rows": rows}, indent=1) + "\n")
+    print(f"written: {folder}/objectives.md, .svg, .json")
