@@ -1,23 +1,51 @@
 """Rewards: one file a family, one seam (`Reward`), a plain table of names. Useful alone, without a config."""
 
 import difflib
+import inspect
 from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Reward
+from diffalign.rewards.controls import JpegCompressibility, Sharpness
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward
 
-REWARDS: dict[str, type[Reward]] = {"geneval": GenEvalReward}
+REWARDS: dict[str, type[Reward]] = {
+    "geneval": GenEvalReward,
+    "jpeg_compressibility": JpegCompressibility,
+    "sharpness": Sharpness,
+}
 
 
 def load_reward(name: str, **options: Any) -> Reward:
-    """Build a reward by name; `options` are its own arguments (GenEval: `detector` and its thresholds)."""
+    """Build a reward by name; `options` are its own arguments (GenEval: `detector` and its thresholds).
+
+    Raises DiffalignError for a name or an option that does not exist. Weights load with the first image.
+    """
     if name not in REWARDS:
         close = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(REWARDS)}"
         raise DiffalignError(f"unknown reward {name!r}: {hint}")
+    known = accepted(name)
+    for option in options:
+        if known is not None and option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(sorted(known)) or 'none'}"
+            raise DiffalignError(f"reward {name}: unknown option {option!r}; {hint}")
     return REWARDS[name](**options)
 
 
-__all__ = ["REWARDS", "Detection", "Detector", "GenEvalReward", "Reward", "load_reward"]
+def accepted(name: str) -> set[str] | None:
+    """Names of the options of a reward; None where it checks them itself."""
+    known: set[str] = set()
+    for kind in REWARDS[name].__mro__:
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        known |= {p.name for p in parameters if p.name not in ("self", "args", "kwargs") and p.kind != p.VAR_KEYWORD}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return known  # a class that hands no keywords on says all there is
+        if not any(p.name == "shared" for p in parameters):
+            return None
+    return known
+
+
+__all__ = ["REWARDS", "Detection", "Detector", "GenEvalReward", "Reward", "accepted", "load_reward"]

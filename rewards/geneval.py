@@ -12,7 +12,7 @@ Four scores, because the field uses four under one name:
             wanted and three found is -1), and a wrong place counts 0 and then 1 more.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL import Image
@@ -162,6 +162,8 @@ class GenEvalReward(Reward):
     range = (0.0, 1.0)
     licence = "MIT (the decisions); the detector's own"
     weights = "the detector's"
+    source = "arXiv 2310.11513"
+    reads = ("prompt", "metadata")
 
     def __init__(self, detector: Detector, **settings: Any) -> None:
         self.detector = detector
@@ -172,6 +174,12 @@ class GenEvalReward(Reward):
                 f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}"
             ) from error
         self.reasons: list[str] = []
+
+    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
+        return super().unfit(prompt, metadata) or ("" if metadata.get("include") else "no GenEval metadata (include)")
+
+    def options(self) -> dict[str, Any]:
+        return {"detector": type(self.detector).__name__, **asdict(self.settings)}
 
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None

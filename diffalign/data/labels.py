@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.rank import vote_shares
 from diffalign.errors import DiffalignError
+from diffalign.rewards.aggregate import vote_shares
 
 
 def labels(
