@@ -9,9 +9,11 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.controls import JpegCompressibility, Sharpness
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward
+from diffalign.rewards.ocr import OCRReward
 
 REWARDS: dict[str, type[Reward]] = {
     "geneval": GenEvalReward,
+    "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,
     "sharpness": Sharpness,
 }
@@ -48,4 +50,4 @@ def accepted(name: str) -> set[str] | None:
     return known
 
 
-__all__ = ["REWARDS", "Detection", "Detector", "GenEvalReward", "Reward", "accepted", "load_reward"]
+__all__ = ["REWARDS", "Detection", "Detector", "GenEvalReward", "OCRReward", "Reward", "accepted", "load_reward"]

@@ -60,7 +60,7 @@ def score_items(
             identities[label] = reward.identity()
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
-            known += len(wanted) - len(todo)
+            known += sum(key in store.known for key in wanted)
             found, bad = _score(
                 items, processes.share(todo), hashes, reward, store, batch_size, pool, label, on_progress
             )

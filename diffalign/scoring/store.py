@@ -146,7 +146,7 @@ def _below(name: str, sources: list[str]) -> bool:
 
 def _carried(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     same = old is not None and all(old.get(k) == new.get(k) for k in ("sha256", "prompt"))
-    return {**{k: v for k, v in (old or {}).items() if same and k not in FIXED}, **new}
+    return {**new, **{k: v for k, v in (old or {}).items() if same and k not in new}}
 
 
 def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
