@@ -5,13 +5,22 @@ import inspect
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.rewards.aesthetic import Aesthetic
 from diffalign.rewards.base import Reward
+from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.controls import JpegCompressibility, Sharpness
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward
+from diffalign.rewards.hpsv2 import HPSv2
+from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 
 REWARDS: dict[str, type[Reward]] = {
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "imagereward": ImageReward,
+    "clipscore": CLIPScore,
+    "aesthetic": Aesthetic,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,

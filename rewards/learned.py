@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,8 +24,8 @@ class LearnedReward(Reward):
     where HPSv2's scores lie.
     """
 
-    repo: ClassVar[str]
-    file: ClassVar[str | None] = None
+    repo: str
+    file: str | None = None
 
     def __init__(
         self,
@@ -79,6 +79,19 @@ class LearnedReward(Reward):
         self.reasons = [""] * len(items)
         pixels = torch.stack([item for item in items if isinstance(item, Tensor)])
         return {self.columns[0]: self.forward(pixels.to(self.device), prompts).float().cpu()}
+
+    def prepare_tensors(self, pixels: Tensor) -> Tensor:
+        """`prepare` of float pixels [B, 3, H, W] in [0, 1], with its gradient."""
+        raise DiffalignError(f"reward {self.name} is not differentiable; `diffalign rewards` lists those that are")
+
+    def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or len(prompts) != len(pixels):
+            raise DiffalignError(
+                f"reward {self.name}: pixels of shape {list(pixels.shape)}, {pixels.dtype} with {len(prompts)} prompts; "
+                "float [B, 3, H, W] in [0, 1] and B prompts are needed"
+            )
+        # In float32 up to the network: bfloat16 pixels would be 2 levels apart already.
+        return self.forward(self.prepare_tensors(pixels.to(self.device).float()), prompts).float()
 
     def weights_id(self) -> str:
         copy = "" if self.local is None else "local copy of "
