@@ -124,8 +124,7 @@ def _open(specs: list[RewardSpec], device: str) -> dict[str, Reward]:
             from diffalign.testbed.detector import ShapeDetector
 
             options["detector"] = ShapeDetector()
-        known = accepted(spec.name) if spec.name else None
-        if known and "device" in known:
+        if spec.name in REWARDS and "device" in accepted(spec.name):
             options.setdefault("device", device)
         opened[spec.label] = load_reward(spec.name, **options)
     return opened

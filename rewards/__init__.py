@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from dataclasses import fields
 from typing import Any
 
 from diffalign.errors import DiffalignError
@@ -10,17 +11,23 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.controls import JpegCompressibility, Sharpness
 from diffalign.rewards.detection import Detection, Detector
-from diffalign.rewards.geneval import GenEvalReward
+from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
 from diffalign.rewards.hpsv2 import HPSv2
+from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
+from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.vqascore import VQAScore
 
 REWARDS: dict[str, type[Reward]] = {
     "pickscore": PickScore,
     "hpsv2": HPSv2,
+    "hpsv3": HPSv3,
     "imagereward": ImageReward,
     "clipscore": CLIPScore,
     "aesthetic": Aesthetic,
+    "vqascore": VQAScore,
+    "unifiedreward": UnifiedReward,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,
@@ -39,23 +46,23 @@ def load_reward(name: str, **options: Any) -> Reward:
         raise DiffalignError(f"unknown reward {name!r}: {hint}")
     known = accepted(name)
     for option in options:
-        if known is not None and option not in known:
+        if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(sorted(known)) or 'none'}"
+            hint = f"did you mean {close[0]!r}?" if close else f"its settings are {', '.join(sorted(known)) or 'none'}"
             raise DiffalignError(f"reward {name}: unknown option {option!r}; {hint}")
     return REWARDS[name](**options)
 
 
-def accepted(name: str) -> set[str] | None:
-    """Names of the options of a reward; None where it checks them itself."""
-    known: set[str] = set()
+def accepted(name: str) -> set[str]:
+    """Names of the options of a reward: those of its own constructor, and of those that it hands keywords on to."""
+    known = {field.name for field in fields(GenEvalSettings)} if name == "geneval" else set()
     for kind in REWARDS[name].__mro__:
         parameters = inspect.signature(kind.__init__).parameters.values()
-        known |= {p.name for p in parameters if p.name not in ("self", "args", "kwargs") and p.kind != p.VAR_KEYWORD}
+        known |= {
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
+        }
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            return known  # a class that hands no keywords on says all there is
-        if not any(p.name == "shared" for p in parameters):
-            return None
+            break
     return known
 
 
