@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import LearnedReward
+from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
 from diffalign.rewards.weights import fetch
 
@@ -21,10 +21,9 @@ SIDE = 224
 TOKENS = 77
 
 
-class ClipReward(LearnedReward):
+class ClipReward(TensorReward):
     """Image and text embeddings of a CLIPModel folder; subclasses say what becomes of them."""
 
-    differentiable = True
     preprocessing = "shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
     rounding: Rounding = "floor"
     tokenizer_repo: str | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import LearnedReward
+from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
 from diffalign.rewards.weights import fill, load_state
 
@@ -21,7 +21,7 @@ SIDE = 224
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
-class HPSv2(LearnedReward):
+class HPSv2(TensorReward):
     """Cosine of image and prompt. Releases are not comparable with each other, nor are prompts among themselves.
 
     release: 2.1 (the default of `hpsv2.evaluate`) or 2.0 (that of `hpsv2.score`). antialias: torchvision's default for tensors
@@ -35,7 +35,6 @@ class HPSv2(LearnedReward):
     licence = "Apache-2.0"
     weights = "xswu/HPSv2"
     size = "2 GB"
-    differentiable = True
     source = "arXiv 2306.09341"
     repo = "xswu/HPSv2"
     preprocessing = "longer side to 224 bicubic on floats, black letterbox, CLIP normalisation"

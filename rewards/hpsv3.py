@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Prepared
+from diffalign.rewards.learned import check_pixels
+from diffalign.rewards.pixels import normalise, resize
 from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
 from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28
+BICUBIC = Image.Resampling.BICUBIC
 # The words, blanks at line ends included, are the model's interface: it was trained on these.
 INSTRUCTION = Path(__file__).with_name("hpsv3_instruction.txt").read_text(encoding="utf-8")
 ASK = f"\nPlease provide the overall ratings of this image: {TOKEN}\n\nEND\n"
@@ -71,6 +74,7 @@ class HPSv3(VisionLanguageReward):
     licence = "MIT (code); the weights' card says which for them"
     weights = "MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct"
     size = "16.6 GB"
+    differentiable = True
     source = "arXiv 2508.03789"
     repo = "MizzenAI/HPSv3"
     file = "HPSv3.safetensors"
@@ -113,21 +117,46 @@ class HPSv3(VisionLanguageReward):
         model.rm_head.float()
         return model
 
+    def _inputs(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
+        """Inputs for pictures that have their size already."""
+        texts = [INSTRUCTION.replace("{prompt}", plain(prompt)) + ASK for prompt in prompts]
+        return self.encode(images, texts, do_resize=False)
+
     @torch.no_grad()
     def measure_prepared(
         self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
         self.reasons = [""] * len(items)
         token = self.token
-        texts = [INSTRUCTION.replace("{prompt}", plain(prompt)) + ASK for prompt in prompts]
-        batch = self.encode([to_area(image, self.pixels) for image in pictures(items)], texts, do_resize=False)
-        found = self.network(batch, token).cpu()
+        images = [image.resize(area(image.width, image.height, self.pixels), BICUBIC) for image in pictures(items)]
+        found = self.network(self._inputs(images, prompts), token).cpu()
         return {"hpsv3": found[:, 0], "sigma": found[:, 1].exp()}
 
+    def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        check_pixels(self.name, pixels, prompts)
+        token = self.token
+        width, height = area(pixels.shape[-1], pixels.shape[-2], self.pixels)
+        # The processor writes everything but the pixels; their values come from the tensors, with the gradient.
+        batch = self._inputs([Image.new("RGB", (width, height))] * len(prompts), prompts)
+        resized = resize(pixels.to(self.device).float(), height, width).clamp(0, 1)
+        processor = self.processor.image_processor
+        normal = normalise(resized, tuple(processor.image_mean), tuple(processor.image_std))
+        batch["pixel_values"] = patches(normal, processor.patch_size, processor.merge_size).to(self.dtype)
+        scores: Tensor = self.network(batch, token)[:, 0]
+        return scores
 
-def to_area(image: Image.Image, pixels: int, factor: int = 28) -> Image.Image:
-    """Sides that are multiples of 28 and at most `pixels` in all, as close to the picture's shape as Qwen's rule allows."""
+
+def area(width: int, height: int, pixels: int, factor: int = 28) -> tuple[int, int]:
+    """(width, height) as multiples of 28 with about `pixels` in all, as close to the picture's shape as Qwen's rule allows."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    height, width = smart_resize(image.height, image.width, factor=factor, min_pixels=pixels, max_pixels=pixels)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    rows, columns = smart_resize(height, width, factor=factor, min_pixels=pixels, max_pixels=pixels)
+    return columns, rows
+
+
+def patches(pixels: Tensor, side: int, merge: int) -> Tensor:
+    """[B, 3, H, W] to Qwen2-VL's rows [B * patches, 3 * 2 * side * side]: merged blocks together, each frame twice."""
+    b, c, h, w = pixels.shape
+    cells = pixels.reshape(b, c, h // side // merge, merge, side, w // side // merge, merge, side)
+    rows = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, block row, block column, row, column, channel, y, x
+    return rows.unsqueeze(6).expand(*rows.shape[:6], 2, side, side).reshape(-1, c * 2 * side * side)

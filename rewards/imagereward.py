@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.rewards.aesthetic import linear_head
-from diffalign.rewards.learned import LearnedReward
+from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
 from diffalign.rewards.weights import fetch, fill, load_state
 
@@ -96,7 +96,7 @@ def _layers(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
-class ImageReward(LearnedReward):
+class ImageReward(TensorReward):
     """About standard normal over its training pictures, typically -3 to 2. Prompts are cut at 35 tokens, as in the original.
 
     weights: a local `ImageReward.pt`, or its folder. tokenizer: a local copy of bert-base-uncased.
@@ -108,7 +108,6 @@ class ImageReward(LearnedReward):
     licence = "Apache-2.0"
     weights = "THUDM/ImageReward"
     size = "1.8 GB"
-    differentiable = True
     source = "arXiv 2304.05977"
     repo = "THUDM/ImageReward"
     file = "ImageReward.pt"

@@ -63,35 +63,16 @@ class LearnedReward(Reward):
     def build(self) -> torch.nn.Module:
         """The network with its weights, in `self.dtype`, from `self.path`."""
 
-    @abstractmethod
-    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """float32 [B] of pixels as the network takes them."""
-
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
         return self.measure_prepared([self.prepare(image) for image in images], prompts, metadata)
 
-    @torch.no_grad()
+    @abstractmethod
     def measure_prepared(
         self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        self.reasons = [""] * len(items)
-        pixels = torch.stack([item for item in items if isinstance(item, Tensor)])
-        return {self.columns[0]: self.forward(pixels.to(self.device), prompts).float().cpu()}
-
-    def prepare_tensors(self, pixels: Tensor) -> Tensor:
-        """`prepare` of float pixels [B, 3, H, W] in [0, 1], with its gradient."""
-        raise DiffalignError(f"reward {self.name} is not differentiable; `diffalign rewards` lists those that are")
-
-    def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or len(prompts) != len(pixels):
-            raise DiffalignError(
-                f"reward {self.name}: pixels of shape {list(pixels.shape)}, {pixels.dtype} with {len(prompts)} prompts; "
-                "float [B, 3, H, W] in [0, 1] and B prompts are needed"
-            )
-        # In float32 up to the network: bfloat16 pixels would be 2 levels apart already.
-        return self.forward(self.prepare_tensors(pixels.to(self.device).float()), prompts).float()
+        """`measure` of what `prepare` returned."""
 
     def weights_id(self) -> str:
         copy = "" if self.local is None else "local copy of "
@@ -104,3 +85,39 @@ class LearnedReward(Reward):
         self._network = None
         if self.device != "cpu":
             torch.cuda.empty_cache()
+
+
+class TensorReward(LearnedReward):
+    """A reward whose network takes one tensor [B, 3, S, S] for pictures, however it was made: both paths meet in `forward`."""
+
+    differentiable = True
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """float32 [B] of pixels as the network takes them."""
+
+    @abstractmethod
+    def prepare_tensors(self, pixels: Tensor) -> Tensor:
+        """`prepare` of float pixels [B, 3, H, W] in [0, 1], with its gradient."""
+
+    def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        check_pixels(self.name, pixels, prompts)
+        # In float32 up to the network: bfloat16 pixels would be 2 levels apart already.
+        return self.forward(self.prepare_tensors(pixels.to(self.device).float()), prompts).float()
+
+    @torch.no_grad()
+    def measure_prepared(
+        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        self.reasons = [""] * len(items)
+        pixels = torch.stack([item for item in items if isinstance(item, Tensor)])
+        return {self.columns[0]: self.forward(pixels.to(self.device), prompts).float().cpu()}
+
+
+def check_pixels(name: str, pixels: Tensor, prompts: list[str]) -> None:
+    """Raises DiffalignError unless there are float pixels [B, 3, H, W] and B prompts."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or len(prompts) != len(pixels):
+        raise DiffalignError(
+            f"reward {name}: pixels of shape {list(pixels.shape)}, {pixels.dtype} with {len(prompts)} prompts; "
+            "float [B, 3, H, W] in [0, 1] and B prompts are needed"
+        )

@@ -55,7 +55,7 @@ def crop_square_tensor(pixels: Tensor, size: int, rounding: Rounding) -> Tensor:
     """`crop_square` of [B, 3, H, W] in [0, 1], with its gradient. The clamp is what 8 bits do to bicubic overshoot."""
     height, width = _scaled(pixels.shape[-2], pixels.shape[-1], size)
     left, top = _offset(width - size, rounding), _offset(height - size, rounding)
-    return _resize(pixels, height, width).clamp(0, 1)[..., top : top + size, left : left + size]
+    return resize(pixels, height, width).clamp(0, 1)[..., top : top + size, left : left + size]
 
 
 def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
@@ -66,13 +66,14 @@ def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
     batched = pixels if pixels.ndim == 4 else pixels[None]
     scale = size / max(batched.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in batched.shape[-2:])
-    resized = _resize(batched, height, width, antialias)
+    resized = resize(batched, height, width, antialias)
     top, left = (size - height) // 2, (size - width) // 2
     padded = F.pad(resized, (left, size - width - left, top, size - height - top))
     return padded if pixels.ndim == 4 else padded[0]
 
 
-def _resize(pixels: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
+def resize(pixels: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
+    """Bicubic, without a clamp; the same tensor where the size is right already."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     return F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=antialias)

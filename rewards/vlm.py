@@ -72,9 +72,6 @@ class VisionLanguageReward(LearnedReward):
             raise DiffalignError(f"reward {self.name}: {self.repo} writes {word!r} as {len(ids)} tokens; one is needed")
         return int(ids[0])
 
-    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        raise DiffalignError(f"reward {self.name} takes pictures, not tensors")
-
 
 def plain(prompt: str) -> str:
     """The prompt without chat markup such as <|im_end|> or <|image_pad|>, which would end the question or ask for a picture."""

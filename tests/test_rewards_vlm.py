@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
-from diffalign.rewards.hpsv3 import ASK, INSTRUCTION, PIXELS, TOKEN, HPSv3, to_area
+from diffalign.rewards.hpsv3 import ASK, INSTRUCTION, PIXELS, TOKEN, HPSv3, area
+from diffalign.rewards.pixels import to_tensor
 from diffalign.rewards.unifiedreward import UnifiedReward, parse
 from diffalign.rewards.vlm import plain
 from diffalign.rewards.vqascore import yes_probability
@@ -188,7 +189,8 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
     base.eval()
     for i, (image, prompt) in enumerate(zip(IMAGES, PROMPTS, strict=True)):
         before, after = (INSTRUCTION + ASK).replace("{prompt}", plain(prompt)).split(TOKEN)
-        inputs = asked(qwen, to_area(image, 56 * 56), before + "\x01" + after, do_resize=False)
+        sized = image.resize(area(image.width, image.height, 56 * 56), Image.Resampling.BICUBIC)
+        inputs = asked(qwen, sized, before + "\x01" + after, do_resize=False)
         place = (inputs["input_ids"][0] == tokenizer("\x01")["input_ids"][0]).nonzero()[0, 0]
         inputs["input_ids"][0, place] = token
         with torch.no_grad():
@@ -198,18 +200,23 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
                 x = x.relu() if layer != 5 else x
         assert measured["hpsv3"][i].item() == pytest.approx(x[0].item(), abs=1e-4)
         assert measured["sigma"][i].item() == pytest.approx(math.exp(x[1].item()), rel=1e-3)
-    with pytest.raises(DiffalignError, match="is not differentiable"):
-        reward.score_tensors(torch.rand(1, 3, 8, 8), ["a"])
+    # Without a resize the differentiable path is the same numbers; with one, within the bound of an 8-bit resize.
+    for size, bound in (((56, 56), 1e-5), ((96, 64), 0.02)):
+        image = pictures.smooth(4, *size)
+        pixels = to_tensor(image)[None].requires_grad_()
+        found = reward.score_tensors(pixels, ["a cat"])
+        assert found.item() == pytest.approx(reward.score([image], ["a cat"]).item(), abs=bound)
+        (gradient,) = torch.autograd.grad(found.sum(), pixels)
+        assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
+    with pytest.raises(DiffalignError, match=r"float \[B, 3, H, W\]"):
+        reward.score_tensors(torch.rand(1, 3, 8, 8), ["a", "b"])
 
 
 def test_hpsv3_sizes_and_words() -> None:
     for size in ((1024, 1024), (640, 480), (1920, 1080), (64, 64)):
-        image = to_area(Image.new("RGB", size), PIXELS)
-        assert image.width % 28 == image.height % 28 == 0
-        assert (
-            abs(image.width / image.height - size[0] / size[1]) < 0.15
-            and abs(image.width * image.height / PIXELS - 1) < 0.15
-        )
+        width, height = area(*size, PIXELS)
+        assert width % 28 == height % 28 == 0
+        assert abs(width / height - size[0] / size[1]) < 0.15 and abs(width * height / PIXELS - 1) < 0.15
     assert (
         INSTRUCTION.count("{prompt}") == 1 and INSTRUCTION.startswith("\nYou are tasked") and TOKEN not in INSTRUCTION
     )

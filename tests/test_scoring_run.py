@@ -189,6 +189,17 @@ def test_stopped_runs_go_on(tmp_path: Path) -> None:
     assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes() and straight.failed == 0
 
 
+def test_a_run_on_other_pictures_keeps_the_journal(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pictures.folder(tmp_path / name, 9, [f"prompt of {name}"])
+    out = tmp_path / "o.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run([tmp_path / "a"], out, Counting(stop_after=2))
+    run([tmp_path / "b"], out)
+    _, reward = run([tmp_path / "a"], out)
+    assert len(reward.seen) == 1 and len(lines(out)) == 18 and not (tmp_path / "o.jsonl.journal").exists()
+
+
 KILLED = """
 import os, signal, sys
 from test_scoring_run import Counting, run

@@ -64,6 +64,7 @@ class Store:
         self.added: dict[str, Result] = {}
         self.journal = None if path is None else path.with_name(path.name + ".journal")
         self._process = process
+        self._journaled: set[str] = set()
         self._stream: Any = None
         if path is not None:
             self._read_output(path)
@@ -90,6 +91,7 @@ class Store:
                     row = json.loads(line)
                     values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
                     self.known[row["key"]] = Result(values, row["reason"])
+                    self._journaled.add(row["key"])
                 except (ValueError, KeyError, TypeError, AttributeError):
                     continue  # the line that was being written when the process died
 
@@ -136,8 +138,14 @@ class Store:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        shutil.rmtree(self.journal, ignore_errors=True)
+        # A run on other pictures may have been killed before this one: what it paid for stays until it is asked for again.
+        if self._journaled <= {key for row in merged for key in _keys(row)}:
+            shutil.rmtree(self.journal, ignore_errors=True)
         return len(kept)
+
+
+def _keys(row: dict[str, Any]) -> set[str]:
+    return {key_of(str(row["sha256"]), row.get("prompt"), v) for n, v in row.items() if n.endswith(IDENTITY) and v}
 
 
 def _below(name: str, sources: list[str]) -> bool:
