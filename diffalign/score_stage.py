@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from diffalign.data.schema import score_schema
 from diffalign.data.writer import replacing
@@ -95,7 +96,8 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
     if len(parts) == 2:
         pairing = versus.pair(*parts)
         names = (" ".join(request.images), " ".join(request.against or []))
-        console.print(versus.table(versus.compare_scores(*parts, pairing), pairing, names))
+        print(versus.heading(pairing, names))
+        console.print(versus.table(versus.compare_scores(*parts, pairing)))
     if request.labels:
         console.print(agreement.table(agreement.read_choices(request.labels, both), both))
     for line in faults(both):
@@ -182,8 +184,17 @@ def show_rewards() -> None:
         shown.add_column(name, overflow="fold")
     for name, kind in REWARDS.items():
         low, high = (f"{bound:.3g}" for bound in kind.range)
+        reads = ", ".join(("image", *kind.reads))
         gradient = "yes" if kind.differentiable else ""
-        needs = ", ".join(kind.requires)
-        shown.add_row(name, f"{low} to {high}", ", ".join(("image", *kind.reads)), gradient, kind.weights, kind.size,
-                      kind.licence, needs)  # fmt: skip
+        cells = (
+            name,
+            f"{low} to {high}",
+            reads,
+            gradient,
+            kind.weights,
+            kind.size,
+            kind.licence,
+            ", ".join(kind.requires),
+        )
+        shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
     Console(width=None if sys.stdout.isatty() else 180).print(shown)

@@ -28,7 +28,7 @@ from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.objectives import OBJECTIVES, has_preference
 from diffalign.pipelines import load_backbone
 from diffalign.report.render import write_report
-from diffalign.rewards import Reward, load_reward
+from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.loop import start_accelerator
@@ -66,10 +66,13 @@ def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow
     return read_prompts(source)[:n]
 
 
-def open_reward(section: RewardSection) -> Reward:
-    """The reward, with its detector built and handed over."""
+def open_reward(section: RewardSection, device: str = "cpu") -> Reward:
+    """The reward, with its detector built and handed over where it takes one."""
     options = dict(section.options)
-    if section.detector is not None:
+    known = accepted(section.name) if section.name in REWARDS else set()
+    if "device" in known:
+        options.setdefault("device", device)
+    if section.detector is not None and "detector" in known:
         if section.detector not in DETECTORS:
             raise DiffalignError(f"reward.detector {section.detector!r}: unknown; there are {', '.join(DETECTORS)}")
         options["detector"] = DETECTORS[section.detector]()
@@ -194,7 +197,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         base=sampler(base, "policy" if full else "reference"),
         tuned=sampler(backbone, "policy"),
         plan=Plan(rows, config.seeds, config.seed, config.batch_size),
-        rewards={config.reward.name: open_reward(config.reward)},
+        rewards={config.reward.name: open_reward(config.reward, resolve_device(config.device))},
         out=config.out,
         identities={"base": drawn_by, "tuned": f"{drawn_by} {_digest(config.weights)}"},
         base_folder=base_folder,

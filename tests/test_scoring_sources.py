@@ -272,4 +272,4 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("score", str(a), "-r", "sharpness") == 3
     assert run("rewards") == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in ("pickscore", "hpsv2", "geneval", "Apache-2.0"))
+    assert all(name in listed for name in ("pickscore", "hpsv2", "geneval", "Apache-2.0", "[ocr]"))

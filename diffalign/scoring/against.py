@@ -60,13 +60,16 @@ def compare_scores(a: Scores, b: Scores, pairing: Pairing, seed: int = 0) -> dic
     return found
 
 
-def table(found: dict[str, Comparison], pairing: Pairing, names: tuple[str, str]) -> Table:
-    """B against A for a terminal."""
+def heading(pairing: Pairing, names: tuple[str, str]) -> str:
+    """What is compared, in one line."""
     pairs = sum(len(p) for p in pairing.prompts)
-    title = f"{names[1]} against {names[0]}: {pairs} pairs by {pairing.how}"
-    if pairing.unpaired:
-        title += f", {pairing.unpaired} pictures without a partner"
-    shown = Table(title=title, title_justify="left")
+    alone = f", {pairing.unpaired} pictures without a partner" if pairing.unpaired else ""
+    return f"A {names[0]} against B {names[1]}: {pairs} pairs by {pairing.how}{alone}"
+
+
+def table(found: dict[str, Comparison]) -> Table:
+    """B against A for a terminal."""
+    shown = Table()
     for name in ("reward", "prompts", "A", "B", "difference", "95% interval", "B wins", "95% interval"):
         shown.add_column(name, justify="left" if name == "reward" else "right")
     for column, c in found.items():
