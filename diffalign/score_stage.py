@@ -70,6 +70,10 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
     items = {side: collect(paths, prompting) for side, paths in sources.items() if paths}
+    if "B" in items:
+        both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
+        if both_sides:
+            raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
         both = score_items(

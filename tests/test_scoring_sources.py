@@ -262,6 +262,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     for words in ("6 pairs by name", "agreement with 1 human comparisons", "gallery:", "sharpness"):
         assert words in shown
+    assert run("score", str(a), "-r", "sharpness", "--against", str(a)) == 2
+    assert "000.png' is on both sides" in capsys.readouterr().err
     assert run("score", str(a), "-r", "sharpnes") == 2
     assert capsys.readouterr().err == "error: unknown reward 'sharpnes': did you mean 'sharpness'?\n"
     assert run("score", str(a), "-r", "ocr:sidee=1") == 2

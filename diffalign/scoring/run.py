@@ -52,12 +52,12 @@ def score_items(
     A picture that cannot be read or decoded gets its reason and no score; so does one whose prompt a reward cannot use.
     """
     processes = processes or Processes()
+    # All of them first: weights that are missing are said before an hour is spent on another reward.
+    identities = {label: reward.identity() for label, reward in rewards.items()}
     with ThreadPoolExecutor(workers) as pool:
         hashes, broken = _scan(items, pool, processes)
-        identities: dict[str, dict[str, Any]] = {}
         computed = known = 0
         for label, reward in rewards.items():
-            identities[label] = reward.identity()
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
             known += sum(key in store.known for key in wanted)
