@@ -32,7 +32,7 @@ from diffalign.objectives import OBJECTIVES, has_preference
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.report.render import write_report
-from diffalign.rewards import Reward, load_reward
+from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.checkpoint import checkpoints
@@ -75,10 +75,13 @@ def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow
     return read_prompts(source)[:n]
 
 
-def open_reward(section: RewardSection) -> Reward:
-    """The reward, with its detector built and handed over."""
+def open_reward(section: RewardSection, device: str = "cpu") -> Reward:
+    """The reward, with its detector built and handed over where it takes one."""
     options = dict(section.options)
-    if section.detector is not None:
+    known = accepted(section.name) if section.name in REWARDS else set()
+    if "device" in known:
+        options.setdefault("device", device)
+    if section.detector is not None and "detector" in known:
         if section.detector not in DETECTORS:
             raise DiffalignError(f"reward.detector {section.detector!r}: unknown; there are {', '.join(DETECTORS)}")
         options["detector"] = DETECTORS[section.detector]()
@@ -153,7 +156,7 @@ def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
     chunks = [texts[i : i + wanted.batch_size] for i in range(0, len(texts), wanted.batch_size)]
     parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    rewards = {section.name: open_reward(section) for section in wanted.rewards}
+    rewards = {section.name: open_reward(section, resolve_device(config.device)) for section in wanted.rewards}
     side = config.data.resolution or backbone.default_resolution
     return Validation(wanted, rows, encoded, rewards, side, config.seed)
 
@@ -308,7 +311,10 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         tuned=sampler(backbone, "policy", config.weights),
         others={name: sampler(backbone, "policy", path) for name, path in models.items() if name != "tuned"},
         plan=Plan(rows, config.seeds, config.seed, config.batch_size),
-        rewards={section.name: open_reward(section) for section in (config.reward, *config.more_rewards)},
+        rewards={
+            section.name: open_reward(section, resolve_device(config.device))
+            for section in (config.reward, *config.more_rewards)
+        },
         correction=config.corrected,
         out=config.out,
         identities={"base": drawn_by, **{name: f"{drawn_by} {_digest(path)}" for name, path in models.items()}},

@@ -12,7 +12,8 @@ Four scores, because the field uses four under one name:
             wanted and three found is -1), and a wrong place counts 0 and then 1 more.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -21,6 +22,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Reward, by_column
 from diffalign.rewards.detection import Detection, Detector
+from diffalign.rewards.mask2former import Mask2FormerDetector
 
 Box = tuple[float, float, float, float]
 
@@ -155,16 +157,35 @@ def decide(detections: list[Detection], metadata: Metadata, settings: GenEvalSet
 
 
 class GenEvalReward(Reward):
-    """GenEval on any detector. Score: `dense`; `official` and `exact` are 0 or 1."""
+    """GenEval on any detector. Score: `dense`; `official` and `exact` are 0 or 1.
+
+    detector: without one, the evaluator's own (`mask2former.Mask2FormerDetector`), to which weights, clip, revision, device and
+    dtype go. The other options are those of GenEvalSettings.
+    """
 
     name = "geneval"
     columns = ("dense", "official", "exact", "server")
     range = (0.0, 1.0)
-    licence = "MIT (the decisions); the detector's own"
-    weights = "the detector's"
+    licence = "MIT (the decisions, Mask2Former, CLIP)"
+    weights = "facebook/mask2former-swin-small-coco-instance, openai/clip-vit-large-patch14"
+    size = "2 GB"
+    source = "arXiv 2310.11513"
+    reads = ("prompt", "metadata")
 
-    def __init__(self, detector: Detector, **settings: Any) -> None:
-        self.detector = detector
+    def __init__(
+        self,
+        detector: Detector | None = None,
+        *,
+        weights: str | Path | None = None,
+        clip: str | Path | None = None,
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "float32",
+        **settings: Any,
+    ) -> None:
+        self.detector = detector or Mask2FormerDetector(
+            weights=weights, clip=clip, revision=revision, device=device, dtype=dtype
+        )
         try:
             self.settings = GenEvalSettings(**settings)
         except TypeError as error:
@@ -172,6 +193,19 @@ class GenEvalReward(Reward):
                 f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}"
             ) from error
         self.reasons: list[str] = []
+
+    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
+        return super().unfit(prompt, metadata) or ("" if metadata.get("include") else "no GenEval metadata (include)")
+
+    def weights_id(self) -> str:
+        return self.detector.weights_id() if isinstance(self.detector, Mask2FormerDetector) else "the detector's"
+
+    def free(self) -> None:
+        if isinstance(self.detector, Mask2FormerDetector):
+            self.detector.free()
+
+    def options(self) -> dict[str, Any]:
+        return {"detector": type(self.detector).__name__, **asdict(self.settings)}
 
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None

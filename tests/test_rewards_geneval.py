@@ -122,7 +122,7 @@ def test_reward_columns_and_a_broken_image(tmp_path) -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(DiffalignError, match="did you mean 'geneval'"):
         load_reward("genevel")
-    with pytest.raises(DiffalignError, match="its settings are threshold"):
+    with pytest.raises(DiffalignError, match="unknown option 'treshold'; did you mean 'threshold'"):
         load_reward("geneval", detector=Listed([]), treshold=0.2)
     with pytest.raises(DiffalignError, match="'a bench' has no GenEval metadata"):
         GenEvalReward(Listed([])).score([Image.new("RGB", (8, 8))], ["a bench"])

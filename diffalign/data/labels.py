@@ -3,9 +3,9 @@
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.rank import vote_shares
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
+from diffalign.rewards.aggregate import vote_shares
 
 
 def labels(

@@ -7,20 +7,7 @@ import numpy as np
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.writer import write_groups
 from diffalign.draws import draw
-
-
-def vote_shares(scores: np.ndarray) -> np.ndarray:
-    """Share of won comparisons of each image, [K] in [0, 1], from scores [R rewards, K images].
-
-    Every reward compares every pair; only a strictly higher score wins, so a tie gives nobody a vote. A pair with a NaN
-    casts no vote and leaves the denominator; an image that was never compared gets 0. No reward is rescaled: any
-    increasing transform of any reward leaves the shares unchanged.
-    """
-    a, b = scores[:, :, None], scores[:, None, :]
-    known = np.isfinite(a) & np.isfinite(b) & ~np.eye(scores.shape[1], dtype=bool)
-    wins = ((a > b) & known).sum(axis=(0, 2))
-    compared = known.sum(axis=(0, 2))
-    return (wins / np.maximum(compared, 1)).astype(np.float64)
+from diffalign.rewards.aggregate import vote_shares
 
 
 def rank(dataset: PreferenceDataset, sources: list[str], shuffle_seed: int | None = None) -> None:

@@ -1,0 +1,86 @@
+"""Two sets of pictures of the same prompts: paired win rates with intervals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+
+from diffalign.errors import DiffalignError
+from diffalign.evaluation.compare import Comparison, compare
+from diffalign.scoring.run import Scores
+from diffalign.scoring.summary import columns_of
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Rows of A and B that belong together, by prompt. how: "name" or "prompt"."""
+
+    how: str
+    prompts: list[list[tuple[int, int]]]
+    unpaired: int
+
+
+def pair(a: Scores, b: Scores) -> Pairing:
+    """Pictures of equal names below their folders; where no name agrees, those of equal prompts in the order of their names.
+
+    Raises DiffalignError where nothing can be paired.
+    """
+    by_key = {item.key: i for i, item in enumerate(b.items)}
+    pairs = [(i, by_key[item.key]) for i, item in enumerate(a.items) if item.key in by_key]
+    how = "name"
+    if not pairs:
+        how = "prompt"
+        waiting: dict[str, list[int]] = {}
+        for i, item in enumerate(b.items):
+            if item.prompt:
+                waiting.setdefault(item.prompt, []).append(i)
+        for i, item in enumerate(a.items):
+            if item.prompt and waiting.get(item.prompt):
+                pairs.append((i, waiting[item.prompt].pop(0)))
+    if not pairs:
+        raise DiffalignError("--against: no picture has the same name or the same prompt on both sides")
+    # Pictures of one prompt are not independent, so the interval resamples prompts.
+    prompts: dict[str, list[tuple[int, int]]] = {}
+    for i, j in pairs:
+        prompts.setdefault(a.items[i].prompt or a.items[i].name, []).append((i, j))
+    return Pairing(how, list(prompts.values()), len(a.items) + len(b.items) - 2 * len(pairs))
+
+
+def compare_scores(a: Scores, b: Scores, pairing: Pairing, seed: int = 0) -> dict[str, Comparison]:
+    """Column -> comparison, A as the base. Columns in which no pair has both scores are left out."""
+    widest = max(len(pairs) for pairs in pairing.prompts)
+    found = {}
+    for column in columns_of(a):
+        sides = np.full((2, len(pairing.prompts), widest), np.nan)
+        for p, pairs in enumerate(pairing.prompts):
+            for k, (i, j) in enumerate(pairs):
+                sides[:, p, k] = a.rows[i][column], b.rows[j][column]
+        if np.isfinite(sides).all(axis=0).any():
+            found[column] = compare(sides[0], sides[1], seed=seed)
+    return found
+
+
+def heading(pairing: Pairing, names: tuple[str, str]) -> str:
+    """What is compared, in one line."""
+    pairs = sum(len(p) for p in pairing.prompts)
+    alone = f", {pairing.unpaired} pictures without a partner" if pairing.unpaired else ""
+    return f"A {names[0]} against B {names[1]}: {pairs} pairs by {pairing.how}{alone}"
+
+
+def table(found: dict[str, Comparison]) -> Table:
+    """B against A for a terminal."""
+    shown = Table()
+    for name in ("reward", "prompts", "A", "B", "difference", "95% interval", "B wins", "95% interval"):
+        shown.add_column(name, justify="left" if name == "reward" else "right")
+    for column, c in found.items():
+        shown.add_row(
+            column,
+            str(c.prompts),
+            f"{c.base:.4f}",
+            f"{c.tuned:.4f}",
+            f"{c.difference:+.4f}",
+            f"{c.low:+.4f} to {c.high:+.4f}",
+            f"{c.win_rate:.1%}",
+            f"{c.win_low:.1%} to {c.win_high:.1%}",
+        )
+    return shown

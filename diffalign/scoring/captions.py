@@ -1,0 +1,146 @@
+"""Where prompts come from: metadata files, a sidecar .txt, the file's own name, or a table given by hand."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.data.schema import inside
+from diffalign.errors import DiffalignError
+
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+FILE_COLUMNS = ("file_name", "image", "file", "path", "name")
+SOURCES = ("auto", "metadata", "txt", "name", "none")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A prompt, and the facts that stood beside it."""
+
+    prompt: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a .jsonl, .csv or .parquet file. Raises DiffalignError with file and line."""
+    try:
+        if path.suffix == ".parquet":
+            for number, row in enumerate(pq.read_table(path).to_pylist()):
+                yield f"{path} row {number}", row
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                reader = csv.DictReader(stream, strict=True)
+                for row in reader:
+                    yield f"{path}:{reader.line_num}", dict(row)
+        elif path.suffix == ".jsonl":
+            # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
+        else:
+            raise DiffalignError(f"{path}: unknown kind of table; use .jsonl, .csv or .parquet")
+    except OSError as error:
+        raise DiffalignError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DiffalignError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except (csv.Error, pa.ArrowInvalid) as error:
+        raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DiffalignError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DiffalignError(f"{where}: every line must be one JSON object")
+    return row
+
+
+def caption_of(row: dict[str, Any], where: str, column: str | None) -> Caption:
+    """Prompt and facts of a table's row; the prompt is None where its cell is empty."""
+    if column is not None and column not in row:
+        raise DiffalignError(f"{where}: no column {column!r}; there are {', '.join(map(str, row))}")
+    name = column or next((c for c in PROMPT_COLUMNS if c in row), None)
+    prompt = row.get(name) if name else None
+    return Caption(prompt if isinstance(prompt, str) and prompt.strip() else None, facts_of(row))
+
+
+def facts_of(row: dict[str, Any]) -> dict[str, Any]:
+    """GenEval's facts if the row has them, also packed as JSON text in a column `metadata`."""
+    packed = row.get("metadata")
+    if isinstance(packed, str) and packed.startswith("{"):
+        try:
+            packed = json.loads(packed)
+        except ValueError:
+            packed = None
+    facts = dict(packed) if isinstance(packed, dict) else {}
+    return facts | {key: row[key] for key in ("tag", "include", "exclude") if row.get(key) is not None}
+
+
+def folder_metadata(folder: Path, column: str | None) -> tuple[dict[Path, Caption], Caption | None]:
+    """Captions of a folder's metadata file by picture, and GenEval's one caption for everything below the folder."""
+    for name in METADATA_FILES:
+        path = folder / name
+        if path.is_file():
+            rows = list(read_rows(path))
+            if len(rows) == 1 and not any(c in rows[0][1] for c in FILE_COLUMNS[:1]):
+                return {}, caption_of(rows[0][1], rows[0][0], column)
+            found = {}
+            for where, row in rows:
+                if not isinstance(row.get("file_name"), str):
+                    raise DiffalignError(f"{where}: no file_name; each row of {name} must name its picture")
+                found[_below(folder, row["file_name"], where)] = caption_of(row, where, column)
+            return found, None
+    return {}, None
+
+
+def _below(folder: Path, name: str, where: str) -> Path:
+    try:
+        inside(folder, name)
+    except (DiffalignError, OSError, RuntimeError, ValueError) as error:
+        raise DiffalignError(f"{where}: file_name {name!r} leaves its folder {folder}") from error
+    return folder / name
+
+
+def sidecar(path: Path) -> str | None:
+    """The text of `a.txt` beside `a.png`."""
+    text = path.with_suffix(".txt")
+    try:
+        return text.read_text(encoding="utf-8").strip() or None if text.is_file() else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def from_name(path: Path) -> str | None:
+    """The file's name as a prompt: underscores are spaces, a number at the end (T2I-CompBench's id) falls away."""
+    words = re.sub(r"\s+", " ", re.sub(r"[_-]\d+$", "", path.stem).replace("_", " ")).strip()
+    return words or None
+
+
+class PromptTable:
+    """`--prompts FILE`: a prompt for each picture, found by its path, its name or its stem."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        self.path = path
+        self.by_name: dict[str, Caption] = {}
+        for where, row in read_rows(path):
+            name = next((row[c] for c in FILE_COLUMNS if isinstance(row.get(c), str)), None)
+            if name is None:
+                raise DiffalignError(f"{where}: no column that names the picture; one of {', '.join(FILE_COLUMNS)}")
+            self.by_name[name] = caption_of(row, where, column)
+        if not self.by_name:
+            raise DiffalignError(f"{path}: the table is empty")
+
+    def find(self, name: str, key: str) -> Caption | None:
+        for candidate in (name, key, Path(key).name, Path(key).stem):
+            if candidate in self.by_name:
+                return self.by_name[candidate]
+        return None

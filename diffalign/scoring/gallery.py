@@ -1,0 +1,106 @@
+"""One HTML file of pictures and scores: sorts by any reward, needs no network, shows no text as markup."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from diffalign import __version__
+from diffalign.scoring.decode import Unreadable, decode
+from diffalign.scoring.items import Item
+from diffalign.scoring.run import Scores
+from diffalign.scoring.summary import Summary, columns_of, summarise
+
+THUMBNAIL = 256
+MOST = 400
+"""Pictures in one page; of more, every reward's ranking is shown at even steps from best to worst."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture in the page. values: in the order of the columns, None where not scored."""
+
+    image: str
+    prompt: str
+    picture: str
+    values: list[float | None]
+    reason: str
+
+
+def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
+    """Write the page, complete or not at all; returns how many pictures it shows."""
+    columns = columns_of(scores)
+    chosen = choose(scores, columns, most)
+    cards = [_card(scores.items[i], scores.rows[i], scores, columns) for i in chosen]
+    environment = Environment(
+        loader=PackageLoader("diffalign.scoring"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("gallery.html.j2").render(
+        cards=cards,
+        columns=columns,
+        total=len(scores.rows),
+        unscored=scores.failed,
+        charts=[(s, bars(s)) for s in summarise(scores)],
+        version=__version__,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(html, encoding="utf-8")
+    part.replace(path)
+    return len(cards)
+
+
+def choose(scores: Scores, columns: list[str], most: int) -> list[int]:
+    """Rows to show, best first by the first column. All of them if they are few enough."""
+    values = np.array([[row[c] for c in columns] for row in scores.rows], dtype=np.float64).reshape(-1, len(columns))
+    order = [np.argsort(-np.nan_to_num(values[:, k], nan=-math.inf), kind="stable") for k in range(len(columns))]
+    if len(values) <= most:
+        return [int(i) for i in order[0]]
+    each = max(1, most // len(columns))
+    picked = {int(i) for o in order for i in o[np.linspace(0, len(o) - 1, each).round().astype(int)]}
+    return [int(i) for i in order[0] if int(i) in picked]
+
+
+def _card(item: Item, row: dict[str, Any], scores: Scores, columns: Sequence[str]) -> Card:
+    reasons = [row["reason"]] if row["reason"] else [row[f"{label}.reason"] for label in scores.columns]
+    return Card(
+        image=item.name,
+        prompt=item.prompt or "",
+        picture=thumbnail(item),
+        values=[row[c] if math.isfinite(row[c]) else None for c in columns],
+        reason="; ".join(dict.fromkeys(r for r in reasons if r)),
+    )
+
+
+def thumbnail(item: Item) -> str:
+    """The picture as a data URI, at most 256 px; "" where it cannot be read."""
+    try:
+        picture = decode(item.origin.read())
+    except Unreadable:
+        return ""
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def bars(summary: Summary, width: int = 240, height: int = 56) -> list[dict[str, float]]:
+    """Rectangles of a histogram."""
+    tallest = max(1, *summary.counts)
+    step = width / len(summary.counts)
+    return [
+        {"x": round(k * step, 2), "y": round(height - height * n / tallest, 2), "w": round(step - 1, 2),
+         "h": round(height * n / tallest, 2), "n": n}
+        for k, n in enumerate(summary.counts)
+    ]  # fmt: skip

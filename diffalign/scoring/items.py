@@ -1,0 +1,99 @@
+"""One picture to score: where its bytes are, and what is known of its prompt."""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.parquet as pq
+
+from diffalign.scoring.decode import Unreadable, read_file
+
+
+class Origin(Protocol):
+    """Something that holds a picture's encoded bytes."""
+
+    def read(self) -> bytes:
+        """The bytes. Raises Unreadable."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileOrigin:
+    """A file."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        return read_file(self.path)
+
+
+class ParquetImages:
+    """The image column of a parquet file, a row group at a time. Threads that read on share what is in memory."""
+
+    KEEP = 3  # row groups: a window of pictures lies in two at most, and one is being left
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column = path, column
+        self._file = pq.ParquetFile(path, memory_map=True)
+        self._kept: OrderedDict[int, list[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def row_counts(self) -> list[int]:
+        return [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+
+    def read(self, row_group: int, row: int) -> bytes:
+        with self._lock:
+            if row_group not in self._kept:
+                table = self._file.read_row_group(row_group, columns=[self.column])
+                self._kept[row_group] = table[self.column].to_pylist()
+                while len(self._kept) > self.KEEP:
+                    self._kept.popitem(last=False)
+            value = self._kept[row_group][row]
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(data, bytes):
+            return data
+        path = value.get("path") if isinstance(value, dict) else None
+        # The path inside a parquet file is somebody else's; only what lies beside the file is opened.
+        if isinstance(path, str) and (self.path.parent / path).resolve().is_relative_to(self.path.parent.resolve()):
+            return read_file(self.path.parent / path)
+        raise Unreadable("the row holds no image bytes")
+
+
+@dataclass(frozen=True)
+class RowOrigin:
+    """A row of a parquet file."""
+
+    images: ParquetImages
+    row_group: int
+    row: int
+
+    def read(self) -> bytes:
+        return self.images.read(self.row_group, self.row)
+
+
+@dataclass(frozen=True)
+class Item:
+    """name: unique among the items, as the user would write it. key: the name below its source, for pairing two folders.
+
+    group: (group id, index) where it comes from a dataset of ours.
+    """
+
+    name: str
+    key: str
+    origin: Origin
+    prompt: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    group: tuple[str, int] | None = None
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hex: what `sha256sum` prints."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def printable(text: str) -> str:
+    """Valid Unicode of a file name or a prompt: what is none (bytes that are no UTF-8, lone surrogates) becomes an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

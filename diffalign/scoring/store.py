@@ -1,0 +1,207 @@
+"""Scores on disk: a journal that a kill cannot hurt, and an output file that is whole or not there.
+
+    FILE            jsonl, csv or parquet by its ending; one row a picture; replaced in one step at the end of a run
+    FILE.journal/   one file a process; a line for every score as soon as its batch is done
+
+A score's key is a hash of the picture's bytes, the prompt, the facts and the identity of the reward, as far as the reward reads
+them. A key that is in either place is not computed again, so the same command goes on where it was stopped and does only
+what is new or changed.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.errors import DiffalignError
+from diffalign.scoring.captions import read_rows
+
+ENDINGS = (".jsonl", ".csv", ".parquet")
+FIXED = ("image", "sha256", "prompt", "reason")
+IDENTITY, REASON = ".identity", ".reason"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A reward's columns for one picture, NaN with the reason where it could not score."""
+
+    values: dict[str, float]
+    reason: str = ""
+
+
+def key_of(sha256: str, prompt: str | None, identity: dict[str, Any]) -> str:
+    """Names a score by everything that it depends on; `identity` holds the facts' digest where the reward reads them."""
+    read = prompt if "prompt" in identity["reads"] else None
+    return hashlib.blake2b(json.dumps([sha256, read, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def with_facts(identity: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a score, its facts included if the reward reads them."""
+    if "metadata" not in identity["reads"]:
+        return identity
+    packed = json.dumps(facts, sort_keys=True, default=str).encode()
+    return {**identity, "facts": hashlib.blake2b(packed, digest_size=8).hexdigest()}
+
+
+class Store:
+    """Known scores. Without a path nothing is read or written."""
+
+    def __init__(self, path: Path | None, process: int = 0) -> None:
+        if path is not None and path.suffix not in ENDINGS:
+            raise DiffalignError(f"--output {path}: unknown ending; one of {', '.join(ENDINGS)}")
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.known: dict[str, Result] = {}
+        self.added: dict[str, Result] = {}
+        self.journal = None if path is None else path.with_name(path.name + ".journal")
+        self._process = process
+        self._journaled: set[str] = set()
+        self._stream: Any = None
+        if path is not None:
+            self._read_output(path)
+            self._read_journal()
+
+    def _read_output(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        for where, raw in read_rows(path):
+            row = _unpacked(raw)
+            if not {"image", "sha256"} <= set(row):
+                raise DiffalignError(f"{where}: not a file of `diffalign score`; choose another --output")
+            self.rows.append(row)
+            for name in [n for n in row if n.endswith(IDENTITY) and row[n]]:
+                label = name.removesuffix(IDENTITY)
+                key = key_of(str(row["sha256"]), row.get("prompt"), row[name])
+                self.known[key] = Result(_columns(row, label), row.get(label + REASON) or "")
+
+    def _read_journal(self) -> None:
+        assert self.journal is not None
+        for path in sorted(self.journal.glob("*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    row = json.loads(line)
+                    values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
+                    self.known[row["key"]] = Result(values, row["reason"])
+                    self._journaled.add(row["key"])
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # the line that was being written when the process died
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def add(self, results: dict[str, Result]) -> None:
+        """Remember a batch, and write it down before the next one starts."""
+        self.known |= results
+        self.added |= results
+        if self.journal is None:
+            return
+        if self._stream is None:
+            self.journal.mkdir(parents=True, exist_ok=True)
+            path = self.journal / f"{self._process}.jsonl"
+            torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+            self._stream = path.open("a", encoding="utf-8")
+            if torn:
+                self._stream.write("\n")
+        for key, result in results.items():
+            values = {k: v if math.isfinite(v) else None for k, v in result.values.items()}
+            self._stream.write(json.dumps({"key": key, "values": values, "reason": result.reason}) + "\n")
+        self._stream.flush()
+
+    def finish(self, rows: list[dict[str, Any]], sources: list[str]) -> int:
+        """Write the output; returns how many earlier rows of other sources were kept.
+
+        Columns of rewards that were not asked for this time stay with pictures that did not change, and so do rows of
+        pictures outside `sources`: nothing that was paid for is lost.
+        """
+        if self.path is None or self.journal is None:
+            return 0
+        before = {str(row["image"]): row for row in self.rows}
+        merged = [_carried(before.get(row["image"]), row) for row in rows]
+        given = {row["image"] for row in rows}
+        kept = [row for row in self.rows if row["image"] not in given and not _below(str(row["image"]), sources)]
+        write_rows(self.path, merged + kept)
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        # A run on other pictures may have been killed before this one: what it paid for stays until it is asked for again.
+        if self._journaled <= {key for row in merged for key in _keys(row)}:
+            shutil.rmtree(self.journal, ignore_errors=True)
+        return len(kept)
+
+
+def _keys(row: dict[str, Any]) -> set[str]:
+    return {key_of(str(row["sha256"]), row.get("prompt"), v) for n, v in row.items() if n.endswith(IDENTITY) and v}
+
+
+def _below(name: str, sources: list[str]) -> bool:
+    return any(name == s or name.startswith((s.rstrip("/") + "/", s + "#")) for s in sources)
+
+
+def _carried(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    same = old is not None and all(old.get(k) == new.get(k) for k in ("sha256", "prompt"))
+    return {**new, **{k: v for k, v in (old or {}).items() if same and k not in new}}
+
+
+def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
+    """{column: value} of a label; the bare label holds the first column, whose name the identity does not tell."""
+    found = {"": row.get(label)}
+    found |= {
+        name.removeprefix(label + "."): row[name]
+        for name in row
+        if name.startswith(label + ".") and not name.endswith((IDENTITY, REASON))
+    }
+    return {k: math.nan if v is None or v == "" else float(v) for k, v in found.items()}
+
+
+def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it was before a csv or parquet file flattened it."""
+    return {
+        name: json.loads(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
+        None if value == "" and name != "reason" else value
+        for name, value in row.items()
+    }  # fmt: skip
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows to jsonl, csv or parquet, complete or not at all. NaN is null, or empty in csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    names = list(dict.fromkeys(name for row in plain for name in row))
+    if path.suffix == ".jsonl":
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
+    else:
+        flat = [{n: _packed(row.get(n)) for n in names} for row in plain]
+        if path.suffix == ".csv":
+            with part.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, names)
+                writer.writeheader()
+                writer.writerows(flat)
+        else:
+            pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part)
+    part.replace(path)
+
+
+def _packed(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+
+
+def _schema(names: list[str]) -> pa.Schema:
+    """Strings, and doubles for scores: a column of nothing but nulls keeps its type."""
+    text = {n for n in names if n in FIXED or n.endswith((IDENTITY, REASON))}
+    return pa.schema([(n, pa.string() if n in text else pa.float64()) for n in names])

@@ -1,0 +1,89 @@
+"""LAION's aesthetic predictor v2 (improved-aesthetic-predictor): an affine head on OpenAI's CLIP ViT-L/14.
+
+OpenAI's CLIP uses QuickGELU. open_clip's `ViT-L-14` with pretrained="openai" only warns and runs with GELU, which a third party
+measured to shift such scores by 0.6. transformers' copy of the model says quick_gelu in its config; a copy that does not is
+refused here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.clip import L14, ClipReward
+from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
+
+HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
+
+
+def linear_head(width: int, sizes: tuple[int, ...], dropouts: tuple[float, ...]) -> nn.Sequential:
+    """Linear layers with dropout between and no activation: an affine map, as published. Places match the checkpoints'."""
+    layers: list[nn.Module] = []
+    for i, size in enumerate(sizes):
+        layers.append(nn.Linear(width, size))
+        width = size
+        if i < len(dropouts):
+            layers.append(nn.Dropout(dropouts[i]))
+    return nn.Sequential(*layers)
+
+
+class AestheticModel(nn.Module):
+    """CLIP and the head under one module, so that they move together."""
+
+    def __init__(self, clip: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.clip, self.head = clip, head
+
+
+class Aesthetic(ClipReward):
+    """About 1 to 10, most pictures 4 to 7; the prompt is not read.
+
+    weights: a local copy of the head `sac+logos+ava1-l14-linearMSE.pth`; without it the copy at trl-lib's hub repository.
+    clip: a local copy of openai/clip-vit-large-patch14.
+    """
+
+    name = "aesthetic"
+    columns = ("aesthetic",)
+    range = (1.0, 10.0)
+    licence = "Apache-2.0 (head), MIT (CLIP)"
+    weights = f"{L14}, {HEAD_REPO}"
+    size = "1.7 GB"
+    source = "github.com/christophschuhmann/improved-aesthetic-predictor"
+    repo = HEAD_REPO
+    file = HEAD_FILE
+    reads = ()
+    rounding = "round"
+
+    def __init__(self, *, clip: str | Path | None = None, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.local_clip = clip
+
+    @property
+    def clip_path(self) -> Path:
+        return fetch(self.name, L14, None, "main", self.local_clip)
+
+    def weights_id(self) -> str:
+        return f"{super().weights_id()} on {L14}@{fingerprint(self.clip_path)}"
+
+    def build(self) -> nn.Module:
+        from transformers import CLIPModel
+
+        folder = self.clip_path
+        config = json.loads((folder / "config.json").read_text())
+        activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
+        if activation != "quick_gelu":
+            raise DiffalignError(
+                f"reward aesthetic: {folder} computes with {activation}; OpenAI's CLIP needs hidden_act quick_gelu"
+            )
+        clip = CLIPModel.from_pretrained(folder, dtype=self.dtype, use_safetensors=True)
+        head = linear_head(clip.config.projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
+        state = {k.removeprefix("layers."): v for k, v in load_state(self.path, "state_dict").items()}
+        fill(head, state, self.path, self.name)
+        return AestheticModel(clip, head.float())
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        features = self.network.clip.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
+        scores: Tensor = self.network.head(nn.functional.normalize(features.float(), dim=-1))
+        return scores[:, 0]

@@ -1,0 +1,155 @@
+"""Scorers on transformers' CLIPModel: PickScore, CLIPScore in its conventions, and what they share.
+
+In transformers 5 `get_image_features` and `get_text_features` return an object whose `pooler_output` is the projected
+embedding already; projecting it again gives a number that looks like a score and is none.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
+from diffalign.rewards.weights import fetch
+
+SIDE = 224
+TOKENS = 77
+
+
+class ClipReward(TensorReward):
+    """Image and text embeddings of a CLIPModel folder; subclasses say what becomes of them."""
+
+    preprocessing = "shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
+    rounding: Rounding = "floor"
+    tokenizer_repo: str | None = None
+    """Where the tokenizer is if it does not lie beside the weights."""
+
+    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.local_tokenizer = tokenizer
+        self._tokenizer: Any = None
+
+    def build(self) -> torch.nn.Module:
+        from transformers import CLIPModel
+
+        model = CLIPModel.from_pretrained(self.path, dtype=self.dtype, use_safetensors=True)
+        assert isinstance(model, torch.nn.Module)
+        return model
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import CLIPTokenizer
+
+            folder = self.path
+            if self.local_tokenizer is not None or not any(folder.glob("tokenizer*.json")):
+                repo = self.tokenizer_repo or self.repo
+                folder = fetch(self.name, repo, None, "main", self.local_tokenizer)
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder)
+        return self._tokenizer
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return normalise(crop_square(image, SIDE, self.rounding))
+
+    def prepare_tensors(self, pixels: Tensor) -> Tensor:
+        return normalise(crop_square_tensor(pixels, SIDE, self.rounding))
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, D]."""
+        features = self.network.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
+        return F.normalize(features.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Unit vectors, float32 [B, D]; a prompt that comes twice is encoded once. Longer than 77 tokens is cut."""
+        unique = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        features = self.network.get_text_features(
+            input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
+        ).pooler_output
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return F.normalize(features.float(), dim=-1)[[place[p] for p in prompts]]
+
+    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """float32 [B]."""
+        text = self.embed_prompts(prompts)
+        return (self.embed_images(pixels) * text).sum(-1)
+
+
+class PickScore(ClipReward):
+    """exp(logit_scale) cos(image, text) of a CLIP ViT-H/14 tuned on Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569).
+
+    Two images of one prompt compare by the softmax of their scores. Flow-GRPO divides by 26 and EvalScope drops the scale;
+    neither is done here.
+    """
+
+    name = "pickscore"
+    columns = ("pickscore",)
+    range = (-100.0, 100.0)
+    licence = "MIT (code); the weights' card says which for them"
+    weights = "yuvalkirstain/PickScore_v1"
+    size = "3.9 GB"
+    source = "arXiv 2305.01569"
+    repo = "yuvalkirstain/PickScore_v1"
+    tokenizer_repo = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        return self.network.logit_scale.float().exp() * self.cosine(pixels, prompts)
+
+
+class Convention(NamedTuple):
+    """score = scale * cos, not below `floor`."""
+
+    repo: str
+    prefix: str
+    scale: float
+    floor: float
+    rounding: Rounding
+
+
+B32, L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+NEVER = -float("inf")
+CONVENTIONS = {
+    "hessel": Convention(B32, "A photo depicts ", 2.5, 0.0, "round"),
+    "torchmetrics": Convention(L14, "", 100.0, 0.0, "floor"),
+    "cosine": Convention(L14, "", 1.0, NEVER, "round"),
+    "compbench": Convention(B32, "", 1.0, NEVER, "round"),
+}
+
+
+class CLIPScore(ClipReward):
+    """CLIPScore in one of the conventions that the field uses under one name.
+
+    hessel: the paper's 2.5 max(cos, 0), ViT-B/32, "A photo depicts " before the caption. torchmetrics: max(100 cos, 0),
+    ViT-L/14. cosine: plain, ViT-L/14 (ImageReward's repository, EvalScope). compbench: plain, ViT-B/32 (T2I-CompBench).
+    `model` replaces the convention's CLIP; a convention keeps its formula with any.
+    """
+
+    name = "clipscore"
+    columns = ("clipscore",)
+    range = (-1.0, 100.0)
+    licence = "MIT (CLIP)"
+    weights = "openai/clip-vit-base-patch32, openai/clip-vit-large-patch14"
+    size = "0.6 GB or 1.7 GB"
+    source = "arXiv 2104.08718"
+
+    def __init__(self, *, convention: str = "hessel", model: str | None = None, **shared: Any) -> None:
+        if convention not in CONVENTIONS:
+            raise DiffalignError(f"reward clipscore: convention {convention!r}; one of {', '.join(CONVENTIONS)}")
+        super().__init__(**shared)
+        self.convention = convention
+        self.formula = CONVENTIONS[convention]
+        self.repo = model or self.formula.repo
+        self.rounding = self.formula.rounding
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "convention": self.convention}
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        cosine = self.cosine(pixels, [self.formula.prefix + prompt for prompt in prompts])
+        return (self.formula.scale * cosine).clamp(min=self.formula.floor)

@@ -1,0 +1,162 @@
+"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B with a head that gives mean and log of the spread of a preference.
+
+The score is the mean, output 0; output 1 is log sigma. The number is not bound to the "0 to 10" of its instruction. The
+picture is scaled to about 200,704 pixels with sides that are multiples of 28, whatever its size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.base import Metadata, Prepared
+from diffalign.rewards.learned import check_pixels
+from diffalign.rewards.pixels import normalise, resize
+from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
+
+BASE = "Qwen/Qwen2-VL-7B-Instruct"
+TOKEN = "<|Reward|>"
+PIXELS = 256 * 28 * 28
+BICUBIC = Image.Resampling.BICUBIC
+# The words, blanks at line ends included, are the model's interface: it was trained on these.
+INSTRUCTION = Path(__file__).with_name("hpsv3_instruction.txt").read_text(encoding="utf-8")
+ASK = f"\nPlease provide the overall ratings of this image: {TOKEN}\n\nEND\n"
+
+
+class HPSv3Model(nn.Module):
+    """The base model without its language head, and the reward head in float32."""
+
+    def __init__(self, base: nn.Module, width: int) -> None:
+        super().__init__()
+        self.base = base
+        self.rm_head = nn.Sequential(
+            nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+        )
+
+    def forward(self, batch: dict[str, Tensor], token: int) -> Tensor:
+        """(mean, log sigma) [B, 2] at the reward token."""
+        hidden = self.base(**batch).last_hidden_state
+        at = (batch["input_ids"] == token).float().argmax(1)
+        found: Tensor = self.rm_head(hidden[torch.arange(len(at)), at].float())
+        return found
+
+
+def under_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's names (transformers 4.45's Qwen2-VL) to those of transformers 5's Qwen2VLModel; no language head."""
+    found = {}
+    for key, value in state.items():
+        if key.startswith(("model.visual.", "model.language_model.")):  # saved again by a newer release
+            found[f"base.{key.removeprefix('model.')}"] = value
+        elif key.startswith("visual."):
+            found[f"base.{key}"] = value
+        elif key.startswith("model."):
+            found[f"base.language_model.{key.removeprefix('model.')}"] = value
+        elif not key.startswith("lm_head."):
+            found[key] = value
+    return found
+
+
+class HPSv3(VisionLanguageReward):
+    """Unbounded, higher is better; the second column is the model's own spread.
+
+    weights: a local HPSv3.safetensors, or its folder. base: a local copy of Qwen/Qwen2-VL-7B-Instruct, of which only config,
+    tokenizer and image processor are read, since the checkpoint holds all weights.
+    """
+
+    name = "hpsv3"
+    columns = ("hpsv3", "sigma")
+    range = (-float("inf"), float("inf"))
+    licence = "MIT (code); the weights' card says which for them"
+    weights = "MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct"
+    size = "16.6 GB"
+    differentiable = True
+    source = "arXiv 2508.03789"
+    repo = "MizzenAI/HPSv3"
+    file = "HPSv3.safetensors"
+    preprocessing = "RGB, Qwen2-VL's processor at 200704 pixels"
+
+    def __init__(self, *, base: str | Path | None = None, pixels: int = PIXELS, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.local_base, self.pixels = base, pixels
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | ({} if self.pixels == PIXELS else {"pixels": self.pixels})
+
+    @property
+    def processor_path(self) -> Path:
+        return fetch(self.name, BASE, None, "main", self.local_base)
+
+    def weights_id(self) -> str:
+        return f"{super().weights_id()} on {BASE}@{fingerprint(self.processor_path)}"
+
+    @property
+    def token(self) -> int:
+        tokenizer = self.processor.tokenizer
+        if TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([TOKEN], special_tokens=True)
+        return int(tokenizer.convert_tokens_to_ids(TOKEN))
+
+    def build(self) -> nn.Module:
+        from transformers import AutoConfig, Qwen2VLModel
+
+        config = AutoConfig.from_pretrained(self.processor_path)
+        state = under_transformers(load_state(self.path, "model"))
+        words = state.get("base.language_model.embed_tokens.weight")
+        if words is None:
+            raise DiffalignError(f"reward hpsv3: {self.path} holds no Qwen2-VL; is it another model's file?")
+        model = HPSv3Model(Qwen2VLModel(config), config.text_config.hidden_size)
+        # One row was added for the reward token; the checkpoint says how many there are.
+        model.base.resize_token_embeddings(len(words))
+        fill(model, state, self.path, self.name)
+        model.base.to(self.dtype)
+        model.rm_head.float()
+        return model
+
+    def _inputs(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
+        """Inputs for pictures that have their size already."""
+        texts = [INSTRUCTION.replace("{prompt}", plain(prompt)) + ASK for prompt in prompts]
+        return self.encode(images, texts, do_resize=False)
+
+    @torch.no_grad()
+    def measure_prepared(
+        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        self.reasons = [""] * len(items)
+        token = self.token
+        images = [image.resize(area(image.width, image.height, self.pixels), BICUBIC) for image in pictures(items)]
+        found = self.network(self._inputs(images, prompts), token).cpu()
+        return {"hpsv3": found[:, 0], "sigma": found[:, 1].exp()}
+
+    def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        check_pixels(self.name, pixels, prompts)
+        token = self.token
+        width, height = area(pixels.shape[-1], pixels.shape[-2], self.pixels)
+        # The processor writes everything but the pixels; their values come from the tensors, with the gradient.
+        batch = self._inputs([Image.new("RGB", (width, height))] * len(prompts), prompts)
+        resized = resize(pixels.to(self.device).float(), height, width).clamp(0, 1)
+        processor = self.processor.image_processor
+        normal = normalise(resized, tuple(processor.image_mean), tuple(processor.image_std))
+        batch["pixel_values"] = patches(normal, processor.patch_size, processor.merge_size).to(self.dtype)
+        scores: Tensor = self.network(batch, token)[:, 0]
+        return scores
+
+
+def area(width: int, height: int, pixels: int, factor: int = 28) -> tuple[int, int]:
+    """(width, height) as multiples of 28 with about `pixels` in all, as close to the picture's shape as Qwen's rule allows."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    rows, columns = smart_resize(height, width, factor=factor, min_pixels=pixels, max_pixels=pixels)
+    return columns, rows
+
+
+def patches(pixels: Tensor, side: int, merge: int) -> Tensor:
+    """[B, 3, H, W] to Qwen2-VL's rows [B * patches, 3 * 2 * side * side]: merged blocks together, each frame twice."""
+    b, c, h, w = pixels.shape
+    cells = pixels.reshape(b, c, h // side // merge, merge, side, w // side // merge, merge, side)
+    rows = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, block row, block column, row, column, channel, y, x
+    return rows.unsqueeze(6).expand(*rows.shape[:6], 2, side, side).reshape(-1, c * 2 * side * side)

@@ -1,0 +1,123 @@
+"""What all rewards on a neural network share: weights that load late and can be let go, device, dtype."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.base import Metadata, Prepared, Reward
+from diffalign.rewards.weights import fetch, fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LearnedReward(Reward):
+    """A reward on published weights.
+
+    weights: a local copy (a file, or the folder that holds it); without it they come from the hub at `revision`.
+    dtype: of the network; the last product and the score are float32 whatever it is, since float16 has steps of 0.00024
+    where HPSv2's scores lie.
+    """
+
+    repo: str
+    file: str | None = None
+
+    def __init__(
+        self,
+        *,
+        weights: str | Path | None = None,
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        if dtype not in DTYPES:
+            raise DiffalignError(f"reward {self.name}: dtype {dtype!r}; one of {', '.join(DTYPES)}")
+        self.local = weights
+        self.revision = revision
+        self.device = device
+        self.dtype = DTYPES[dtype]
+        self.reasons = []
+        self._network: torch.nn.Module | None = None
+        self._path: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The weights on disk, fetched at the first call."""
+        if self._path is None:
+            self._path = fetch(self.name, self.repo, self.file, self.revision, self.local)
+        return self._path
+
+    @property
+    def network(self) -> Any:
+        """The network, in evaluation mode and without gradients of its own, on the device."""
+        if self._network is None:
+            self._network = self.build().to(self.device).eval().requires_grad_(False)
+        return self._network
+
+    @abstractmethod
+    def build(self) -> torch.nn.Module:
+        """The network with its weights, in `self.dtype`, from `self.path`."""
+
+    def measure(
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        return self.measure_prepared([self.prepare(image) for image in images], prompts, metadata)
+
+    @abstractmethod
+    def measure_prepared(
+        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        """`measure` of what `prepare` returned."""
+
+    def weights_id(self) -> str:
+        copy = "" if self.local is None else "local copy of "
+        return f"{copy}{self.repo}{'/' + self.file if self.file else ''}@{fingerprint(self.path)}"
+
+    def options(self) -> dict[str, Any]:
+        return {} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    def free(self) -> None:
+        self._network = None
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+class TensorReward(LearnedReward):
+    """A reward whose network takes one tensor [B, 3, S, S] for pictures, however it was made: both paths meet in `forward`."""
+
+    differentiable = True
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """float32 [B] of pixels as the network takes them."""
+
+    @abstractmethod
+    def prepare_tensors(self, pixels: Tensor) -> Tensor:
+        """`prepare` of float pixels [B, 3, H, W] in [0, 1], with its gradient."""
+
+    def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        check_pixels(self.name, pixels, prompts)
+        # In float32 up to the network: bfloat16 pixels would be 2 levels apart already.
+        return self.forward(self.prepare_tensors(pixels.to(self.device).float()), prompts).float()
+
+    @torch.no_grad()
+    def measure_prepared(
+        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        self.reasons = [""] * len(items)
+        pixels = torch.stack([item for item in items if isinstance(item, Tensor)])
+        return {self.columns[0]: self.forward(pixels.to(self.device), prompts).float().cpu()}
+
+
+def check_pixels(name: str, pixels: Tensor, prompts: list[str]) -> None:
+    """Raises DiffalignError unless there are float pixels [B, 3, H, W] and B prompts."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or len(prompts) != len(pixels):
+        raise DiffalignError(
+            f"reward {name}: pixels of shape {list(pixels.shape)}, {pixels.dtype} with {len(prompts)} prompts; "
+            "float [B, 3, H, W] in [0, 1] and B prompts are needed"
+        )

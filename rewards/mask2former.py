@@ -1,0 +1,178 @@
+"""GenEval's detector without mmdet: Mask2Former (Swin-S, COCO instances) from transformers, and CLIP ViT-L/14 for colours.
+
+The steps after the network are those of mmdet's instance head, so that confidences mean what the evaluator's thresholds
+(0.3, and 0.9 for counting) were chosen for: the 100 best (query, class) pairs; confidence = class probability times the mean
+mask probability inside the mask; masks enlarged bilinearly, without padding, to the picture; a box is its mask's extent.
+
+Colours: each object is cut out by its box, what lies outside its mask is grey (#999), and CLIP chooses among ten colours with
+three prompts each. OpenAI's CLIP needs QuickGELU, which transformers' copy has.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.clip import L14, CLIPScore
+from diffalign.rewards.detection import Detection
+from diffalign.rewards.learned import DTYPES
+from diffalign.rewards.weights import fetch, fingerprint
+
+REPO = "facebook/mask2former-swin-small-coco-instance"
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOR_PROMPTS = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+GREY = "#999"
+MAX_DETECTIONS = 100
+# COCO's 80 classes in their order, under GenEval's names (three are longer than COCO's: computer mouse, tv remote,
+# computer keyboard).
+LABELS = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+
+
+def instances(
+    classes: Tensor, masks: Tensor, padded: tuple[int, int], valid: tuple[int, int], size: tuple[int, int]
+) -> list[tuple[int, float, Tensor]]:
+    """(class, confidence, mask [H, W]) of one picture, as mmdet's head does it.
+
+    classes: logits [Q, C + 1], "no object" last. masks: logits [Q, h, w] of the padded input. padded, valid: height and width
+    of the input with and without its padding. size: of the picture.
+    """
+    probabilities = classes.float().softmax(-1)[:, :-1]
+    scores, places = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
+    count = probabilities.shape[1]
+    enlarged = F.interpolate(masks[None].float(), padded, mode="bilinear", align_corners=False)
+    enlarged = enlarged[..., : valid[0], : valid[1]]
+    enlarged = F.interpolate(enlarged, size, mode="bilinear", align_corners=False)[0]
+    found = []
+    for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+        logits = enlarged[place // count]
+        mask = logits > 0
+        inside = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
+        if mask.any():
+            found.append((place % count, score * inside.item(), mask))
+    return found
+
+
+def extent(mask: Tensor) -> tuple[float, float, float, float]:
+    """(x1, y1, x2, y2), the far sides exclusive."""
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def cut_out(image: Image.Image, mask: Tensor, box: tuple[float, float, float, float]) -> Image.Image:
+    """The object on grey, cropped to its box."""
+    blank = Image.new("RGB", image.size, GREY)
+    shape = Image.fromarray((mask.to(torch.uint8) * 255).cpu().numpy())
+    x1, y1, x2, y2 = (round(v) for v in box)
+    return Image.composite(image, blank, shape).crop((x1, y1, x2, y2))
+
+
+class Mask2FormerDetector:
+    """The Detector that GenEval's numbers stand on. weights, clip: local copies of the two models' folders.
+
+    Detections below `threshold` are not returned and their colours not asked for; GenEval keeps those above 0.3.
+    """
+
+    labels = LABELS
+    colors = COLORS
+
+    def __init__(
+        self,
+        *,
+        weights: str | Path | None = None,
+        clip: str | Path | None = None,
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "float32",
+        threshold: float = 0.3,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise DiffalignError(f"reward geneval: dtype {dtype!r}; one of {', '.join(DTYPES)}")
+        self.local, self.revision, self.device, self.dtype = weights, revision, device, DTYPES[dtype]
+        self.threshold = threshold
+        self._clip = CLIPScore(convention="cosine", weights=clip, device=device, dtype=dtype)
+        self._network: Any = None
+        self._processor: Any = None
+        self._palette: dict[str, Tensor] = {}
+
+    @property
+    def path(self) -> Path:
+        return fetch("geneval", REPO, None, self.revision, self.local)
+
+    def weights_id(self) -> str:
+        """Both models with their revisions."""
+        return f"{REPO}@{fingerprint(self.path)}, {L14}@{fingerprint(self._clip.path)}"
+
+    def free(self) -> None:
+        self._network = None
+        self._palette = {}
+        self._clip.free()
+
+    def _load(self) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+        classes = AutoConfig.from_pretrained(self.path).num_labels
+        if classes != len(LABELS):
+            raise DiffalignError(f"reward geneval: {self.path} knows {classes} classes, not COCO's 80")
+        model: nn.Module = Mask2FormerForUniversalSegmentation.from_pretrained(
+            self.path, dtype=self.dtype, use_safetensors=True
+        )
+        self._network = model.to(self.device).eval().requires_grad_(False)
+        self._processor = AutoImageProcessor.from_pretrained(self.path)
+
+    @torch.no_grad()
+    def detect(self, images: list[Image.Image]) -> list[list[Detection]]:
+        """Objects of each picture with their colours. One picture at a time: sizes differ, and padding would change them."""
+        if self._network is None:
+            self._load()
+        return [self._detect(image.convert("RGB")) for image in images]
+
+    def _detect(self, image: Image.Image) -> list[Detection]:
+        inputs = self._processor(images=[image], return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.device, self.dtype)
+        mask = inputs["pixel_mask"][0].bool()
+        valid = (int(mask.any(1).sum()), int(mask.any(0).sum()))
+        out = self._network(pixel_values=pixels)
+        size = (image.height, image.width)
+        padded = (pixels.shape[-2], pixels.shape[-1])
+        found = [
+            (LABELS[label], score, extent(shape), shape)
+            for label, score, shape in instances(
+                out.class_queries_logits[0], out.masks_queries_logits[0], padded, valid, size
+            )
+            if score > self.threshold
+        ]
+        crops = [cut_out(image, shape, box) for _, _, box, shape in found]
+        colors = self._colors(crops, [label for label, *_ in found])
+        return [
+            Detection(label, box, score, color) for (label, score, box, _), color in zip(found, colors, strict=True)
+        ]
+
+    def _colors(self, crops: list[Image.Image], labels: list[str]) -> list[str]:
+        if not crops:
+            return []
+        pixels = torch.stack([self._clip.prepare(crop) for crop in crops]).to(self.device)
+        images = self._clip.embed_images(pixels)
+        return [
+            COLORS[int((self._classifier(label) @ image).argmax())] for image, label in zip(images, labels, strict=True)
+        ]
+
+    def _classifier(self, label: str) -> Tensor:
+        """One unit vector a colour [10, D]: the mean of its prompts' unit vectors, normalised again."""
+        if label not in self._palette:
+            prompts = [p.format(color=color, label=label) for color in COLORS for p in COLOR_PROMPTS]
+            vectors = self._clip.embed_prompts(prompts).unflatten(0, (len(COLORS), len(COLOR_PROMPTS)))
+            self._palette[label] = F.normalize(vectors.mean(1), dim=-1)
+        return self._palette[label]

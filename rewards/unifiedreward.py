@@ -1,0 +1,83 @@
+"""UnifiedReward 2.0 (Wang et al., arXiv 2503.05236 and its repository): a model that writes three scores from 1 to 5.
+
+A text in which a score is missing gives NaN and the text as the reason. Trainers that map it to 0 teach the model to
+avoid whatever the judge fumbles.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.rewards.base import Metadata, Prepared, by_column
+from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+
+AXES = ("alignment", "coherence", "style")
+# The words are the model's interface: it was trained on these.
+INSTRUCTION = """You are presented with a generated image and its associated text caption. \
+Your task is to analyze the image across multiple dimensions in relation to the caption. Specifically:
+Provide overall assessments for the image along the following axes (each rated from 1 to 5):
+- Alignment Score: How well the image matches the caption in terms of content.
+- Coherence Score: How logically consistent the image is (absence of visual glitches, object distortions, etc.).
+- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.
+
+Output your evaluation using the format below:
+
+Alignment Score (1-5): X
+Coherence Score (1-5): Y
+Style Score (1-5): Z
+
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+
+
+def parse(answer: str) -> tuple[float, ...] | None:
+    """(alignment, coherence, style) of a model's text; None unless all three are there, once, and between 1 and 5."""
+    found = []
+    for axis in AXES:
+        scores = re.findall(
+            rf"{axis} score\s*\(1-5\)\s*:\s*\**\s*([0-9]+(?:\.[0-9]+)?)(?![0-9.]*/)", answer, re.IGNORECASE
+        )
+        values = {float(s) for s in scores}
+        if len(values) != 1 or not 1 <= min(values) <= 5:
+            return None
+        found.append(values.pop())
+    return tuple(found)
+
+
+class UnifiedReward(VisionLanguageReward):
+    """Score: the mean of the three axes, which are the other columns. Decoded greedily."""
+
+    name = "unifiedreward"
+    columns = ("mean", *AXES)
+    range = (1.0, 5.0)
+    licence = "MIT (code); the weights' card says which for them"
+    weights = "CodeGoat24/UnifiedReward-2.0-qwen-7b, or model="
+    size = "16.6 GB"
+    source = "arXiv 2503.05236, github.com/CodeGoat24/UnifiedReward"
+    repo = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
+
+    def __init__(self, *, max_new_tokens: int = 64, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def measure_prepared(
+        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        texts = [INSTRUCTION.replace("{prompt}", plain(prompt)) for prompt in prompts]
+        batch = self.encode(pictures(items), texts)
+        written = self.network.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        answers = self.processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.read(answers)
+
+    def read(self, answers: list[str]) -> dict[str, Tensor]:
+        """Columns of what the model wrote; sets `reasons`."""
+        self.reasons, rows = [], []
+        for answer in answers:
+            scores = parse(answer)
+            self.reasons.append("" if scores else f"no three scores in the model's answer {answer[:200]!r}")
+            rows.append((sum(scores) / 3, *scores) if scores else (float("nan"),) * len(self.columns))
+        return by_column(self.columns, rows)

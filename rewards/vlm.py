@@ -1,0 +1,83 @@
+"""What rewards on image-text models share: folder, chat template, batches padded on the left.
+
+Any model that `AutoModelForImageTextToText` and `AutoProcessor` load from one folder will do. Left padding, so that the last
+position is the answer's for every sample of a batch.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.base import Prepared
+from diffalign.rewards.learned import LearnedReward
+
+
+class VisionLanguageReward(LearnedReward):
+    """model: a hub id that takes the place of the default; weights: a local folder with model and processor."""
+
+    preprocessing = "RGB, the model's own processor"
+
+    def __init__(self, *, model: str | None = None, **shared: Any) -> None:
+        shared.setdefault("dtype", "bfloat16" if str(shared.get("device", "cpu")).startswith("cuda") else "float32")
+        super().__init__(**shared)
+        if model is not None:
+            self.repo = model
+        self._processor: Any = None
+
+    def build(self) -> torch.nn.Module:
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(self.path, dtype=self.dtype, use_safetensors=True)
+        assert isinstance(model, torch.nn.Module)
+        return model
+
+    @property
+    def processor(self) -> Any:
+        if self._processor is None:
+            from transformers import AutoProcessor
+
+            self._processor = AutoProcessor.from_pretrained(self.processor_path)
+            self._processor.tokenizer.padding_side = "left"
+        return self._processor
+
+    @property
+    def processor_path(self) -> Path:
+        return self.path
+
+    def encode(self, images: Sequence[Image.Image], texts: list[str], **image_options: Any) -> dict[str, Tensor]:
+        """Model inputs for one picture and one question each, up to where the answer begins."""
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+            for image, text in zip(images, texts, strict=True)
+        ]
+        written = [self.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        batch = self.processor(
+            text=written, images=[[image] for image in images], padding=True, return_tensors="pt", **image_options
+        )
+        return {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in batch.items()
+        }
+
+    def one_token(self, word: str) -> int:
+        """The id of a word that must be one token. Raises DiffalignError where the model's tokenizer cuts it."""
+        ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise DiffalignError(f"reward {self.name}: {self.repo} writes {word!r} as {len(ids)} tokens; one is needed")
+        return int(ids[0])
+
+
+def plain(prompt: str) -> str:
+    """The prompt without chat markup such as <|im_end|> or <|image_pad|>, which would end the question or ask for a picture."""
+    return re.sub(r"<\|[^<>|]*\|>", " ", prompt)
+
+
+def pictures(items: Sequence[Prepared]) -> list[Image.Image]:
+    """The RGB pictures of a batch."""
+    return [item.convert("RGB") for item in items if isinstance(item, Image.Image)]

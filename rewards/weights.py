@@ -1,0 +1,111 @@
+"""Where a reward's weights come from: a local file or folder, or the hub at a revision. Never a pickle."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+
+EDGE = 1 << 20
+FOLDER_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""What a transformers folder needs; checkpoints in other formats stay on the hub."""
+
+
+def fetch(reward: str, repo: str, file: str | None, revision: str, local: str | Path | None) -> Path:
+    """The path of `file` of `repo`, or of a whole folder where `file` is None. `local` takes the place of the hub.
+
+    Raises DiffalignError naming file, repository and how to point to a local copy.
+    """
+    where = f"{file or 'the files'} of {repo} (revision {revision})"
+    if local is not None:
+        path = Path(local).expanduser()
+        path = path / file if file and path.is_dir() else path
+        if not path.exists():
+            raise DiffalignError(f"reward {reward}: {path} does not exist; it should be {where}")
+        if file is None and not path.is_dir():
+            raise DiffalignError(f"reward {reward}: {path} is a file; it should be a folder with {where}")
+        return path
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        if file is None:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FOLDER_FILES)))
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        what = file or "model.safetensors and its config"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DiffalignError(
+            f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: {first} "
+            f"Download it elsewhere and point to the copy: --reward {reward}:weights=PATH"
+        ) from error
+
+
+def fingerprint(path: Path) -> str:
+    """A short name of weights on disk: the hub's commit, or a hash of size, beginning and end of every file.
+
+    Not a hash of all bytes: for 16 GB that would take longer than scoring a small folder. Weights that were edited in the
+    middle only, at the same size, keep their name.
+    """
+    parts = path.parts
+    if "snapshots" in parts and parts.index("snapshots") + 1 < len(parts):
+        return parts[parts.index("snapshots") + 1][:12]
+    digest = hashlib.blake2b(digest_size=6)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {size}".encode() + stream.read(EDGE))
+            stream.seek(max(0, size - EDGE))
+            digest.update(stream.read(EDGE))
+    return digest.hexdigest()
+
+
+def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a .pt/.pth that holds tensors only. `key`: where it lies inside, if there."""
+    loaded: Any
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        loaded = load_file(path)
+    else:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise DiffalignError(
+                f"{path}: cannot be loaded without running code from it ({str(error).splitlines()[0]}); if you trust it, "
+                "convert it once where it came from: safetensors.torch.save_file(torch.load(FILE)['state_dict'], "
+                "'weights.safetensors'), and pass that file as weights="
+            ) from error
+    if key is not None and isinstance(loaded, dict) and key in loaded:
+        loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise DiffalignError(f"{path}: holds no state dict of tensors; is it another kind of file?")
+    return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def fill(
+    module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str, unused: tuple[str, ...] = ()
+) -> None:
+    """Load `state` into `module`: every parameter must be there; keys that start with one of `unused` are left out."""
+    state = {k: v for k, v in state.items() if not k.startswith(unused)} if unused else state
+    try:
+        missing, extra = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise DiffalignError(f"reward {reward}: {path} does not fit the model: {_one_line(error)}") from error
+    missing = [name for name in missing if not name.endswith("position_ids")]
+    extra = [name for name in extra if not name.endswith("position_ids")]
+    if missing or extra:
+        told = ", ".join([*(f"{m} is missing" for m in missing[:2]), *(f"{e} is not part of it" for e in extra[:2])])
+        raise DiffalignError(
+            f"reward {reward}: {path} does not fit the model: {told} ({len(missing)} missing, {len(extra)} left over)"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[min(1, len(lines) - 1)]
