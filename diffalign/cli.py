@@ -141,6 +141,45 @@ def list_recipes() -> None:
             print(f"{name:20} {path}")
 
 
+@app.command()
+def synth(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Time a batch of every generator and reward, print time, disk and cost, stop."),
+    ] = False,
+) -> None:
+    """Make a ranked dataset from prompts. The same command goes on where it stopped; several share the work."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_synth_config
+
+        checked = load_synth_config(config, overrides or ())
+        from diffalign import stages_synth
+
+        stages_synth.synth(checked, dry_run=dry_run)
+
+
+@app.command("rank")
+def rank_scores(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET|CONFIG", help="A scored dataset folder, or a YAML file with data and the rest."
+        ),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Turn stored scores into preferences anew: other rewards, near-ties dropped, k of K images, filters, splits."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_rank_config
+
+        checked = load_rank_config(source, overrides or ())
+        from diffalign import stages_synth
+
+        stages_synth.rank_again(checked)
+
+
 @testbed.command("prompts")
 def testbed_prompts(
     split: Annotated[

@@ -51,11 +51,11 @@ def cache_key(dataset: PreferenceDataset, groups: list[int], backbone: Any, reso
     ids, prompts = dataset.column("group_id"), dataset.column("prompt")
     for i in groups:
         digest.update(f"{ids[i]}\0{prompts[i]}\0".encode())
-    wanted = {ids[i] for i in groups}
+    wanted = {ids[i]: set(dataset.members(ids[i])) for i in groups}
     # Images are hashed one by one: the order of the shards is the order of the files, which is fixed.
     for rows in dataset.iter_images():
         for row in rows:
-            if row.group_id in wanted:
+            if row.index in wanted.get(row.group_id, ()):
                 digest.update(
                     f"{row.group_id}\0{row.index}\0".encode() + hashlib.blake2b(row.data, digest_size=12).digest()
                 )

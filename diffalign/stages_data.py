@@ -1,0 +1,59 @@
+"""`diffalign data convert | inspect | export` as functions, and the contact sheet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.data.agreement import summary
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.errors import DiffalignError
+from diffalign.report.contact import data_uri, write_contact_sheet
+
+
+def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict[str, Any] | None = None) -> None:
+    """The contact sheet of `groups` groups spread over the dataset, each from best to worst."""
+    rewards = {name: dataset.score_array(name) for name in dataset.rewards()}
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int)) if len(dataset) else []
+    shown = [_group(dataset, int(i), rewards) for i in chosen]
+    write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summary(dataset), shown)
+
+
+def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[str, Any]:
+    """`diffalign data inspect`: what a dataset holds."""
+    dataset = PreferenceDataset(folder)
+    facts = summary(dataset)
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:{width}}  {value}")
+    if html is not None:
+        write_sheet(dataset, html, groups, facts)
+        print(f"contact sheet: {html}")
+    return facts
+
+
+def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:
+    row = dataset.group(i)
+    members = dataset.members(row["group_id"])
+    ranked = row["preference"] if row["preference"] and len(row["preference"]) == len(members) else []
+    shares = dict(zip(members, ranked, strict=False))
+    images = []
+    for place in range(int(dataset.places.starts[i]), int(dataset.places.starts[i + 1])):
+        image = dataset.image_at(place)
+        shown: dict[str, Any] = {"image": None, "reason": "", "generator": image.generator, "seed": image.seed}
+        try:
+            shown["image"] = data_uri(image.decode())
+        except DiffalignError:
+            shown["reason"] = "unreadable"
+        scores = {name: _number(values[place]) for name, values in rewards.items()}
+        shown |= {"index": image.index, "preference": shares.get(image.index), "scores": scores}
+        images.append({**shown, "counts": image.index in members})
+    images.sort(key=lambda one: (not one["counts"], -(one["preference"] or 0.0), one["index"]))
+    return {"prompt": row["prompt"], "split": row["split"], "dropped": row["dropped"], "images": images}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
