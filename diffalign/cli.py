@@ -33,6 +33,12 @@ testbed = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(testbed, name="testbed")
+data = typer.Typer(
+    help="Datasets: other people's to ours, what is in one, and ours to other forms.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(data, name="data")
 
 Source = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")
@@ -178,6 +184,55 @@ def rank_scores(
         from diffalign import stages_synth
 
         stages_synth.rank_again(checked)
+
+
+@data.command("convert")
+def data_convert(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="A file or folder; or two folders: winners, then losers.")
+    ],
+    out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="pickapic, hpdv2, hpdv3, imagefolder, w_l, csv or two_folders; found out if not given."
+        ),
+    ] = None,
+) -> None:
+    """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
+    with _plain_errors():
+        from diffalign import stages_data
+
+        stages_data.convert(sources, out, form)
+
+
+@data.command("inspect")
+def data_inspect(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write a contact sheet: images from best to worst.")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="How many prompts the contact sheet shows.")] = 100,
+) -> None:
+    """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
+    with _plain_errors():
+        from diffalign import stages_data
+
+        stages_data.inspect(dataset, html, groups)
+
+
+@data.command("export")
+def data_export(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    form: Annotated[
+        str, typer.Option("--format", help="rows (one a prompt), pickapic (pairs) or webdataset.")
+    ] = "rows",
+    pairs: Annotated[str, typer.Option(help="pickapic: best_worst (one pair a prompt) or all.")] = "best_worst",
+) -> None:
+    """Write a dataset in a form that other code reads, with a card."""
+    with _plain_errors():
+        from diffalign import stages_data
+
+        stages_data.export_data(dataset, out, form, pairs)
 
 
 @testbed.command("prompts")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffalign.data.agreement import summary
+from diffalign.data.convert import open_rows
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.export import export
+from diffalign.data.found import Report, write_found
 from diffalign.errors import DiffalignError
 from diffalign.report.contact import data_uri, write_contact_sheet
+
+FAULTS_SHOWN = 20
 
 
 def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict[str, Any] | None = None) -> None:
@@ -33,6 +39,30 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
         write_sheet(dataset, html, groups, facts)
         print(f"contact sheet: {html}")
     return facts
+
+
+def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
+    """`diffalign data convert`."""
+    name, rows = open_rows(sources, form)
+    report = write_found(rows, out)
+    for fault in report.faults[:FAULTS_SHOWN]:
+        print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+    if report.faults:
+        more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
+        print(f"{len(report.faults)} broken rows were left out{more}", file=sys.stderr)
+    for reason, count in report.counted.items():
+        print(f"{count} rows left out: {reason}")
+    print(f"{name}: {report.groups} groups, {report.images} images in {out}; train on them with data.path={out}")
+    return report
+
+
+def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int]:
+    """`diffalign data export`."""
+    counts = export(PreferenceDataset(folder), out, form, pairs)
+    for split, count in counts.items():
+        print(f"{split}: {count} rows")
+    print(f"{form}: {out}")
+    return counts
 
 
 def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:

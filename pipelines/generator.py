@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,21 @@ from PIL import Image
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import brief
 from diffalign.pipelines.base import Backbone
-from diffalign.pipelines.hub import download, find_index
+from diffalign.pipelines.hub import download, find_index, hub_errors
 from diffalign.pipelines.loading import BACKBONES, Source, check_files, load_backbone, read_index
 from diffalign.pipelines.tuning import quiet_progress
 
+OURS = {
+    "self",
+    "kwargs",
+    "prompt",
+    "generator",
+    "output_type",
+    "num_inference_steps",
+    "guidance_scale",
+    "height",
+    "width",
+}
 PRIOR = "stabilityai/stable-cascade-prior"
 
 
@@ -145,6 +156,12 @@ class PlainGenerator(Generator):
             raise DiffalignError(
                 f"{self.source.path} has no backbone here, so its latents are of no use; latents=false"
             )
+        # Pipelines may swallow arguments that they do not know.
+        unknown = sorted(set(options or {}) - self.options())
+        if unknown:
+            raise DiffalignError(
+                f"{self.source.path}: options.{unknown[0]} is unknown; there are {', '.join(sorted(self.options()))}"
+            )
         arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **(options or {})}
         if negative_prompt is not None:
             arguments["negative_prompt"] = [negative_prompt] * len(prompts)
@@ -199,6 +216,9 @@ class CascadeGenerator(PlainGenerator):
             image_embeddings=embeddings, prompt=prompts, generator=generators, output_type="pil", **second
         ).images
 
+    def options(self) -> set[str]:
+        return {"decoder_steps", "decoder_guidance"}
+
     def close(self) -> None:
         del self.prior
         super().close()
@@ -232,46 +252,99 @@ def load_generator(
             "PixArtSigmaPipeline and StableCascadeDecoderPipeline"
         )
     source = _source(path, index, commit, variant, token, local_files_only)
-    pipeline = _load_plain(source, name, dtype, device)
     if name == "PixArtSigmaPipeline":
-        return PixArtGenerator(pipeline, source, dtype)
+        return PixArtGenerator(_load(_pixart, source, dtype, device), source, dtype)
     index, commit = find_index(prior or PRIOR, None, token, local_files_only)
     first = _source(prior or PRIOR, index, commit, variant, token, local_files_only)
-    return CascadeGenerator(_load_plain(first, "StableCascadePriorPipeline", dtype, device), pipeline, source, dtype)
+    stages = _load(_cascade_prior, first, dtype, device), _load(_cascade_decoder, source, dtype, device)
+    return CascadeGenerator(*stages, source, dtype)
 
 
 def _source(path: str, index: Path, commit: str | None, variant: str | None, token: str | None, local: bool) -> Source:
     components = read_index(path, index)
+    # Stable Cascade's prior can start from a picture; here it starts from text.
     absent = dict.fromkeys(name for name in ("image_encoder", "feature_extractor") if name in components)
-    folder = index.parent if commit is None or local else download(path, commit, variant, token, absent)
+    folder = index.parent
+    if commit is not None and not local:
+        if components["_class_name"] == "PixArtSigmaPipeline":
+            folder = download(path, commit, variant, token, absent)
+        else:
+            folder = _snapshot(path, commit, variant, token)
     source = Source(path, folder, commit, variant, absent)
     check_files(source, components)
     return source
 
 
-def _load_plain(source: Source, name: str, dtype: torch.dtype, device: str | torch.device) -> Any:
-    import diffusers
+def _snapshot(path: str, commit: str, variant: str | None, token: str | None) -> Path:
+    """The folders of a pipeline whose model_index.json diffusers itself no longer resolves."""
+    import huggingface_hub
+
+    weights = (
+        [f"*/*.{variant}.safetensors"] if variant else ["*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+    )
+    with hub_errors(path, commit, "its weights"):
+        return Path(
+            huggingface_hub.snapshot_download(
+                path, revision=commit, token=token, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights]
+            )
+        )
+
+
+def _load(build: Callable[[Source, torch.dtype], Any], source: Source, dtype: torch.dtype, device: Any) -> Any:
     from safetensors import SafetensorError
 
-    classes = {
-        "PixArtSigmaPipeline": diffusers.PixArtSigmaPipeline,
-        "StableCascadeDecoderPipeline": diffusers.StableCascadeDecoderPipeline,
-        "StableCascadePriorPipeline": diffusers.StableCascadePriorPipeline,
-    }
     try:
         with quiet_progress():
-            pipeline = classes[name].from_pretrained(
-                source.folder,
-                dtype=dtype,
-                variant=source.variant,
-                use_safetensors=True,
-                local_files_only=True,
-                **source.absent,
-            )
+            pipeline = build(source, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {brief(error)}") from error
+        raise DiffalignError(f"{source.path} cannot be loaded: {brief(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _pixart(source: Source, dtype: torch.dtype) -> Any:
+    from diffusers import PixArtSigmaPipeline
+
+    return PixArtSigmaPipeline.from_pretrained(
+        source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, local_files_only=True, **source.absent
+    )
+
+
+def _cascade_prior(source: Source, dtype: torch.dtype) -> Any:
+    from diffusers import StableCascadePriorPipeline
+    from diffusers.models import StableCascadeUNet
+
+    prior = StableCascadeUNet.from_pretrained(source.folder, subfolder="prior", **_weights(source, dtype))
+    return StableCascadePriorPipeline(prior=prior, **_cascade_text(source, dtype))
+
+
+def _cascade_decoder(source: Source, dtype: torch.dtype) -> Any:
+    """Built from its parts: model_index.json names a part by a module that diffusers has moved since."""
+    from diffusers import StableCascadeDecoderPipeline
+    from diffusers.models import StableCascadeUNet
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+
+    options = _weights(source, dtype)
+    decoder = StableCascadeUNet.from_pretrained(source.folder, subfolder="decoder", **options)
+    vqgan = PaellaVQModel.from_pretrained(source.folder, subfolder="vqgan", **options)
+    return StableCascadeDecoderPipeline(decoder=decoder, vqgan=vqgan, **_cascade_text(source, dtype))
+
+
+def _cascade_text(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    from diffusers import DDPMWuerstchenScheduler
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    return {
+        "tokenizer": CLIPTokenizer.from_pretrained(source.folder / "tokenizer"),
+        "text_encoder": CLIPTextModelWithProjection.from_pretrained(
+            source.folder, subfolder="text_encoder", **_weights(source, dtype)
+        ),
+        "scheduler": DDPMWuerstchenScheduler.from_pretrained(source.folder, subfolder="scheduler"),
+    }
+
+
+def _weights(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtype": dtype, "variant": source.variant, "use_safetensors": True, "local_files_only": True}
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
