@@ -186,6 +186,24 @@ def rank_scores(
         stages_synth.rank_again(checked)
 
 
+@app.command("cache")
+def encode_cache(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print how many gigabytes it takes and whether they are free; stop.")
+    ] = False,
+) -> None:
+    """Encode the images and prompts of a training config now, so that `diffalign train` starts at once."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_config
+
+        checked = load_config(config, overrides or ())
+        from diffalign import stages_data
+
+        stages_data.cache(checked, dry_run=dry_run)
+
+
 @data.command("convert")
 def data_convert(
     sources: Annotated[

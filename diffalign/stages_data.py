@@ -1,21 +1,26 @@
-"""`diffalign data convert | inspect | export` as functions, and the contact sheet."""
+"""`diffalign data convert | inspect | export` and `diffalign cache` as functions, and the contact sheet."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffalign.config_schema import TrainConfig
 from diffalign.data.agreement import summary
+from diffalign.data.cache import LatentCache, cache_bytes, cache_key
 from diffalign.data.convert import open_rows
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.export import export
 from diffalign.data.found import Report, write_found
+from diffalign.data.source import choose_groups
 from diffalign.errors import DiffalignError
 from diffalign.report.contact import data_uri, write_contact_sheet
+from diffalign.stages import open_backbone, resolve_device
 
 FAULTS_SHOWN = 20
 
@@ -63,6 +68,32 @@ def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int
         print(f"{split}: {count} rows")
     print(f"{form}: {out}")
     return counts
+
+
+def cache(config: TrainConfig, dry_run: bool = False) -> None:
+    """`diffalign cache`: what `diffalign train` would encode before its first step, now; or only how large it is."""
+    dataset = PreferenceDataset(config.data.path)
+    chosen, members, _ = choose_groups(config.data, dataset)
+    backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
+    folder = Path(config.data.cache) if config.data.cache else dataset.folder / "cache"
+    resolution = config.data.resolution or backbone.default_resolution
+    key = cache_key(dataset, chosen, backbone, resolution, members)
+    if (folder / key / "index.json").is_file():
+        print(f"cache: {folder / key} is there")
+        return
+    needed = cache_bytes(dataset, chosen, members, backbone, resolution)
+    around = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(around).free
+    print(
+        f"cache: {needed / 1e9:.3g} GB for {len(chosen)} groups of {members} images at {resolution} px, in {folder / key}"
+    )
+    if needed > free:
+        raise DiffalignError(
+            f"data.cache {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; free some space or point "
+            "data.cache elsewhere"
+        )
+    if not dry_run:
+        LatentCache.build(dataset, chosen, members, backbone, folder, resolution, print)
 
 
 def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:

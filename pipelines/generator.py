@@ -167,14 +167,12 @@ class PlainGenerator(Generator):
             arguments["negative_prompt"] = [negative_prompt] * len(prompts)
         if height is not None:
             arguments |= {"height": height, "width": width}
-        try:
-            with torch.no_grad():
-                images = self._call(list(prompts), _generators(seeds), arguments)
-        except TypeError as error:
-            raise DiffalignError(
-                f"{self.source.path}: its pipeline does not take these options: {brief(error)}"
-            ) from error
-        return [(image, None) for image in images]
+        with torch.no_grad():
+            return [(image, None) for image in self._call(list(prompts), _generators(seeds), arguments)]
+
+    def options(self) -> set[str]:
+        """Arguments that `options` may hold."""
+        return set(inspect.signature(type(self.pipeline).__call__).parameters) - OURS
 
     def _call(self, prompts: list[str], generators: list[torch.Generator], arguments: dict[str, Any]) -> Any:
         return self.pipeline(prompt=prompts, generator=generators, output_type="pil", **arguments).images

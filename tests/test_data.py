@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 from diffalign.cli import app
-from diffalign.data.cache import LatentCache, to_square
+from diffalign.data.cache import LatentCache, cache_key, to_square
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import labels
 from diffalign.data.pairs import import_pairs, pairs_from_csv, pairs_from_folders
@@ -407,10 +409,48 @@ def test_a_cache_cut_short_is_made_again(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build(folder, Broken())
-    assert list((folder / "cache").iterdir()) == []
+    assert [p.name for p in (folder / "cache").iterdir()] == [".locks"]
     encoder = Encoder()
     build(folder, encoder)
     assert encoder.encoded == 8
+
+
+def test_two_processes_make_one_cache(folder: Path, tmp_path: Path) -> None:
+    def build_slowly() -> None:
+        class Slow(Encoder):
+            def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+                time.sleep(0.05)
+                with (tmp_path / "log").open("a") as stream:
+                    stream.write("x" * len(pixels))
+                return super().encode_images(pixels)
+
+        build(folder, Slow())
+
+    children = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            try:
+                build_slowly()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert (tmp_path / "log").read_text() == "x" * 8  # each image encoded once
+    encoder = Encoder()
+    build(folder, encoder)
+    assert encoder.encoded == 0
+
+
+def test_the_chosen_images_alone_are_cached(folder: Path) -> None:
+    """Other members, another cache; the same members as all, the same as before they could be chosen."""
+    dataset = PreferenceDataset(folder)
+    before = cache_key(dataset, [0, 1], Encoder(), 16, 3)
+    rows = [dataset.group(i) for i in range(3)]
+    write_groups(folder, [{**row, "members": [0, 1, 2] if row["group_id"] != "c" else None} for row in rows])
+    assert cache_key(PreferenceDataset(folder), [0, 1], Encoder(), 16, 3) == before
+    write_groups(folder, [{**row, "members": [0, 2] if row["group_id"] == "a" else None} for row in rows])
+    assert cache_key(PreferenceDataset(folder), [0, 1], Encoder(), 16, 3) != before
 
 
 def test_values_beyond_float16_are_refused(folder: Path) -> None:

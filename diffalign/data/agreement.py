@@ -64,7 +64,7 @@ def summary(dataset: PreferenceDataset) -> dict[str, Any]:
         "splits": _counted(Counter(row["split"] for row in rows)),
         "generators": _counted(generators),
         "sizes": _counted(picture_sizes(dataset)),
-        "disk": f"{sum(path.stat().st_size for path in dataset.shards) / 1e9:.3g} GB in {len(dataset.shards)} files",
+        "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
         "tied pairs": f"{tied_pairs(ranked):.1%}",
         "dropped": _counted(Counter(row["dropped"] for row in rows if row["dropped"])) or "none",
@@ -119,3 +119,12 @@ def picture_sizes(dataset: PreferenceDataset) -> Counter[str]:
 def _counted(counts: Counter[Any]) -> str:
     shown = [f"{key}: {n}" if len(counts) > 1 else str(key) for key, n in counts.most_common(8)]
     return ", ".join(shown) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
+
+
+def _bytes(size: float) -> str:
+    """As a person says it."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB"
