@@ -7,6 +7,7 @@ weights of a run apply; PixArt-Sigma and Stable Cascade are plain diffusers pipe
 from __future__ import annotations
 
 import gc
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path

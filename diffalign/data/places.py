@@ -24,10 +24,11 @@ class ImagePlaces:
         for path in shards:
             file = _open(path)
             keys = file.read(columns=["group_id", "index"])
-            groups.append(pc.index_in(keys["group_id"], value_set=group_ids.combine_chunks()))
+            groups += keys["group_id"].chunks
             indices.append(keys["index"].to_numpy())
             rows_of.append([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-        group = np.concatenate([row_numbers(g) for g in groups]) if groups else np.zeros(0, np.int64)
+        named = pa.chunked_array(groups, type=pa.string())
+        group = row_numbers(pc.index_in(named, value_set=group_ids.combine_chunks()))
         index = np.concatenate(indices).astype(np.int64) if indices else np.zeros(0, np.int64)
         known = np.flatnonzero(group >= 0)
         keys = (group[known] << INDEX_BITS) | index[known]
