@@ -28,7 +28,7 @@ FAULTS_SHOWN = 20
 def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict[str, Any] | None = None) -> None:
     """The contact sheet of `groups` groups spread over the dataset, each from best to worst."""
     rewards = {name: dataset.score_array(name) for name in dataset.rewards()}
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int)) if len(dataset) else []
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int))
     shown = [_group(dataset, int(i), rewards) for i in chosen]
     write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summary(dataset), shown)
 

@@ -186,7 +186,8 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
         draw = drawer(generator, section, config.latents)
         count = len(plan.prompts) * section.images_per_prompt
         batches = [batch for shard in plan.shards(part) for batch in shard.batches][:PROBE_BATCHES]
-        taken, drawn = [], []
+        taken: list[float] = []
+        drawn: list[Drawn] = []
         for batch in batches:
             each, drawn = timed(partial(draw, [c.prompt for c in batch], [c.seed for c in batch]))
             taken.append(each / len(batch))

@@ -262,7 +262,7 @@ def load_generator(
 def _source(path: str, index: Path, commit: str | None, variant: str | None, token: str | None, local: bool) -> Source:
     components = read_index(path, index)
     # Stable Cascade's prior can start from a picture; here it starts from text.
-    absent = dict.fromkeys(name for name in ("image_encoder", "feature_extractor") if name in components)
+    absent: dict[str, None] = {name: None for name in ("image_encoder", "feature_extractor") if name in components}
     folder = index.parent
     if commit is not None and not local:
         if components["_class_name"] == "PixArtSigmaPipeline":

@@ -147,6 +147,7 @@ def test_the_same_command_again_changes_nothing(world: Callable[..., Path], tmp_
     assert tree(world("whole")) == before and not (tmp_path / "log").exists()
 
 
+@pytest.mark.soak
 def test_killed_at_any_moment(world: Callable[..., Path], tmp_path: Path, soak: bool) -> None:
     """Killed by SIGKILL and run again until it ends: the same bytes as undisturbed, whatever it was doing."""
     whole = tree(world("whole"))

@@ -56,8 +56,8 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
     if rewards:
         lines += ["## What judged them", "", "| reward | version | weights | licence |", "|---|---|---|---|"]
         for name, r in rewards.items():
-            told = (name, r.get("version", "?"), r.get("weights", "?"), r.get("licence", "unknown"))
-            lines.append("| " + " | ".join(_cell(value) for value in told) + " |")
+            about = (name, r.get("version", "?"), r.get("weights", "?"), r.get("licence", "unknown"))
+            lines.append("| " + " | ".join(_cell(value) for value in about) + " |")
         lines += ["", "Scores are those of models, not of people.", ""]
     ranking = dataset.folder / "ranking.json"
     if ranking.is_file():

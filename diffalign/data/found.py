@@ -54,7 +54,8 @@ def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
     """
     if (out / GROUPS_FILE).exists():
         raise DiffalignError(f"{out} holds a dataset already; choose another folder")
-    report, groups = Report(), []
+    report = Report()
+    groups: list[dict[str, Any]] = []
     writer: ImageWriter | None = None
     in_file, files = 0, 0
     try:

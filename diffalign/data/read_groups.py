@@ -11,6 +11,9 @@ from diffalign.data.schema import inside
 from diffalign.errors import DiffalignError
 
 Rows = Iterator[Found | LeftOut]
+# Columns of metadata.jsonl that mean something here; the others are a group's facts.
+OWN = {"file_name", "prompt", "text", "group_id", "preference", "rank", "score", "split", "model"}
+OWN |= {"chosen_file_name", "rejected_file_name"}
 
 
 def read_hpdv2(path: Path) -> Rows:
@@ -108,9 +111,7 @@ def _folder_group(
             ranks = known if name == "rank" else [-v for v in known]
             preference = tuple(known) if name == "preference" else vote_shares_of_ranks(ranks)
             break
-    own = ("file_name", "prompt", "text", "group_id", "preference", "rank", "score", "split", "model")
-    own += ("chosen_file_name", "rejected_file_name")
-    told = {k: v for k, v in facts.items() if k not in own}
+    told = {k: v for k, v in facts.items() if k not in OWN}
     models = tuple(str(row.get("model") or "imported") for _, row in rows)
     return Found(prompt, tuple(images), preference, where, models, str(facts.get("split") or "train"), told)
 
