@@ -249,6 +249,12 @@ def test_what_is_no_dataset(tmp_path: Path) -> None:
         DiffalignError, match=r"no row gives a group.*; the first: .*train\.json\[0\]: no\.jpg: No such"
     ):
         write_found(open_rows([tmp_path / "train.json"], None)[1], tmp_path / "out")
+    (tmp_path / "p.csv").write_bytes(b"prompt,winner,loser\ncaf\xe9,a,b\n")
+    with pytest.raises(DiffalignError, match=r"p\.csv: not UTF-8 at byte"):
+        list(open_rows([tmp_path / "p.csv"], None)[1])
+    (tmp_path / "p.csv").write_text("prompt,chosen\na,b\n")
+    with pytest.raises(DiffalignError, match=r"p\.csv:1: column loser, winner is missing"):
+        list(open_rows([tmp_path / "p.csv"], None)[1])
     with pytest.raises(DiffalignError, match="--format x: unknown; there are pickapic"):
         open_rows([tmp_path], "x")
 

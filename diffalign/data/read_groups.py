@@ -1,12 +1,11 @@
 """Readers of data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.found import Found, LeftOut, vote_shares_of_ranks
-from diffalign.data.read_json import entries
+from diffalign.data.read_json import csv_rows, entries
 from diffalign.data.schema import inside
 from diffalign.errors import DiffalignError
 
@@ -120,10 +119,8 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     if path.suffix != ".csv":
         yield from entries(path)
         return
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", {k: v for k, v in row.items() if k is not None and v != ""}
+    for where, row in csv_rows(path, {"file_name"}):
+        yield where, {k: v for k, v in row.items() if v != ""}
 
 
 def _number(value: Any) -> float | None:

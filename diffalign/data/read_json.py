@@ -1,5 +1,6 @@
-"""JSON files of rows: one list, or one object a line."""
+"""Tables of rows: a JSON list, JSON lines, or csv, each row with its place."""
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,26 @@ def entries(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         raise DiffalignError(f"{path}: a list of rows is expected, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
         yield f"{path}[{number}]", row if isinstance(row, dict) else f"an object is expected, not {type(row).__name__}"
+
+
+def csv_rows(path: Path, needed: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(file:line, row) of a csv; empty cells are "". DiffalignError: unreadable, not UTF-8, a column missing."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            missing = needed - set(reader.fieldnames or [])
+            if missing:
+                raise DiffalignError(
+                    f"{path}:1: column {', '.join(sorted(missing))} is missing; {', '.join(sorted(needed))} are needed"
+                )
+            for row in reader:
+                yield f"{path}:{reader.line_num}", {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
+    except OSError as error:
+        raise DiffalignError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DiffalignError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except csv.Error as error:
+        raise DiffalignError(f"{path}: no csv ({error})") from error
 
 
 def _object(line: str) -> dict[str, Any] | str:

@@ -1,6 +1,5 @@
 """Readers of data made of pairs: Pick-a-Pic, HPDv3, a csv, `w/` and `l/`, two folders. Each yields row by row."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.found import Found, LeftOut
 from diffalign.data.pairs import PICTURES
-from diffalign.data.read_json import entries
+from diffalign.data.read_json import csv_rows, entries
 from diffalign.data.schema import inside
 from diffalign.errors import DiffalignError
 
@@ -97,27 +96,14 @@ def read_hpdv3(path: Path) -> Rows:
 
 def read_csv(path: Path) -> Rows:
     """A csv with columns prompt, winner and loser; files relative to it and below its folder."""
-    try:
-        stream = path.open(newline="", encoding="utf-8-sig")
-    except OSError as error:
-        raise DiffalignError(f"{path}: {error.strerror}") from error
-    with stream:
-        reader = csv.DictReader(stream)
-        missing = {"prompt", "winner", "loser"} - set(reader.fieldnames or [])
-        if missing:
-            raise DiffalignError(
-                f"{path}:1: column {', '.join(sorted(missing))} is missing; prompt, winner and loser are needed"
-            )
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if not (row["prompt"] or "").strip():
-                yield LeftOut(where, "no prompt")
-                continue
-            paths = _paths(path.parent, row, ("winner", "loser"))
-            if isinstance(paths, str):
-                yield LeftOut(where, paths)
-            else:
-                yield Found(row["prompt"].strip(), paths, (1.0, 0.0), where)
+    for where, row in csv_rows(path, {"prompt", "winner", "loser"}):
+        paths = _paths(path.parent, row, ("winner", "loser"))
+        if not row["prompt"]:
+            yield LeftOut(where, "no prompt")
+        elif isinstance(paths, str):
+            yield LeftOut(where, paths)
+        else:
+            yield Found(row["prompt"], paths, (1.0, 0.0), where)
 
 
 def read_two_folders(winners: Path, losers: Path) -> Rows:

@@ -29,7 +29,7 @@ __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "wri
 RETRIES = 2
 HOPELESS = 5  # batches in a row of which nothing could be drawn: the model is at fault, not the prompts
 # What a model raises over one prompt. Anything else, a full disk or Ctrl-C say, is not the prompt's fault.
-PROMPT_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, DiffalignError)
+PROMPT_ERRORS = (RuntimeError, ValueError, IndexError, DiffalignError)
 
 
 class Drawn(NamedTuple):

@@ -30,8 +30,7 @@ class Task:
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
     """Whether this process has the lock `path`, until the block ends; never waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = _open(path)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,6 +40,16 @@ def claim(path: Path) -> Iterator[bool]:
             yield True
     finally:
         os.close(handle)  # frees the lock
+
+
+def _open(path: Path) -> int:
+    """The lock's file. A process that is through may delete the folder between the two steps."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue
 
 
 def finish(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int], None] | None = None) -> int:
