@@ -165,7 +165,7 @@ def test_hpdv3(tmp_path: Path) -> None:
     assert guess_form(folder) == "hpdv3"
     report, dataset = converted(tmp_path, folder)
     assert dataset.column("preference") == [[1, 0], [1, 0]] and pictures(dataset, 1) == [jpg(3), jpg(2)]
-    assert dataset.group(0)["metadata"] == {"sure": 0.9}
+    assert dataset.group(0)["metadata"] == {"confidence": 0.9}
     assert [i.generator for i in dataset.images(dataset.column("group_id")[0])] == ["flux", "real"]
     told = [f"{Path(f.where).name}: {f.reason}" for f in report.faults]
     assert told[0] == "train.json[1]: path2 is empty" and "'/etc/passwd' leaves its folder" in told[1]
