@@ -33,6 +33,12 @@ testbed = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(testbed, name="testbed")
+data = typer.Typer(
+    help="Datasets: other people's to ours, what is in one, and ours to other forms.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(data, name="data")
 
 Source = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")
@@ -251,6 +257,112 @@ def list_rewards() -> None:
         from diffalign import score_stage
 
         score_stage.show_rewards()
+
+
+@app.command()
+def synth(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Time a batch of every generator and reward, print time, disk and cost, stop."),
+    ] = False,
+) -> None:
+    """Make a ranked dataset from prompts. The same command goes on where it stopped; several share the work."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_synth_config
+
+        checked = load_synth_config(config, overrides or ())
+        from diffalign import stages_synth
+
+        stages_synth.synth(checked, dry_run=dry_run)
+
+
+@app.command("rank")
+def rank_scores(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET|CONFIG", help="A scored dataset folder, or a YAML file with data and the rest."
+        ),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Turn stored scores into preferences anew: other rewards, near-ties dropped, k of K images, filters, splits."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_rank_config
+
+        checked = load_rank_config(source, overrides or ())
+        from diffalign import stages_synth
+
+        stages_synth.rank_again(checked)
+
+
+@app.command("cache")
+def encode_cache(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print how many gigabytes it takes and whether they are free; stop.")
+    ] = False,
+) -> None:
+    """Encode the images and prompts of a training config now, so that `diffalign train` starts at once."""
+    with _plain_errors(goes_on=True):
+        from diffalign.config import load_config
+
+        checked = load_config(config, overrides or ())
+        from diffalign import stages_data
+
+        stages_data.cache(checked, dry_run=dry_run)
+
+
+@data.command("convert")
+def data_convert(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="A file or folder; or two folders: winners, then losers.")
+    ],
+    out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="pickapic, hpdv2, hpdv3, imagefolder, w_l, csv or two_folders; found out if not given."
+        ),
+    ] = None,
+) -> None:
+    """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
+    with _plain_errors():
+        from diffalign import stages_data
+
+        stages_data.convert(sources, out, form)
+
+
+@data.command("inspect")
+def data_inspect(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write a contact sheet: images from best to worst.")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="How many prompts the contact sheet shows.")] = 100,
+) -> None:
+    """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
+    with _plain_errors():
+        from diffalign import stages_data
+
+        stages_data.inspect(dataset, html, groups)
+
+
+@data.command("export")
+def data_export(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    form: Annotated[
+        str, typer.Option("--format", help="rows (one a prompt), pickapic (pairs) or webdataset.")
+    ] = "rows",
+    pairs: Annotated[str, typer.Option(help="pickapic: best_worst (one pair a prompt) or all.")] = "best_worst",
+) -> None:
+    """Write a dataset in a form that other code reads, with a card."""
+    with _plain_errors():
+        from diffalign import stages_data
+
+        stages_data.export_data(dataset, out, form, pairs)
 
 
 @testbed.command("prompts")

@@ -33,6 +33,7 @@ from diffalign.config_schema import (
     TuneSection,
     ValidationSection,
 )
+from diffalign.config_synth import RankConfig, SynthConfig
 from diffalign.config_yaml import Document, apply_override, dump, read_document
 from diffalign.errors import DiffalignError
 
@@ -45,8 +46,10 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
+    "RankConfig",
     "RewardSection",
     "SampleConfig",
+    "SynthConfig",
     "TimeSection",
     "TrackingSection",
     "TrainConfig",
@@ -57,7 +60,9 @@ __all__ = [
     "eval_config_of_run",
     "load_config",
     "load_eval_config",
+    "load_rank_config",
     "load_sample_config",
+    "load_synth_config",
     "recipes",
     "resolved_yaml",
 ]
@@ -106,6 +111,21 @@ def load_eval_config(config: str | Path, overrides: Sequence[str] = ()) -> EvalC
     return _validate(_document(config, overrides), EvalConfig)
 
 
+def load_synth_config(config: str | Path, overrides: Sequence[str] = ()) -> SynthConfig:
+    """As `load_config`, for `diffalign synth`."""
+    return _validate(_document(config, overrides), SynthConfig)
+
+
+def load_rank_config(source: str | Path, overrides: Sequence[str] = ()) -> RankConfig:
+    """As `load_config`, for `diffalign rank`; `source` may also be the dataset's folder, with everything in overrides."""
+    if not Path(source).is_dir():
+        return _validate(_document(source, overrides), RankConfig)
+    document = Document({"data": str(source)}, str(source))
+    for argument in overrides:
+        apply_override(document, argument)
+    return _validate(document, RankConfig)
+
+
 def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
     """The evaluation of a training run: its model, weights and folder; `prompts` must come as an override."""
     trained = run_dir / "config.yaml"
@@ -132,8 +152,9 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
 def resolved_yaml(config: BaseModel) -> str:
     """The config with every default written out; `load_config` reads it back as it was, less the access token."""
     values = config.model_dump(mode="json")
-    if values.get("model", {}).get("token") is not None:
-        values["model"]["token"] = None
+    for section in (values, *values.get("generators", [])):
+        if section.get("model", {}).get("token") is not None:
+            section["model"]["token"] = None
     return dump(values)
 
 

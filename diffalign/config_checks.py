@@ -14,6 +14,7 @@ from diffalign.config_objectives import SmPOSection
 
 if TYPE_CHECKING:
     from diffalign.config_schema import EvalConfig, ModelSection, SampleConfig, TrainConfig
+    from diffalign.config_synth import RankSection, SynthConfig
 
 COMBINATION = "combination"
 STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
@@ -180,3 +181,30 @@ def check_evaluation(config: EvalConfig) -> None:
         _refuse("a reward is named twice", "more_rewards", "reward.name")
     _check_model(config.model, config.device)
     _check_size(config.height, config.width)
+
+
+def check_ranking(rank: RankSection) -> None:
+    if (rank.choose == "all") != (rank.k is None):
+        _refuse("choose and k go together: choose=extremes, random or variance, and k=4 say", "choose", "k")
+    if rank.splits is not None:
+        if any(share < 0 for share in rank.splits.values()) or sum(rank.splits.values()) >= 1:
+            _refuse("shares must be positive and leave some prompts to train", "splits")
+        if "train" in rank.splits:
+            _refuse("train gets what the other splits leave; name only those", "splits")
+    unknown = set(rank.weights) - set(rank.sources or rank.weights)
+    if unknown:
+        _refuse(f"{sorted(unknown)[0]} is not among sources", "weights", "sources")
+    if any(weight < 0 for weight in rank.weights.values()):
+        _refuse("a weight below 0 would vote against its own reward", "weights")
+
+
+def check_synth(config: SynthConfig) -> None:
+    names = [generator.name for generator in config.generators]
+    if len(set(names)) < len(names):
+        _refuse("two generators have the same name", "generators")
+    rewards = [reward.name for reward in config.rewards]
+    if len(set(rewards)) < len(rewards):
+        _refuse("a reward is named twice; its columns can vote separately, as rank.sources=[geneval.exact]", "rewards")
+    for generator in config.generators:
+        _check_model(generator.model, config.device)
+        _check_size(generator.height, generator.width)

@@ -91,8 +91,10 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
         if tagged:
             inside = tagged
             continue
-        owner = inside[0] if inside else None
         key.append(part)
+        if isinstance(part, int):  # an entry of a list of sections: what follows belongs to its section
+            continue
+        owner = inside[0] if inside else None
         found = owner.model_fields.get(str(part)) if owner else None
         inside = list(_models(found.annotation)) if found else []
     return tuple(key), owner
@@ -101,7 +103,7 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Annotated, Union, UnionType):
+    elif get_origin(annotation) in (Annotated, Union, UnionType, list):
         for inner in get_args(annotation):
             yield from _models(inner)
 

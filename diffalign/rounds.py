@@ -8,6 +8,7 @@ from diffalign.config import load_config
 from diffalign.config_schema import EvalConfig, RewardSection, SampleConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
+from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
 
 RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
@@ -24,6 +25,7 @@ def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> Prefe
     stages.sample(SampleConfig.model_validate({**config, **SAMPLING, "images_per_prompt": IMAGES_PER_GROUP}))
     dataset = PreferenceDataset(folder)
     scored = score_images(dataset, stages.open_reward(RewardSection.model_validate(REWARD)))
+    clean_up(folder)
     stages.say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
     return dataset
 

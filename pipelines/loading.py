@@ -96,7 +96,7 @@ def load_backbone(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DiffalignError("device: CUDA was asked for and is not available here; use device: cpu")
     index, commit = find_index(path, revision, token, local_files_only)
-    components = _read_index(path, index)
+    components = read_index(path, index)
     name = components["_class_name"]
     if name not in BACKBONES:
         raise DiffalignError(f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}")
@@ -105,7 +105,7 @@ def load_backbone(
     if commit is not None and not local_files_only:
         folder = download(path, commit, variant, token, absent)
     source = Source(path, folder, commit, variant, absent)
-    _check_files(source, components)
+    check_files(source, components)
     with quiet_progress():
         pipeline = _load_pipeline(source, name, dtype)
     return BACKBONES[name](
@@ -123,13 +123,13 @@ def load_backbone(
 def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
     """The pipeline's class name, from its model_index.json alone. Raises DiffalignError for one that is not supported."""
     index, _ = find_index(path, revision, token, local)
-    name = str(_read_index(path, index)["_class_name"])
+    name = str(read_index(path, index)["_class_name"])
     if name not in BACKBONES:
         raise DiffalignError(f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}")
     return name
 
 
-def _read_index(path: str, index: Path) -> dict[str, Any]:
+def read_index(path: str, index: Path) -> dict[str, Any]:
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -166,7 +166,7 @@ def _absent(path: str, components: dict[str, Any], use_t5: bool) -> dict[str, No
     return absent
 
 
-def _check_files(source: Source, components: dict[str, Any]) -> None:
+def check_files(source: Source, components: dict[str, Any]) -> None:
     """Name what is missing before diffusers fails in the middle of loading."""
     variants = False
     for name, entry in components.items():

@@ -11,18 +11,22 @@ import numpy as np
 from diffalign.errors import DiffalignError
 
 
-def vote_shares(scores: np.ndarray) -> np.ndarray:
-    """Share of won comparisons of each image, [K] in [0, 1] (Syn-Pic: RankDPO, arXiv 2410.18013, section 3.2).
+def vote_shares(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Share of won comparisons of each image, [K] in [0, 1], from scores [R rewards, K images] (Syn-Pic: RankDPO, arXiv
+    2410.18013, section 3.2).
 
     Every reward compares every pair; only a strictly higher score wins, so a tie gives nobody a vote. A pair with a NaN
     casts no vote and leaves the denominator; an image that was never compared gets 0. No reward is rescaled: any
-    increasing transform of any reward leaves the shares unchanged.
+    increasing transform of any reward leaves the shares unchanged. `weights` [R]: how many votes each reward has.
     """
     a, b = scores[:, :, None], scores[:, None, :]
     known = np.isfinite(a) & np.isfinite(b) & ~np.eye(scores.shape[1], dtype=bool)
-    wins = ((a > b) & known).sum(axis=(0, 2))
-    compared = known.sum(axis=(0, 2))
-    return (wins / np.maximum(compared, 1)).astype(np.float64)
+    won = (a > b) & known
+    if weights is None:
+        wins, compared = won.sum(axis=(0, 2)), known.sum(axis=(0, 2))
+        return (wins / np.maximum(compared, 1)).astype(np.float64)
+    wins, compared = (np.einsum("r,rij->i", weights, x.astype(np.float64)) for x in (won, known))
+    return np.where(compared > 0, wins / np.where(compared > 0, compared, 1.0), 0.0)
 
 
 @dataclass(frozen=True)

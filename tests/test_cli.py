@@ -170,7 +170,7 @@ def test_bugs_keep_their_traceback(config: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_unknown_verbs_and_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("trian") == 2
-    assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert "Did you mean 'train'" in capsys.readouterr().err
     assert run("train") == 2
     assert "Missing argument 'CONFIG'" in capsys.readouterr().err
 

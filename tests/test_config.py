@@ -20,6 +20,7 @@ from diffalign.config import (
     load_config,
     load_eval_config,
     load_sample_config,
+    load_synth_config,
     recipes,
     resolved_yaml,
 )
@@ -143,17 +144,20 @@ def test_objectives_match_their_dataclasses() -> None:
 def test_the_recipes_are_there() -> None:
     assert {"sdxl_dpo", "sdxl_dpo_full", "sd15_dpo", "sd35_medium_dpo", "sd3_medium_dpo", "sdxl_sft"} <= set(recipes())
     assert {"shapes_sd3_dpo", "shapes_sdxl_dpo"} <= set(recipes())
+    assert {"synth_synpic", "synth_one_gpu", "synth_shapes"} <= set(recipes())
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_is_whole_and_commented(name: str) -> None:
-    config = load_config(name)
+    config = load_synth_config(name) if name.startswith("synth_") else load_config(name)
     lines = config_path(name).read_text(encoding="utf-8").splitlines()
     written = yaml.safe_load("\n".join(lines))
     for key, value in config.model_dump().items():
         assert key in written, f"{name}: {key} is not in the file"
         if isinstance(value, dict):
             assert set(written[key]) == set(value), f"{name}: {key} is incomplete"
+        for one, entry in zip(written[key], value, strict=True) if key in ("generators", "rewards") else ():
+            assert set(one) == set(entry), f"{name}: {key} is incomplete"
     for above, line in pairwise(lines):
         if line.strip() and not line.lstrip().startswith("#"):
             assert "#" in line or above.lstrip().startswith("#"), f"{name}: no comment at {line!r}"

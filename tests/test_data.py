@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from diffalign.cli import app
-from diffalign.data.cache import LatentCache, to_square
+from diffalign.data.cache import LatentCache, cache_key, to_square
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import labels
 from diffalign.data.pairs import import_pairs, pairs_from_csv, pairs_from_folders
-from diffalign.data.prompts import PromptRow, read_prompts
-from diffalign.data.rank import rank, vote_shares
+from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
+from diffalign.data.rank import rank
 from diffalign.data.sample import image_seed, sample_groups
 from diffalign.data.score import score_images
 from diffalign.data.source import choose_groups, prepare_source
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.rewards.aggregate import vote_shares
 
 
 def picture(value: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -60,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 class Brightness:
     """A reward with two columns."""
 
-    name, columns = "brightness", ("mean", "half")
+    name, columns, version, weights, licence = "brightness", ("mean", "half"), "1", "none", "none"
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -158,7 +163,9 @@ def _png(image: Image.Image) -> bytes:
     ("name", "content", "complaint"),
     [
         ("p.txt", b"\n \n", "holds no prompt"),
-        ("p.csv", b"a", "unknown kind of file"),
+        ("p.xml", b"a", "unknown kind of file"),
+        ("p.csv", b"caption,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has caption, n"),
+        ("p.parquet", b"a", "no whole parquet file"),
         ("p.jsonl", b'{"prompt": "a"}\n{"x": 1}\n', r'p\.jsonl:2: no "prompt"'),
         ("p.jsonl", b"{nonsense\n", r"p\.jsonl:1: not JSON"),
         ("p.txt", b"caf\xe9", "not UTF-8 at byte 3"),
@@ -174,6 +181,33 @@ def test_prompts_keep_their_facts(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "tag": "single_object"}\n\n{"prompt": "a cat"}\n')
     rows = read_prompts(tmp_path / "p.jsonl")
     assert [(r.prompt, r.metadata) for r in rows] == [("a dog", {"tag": "single_object"}), ("a cat", {})]
+
+
+def test_prompts_come_in_every_form(tmp_path: Path) -> None:
+    texts = ["a dog", "a cat, sitting", "a dog"]
+    (tmp_path / "p.txt").write_text("".join(f"{t}\n" for t in texts))
+    (tmp_path / "ocr").mkdir()
+    (tmp_path / "ocr" / "train.txt").write_text("".join(f"{t}\n" for t in texts))
+    (tmp_path / "geneval").mkdir()
+    (tmp_path / "geneval" / "test_metadata.jsonl").write_text('{"tag": "counting", "prompt": "two dogs"}\n')
+    (tmp_path / "p.csv").write_text('Prompt,kind\na dog,x\n"a cat, sitting",y\na dog,z\n')
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"caption": [*texts, None, " "], "n": range(5)}), tmp_path / "hub" / "train.parquet")
+    found = [
+        read_prompts(tmp_path / "p.txt"),
+        read_prompts(tmp_path / "ocr"),
+        read_prompts(tmp_path / "p.csv", "Prompt"),
+        read_prompts(tmp_path / "hub" / "train.parquet", "caption"),
+        hub_prompts(str(tmp_path / "hub"), "caption", "train"),
+    ]
+    assert [[row.prompt for row in rows] for rows in found] == [texts] * 5
+    assert found[2][1].metadata == {"kind": "y"}
+    assert read_prompts(tmp_path / "geneval", split="test")[0].metadata == {"tag": "counting"}
+    assert [row.prompt for row in unique_prompts(found[0])] == ["a dog", "a cat, sitting"]
+    with pytest.raises(DiffalignError, match="no column 'prompt'; it has caption, n"):
+        hub_prompts(str(tmp_path / "hub"), "prompt", "train")
+    with pytest.raises(DiffalignError, match=r"holds neither test_metadata\.jsonl"):
+        read_prompts(tmp_path / "ocr", split="test")
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -213,7 +247,7 @@ def test_sampling_goes_on_where_it_stopped(tmp_path: Path) -> None:
         draw_dataset(Painter(fail_after=80), tmp_path / "cut")
     rest = Painter()
     draw_dataset(rest, tmp_path / "cut")
-    assert rest.drawn == 140 - 64  # the first shard of 32 groups was complete
+    assert rest.drawn == 140 - 84  # twelve batches of seven were complete
     files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
     assert files and all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "cut" / f).read_bytes() for f in files)
     again = Painter()
@@ -376,10 +410,48 @@ def test_a_cache_cut_short_is_made_again(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build(folder, Broken())
-    assert list((folder / "cache").iterdir()) == []
+    assert [p.name for p in (folder / "cache").iterdir()] == [".locks"]
     encoder = Encoder()
     build(folder, encoder)
     assert encoder.encoded == 8
+
+
+def test_two_processes_make_one_cache(folder: Path, tmp_path: Path) -> None:
+    def build_slowly() -> None:
+        class Slow(Encoder):
+            def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+                time.sleep(0.05)
+                with (tmp_path / "log").open("a") as stream:
+                    stream.write("x" * len(pixels))
+                return super().encode_images(pixels)
+
+        build(folder, Slow())
+
+    children = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            try:
+                build_slowly()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert (tmp_path / "log").read_text() == "x" * 8  # each image encoded once
+    encoder = Encoder()
+    build(folder, encoder)
+    assert encoder.encoded == 0
+
+
+def test_the_chosen_images_alone_are_cached(folder: Path) -> None:
+    """Other members, another cache; the same members as all, the same as before they could be chosen."""
+    dataset = PreferenceDataset(folder)
+    before = cache_key(dataset, [0, 1], Encoder(), 16, 3)
+    rows = [dataset.group(i) for i in range(3)]
+    write_groups(folder, [{**row, "members": [0, 1, 2] if row["group_id"] != "c" else None} for row in rows])
+    assert cache_key(PreferenceDataset(folder), [0, 1], Encoder(), 16, 3) == before
+    write_groups(folder, [{**row, "members": [0, 2] if row["group_id"] == "a" else None} for row in rows])
+    assert cache_key(PreferenceDataset(folder), [0, 1], Encoder(), 16, 3) != before
 
 
 def test_values_beyond_float16_are_refused(folder: Path) -> None:

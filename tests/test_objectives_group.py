@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.data.rank import vote_shares
 from diffalign.objectives import GDRO, DiffusionDPO, GroupErrors, RankDPO, SmPO, check_labels
+from diffalign.rewards.aggregate import vote_shares
 
 TOLERANCE = 1e-6
 

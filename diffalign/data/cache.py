@@ -10,7 +10,6 @@ another key and is never served stale.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.work import Task, finish
 from diffalign.errors import DiffalignError
 
 VERSION = "1"
@@ -51,11 +51,11 @@ def cache_key(dataset: PreferenceDataset, groups: list[int], backbone: Any, reso
     ids, prompts = dataset.column("group_id"), dataset.column("prompt")
     for i in groups:
         digest.update(f"{ids[i]}\0{prompts[i]}\0".encode())
-    wanted = {ids[i] for i in groups}
+    wanted = {ids[i]: set(dataset.members(ids[i])) for i in groups}
     # Images are hashed one by one: the order of the shards is the order of the files, which is fixed.
     for rows in dataset.iter_images():
         for row in rows:
-            if row.group_id in wanted:
+            if row.index in wanted.get(row.group_id, ()):
                 digest.update(
                     f"{row.group_id}\0{row.index}\0".encode() + hashlib.blake2b(row.data, digest_size=12).digest()
                 )
@@ -98,15 +98,31 @@ class LatentCache:
     ) -> "LatentCache":
         """Open the cache of these groups under `folder`, making it first if need be."""
         final = folder / cache_key(dataset, groups, backbone, resolution, members)
-        if not (final / "index.json").is_file():
-            part = final.with_name(f"{final.name}.{os.getpid()}.part")
+
+        def make() -> None:
+            part = final.with_name(f"{final.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             try:
                 _write(dataset, groups, members, backbone, part, resolution, say, batch_size)
-                if not final.exists():
-                    part.rename(final)
+                part.rename(final)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
+
+        # One process makes it, whoever comes first; the others wait for it.
+        whole = Task(final.name, (final / "index.json").is_file, make)
+        folder.mkdir(parents=True, exist_ok=True)
+        finish([whole], folder / ".locks")
         return cls(final)
+
+
+def cache_bytes(dataset: PreferenceDataset, groups: list[int], members: int, backbone: Any, resolution: int) -> int:
+    """Size of the cache of these groups, from the model's shapes; one prompt is encoded to learn those of its embedding."""
+    side = resolution // backbone.vae_scale_factor
+    latents = len(groups) * members * backbone.latent_channels * side * side
+    prompts = dataset.column("prompt")
+    distinct = len({prompts[i] for i in groups}) + 1
+    each = sum(values[0].numel() for values in backbone.encode_prompts([""]).values())
+    return 2 * (latents + distinct * each)
 
 
 def _half(values: Tensor, what: str) -> np.ndarray:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.places import ImagePlaces, row_numbers
+from diffalign.data.schema import GROUPS, GROUPS_FILE
 from diffalign.errors import DiffalignError
+
+IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,6 @@ class ImageRow:
             return Image.open(io.BytesIO(self.data)).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DiffalignError(f"image {self.index} of group {self.group_id} cannot be decoded: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Place:
-    shard: int
-    row_group: int
-    row: int
 
 
 class PreferenceDataset:
@@ -65,16 +62,23 @@ class PreferenceDataset:
     def group(self, i: int) -> dict[str, Any]:
         """Row i of groups.parquet, its metadata as a dict."""
         row = {name: self._table[name][i].as_py() for name in self._table.column_names}
+        row = {**dict.fromkeys(GROUPS.names), **row}
         return {**row, "metadata": json.loads(row["metadata"] or "{}")}
 
+    def row(self, group_id: str) -> int | None:
+        """Row of a group in groups.parquet; None where it is not there."""
+        return self._row_of.get(group_id)
+
     def column(self, name: str) -> list[Any]:
-        """One column of groups.parquet as a list."""
+        """One column of groups.parquet as a list; None for what an older file lacks."""
+        if name not in self._table.column_names and name in GROUPS.names:
+            return [None] * len(self)
         return list(self._table[name].to_pylist())
 
     def split(self, name: str) -> list[int]:
-        """Indices of a split's groups. Raises DiffalignError if there is no such split."""
-        splits = self.column("split")
-        found = [i for i, s in enumerate(splits) if s == name]
+        """Indices of a split's groups, less those that ranking dropped. Raises DiffalignError if there is no such split."""
+        splits, dropped = self.column("split"), self.column("dropped")
+        found = [i for i, s in enumerate(splits) if s == name and not dropped[i]]
         if not found:
             raise DiffalignError(f"data.split={name!r} has no group in {self.folder}; there are {sorted(set(splits))}")
         return found
@@ -82,35 +86,50 @@ class PreferenceDataset:
     # --- images --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _places(self) -> dict[str, dict[int, _Place]]:
-        places: dict[str, dict[int, _Place]] = {}
-        for shard, path in enumerate(self.shards):
-            file = pq.ParquetFile(path)
-            for row_group in range(file.num_row_groups):
-                keys = file.read_row_group(row_group, columns=["group_id", "index"])
-                pairs = zip(keys["group_id"].to_pylist(), keys["index"].to_pylist(), strict=True)
-                for row, (group, index) in enumerate(pairs):
-                    places.setdefault(group, {})[index] = _Place(shard, row_group, row)
-        return places
+    def places(self) -> ImagePlaces:
+        """Where each image lies."""
+        return ImagePlaces(self.shards, self._table["group_id"])
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {group: row for row, group in enumerate(self.column("group_id"))}
+
+    @cached_property
+    def _chosen(self) -> dict[int, list[int]]:
+        """Groups of which only some images count."""
+        return {i: chosen for i, chosen in enumerate(self.column("members")) if chosen is not None}
+
+    def all_members(self, group_id: str) -> list[int]:
+        """Indices of a group's images, in order, whether they count or not."""
+        row = self._row_of.get(group_id)
+        return [] if row is None else [int(i) for i in self.places.indices(row)]
 
     def members(self, group_id: str) -> list[int]:
-        """Indices of a group's images, in order."""
-        return sorted(self._places.get(group_id, {}))
+        """Indices of the images of a group that count, in order: `diffalign rank` may have chosen some of them."""
+        chosen = self._chosen.get(self._row_of.get(group_id, -1))
+        members = self.all_members(group_id)
+        return members if chosen is None else [i for i in members if i in chosen]
 
     def images(self, group_id: str) -> list[ImageRow]:
-        """A group's images, in order of their index."""
-        rows = []
-        for index in self.members(group_id):
-            place = self._places[group_id][index]
-            table = pq.ParquetFile(self.shards[place.shard], memory_map=True).read_row_group(place.row_group)
-            rows.append(_image_row(table, place.row))
-        return rows
+        """A group's images that count, in order of their index."""
+        row = self._row_of.get(group_id, -1)
+        wanted = self.members(group_id)
+        found = self.places.find(np.full(len(wanted), row), np.array(wanted, dtype=np.int64))
+        return [self.image_at(int(place)) for place in found]
+
+    def image_at(self, place: int) -> ImageRow:
+        """One image, by its position in `places`."""
+        return _image_row(*self.places.read(place, IMAGE_COLUMNS))
 
     def iter_images(self, batch: int = 64) -> Iterator[list[ImageRow]]:
         """All images, streamed in the order of the shards."""
-        for path in self.shards:
-            for table in pq.ParquetFile(path).iter_batches(batch_size=batch):
-                yield [_image_row(table, i) for i in range(table.num_rows)]
+        for shard in range(len(self.shards)):
+            yield from self.iter_shard(shard, batch)
+
+    def iter_shard(self, shard: int, batch: int = 64) -> Iterator[list[ImageRow]]:
+        """The images of one file, streamed."""
+        for table in pq.ParquetFile(self.shards[shard]).iter_batches(batch_size=batch, columns=IMAGE_COLUMNS):
+            yield [_image_row(table, i) for i in range(table.num_rows)]
 
     def generators(self) -> dict[tuple[str, int], str]:
         """(group id, index) -> who made the image; read without the pictures."""
@@ -136,23 +155,55 @@ class PreferenceDataset:
 
     def scores(self, reward: str, column: str | None = None) -> dict[tuple[str, int], float]:
         """(group id, index) -> score, by default the reward's first column; NaN where it could not score."""
+        table, name = self._score_table(reward, column)
+        keys = zip(table["group_id"].to_pylist(), table["index"].to_pylist(), strict=True)
+        return {key: float("nan") if v is None else v for key, v in zip(keys, table[name].to_pylist(), strict=True)}
+
+    def score_array(self, source: str) -> np.ndarray:
+        """Scores of "reward" or "reward.column" as [images], in the order of `places`; NaN where there is none."""
+        reward, _, column = source.partition(".")
+        table, name = self._score_table(reward, column or None)
+        group = pc.index_in(table["group_id"], value_set=self._table["group_id"].combine_chunks())
+        at = self.places.find(row_numbers(group), table["index"].to_numpy())
+        values = np.full(len(self.places), np.nan)
+        scored = np.asarray(table[name].cast("float64").fill_null(float("nan")).to_numpy())
+        values[at[at >= 0]] = scored[at >= 0]
+        return values
+
+    def image_column(self, name: str) -> np.ndarray:
+        """A column of the images that is no picture, such as generator, in the order of `places`."""
+        parts = [pq.read_table(path, columns=[name])[name].to_pylist() for path in self.shards]
+        return np.array([value for part in parts for value in part], dtype=object)[self.places.positions]
+
+    def score_columns(self, reward: str) -> list[str]:
+        """Names of a reward's columns, the score first."""
+        return [n for n in pq.read_schema(self._score_file(reward)).names if n not in ("group_id", "index", "reason")]
+
+    def scored_by(self, reward: str) -> dict[str, Any]:
+        """What is known of the reward that made these scores: version, weights, licence, settings."""
+        known = (pq.read_schema(self._score_file(reward)).metadata or {}).get(b"diffalign")
+        return dict(json.loads(known)) if known else {}
+
+    def _score_file(self, reward: str) -> Path:
         path = self.folder / "scores" / f"{reward}.parquet"
         if not path.is_file():
             have = ", ".join(self.rewards()) or "none"
             raise DiffalignError(f"labels.source: {self.folder} has no scores of {reward!r}; scored by: {have}")
-        names = [n for n in pq.read_schema(path).names if n not in ("group_id", "index", "reason")]
+        return path
+
+    def _score_table(self, reward: str, column: str | None) -> tuple[Any, str]:
+        path, names = self._score_file(reward), self.score_columns(reward)
         if column is not None and column not in names:
             raise DiffalignError(f"labels.source: {path} has no column {column!r}; it has {', '.join(names)}")
         name = column or names[0]
-        table = pq.read_table(path, columns=["group_id", "index", name])
-        keys = zip(table["group_id"].to_pylist(), table["index"].to_pylist(), strict=True)
-        return {key: float("nan") if v is None else v for key, v in zip(keys, table[name].to_pylist(), strict=True)}
+        return pq.read_table(path, columns=["group_id", "index", name]), name
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 
     def facts(self, split: str | None = None) -> dict[str, Any]:
         """What a dry run prints: sizes, and how many groups state no preference."""
         chosen = range(len(self)) if split is None else self.split(split)
+        dropped = sum(bool(reason) for reason in self.column("dropped"))
         ids, preferences = self.column("group_id"), self.column("preference")
         sizes = [len(self.members(ids[i])) for i in chosen]
         spreads = [float(np.std(preferences[i])) if preferences[i] else 0.0 for i in chosen]
@@ -170,9 +221,10 @@ class PreferenceDataset:
             "scored_by": ", ".join(self.rewards()) or "nothing",
             "label_spread": round(float(np.mean(spreads)), 4) if spreads else 0.0,
             "without_preference": sum(s == 0.0 for s in spreads),
+            **({"dropped_by_ranking": dropped} if dropped else {}),
         }
 
 
 def _image_row(table: Any, row: int) -> ImageRow:
-    values = {name: table[name][row].as_py() for name in ("group_id", "index", "image", "generator", "seed")}
+    values = {name: table[name][row].as_py() for name in IMAGE_COLUMNS}
     return ImageRow(values["group_id"], values["index"], values["image"]["bytes"], values["generator"], values["seed"])

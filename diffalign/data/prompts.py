@@ -1,10 +1,14 @@
-"""Prompt files: one prompt a line (.txt), or one JSON object a line (.jsonl) with a "prompt" and, for GenEval, its facts."""
+"""Prompts: one a line (.txt), one JSON object a line (.jsonl) with a "prompt" and, for GenEval, its facts, or a table."""
 
+import csv
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffalign.errors import DiffalignError
 
@@ -32,21 +36,89 @@ def _from_json(line: str, where: str) -> PromptRow:
     return PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"})
 
 
-def read_prompts(path: Path | str) -> list[PromptRow]:
-    """The prompts of a .txt or .jsonl file; blank lines are skipped. Raises DiffalignError with file and line."""
+def read_prompts(path: Path | str, column: str = "prompt", split: str = "train") -> list[PromptRow]:
+    """The prompts of a .txt, .jsonl, .csv or .parquet file, or of a folder with <split>.txt or <split>_metadata.jsonl.
+
+    Blank lines are skipped. Of csv and parquet, `column` is the prompt; the other columns of a csv are its facts. Such a
+    folder is how flow_grpo keeps its prompts. Raises DiffalignError with file and line.
+    """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise DiffalignError(f"prompts {path}: unknown kind of file; use .txt (a prompt a line) or .jsonl")
+    if path.is_dir():
+        path = _in_folder(path, split)
+    readers = {".txt": _lines, ".jsonl": _lines, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise DiffalignError(
+            f"prompts {path}: unknown kind of file; use .txt (a prompt a line), .jsonl, .csv or .parquet"
+        )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = readers[path.suffix](path, column)
     except OSError as error:
-        raise DiffalignError(f"prompts {path}: {error.strerror}") from error
+        raise DiffalignError(f"prompts {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DiffalignError(f"prompts {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    if not rows:
+        raise DiffalignError(f"prompts {path}: the file holds no prompt")
+    return rows
+
+
+def hub_prompts(name: str, column: str, split: str) -> list[PromptRow]:
+    """The prompts of a hub dataset (or a local folder that `datasets` opens); only `column` is read."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DiffalignError(f"prompts hub:{name}: {str(error).splitlines()[0]}") from error
+    if column not in table.column_names:
+        raise DiffalignError(f"prompts hub:{name}: no column {column!r}; it has {', '.join(table.column_names)}")
+    texts = table.select_columns([column])[column]
+    return [PromptRow(text.strip()) for text in texts if isinstance(text, str) and text.strip()]
+
+
+def unique_prompts(rows: list[PromptRow]) -> list[PromptRow]:
+    """Each text once, where it came first."""
+    first: dict[str, PromptRow] = {}
+    for row in rows:
+        first.setdefault(row.prompt, row)
+    return list(first.values())
+
+
+def _in_folder(folder: Path, split: str) -> Path:
+    for name in (f"{split}_metadata.jsonl", f"{split}.jsonl", f"{split}.txt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DiffalignError(f"prompts {folder}: holds neither {split}_metadata.jsonl, {split}.jsonl nor {split}.txt")
+
+
+def _lines(path: Path, column: str) -> list[PromptRow]:
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             rows.append(_from_json(line, f"{path}:{number}") if path.suffix == ".jsonl" else PromptRow(line.strip()))
-    if not rows:
-        raise DiffalignError(f"prompts {path}: the file holds no prompt")
     return rows
+
+
+def _csv(path: Path, column: str) -> list[PromptRow]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        if column not in (reader.fieldnames or []):
+            raise DiffalignError(
+                f"prompts {path}:1: no column {column!r}; it has {', '.join(reader.fieldnames or []) or 'none'}"
+            )
+        return [
+            PromptRow(row[column].strip(), {k: v for k, v in row.items() if k != column and isinstance(k, str)})
+            for row in reader
+            if (row[column] or "").strip()
+        ]
+
+
+def _parquet(path: Path, column: str) -> list[PromptRow]:
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise DiffalignError(f"prompts {path}: no whole parquet file ({error})") from error
+    if column not in file.schema_arrow.names:
+        raise DiffalignError(f"prompts {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
+    texts = file.read(columns=[column])[column].to_pylist()
+    return [PromptRow(text.strip()) for text in texts if isinstance(text, str) and text.strip()]

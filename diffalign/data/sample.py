@@ -1,42 +1,130 @@
-"""Sampling groups of images into a dataset folder: the first stage of synthetic preference data."""
+"""Drawing the images of a plan into a dataset folder: the first stage of synthetic preference data.
 
-import hashlib
+.work/images/part-00003/00012.parquet   one batch, until its shard is complete
+images/part-00003.parquet               a shard
+sampling.json, failed.jsonl             the plan's settings; prompts that could not be drawn, and why
+"""
+
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember, write_whole
 from diffalign.data.prompts import PromptRow
-from diffalign.data.writer import ImageWriter, write_groups
-from diffalign.draws import draw
+from diffalign.data.schema import GROUPS_FILE, IMAGES, with_latents
+from diffalign.data.work import FOLDER, Task, finish
+from diffalign.data.writer import ROWS_PER_GROUP, image_row, regrouped, replacing, write_groups
 from diffalign.errors import DiffalignError
 
-GROUPS_PER_SHARD = 32
+__all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
+
+RETRIES = 2
+HOPELESS = 5  # batches in a row of which nothing could be drawn: the model is at fault, not the prompts
+# What a model raises over one prompt. Anything else, a full disk or Ctrl-C say, is not the prompt's fault.
+PROMPT_ERRORS = (RuntimeError, ValueError, IndexError, DiffalignError)
 
 
-def image_seed(seed: int, group_id: str, index: int) -> int:
-    """The seed of one image, below 2^32: what torch's CPU generator can tell apart."""
-    return int(draw(seed, "sample", group=group_id, member=index).integers(2**32))
+class Drawn(NamedTuple):
+    """An image and, if it is to be stored, the latent [C, h, w] that it was decoded from."""
+
+    image: Image.Image
+    latent: np.ndarray | None = None
 
 
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+Draw = Callable[[list[str], list[int]], list[Drawn]]
 
 
-def _same_plan(out: Path, plan: dict[str, Any], groups: list[tuple[str, PromptRow]]) -> None:
-    """Remember what is sampled into `out`; shards of another plan must not be taken for this one's."""
-    digest = hashlib.blake2b("\0".join(group for group, _ in groups).encode(), digest_size=12).hexdigest()
-    text = json.dumps({**plan, "prompts": digest}, indent=1) + "\n"
-    path = out / "sampling.json"
-    if path.is_file() and path.read_text() != text:
-        before, now = json.loads(path.read_text()), json.loads(text)
-        key = next(k for k in now if before.get(k) != now[k])
-        raise DiffalignError(
-            f"{out} holds images sampled with {key}={before.get(key)!r}, not {now[key]!r}; choose another folder"
+def draw_part(
+    plan: SynthPlan,
+    number: int,
+    out: Path,
+    draw: Draw,
+    provenance: dict[str, Any],
+    on_progress: Callable[[int, int], None] | None = None,
+    latents: bool = False,
+) -> int:
+    """Draw generator `number`'s images of `plan`; returns how many this process drew.
+
+    A batch that fails is tried `RETRIES` times more, then cell by cell; what still fails goes to `failed.jsonl` with its
+    reason. If nothing in a batch can be drawn, the fault is not in the prompts: DiffalignError.
+    """
+    part = plan.parts[number]
+    shards = list(plan.shards(number))
+    schema = with_latents() if latents else IMAGES
+    locks = out / FOLDER / "locks"
+    lost: list[bool] = []
+
+    def batch_task(shard: Shard, i: int) -> Task:
+        piece = _piece(out, shard, i)
+
+        def make() -> None:
+            drawn, failed = _attempt(draw, shard.batches[i], part.generator)
+            lost.append(not drawn)
+            if all(lost[-HOPELESS:]) and len(lost) >= HOPELESS:
+                raise DiffalignError(f"generator {part.generator} drew nothing {HOPELESS} times: {failed[0]['reason']}")
+            rows = [
+                image_row(cell.group_id, cell.index, d.image, part.generator, cell.seed, provenance, d.latent)
+                for cell, d in drawn
+            ]
+            if failed:
+                _report(out, shard, i, failed)
+            with replacing(piece, schema) as writer:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+        return Task(
+            f"{shard.name}-{i}",
+            lambda: piece.is_file() or _file(out, shard).is_file(),
+            make,
+            len(shard.batches[i]),
         )
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+
+    def shard_task(shard: Shard) -> Task:
+        def make() -> None:
+            with replacing(_file(out, shard), schema) as writer:
+                pieces = (pq.read_table(_piece(out, shard, i), schema=schema) for i in range(len(shard.batches)))
+                for table in regrouped(pieces, ROWS_PER_GROUP):
+                    writer.write_table(table)
+            shutil.rmtree(_piece(out, shard, 0).parent, ignore_errors=True)
+
+        return Task(shard.name, _file(out, shard).is_file, make)
+
+    mine = finish([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
+    # A shard's batches are deleted when it is whole, so no more than one shard a process is on disk twice.
+    finish([shard_task(s) for s in shards], locks)
+    return mine
+
+
+def drawn_already(plan: SynthPlan, number: int, out: Path) -> bool:
+    """Whether all shards of a generator are there, so that its model need not be loaded."""
+    return all((out / "images" / f"{name}.parquet").is_file() for name in plan.shard_names(number))
+
+
+def write_planned_groups(plan: SynthPlan, out: Path, split: str = "train") -> None:
+    """`groups.parquet`, without the prompts that some generator could not draw, and `failed.jsonl` if there are such."""
+    groups, failures = out / GROUPS_FILE, out / "failed.jsonl"
+
+    def make() -> None:
+        reports = sorted((out / FOLDER / "failed").glob("*.jsonl"))
+        lines = [line for report in reports for line in report.read_text(encoding="utf-8").splitlines()]
+        if lines:
+            write_whole(failures, "\n".join(lines) + "\n")
+        dead = {json.loads(line)["group_id"] for line in lines}
+        write_groups(out, (_group(g, row, split) for g, row in plan.groups if g not in dead))
+
+    finish([Task("groups", groups.is_file, make)], out / FOLDER / "locks")
+
+
+def clean_up(out: Path) -> None:
+    """Delete what only unfinished work needs."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
 
 
 def sample_groups(
@@ -55,59 +143,79 @@ def sample_groups(
     split: str = "train",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Sample `images_per_prompt` images of every prompt into dataset `out`.
+    """Sample `images_per_prompt` images of every prompt from one model into dataset `out`.
 
-    Work goes shard by shard; a shard that is complete is not sampled again, so the same call goes on where it was
+    The plan with one generator. Batches that are there are not drawn again, so the same call goes on where it was
     stopped. Each image's noise depends on its own seed alone.
     """
-    if images_per_prompt < 1:
-        raise DiffalignError(f"images_per_prompt={images_per_prompt}: at least one image per prompt is needed")
-    groups = [(f"{i:06d}-{row.prompt_id}", row) for i, row in enumerate(prompts)]
-    provenance = {
-        "model": backbone.path,
-        "revision": backbone.revision,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
+    plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
+    options = {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+    provenance = {"model": backbone.path, "revision": backbone.revision, **options}
+    settings = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}
+    settings |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
+    remember(out, settings)
+
+    def draw(texts: list[str], seeds: list[int]) -> list[Drawn]:
+        return [Drawn(image) for image in backbone.sample(texts, seeds, height=height, width=width, **options)]
+
+    draw_part(plan, 0, out, draw, provenance, on_progress)
+    write_planned_groups(plan, out, split)
+    clean_up(out)
+
+
+def _attempt(
+    draw: Draw, cells: tuple[Cell, ...], generator: str
+) -> tuple[list[tuple[Cell, Drawn]], list[dict[str, Any]]]:
+    """What could be drawn of a batch, and the failures."""
+
+    def tried(some: tuple[Cell, ...]) -> list[Drawn] | str:
+        reason = ""
+        for _ in range(1 + RETRIES):
+            try:
+                return draw([c.prompt for c in some], [c.seed for c in some])
+            except torch.OutOfMemoryError as error:
+                # Drawing fewer at once would change the images' last bits, so this is not for us to decide.
+                raise DiffalignError(
+                    f"generator {generator}: the GPU's memory does not hold a batch of {len(some)}; set its batch_size "
+                    "lower (and choose another folder: the batch decides the last bits of its images)"
+                ) from error
+            except PROMPT_ERRORS as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return reason
+
+    whole = tried(cells)
+    if not isinstance(whole, str):
+        return list(zip(cells, whole, strict=True)), []
+    singles = [(cell, tried((cell,)) if len(cells) > 1 else whole) for cell in cells]
+    failed = [(cell, result) for cell, result in singles if isinstance(result, str)]
+    if len(failed) == len(cells) and len({cell.prompt for cell in cells}) > 1:
+        raise DiffalignError(f"generator {generator} could draw no image of a whole batch: {failed[0][1]}")
+    lines = [
+        {"group_id": c.group_id, "index": c.index, "generator": generator, "prompt": c.prompt, "reason": reason}
+        for c, reason in failed
+    ]
+    return [(cell, result[0]) for cell, result in singles if not isinstance(result, str)], lines
+
+
+def _report(out: Path, shard: Shard, batch: int, failures: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(failure) + "\n" for failure in failures)
+    write_whole(out / FOLDER / "failed" / f"{shard.name}-{batch:05d}.jsonl", text)
+
+
+def _file(out: Path, shard: Shard) -> Path:
+    return out / "images" / f"{shard.name}.parquet"
+
+
+def _piece(out: Path, shard: Shard, batch: int) -> Path:
+    return out / FOLDER / "images" / shard.name / f"{batch:05d}.parquet"
+
+
+def _group(group: str, row: PromptRow, split: str) -> dict[str, Any]:
+    return {
+        "group_id": group,
+        "prompt_id": row.prompt_id,
+        "prompt": row.prompt,
+        "preference": [],
+        "split": split,
+        "metadata": row.metadata,
     }
-    _same_plan(
-        out,
-        {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width},
-        groups,
-    )
-    total, done = len(prompts) * images_per_prompt, 0
-    for number, shard in enumerate(_chunks(groups, GROUPS_PER_SHARD)):
-        name = f"part-{number:05d}"
-        cells = [(group, row.prompt, k) for group, row in shard for k in range(images_per_prompt)]
-        if not (out / "images" / f"{name}.parquet").is_file():
-            with ImageWriter(out, name) as writer:
-                for batch in _chunks(cells, batch_size):
-                    seeds = [image_seed(seed, group, k) for group, _, k in batch]
-                    images = backbone.sample(
-                        [prompt for _, prompt, _ in batch],
-                        seeds,
-                        steps=steps,
-                        guidance_scale=guidance_scale,
-                        negative_prompt=negative_prompt,
-                        height=height,
-                        width=width,
-                    )
-                    for (group, _, k), image_seed_, image in zip(batch, seeds, images, strict=True):
-                        writer.write(group, k, image, Path(backbone.path).name, image_seed_, provenance)
-        done += len(cells)
-        if on_progress:
-            on_progress(done, total)
-    write_groups(
-        out,
-        (
-            {
-                "group_id": group,
-                "prompt_id": row.prompt_id,
-                "prompt": row.prompt,
-                "preference": [],
-                "split": split,
-                "metadata": row.metadata,
-            }
-            for group, row in groups
-        ),
-    )

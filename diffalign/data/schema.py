@@ -9,6 +9,7 @@ Image columns carry the metadata with which `datasets.load_dataset("parquet", ..
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -44,21 +45,39 @@ GROUPS = pa.schema(
         ("preference", pa.list_(pa.float32())),
         ("split", pa.string()),
         ("metadata", pa.string()),
+        (
+            "members",
+            pa.list_(pa.int32()),
+        ),  # which images of the group count, where not all do: `preference` is of these
+        ("dropped", pa.string()),  # why `diffalign rank` leaves the group out; null: it does not
     ]
 )
 
 GROUPS_FILE = "groups.parquet"
 
 
-def score_schema(columns: tuple[str, ...]) -> pa.Schema:
-    """group_id, index, a float32 for every column of the reward, and why a value is NaN."""
+def with_latents() -> pa.Schema:
+    """`IMAGES`, with the latent that each image was decoded from: float16 bytes in C order, and its shape."""
+    features = {
+        **_FEATURES,
+        "latent": {"dtype": "binary", "_type": "Value"},
+        "latent_shape": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
+    }
+    schema = IMAGES.append(pa.field("latent", pa.binary())).append(pa.field("latent_shape", pa.list_(pa.int32())))
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def score_schema(columns: tuple[str, ...], made_by: dict[str, Any] | None = None) -> pa.Schema:
+    """group_id, index, a float32 for every column of the reward, and why a value is NaN; `made_by`: which reward."""
+    metadata = {"diffalign": json.dumps(made_by, sort_keys=True)} if made_by else None
     return pa.schema(
         [
             ("group_id", pa.string()),
             ("index", pa.int32()),
             *((c, pa.float32()) for c in columns),
             ("reason", pa.string()),
-        ]
+        ],
+        metadata=metadata,
     )
 
 

@@ -1,56 +1,102 @@
-"""Scoring a dataset's images into `scores/<reward>.parquet`."""
+"""Scoring a dataset's images into `scores/<reward>.parquet`, one file of images at a time, by any number of processes."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
+from diffalign.data.work import FOLDER, Task, finish
 from diffalign.data.writer import replacing
 from diffalign.errors import DiffalignError
 
 
 def score_images(
-    dataset: PreferenceDataset, reward: Any, batch_size: int = 64, on_progress: Callable[[int], None] | None = None
+    dataset: PreferenceDataset,
+    reward: Any,
+    batch_size: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> int:
-    """Score every image, streaming; returns how many. A file that is complete already is left as it is.
+    """Score every image, streaming; returns how many this process scored. What is complete is left as it is.
 
-    An image that cannot be decoded or scored gets NaN and the reason.
+    An image that cannot be decoded or scored gets NaN and the reason. `settings` (what the reward was built with) are
+    written beside its version, weights and licence; scores of another version or other settings are refused.
     """
+    made_by = {"reward": reward.name, "version": reward.version, "weights": reward.weights, "licence": reward.licence}
+    made_by |= {"settings": settings or {}}
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
+    schema = score_schema(reward.columns, made_by)
+    work = dataset.folder / FOLDER
+    pieces = [work / "scores" / reward.name / shard.name for shard in dataset.shards]
+
+    def piece_task(shard: int) -> Task:
+        def make() -> None:
+            with replacing(pieces[shard], schema) as writer:
+                for rows in dataset.iter_shard(shard, batch_size):
+                    known = [row for row in rows if dataset.row(row.group_id) is not None]
+                    if known:
+                        writer.write_table(pa.Table.from_pylist(_score(dataset, known, reward), schema=schema))
+
+        size = pq.ParquetFile(dataset.shards[shard]).metadata.num_rows
+        done = lambda: pieces[shard].is_file() or path.is_file()  # noqa: E731
+        return Task(f"score-{reward.name}-{shard}", done, make, size)
+
+    def merge() -> None:
+        with replacing(path, schema) as writer:
+            for piece in pieces:
+                file = pq.ParquetFile(piece)
+                for i in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(i))
+        shutil.rmtree(work / "scores" / reward.name, ignore_errors=True)
+
     if path.is_file():
+        _same_reward(path, made_by)
         return 0
-    schema = score_schema(reward.columns)
-    prompts = dict(zip(dataset.column("group_id"), range(len(dataset)), strict=True))
-    done = 0
-    with replacing(path, schema) as writer:
-        for rows in dataset.iter_images(batch_size):
-            images: list[Image.Image] = []
-            broken: dict[int, str] = {}
-            for i, row in enumerate(rows):
-                try:
-                    images.append(row.decode())
-                except DiffalignError as error:
-                    broken[i] = str(error)
-            good = [i for i in range(len(rows)) if i not in broken]
-            groups = [dataset.group(prompts[rows[i].group_id]) for i in good]
-            facts = [{**g["metadata"], "prompt": g["prompt"]} for g in groups]
-            measured = reward.measure(images, [g["prompt"] for g in groups], facts) if images else {}
-            reasons = dict(zip(good, reward.reasons, strict=True)) if images else {}
-            place = {i: n for n, i in enumerate(good)}
-            table = [
-                {
-                    "group_id": row.group_id,
-                    "index": row.index,
-                    **{c: float(measured[c][place[i]]) if i in place else float("nan") for c in reward.columns},
-                    "reason": broken.get(i) or reasons.get(i, ""),
-                }
-                for i, row in enumerate(rows)
-            ]
-            writer.write_table(pa.Table.from_pylist(table, schema=schema))
-            done += len(rows)
-            if on_progress:
-                on_progress(done)
-    return done
+    mine = finish([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    finish([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
+    return mine
+
+
+def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Any) -> list[dict[str, Any]]:
+    """Rows of the score file for these images."""
+    images: list[Image.Image] = []
+    broken: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        try:
+            images.append(row.decode())
+        except DiffalignError as error:
+            broken[i] = str(error)
+    good = [i for i in range(len(rows)) if i not in broken]
+    groups = [dataset.group(dataset.row(rows[i].group_id) or 0) for i in good]
+    facts = [{**g["metadata"], "prompt": g["prompt"]} for g in groups]
+    measured = reward.measure(images, [g["prompt"] for g in groups], facts) if images else {}
+    reasons = dict(zip(good, reward.reasons, strict=True)) if images else {}
+    place = {i: n for n, i in enumerate(good)}
+    return [
+        {
+            "group_id": row.group_id,
+            "index": row.index,
+            **{c: float(measured[c][place[i]]) if i in place else float("nan") for c in reward.columns},
+            "reason": broken.get(i) or reasons.get(i, ""),
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
+    """Scores of another version of a reward must not be taken for this one's. Files without a note are accepted."""
+    note = (pq.read_schema(path).metadata or {}).get(b"diffalign")
+    before = json.loads(note) if note else made_by
+    changed = next((key for key in ("version", "weights", "settings") if before.get(key) != made_by[key]), None)
+    if changed:
+        raise DiffalignError(
+            f"{path} was scored with {changed}={before.get(changed)!r}, now it is {made_by[changed]!r}; delete the file to "
+            "score anew"
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -31,11 +32,48 @@ def replacing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         part.unlink(missing_ok=True)
 
 
+def regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows` rows, the last one shorter."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        while sum(t.num_rows for t in pending) >= rows:
+            joined = pa.concat_tables(pending)
+            yield joined.slice(0, rows)
+            pending = [joined.slice(rows)]
+    if pending and (joined := pa.concat_tables(pending)).num_rows:
+        yield joined
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """Lossless, without any metadata: equal images have equal bytes."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def image_row(
+    group_id: str,
+    index: int,
+    image: Image.Image | bytes,
+    generator: str,
+    seed: int,
+    provenance: dict[str, Any],
+    latent: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """One row of `schema.IMAGES`; bytes are an encoded picture and are kept as they are."""
+    data = image if isinstance(image, bytes) else png_bytes(image)
+    row = {
+        "group_id": group_id,
+        "index": index,
+        "image": {"bytes": data, "path": None},
+        "generator": generator,
+        "seed": seed,
+        "provenance": json.dumps(provenance, sort_keys=True),
+    }
+    if latent is not None:
+        row |= {"latent": latent.astype(np.float16).tobytes(), "latent_shape": list(latent.shape)}
+    return row
 
 
 class ImageWriter:
@@ -60,17 +98,7 @@ class ImageWriter:
         provenance: dict[str, Any],
     ) -> None:
         """Add one image; bytes are an encoded picture and are kept as they are."""
-        data = image if isinstance(image, bytes) else png_bytes(image)
-        self.rows.append(
-            {
-                "group_id": group_id,
-                "index": index,
-                "image": {"bytes": data, "path": None},
-                "generator": generator,
-                "seed": seed,
-                "provenance": json.dumps(provenance, sort_keys=True),
-            }
-        )
+        self.rows.append(image_row(group_id, index, image, generator, seed, provenance))
         if len(self.rows) == ROWS_PER_GROUP:
             self._flush()
 

@@ -1,0 +1,72 @@
+"""Which images of a group count, and in which split its prompt falls: pure functions of scores, hashes and texts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffalign.draws import draw
+from diffalign.errors import DiffalignError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Images whose score of `source` is below `low`, above `high` or missing are left out."""
+
+    source: str
+    low: float | None = None
+    high: float | None = None
+
+    def holds(self, values: np.ndarray) -> np.ndarray:
+        """[K] bool."""
+        low = -np.inf if self.low is None else self.low
+        high = np.inf if self.high is None else self.high
+        return np.asarray((values >= low) & (values <= high))
+
+
+def choose_members(values: np.ndarray, how: str, k: int | None, generator: np.random.Generator) -> np.ndarray:
+    """Positions of the images that count, ascending. values [K]: higher is better, NaN comes last.
+
+    `extremes`: the best ceil(k / 2) and the worst floor(k / 2). `random`: any k. `variance`: the k with the largest variance
+    (D3S, arXiv 2509.22115): i from the top and k - i from the bottom for the best i. Ties are broken at random.
+    """
+    n = len(values)
+    if how == "all" or k is None or k >= n:
+        return np.arange(n)
+    order = generator.permutation(n)  # the position of an image must not decide between equals
+    if how == "random":
+        return np.sort(order[:k])
+    ranked = order[np.argsort(-np.nan_to_num(values[order], nan=-np.inf), kind="stable")]
+    if how == "extremes":
+        return np.sort(np.concatenate([ranked[: k - k // 2], ranked[n - k // 2 :]]))
+    if how == "variance":
+        splits = [np.concatenate([ranked[:i], ranked[n - (k - i) :]]) for i in range(k + 1)]
+        spread = [np.nan_to_num(np.var(values[chosen]), nan=-1.0) for chosen in splits]
+        return np.sort(splits[int(np.argmax(spread))])
+    raise DiffalignError(f"rank.choose={how}: unknown; all, extremes, random or variance")
+
+
+def near_duplicates(hashes: np.ndarray, values: np.ndarray, distance: int) -> np.ndarray:
+    """[K] bool: images whose 64-bit hash differs from that of a better image by at most `distance` bits."""
+    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
+    duplicate = np.zeros(len(values), dtype=bool)
+    kept: list[int] = []
+    for i in order:
+        bits = [int(hashes[i] ^ hashes[j]).bit_count() for j in kept]
+        if any(b <= distance for b in bits):
+            duplicate[i] = True
+        else:
+            kept.append(int(i))
+    return duplicate
+
+
+def split_of(prompt: str, shares: dict[str, float], seed: int) -> str:
+    """The split of a prompt: its text alone decides, so no prompt is in two splits, whatever else is in the dataset.
+
+    Case and spaces do not count. `shares`: of each split but "train", which gets the rest.
+    """
+    at = float(draw(seed, "split", group=" ".join(prompt.casefold().split())).random())
+    for name, share in shares.items():
+        if at < share:
+            return name
+        at -= share
+    return "train"

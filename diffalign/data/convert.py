@@ -1,0 +1,79 @@
+"""Which reader a source asks for, and the readers by name."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.data.found import Found, LeftOut
+from diffalign.data.read_groups import read_hpdv2, read_imagefolder
+from diffalign.data.read_json import entries
+from diffalign.data.read_pairs import read_csv, read_hpdv3, read_pickapic, read_two_folders, read_w_l
+from diffalign.errors import DiffalignError
+
+READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
+    "pickapic": read_pickapic,
+    "hpdv2": read_hpdv2,
+    "hpdv3": read_hpdv3,
+    "imagefolder": read_imagefolder,
+    "w_l": read_w_l,
+    "csv": read_csv,
+}
+
+
+def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Found | LeftOut]]:
+    """The form (found out if None) and the rows of one source, or of two folders (winners, losers)."""
+    if len(sources) == 2 and form in (None, "two_folders"):
+        return "two_folders", read_two_folders(*sources)
+    if len(sources) != 1:
+        raise DiffalignError(f"data convert: {len(sources)} sources; give one, or two folders (winners, then losers)")
+    if not sources[0].exists():
+        raise DiffalignError(f"{sources[0]}: no such file or folder")
+    name = form or guess_form(sources[0])
+    if name not in READERS:
+        raise DiffalignError(f"--format {name}: unknown; there are {', '.join([*READERS, 'two_folders'])}")
+    return name, READERS[name](sources[0])
+
+
+def guess_form(path: Path) -> str:
+    """The form that a file or folder seems to have. DiffalignError where it has none of those known."""
+    if path.is_dir():
+        if (path / "w").is_dir() and (path / "l").is_dir():
+            return "w_l"
+        if (path / "metadata.jsonl").is_file() or (path / "metadata.csv").is_file():
+            return "imagefolder"
+        named = [path / f"{split}.json" for split in ("train", "test") if (path / f"{split}.json").is_file()]
+        for file in named or sorted([*path.glob("*.json"), *path.glob("*.jsonl")]):
+            return _json_form(file)
+        parquet = next(iter(sorted(path.rglob("*.parquet"))), None)
+        if parquet is not None:
+            return _parquet_form(parquet)
+    elif path.suffix == ".csv":
+        return "csv"
+    elif path.suffix == ".parquet":
+        return _parquet_form(path)
+    elif path.suffix in (".json", ".jsonl"):
+        return "imagefolder" if path.stem == "metadata" else _json_form(path)
+    raise DiffalignError(f"{path}: not a form that is known; say which with --format: {', '.join(READERS)}")
+
+
+def _json_form(path: Path) -> str:
+    for _, row in entries(path):
+        if isinstance(row, dict):
+            if "path1" in row:
+                return "hpdv3"
+            if "human_preference" in row or "rank" in row:
+                return "hpdv2"
+            raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} are of no form that is known")
+    raise DiffalignError(f"{path}: holds no row")
+
+
+def _parquet_form(path: Path) -> str:
+    try:
+        names = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DiffalignError(f"{path}: no whole parquet file ({error})") from error
+    if "jpg_0" in names:
+        return "pickapic"
+    raise DiffalignError(f"{path}: columns {', '.join(names[:8])} are of no form that is known; pickapic has jpg_0")

@@ -1,0 +1,129 @@
+"""What a reader of other people's data yields, and how it becomes a dataset folder."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.dataset import ImageRow
+from diffalign.data.prompts import PromptRow
+from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.writer import ImageWriter, write_groups
+from diffalign.errors import DiffalignError
+
+IMAGES_PER_FILE = 4096
+
+
+@dataclass(frozen=True)
+class Found:
+    """A group as it stands in somebody's files. images: encoded bytes, or files that are read when it is written."""
+
+    prompt: str
+    images: tuple[bytes | Path, ...]
+    preference: tuple[float, ...]
+    where: str
+    generators: tuple[str, ...] = ()
+    split: str = "train"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that gives no group. `fault`: it is broken, and its place is told; else only counted by its reason."""
+
+    where: str
+    reason: str
+    fault: bool = True
+
+
+@dataclass
+class Report:
+    """What became of the rows."""
+
+    groups: int = 0
+    images: int = 0
+    counted: Counter[str] = field(default_factory=Counter)
+    faults: list[LeftOut] = field(default_factory=list)
+
+
+def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
+    """Write a dataset; pictures are kept byte for byte, and a broken row costs only itself.
+
+    Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
+    """
+    if (out / GROUPS_FILE).exists():
+        raise DiffalignError(f"{out} holds a dataset already; choose another folder")
+    report = Report()
+    groups: list[dict[str, Any]] = []
+    writer: ImageWriter | None = None
+    in_file, files = 0, 0
+    try:
+        for row in rows:
+            kept = row if isinstance(row, LeftOut) else _loaded(row)
+            if isinstance(kept, LeftOut):
+                if kept.fault:
+                    report.faults.append(kept)
+                else:
+                    report.counted[kept.reason] += 1
+                continue
+            if writer is not None and in_file >= IMAGES_PER_FILE:
+                writer.__exit__(None, None, None)
+                writer = None
+            if writer is None:
+                writer, in_file = ImageWriter(out, f"part-{files:05d}").__enter__(), 0
+                files += 1
+            groups.append(_write(writer, kept, len(groups)))
+            in_file += len(kept.images)
+            report.images += len(kept.images)
+    except BaseException as error:
+        if writer is not None:
+            writer.__exit__(type(error), error, error.__traceback__)
+        raise
+    if writer is None:
+        first = f"; the first: {report.faults[0].where}: {report.faults[0].reason}" if report.faults else ""
+        counted = "".join(f"; {n} rows: {reason}" for reason, n in report.counted.items())
+        raise DiffalignError(f"no row gives a group of images{counted}{first}")
+    writer.__exit__(None, None, None)
+    report.groups = write_groups(out, groups)
+    return report
+
+
+def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
+    """Preferences from ranks, 1 the best: the share of the others that are ranked worse; equal ranks beat nobody."""
+    others = max(len(ranks) - 1, 1)
+    return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
+
+
+def _loaded(row: Found) -> Found | LeftOut:
+    """The row with its files read and looked at."""
+    loaded = []
+    for n, image in enumerate(row.images):
+        name = image.name if isinstance(image, Path) else f"image {n}"
+        try:
+            data = image.read_bytes() if isinstance(image, Path) else image
+        except OSError as error:
+            return LeftOut(row.where, f"{name}: {error.strerror}")
+        try:
+            ImageRow("", n, data, "", 0).decode()
+        except DiffalignError:
+            return LeftOut(row.where, f"{name} is no whole picture")
+        loaded.append(data)
+    return Found(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
+
+
+def _write(writer: ImageWriter, row: Found, number: int) -> dict[str, Any]:
+    prompt = PromptRow(row.prompt)
+    group = f"{number:07d}-{prompt.prompt_id}"
+    for index, image in enumerate(row.images):
+        generator = row.generators[index] if row.generators else "imported"
+        assert isinstance(image, bytes)
+        writer.write(group, index, image, generator, 0, {"from": Path(row.where).name})
+    return {
+        "group_id": group,
+        "prompt_id": prompt.prompt_id,
+        "prompt": row.prompt,
+        "preference": list(row.preference),
+        "split": row.split,
+        "metadata": row.metadata,
+    }

@@ -1,0 +1,89 @@
+"""Where each image of a dataset lies, as sorted arrays: a million images take a second and 24 bytes each."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from diffalign.errors import DiffalignError
+
+INDEX_BITS = 20  # a group has fewer than a million images
+OPEN_FILES = 32
+
+
+class ImagePlaces:
+    """Images sorted by (row of their group in groups.parquet, index). An image of no group is left out."""
+
+    def __init__(self, shards: list[Path], group_ids: pa.ChunkedArray) -> None:
+        self.shards = shards
+        groups, indices, rows_of = [], [], []
+        for path in shards:
+            file = _open(path)
+            keys = file.read(columns=["group_id", "index"])
+            groups += keys["group_id"].chunks
+            indices.append(keys["index"].to_numpy())
+            rows_of.append([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        named = pa.chunked_array(groups, type=pa.string())
+        group = row_numbers(pc.index_in(named, value_set=group_ids.combine_chunks()))
+        index = np.concatenate(indices).astype(np.int64) if indices else np.zeros(0, np.int64)
+        known = np.flatnonzero(group >= 0)
+        keys = (group[known] << INDEX_BITS) | index[known]
+        order = np.argsort(keys, kind="stable")
+        self.keys = keys[order]
+        """Sorted: group row and index in one number."""
+        self.positions = known[order]
+        """Position of each among all rows of all shards."""
+        self.starts = np.searchsorted(self.keys, np.arange(len(group_ids) + 1, dtype=np.int64) << INDEX_BITS)
+        """The images of group i are starts[i]:starts[i + 1]."""
+        sizes = [(shard, i, n) for shard, counts in enumerate(rows_of) for i, n in enumerate(counts)]
+        self._row_groups = [(shard, i) for shard, i, _ in sizes]
+        self._first_row = np.concatenate([[0], np.cumsum([n for *_, n in sizes], dtype=np.int64)])
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        twice = np.flatnonzero(np.diff(self.keys) == 0)
+        if len(twice):
+            key = int(self.keys[twice[0]])
+            raise DiffalignError(
+                f"{shards[0].parent}: image {key & ((1 << INDEX_BITS) - 1)} of group "
+                f"{group_ids[key >> INDEX_BITS].as_py()} is there twice"
+            )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def indices(self, group: int) -> np.ndarray:
+        """Indices of a group's images, ascending."""
+        return self.keys[self.starts[group] : self.starts[group + 1]] & ((1 << INDEX_BITS) - 1)
+
+    def find(self, group: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Places (positions in `keys`) of images given by group row and index; -1 where there is none."""
+        wanted = (group.astype(np.int64) << INDEX_BITS) | index.astype(np.int64)
+        at = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
+        return np.where((group >= 0) & (self.keys[at] == wanted), at, -1) if len(self.keys) else np.full(len(at), -1)
+
+    def read(self, place: int, columns: list[str]) -> tuple[Any, int]:
+        """The row group that holds an image, and the row in it. Files stay open, the last `OPEN_FILES` used."""
+        position = int(self.positions[place])
+        at = int(np.searchsorted(self._first_row, position, side="right")) - 1
+        shard, row_group = self._row_groups[at]
+        if shard not in self._open:
+            self._open[shard] = _open(self.shards[shard])
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard].read_row_group(row_group, columns=columns), position - int(self._first_row[at])
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DiffalignError(f"{path} is no whole parquet file ({error}); delete it and make it again") from error
+
+
+def row_numbers(indices: Any) -> np.ndarray:
+    """Arrow's answer of `index_in` as int64, -1 for what is not there."""
+    return np.asarray(indices.fill_null(-1).to_numpy(), dtype=np.int64)

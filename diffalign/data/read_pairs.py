@@ -1,0 +1,152 @@
+"""Readers of data made of pairs: Pick-a-Pic, HPDv3, a csv, `w/` and `l/`, two folders. Each yields row by row."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.data.found import Found, LeftOut
+from diffalign.data.pairs import PICTURES
+from diffalign.data.read_json import csv_rows, entries
+from diffalign.data.schema import inside
+from diffalign.errors import DiffalignError
+
+Rows = Iterator[Found | LeftOut]
+PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+SPLITS = ("train", "validation", "test")
+
+
+def read_pickapic(path: Path) -> Rows:
+    """Pick-a-Pic v1 and v2: parquet files with caption, jpg_0, jpg_1 (encoded pictures), label_0 and label_1.
+
+    A folder's files are read in the order of their names; validation- and test- at the start of a name give the split. Rows
+    without a label and ties (0.5 each) are counted, not kept.
+    """
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DiffalignError(f"{path}: holds no .parquet file")
+    for file in files:
+        try:
+            table = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            yield LeftOut(str(file), f"no whole parquet file ({error})")
+            continue
+        names = set(table.schema_arrow.names)
+        missing = [name for name in PICKAPIC if name not in names]
+        if missing:
+            yield LeftOut(str(file), f"column {', '.join(missing)} is missing")
+            continue
+        more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
+        split = next((s for s in SPLITS if file.name.startswith(s)), "train")
+        number = 0
+        for batch in table.iter_batches(batch_size=64, columns=[*PICKAPIC, *more]):
+            for row in batch.to_pylist():
+                yield _pickapic_row(row, f"{file}:{number}", split)
+                number += 1
+
+
+def _pickapic_row(row: dict[str, Any], where: str, split: str) -> Found | LeftOut:
+    if row.get("has_label") is False:
+        return LeftOut(where, "without a label", fault=False)
+    labels = (row["label_0"], row["label_1"])
+    if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
+        return LeftOut(where, f"labels {labels[0]} and {labels[1]}; 1 and 0, 0 and 1, or 0.5 each are known")
+    if labels == (0.5, 0.5):
+        return LeftOut(where, "ties", fault=False)
+    if not isinstance(row["caption"], str) or not row["caption"].strip():
+        return LeftOut(where, "no caption")
+    images = []
+    for name in ("jpg_0", "jpg_1"):
+        data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+        if not isinstance(data, bytes) or not data:
+            return LeftOut(where, f"{name} is empty")
+        images.append(data)
+    generators = tuple(str(row.get(f"model_{i}") or "unknown") for i in (0, 1))
+    metadata = {"ranking_id": row["ranking_id"]} if row.get("ranking_id") is not None else {}
+    return Found(row["caption"].strip(), tuple(images), tuple(map(float, labels)), where, generators, split, metadata)
+
+
+def read_hpdv3(path: Path) -> Rows:
+    """HPDv3 and HPDv3++: JSON or JSON lines with prompt, path1 (preferred) and path2, relative to the file.
+
+    Whatever else a row says (confidence, choice_dist, the second axis of HPDv3++) is kept as its facts.
+    """
+    for file in _json_files(path):
+        for where, row in entries(file):
+            if isinstance(row, str):
+                yield LeftOut(where, row)
+                continue
+            prompt = row.get("prompt") or row.get("caption")
+            if not isinstance(prompt, str) or not prompt.strip():
+                yield LeftOut(where, "no prompt")
+                continue
+            paths = _paths(file.parent, row, ("path1", "path2"))
+            if isinstance(paths, str):
+                yield LeftOut(where, paths)
+                continue
+            told = {
+                k: v for k, v in row.items() if k not in ("prompt", "caption", "path1", "path2", "model1", "model2")
+            }
+            models = tuple(str(row.get(f"model{i}") or "unknown") for i in (1, 2))
+            split = next((s for s in SPLITS if file.stem.startswith(s)), "train")
+            yield Found(prompt.strip(), paths, (1.0, 0.0), where, models, split, told)
+
+
+def read_csv(path: Path) -> Rows:
+    """A csv with columns prompt, winner and loser; files relative to it and below its folder."""
+    for where, row in csv_rows(path, {"prompt", "winner", "loser"}):
+        paths = _paths(path.parent, row, ("winner", "loser"))
+        if not row["prompt"]:
+            yield LeftOut(where, "no prompt")
+        elif isinstance(paths, str):
+            yield LeftOut(where, paths)
+        else:
+            yield Found(row["prompt"], paths, (1.0, 0.0), where)
+
+
+def read_two_folders(winners: Path, losers: Path) -> Rows:
+    """Pictures of equal stem, with the caption of a.png in a.txt beside the winner, beside the loser, or one folder up."""
+    for folder in (winners, losers):
+        if not folder.is_dir():
+            raise DiffalignError(f"{folder}: no such folder")
+    others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in PICTURES}
+    for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in PICTURES):
+        beside = [folder / f"{winner.stem}.txt" for folder in (winners, losers, winners.parent)]
+        caption = next((p.read_text(encoding="utf-8", errors="replace").strip() for p in beside if p.is_file()), "")
+        loser = others.pop(winner.stem, None)
+        if loser is None:
+            yield LeftOut(str(winner), f"no picture of the same name in {losers}")
+        elif not caption:
+            yield LeftOut(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
+        else:
+            yield Found(caption, (winner, loser), (1.0, 0.0), str(winner))
+    for stem in sorted(others):
+        yield LeftOut(str(others[stem]), f"no picture of the same name in {winners}")
+
+
+def read_w_l(path: Path) -> Rows:
+    """A folder with the winners in w/ and the losers in l/."""
+    yield from read_two_folders(path / "w", path / "l")
+
+
+def _json_files(path: Path) -> list[Path]:
+    files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
+    if not files:
+        raise DiffalignError(f"{path}: holds no .json or .jsonl file")
+    return files
+
+
+def _paths(folder: Path, row: dict[str, Any], names: tuple[str, ...]) -> tuple[Path, ...] | str:
+    """The files that a row names, or what is wrong with one. They are opened later."""
+    found = []
+    for name in names:
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            return f"{name} is empty"
+        try:
+            found.append(inside(folder, value.strip()))
+        except DiffalignError as error:
+            return str(error)
+    return tuple(found)

@@ -1,0 +1,45 @@
+"""Samplers by short names, to replace the one that a pipeline ships with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.adapters import brief
+
+
+def replace_scheduler(pipeline: Any, name: str, options: dict[str, Any]) -> None:
+    """Give a diffusers pipeline another sampler, built from the settings of its own; `options` replace some of them.
+
+    A rectified-flow model takes flow_euler or flow_heun and others do not: the wrong kind would draw noise without an
+    error, so it is refused (DiffalignError).
+    """
+    import diffusers
+
+    classes = {
+        "ddim": diffusers.DDIMScheduler,
+        "ddpm": diffusers.DDPMScheduler,
+        "dpmpp": diffusers.DPMSolverMultistepScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+        "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+        "flow_euler": diffusers.FlowMatchEulerDiscreteScheduler,
+        "flow_heun": diffusers.FlowMatchHeunDiscreteScheduler,
+        "heun": diffusers.HeunDiscreteScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
+    }
+    if name not in classes:
+        raise DiffalignError(f"scheduler.name {name}: unknown; there are {', '.join(classes)}")
+    before = pipeline.scheduler
+    flow = "FlowMatch" in type(before).__name__
+    if flow != name.startswith("flow_"):
+        kind = "a rectified-flow model" if flow else "a diffusion model"
+        fitting = [n for n in classes if n.startswith("flow_") == flow]
+        raise DiffalignError(f"scheduler.name {name}: this is {kind}; use {', '.join(fitting)}")
+    known = set(classes[name]().config)
+    wrong = sorted(set(options) - known)
+    if wrong:
+        raise DiffalignError(f"scheduler.options: {name} has no {wrong[0]}; it has {', '.join(sorted(known))}")
+    try:
+        pipeline.scheduler = classes[name].from_config(before.config, **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise DiffalignError(f"scheduler {name}: {brief(error)}") from error
