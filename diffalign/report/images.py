@@ -59,7 +59,8 @@ def thumbnail(path: Path, wide: bool = False) -> str | None:
 
 
 def candidates(run: Run, name: str) -> list[Candidate]:
-    """What a run's evaluation compared with the base: `tuned` first, then further weights."""
+    """What a run's evaluation compared with the base: `tuned` first, then further weights. `name` tells runs apart; it is
+    empty where there is only one."""
     if run.result is None:
         return []
     images = {model: Path(folder) for model, folder in run.result["images"].items()}
@@ -67,7 +68,7 @@ def candidates(run: Run, name: str) -> list[Candidate]:
     compared = {"tuned": run.result["scores"], **run.result.get("others", {})}
     return [
         Candidate(
-            name if model == "tuned" else f"{name}: {model}",
+            (name or model) if model == "tuned" else f"{name}: {model}" if name else model,
             images[model],
             {**scores, **({"diversity": {"all": spreads[model]["all"]}} if model in spreads else {})},
             model,
@@ -82,7 +83,7 @@ def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]
     for run, name in zip(runs, names, strict=True):
         if run.result is not None:
             key = repr((run.result["seed"], run.result["seeds"], run.result["prompts"]))
-            found.setdefault(key, []).extend((c, run) for c in candidates(run, name))
+            found.setdefault(key, []).extend((c, run) for c in candidates(run, name if len(runs) > 1 else ""))
     return list(found.values())
 
 
