@@ -98,10 +98,11 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
     for part in parts:
         console.print(table(part))
     if len(parts) == 2:
-        pairing = versus.pair(*parts)
+        a, b = parts
+        pairing = versus.pair(a, b)
         names = (" ".join(request.images), " ".join(request.against or []))
         print(versus.heading(pairing, names))
-        console.print(versus.table(versus.compare_scores(*parts, pairing)))
+        console.print(versus.table(versus.compare_scores(a, b, pairing)))
     if request.labels:
         console.print(agreement.table(agreement.read_choices(request.labels, both), both))
     for line in faults(both):

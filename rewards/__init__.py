@@ -57,7 +57,10 @@ def accepted(name: str) -> set[str]:
     """Names of the options of a reward: those of its own constructor, and of those that it hands keywords on to."""
     known = {field.name for field in fields(GenEvalSettings)} if name == "geneval" else set()
     for kind in REWARDS[name].__mro__:
-        parameters = inspect.signature(kind.__init__).parameters.values()
+        own = vars(kind).get("__init__")
+        if own is None:
+            continue
+        parameters = inspect.signature(own).parameters.values()
         known |= {
             p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
         }

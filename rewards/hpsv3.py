@@ -109,9 +109,11 @@ class HPSv3(VisionLanguageReward):
         words = state.get("base.language_model.embed_tokens.weight")
         if words is None:
             raise DiffalignError(f"reward hpsv3: {self.path} holds no Qwen2-VL; is it another model's file?")
-        model = HPSv3Model(Qwen2VLModel(config), config.text_config.hidden_size)
-        # One row was added for the reward token; the checkpoint says how many there are.
-        model.base.resize_token_embeddings(len(words))
+        base = Qwen2VLModel(config)
+        base.resize_token_embeddings(
+            len(words)
+        )  # one was added for the reward token; the checkpoint says how many there are
+        model = HPSv3Model(base, config.text_config.hidden_size)
         fill(model, state, self.path, self.name)
         model.base.to(self.dtype)
         model.rm_head.float()

@@ -88,11 +88,8 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
-def fill(
-    module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str, unused: tuple[str, ...] = ()
-) -> None:
-    """Load `state` into `module`: every parameter must be there; keys that start with one of `unused` are left out."""
-    state = {k: v for k, v in state.items() if not k.startswith(unused)} if unused else state
+def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str) -> None:
+    """Load `state` into `module`: every parameter must be there, and nothing else."""
     try:
         missing, extra = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
