@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffalign import stages_data
@@ -68,21 +69,36 @@ def test_inspect_and_the_contact_sheet(folder: Path, tmp_path: Path, capsys: pyt
     ]
 
 
+class Encoder:
+    """What the cache needs of a backbone: 8 x 8 pixels a latent, prompts of five numbers."""
+
+    default_resolution, vae_scale_factor, latent_channels = 32, 8, 3
+
+    def fingerprint(self) -> str:
+        return "weights"
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.ones(len(prompts), 5)}
+
+
 def test_the_cache_ahead_of_training(
-    folder: Path, sd3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(stages_data, "open_backbone", lambda *_: Encoder())
     write_groups(folder, [PreferenceDataset(folder).group(0)])
     (tmp_path / "c.yaml").write_text(
-        f"run_dir: {tmp_path / 'run'}\ndevice: cpu\nmodel: {{path: {sd3_dir}, max_sequence_length: 12}}\n"
-        f"data: {{path: {folder}, resolution: 32}}\n"
+        f"run_dir: {tmp_path / 'run'}\ndevice: cpu\nmodel: {{path: m}}\ndata: {{path: {folder}, resolution: 32}}\n"
     )
     assert run("cache", tmp_path / "c.yaml", "--dry-run") == 0
     size = float(capsys.readouterr().out.split("cache: ")[1].split()[0]) * 1e9
+    assert size == pytest.approx(2 * (3 * 3 * 4 * 4 + 2 * 5), rel=0.01)  # float16: three latents; one prompt and none
     assert not (folder / "cache").exists()
     assert run("cache", tmp_path / "c.yaml") == 0
     arrays = list((folder / "cache").rglob("*.npy"))
-    # three files, each with a header of 128 bytes
-    assert sum(p.stat().st_size for p in arrays) - 128 * len(arrays) == pytest.approx(size, rel=0.01)
+    assert sum(np.load(path).nbytes for path in arrays) == pytest.approx(size, rel=0.01)
     capsys.readouterr()
     assert run("cache", tmp_path / "c.yaml") == 0 and "is there" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")
