@@ -113,15 +113,15 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
     rows = []
     for key, kind in [(k, "best") for k in best] + [(k, "worst") for k in worst]:
         file = f"{key[0]:05d}-{key[1]}.png"
-        row: dict[str, Any] = {"kind": kind, "prompt": first[key]["prompt"], "change": changes[key], "file": file}
+        entry: dict[str, Any] = {"kind": kind, "prompt": first[key]["prompt"], "change": changes[key], "file": file}
         if pictures:
             shown_ones = [{"label": "base", "score": first[key]["base"], "source": thumbnail(base / file)}]
             for candidate, run in members:
                 score = tables[id(run)][key][candidate.model]
                 source = thumbnail(candidate.folder / file)
                 shown_ones.append({"label": candidate.label, "score": score, "source": source})
-            row["pictures"] = shown_ones
-        rows.append(row)
+            entry["pictures"] = shown_ones
+        rows.append(entry)
     return rows
 
 
