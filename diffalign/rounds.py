@@ -12,17 +12,22 @@ from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
 
 RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
-# How both models are sampled, for training data and for evaluation alike.
-SAMPLING: dict[str, Any] = {"steps": 10, "guidance_scale": 4.0, "batch_size": 64, "device": "cpu"}
+# How the models are sampled, for training data and for evaluation alike.
+SAMPLING: dict[str, Any] = {"steps": 10, "batch_size": 64, "device": "cpu"}
+GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}
 GROUPS, IMAGES_PER_GROUP, TEST_PROMPTS, TEST_SEEDS = 256, 8, 256, 4
 REWARD = {"name": "geneval", "detector": "shapes"}
+
+
+def sampling(base: str) -> dict[str, Any]:
+    return {**SAMPLING, "guidance_scale": GUIDANCE[base]}
 
 
 def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> PreferenceDataset:
     """Sample groups from `base` on training prompts and score them; what is there already is kept."""
     model = load_config(RECIPES[base], ()).model.model_dump()
     config = {"model": model, "prompts": "testbed:train", "n": groups, "out": str(folder), "seed": seed}
-    stages.sample(SampleConfig.model_validate({**config, **SAMPLING, "images_per_prompt": IMAGES_PER_GROUP}))
+    stages.sample(SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP}))
     dataset = PreferenceDataset(folder)
     scored = score_images(dataset, stages.open_reward(RewardSection.model_validate(REWARD)))
     clean_up(folder)
@@ -64,4 +69,4 @@ def quickstart(
         "reward": REWARD,
         "out": str(run_dir),
     }
-    return stages.evaluate(EvalConfig.model_validate({**evaluation, **SAMPLING}), base_folder=base_images)
+    return stages.evaluate(EvalConfig.model_validate({**evaluation, **sampling(base)}), base_folder=base_images)

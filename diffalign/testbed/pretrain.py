@@ -55,7 +55,7 @@ class PretrainSettings:
 
 # The VAE of more levels has more to learn; the transformer is dearer a step, and needs fewer on its coarser latents.
 SETTINGS = {
-    "shapes-sd3": PretrainSettings(vae_steps=1_200, vae_batch=32, kl_weight=3e-4, steps=3_000, bf16=True),
+    "shapes-sd3": PretrainSettings(vae_steps=1_200, vae_batch=32, kl_weight=3e-4, steps=4_000, bf16=True),
     "shapes-sdxl": PretrainSettings(),
 }
 
