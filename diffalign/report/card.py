@@ -58,7 +58,7 @@ def samples(run: Run, out: Path) -> list[dict[str, Any]]:
     found = candidates(run, "tuned")
     if run.result is None or not found:
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in comparisons([(found[0], run)], SAMPLES // 2, pictures=False):
         files = {}
         for model, folder in (("base", Path(run.result["images"]["base"])), ("tuned", found[0].folder)):
