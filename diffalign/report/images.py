@@ -103,10 +103,10 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
     tables = {id(run): _scores(run, column) for _, run in members}
     first = tables[id(members[0][1])]
     changes: dict[tuple[int, int], float] = {}
-    for key, row in first.items():
+    for key, scored in first.items():
         values = [tables[id(run)].get(key, {}).get(candidate.model) for candidate, run in members]
-        if row.get("base") is not None and all(v is not None for v in values):
-            changes[key] = sum(v - row["base"] for v in values) / len(values)
+        if scored.get("base") is not None and all(v is not None for v in values):
+            changes[key] = sum(v - scored["base"] for v in values) / len(values)
     order = sorted(changes, key=lambda k: (-changes[k], k))
     best = order[:shown]
     worst = [k for k in order[::-1][:shown] if k not in set(best)]
