@@ -139,7 +139,7 @@ class Store:
             self._stream.close()
             self._stream = None
         # A run on other pictures may have been killed before this one: what it paid for stays until it is asked for again.
-        if self._journaled <= {key for row in merged for key in _keys(row)}:
+        if self._journaled <= {key for row in merged + kept for key in _keys(row)}:
             shutil.rmtree(self.journal, ignore_errors=True)
         return len(kept)
 
