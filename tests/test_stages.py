@@ -109,6 +109,7 @@ class Red:
     """A reward that tells the images of a pair apart: the first pixel's red."""
 
     name, columns, reasons = "red", ("red",), ("",) * 8
+    version, weights, licence = "1", "none", "none"
 
     def measure(self, images: list[Image.Image], prompts: list[str], facts: object) -> dict[str, torch.Tensor]:
         return {"red": torch.tensor([float(np.asarray(image)[0, 0, 0]) for image in images])}
