@@ -405,7 +405,7 @@ def testbed_pretrain(
 
 @testbed.command("quickstart")
 def testbed_quickstart(
-    base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sd3",
+    base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sdxl",
     out: Annotated[Path, typer.Option(help="Folder for data, run and report.")] = Path("runs/quickstart"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the whole round.")] = 0,
     steps: Annotated[

@@ -41,6 +41,7 @@ def random_scores(dataset: PreferenceDataset, reward: Any) -> int:
 def test_one_round(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "score_images", random_scores)
     given: dict[str, Any] = {
+        "base": "shapes-sd3",
         "seed": 3,
         "steps": 2,
         "groups": 4,
@@ -59,7 +60,7 @@ def test_the_control_differs_in_its_labels_alone(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounds, "score_images", random_scores)
-    given: dict[str, Any] = {"steps": 1, "groups": 8, "overrides": ("train.threads=1",)}
+    given: dict[str, Any] = {"base": "shapes-sd3", "steps": 1, "groups": 8, "overrides": ("train.threads=1",)}
     for shuffle in (False, True):
         rounds.quickstart(out=tmp_path / str(shuffle), shuffle=shuffle, base_images=tmp_path / "base", **given)
     true, control = (PreferenceDataset(tmp_path / str(s) / "data") for s in (False, True))
