@@ -133,6 +133,7 @@ def prepare(
         vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
         vae.save_pretrained(folder / f"{name}-vae")
     vae = AutoencoderKL.from_pretrained(folder / f"{name}-vae").eval()
+    vae.register_to_config(_name_or_path="")  # the folder that it came from is of no interest to others
     if not stored.is_file():
         save_file({"latents": encode(vae, images)}, stored)
     return vae, described, load_file(stored)["latents"]
