@@ -24,7 +24,7 @@ from diffalign.data.source import Batch
 from diffalign.draws import draw, normal
 from diffalign.objectives import OBJECTIVES
 from diffalign.pipelines import load_backbone
-from diffalign.testbed.models import BUILDERS, autoencoder
+from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
 from diffalign.training.preference import make_draws, preference_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,8 @@ def preference_steps(name: str, repeat: int, folder: Path) -> dict[str, float]:
     backbone.add_lora(rank=16, alpha=16.0)
     prompts = [f"{n} red circles" for n in range(8)]
     conditioning = backbone.encode_prompts(prompts)
-    latents = torch.from_numpy(normal(draw(0, "latents"), (8, 2, *(backbone.latent_channels, 16, 16))))
+    side = LATENTS[name].side
+    latents = torch.from_numpy(normal(draw(0, "latents"), (8, 2, backbone.latent_channels, side, side)))
     batch = Batch(latents, conditioning, torch.tensor([[1.0, 0.0]] * 8), torch.ones(8, dtype=bool), prompts, prompts)
     config = load_config("shapes_sd3_dpo", ())
     objective = OBJECTIVES["dpo"](beta=100.0)
