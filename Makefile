@@ -56,7 +56,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 
 bench-quickstart: $(STAMP)
-	$(BIN)/python benchmarks/bench_quickstart.py
+	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
+	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py

@@ -1,6 +1,6 @@
 """The quickstart with several seeds, and each of them again with shuffled labels, which must not help.
 
-python benchmarks/bench_quickstart.py [--base shapes-sd3] [--seeds 0 1 2] [--out runs/bench] [KEY=VALUE ...]
+python benchmarks/bench_quickstart.py [--base shapes-sdxl] [--seeds 0 1 2] [--out runs/bench] [KEY=VALUE ...]
 
 The measure was fixed before any training: the dense GenEval score on 256 held-out prompts x 4 seeds; intervals are
 bootstrapped over prompts. Rounds that are complete are kept, so the same command goes on where it stopped.
@@ -61,7 +61,7 @@ def line(name: str, c: Comparison) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="shapes-sd3", choices=("shapes-sd3", "shapes-sdxl"))
+    parser.add_argument("--base", default="shapes-sdxl", choices=("shapes-sd3", "shapes-sdxl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench-quickstart"))
     parser.add_argument("--prompts", default="testbed:test", help="testbed:validation is for choosing settings")

@@ -45,14 +45,14 @@ def generate(model: str, images: int, batch: int, rounds: int) -> None:
     texts = [row["prompt"] for row in prompts("train", images)]
     plan = SynthPlan(tuple(PromptRow(t) for t in texts), (Part(model, 1, batch),), 0)
     batches = [b for shard in plan.shards(0) for b in shard.batches]
-    given = {"steps": 10, "guidance_scale": 2.0}
+    given = {"steps": 10, "guidance_scale": 4.0}
     own = {"max_sequence_length": 32} if "SD3" in type(pipeline).__name__ else {}
 
     def bare() -> None:
         for some in batches:
             pipeline(
                 [c.prompt for c in some], generator=[torch.Generator().manual_seed(c.seed) for c in some],
-                num_inference_steps=10, guidance_scale=2.0, **own,
+                num_inference_steps=10, guidance_scale=4.0, **own,
             )  # fmt: skip
 
     def ours(folder: Path) -> None:

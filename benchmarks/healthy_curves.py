@@ -85,7 +85,13 @@ def train(out: Path, name: str) -> None:
         return
     data = out / ("data" if labels == "true" else f"data-{labels}")
     given = (f"data.path={data}", f"run_dir={out / 'runs' / name}", f"train.steps={STEPS}", "train.threads=1")
-    fixed = ("tracking.trackers=[]", "checkpoint.every=64", "checkpoint.keep=4")
+    fixed = (
+        "objective.beta=100",
+        "optimizer.lr=1e-3",
+        "tracking.trackers=[]",
+        "checkpoint.every=64",
+        "checkpoint.keep=4",
+    )
     stages.train(load_config("shapes_sdxl_dpo", [*given, *fixed, *changes]))
 
 

@@ -36,7 +36,7 @@ from diffalign.data.rank import rank
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.rounds import RECIPES, REWARD, SAMPLING, make_data
+from diffalign.rounds import RECIPES, REWARD, SAMPLING, make_data, sampling
 from diffalign.testbed.prompts import plural
 from diffalign.testbed.scenes import COLORS, SHAPES
 
@@ -200,7 +200,9 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
             "model": config.model.model_dump(), "weights": str(folder / "weights"), "prompts": source, "n": n,
             "seeds": size.seeds_per_prompt, "reward": REWARD, "out": str(place),
         }  # fmt: skip
-        stages.evaluate(EvalConfig.model_validate({**plan, **SAMPLING}), base_folder=out / cell.base / f"base-{kind}")
+        stages.evaluate(
+            EvalConfig.model_validate({**plan, **sampling(cell.base)}), base_folder=out / cell.base / f"base-{kind}"
+        )
         scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in MEASURES} for m in ("base", "tuned")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timing = [json.loads(line)["seconds"] for line in (folder / "timing.jsonl").read_text().splitlines()]

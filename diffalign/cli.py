@@ -406,7 +406,9 @@ def testbed_pretrain(
 @testbed.command("quickstart")
 def testbed_quickstart(
     base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sdxl",
-    out: Annotated[Path, typer.Option(help="Folder for data, run and report.")] = Path("runs/quickstart"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for data, run and report; without it, runs/quickstart-BASE.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the whole round.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps; without it, as many as the recipe says.")
@@ -421,7 +423,7 @@ def testbed_quickstart(
         from diffalign.rounds import quickstart
 
         given: dict[str, Any] = {} if steps is None else {"steps": steps}
-        quickstart(base=base, out=out, seed=seed, shuffle=shuffle, **given)
+        quickstart(base=base, out=out or Path("runs") / f"quickstart-{base}", seed=seed, shuffle=shuffle, **given)
 
 
 def _check_shapes_model(name: str) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.checkpoint import checkpoints
 from diffalign.training.loop import start_accelerator
 from diffalign.training.loop import train as train_backbone
+from diffalign.training.optim import check_installed
 from diffalign.training.validation import Validation
 
 Say = Callable[[str], None]
@@ -88,6 +89,21 @@ def open_reward(section: RewardSection, device: str = "cpu") -> Reward:
     return load_reward(section.name, **options)
 
 
+def open_rewards(
+    sections: Sequence[RewardSection], rows: list[PromptRow], device: str, key: str, prompts: str
+) -> dict[str, Reward]:
+    """Rewards by name, refused before any image is drawn where one of them cannot judge a prompt."""
+    rewards = {section.name: open_reward(section, device) for section in sections}
+    for name, reward in rewards.items():
+        for row in rows:
+            if reason := reward.unfit(row.prompt, row.metadata):
+                raise DiffalignError(
+                    f"{key}: {name} cannot judge {row.prompt!r} of {prompts}: {reason}; name another reward, such as "
+                    "{name: pickscore}, or give prompts with what it needs"
+                )
+    return rewards
+
+
 class Ticker:
     """A plain line every few seconds: sampling has no loss to show."""
 
@@ -104,6 +120,7 @@ class Ticker:
 def train(config: TrainConfig, dry_run: bool = False) -> None:
     """`diffalign train`."""
     device = resolve_device(config.device)
+    check_installed(config.optimizer)
     dataset = PreferenceDataset(config.data.path)
     if dry_run:
         _describe(config, dataset, device)
@@ -152,11 +169,12 @@ def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
     if wanted.every is None or wanted.prompts is None:
         return None
     rows = resolve_prompts(wanted.prompts, wanted.n)
+    device = resolve_device(config.device)
+    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
     texts = [row.prompt for row in rows]
     chunks = [texts[i : i + wanted.batch_size] for i in range(0, len(texts), wanted.batch_size)]
     parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    rewards = {section.name: open_reward(section, resolve_device(config.device)) for section in wanted.rewards}
     side = config.data.resolution or backbone.default_resolution
     return Validation(wanted, rows, encoded, rewards, side, config.seed)
 
@@ -283,6 +301,8 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     base = open_backbone(config.model, resolve_device(config.device)) if full else backbone
     rows = resolve_prompts(config.prompts, config.n)
     _refuse_selection_prompts(config, rows)
+    sections = (config.reward, *config.more_rewards)
+    rewards = open_rewards(sections, rows, resolve_device(config.device), "reward", config.prompts)
     options = {
         "steps": config.steps,
         "guidance_scale": config.guidance_scale,
@@ -311,10 +331,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         tuned=sampler(backbone, "policy", config.weights),
         others={name: sampler(backbone, "policy", path) for name, path in models.items() if name != "tuned"},
         plan=Plan(rows, config.seeds, config.seed, config.batch_size),
-        rewards={
-            section.name: open_reward(section, resolve_device(config.device))
-            for section in (config.reward, *config.more_rewards)
-        },
+        rewards=rewards,
         correction=config.corrected,
         out=config.out,
         identities={"base": drawn_by, **{name: f"{drawn_by} {_digest(path)}" for name, path in models.items()}},

@@ -84,7 +84,13 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("testbed", "quickstart", "--out", str(tmp_path)) == 0
     assert run("testbed", "quickstart", "--base", "shapes-sd3", "--seed", "2", "--steps", "5", "--shuffle") == 0
     assert calls[0] == {"base": "shapes-sdxl", "out": tmp_path, "seed": 0, "shuffle": False}
-    assert calls[1] == {"base": "shapes-sd3", "out": Path("runs/quickstart"), "seed": 2, "shuffle": True, "steps": 5}
+    assert calls[1] == {
+        "base": "shapes-sd3",
+        "out": Path("runs/quickstart-shapes-sd3"),
+        "seed": 2,
+        "shuffle": True,
+        "steps": 5,
+    }
 
 
 def test_pretrain_refuses_other_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ def test_targets() -> None:
     assert target_of('one " alone') is None
 
 
+@pytest.mark.soak
 def test_rendered_text_is_read(soak: bool) -> None:
     pictures = lettering.rendered(160 if soak else 16)
     reward = load_reward("ocr")

@@ -2,12 +2,19 @@
 
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+
+
+def check_installed(settings: Any) -> None:
+    """Raise DiffalignError where the optimiser needs a package that is absent: known before anything is loaded."""
+    if settings.name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'")
 
 
 def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -22,12 +29,9 @@ def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.
     if settings.name == "adamw":
         return torch.optim.AdamW(parameters, **adam)
     if settings.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise DiffalignError(
-                "optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'"
-            ) from error
+        check_installed(settings)
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **adam)
     # transformers' Adafactor with an external rate, as the Diffusion-DPO authors train SDXL; torch.optim.Adafactor
     # has other update rules.
