@@ -405,7 +405,7 @@ def testbed_pretrain(
 
 @testbed.command("quickstart")
 def testbed_quickstart(
-    base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sdxl",
+    base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sd3",
     out: Annotated[
         Path | None, typer.Option(help="Folder for data, run and report; without it, runs/quickstart-BASE.")
     ] = None,

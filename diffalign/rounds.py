@@ -36,7 +36,7 @@ def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> Prefe
 
 
 def quickstart(
-    base: str = "shapes-sdxl",
+    base: str = "shapes-sd3",
     out: Path = Path("runs/quickstart"),
     seed: int = 0,
     steps: int | None = None,

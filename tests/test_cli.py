@@ -82,11 +82,11 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     install(monkeypatch, "rounds", quickstart=lambda **given: calls.append(given))
     assert run("testbed", "quickstart", "--out", str(tmp_path)) == 0
-    assert run("testbed", "quickstart", "--base", "shapes-sd3", "--seed", "2", "--steps", "5", "--shuffle") == 0
-    assert calls[0] == {"base": "shapes-sdxl", "out": tmp_path, "seed": 0, "shuffle": False}
+    assert run("testbed", "quickstart", "--base", "shapes-sdxl", "--seed", "2", "--steps", "5", "--shuffle") == 0
+    assert calls[0] == {"base": "shapes-sd3", "out": tmp_path, "seed": 0, "shuffle": False}
     assert calls[1] == {
-        "base": "shapes-sd3",
-        "out": Path("runs/quickstart-shapes-sd3"),
+        "base": "shapes-sdxl",
+        "out": Path("runs/quickstart-shapes-sdxl"),
         "seed": 2,
         "shuffle": True,
         "steps": 5,
