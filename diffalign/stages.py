@@ -234,11 +234,14 @@ def sample(config: SampleConfig) -> None:
     say(f"dataset: {config.out}")
 
 
-def _digest(weights: Path) -> str:
-    """Hash of the files of a weights folder."""
+def weights_digest(weights: Path) -> str:
+    """Hash of a weights folder's tensors. Not of the files: safetensors writes their metadata in any order."""
     digest = hashlib.blake2b(digest_size=12)
     for path in sorted(weights.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
+        tensors = load_file(path)
+        for name in sorted(tensors):
+            digest.update(f"{path.relative_to(weights)} {name}".encode())
+            digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -334,7 +337,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         rewards=rewards,
         correction=config.corrected,
         out=config.out,
-        identities={"base": drawn_by, **{name: f"{drawn_by} {_digest(path)}" for name, path in models.items()}},
+        identities={"base": drawn_by, **{name: f"{drawn_by} {weights_digest(path)}" for name, path in models.items()}},
         base_folder=base_folder,
         on_progress=lambda name, done, total: ticker[name](done, total),
     )

@@ -6,7 +6,6 @@ processes share (`data/work.py`), so each of them simply runs all phases.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
-from diffalign.stages import Ticker, open_reward, resolve_device, resolve_prompts, say
+from diffalign.stages import Ticker, open_reward, resolve_device, resolve_prompts, say, weights_digest
 from diffalign.stages_data import write_sheet
 
 PROBE_BATCHES = 2
@@ -300,11 +299,7 @@ def _existing(path: Path) -> Path:
 
 
 def folder_digest(weights: Path) -> str:
-    """Hash of the weight files of a folder."""
-    files = sorted(weights.rglob("*.safetensors"))
-    if not files:
+    """Hash of the weights in a folder."""
+    if not any(weights.rglob("*.safetensors")):
         raise DiffalignError(f"weights {weights}: no .safetensors file in it")
-    digest = hashlib.blake2b(digest_size=12)
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return weights_digest(weights)

@@ -11,12 +11,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pairs import import_pairs, pairs_from_folders
 from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
+from diffalign.stages import weights_digest
 
 
 def run(*arguments: object) -> int:
@@ -206,3 +208,14 @@ def test_prompts_that_the_reward_cannot_judge(config: Path, tmp_path: Path, caps
     capsys.readouterr()
     message = refused(capsys, "eval", tmp_path / "run", f"prompts={tmp_path / 'plain.txt'}")
     assert "reward: geneval cannot judge 'a dog'" in message and not (tmp_path / "run" / "eval").exists()
+
+
+def test_weights_are_known_by_their_tensors(tmp_path: Path) -> None:
+    """Saved anew with other metadata they are the same weights, whose images need not be drawn again."""
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    for name, metadata in (("one", {"x": "1", "y": "2"}), ("two", {"y": "2"})):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "w.safetensors", metadata=metadata)
+    assert weights_digest(tmp_path / "one") == weights_digest(tmp_path / "two")
+    save_file(tensors | {"a": torch.arange(1.0, 5.0)}, tmp_path / "two" / "w.safetensors")
+    assert weights_digest(tmp_path / "one") != weights_digest(tmp_path / "two")
