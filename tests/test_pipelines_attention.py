@@ -98,7 +98,7 @@ def pretend_xformers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return out.transpose(1, 2) if many else out
 
     package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
-    package.ops, ops.memory_efficient_attention = ops, attention  # type: ignore[attr-defined]
+    vars(package)["ops"], vars(ops)["memory_efficient_attention"] = ops, attention
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     from diffusers.models import attention_processor

@@ -1,6 +1,7 @@
 """Noise processes: identities against numpy, tables of the real schedules, and what they refuse."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -227,6 +228,6 @@ def test_zero_terminal_snr_works_with_v_and_refuses_epsilon() -> None:
         (lambda: Flow().schedule(0), "at least 1"),
     ],
 )
-def test_refusals(build: object, message: str) -> None:
+def test_refusals(build: Callable[[], object], message: str) -> None:
     with pytest.raises(DiffalignError, match=message):
-        build()  # type: ignore[operator]
+        build()
