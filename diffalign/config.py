@@ -119,6 +119,8 @@ def load_synth_config(config: str | Path, overrides: Sequence[str] = ()) -> Synt
 def load_rank_config(source: str | Path, overrides: Sequence[str] = ()) -> RankConfig:
     """As `load_config`, for `diffalign rank`; `source` may also be the dataset's folder, with everything in overrides."""
     if not Path(source).is_dir():
+        if Path(source).suffix not in (".yaml", ".yml") and str(source) not in recipes():
+            raise DiffalignError(f"{source}: no such dataset folder; give one, or a YAML file with data and the rest")
         return _validate(_document(source, overrides), RankConfig)
     document = Document({"data": str(source)}, str(source))
     for argument in overrides:
