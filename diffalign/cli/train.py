@@ -1,0 +1,124 @@
+"""Verbs about models and runs: train, sample, eval, recipes, report, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffalign.cli.errors import plain_errors
+from diffalign.cli.options import Overrides, Source
+
+verbs = typer.Typer()
+
+
+@verbs.command()
+def train(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved config, facts about model and data and the steps; write nothing."
+        ),
+    ] = False,
+) -> None:
+    """Train a model on preference data. The same command again goes on where it stopped."""
+    with plain_errors(goes_on=True):
+        from diffalign.config import load_config
+
+        checked = load_config(config, overrides or ())  # before torch is imported: a mistyped key is reported at once
+        from diffalign import stages
+
+        stages.train(checked, dry_run=dry_run)
+
+
+@verbs.command()
+def sample(config: Source, overrides: Overrides = None) -> None:
+    """Draw groups of images for prompts into a dataset folder. The same command again goes on where it stopped."""
+    with plain_errors(goes_on=True):
+        from diffalign.config import load_sample_config
+
+        checked = load_sample_config(config, overrides or ())
+        from diffalign import stages
+
+        stages.sample(checked)
+
+
+@verbs.command("eval")
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|RUN", help="A YAML file, or the directory of a training run (then give prompts=... too)."
+        ),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Compare a model without and with trained weights on the same prompts and seeds, and write report.html."""
+    with plain_errors():
+        from diffalign.config import eval_config_of_run, load_eval_config
+
+        if Path(source).is_dir():
+            checked = eval_config_of_run(Path(source), overrides or ())
+        else:
+            checked = load_eval_config(source, overrides or ())
+        from diffalign import stages
+
+        stages.evaluate(checked)
+
+
+@verbs.command("recipes")
+def list_recipes() -> None:
+    """List the shipped recipes and where their files are."""
+    with plain_errors():
+        from diffalign.config import recipes
+
+        for name, path in recipes().items():
+            print(f"{name:20} {path}")
+
+
+@verbs.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several stand side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; without it, RUN/report.html, or report.html here for several.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="So many images with the largest gains, and as many with the largest losses.")
+    ] = 12,
+) -> None:
+    """Write one self-contained HTML file about a run, or about several side by side."""
+    with plain_errors():
+        from diffalign.report.render import write_reports
+
+        target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+        print(f"report: {write_reports(runs, target, shown=images)}")
+
+
+@verbs.command("export")
+def export_weights(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers: what load_lora_weights reads; kohya: for ComfyUI, A1111 and others (UNets); "
+            "merged: the whole pipeline with the LoRA in it.",
+        ),
+    ] = "diffusers",
+    out: Annotated[Path | None, typer.Option(help="The folder to write; without it, RUN/export/FORMAT.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The weights of the best validation, not the last.")] = False,
+    licence: Annotated[
+        str | None, typer.Option(help="The licence in the model card, as the hub names it; without it, the base's.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository, with HF_TOKEN or your login."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
+) -> None:
+    """Write a run's weights for other programs, with a model card."""
+    with plain_errors():
+        from diffalign.export import export
+
+        export(run, out or run / "export" / form, form, best=best, licence=licence, push=push, private=private)
