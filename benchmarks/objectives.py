@@ -48,21 +48,35 @@ GROUPS_PER_STEP = 8
 
 @dataclass(frozen=True)
 class Method:
-    """`recipe`: the shapes recipe that it starts from; `forwards`: image-forwards of a group in a step."""
+    """`recipe`: the shapes recipe that it starts from; `forwards`: image-forwards of a group in a step.
+
+    `chosen`: what was chosen on validation prompts for a base and differs from the recipe's.
+    """
 
     recipe: str
     forwards: int
     overrides: tuple[str, ...] = ()
     control: bool = False
+    chosen: tuple[tuple[str, str], ...] = ()
+
+    def settings(self, base: str) -> tuple[str, ...]:
+        return (*self.overrides, *(value for name, value in self.chosen if name == base))
 
 
 # An inversion in n = 1..5 steps, 3 on average, has two passes a step and image.
 METHODS: dict[str, Method] = {
-    "SFT on the best image": Method("dpo", 1, ("objective={name: sft}",)),
+    "SFT on the best image": Method(
+        "dpo",
+        1,
+        ("objective={name: sft}",),
+        chosen=(("shapes-sd3", "optimizer.lr=0.0002"), ("shapes-sdxl", "optimizer.lr=0.0001")),
+    ),
     "DPO, best against worst": Method("dpo", 4),
-    "DPO, all pairs of 4": Method("rankdpo", 8, ("objective.pair_weight=none", "objective.beta=50.0")),
+    "DPO, all pairs of 4": Method("rankdpo", 8, ("objective.pair_weight=none",)),
     "RankDPO, 4": Method("rankdpo", 8, control=True),
-    "SmPO, shared noise": Method("smpo", 4, ("noise=shared", "inversion={}")),
+    "SmPO, shared noise": Method(
+        "smpo", 4, ("noise=shared", "inversion={}"), chosen=(("shapes-sd3", "optimizer.lr=0.001"),)
+    ),
     "SmPO, inverted noise": Method("smpo", 4 + 2 * 2 * 3, control=True),
     "GDRO, 6": Method("gdro", 12, control=True),
 }
@@ -192,7 +206,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     recipe = RECIPES[cell.base].replace("dpo", method.recipe)
     data = prepare_data(cell.base, cell.seed, cell.shuffled, out, size)
     given = (f"run_dir={folder}", f"data.path={data}", f"seed={cell.seed}", f"train.steps={steps}")
-    config = load_config(recipe, (*given, "tracking.trackers=[]", *method.overrides, *overrides))
+    config = load_config(recipe, (*given, "tracking.trackers=[]", *method.settings(cell.base), *overrides))
     stages_data.cache(config)  # so that the time below is that of the steps
     started = time.process_time()
     stages.train(config)
