@@ -5,14 +5,12 @@ measured to shift such scores by 0.6. transformers' copy of the model says quick
 refused here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError
-from diffalign.rewards.clip import L14, ClipReward
+from diffalign.rewards.clip import L14, ClipReward, quick_gelu
 from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
 
 HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -70,13 +68,7 @@ class Aesthetic(ClipReward):
     def build(self) -> nn.Module:
         from transformers import CLIPModel
 
-        folder = self.clip_path
-        config = json.loads((folder / "config.json").read_text())
-        activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
-        if activation != "quick_gelu":
-            raise DiffalignError(
-                f"reward aesthetic: {folder} computes with {activation}; OpenAI's CLIP needs hidden_act quick_gelu"
-            )
+        folder = quick_gelu(self.name, self.clip_path)
         clip = CLIPModel.from_pretrained(folder, dtype=self.dtype, use_safetensors=True)
         head = linear_head(clip.config.projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
         state = {k.removeprefix("layers."): v for k, v in load_state(self.path, "state_dict").items()}

@@ -4,6 +4,7 @@ In transformers 5 `get_image_features` and `get_text_features` return an object 
 embedding already; projecting it again gives a number that looks like a score and is none.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +111,20 @@ class Convention(NamedTuple):
     scale: float
     floor: float
     rounding: Rounding
+
+
+def quick_gelu(reward: str, folder: Path) -> Path:
+    """The folder of an OpenAI CLIP. Raises DiffalignError where it computes with another activation: then scores are others."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DiffalignError(f"reward {reward}: {folder}/config.json cannot be read: {error}") from error
+    if activation != "quick_gelu":
+        raise DiffalignError(
+            f"reward {reward}: {folder} computes with {activation}; OpenAI's CLIP needs hidden_act quick_gelu"
+        )
+    return folder
 
 
 B32, L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"

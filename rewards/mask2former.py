@@ -5,7 +5,8 @@ The steps after the network are those of mmdet's instance head, so that confiden
 mask probability inside the mask; masks enlarged bilinearly, without padding, to the picture; a box is its mask's extent.
 
 Colours: each object is cut out by its box, what lies outside its mask is grey (#999), and CLIP chooses among ten colours with
-three prompts each. OpenAI's CLIP needs QuickGELU, which transformers' copy has.
+three prompts each. The evaluator asks open_clip's ViT-L/14 with OpenAI's weights. transformers' copy of them, which other
+rewards use as well, gives the same logits (tests/test_rewards_mask2former.py) as long as it computes with QuickGELU.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.clip import L14, CLIPScore
+from diffalign.rewards.clip import L14, CLIPScore, quick_gelu
 from diffalign.rewards.detection import Detection
 from diffalign.rewards.learned import DTYPES
 from diffalign.rewards.weights import fetch, fingerprint
@@ -163,6 +164,7 @@ class Mask2FormerDetector:
     def _colors(self, crops: list[Image.Image], labels: list[str]) -> list[str]:
         if not crops:
             return []
+        quick_gelu("geneval", self._clip.path)
         pixels = torch.stack([self._clip.prepare(crop) for crop in crops]).to(self.device)
         images = self._clip.embed_images(pixels)
         return [

@@ -28,6 +28,8 @@ def fetch(reward: str, repo: str, file: str | None, revision: str, local: str | 
             raise DiffalignError(f"reward {reward}: {path} does not exist; it should be {where}")
         if file is None and not path.is_dir():
             raise DiffalignError(f"reward {reward}: {path} is a file; it should be a folder with {where}")
+        if file is None and not any(next(path.glob(pattern), None) for pattern in FOLDER_FILES):
+            raise DiffalignError(f"reward {reward}: {path} holds no model; it should be a folder with {where}")
         return path
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -120,11 +120,18 @@ def test_the_whole_vocabulary_counts() -> None:
 
 # --- UnifiedReward ----------------------------------------------------------------------------------------------
 
+PUBLISHED = (
+    "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\n"
+    "Style Score (1-5): 2.802500009536743\n"
+)
+"""The example answer of the model's repository."""
+
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
         ("Alignment Score (1-5): 4\nCoherence Score (1-5): 2.6947\nStyle Score (1-5): 3.5", (4.0, 2.6947, 3.5)),
+        (PUBLISHED, (2.694700002670288, 2.371500015258789, 2.802500009536743)),
         ("**Alignment Score (1-5):** 4.0\n**Coherence Score (1-5):** 3\n**Style Score (1-5):** 5", (4.0, 3.0, 5.0)),
         ("alignment score (1-5): 1\ncoherence score (1-5): 1\nstyle score (1-5): 1\n", (1.0, 1.0, 1.0)),
         ("Alignment Score (1-5): 4\nCoherence Score (1-5): 3", None),
@@ -136,6 +143,12 @@ def test_the_whole_vocabulary_counts() -> None:
 )
 def test_answers(answer: str, expected: tuple[float, ...] | None) -> None:
     assert parse(answer) == expected
+
+
+def test_unifiedreward_waits_for_the_whole_answer() -> None:
+    assert UnifiedReward().max_new_tokens >= len(PUBLISHED)  # a token holds one character at least
+    for end in range(len(PUBLISHED) - len("2.802500009536743\n")):
+        assert parse(PUBLISHED[:end]) is None
 
 
 def test_unifiedreward(qwen: Path) -> None:
