@@ -80,8 +80,8 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise DiffalignError(
                 f"{path}: cannot be loaded without running code from it ({str(error).splitlines()[0]}); if you trust it, "
-                "convert it once where it came from: safetensors.torch.save_file(torch.load(FILE)['state_dict'], "
-                "'weights.safetensors'), and pass that file as weights="
+                "convert it once where it came from: safetensors.torch.save_file(torch.load(FILE, "
+                "weights_only=False)['state_dict'], 'weights.safetensors'), and pass that file as weights="
             ) from error
     if key is not None and isinstance(loaded, dict) and key in loaded:
         loaded = loaded[key]

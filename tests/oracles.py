@@ -65,6 +65,13 @@ def lent(modules: dict[str, types.ModuleType]) -> Iterator[None]:
     sys.modules.update(loaded)  # mock.patch.dict takes away what was imported meanwhile
 
 
+def hpsv2_config(name: str) -> dict[str, Any]:
+    """The sizes that hpsv2's own copy of open_clip knows under a name, such as ViT-H-14."""
+    path = folder() / "hpsv2" / "src" / "open_clip" / "model_configs" / f"{name}.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
 def hpsv2(config: dict[str, Any]) -> types.ModuleType:
     """`hpsv2.img_score`, whose `score(path, prompt, cp=checkpoint)` works on a network of `config`.
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.hpsv3 import ASK, INSTRUCTION, PIXELS, TOKEN, HPSv3, area
-from diffalign.rewards.pixels import to_tensor
+from diffalign.rewards.pixels import BOUND, resize, to_tensor
 from diffalign.rewards.unifiedreward import UnifiedReward, parse
 from diffalign.rewards.vlm import plain
 from diffalign.rewards.vqascore import yes_probability
@@ -223,6 +223,15 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
         assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
     with pytest.raises(DiffalignError, match=r"float \[B, 3, H, W\]"):
         reward.score_tensors(torch.rand(1, 3, 8, 8), ["a", "b"])
+
+
+@pytest.mark.parametrize("size", [(512, 512), (640, 480), (96, 64), (300, 900)])
+def test_hpsv3s_resize_agrees_within_the_bound(size: tuple[int, int]) -> None:
+    image = pictures.smooth(5, *size)
+    width, height = area(*size, PIXELS)
+    exact = to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+    floating = resize(to_tensor(image)[None], height, width).clamp(0, 1)[0]
+    assert (exact - floating).abs().max() <= BOUND
 
 
 def test_hpsv3_sizes_and_words() -> None:

@@ -143,7 +143,7 @@ def _head(path: Path | None, width: int, seed: int, prefix: str) -> dict[str, to
 
 
 def imagereward_checkpoint(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
-    """`ImageReward.pt` under BLIP's own names (ViT and BERT 128 wide: 2 heads and 2 layers each), a BERT tokenizer beside it."""
+    """`ImageReward.pt` under BLIP's own names (both networks 128 wide, 2 heads, 2 layers), and a BERT tokenizer beside it."""
     generator = torch.Generator().manual_seed(seed)
     width, text, layers = IMAGEREWARD["width"], IMAGEREWARD["text"], IMAGEREWARD["layers"]
     state: dict[str, torch.Tensor] = {}
