@@ -6,6 +6,7 @@
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
+#   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
 #   make bench-objectives   objectives side by side on the embedded world (hours)
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-scoring clean setup wheel oracles
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -67,6 +68,9 @@ bench: $(STAMP)
 bench-quickstart: $(STAMP)
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
+
+bench-ocr: $(STAMP)
+	$(BIN)/python benchmarks/bench_ocr.py
 
 bench-scoring: $(STAMP) oracles
 	$(BIN)/python benchmarks/scoring.py

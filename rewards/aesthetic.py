@@ -45,6 +45,7 @@ class Aesthetic(ClipReward):
     name = "aesthetic"
     columns = ("aesthetic",)
     range = (1.0, 10.0)
+    usual = "4 to 7"
     licence = "Apache-2.0 (head), MIT (CLIP)"
     weights = f"{L14}, {HEAD_REPO}"
     size = "1.7 GB"

@@ -92,6 +92,7 @@ class PickScore(ClipReward):
     name = "pickscore"
     columns = ("pickscore",)
     range = (-100.0, 100.0)
+    usual = "17 to 24"
     licence = "MIT (code); the weights' card says which for them"
     weights = "yuvalkirstain/PickScore_v1"
     size = "3.9 GB"

@@ -105,6 +105,7 @@ class ImageReward(TensorReward):
     name = "imagereward"
     columns = ("imagereward",)
     range = (-float("inf"), float("inf"))
+    usual = "-3 to 2"
     licence = "Apache-2.0"
     weights = "THUDM/ImageReward"
     size = "1.8 GB"

@@ -61,15 +61,19 @@ def rewards(
 
 
 def cosines(clip: Path, prompts: list[str], centre: str) -> torch.Tensor:
-    """Through CLIPModel.forward and the processor that works on PIL pictures, one pair at a time."""
+    """Through CLIPModel.forward, one pair at a time; pictures through transformers' PIL processor, which puts an odd margin of the
+    centre crop on one side (`floor`), or open_clip's transform, which puts it on the other (`round`)."""
+    import open_clip
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    transform = open_clip.image_transform(224, is_train=False)
     found = []
     for image, prompt in zip(IMAGES, prompts, strict=True):
         tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+        floor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        pixels = floor if centre == "floor" else transform(image)[None]
         with torch.no_grad():
             out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
         found.append(F.cosine_similarity(out.text_embeds, out.image_embeds)[0])
@@ -91,12 +95,11 @@ def test_pickscore(clip: Path, rewards: dict[str, Reward]) -> None:
 @pytest.mark.parametrize("convention", ["hessel", "torchmetrics", "cosine", "compbench"])
 def test_clipscore_conventions(clip: Path, convention: str) -> None:
     prefix = "A photo depicts " if convention == "hessel" else ""
-    cosine = cosines(clip, [prefix + p for p in PROMPTS], "floor")
+    cosine = cosines(clip, [prefix + p for p in PROMPTS], "floor" if convention == "torchmetrics" else "round")
     formula = {"hessel": 2.5 * cosine.clamp(min=0), "torchmetrics": (100 * cosine).clamp(min=0)}.get(convention, cosine)
     reward = load_reward("clipscore", convention=convention, weights=clip)
-    # 96 x 64 becomes 336 x 224 and 300 x 500 373 x 224: even and odd margins; the odd one lies one pixel elsewhere in clip.
-    tolerance = {"torchmetrics": 1e-4}.get(convention, 2e-2)
-    assert reward.score(IMAGES, PROMPTS).numpy() == pytest.approx(formula.numpy(), abs=tolerance)
+    # 96 x 64 becomes 336 x 224 and 300 x 500 373 x 224: even and odd margins.
+    assert reward.score(IMAGES, PROMPTS).numpy() == pytest.approx(formula.numpy(), abs=1e-4)
     assert reward.identity()["options"]["convention"] == convention
 
 
