@@ -61,8 +61,8 @@ def rewards(
 
 
 def cosines(clip: Path, prompts: list[str], centre: str) -> torch.Tensor:
-    """Through CLIPModel.forward, one pair at a time; pictures through transformers' PIL processor, which puts an odd margin of the
-    centre crop on one side (`floor`), or open_clip's transform, which puts it on the other (`round`)."""
+    """Through CLIPModel.forward, one pair at a time; pictures through transformers' PIL processor (`floor`: where an odd margin of
+    the centre crop goes) or open_clip's transform (`round`)."""
     import open_clip
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
