@@ -61,8 +61,8 @@ def rewards(
 
 
 def cosines(clip: Path, prompts: list[str], centre: str) -> torch.Tensor:
-    """Through CLIPModel.forward, one pair at a time; pictures through transformers' PIL processor (`floor`: where an odd margin of
-    the centre crop goes) or open_clip's transform (`round`)."""
+    """Through CLIPModel.forward, one pair at a time. centre: where an odd margin of the crop goes; `floor` is transformers' PIL
+    processor, `round` open_clip's transform."""
     import open_clip
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
