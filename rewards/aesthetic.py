@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffalign.rewards.clip import L14, ClipReward, quick_gelu
-from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
+from diffalign.rewards.weights import fetch, fill, fingerprint, load_state, pretrained
 
 HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
@@ -61,17 +61,17 @@ class Aesthetic(ClipReward):
 
     @property
     def clip_path(self) -> Path:
-        return fetch(self.name, L14, None, "main", self.local_clip)
+        return fetch(self.name, L14, None, "main", self.local_clip, "clip")
 
     def weights_id(self) -> str:
         return f"{super().weights_id()} on {L14}@{fingerprint(self.clip_path)}"
 
     def build(self) -> nn.Module:
-        from transformers import CLIPModel
+        from transformers import CLIPConfig, CLIPModel
 
         folder = quick_gelu(self.name, self.clip_path)
-        clip = CLIPModel.from_pretrained(folder, dtype=self.dtype, use_safetensors=True)
-        head = linear_head(clip.config.projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
+        clip = pretrained(CLIPModel, folder, self.name, self.dtype)
+        head = linear_head(CLIPConfig.from_pretrained(folder).projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
         state = {k.removeprefix("layers."): v for k, v in load_state(self.path, "state_dict").items()}
         fill(head, state, self.path, self.name)
         return AestheticModel(clip, head.float())

@@ -11,12 +11,24 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 
 EDGE = 1 << 20
-FOLDER_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What a transformers folder needs; checkpoints in other formats stay on the hub."""
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""Config, tokenizer and processor of a transformers folder."""
+FOLDER_FILES = (*SMALL_FILES, "*.safetensors")
+"""All that a transformers folder needs; checkpoints in other formats stay on the hub, unless there is no other."""
+OLDER_FILES = (*SMALL_FILES, "pytorch_model*.bin")
 
 
-def fetch(reward: str, repo: str, file: str | None, revision: str, local: str | Path | None) -> Path:
-    """The path of `file` of `repo`, or of a whole folder where `file` is None. `local` takes the place of the hub.
+def fetch(
+    reward: str,
+    repo: str,
+    file: str | None,
+    revision: str,
+    local: str | Path | None,
+    option: str = "weights",
+    patterns: tuple[str, ...] = FOLDER_FILES,
+) -> Path:
+    """The path of `file` of `repo`, or of a whole folder where `file` is None. `local` takes the place of the hub; `option` is
+    the reward's option that gives it, `patterns` what is wanted of a folder: a tokenizer's repository may hold 8 GB of weights.
 
     Raises DiffalignError naming file, repository and how to point to a local copy.
     """
@@ -36,14 +48,17 @@ def fetch(reward: str, repo: str, file: str | None, revision: str, local: str | 
 
     try:
         if file is None:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FOLDER_FILES)))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+            if patterns == FOLDER_FILES and not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(OLDER_FILES)))
+            return folder
         return Path(hf_hub_download(repo, file, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        what = file or "model.safetensors and its config"
+        what = file or ("model.safetensors and its config" if "*.safetensors" in patterns else f"the {option}'s files")
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DiffalignError(
             f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: {first} "
-            f"Download it elsewhere and point to the copy: --reward {reward}:weights=PATH"
+            f"Download it elsewhere and point to the copy: --reward {reward}:{option}=PATH"
         ) from error
 
 
@@ -65,6 +80,23 @@ def fingerprint(path: Path) -> str:
             stream.seek(max(0, size - EDGE))
             digest.update(stream.read(EDGE))
     return digest.hexdigest()
+
+
+def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
+    """`kind.from_pretrained(folder)`, tensors only. Raises DiffalignError where a parameter is missing, which transformers
+    only warns of before it draws that at random."""
+    try:
+        model, info = kind.from_pretrained(folder, dtype=dtype, weights_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DiffalignError(f"reward {reward}: {folder} cannot be loaded as {kind.__name__}: {first}") from error
+    missing = sorted(str(key) for key in info["missing_keys"] if not str(key).endswith("position_ids"))
+    if missing:
+        raise DiffalignError(
+            f"reward {reward}: {folder} does not fit the model: {missing[0]} is missing ({len(missing)} missing)"
+        )
+    assert isinstance(model, torch.nn.Module)
+    return model
 
 
 def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:

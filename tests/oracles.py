@@ -138,7 +138,7 @@ def imagereward(work: Path, tokenizer: Any, *, width: int, text: int, layers: in
         "encoder_width": width, "add_cross_attention": True, "chunk_size_feed_forward": 0,
     }  # fmt: skip
     (work / "med_config.json").write_text(json.dumps(sizes))
-    reduced = {"create_vit": create_vit, "init_tokenizer": lambda: tokenizer}
+    reduced: Any = {"create_vit": create_vit, "init_tokenizer": lambda: tokenizer}
     with mock.patch.multiple(blip, **reduced):
         model = package.ImageReward(str(work / "med_config.json"))
     model.mlp = package.MLP(text)

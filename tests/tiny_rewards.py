@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -106,7 +107,12 @@ def openclip_as_folder(model: nn.Module, path: Path, activation: str) -> Path:
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-    shared = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     shared |= {"hidden_act": activation}
     copy = CLIPModel(
         CLIPConfig(
