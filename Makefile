@@ -3,20 +3,23 @@
 #   make test           the test suite
 #   make lint           ruff, mypy, import contracts (the last two on the built wheel)
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
+#   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
+#   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
 #   make bench-objectives   objectives side by side on the embedded world (hours)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ORACLES := $(VENV)/oracles
 ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
 EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives clean setup wheel
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -24,10 +27,17 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
 	touch $(STAMP)
 
+# Without their dependencies, which do not go with ours; what they lack when they are imported, tests/oracles.py lends them.
+oracles: $(ORACLES)/.installed
+$(ORACLES)/.installed: tests/oracles.txt | $(STAMP)
+	rm -rf $(ORACLES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(ORACLES) -r tests/oracles.txt
+	touch $@
+
 quickstart: $(STAMP)
 	$(BIN)/diffalign testbed quickstart
 
-test: $(STAMP)
+test: $(STAMP) oracles
 	$(BIN)/pytest -q
 
 # The wheel unpacked into a folder of its own. Tools that check it start in an empty folder: the checkout's root would shadow it.
@@ -49,7 +59,7 @@ lint: $(SITE)/.built
 wheel-test: $(SITE)/.built
 	cd $(EMPTY) && PYTHONPATH=$(SITE) DIFFALIGN_SITE=$(SITE) $(ROOT)/$(BIN)/python -P -m pytest -q -c $(ROOT)/pyproject.toml $(addprefix $(ROOT)/,$(WHEEL_TESTS))
 
-soak: $(STAMP)
+soak: $(STAMP) oracles
 	DIFFALIGN_SOAK=1 $(BIN)/pytest -q -m soak -o timeout=0
 
 bench: $(STAMP)
@@ -58,6 +68,12 @@ bench: $(STAMP)
 bench-quickstart: $(STAMP)
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
+
+bench-ocr: $(STAMP)
+	$(BIN)/python benchmarks/bench_ocr.py
+
+bench-scoring: $(STAMP) oracles
+	$(BIN)/python benchmarks/scoring.py
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py

@@ -185,7 +185,7 @@ def _ticker(every: float = 10.0) -> Progress:
 def show_rewards() -> None:
     """`diffalign rewards`."""
     shown = Table(title=f"{len(REWARDS)} rewards; higher is better", title_justify="left")
-    for name in ("name", "range", "reads", "gradient", "weights", "size", "licence", "needs"):
+    for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
         shown.add_column(name, overflow="fold")
     for name, kind in REWARDS.items():
         low, high = (f"{bound:.3g}" for bound in kind.range)
@@ -194,6 +194,7 @@ def show_rewards() -> None:
         cells = (
             name,
             f"{low} to {high}",
+            kind.usual,
             reads,
             gradient,
             kind.weights,

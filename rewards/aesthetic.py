@@ -5,15 +5,13 @@ measured to shift such scores by 0.6. transformers' copy of the model says quick
 refused here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError
-from diffalign.rewards.clip import L14, ClipReward
-from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
+from diffalign.rewards.clip import L14, ClipReward, quick_gelu
+from diffalign.rewards.weights import fetch, fill, fingerprint, load_state, pretrained
 
 HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
@@ -47,6 +45,7 @@ class Aesthetic(ClipReward):
     name = "aesthetic"
     columns = ("aesthetic",)
     range = (1.0, 10.0)
+    usual = "4 to 7"
     licence = "Apache-2.0 (head), MIT (CLIP)"
     weights = f"{L14}, {HEAD_REPO}"
     size = "1.7 GB"
@@ -62,23 +61,17 @@ class Aesthetic(ClipReward):
 
     @property
     def clip_path(self) -> Path:
-        return fetch(self.name, L14, None, "main", self.local_clip)
+        return fetch(self.name, L14, None, "main", self.local_clip, "clip")
 
     def weights_id(self) -> str:
         return f"{super().weights_id()} on {L14}@{fingerprint(self.clip_path)}"
 
     def build(self) -> nn.Module:
-        from transformers import CLIPModel
+        from transformers import CLIPConfig, CLIPModel
 
-        folder = self.clip_path
-        config = json.loads((folder / "config.json").read_text())
-        activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
-        if activation != "quick_gelu":
-            raise DiffalignError(
-                f"reward aesthetic: {folder} computes with {activation}; OpenAI's CLIP needs hidden_act quick_gelu"
-            )
-        clip = CLIPModel.from_pretrained(folder, dtype=self.dtype, use_safetensors=True)
-        head = linear_head(clip.config.projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
+        folder = quick_gelu(self.name, self.clip_path)
+        clip = pretrained(CLIPModel, folder, self.name, self.dtype)
+        head = linear_head(CLIPConfig.from_pretrained(folder).projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
         state = {k.removeprefix("layers."): v for k, v in load_state(self.path, "state_dict").items()}
         fill(head, state, self.path, self.name)
         return AestheticModel(clip, head.float())

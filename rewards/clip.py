@@ -4,6 +4,7 @@ In transformers 5 `get_image_features` and `get_text_features` return an object 
 embedding already; projecting it again gives a number that looks like a score and is none.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
-from diffalign.rewards.weights import fetch
+from diffalign.rewards.weights import SMALL_FILES, fetch, fingerprint, pretrained
 
 SIDE = 224
 TOKENS = 77
@@ -37,21 +38,29 @@ class ClipReward(TensorReward):
     def build(self) -> torch.nn.Module:
         from transformers import CLIPModel
 
-        model = CLIPModel.from_pretrained(self.path, dtype=self.dtype, use_safetensors=True)
-        assert isinstance(model, torch.nn.Module)
-        return model
+        return pretrained(CLIPModel, self.path, self.name, self.dtype)
 
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
             from transformers import CLIPTokenizer
 
-            folder = self.path
-            if self.local_tokenizer is not None or not any(folder.glob("tokenizer*.json")):
-                repo = self.tokenizer_repo or self.repo
-                folder = fetch(self.name, repo, None, "main", self.local_tokenizer)
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder)
+            self._tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_path)
         return self._tokenizer
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Beside the weights, or a folder of its own."""
+        if self.local_tokenizer is None and any(self.path.glob("tokenizer*.json")):
+            return self.path
+        repo = self.tokenizer_repo or self.repo
+        return fetch(self.name, repo, None, "main", self.local_tokenizer, "tokenizer", SMALL_FILES)
+
+    def weights_id(self) -> str:
+        # Asked for here as well, so that a tokenizer that is missing is said before anything is scored.
+        apart = self.reads and self.tokenizer_path != self.path
+        tokenizer = f", tokenizer {fingerprint(self.tokenizer_path)}" if apart else ""
+        return super().weights_id() + tokenizer
 
     def prepare(self, image: Image.Image) -> Tensor:
         return normalise(crop_square(image, SIDE, self.rounding))
@@ -91,6 +100,7 @@ class PickScore(ClipReward):
     name = "pickscore"
     columns = ("pickscore",)
     range = (-100.0, 100.0)
+    usual = "17 to 24"
     licence = "MIT (code); the weights' card says which for them"
     weights = "yuvalkirstain/PickScore_v1"
     size = "3.9 GB"
@@ -110,6 +120,20 @@ class Convention(NamedTuple):
     scale: float
     floor: float
     rounding: Rounding
+
+
+def quick_gelu(reward: str, folder: Path) -> Path:
+    """The folder of an OpenAI CLIP. Raises DiffalignError where it computes with another activation: then scores are others."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DiffalignError(f"reward {reward}: {folder}/config.json cannot be read: {error}") from error
+    if activation != "quick_gelu":
+        raise DiffalignError(
+            f"reward {reward}: {folder} computes with {activation}; OpenAI's CLIP needs hidden_act quick_gelu"
+        )
+    return folder
 
 
 B32, L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"

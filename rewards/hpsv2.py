@@ -32,6 +32,7 @@ class HPSv2(TensorReward):
     name = "hpsv2"
     columns = ("hpsv2",)
     range = (-1.0, 1.0)
+    usual = "0.15 to 0.35"
     licence = "Apache-2.0"
     weights = "xswu/HPSv2"
     size = "2 GB"

@@ -17,7 +17,7 @@ from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, resize
 from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
-from diffalign.rewards.weights import fetch, fill, fingerprint, load_state
+from diffalign.rewards.weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 TOKEN = "<|Reward|>"
@@ -89,7 +89,7 @@ class HPSv3(VisionLanguageReward):
 
     @property
     def processor_path(self) -> Path:
-        return fetch(self.name, BASE, None, "main", self.local_base)
+        return fetch(self.name, BASE, None, "main", self.local_base, "base", SMALL_FILES)
 
     def weights_id(self) -> str:
         return f"{super().weights_id()} on {BASE}@{fingerprint(self.processor_path)}"

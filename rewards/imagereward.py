@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffalign.rewards.aesthetic import linear_head
 from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
-from diffalign.rewards.weights import fetch, fill, load_state
+from diffalign.rewards.weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
 SIDE, TOKENS, HEAD_WIDTH = 224, 35, 64
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -105,6 +105,7 @@ class ImageReward(TensorReward):
     name = "imagereward"
     columns = ("imagereward",)
     range = (-float("inf"), float("inf"))
+    usual = "-3 to 2"
     licence = "Apache-2.0"
     weights = "THUDM/ImageReward"
     size = "1.8 GB"
@@ -119,11 +120,17 @@ class ImageReward(TensorReward):
         self.local_tokenizer = tokenizer
         self._tokenizer: Any = None
 
+    @property
+    def tokenizer_path(self) -> Path:
+        return fetch(self.name, TOKENIZER, None, "main", self.local_tokenizer, "tokenizer", SMALL_FILES)
+
+    def weights_id(self) -> str:
+        return f"{super().weights_id()}, tokenizer {fingerprint(self.tokenizer_path)}"
+
     def build(self) -> nn.Module:
         from transformers import BertTokenizer
 
-        folder = fetch(self.name, TOKENIZER, None, "main", self.local_tokenizer)
-        self._tokenizer = BertTokenizer.from_pretrained(folder)
+        self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer_path)
         path = self.path
         state = renamed(load_state(path))
         model = ImageRewardModel(state)

@@ -5,7 +5,8 @@ The steps after the network are those of mmdet's instance head, so that confiden
 mask probability inside the mask; masks enlarged bilinearly, without padding, to the picture; a box is its mask's extent.
 
 Colours: each object is cut out by its box, what lies outside its mask is grey (#999), and CLIP chooses among ten colours with
-three prompts each. OpenAI's CLIP needs QuickGELU, which transformers' copy has.
+three prompts each. The evaluator asks open_clip's ViT-L/14 with OpenAI's weights. transformers' copy of them, which other
+rewards use as well, gives the same logits (tests/test_rewards_mask2former.py) as long as it computes with QuickGELU.
 """
 
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.clip import L14, CLIPScore
+from diffalign.rewards.clip import L14, CLIPScore, quick_gelu
 from diffalign.rewards.detection import Detection
 from diffalign.rewards.learned import DTYPES
-from diffalign.rewards.weights import fetch, fingerprint
+from diffalign.rewards.weights import fetch, fingerprint, pretrained
 
 REPO = "facebook/mask2former-swin-small-coco-instance"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -102,8 +103,10 @@ class Mask2FormerDetector:
             raise DiffalignError(f"reward geneval: dtype {dtype!r}; one of {', '.join(DTYPES)}")
         self.local, self.revision, self.device, self.dtype = weights, revision, device, DTYPES[dtype]
         self.threshold = threshold
-        self._clip = CLIPScore(convention="cosine", weights=clip, device=device, dtype=dtype)
+        self.local_clip = clip
+        self._shared = {"device": device, "dtype": dtype}
         self._network: Any = None
+        self._clipscore: CLIPScore | None = None
         self._processor: Any = None
         self._palette: dict[str, Tensor] = {}
 
@@ -111,14 +114,19 @@ class Mask2FormerDetector:
     def path(self) -> Path:
         return fetch("geneval", REPO, None, self.revision, self.local)
 
+    @property
+    def clip_path(self) -> Path:
+        """Raises DiffalignError where the copy of CLIP is missing or computes with another activation."""
+        return quick_gelu("geneval", fetch("geneval", L14, None, "main", self.local_clip, "clip"))
+
     def weights_id(self) -> str:
         """Both models with their revisions."""
-        return f"{REPO}@{fingerprint(self.path)}, {L14}@{fingerprint(self._clip.path)}"
+        return f"{REPO}@{fingerprint(self.path)}, {L14}@{fingerprint(self.clip_path)}"
 
     def free(self) -> None:
         self._network = None
         self._palette = {}
-        self._clip.free()
+        self._clipscore = None
 
     def _load(self) -> None:
         from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
@@ -126,11 +134,15 @@ class Mask2FormerDetector:
         classes = AutoConfig.from_pretrained(self.path).num_labels
         if classes != len(LABELS):
             raise DiffalignError(f"reward geneval: {self.path} knows {classes} classes, not COCO's 80")
-        model: nn.Module = Mask2FormerForUniversalSegmentation.from_pretrained(
-            self.path, dtype=self.dtype, use_safetensors=True
-        )
+        model = pretrained(Mask2FormerForUniversalSegmentation, self.path, "geneval", self.dtype)
         self._network = model.to(self.device).eval().requires_grad_(False)
         self._processor = AutoImageProcessor.from_pretrained(self.path)
+
+    @property
+    def _clip(self) -> CLIPScore:
+        if self._clipscore is None:
+            self._clipscore = CLIPScore(convention="cosine", weights=self.clip_path, **self._shared)
+        return self._clipscore
 
     @torch.no_grad()
     def detect(self, images: list[Image.Image]) -> list[list[Detection]]:

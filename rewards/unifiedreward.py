@@ -15,7 +15,7 @@ from diffalign.rewards.base import Metadata, Prepared, by_column
 from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
 
 AXES = ("alignment", "coherence", "style")
-# The words are the model's interface: it was trained on these.
+# The words are the model's interface: those of the repository's point_score_ACS_image_generation.py for 2.0.
 INSTRUCTION = """You are presented with a generated image and its associated text caption. \
 Your task is to analyze the image across multiple dimensions in relation to the caption. Specifically:
 Provide overall assessments for the image along the following axes (each rated from 1 to 5):
@@ -48,7 +48,10 @@ def parse(answer: str) -> tuple[float, ...] | None:
 
 
 class UnifiedReward(VisionLanguageReward):
-    """Score: the mean of the three axes, which are the other columns. Decoded greedily."""
+    """Score: the mean of the three axes, which are the other columns. Decoded greedily.
+
+    max_new_tokens: an answer has about 80, since scores such as 2.694700002670288 are written with a token a digit.
+    """
 
     name = "unifiedreward"
     columns = ("mean", *AXES)
@@ -59,7 +62,7 @@ class UnifiedReward(VisionLanguageReward):
     source = "arXiv 2503.05236, github.com/CodeGoat24/UnifiedReward"
     repo = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 
-    def __init__(self, *, max_new_tokens: int = 64, **shared: Any) -> None:
+    def __init__(self, *, max_new_tokens: int = 256, **shared: Any) -> None:
         super().__init__(**shared)
         self.max_new_tokens = max_new_tokens
 

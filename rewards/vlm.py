@@ -16,6 +16,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Prepared
 from diffalign.rewards.learned import LearnedReward
+from diffalign.rewards.weights import pretrained
 
 
 class VisionLanguageReward(LearnedReward):
@@ -33,9 +34,7 @@ class VisionLanguageReward(LearnedReward):
     def build(self) -> torch.nn.Module:
         from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_pretrained(self.path, dtype=self.dtype, use_safetensors=True)
-        assert isinstance(model, torch.nn.Module)
-        return model
+        return pretrained(AutoModelForImageTextToText, self.path, self.name, self.dtype)
 
     @property
     def processor(self) -> Any:

@@ -11,12 +11,24 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 
 EDGE = 1 << 20
-FOLDER_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What a transformers folder needs; checkpoints in other formats stay on the hub."""
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""Config, tokenizer and processor of a transformers folder."""
+FOLDER_FILES = (*SMALL_FILES, "*.safetensors")
+"""All that a transformers folder needs; checkpoints in other formats stay on the hub, unless there is no other."""
+OLDER_FILES = (*SMALL_FILES, "pytorch_model*.bin")
 
 
-def fetch(reward: str, repo: str, file: str | None, revision: str, local: str | Path | None) -> Path:
-    """The path of `file` of `repo`, or of a whole folder where `file` is None. `local` takes the place of the hub.
+def fetch(
+    reward: str,
+    repo: str,
+    file: str | None,
+    revision: str,
+    local: str | Path | None,
+    option: str = "weights",
+    patterns: tuple[str, ...] = FOLDER_FILES,
+) -> Path:
+    """The path of `file` of `repo`, or of a whole folder where `file` is None. `local` takes the place of the hub; `option` is
+    the reward's option that gives it, `patterns` what is wanted of a folder: a tokenizer's repository may hold 8 GB of weights.
 
     Raises DiffalignError naming file, repository and how to point to a local copy.
     """
@@ -28,20 +40,25 @@ def fetch(reward: str, repo: str, file: str | None, revision: str, local: str | 
             raise DiffalignError(f"reward {reward}: {path} does not exist; it should be {where}")
         if file is None and not path.is_dir():
             raise DiffalignError(f"reward {reward}: {path} is a file; it should be a folder with {where}")
+        if file is None and not any(next(path.glob(pattern), None) for pattern in FOLDER_FILES):
+            raise DiffalignError(f"reward {reward}: {path} holds no model; it should be a folder with {where}")
         return path
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         if file is None:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FOLDER_FILES)))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+            if patterns == FOLDER_FILES and not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(OLDER_FILES)))
+            return folder
         return Path(hf_hub_download(repo, file, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        what = file or "model.safetensors and its config"
+        what = file or ("model.safetensors and its config" if "*.safetensors" in patterns else f"the {option}'s files")
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DiffalignError(
             f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: {first} "
-            f"Download it elsewhere and point to the copy: --reward {reward}:weights=PATH"
+            f"Download it elsewhere and point to the copy: --reward {reward}:{option}=PATH"
         ) from error
 
 
@@ -65,6 +82,23 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
+    """`kind.from_pretrained(folder)`, tensors only. Raises DiffalignError where a parameter is missing, which transformers
+    only warns of before it draws that at random."""
+    try:
+        model, info = kind.from_pretrained(folder, dtype=dtype, weights_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DiffalignError(f"reward {reward}: {folder} cannot be loaded as {kind.__name__}: {first}") from error
+    missing = sorted(str(key) for key in info["missing_keys"] if not str(key).endswith("position_ids"))
+    if missing:
+        raise DiffalignError(
+            f"reward {reward}: {folder} does not fit the model: {missing[0]} is missing ({len(missing)} missing)"
+        )
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
 def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a .pt/.pth that holds tensors only. `key`: where it lies inside, if there."""
     loaded: Any
@@ -78,8 +112,8 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise DiffalignError(
                 f"{path}: cannot be loaded without running code from it ({str(error).splitlines()[0]}); if you trust it, "
-                "convert it once where it came from: safetensors.torch.save_file(torch.load(FILE)['state_dict'], "
-                "'weights.safetensors'), and pass that file as weights="
+                "convert it once where it came from: safetensors.torch.save_file(torch.load(FILE, "
+                "weights_only=False)['state_dict'], 'weights.safetensors'), and pass that file as weights="
             ) from error
     if key is not None and isinstance(loaded, dict) and key in loaded:
         loaded = loaded[key]

@@ -75,6 +75,7 @@ def hostile(path: Path) -> tuple[set[str], dict[str, str]]:
     exif[0x0112] = 6  # turn by 90 degrees
     good["turned.jpg"] = encoded(photo, "JPEG", exif=exif, quality=95)
     good["größe 大.png"] = encoded(smooth(2), "PNG")
+    good["<img src=x onerror=alert(2)>.png"] = encoded(smooth(4), "PNG")
     good["new\nline.png"] = encoded(smooth(3), "PNG")
     good["one.bmp"] = encoded(Image.new("RGB", (8, 8), (200, 0, 0)), "BMP")
     for name, data in good.items():

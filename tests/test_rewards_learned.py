@@ -1,11 +1,11 @@
 """Learnt rewards against independent ways to the same number, on small random weights in the published layouts.
 
 No published weights are reachable here: what is tested is that, given a checkpoint, the score is the definition's.
+HPSv2 and ImageReward beside their packages' own code: test_rewards_packages.py.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +61,19 @@ def rewards(
 
 
 def cosines(clip: Path, prompts: list[str], centre: str) -> torch.Tensor:
-    """Through CLIPModel.forward and the processor that works on PIL pictures, one pair at a time."""
+    """Through CLIPModel.forward, one pair at a time. centre: where an odd margin of the crop goes; `floor` is transformers' PIL
+    processor, `round` open_clip's transform."""
+    import open_clip
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    transform = open_clip.image_transform(224, is_train=False)
     found = []
     for image, prompt in zip(IMAGES, prompts, strict=True):
         tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+        floor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        pixels = floor if centre == "floor" else transform(image)[None]
         with torch.no_grad():
             out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
         found.append(F.cosine_similarity(out.text_embeds, out.image_embeds)[0])
@@ -91,42 +95,12 @@ def test_pickscore(clip: Path, rewards: dict[str, Reward]) -> None:
 @pytest.mark.parametrize("convention", ["hessel", "torchmetrics", "cosine", "compbench"])
 def test_clipscore_conventions(clip: Path, convention: str) -> None:
     prefix = "A photo depicts " if convention == "hessel" else ""
-    cosine = cosines(clip, [prefix + p for p in PROMPTS], "floor")
+    cosine = cosines(clip, [prefix + p for p in PROMPTS], "floor" if convention == "torchmetrics" else "round")
     formula = {"hessel": 2.5 * cosine.clamp(min=0), "torchmetrics": (100 * cosine).clamp(min=0)}.get(convention, cosine)
     reward = load_reward("clipscore", convention=convention, weights=clip)
-    # 96 x 64 becomes 336 x 224 and 300 x 500 373 x 224: even and odd margins; the odd one lies one pixel elsewhere in clip.
-    tolerance = {"torchmetrics": 1e-4}.get(convention, 2e-2)
-    assert reward.score(IMAGES, PROMPTS).numpy() == pytest.approx(formula.numpy(), abs=tolerance)
+    # 96 x 64 becomes 336 x 224 and 300 x 500 373 x 224: even and odd margins.
+    assert reward.score(IMAGES, PROMPTS).numpy() == pytest.approx(formula.numpy(), abs=1e-4)
     assert reward.identity()["options"]["convention"] == convention
-
-
-def as_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """open_clip's names to those of transformers' CLIPModel: another implementation of the same network."""
-    found = {"logit_scale": state["logit_scale"]}
-    pairs = {
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    }
-    found |= {new: state[old] for old, new in pairs.items()}
-    found |= {"visual_projection.weight": state["visual.proj"].T, "text_projection.weight": state["text_projection"].T}
-    for old, new in (("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
-                     ("ln_final", "text_model.final_layer_norm")):  # fmt: skip
-        found |= {f"{new}.{part}": state[f"{old}.{part}"] for part in ("weight", "bias")}
-    for old, new in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
-        for n in range(2):
-            a, b = f"{old}.resblocks.{n}", f"{new}.encoder.layers.{n}"
-            for part in ("weight", "bias"):
-                qkv = state[f"{a}.attn.in_proj_{part}"].chunk(3)
-                found |= {f"{b}.self_attn.{x}_proj.{part}": v for x, v in zip("qkv", qkv, strict=True)}
-                found[f"{b}.self_attn.out_proj.{part}"] = state[f"{a}.attn.out_proj.{part}"]
-                for i in (1, 2):
-                    found[f"{b}.layer_norm{i}.{part}"] = state[f"{a}.ln_{i}.{part}"]
-                found[f"{b}.mlp.fc1.{part}"] = state[f"{a}.mlp.c_fc.{part}"]
-                found[f"{b}.mlp.fc2.{part}"] = state[f"{a}.mlp.c_proj.{part}"]
-    return found
 
 
 def published_letterbox(image: Image.Image) -> torch.Tensor:
@@ -143,106 +117,21 @@ def published_letterbox(image: Image.Image) -> torch.Tensor:
     return T.normalize(padded, CLIP_MEAN, CLIP_STD)
 
 
-def test_hpsv2(hps: tuple[Path, dict], rewards: dict[str, Reward]) -> None:
+def test_hpsv2(hps: tuple[Path, dict], rewards: dict[str, Reward], tmp_path: Path) -> None:
+    """Through transformers' CLIP, another implementation of the same network."""
     import open_clip
-    from transformers import CLIPConfig, CLIPModel
+    from transformers import CLIPModel
 
-    shared = {
-        "hidden_size": 32,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "hidden_act": "gelu",
-    }
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**shared, "vocab_size": 49408, "eos_token_id": 2},
-            vision_config={**shared, "image_size": 224, "patch_size": 32},
-            projection_dim=24,
-        )
-    ).eval()
-    missing, extra = model.load_state_dict(as_transformers(hps[1]), strict=False)
-    assert not extra and all(m.endswith("position_ids") for m in missing)
+    model = tiny_rewards.openclip_model(tmp_path, "tiny-hps")
+    model.load_state_dict(hps[1])
+    copy = CLIPModel.from_pretrained(tiny_rewards.openclip_as_folder(model, tmp_path / "copy", "gelu")).eval()
     pixels = torch.stack([published_letterbox(image) for image in IMAGES])
     with torch.no_grad():
-        out = model(input_ids=open_clip.tokenize(PROMPTS), pixel_values=pixels)
+        out = copy(input_ids=open_clip.tokenize(PROMPTS), pixel_values=pixels)
     expected = F.cosine_similarity(out.text_embeds, out.image_embeds)
     found = rewards["hpsv2"].score(IMAGES, PROMPTS)
     assert found.numpy() == pytest.approx(expected.numpy(), abs=2e-6)
     assert rewards["hpsv2"].score([im.convert("RGBA") for im in IMAGES], PROMPTS).tolist() == found.tolist()
-
-
-def oracle_imagereward(
-    s: dict[str, torch.Tensor], pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """BLIP's ViT and BERT with cross-attention in plain tensor algebra, from the paper's code's names."""
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return x @ s[f"{name}.weight"].T + s[f"{name}.bias"]
-
-    def norm(name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * s[f"{name}.weight"] + s[f"{name}.bias"]
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | float = 0.0) -> torch.Tensor:
-        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias, -1)
-        return weights @ v
-
-    def gelu(x: torch.Tensor) -> torch.Tensor:
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-    v = "blip.visual_encoder"
-    kernel = s[f"{v}.patch_embed.proj.weight"]
-    patches = pixels.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    x = patches @ kernel.flatten(1).T + s[f"{v}.patch_embed.proj.bias"]
-    x = torch.cat([s[f"{v}.cls_token"].expand(len(x), -1, -1), x], 1) + s[f"{v}.pos_embed"]
-    for n in range(2):  # one head: 64 wide
-        b = f"{v}.blocks.{n}"
-        q, k, value = linear(f"{b}.attn.qkv", norm(f"{b}.norm1", x, 1e-6)).chunk(3, -1)
-        x = x + linear(f"{b}.attn.proj", attend(q, k, value))
-        x = x + linear(f"{b}.mlp.fc2", gelu(linear(f"{b}.mlp.fc1", norm(f"{b}.norm2", x, 1e-6))))
-    seen = norm(f"{v}.norm", x, 1e-6)
-    t = "blip.text_encoder"
-    y = (
-        s[f"{t}.embeddings.word_embeddings.weight"][ids]
-        + s[f"{t}.embeddings.position_embeddings.weight"][: ids.shape[1]]
-    )
-    y = norm(f"{t}.embeddings.LayerNorm", y, 1e-12)
-    bias = torch.where(mask.bool(), 0.0, -1e9)[:, None, :]
-    for n in range(2):
-        b = f"{t}.encoder.layer.{n}"
-        for part, source, hidden in (("attention", None, bias), ("crossattention", seen, 0.0)):
-            a = f"{b}.{part}"
-            of = y if source is None else source
-            mixed = attend(
-                linear(f"{a}.self.query", y), linear(f"{a}.self.key", of), linear(f"{a}.self.value", of), hidden
-            )
-            y = norm(f"{a}.output.LayerNorm", linear(f"{a}.output.dense", mixed) + y, 1e-12)
-        inner = gelu(linear(f"{b}.intermediate.dense", y))
-        y = norm(f"{b}.output.LayerNorm", linear(f"{b}.output.dense", inner) + y, 1e-12)
-    z = y[:, 0]
-    for place in (0, 2, 4, 6, 7):
-        z = linear(f"mlp.layers.{place}", z)
-    return (z[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-
-def test_imagereward(blip: tuple[Path, dict], rewards: dict[str, Reward]) -> None:
-    from transformers import BertTokenizer
-
-    folder, state = blip
-    tokens = BertTokenizer.from_pretrained(folder)(
-        PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
-    )
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    pixels = torch.stack([(crop_square(image, 224, "round") - mean) / std for image in IMAGES])
-    expected = oracle_imagereward(state, pixels, tokens["input_ids"], tokens["attention_mask"])
-    found = rewards["imagereward"].score(IMAGES, PROMPTS)
-    assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-4)
-    assert len(set(found.tolist())) == 4
-    # The constants alone: (1.5 - mean) / std and so on.
-    assert [(x - 0.16717362830052426) / 1.0333394966054072 for x in (1.5, -2.0)] == pytest.approx(
-        [1.2898242795, -2.0972522927]
-    )
 
 
 def test_aesthetic_needs_quickgelu(clip: Path, tmp_path: Path) -> None:
@@ -350,9 +239,82 @@ def test_unreachable_weights_are_named(name: str, words: str, tmp_path: Path, mo
     assert "\n" not in str(told.value) and "nowhere" in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("imagereward", ("weights",), "google-bert/bert-base-uncased|imagereward:tokenizer=PATH"),
+        ("aesthetic", ("weights",), "openai/clip-vit-large-patch14|aesthetic:clip=PATH"),
+        ("hpsv3", ("weights",), "Qwen/Qwen2-VL-7B-Instruct|hpsv3:base=PATH"),
+        ("geneval", ("weights",), "openai/clip-vit-large-patch14|geneval:clip=PATH"),
+        ("geneval", (), "facebook/mask2former-swin-small-coco-instance|geneval:weights=PATH"),
+    ],
+)
+def test_so_are_the_parts_beside_the_weights(
+    name: str, given: tuple[str, ...], words: str, blip: tuple[Path, dict], clip: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Before anything is scored, and with the option that gives that part."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    local = {"imagereward": blip[0] / "ImageReward.pt", "geneval": clip}.get(name, tmp_path / "any.pt")
+    (tmp_path / "any.pt").write_bytes(b"any")
+    with pytest.raises(DiffalignError) as told:
+        load_reward(name, **dict.fromkeys(given, local)).identity()
+    assert all(word in str(told.value) for word in words.split("|")), told.value
+
+
+def test_a_tokenizer_does_not_bring_its_models_weights(
+    blip: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.setdefault(repo, []).extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "any.pt").write_bytes(b"any")
+    load_reward("imagereward", weights=blip[0]).identity()
+    load_reward("hpsv3", weights=tmp_path / "any.pt").identity()
+    load_reward("pickscore").identity()
+    assert set(asked) == {
+        "google-bert/bert-base-uncased", "Qwen/Qwen2-VL-7B-Instruct", "yuvalkirstain/PickScore_v1",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }  # fmt: skip
+    assert [repo for repo, wanted in asked.items() if "*.safetensors" in wanted] == ["yuvalkirstain/PickScore_v1"]
+    # A repository without safetensors is asked for its older checkpoint.
+    assert [repo for repo, wanted in asked.items() if "pytorch_model*.bin" in wanted] == ["yuvalkirstain/PickScore_v1"]
+
+
+def test_folders_of_an_older_kind_and_broken_ones(clip: Path, rewards: dict[str, Reward], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(clip / "model.safetensors")
+    for part in clip.iterdir():
+        if part.suffix != ".safetensors":
+            (tmp_path / part.name).write_bytes(part.read_bytes())
+
+    def score() -> torch.Tensor:
+        return load_reward("pickscore", weights=tmp_path).score(IMAGES[:1], PROMPTS[:1])
+
+    with pytest.raises(DiffalignError, match="cannot be loaded as CLIPModel: .*no file named model.safetensors"):
+        score()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert torch.equal(score(), rewards["pickscore"].score(IMAGES[:1], PROMPTS[:1]))
+    torch.save({"x": Path}, tmp_path / "pytorch_model.bin")  # a pickle of something that is no tensor
+    with pytest.raises(DiffalignError, match="cannot be loaded as CLIPModel"):
+        score()
+    (tmp_path / "pytorch_model.bin").unlink()
+    state.pop("logit_scale")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DiffalignError, match="does not fit the model: logit_scale is missing"):
+        score()
+
+
 def test_wrong_weights_are_named(clip: Path, hps: tuple[Path, dict], tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="does not exist; it should be HPS_v2.1_compressed.pt of xswu/HPSv2"):
         load_reward("hpsv2", weights=tmp_path).identity()
+    with pytest.raises(DiffalignError, match="holds no model; it should be a folder with the files of yuvalkirstain"):
+        load_reward("pickscore", weights=tmp_path).identity()
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "HPS_v2.1_compressed.pt")
     with pytest.raises(DiffalignError, match="does not fit the model: .* is missing"):
         load_reward("hpsv2", weights=tmp_path, architecture="tiny-hps").score(IMAGES[:1], PROMPTS[:1])

@@ -110,6 +110,34 @@ def test_colours_are_a_zero_shot_classifier(folders: tuple[Path, Path]) -> None:
     assert detector._colors([crop], ["dog"]) == [expected]
 
 
+def test_colours_are_the_evaluators(tmp_path: Path) -> None:
+    """The evaluator asks open_clip's ViT-L/14, with OpenAI's weights and so QuickGELU; the detector asks transformers' CLIP.
+    Equal weights give equal logits: prompts through both tokenizers, crops through both transforms, both networks."""
+    import open_clip
+    from torch.nn import functional as F
+
+    model = tiny_rewards.openclip_model(tmp_path / "config", "tiny-quickgelu", quick_gelu=True)
+    folder = tiny_rewards.openclip_as_folder(model, tmp_path / "clip", "quick_gelu")
+    detector = Mask2FormerDetector(clip=folder)
+    transform, tokenize = open_clip.image_transform(224, is_train=False), open_clip.get_tokenizer("tiny-quickgelu")
+    crops = [pictures.smooth(i, *size) for i, size in enumerate([(40, 91), (300, 200), (77, 76), (513, 259)])]
+    for label in ("computer mouse", "teddy bear", "tv"):
+        texts = [
+            [f"a photo of a {c} {label}", f"a photo of a {c}-colored {label}", f"a photo of a {c} object"]
+            for c in COLORS
+        ]
+        with torch.no_grad():
+            means = torch.stack([F.normalize(model.encode_text(tokenize(t)), dim=-1).mean(0) for t in texts])
+            seen = F.normalize(model.encode_image(torch.stack([transform(crop) for crop in crops])), dim=-1)
+        logits = 100 * seen @ F.normalize(means, dim=-1).T
+        ours = detector._clip.embed_images(torch.stack([detector._clip.prepare(crop) for crop in crops]))
+        assert (100 * ours @ detector._classifier(label).T - logits).abs().max() < 1e-4
+        assert detector._colors(crops, [label] * len(crops)) == [COLORS[i] for i in logits.argmax(1).tolist()]
+    wrong = tiny_rewards.openclip_as_folder(model, tmp_path / "gelu", "gelu")
+    with pytest.raises(DiffalignError, match="computes with gelu; OpenAI's CLIP needs hidden_act quick_gelu"):
+        Mask2FormerDetector(clip=wrong)._colors(crops, ["tv"] * len(crops))
+
+
 def test_geneval_uses_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     reward = load_reward("geneval", weights=folders[0], clip=folders[1])
     facts = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}

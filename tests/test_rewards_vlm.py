@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.hpsv3 import ASK, INSTRUCTION, PIXELS, TOKEN, HPSv3, area
-from diffalign.rewards.pixels import to_tensor
+from diffalign.rewards.pixels import BOUND, resize, to_tensor
 from diffalign.rewards.unifiedreward import UnifiedReward, parse
 from diffalign.rewards.vlm import plain
 from diffalign.rewards.vqascore import yes_probability
@@ -120,11 +120,18 @@ def test_the_whole_vocabulary_counts() -> None:
 
 # --- UnifiedReward ----------------------------------------------------------------------------------------------
 
+PUBLISHED = (
+    "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\n"
+    "Style Score (1-5): 2.802500009536743\n"
+)
+"""The example answer of the model's repository."""
+
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
         ("Alignment Score (1-5): 4\nCoherence Score (1-5): 2.6947\nStyle Score (1-5): 3.5", (4.0, 2.6947, 3.5)),
+        (PUBLISHED, (2.694700002670288, 2.371500015258789, 2.802500009536743)),
         ("**Alignment Score (1-5):** 4.0\n**Coherence Score (1-5):** 3\n**Style Score (1-5):** 5", (4.0, 3.0, 5.0)),
         ("alignment score (1-5): 1\ncoherence score (1-5): 1\nstyle score (1-5): 1\n", (1.0, 1.0, 1.0)),
         ("Alignment Score (1-5): 4\nCoherence Score (1-5): 3", None),
@@ -136,6 +143,12 @@ def test_the_whole_vocabulary_counts() -> None:
 )
 def test_answers(answer: str, expected: tuple[float, ...] | None) -> None:
     assert parse(answer) == expected
+
+
+def test_unifiedreward_waits_for_the_whole_answer() -> None:
+    assert UnifiedReward().max_new_tokens >= len(PUBLISHED)  # a token holds one character at least
+    for end in range(len(PUBLISHED) - len("2.802500009536743\n")):
+        assert parse(PUBLISHED[:end]) is None
 
 
 def test_unifiedreward(qwen: Path) -> None:
@@ -210,6 +223,15 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
         assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
     with pytest.raises(DiffalignError, match=r"float \[B, 3, H, W\]"):
         reward.score_tensors(torch.rand(1, 3, 8, 8), ["a", "b"])
+
+
+@pytest.mark.parametrize("size", [(512, 512), (640, 480), (96, 64), (300, 900)])
+def test_hpsv3s_resize_agrees_within_the_bound(size: tuple[int, int]) -> None:
+    image = pictures.smooth(5, *size)
+    width, height = area(*size, PIXELS)
+    exact = to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+    floating = resize(to_tensor(image)[None], height, width).clamp(0, 1)[0]
+    assert (exact - floating).abs().max() <= BOUND
 
 
 def test_hpsv3_sizes_and_words() -> None:

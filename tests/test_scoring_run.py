@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_hostile_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for name, word in bad.items():
         assert rows[name]["sharpness"] is None and word in rows[name]["reason"].lower(), rows[name]["reason"]
     html = page.read_text()
+    assert "<img src=x" not in html and "&lt;img src=x onerror=alert(2)&gt;" in html
     assert "<script>alert" not in html and "&lt;script&gt;alert(1)" in html
     assert html.count("<figure") == len(rows) and "http" not in html.split("<body>")[1]
     assert "Traceback" not in capsys.readouterr().err
@@ -200,6 +202,35 @@ def test_a_run_on_other_pictures_keeps_the_journal(tmp_path: Path) -> None:
     assert len(reward.seen) == 1 and len(lines(out)) == 18 and not (tmp_path / "o.jsonl.journal").exists()
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_kill_while_the_output_is_written(
+    tmp_path: Path, ending: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """before: the new file is complete but not in place. between: in place, the journal still there. after: half deleted."""
+    pictures.folder(tmp_path / "in", 9)
+    out = tmp_path / f"o.{ending}"
+    run([tmp_path / "in"], out)
+    straight = out.read_bytes()
+    out.unlink()
+    with monkeypatch.context() as patched:
+        remove = shutil.rmtree
+
+        def killed(path: Path, *rest: Any, **options: Any) -> Any:
+            if moment == "after":
+                remove(path, *rest, **options)
+                Path(path).mkdir()
+            raise KeyboardInterrupt
+
+        patched.setattr("pathlib.Path.replace" if moment == "before" else "shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run([tmp_path / "in"], out)
+    assert out.exists() == (moment != "before")
+    _, reward = run([tmp_path / "in"], out)
+    assert not reward.seen and out.read_bytes() == straight
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", out.name]
+
+
 KILLED = """
 import os, signal, sys
 from test_scoring_run import Counting, run
@@ -261,23 +292,19 @@ def test_rows_say_what_made_them(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    """`accelerate launch`, whose --multi_gpu starts processes on a machine without GPUs, too."""
     pictures.folder(tmp_path / "in", 11)
     out = tmp_path / "o.jsonl"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command = [
-        *launch,
-        "diffalign",
-        "score",
-        str(tmp_path / "in"),
-        "-r",
-        "sharpness",
-        "-o",
-        str(out),
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=90)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    verb = ["-m", "diffalign", "score", str(tmp_path / "in"), "-r", "sharpness", "-o", str(out), "--device", "cpu"]
+    done = subprocess.run(
+        [*launch, "--main_process_port", port, *verb],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=90, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("11 scores new") == 1
     alone = load_reward("sharpness").score([Image.open(p) for p in sorted((tmp_path / "in").glob("*.png"))], [""] * 11)
