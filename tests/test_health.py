@@ -36,7 +36,7 @@ def rows(count: int = 160, **changes: Any) -> list[dict[str, float]]:
         "share_without_preference": 0.1,
         "lr": 1e-3,
     }
-    made = {**plain, **changes}
+    made = {name: value for name, value in {**plain, **changes}.items() if value is not None}
     return [{"step": s, **{k: float(v(s) if callable(v) else v) for k, v in made.items()}} for s in range(1, count + 1)]
 
 
@@ -56,17 +56,88 @@ def test_an_ordinary_run_is_healthy() -> None:
         ("labels_without_spread", 20, {"share_without_preference": 0.75}),
         ("accuracy_stuck", 120, {"accuracy": lambda s: (0.375, 0.5, 0.625)[s % 3]}),
         ("beta_too_small", 20, {"gradient_factor": 0.4999, "winner_gap": 0.001, "loser_gap": 0.002}),
-        ("winner_rises", 44, {"winner_gap": lambda s: 0.03 if s > 30 else 0.0}),  # 14 x 0.03 / 20 > 0.5 x 0.04
-        ("loser_dominates", 20, {"loser_gap": 0.03}),
-        ("margin_saturated", 48, {"gradient_factor": lambda s: 0.01 if s > 30 else 0.4}),  # (2 x 0.4 + 18 x 0.01) / 20
+        ("beta_too_small", 20, {"gradient_factor": None, "implicit_spread": 0.001, "winner_gap": 0.001}),
+        ("winner_rises", 41, {"winner_gap": lambda s: 0.03 if s > 30 else 0.0}),  # the middle of 20 rows: 11 of them
+        ("loser_dominates", 20, {"loser_gap": 0.05}),
+        ("margin_saturated", 69, {"gradient_factor": lambda s: 0.01 if s > 30 else 0.4}),  # one of 40 at 0.4
         ("gradient_jumps", 45, {"grad_norm": lambda s: 5.0 if s > 40 else 0.5}),
-        ("loss_diverges", 35, {"loss": lambda s: 2.0 if s > 30 else 0.6}),  # (15 x 0.6 + 5 x 2) / 20 > 1.5 x 0.6
+        # 15 of 20 rows: the lowest quarter, too
+        ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": lambda s: 0.25 + 0.5 * (s % 2)}),
+        ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": None}),
         ("drift_explodes", 20, {"drift": 0.05}),
     ],
 )
 def test_each_trouble_is_named_once_at_its_first_step(name: str, step: int, changes: dict[str, Any]) -> None:
     found = {f.name: f.step for f in examine(rows(**changes))}
     assert found.get(name) == step
+
+
+def dpo_rows(seed: int, beta: float, groups: int = 8, count: int = 400, gain: float = 1.0) -> list[dict[str, float]]:
+    """Rows as Diffusion-DPO logs them, from made-up errors: both images' errors rise a little, the loser's more, and an
+    image's own part is several times the difference. One step in 40 meets a time at which errors are ten times larger.
+    """
+    rng = np.random.default_rng(seed)
+    made = []
+    for step in range(1, count + 1):
+        moved = 1 - np.exp(-(step - 1) / 100)  # 0 at the reference
+        size = 10.0 if rng.random() < 0.025 else 1.0
+        noise = 0.004 * moved * rng.standard_normal((groups, 2))
+        d = size * (np.array([0.001, 0.001 + 0.003 * gain]) * moved + noise)
+        margin = 0.5 * beta * (d[:, 1] - d[:, 0])
+        made.append(
+            {
+                "step": step,
+                "loss": float(np.logaddexp(0, -margin).mean()),
+                "accuracy": float((0.5 * (np.sign(margin) + 1)).mean()),
+                "gradient_factor": float((0.5 * (1 - np.tanh(margin / 2))).mean()),
+                "winner_gap": float(d[:, 0].mean()),
+                "loser_gap": float(d[:, 1].mean()),
+                "reference_error": 0.04 * size,
+                "drift": float(0.003 * moved * size),
+                "grad_norm": float(rng.lognormal(0, 0.4)),
+                "share_without_preference": 0.0,
+                "lr": 1e-3,
+            }
+        )
+    return made
+
+
+@pytest.mark.parametrize("beta", [50.0, 2000.0, 20000.0])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_no_false_alarm_whatever_beta_and_batch(beta: float, groups: int) -> None:
+    """With beta 20,000 a margin is several tens in both directions, and single losses reach hundreds."""
+    for seed in range(6):
+        made = dpo_rows(seed, beta, groups)
+        assert examine(made) == [], (seed, beta, groups)
+    if beta == 20000.0:
+        assert max(row["loss"] for row in made) > 10 * np.median([row["loss"] for row in made])
+
+
+def test_the_same_rows_without_a_gain_are_named() -> None:
+    """The other side: rows in which the labels mean nothing, and rows in which beta does nothing."""
+    assert "accuracy_stuck" in names(examine(dpo_rows(0, 2000.0, count=1200, gain=0.0)))
+    assert names(examine(dpo_rows(0, 0.01))) == ["beta_too_small"]
+
+
+def test_a_long_warm_up_is_no_stuck_accuracy() -> None:
+    made = rows(500, accuracy=lambda s: float(RNG.binomial(8, 0.5)) / 8, lr=lambda s: 1e-6 * min(s, 450))
+    assert examine(made) == []
+    later = rows(600, accuracy=lambda s: float(RNG.binomial(32, 0.5)) / 32, lr=lambda s: 1e-6 * min(s, 450))
+    assert [(f.name, f.step) for f in examine(later)] == [("accuracy_stuck", 569)]  # 450 + 40 + 80 rows, the 450th in
+
+
+def test_one_wild_row_decides_nothing() -> None:
+    made = rows()
+    made[60] |= {"loss": 500.0, "winner_gap": 5.0, "loser_gap": 9.0, "drift": 7.0, "grad_norm": 900.0}
+    assert examine(made) == []
+
+
+def test_the_loss_is_judged_per_group_that_counts() -> None:
+    """First most groups state no preference, then all do: the loss doubles, and nothing has happened."""
+    made = rows(loss=lambda s: 0.3 if s <= 30 else 0.66, share_without_preference=lambda s: 0.55 if s <= 15 else 0.0)
+    for row in made[15:30]:
+        row["share_without_preference"] = 0.45
+    assert "loss_diverges" not in names(examine(made))
 
 
 def test_steps_without_a_preference_are_not_judged() -> None:
@@ -113,11 +184,20 @@ def labelled(kind: str, groups: int = 40) -> list[LabelledGroup]:
 
 def test_labels_against_scores() -> None:
     assert examine_labels(labelled("true")) == []
-    assert names(examine_labels(labelled("shuffled", 200))) == ["labels_ignore_scores"]
+    assert names(examine_labels(labelled("shuffled", 1000))) == ["labels_ignore_scores"]
     reversed_ = [LabelledGroup(g.labels, {"geneval": g.scores["geneval"]}) for g in labelled("reversed")]
     assert names(examine_labels(reversed_)) == ["labels_oppose_scores"]
     assert examine_labels(labelled("reversed", 3)) == []  # too few pairs decide nothing
     assert examine_labels([LabelledGroup([1.0, 0.0], {})] * 100) == []
+
+
+@pytest.mark.parametrize("pairs", [64, 100, 1000])
+def test_people_who_agree_with_a_score_in_six_of_ten_pairs(pairs: int) -> None:
+    """A weak but real agreement, as of people and PickScore, is no alarm, however few pairs there are."""
+    for seed in range(20):
+        alike = np.random.default_rng(seed).random(pairs) < 0.62
+        groups = [LabelledGroup([1.0, 0.0], {"pickscore": [0.3, 0.2] if a else [0.2, 0.3]}) for a in alike]
+        assert examine_labels(groups) == [], seed
 
 
 def test_generators_that_explain_the_ranking() -> None:
@@ -126,6 +206,10 @@ def test_generators_that_explain_the_ranking() -> None:
     one = [LabelledGroup([1.0, 0.0], {}, ["a", "a"])] * 100
     assert names(examine_labels(clear)) == ["generators_explain_ranking"]
     assert examine_labels(mixed) == examine_labels(one) == []
+    # Twenty generators that seldom meet: in most pairs one has won all, and that says nothing.
+    rng = np.random.default_rng(3)
+    many = [LabelledGroup([1.0, 0.0], {}, [f"g{i}" for i in rng.choice(20, 2, replace=False)]) for _ in range(100)]
+    assert examine_labels(many) == []
 
 
 # --- in the loop -----------------------------------------------------------------------------------------------------

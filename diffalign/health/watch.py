@@ -7,9 +7,21 @@ from statistics import fmean, stdev
 from typing import Any
 
 from diffalign.health.findings import Finding
-from diffalign.health.rows import CHECKS, WINDOW, Row, loss_diverges, mean, no_spread
+from diffalign.health.rows import (
+    CHECKS,
+    WINDOW,
+    Row,
+    accuracy_stuck,
+    loss_diverges,
+    loss_per_group,
+    mean,
+    no_spread,
+)
 
-KEPT_ROWS = 120
+KEPT_ROWS = 2 * WINDOW
+# Every validation is one more chance of a fall by chance alone: at 2 errors, one in ten unchanged runs would be called
+# worse after five of them.
+WORSE_BY = 2.5
 # Validations without a gain while drift grows, before that is worth a note.
 IDLE_VALIDATIONS = 3
 
@@ -32,6 +44,8 @@ class Watch:
         self.findings: dict[str, Finding] = {f.name: f for f in known}
         self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
         self._first_losses: list[float] = []
+        self._accuracies: list[float] = []
+        self._highest_rate = 0.0
         self._validations: list[tuple[Validation, float]] = []
 
     @property
@@ -41,15 +55,14 @@ class Watch:
     def row(self, row: Row) -> list[Finding]:
         """A row of metrics.jsonl (with its "step"); returns what is new."""
         self._rows.append(row)
-        if len(self._first_losses) < WINDOW:
-            self._first_losses.append(row["loss"])
-        # A step in which no group states a preference has no accuracy, margin or gaps to judge.
+        # A step in which no group states a preference has no loss, accuracy, margin or gaps to judge.
+        if row.get("share_without_preference", 0.0) < 1.0:
+            self._remember(row)
         telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0]
-        measured = {name: check(telling) for name, check in CHECKS.items() if name not in self.findings}
-        if "labels_without_spread" not in self.findings:
-            measured["labels_without_spread"] = no_spread(self._rows)
-        if len(self._first_losses) == WINDOW and "loss_diverges" not in self.findings:
-            measured["loss_diverges"] = loss_diverges(telling, fmean(self._first_losses))
+        measured = {name: check(telling) for name, check in CHECKS.items()}
+        measured["labels_without_spread"] = no_spread(self._rows)
+        measured["loss_diverges"] = loss_diverges(telling, self._first_losses)
+        measured["accuracy_stuck"] = accuracy_stuck(self._accuracies)
         return self._new(int(row["step"]), measured)
 
     def validation(self, row: Validation) -> list[Finding]:
@@ -62,10 +75,10 @@ class Watch:
             return []
         difference, error = paired(row["scores"][column], base["scores"][column])
         measured: dict[str, str | None] = {}
-        if difference + 2 * error < 0:
+        if difference + WORSE_BY * error < 0:
             measured["reward_below_base"] = f"{column} {difference:+.3f} ± {error:.3f} against the untrained model"
         measured["drift_without_reward"] = self._idle(column)
-        return self._new(int(row["step"]), {k: v for k, v in measured.items() if k not in self.findings})
+        return self._new(int(row["step"]), measured)
 
     def replay(self, rows: Iterable[Row], validations: Iterable[Validation]) -> None:
         """Rows and validations of a run so far; a validation of step n comes after the row of step n."""
@@ -79,6 +92,15 @@ class Watch:
 
     def in_order(self) -> list[Finding]:
         return sorted(self.findings.values(), key=lambda f: f.step)
+
+    def _remember(self, row: Row) -> None:
+        if len(self._first_losses) < WINDOW:
+            self._first_losses.append(loss_per_group(row))
+        if row.get("lr", 0.0) > self._highest_rate:  # still warming up: what was seen so far says little
+            self._highest_rate = row["lr"]
+            self._accuracies.clear()
+        if "accuracy" in row:
+            self._accuracies.append(row["accuracy"])
 
     def _idle(self, column: str) -> str | None:
         """No validation of the last few was better than the best before them, and drift has doubled since that best."""
@@ -94,7 +116,7 @@ class Watch:
         return f"{column} was best at step {step} ({before[best]:.3f}); drift {then:.3g} then, {now:.3g} now"
 
     def _new(self, step: int, measured: dict[str, str | None]) -> list[Finding]:
-        new = [Finding(name, step, text) for name, text in measured.items() if text is not None]
+        new = [Finding(name, step, text) for name, text in measured.items() if text and name not in self.findings]
         self.findings |= {f.name: f for f in new}
         return new
 
