@@ -177,7 +177,7 @@ class TrainSection(Section):
         None,
         gt=0,
         lt=0.5,
-        description="find beta so that the gradient factor becomes this, as 0.3 (dpo only); null: off",
+        description="find beta so that the gradient factor becomes this, as 0.3 (dpo and smpo); null: off",
     )
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 import toy
 
+from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.health import FINDINGS, Finding, LabelledGroup, describe, examine, examine_labels
-from diffalign.objectives import DiffusionDPO, GroupErrors
+from diffalign.objectives import DiffusionDPO, GroupErrors, SmPO
 from diffalign.training.loop import train
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 
@@ -284,17 +285,61 @@ def test_auto_beta_reaches_its_target() -> None:
     size = 2e-4  # margin / beta
     beta = 100.0
     for _ in range(5):
-        remember_margin(beta * size, beta, state)
+        remember_margin({"margin": beta * size, "share_without_preference": 0.2}, beta, state)
         beta = with_auto_beta(objective, 0.3, state).beta
+        before = dict(state)
+        remember_margin({"margin": 0.0, "share_without_preference": 1.0}, beta, state)  # a step without a preference
+        assert state == before
     assert 1 / (1 + np.exp(beta * size)) == pytest.approx(0.3)
     assert with_auto_beta(DiffusionDPO(beta=1.0), 0.3, state).beta == 100.0  # no further than a hundredfold
 
 
-def test_auto_beta_goes_on_exactly(tmp_path: Path) -> None:
-    made = run(tmp_path / "a", train={"auto_beta": 0.3})
+def test_auto_beta_of_smpo_does_not_count_ties() -> None:
+    """Three sure pairs and five ties: the sure ones get the factor. A plain mean would triple their margin."""
+    scores = torch.tensor([[1.0, 0.0]] * 3 + [[0.5, 0.5]] * 5, dtype=torch.float64)
+    reference = torch.full((8, 2), 0.4, dtype=torch.float64)
+    policy = reference + torch.tensor([0.0, 2e-4], dtype=torch.float64)
+    state: dict[str, Any] = {}
+    objective = SmPO(beta=100.0)
+    for _ in range(3):
+        found = {k: float(v.mean()) for k, v in objective(GroupErrors(policy, reference, scores)).metrics.items()}
+        remember_margin({**found, "share_without_preference": 0.0}, objective.beta, state)
+        objective = with_auto_beta(SmPO(beta=100.0), 0.3, state)
+    sure = 10 * np.tanh(0.5)  # gamma (2p - 1) with p = sigmoid(1)
+    assert 1 / (1 + np.exp(0.5 * objective.beta * sure * 2e-4)) == pytest.approx(0.3)
+    factors = objective(GroupErrors(policy, reference, scores)).metrics["gradient_factor"].tolist()
+    assert factors == pytest.approx([0.3] * 3 + [0.5] * 5)
+
+
+OBJECTIVES = {"dpo": {"name": "dpo", "beta": 20.0}, "smpo": {"name": "smpo", "beta": 5.0, "reward_min": -1.0}}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_auto_beta_holds_its_target_while_training(name: str, tmp_path: Path) -> None:
+    """The policy moves on and the margins grow; beta falls, and the factor of the mean margin stays where it is wanted."""
+    settings = {"steps": 250, "auto_beta": 0.4}
+    made = run(tmp_path, train=settings, objective=OBJECTIVES[name], optimizer={"lr": 2e-3})[-100:]
+    margins = [r["smoothed_margin"] / r["smoothing"] if name == "smpo" else r["margin"] for r in made]
+    assert 1 / (1 + np.exp(np.mean(margins))) == pytest.approx(0.4, abs=0.03)
+    assert made[0]["beta"] != OBJECTIVES[name]["beta"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_auto_beta_goes_on_exactly(name: str, tmp_path: Path) -> None:
+    made = run(tmp_path / "a", train={"auto_beta": 0.3}, objective=OBJECTIVES[name])
     assert len({r["beta"] for r in made}) > 3
-    run(tmp_path / "b", train={"steps": 6, "auto_beta": 0.3})
-    assert run(tmp_path / "b", train={"auto_beta": 0.3}) == made
+    run(tmp_path / "b", train={"steps": 6, "auto_beta": 0.3}, objective=OBJECTIVES[name])
+    assert run(tmp_path / "b", train={"auto_beta": 0.3}, objective=OBJECTIVES[name]) == made
+    a, b = ((tmp_path / folder / "weights/weights.safetensors").read_bytes() for folder in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("name", ["rankdpo", "gdro", "sft"])
+def test_auto_beta_is_refused_by_name_where_there_is_no_such_margin(name: str, tmp_path: Path) -> None:
+    plain = toy.toy_config(tmp_path).model_dump(mode="json") | {"objective": {"name": name}}
+    plain["train"]["auto_beta"] = 0.3
+    with pytest.raises(ValueError, match=f"as dpo and smpo have, not {name}"):
+        TrainConfig.model_validate(plain)
 
 
 def test_remedies_of_dpo() -> None:

@@ -53,15 +53,34 @@ def test_killed_runs_end_as_if_they_were_not(tmp_path: Path) -> None:
             assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+
+
+def finish(line: list[str]) -> None:
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        done = subprocess.run(
-            [*launcher, *command(tmp_path / name, 10, 4, 2)], env=environment(), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
+        finish([*launcher, *command(tmp_path / name, 10, 4, 2)])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 10
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     for name in ("loss", "policy_error"):
         assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)
+    # The same with validation, by the main process while the other waits: the training of two is what it was, bit for bit,
+    # and what is validated and kept is what one process validates and keeps.
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
+        finish([*launcher, *command(tmp_path / f"{name}-validated", 10, 4, 2), "2"])
+    made = tmp_path / "two-validated"
+    assert (made / "metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
+    assert (made / "validation.jsonl").read_text() == (tmp_path / "one-validated/validation.jsonl").read_text()
+    scores = [
+        json.loads(line)["scores"]["weights.size"][0] for line in (made / "validation.jsonl").read_text().splitlines()
+    ]
+    assert len(set(scores)) == 6 and max(scores[1:]) not in (scores[1], scores[-1])
+    best, same = (load_file(d / "best/weights.safetensors") for d in (made, tmp_path / "one-validated"))
+    last = load_file(made / "weights/weights.safetensors")
+    for key in best:
+        assert torch.allclose(best[key], same[key], rtol=1e-4, atol=1e-6) and not torch.equal(best[key], last[key])
