@@ -37,7 +37,7 @@ from diffalign.report.runs import read_lines
 from diffalign.rounds import RECIPES, REWARD, make_data, sampling
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, QUARTER, MEASURE = 200, 50, "geneval.dense"
+STEPS, HALF, QUARTER, MEASURE = 200, 100, 50, "geneval.dense"
 SDXL, SD3 = "shapes-sdxl", "shapes-sd3"
 VALIDATED = ("validation.every=50", "validation.prompts=testbed:validation", "validation.n=64", "validation.seeds=2")
 SHARED = ("noise=shared", "inversion={}")
@@ -71,12 +71,12 @@ RUNS: dict[str, Kind] = {
     "dpo-sd3-2": Kind(SD3, "dpo", 2),
     "rankdpo-sdxl-0": Kind(SDXL, "rankdpo", 0),
     "smpo-sdxl-1": Kind(SDXL, "smpo", 1, SHARED),
-    "gdro-sdxl-2": Kind(SDXL, "gdro", 2),
+    "gdro-sdxl-2": Kind(SDXL, "gdro", 2, steps=HALF),  # six images a group: as many forward passes as DPO in 300
     "sft-sdxl-0": Kind(SDXL, "dpo", 0, SFT),
-    "beta-small-sdxl": Kind(SDXL, "dpo", 0, ("objective.beta=1.0",), called=("beta_too_small",)),
-    "reversed-sdxl": Kind(SDXL, "dpo", 0, VALIDATED, labels="reversed", called=("labels_oppose_scores",)),
+    "beta-small-sdxl": Kind(SDXL, "dpo", 0, ("objective.beta=1.0",), HALF, called=("beta_too_small",)),
+    "reversed-sdxl": Kind(SDXL, "dpo", 0, VALIDATED, HALF, labels="reversed", called=("labels_oppose_scores",)),
     "shuffled-sdxl": Kind(SDXL, "dpo", 0, labels="shuffled", called=("labels_ignore_scores",)),
-    "lr-high-sdxl": Kind(SDXL, "dpo", 0, ("optimizer.lr=0.03",), called=DIVERGED),
+    "lr-high-sdxl": Kind(SDXL, "dpo", 0, ("optimizer.lr=0.03",), HALF, called=DIVERGED),
     # The first quarter alone: that is where they must be named.
     "beta-small-sd3": Kind(SD3, "dpo", 1, ("objective.beta=0.1",), QUARTER, called=("beta_too_small",)),
     "lr-high-sd3": Kind(SD3, "dpo", 1, ("optimizer.lr=0.03",), QUARTER, called=DIVERGED),

@@ -171,6 +171,15 @@ def test_the_validation_reward() -> None:
     assert examine(rows(drift=1e-4), flat) == []
 
 
+def test_validations_that_only_scatter_are_no_finding() -> None:
+    """64 prompts whose true reward rises a little and stays: in most runs one of many noisy means is the best early on."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        base = rng.random(64)
+        made = [validation(s, base + (0.02 if s else 0) + 0.15 * rng.standard_normal(64)) for s in range(0, 161, 20)]
+        assert examine(rows(drift=lambda s: 1e-5 * s), made) == [], seed
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ KEPT_ROWS = 2 * WINDOW
 # Every validation is one more chance of a fall by chance alone: at 2 errors, one in ten unchanged runs would be called
 # worse after five of them.
 WORSE_BY = 2.5
+# The best of several is flattered by about one error: two more make it sure.
+PICKED = 3.0
 # Validations without a gain while drift grows, before that is worth a note.
 IDLE_VALIDATIONS = 3
 
@@ -103,17 +105,26 @@ class Watch:
             self._accuracies.append(row["accuracy"])
 
     def _idle(self, column: str) -> str | None:
-        """No validation of the last few was better than the best before them, and drift has doubled since that best."""
+        """Since the best of the validations before the last few, drift has doubled, and the reward has surely not risen by
+        half of what had surely been gained by then. That no later one beats the best is no sign: chance helped to pick it.
+        """
         if len(self._validations) < IDLE_VALIDATIONS + 2:
             return None
-        means = [fmean(v for v in row["scores"][column] if v is not None) for row, _ in self._validations]
-        before, after = means[:-IDLE_VALIDATIONS], means[-IDLE_VALIDATIONS:]
-        best = max(range(len(before)), key=before.__getitem__)
+        scores = [row["scores"][column] for row, _ in self._validations]
+        means = [fmean(v for v in values if v is not None) for values in scores]
+        best = max(range(len(scores) - IDLE_VALIDATIONS), key=means.__getitem__)
         then, now = self._validations[best][1], self._validations[-1][1]
-        if max(after) > before[best] or not now > 2 * then:
+        lately = [None if None in values else fmean(values) for values in zip(*scores[-IDLE_VALIDATIONS:], strict=True)]
+        difference, error = paired(lately, scores[best])
+        gain, gain_error = paired(scores[best], scores[0])
+        sure_gain = max(gain - PICKED * gain_error, 0.0)
+        if difference + PICKED * error >= 0.5 * sure_gain or not now > 2 * then:
             return None
         step = self._validations[best][0]["step"]
-        return f"{column} was best at step {step} ({before[best]:.3f}); drift {then:.3g} then, {now:.3g} now"
+        return (
+            f"{column} {difference:+.3f} ± {error:.3f} in {IDLE_VALIDATIONS} validations against step {step}; drift {then:.3g} "
+            f"then, {now:.3g} now"
+        )
 
     def _new(self, step: int, measured: dict[str, str | None]) -> list[Finding]:
         new = [Finding(name, step, text) for name, text in measured.items() if text and name not in self.findings]
