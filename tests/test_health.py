@@ -65,7 +65,7 @@ def test_an_ordinary_run_is_healthy() -> None:
         # 15 of 20 rows: the lowest quarter, too
         ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": lambda s: 0.25 + 0.5 * (s % 2)}),
         ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": None}),
-        ("drift_explodes", 20, {"drift": 0.05}),
+        ("drift_explodes", 20, {"drift": 0.05, "policy_error": 0.07}),
     ],
 )
 def test_each_trouble_is_named_once_at_its_first_step(name: str, step: int, changes: dict[str, Any]) -> None:
@@ -95,6 +95,7 @@ def dpo_rows(seed: int, beta: float, groups: int = 8, count: int = 400, gain: fl
                 "loser_gap": float(d[:, 1].mean()),
                 "reference_error": 0.04 * size,
                 "drift": float(0.003 * moved * size),
+                "policy_error": 0.041 * size,
                 "grad_norm": float(rng.lognormal(0, 0.4)),
                 "share_without_preference": 0.0,
                 "lr": 1e-3,
@@ -125,6 +126,11 @@ def test_a_long_warm_up_is_no_stuck_accuracy() -> None:
     assert examine(made) == []
     later = rows(600, accuracy=lambda s: float(RNG.binomial(32, 0.5)) / 32, lr=lambda s: 1e-6 * min(s, 450))
     assert [(f.name, f.step) for f in examine(later)] == [("accuracy_stuck", 569)]  # 450 + 40 + 80 rows, the 450th in
+
+
+def test_a_policy_that_moves_without_harm_has_not_exploded() -> None:
+    """As under inverted noise, where the reference's own error is small."""
+    assert examine(rows(drift=0.05, policy_error=0.045)) == []
 
 
 def test_one_wild_row_decides_nothing() -> None:

@@ -96,7 +96,8 @@ FINDINGS: dict[str, Words] = {
     "drift_explodes": Words(
         "alarm",
         "the policy has left the reference",
-        "its predictions differ from the reference's by as much as those differ from the truth: images are likely broken",
+        "its predictions differ from the reference's by as much as those differ from the truth, and are worse: images are "
+        "likely broken",
         "lower optimizer.lr, raise objective.beta, or go back to an earlier checkpoint",
     ),
     "reward_below_base": Words(

@@ -11,6 +11,7 @@ from diffalign.health.rows import (
     CHECKS,
     WINDOW,
     Row,
+    Tally,
     accuracy_stuck,
     loss_diverges,
     loss_per_group,
@@ -46,7 +47,7 @@ class Watch:
         self.findings: dict[str, Finding] = {f.name: f for f in known}
         self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
         self._first_losses: list[float] = []
-        self._accuracies: list[float] = []
+        self._accuracies = Tally()
         self._highest_rate = 0.0
         self._validations: list[tuple[Validation, float]] = []
 
@@ -61,7 +62,7 @@ class Watch:
         if row.get("share_without_preference", 0.0) < 1.0:
             self._remember(row)
         telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0]
-        measured = {name: check(telling) for name, check in CHECKS.items()}
+        measured = {name: check(telling) for name, check in CHECKS.items() if name not in self.findings}
         measured["labels_without_spread"] = no_spread(self._rows)
         measured["loss_diverges"] = loss_diverges(telling, self._first_losses)
         measured["accuracy_stuck"] = accuracy_stuck(self._accuracies)
@@ -100,9 +101,9 @@ class Watch:
             self._first_losses.append(loss_per_group(row))
         if row.get("lr", 0.0) > self._highest_rate:  # still warming up: what was seen so far says little
             self._highest_rate = row["lr"]
-            self._accuracies.clear()
+            self._accuracies = Tally()
         if "accuracy" in row:
-            self._accuracies.append(row["accuracy"])
+            self._accuracies.add(row["accuracy"])
 
     def _idle(self, column: str) -> str | None:
         """Since the best of the validations before the last few, drift has doubled, and the reward has surely not risen by
