@@ -26,13 +26,14 @@ from diffalign import stages
 from diffalign.config import load_config
 from diffalign.config_schema import EvalConfig
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.labels import labelled_groups
 from diffalign.data.rank import rank
 from diffalign.data.source import choose_groups
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.health import Finding, LabelledGroup, examine, examine_labels
+from diffalign.health import Finding, examine, examine_labels
 from diffalign.report.runs import read_lines
 from diffalign.rounds import RECIPES, REWARD, make_data, sampling
 
@@ -100,9 +101,9 @@ def prepare_data(out: Path, base: str, seed: int, labels: str) -> Path:
     part = own.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(raw, part)
-    dataset = PreferenceDataset(part)
-    rank(dataset, ["geneval"], shuffle_seed=seed if labels == "shuffled" else None)
+    rank(PreferenceDataset(part), ["geneval"], shuffle_seed=seed if labels == "shuffled" else None)
     if labels == "reversed":
+        dataset = PreferenceDataset(part)
         rows = [dataset.group(i) for i in range(len(dataset))]
         write_groups(part, [{**row, "preference": [1 - p for p in row["preference"]]} for row in rows])
     part.rename(own)
@@ -138,12 +139,8 @@ def labels_of(out: Path, kind: Kind) -> list[Finding]:
     config = load_config(RECIPES[kind.base].replace("dpo", kind.recipe), ())
     dataset = PreferenceDataset(prepare_data(out, kind.base, kind.seed, kind.labels))
     chosen = choose_groups(config.data, dataset)[0]
-    scores = dataset.score_array("geneval")
-    groups = []
-    for i in chosen:
-        here = slice(int(dataset.places.starts[i]), int(dataset.places.starts[i + 1]))
-        groups.append(LabelledGroup(list(dataset.group(i)["preference"]), {"geneval": scores[here].tolist()}))
-    return examine_labels(groups)
+    values = [np.array(dataset.group(i)["preference"]) for i in chosen]
+    return examine_labels(labelled_groups(dataset, chosen, values))
 
 
 def judge(out: Path, name: str) -> dict[str, Any]:
