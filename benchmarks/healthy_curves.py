@@ -166,15 +166,19 @@ def judge(out: Path, name: str) -> dict[str, Any]:
 def best_against_last(out: Path, name: str) -> dict[str, np.ndarray]:
     """Scores of the test prompts, [256, 2], drawn by the untrained model, by best/ and by weights/."""
     kind, run, place = RUNS[name], out / "runs" / name, out / "evaluated" / name
+    same = stages.weights_digest(run / "best") == stages.weights_digest(
+        run / "weights"
+    )  # then one set of images is both
     if not (place / "eval.json").is_file():
         plan = {
             "model": load_config(run / "config.yaml").model.model_dump(), "weights": str(run / "weights"),
-            "others": {"best": str(run / "best")}, "prompts": "testbed:test", "n": 256, "seeds": 2, "reward": REWARD,
-            "out": str(place),
+            "others": {} if same else {"best": str(run / "best")}, "prompts": "testbed:test", "n": 256, "seeds": 2,
+            "reward": REWARD, "out": str(place),
         }  # fmt: skip
         config = EvalConfig.model_validate({**plan, **sampling(kind.base)})
         stages.evaluate(config, base_folder=out / "evaluated" / f"base-{kind.base}")
-    return {model: load_scores(place, model, MEASURE) for model in ("base", "tuned", "best")}
+    models = {"base": "base", "tuned": "tuned", "best": "tuned" if same else "best"}
+    return {model: load_scores(place, drawn, MEASURE) for model, drawn in models.items()}
 
 
 def comparisons(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
