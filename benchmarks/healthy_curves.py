@@ -1,150 +1,256 @@
-"""Short runs on the embedded world, good ones and deliberately broken ones, and what the health lines say of each.
+"""Ten good runs and deliberately broken ones on the embedded world, and what the health lines say of each.
 
-python benchmarks/healthy_curves.py [--out runs/healthy] [--only NAME ...] [--draw]
+python benchmarks/healthy_curves.py [--out runs/healthy] [--only NAME ...] [--again]
 
-It samples 512 groups of 4 images once (minutes on a CPU), trains each run for 256 steps (about a minute each), writes a table
-of findings, and with --draw the picture in docs/healthy-curves.md. Runs that are complete are kept.
+Every run is 200 steps of a shipped recipe on 256 groups of 8 images (about two minutes on one core, its validations
+included); a broken one changes a single thing of a good one. Health is a function of the logged rows, so --again
+examines the rows that are there without training. What is complete is kept: the same command goes on where it stopped.
+
+Then the weights that validation chose are drawn against the last ones of the three DPO runs, on prompts that chose nothing.
+Writes benchmarks/results/healthy-curves.json, docs/images/healthy-curves.svg and prints the tables of docs/healthy-curves.md.
 """
 
 import argparse
+import gzip
 import json
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from healthy_curves_picture import picture
 
-from diffalign import rounds, stages
+from diffalign import stages
 from diffalign.config import load_config
+from diffalign.config_schema import EvalConfig
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.labels import labelled_groups
 from diffalign.data.rank import rank
+from diffalign.data.source import choose_groups
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
-from diffalign.report.curves import HEIGHT, WIDTH, Series, series, static_svg
-from diffalign.report.runs import Run, read_run
+from diffalign.evaluation.compare import Comparison, compare, pool
+from diffalign.evaluation.evaluate import load_scores
+from diffalign.health import Finding, examine, examine_labels
+from diffalign.report.runs import read_lines
+from diffalign.rounds import RECIPES, REWARD, make_data, sampling
 
-GROUPS, IMAGES, STEPS = 512, 4, 256
-VALIDATED = ("validation.every=64", "validation.prompts=testbed:validation")
-# name -> (labels, what is changed)
-RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "good-0": ("true", ()),
-    "good-1": ("true", ("seed=1",)),
-    "good-b500": ("true", ("objective.beta=500.0",)),
-    "good-lr3e-4": ("true", ("optimizer.lr=3e-4",)),
-    "good-sft": ("true", ("objective={name: sft}",)),
-    "good-2": ("true", ("seed=2",)),
-    "good-b2000": ("true", ("objective.beta=2000.0",)),
-    "good-sft-1": ("true", ("objective={name: sft}", "seed=1")),
-    "good-r4": ("true", ("tune.rank=4", "tune.alpha=4.0", "seed=3")),
-    "good-b300": ("true", ("objective.beta=300.0", "seed=4")),
-    "beta-small": ("true", ("objective.beta=1.0",)),
-    "reversed": ("reversed", ()),
-    "v-reversed": ("reversed", VALIDATED),
-    "shuffled": ("shuffled", ()),
-    "lr-high": ("true", ("optimizer.lr=0.03",)),
-}
-DRAWN = {
-    "good-0": "good",
-    "beta-small": "beta too small (1 instead of 100)",
-    "reversed": "labels reversed",
-    "shuffled": "labels shuffled",
-    "lr-high": "learning rate too high (0.03 instead of 0.001)",
-}
-PANELS = {
-    "accuracy": "implicit accuracy",
-    "gaps": "error against the reference: winner (blue), loser (orange)",
-    "gradient_factor": "gradient factor",
-    "drift": "drift",
-}
-STYLE = """
-.grid { stroke: #8884; stroke-width: 1 } .raw { fill: none; stroke-width: 1; opacity: .3 }
-.line { fill: none; stroke-width: 2 } text { font: 11px system-ui, sans-serif; fill: #808080 }
-.y { text-anchor: end } .x { text-anchor: middle } .title { font-size: 15px; font-weight: 600 } .name { font-size: 12px }
-.run0 { stroke: #4a86e8 } .run1 { stroke: #e07a2f }
-"""
+RESULTS = Path(__file__).parent / "results"
+STEPS, HALF, QUARTER, MEASURE = 200, 100, 50, "geneval.dense"
+SDXL, SD3 = "shapes-sdxl", "shapes-sd3"
+VALIDATED = ("validation.every=50", "validation.prompts=testbed:validation", "validation.n=64", "validation.seeds=2")
+SHARED = ("noise=shared", "inversion={}")
+SFT = ("objective={name: sft}",)
 
 
-def make_data(out: Path) -> None:
-    """The same images three times: with true labels, with the order reversed, and shuffled within each group."""
-    if (out / "data-shuffled" / "groups.parquet").is_file():
-        return
-    rounds.IMAGES_PER_GROUP = IMAGES
-    rank(rounds.make_data("shapes-sdxl", out / "data", 0, GROUPS), ["geneval"])
-    for kind in ("reversed", "shuffled"):
-        shutil.copytree(out / "data", out / f"data-{kind}", dirs_exist_ok=True)
-        dataset = PreferenceDataset(out / f"data-{kind}")
-        if kind == "shuffled":
-            rank(dataset, ["geneval"], shuffle_seed=1)
-        else:
-            rows = [dataset.group(i) for i in range(len(dataset))]
-            write_groups(dataset.folder, [{**r, "preference": [1 - p for p in r["preference"]]} for r in rows])
+@dataclass(frozen=True)
+class Kind:
+    """A run: `recipe` is the method's shipped recipe of the base; `called` what a broken one must be named as."""
+
+    base: str
+    recipe: str
+    seed: int
+    changes: tuple[str, ...] = ()
+    steps: int = STEPS
+    labels: str = "true"
+    called: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        return not self.called
+
+
+DIVERGED = ("loss_diverges", "winner_rises", "loser_dominates", "drift_explodes", "gradient_jumps")
+RUNS: dict[str, Kind] = {
+    "dpo-sdxl-0": Kind(SDXL, "dpo", 0, VALIDATED),
+    "dpo-sdxl-1": Kind(SDXL, "dpo", 1, VALIDATED),
+    "dpo-sdxl-2": Kind(SDXL, "dpo", 2, VALIDATED),
+    "dpo-sd3-0": Kind(SD3, "dpo", 0),
+    "dpo-sd3-1": Kind(SD3, "dpo", 1),
+    "dpo-sd3-2": Kind(SD3, "dpo", 2),
+    "rankdpo-sdxl-0": Kind(SDXL, "rankdpo", 0),
+    "smpo-sdxl-1": Kind(SDXL, "smpo", 1, SHARED),
+    "gdro-sdxl-2": Kind(SDXL, "gdro", 2, steps=HALF),  # six images a group: as many forward passes as DPO in 300
+    "sft-sdxl-0": Kind(SDXL, "dpo", 0, SFT),
+    "beta-small-sdxl": Kind(SDXL, "dpo", 0, ("objective.beta=1.0",), HALF, called=("beta_too_small",)),
+    "reversed-sdxl": Kind(SDXL, "dpo", 0, VALIDATED, HALF, labels="reversed", called=("labels_oppose_scores",)),
+    "shuffled-sdxl": Kind(SDXL, "dpo", 0, labels="shuffled", called=("labels_ignore_scores",)),
+    "lr-high-sdxl": Kind(SDXL, "dpo", 0, ("optimizer.lr=0.03",), HALF, called=DIVERGED),
+    # The first quarter alone: that is where they must be named.
+    "beta-small-sd3": Kind(SD3, "dpo", 1, ("objective.beta=0.1",), QUARTER, called=("beta_too_small",)),
+    "lr-high-sd3": Kind(SD3, "dpo", 1, ("optimizer.lr=0.03",), QUARTER, called=DIVERGED),
+    "lr-high-rankdpo-sdxl": Kind(SDXL, "rankdpo", 0, ("optimizer.lr=0.03",), QUARTER, called=DIVERGED),
+    "lr-high-sft-sdxl": Kind(SDXL, "dpo", 0, (*SFT, "optimizer.lr=0.03"), QUARTER, called=DIVERGED),
+}
+CHOSEN = ("dpo-sdxl-0", "dpo-sdxl-1", "dpo-sdxl-2")
+
+
+# ---- Data and runs ---------------------------------------------------------------------------------------------------
+
+
+def prepare_data(out: Path, base: str, seed: int, labels: str) -> Path:
+    """Images and scores once a base and seed; each kind of labels has its own ranking of them."""
+    raw = out / base / f"data-{seed}"
+    own = out / base / f"data-{seed}-{labels}"
+    if own.is_dir():
+        return own
+    if not (raw / "scores" / f"{REWARD['name']}.parquet").is_file():
+        make_data(base, raw, seed)
+    part = own.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(raw, part)
+    rank(PreferenceDataset(part), ["geneval"], shuffle_seed=seed if labels == "shuffled" else None)
+    if labels == "reversed":
+        dataset = PreferenceDataset(part)
+        rows = [dataset.group(i) for i in range(len(dataset))]
+        write_groups(part, [{**row, "preference": [1 - p for p in row["preference"]]} for row in rows])
+    part.rename(own)
+    return own
 
 
 def train(out: Path, name: str) -> None:
-    labels, changes = RUNS[name]
-    if (out / "runs" / name / "weights").exists():
+    kind, folder = RUNS[name], out / "runs" / name
+    if (folder / "weights").exists() or (folder / "ended.txt").exists():
         return
-    data = out / ("data" if labels == "true" else f"data-{labels}")
-    given = (f"data.path={data}", f"run_dir={out / 'runs' / name}", f"train.steps={STEPS}", "train.threads=1")
-    fixed = (
-        "objective.beta=100",
-        "optimizer.lr=1e-3",
-        "tracking.trackers=[]",
-        "checkpoint.every=64",
-        "checkpoint.keep=4",
-    )
-    stages.train(load_config("shapes_sdxl_dpo", [*given, *fixed, *changes]))
+    data = prepare_data(out, kind.base, kind.seed, kind.labels)
+    draws = [f"validation.{key}={sampling(kind.base)[key]}" for key in ("steps", "guidance_scale", "batch_size")]
+    given = [
+        f"data.path={data}",
+        f"run_dir={folder}",
+        f"seed={kind.seed}",
+        f"train.steps={kind.steps}",
+        "train.threads=1",
+    ]
+    recipe = RECIPES[kind.base].replace("dpo", kind.recipe)
+    config = load_config(recipe, [*given, "tracking.trackers=[]", *draws, *kind.changes])
+    try:
+        stages.train(config)
+    except DiffalignError as error:  # a broken run may well end early; that is a result
+        (folder / "ended.txt").write_text(f"{error}\n")
 
 
-def table(runs: dict[str, Run]) -> str:
-    lines = ["| run | findings, each at its first step |", "|---|---|"]
-    for name, run in runs.items():
-        found = [f"{f['name']} ({f['step']}: {f['measured']})" for f in run.findings]
-        lines.append(f"| {name} | {'; '.join(found) or 'none'} |")
+# ---- Health ----------------------------------------------------------------------------------------------------------
+
+
+def labels_of(out: Path, kind: Kind) -> list[Finding]:
+    """What is said of the labels before the first step, as training does it."""
+    config = load_config(RECIPES[kind.base].replace("dpo", kind.recipe), ())
+    dataset = PreferenceDataset(prepare_data(out, kind.base, kind.seed, kind.labels))
+    chosen = choose_groups(config.data, dataset)[0]
+    values = [np.array(dataset.group(i)["preference"]) for i in chosen]
+    return examine_labels(labelled_groups(dataset, chosen, values))
+
+
+def judge(out: Path, name: str) -> dict[str, Any]:
+    """Findings of a run's rows, and whether they are as they must be: none, or the right one in the first quarter."""
+    kind, folder = RUNS[name], out / "runs" / name
+    rows, validations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "validation.jsonl")
+    found = examine(rows, validations, labels_of(out, kind))
+    alarms = [f for f in found if f.words.level == "alarm"]
+    first = min((f.step for f in alarms if f.name in kind.called), default=None)
+    kept = {row["step"]: float(np.mean(row["scores"][MEASURE])) for row in validations}
+    return {
+        "kind": {**asdict(kind), "good": kind.good},
+        "steps": len(rows),
+        "findings": [{"name": f.name, "level": f.words.level, "step": f.step, "measured": f.measured} for f in found],
+        "as_expected": not alarms if kind.good else first is not None and first <= QUARTER,
+        "validation": kept,
+    }
+
+
+# ---- The best against the last ---------------------------------------------------------------------------------------
+
+
+def best_against_last(out: Path, name: str) -> dict[str, np.ndarray]:
+    """Scores of the test prompts, [256, 2], drawn by the untrained model, by best/ and by weights/."""
+    kind, run, place = RUNS[name], out / "runs" / name, out / "evaluated" / name
+    same = stages.weights_digest(run / "best") == stages.weights_digest(
+        run / "weights"
+    )  # then one set of images is both
+    if not (place / "eval.json").is_file():
+        plan = {
+            "model": load_config(run / "config.yaml").model.model_dump(), "weights": str(run / "weights"),
+            "others": {} if same else {"best": str(run / "best")}, "prompts": "testbed:test", "n": 256, "seeds": 2,
+            "reward": REWARD, "out": str(place),
+        }  # fmt: skip
+        config = EvalConfig.model_validate({**plan, **sampling(kind.base)})
+        stages.evaluate(config, base_folder=out / "evaluated" / f"base-{kind.base}")
+    models = {"base": "base", "tuned": "tuned", "best": "tuned" if same else "best"}
+    return {model: load_scores(place, drawn, MEASURE) for model, drawn in models.items()}
+
+
+def comparisons(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Base to last, base to best, and last to best, of each run and of all together."""
+    scores = {name: best_against_last(out, name) for name in names}
+    scores["all"] = {m: pool([s[m] for s in scores.values()]) for m in ("base", "tuned", "best")}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, found in scores.items():
+        for label, one, other in (
+            ("last", "base", "tuned"),
+            ("best", "base", "best"),
+            ("best - last", "tuned", "best"),
+        ):
+            rows[f"{name}: {label}"] = asdict(compare(found[one], found[other]))
+    return rows
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(judged: dict[str, dict[str, Any]]) -> str:
+    lines = ["| run | what the health lines say, each from its first step | validation reward |", "|---|---|---|"]
+    for name, run in judged.items():
+        found = [f"`{f['name']}` ({f['step']}: {f['measured']})" for f in run["findings"]]
+        scores = ", ".join(f"{v:.3f}" for v in run["validation"].values())
+        lines.append(f"| {name} | {'; '.join(found) or 'nothing'} | {scores} |")
     return "\n".join(lines)
 
 
-def lines_of(run: Run, panel: str) -> list[Series]:
-    names = ["winner_gap", "loser_gap"] if panel == "gaps" else [panel]
-    return [s for n, name in enumerate(names) for s in [series(n, name, run.rows)] if s is not None]
+def chosen_table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = ["| | from | to | difference | 95 % interval |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        c = Comparison(**row)
+        lines.append(f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | {c.low:+.3f} to {c.high:+.3f} |")
+    return "\n".join(lines)
 
 
-def picture(runs: dict[str, Run]) -> str:
-    """A row of panels for each run in DRAWN; every panel has its own scale."""
-    shown = [name for name in DRAWN if name in runs]
-    row = HEIGHT + 62
-    width, height = WIDTH * len(PANELS), row * len(shown)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{STYLE}</style>']
-    for i, name in enumerate(shown):
-        parts.append(f'<text class="title" x="52" y="{i * row + 22}">{DRAWN[name]}</text>')
-        for j, (panel, title) in enumerate(PANELS.items()):
-            parts.append(f'<text class="name" x="{j * WIDTH + 52}" y="{i * row + 42}">{title}</text>')
-            place = f'<svg x="{j * WIDTH}" y="{i * row + 44}" width="{WIDTH}" height="{HEIGHT}" '
-            parts.append(static_svg(panel, lines_of(runs[name], panel)).replace("<svg ", place, 1))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+def keep_rows(out: Path, names: list[str], path: Path) -> None:
+    """All rows in one compressed file, so that health can be examined again wherever the repository is."""
+    runs = {
+        name: {part: read_lines(out / "runs" / name / f"{part}.jsonl") for part in ("metrics", "validation")}
+        for name in names
+    }
+    path.write_bytes(gzip.compress(json.dumps(runs).encode(), mtime=0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/healthy"))
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--draw", action="store_true", help="write docs/images/healthy-curves.svg from what is there")
+    parser.add_argument("--again", action="store_true", help="train nothing: examine the rows that are there")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    make_data(given.out)
-    for name in given.only:
-        try:
-            train(given.out, name)
-        except DiffalignError as error:  # a broken run may well end early; that is a result
-            print(f"{name}: {error}")
-    runs = {name: read_run(given.out / "runs" / name) for name in given.only if (given.out / "runs" / name).is_dir()}
-    print(table(runs))
-    results = {name: [(f["name"], f["step"]) for f in run.findings] for name, run in runs.items()}
-    print(json.dumps(results, indent=1))
-    if given.draw:
-        path = Path(__file__).parent.parent / "docs" / "images" / "healthy-curves.svg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(picture(runs))
-        print(f"written: {path}")
+    for name in [] if given.again else given.only:
+        train(given.out, name)
+    there = [name for name in given.only if (given.out / "runs" / name / "metrics.jsonl").is_file()]
+    judged = {name: judge(given.out, name) for name in there}
+    print(table(judged))
+    for name, run in judged.items():
+        if not run["as_expected"]:
+            print(f"NOT AS EXPECTED: {name}")
+    if set(there) < set(RUNS):
+        print("some runs are missing: results, picture and comparison are left as they are")
+        return
+    compared = comparisons(given.out, list(CHOSEN))
+    print(f"\n{chosen_table(compared)}")
+    document = {"steps": STEPS, "runs": judged, "best_against_last": compared}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "healthy-curves.json").write_text(json.dumps(document, indent=1) + "\n")
+    keep_rows(given.out, there, RESULTS / "healthy-curves-rows.json.gz")
+    drawing = Path(__file__).parent.parent / "docs" / "images" / "healthy-curves.svg"
+    drawing.write_text(picture({name: read_lines(given.out / "runs" / name / "metrics.jsonl") for name in there}))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ def check_training(config: TrainConfig) -> None:
             "validation.prompts",
             "validation.every",
         )
-    if config.train.auto_beta is not None and config.objective.name != "dpo":
+    if config.train.auto_beta is not None and config.objective.name not in ("dpo", "smpo"):
         _refuse(
-            f"auto_beta needs a beta and a margin that is proportional to it, as dpo has, not {config.objective.name}; leave "
-            "it out",
+            "auto_beta needs a beta and one margin a group that is proportional to it, as dpo and smpo have, not "
+            f"{config.objective.name}; leave it out",
             "train.auto_beta",
             "objective.name",
         )

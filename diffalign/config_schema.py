@@ -177,7 +177,7 @@ class TrainSection(Section):
         None,
         gt=0,
         lt=0.5,
-        description="find beta so that the gradient factor becomes this, as 0.3 (dpo only); null: off",
+        description="find beta so that the gradient factor becomes this, as 0.3 (dpo and smpo); null: off",
     )
 
 
@@ -291,7 +291,8 @@ class _Images(Section):
     model: ModelSection
     prompts: str = Field(
         min_length=1,
-        description="a .txt or .jsonl file; testbed:train, testbed:validation or testbed:test; or suite:NAME:PATH",
+        description="a .txt or .jsonl file; testbed:train, testbed:validation or testbed:test; suite:NAME:PATH, or "
+        "suite:NAME:hub",
     )
     n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
     steps: int = Field(30, gt=0, description="denoising steps")

@@ -24,6 +24,7 @@ from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.sample import sample_groups
 from diffalign.data.source import check_guidance, choose_groups, prepare_source
 from diffalign.data.suites import read_suite
+from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
@@ -65,11 +66,11 @@ def open_backbone(model: ModelSection, device: str) -> Any:
 
 
 def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:
-    """A prompt file, `testbed:SPLIT`, or `suite:NAME:PATH`."""
+    """A prompt file, `testbed:SPLIT`, `suite:NAME:PATH` or `suite:NAME:hub`."""
     kind, _, split = source.partition(":")
     if kind == "suite":
         name, _, path = split.partition(":")
-        return read_suite(name, Path(path))[:n]
+        return (read_hub_suite(name, path) if from_hub(path) else read_suite(name, Path(path)))[:n]
     if kind == "testbed":
         rows = testbed_prompts(split, n or TESTBED_PROMPTS, seed)
         return [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +62,42 @@ def export_diffusers(weights: Path, trunk_name: str, out: Path) -> None:
     save_file(state, out / LORA_FILE, metadata=metadata)
 
 
-def to_kohya(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+ATTENTION = re.compile(r"unet\.(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
+
+
+def sgm_modules(modules: Iterable[str]) -> dict[str, str] | None:
+    """diffusers' names of a UNet's attention layers -> those of Stability's code; None where a layer is no attention's.
+
+    There the blocks are numbered through: n resnets, and the attention behind each, are n inputs, a downsampler is one more
+    (block 0 is the first convolution), and an up block has n + 1 outputs. The attention stands second in its block.
+    """
+    found = {name: ATTENTION.fullmatch(name) for name in modules}
+    parts = {name: match.groups() for name, match in found.items() if match}
+    if len(parts) < len(found):
+        return None
+    down = [int(j) + 1 for side, _, j, _ in parts.values() if side == "down_blocks"]
+    up = [int(j) for side, _, j, _ in parts.values() if side == "up_blocks"]
+    n = max(down + up, default=1)
+    names = {}
+    for name, (side, block, j, rest) in parts.items():
+        i = int(block or 0) * (n + 1) + int(j)
+        place = {"down_blocks": f"input_blocks.{1 + i}", "mid_block": "middle_block", "up_blocks": f"output_blocks.{i}"}
+        names[name] = f"unet.{place[side]}.1.{rest}"
+    return names
+
+
+def to_kohya(state: dict[str, Tensor], alpha: float, family: str) -> dict[str, Tensor]:
     """`unet.a.b.lora_A.weight` -> `lora_unet_a_b.lora_down.weight`, with an alpha beside each pair.
 
-    diffusers' block names are kept; ComfyUI, A1111's forks and diffusers know them beside SGM's.
+    kohya's trainer names the blocks of SD1.5 as diffusers does and those of SDXL as Stability's code does, and so do the
+    files that it writes. An SDXL LoRA that reaches beyond attention keeps diffusers' names: programs take one or the other.
     """
+    modules = {key.removesuffix(".weight").rpartition(".")[0] for key in state}
+    renamed = (sgm_modules(modules) if family == "sdxl" else None) or {}
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         module, _, kind = key.removesuffix(".weight").rpartition(".")
-        name = module.replace("unet.", "lora_unet_", 1).replace(".", "_")
+        name = renamed.get(module, module).replace("unet.", "lora_unet_", 1).replace(".", "_")
         found[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = value.contiguous()
         found[f"{name}.alpha"] = torch.tensor(float(alpha))
     return found
@@ -91,7 +120,7 @@ def export_kohya(weights: Path, family: str, out: Path) -> None:
         "ss_network_alpha": f"{config['lora_alpha']:g}",
         "ss_base_model_version": KOHYA_BASES[family],
     }
-    save_file(to_kohya(state, config["lora_alpha"]), out / "kohya_lora.safetensors", metadata=metadata)
+    save_file(to_kohya(state, config["lora_alpha"], family), out / "kohya_lora.safetensors", metadata=metadata)
 
 
 def export_merged(backbone: Backbone, out: Path) -> None:

@@ -140,11 +140,58 @@ def test_rank_and_alpha_stand_in_the_metadata(tmp_path: Path, sdxl_dir: Path) ->
 
 
 def test_kohya_names() -> None:
-    state = {f"unet.mid_block.attn1.to_out.0.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-    made = to_kohya(state, 3.0)
-    name = "lora_unet_mid_block_attn1_to_out_0"
-    assert set(made) == {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"}
-    assert made[f"{name}.alpha"] == 3.0
+    """Names as the trainer's own files have them: diffusers' blocks for SD1.5, Stability's for SDXL (n = 2 resnets)."""
+    modules = {
+        "mid_block.attentions.0.proj_in": "middle_block_1_proj_in",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.2": "input_blocks_8_1_transformer_blocks_9_ff_net_2",
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_v": "output_blocks_2_1_transformer_blocks_0_attn2_to_v",
+        "up_blocks.1.attentions.0.transformer_blocks.1.attn1.to_k": "output_blocks_3_1_transformer_blocks_1_attn1_to_k",
+    }  # fmt: skip
+    shapes = {"A": (4, 8), "B": (16, 4)}
+    state = {f"unet.{m}.lora_{x}.weight": torch.ones(shape) for m in modules for x, shape in shapes.items()}
+    made = to_kohya(state, 3.0, "sdxl")
+    stems = {f"lora_unet_{name}" for name in modules.values()}
+    assert set(made) == {f"{s}.{end}" for s in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    for stem in stems:
+        assert made[f"{stem}.lora_down.weight"].shape == (4, 8) and made[f"{stem}.lora_up.weight"].shape == (16, 4)
+        assert made[f"{stem}.alpha"].shape == () and made[f"{stem}.alpha"] == 3.0
+    plain = {f"lora_unet_{m.replace('.', '_')}" for m in modules}
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sd15")} == plain
+    state["unet.down_blocks.0.resnets.0.conv1.lora_A.weight"] = torch.ones(4, 8, 3, 3)
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sdxl")} > plain  # never both kinds of names in a file
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_kohya_file_is_what_its_definition_says(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """W + alpha / rank up down, put by hand into the layer that each key names: the tuned image, without any loader."""
+    from diffusers import DiffusionPipeline
+
+    model = request.getfixturevalue(f"{family}_dir")
+    tuned = tuned_run(tmp_path / "run", model)
+    file = export(tmp_path / "run", tmp_path / "kohya", "kohya") / "kohya_lora.safetensors"
+    with safe_open(file, "pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    n = pipeline.unet.config.layers_per_block
+    by_key = {}
+    for name, layer in pipeline.unet.named_modules():
+        key = name
+        for side, kind in (("down_blocks", "input_blocks"), ("up_blocks", "output_blocks")):
+            if family == "sdxl" and name.startswith(side) and ".attentions." in name and name.count(".") > 3:
+                _, i, _, j, rest = name.split(".", 4)
+                key = f"{kind}.{int(i) * (n + 1) + int(j) + (side == 'down_blocks')}.1.{rest}"
+        if family == "sdxl":
+            key = key.replace("mid_block.attentions.0", "middle_block.1")
+        by_key[f"lora_unet_{key.replace('.', '_')}"] = layer
+    stems = {key.split(".")[0] for key in state}
+    assert stems and (any("input_blocks" in stem for stem in stems) == (family == "sdxl"))
+    with torch.no_grad():
+        for stem in stems:
+            up, down = state[f"{stem}.lora_up.weight"], state[f"{stem}.lora_down.weight"]
+            change = state[f"{stem}.alpha"] / len(down) * up.flatten(1) @ down.flatten(1)
+            by_key[stem].weight += change.view(by_key[stem].weight.shape)
+    assert np.abs(plain_image(pipeline) - tuned).max() < 1e-3
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 import torch
 import toy
 
+from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.health import FINDINGS, Finding, LabelledGroup, describe, examine, examine_labels
-from diffalign.objectives import DiffusionDPO, GroupErrors
+from diffalign.objectives import DiffusionDPO, GroupErrors, SmPO
 from diffalign.training.loop import train
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 
@@ -36,7 +37,7 @@ def rows(count: int = 160, **changes: Any) -> list[dict[str, float]]:
         "share_without_preference": 0.1,
         "lr": 1e-3,
     }
-    made = {**plain, **changes}
+    made = {name: value for name, value in {**plain, **changes}.items() if value is not None}
     return [{"step": s, **{k: float(v(s) if callable(v) else v) for k, v in made.items()}} for s in range(1, count + 1)]
 
 
@@ -56,17 +57,94 @@ def test_an_ordinary_run_is_healthy() -> None:
         ("labels_without_spread", 20, {"share_without_preference": 0.75}),
         ("accuracy_stuck", 120, {"accuracy": lambda s: (0.375, 0.5, 0.625)[s % 3]}),
         ("beta_too_small", 20, {"gradient_factor": 0.4999, "winner_gap": 0.001, "loser_gap": 0.002}),
-        ("winner_rises", 44, {"winner_gap": lambda s: 0.03 if s > 30 else 0.0}),  # 14 x 0.03 / 20 > 0.5 x 0.04
-        ("loser_dominates", 20, {"loser_gap": 0.03}),
-        ("margin_saturated", 48, {"gradient_factor": lambda s: 0.01 if s > 30 else 0.4}),  # (2 x 0.4 + 18 x 0.01) / 20
+        ("beta_too_small", 20, {"gradient_factor": None, "implicit_spread": 0.001, "winner_gap": 0.001}),
+        ("winner_rises", 41, {"winner_gap": lambda s: 0.03 if s > 30 else 0.0}),  # the middle of 20 rows: 11 of them
+        ("loser_dominates", 20, {"loser_gap": 0.05}),
+        ("margin_saturated", 69, {"gradient_factor": lambda s: 0.01 if s > 30 else 0.4}),  # one of 40 at 0.4
         ("gradient_jumps", 45, {"grad_norm": lambda s: 5.0 if s > 40 else 0.5}),
-        ("loss_diverges", 35, {"loss": lambda s: 2.0 if s > 30 else 0.6}),  # (15 x 0.6 + 5 x 2) / 20 > 1.5 x 0.6
-        ("drift_explodes", 20, {"drift": 0.05}),
+        # 15 of 20 rows: the lowest quarter, too
+        ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": lambda s: 0.25 + 0.5 * (s % 2)}),
+        ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": None}),
+        ("drift_explodes", 20, {"drift": 0.05, "policy_error": 0.07}),
     ],
 )
 def test_each_trouble_is_named_once_at_its_first_step(name: str, step: int, changes: dict[str, Any]) -> None:
     found = {f.name: f.step for f in examine(rows(**changes))}
     assert found.get(name) == step
+
+
+def dpo_rows(seed: int, beta: float, groups: int = 8, count: int = 400, gain: float = 1.0) -> list[dict[str, float]]:
+    """Rows as Diffusion-DPO logs them, from made-up errors: both images' errors rise a little, the loser's more, and an
+    image's own part is several times the difference. One step in 40 meets a time at which errors are ten times larger.
+    """
+    rng = np.random.default_rng(seed)
+    made = []
+    for step in range(1, count + 1):
+        moved = 1 - np.exp(-(step - 1) / 100)  # 0 at the reference
+        size = 10.0 if rng.random() < 0.025 else 1.0
+        noise = 0.004 * moved * rng.standard_normal((groups, 2))
+        d = size * (np.array([0.001, 0.001 + 0.003 * gain]) * moved + noise)
+        margin = 0.5 * beta * (d[:, 1] - d[:, 0])
+        made.append(
+            {
+                "step": step,
+                "loss": float(np.logaddexp(0, -margin).mean()),
+                "accuracy": float((0.5 * (np.sign(margin) + 1)).mean()),
+                "gradient_factor": float((0.5 * (1 - np.tanh(margin / 2))).mean()),
+                "winner_gap": float(d[:, 0].mean()),
+                "loser_gap": float(d[:, 1].mean()),
+                "reference_error": 0.04 * size,
+                "drift": float(0.003 * moved * size),
+                "policy_error": 0.041 * size,
+                "grad_norm": float(rng.lognormal(0, 0.4)),
+                "share_without_preference": 0.0,
+                "lr": 1e-3,
+            }
+        )
+    return made
+
+
+@pytest.mark.parametrize("beta", [50.0, 2000.0, 20000.0])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_no_false_alarm_whatever_beta_and_batch(beta: float, groups: int) -> None:
+    """With beta 20,000 a margin is several tens in both directions, and single losses reach hundreds."""
+    for seed in range(6):
+        made = dpo_rows(seed, beta, groups)
+        assert examine(made) == [], (seed, beta, groups)
+    if beta == 20000.0:
+        assert max(row["loss"] for row in made) > 10 * np.median([row["loss"] for row in made])
+
+
+def test_the_same_rows_without_a_gain_are_named() -> None:
+    """The other side: rows in which the labels mean nothing, and rows in which beta does nothing."""
+    assert "accuracy_stuck" in names(examine(dpo_rows(0, 2000.0, count=1200, gain=0.0)))
+    assert names(examine(dpo_rows(0, 0.01))) == ["beta_too_small"]
+
+
+def test_a_long_warm_up_is_no_stuck_accuracy() -> None:
+    made = rows(500, accuracy=lambda s: float(RNG.binomial(8, 0.5)) / 8, lr=lambda s: 1e-6 * min(s, 450))
+    assert examine(made) == []
+    later = rows(600, accuracy=lambda s: float(RNG.binomial(32, 0.5)) / 32, lr=lambda s: 1e-6 * min(s, 450))
+    assert [(f.name, f.step) for f in examine(later)] == [("accuracy_stuck", 569)]  # 450 + 40 + 80 rows, the 450th in
+
+
+def test_a_policy_that_moves_without_harm_has_not_exploded() -> None:
+    """As under inverted noise, where the reference's own error is small."""
+    assert examine(rows(drift=0.05, policy_error=0.045)) == []
+
+
+def test_one_wild_row_decides_nothing() -> None:
+    made = rows()
+    made[60] |= {"loss": 500.0, "winner_gap": 5.0, "loser_gap": 9.0, "drift": 7.0, "grad_norm": 900.0}
+    assert examine(made) == []
+
+
+def test_the_loss_is_judged_per_group_that_counts() -> None:
+    """First most groups state no preference, then all do: the loss doubles, and nothing has happened."""
+    made = rows(loss=lambda s: 0.3 if s <= 30 else 0.66, share_without_preference=lambda s: 0.55 if s <= 15 else 0.0)
+    for row in made[15:30]:
+        row["share_without_preference"] = 0.45
+    assert "loss_diverges" not in names(examine(made))
 
 
 def test_steps_without_a_preference_are_not_judged() -> None:
@@ -99,6 +177,15 @@ def test_the_validation_reward() -> None:
     assert examine(rows(drift=1e-4), flat) == []
 
 
+def test_validations_that_only_scatter_are_no_finding() -> None:
+    """64 prompts whose true reward rises a little and stays: in most runs one of many noisy means is the best early on."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        base = rng.random(64)
+        made = [validation(s, base + (0.02 if s else 0) + 0.15 * rng.standard_normal(64)) for s in range(0, 161, 20)]
+        assert examine(rows(drift=lambda s: 1e-5 * s), made) == [], seed
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -113,11 +200,20 @@ def labelled(kind: str, groups: int = 40) -> list[LabelledGroup]:
 
 def test_labels_against_scores() -> None:
     assert examine_labels(labelled("true")) == []
-    assert names(examine_labels(labelled("shuffled", 200))) == ["labels_ignore_scores"]
+    assert names(examine_labels(labelled("shuffled", 1000))) == ["labels_ignore_scores"]
     reversed_ = [LabelledGroup(g.labels, {"geneval": g.scores["geneval"]}) for g in labelled("reversed")]
     assert names(examine_labels(reversed_)) == ["labels_oppose_scores"]
     assert examine_labels(labelled("reversed", 3)) == []  # too few pairs decide nothing
     assert examine_labels([LabelledGroup([1.0, 0.0], {})] * 100) == []
+
+
+@pytest.mark.parametrize("pairs", [64, 100, 1000])
+def test_people_who_agree_with_a_score_in_six_of_ten_pairs(pairs: int) -> None:
+    """A weak but real agreement, as of people and PickScore, is no alarm, however few pairs there are."""
+    for seed in range(20):
+        alike = np.random.default_rng(seed).random(pairs) < 0.62
+        groups = [LabelledGroup([1.0, 0.0], {"pickscore": [0.3, 0.2] if a else [0.2, 0.3]}) for a in alike]
+        assert examine_labels(groups) == [], seed
 
 
 def test_generators_that_explain_the_ranking() -> None:
@@ -126,6 +222,10 @@ def test_generators_that_explain_the_ranking() -> None:
     one = [LabelledGroup([1.0, 0.0], {}, ["a", "a"])] * 100
     assert names(examine_labels(clear)) == ["generators_explain_ranking"]
     assert examine_labels(mixed) == examine_labels(one) == []
+    # Twenty generators that seldom meet: in most pairs one has won all, and that says nothing.
+    rng = np.random.default_rng(3)
+    many = [LabelledGroup([1.0, 0.0], {}, [f"g{i}" for i in rng.choice(20, 2, replace=False)]) for _ in range(100)]
+    assert examine_labels(many) == []
 
 
 # --- in the loop -----------------------------------------------------------------------------------------------------
@@ -200,17 +300,61 @@ def test_auto_beta_reaches_its_target() -> None:
     size = 2e-4  # margin / beta
     beta = 100.0
     for _ in range(5):
-        remember_margin(beta * size, beta, state)
+        remember_margin({"margin": beta * size, "share_without_preference": 0.2}, beta, state)
         beta = with_auto_beta(objective, 0.3, state).beta
+        before = dict(state)
+        remember_margin({"margin": 0.0, "share_without_preference": 1.0}, beta, state)  # a step without a preference
+        assert state == before
     assert 1 / (1 + np.exp(beta * size)) == pytest.approx(0.3)
     assert with_auto_beta(DiffusionDPO(beta=1.0), 0.3, state).beta == 100.0  # no further than a hundredfold
 
 
-def test_auto_beta_goes_on_exactly(tmp_path: Path) -> None:
-    made = run(tmp_path / "a", train={"auto_beta": 0.3})
+def test_auto_beta_of_smpo_does_not_count_ties() -> None:
+    """Three sure pairs and five ties: the sure ones get the factor. A plain mean would triple their margin."""
+    scores = torch.tensor([[1.0, 0.0]] * 3 + [[0.5, 0.5]] * 5, dtype=torch.float64)
+    reference = torch.full((8, 2), 0.4, dtype=torch.float64)
+    policy = reference + torch.tensor([0.0, 2e-4], dtype=torch.float64)
+    state: dict[str, Any] = {}
+    objective = SmPO(beta=100.0)
+    for _ in range(3):
+        found = {k: float(v.mean()) for k, v in objective(GroupErrors(policy, reference, scores)).metrics.items()}
+        remember_margin({**found, "share_without_preference": 0.0}, objective.beta, state)
+        objective = with_auto_beta(SmPO(beta=100.0), 0.3, state)
+    sure = 10 * np.tanh(0.5)  # gamma (2p - 1) with p = sigmoid(1)
+    assert 1 / (1 + np.exp(0.5 * objective.beta * sure * 2e-4)) == pytest.approx(0.3)
+    factors = objective(GroupErrors(policy, reference, scores)).metrics["gradient_factor"].tolist()
+    assert factors == pytest.approx([0.3] * 3 + [0.5] * 5)
+
+
+OBJECTIVES = {"dpo": {"name": "dpo", "beta": 20.0}, "smpo": {"name": "smpo", "beta": 5.0, "reward_min": -1.0}}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_auto_beta_holds_its_target_while_training(name: str, tmp_path: Path) -> None:
+    """The policy moves on and the margins grow; beta falls, and the factor of the mean margin stays where it is wanted."""
+    settings = {"steps": 250, "auto_beta": 0.4}
+    made = run(tmp_path, train=settings, objective=OBJECTIVES[name], optimizer={"lr": 2e-3})[-100:]
+    margins = [r["smoothed_margin"] / r["smoothing"] if name == "smpo" else r["margin"] for r in made]
+    assert 1 / (1 + np.exp(np.mean(margins))) == pytest.approx(0.4, abs=0.03)
+    assert made[0]["beta"] != OBJECTIVES[name]["beta"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_auto_beta_goes_on_exactly(name: str, tmp_path: Path) -> None:
+    made = run(tmp_path / "a", train={"auto_beta": 0.3}, objective=OBJECTIVES[name])
     assert len({r["beta"] for r in made}) > 3
-    run(tmp_path / "b", train={"steps": 6, "auto_beta": 0.3})
-    assert run(tmp_path / "b", train={"auto_beta": 0.3}) == made
+    run(tmp_path / "b", train={"steps": 6, "auto_beta": 0.3}, objective=OBJECTIVES[name])
+    assert run(tmp_path / "b", train={"auto_beta": 0.3}, objective=OBJECTIVES[name]) == made
+    a, b = ((tmp_path / folder / "weights/weights.safetensors").read_bytes() for folder in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("name", ["rankdpo", "gdro", "sft"])
+def test_auto_beta_is_refused_by_name_where_there_is_no_such_margin(name: str, tmp_path: Path) -> None:
+    plain = toy.toy_config(tmp_path).model_dump(mode="json") | {"objective": {"name": name}}
+    plain["train"]["auto_beta"] = 0.3
+    with pytest.raises(ValueError, match=f"as dpo and smpo have, not {name}"):
+        TrainConfig.model_validate(plain)
 
 
 def test_remedies_of_dpo() -> None:

@@ -132,8 +132,8 @@ def test_findings_are_worked_out_where_none_were_written(tmp_path: Path) -> None
     rows = [{"step": s, "loss": 0.7, "gradient_factor": 0.01} for s in range(1, 41)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     page = Tags(write_report(folder).read_text())
-    assert "The margin is saturated" in page.text and "alarm, step 20" in page.text
-    assert json.loads(page.scripts[0])["charts"]["gradient_factor"]["marks"][0]["step"] == 20
+    assert "The margin is saturated" in page.text and "alarm, step 40" in page.text
+    assert json.loads(page.scripts[0])["charts"]["gradient_factor"]["marks"][0]["step"] == 40
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffalign.data.suites import SUITES, read_suite
+from diffalign.data.suites import STYLES, SUITES, read_suite
 from diffalign.errors import DiffalignError
 
 
@@ -39,9 +39,10 @@ def test_tables(tmp_path: Path) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    for style in ("anime", "photo"):
+    for style in (*STYLES, "drawbench"):
         write(tmp_path / "hps" / f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
-    assert read("hpsv2", tmp_path / "hps")[1:3] == [("anime two", "anime"), ("photo one", "photo")]
+    assert read("hpsv2", tmp_path / "hps")[1:3] == [("anime two", "anime"), ("concept-art one", "concept-art")]
+    assert len(read("hpsv2", tmp_path / "hps")) == 8  # what lies beside them is another suite's
     write(tmp_path / "dpg" / "12.txt", "a long\nprompt \n")
     assert read_suite("dpgbench", tmp_path / "dpg")[0].metadata == {"item": "12"}
     assert read("dpgbench", tmp_path / "dpg") == [("a long prompt", "")]
@@ -71,7 +72,7 @@ def test_mistakes(tmp_path: Path) -> None:
         read_suite("drawbenhc", tmp_path)
     with pytest.raises(DiffalignError, match="no column 'Prompts'; it has a, b"):
         read_suite("drawbench", write(tmp_path / "x.csv", "a,b\n1,2\n"))
-    with pytest.raises(DiffalignError, match="holds no \\*.json"):
+    with pytest.raises(DiffalignError, match="anime.json: No such file"):
         read_suite("hpsv2", tmp_path)
     with pytest.raises(DiffalignError, match="a list of prompts is expected"):
         read_suite("hpsv2", write(tmp_path / "h" / "anime.json", "{}").parent)

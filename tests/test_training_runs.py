@@ -53,15 +53,32 @@ def test_killed_runs_end_as_if_they_were_not(tmp_path: Path) -> None:
             assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+
+
+def finish(line: list[str]) -> None:
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        done = subprocess.run(
-            [*launcher, *command(tmp_path / name, 10, 4, 2)], env=environment(), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    """Validation is drawn by the main process while the other waits. It changes no number of the training of two, and what
+    is validated and kept is what one process validates and keeps."""
+    finish([sys.executable, *command(tmp_path / "one", 10, 4, 2), "2"])
+    finish([*TORCHRUN, *command(tmp_path / "two", 10, 4, 2), "2"])
+    finish([*TORCHRUN, *command(tmp_path / "unwatched", 10, 4, 2)])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 10
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     for name in ("loss", "policy_error"):
         assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)
+    assert (tmp_path / "unwatched/metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
+    assert not (tmp_path / "unwatched/validation.jsonl").exists()
+    made = (tmp_path / "two/validation.jsonl").read_text()
+    assert made == (tmp_path / "one/validation.jsonl").read_text()
+    scores = [json.loads(line)["scores"]["weights.size"][0] for line in made.splitlines()]
+    assert len(set(scores)) == 6 and max(scores[1:]) not in (scores[1], scores[-1])  # a best that could be missed
+    best, same = (load_file(tmp_path / name / "best/weights.safetensors") for name in ("two", "one"))
+    last = load_file(tmp_path / "two/weights/weights.safetensors")
+    for key in best:
+        assert torch.allclose(best[key], same[key], rtol=1e-4, atol=1e-6) and not torch.equal(best[key], last[key])

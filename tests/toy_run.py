@@ -1,15 +1,20 @@
 """A training run on the toy backbone as a program, so that tests can kill it or start it several times at once.
 
-python toy_run.py RUN_DIR STEPS GROUPS_PER_STEP MICRO_BATCH SECONDS_PER_STEP
+python toy_run.py RUN_DIR STEPS GROUPS_PER_STEP MICRO_BATCH SECONDS_PER_STEP [EVERY]
+
+With EVERY, a validation each so many steps: its score is read off the policy's weights, which no reward needs images for.
 """
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import toy
 
 from diffalign.training.loop import train
+from diffalign.training.validation import Validation
 
 
 class SlowSource(toy.ToySource):
@@ -24,8 +29,23 @@ class SlowSource(toy.ToySource):
         return super().batch(indices)
 
 
+@dataclass(frozen=True)
+class Weighed(Validation):
+    """Falls and rises with the weights, so the best one is neither the first nor the last."""
+
+    def run(self, backbone: Any, run_dir: Path, done: int) -> dict[str, Any]:
+        size = float(backbone.trainable()["up"].detach().abs().mean())
+        return {"step": done, "scores": {"weights.size": [round(-((size - 0.02) ** 2), 6), 0.0]}}
+
+
 if __name__ == "__main__":
     run_dir, steps, groups, micro = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     settings = {"steps": steps, "groups_per_step": groups, "micro_batch": micro, "threads": 1}
-    config = toy.toy_config(run_dir, train=settings, checkpoint={"every": 3})
-    train(config, backbone=toy.ToyBackbone(), source=SlowSource(float(sys.argv[5])))
+    sections: dict[str, Any] = {"train": settings, "checkpoint": {"every": 3}}
+    options: dict[str, Any] = {}
+    if len(sys.argv) > 6:
+        sections["validation"] = {"every": int(sys.argv[6]), "prompts": "p.txt"}
+    config = toy.toy_config(run_dir, **sections)
+    if config.validation.every:
+        options["validation"] = Weighed(config.validation, [], {}, {}, 8)
+    train(config, backbone=toy.ToyBackbone(), source=SlowSource(float(sys.argv[5])), **options)

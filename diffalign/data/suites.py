@@ -1,5 +1,7 @@
 """Prompt suites of the field by name, read from where the user has them: `suite:NAME:PATH`. None is shipped.
 
+Those that the hub has come from there, too (`diffalign.data.suites_hub`).
+
 Each reader keeps the suite's own kinds of prompts as `metadata["tag"]`, by which evaluation breaks scores down.
 
     geneval       evaluation_metadata.jsonl (Ghosh et al. 2023)
@@ -22,6 +24,7 @@ from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.errors import DiffalignError
 
 csv.field_size_limit(1 << 20)
+STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def _text(path: Path) -> str:
@@ -54,8 +57,10 @@ def _folder(path: Path, pattern: str) -> list[Path]:
 
 
 def _hpsv2(path: Path) -> list[PromptRow]:
+    """The four styles are the benchmark; the folder that they are published in holds DrawBench's prompts beside them."""
     rows = []
-    for file in _folder(path, "*.json"):
+    for style in STYLES:
+        file = path / f"{style}.json"
         try:
             prompts = json.loads(_text(file))
         except ValueError as error:

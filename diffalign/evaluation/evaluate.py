@@ -141,6 +141,8 @@ def evaluate(
             spreads[model] = _spread(folders[model], plan)
     result = {"seed": plan.seed, "seeds": plan.seeds, "prompts": [p.prompt for p in plan.prompts]}
     result |= {"images": {m: str(f) for m, f in folders.items()}, "scores": summarise(scores, plan)}
+    if suites := sorted({p.metadata["suite"] for p in plan.prompts if "suite" in p.metadata}):
+        result["suites"] = suites  # repository and commit of prompts from the hub
     if others:
         result["others"] = {model: summarise(scores, plan, model) for model in others}
     if spreads:

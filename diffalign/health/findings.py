@@ -48,15 +48,15 @@ FINDINGS: dict[str, Words] = {
     "accuracy_stuck": Words(
         "alarm",
         "the implicit accuracy stays at a coin's",
-        "after all these groups the policy prefers the labelled winner no more often than chance: the labels may be "
-        "random, or too weak a signal at this size of data",
+        "after all these groups the policy surely prefers the labelled winner hardly more often than chance: the labels "
+        "may be random, or too weak a signal at this size of data",
         "check the labels (shuffled? joined by the wrong key?); try a higher optimizer.lr or more groups_per_step",
     ),
     "beta_too_small": Words(
         "alarm",
         "beta is too small: nothing ties the policy to the reference",
-        "the errors have moved away from the reference's, yet the gradient factor is still exactly that of the first "
-        "step: the sigmoid never saturates, and the policy drifts without limit",
+        "the errors move away from the reference's, yet the gradient stays that of the first step and would do so if they "
+        "doubled: the sigmoid never saturates, and the policy drifts without limit",
         "raise objective.beta (a hundredfold, say), or let train.auto_beta find it",
     ),
     "winner_rises": Words(
@@ -70,7 +70,7 @@ FINDINGS: dict[str, Words] = {
     "loser_dominates": Words(
         "alarm",
         "the margin comes from the loser alone",
-        "the loser's error has grown by a large share of the reference's while the winner's has not fallen: the policy "
+        "the loser's error has doubled against the reference's while the winner's has not fallen: the policy "
         "learns to destroy, not to prefer",
         "set objective.loser_weight below 1 or objective.margin_clamp, lower optimizer.lr, or raise objective.beta",
     ),
@@ -96,7 +96,8 @@ FINDINGS: dict[str, Words] = {
     "drift_explodes": Words(
         "alarm",
         "the policy has left the reference",
-        "its predictions differ from the reference's by as much as those differ from the truth: images are likely broken",
+        "its predictions differ from the reference's by as much as those differ from the truth, and are worse: images are "
+        "likely broken",
         "lower optimizer.lr, raise objective.beta, or go back to an earlier checkpoint",
     ),
     "reward_below_base": Words(

@@ -5,11 +5,14 @@ from itertools import combinations
 from math import isfinite, sqrt
 
 from diffalign.health.findings import Finding
+from diffalign.health.rows import NEAR_COIN
 
-# A coin orders n pairs right with a standard deviation of 0.5 / sqrt(n): fewer pairs decide nothing.
+# Fewer pairs decide nothing.
 PAIRS_NEEDED = 64
-OPPOSED, COIN_SIGMA = 0.35, 2.5
+OPPOSED, SURE = 0.35, 2.5
 GENERATOR_WINS = 0.8
+# Of two generators that meet once, one always wins all: only pairs that met often tell.
+MEETINGS_NEEDED = 16
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,32 @@ class LabelledGroup:
     generators: list[str] = field(default_factory=list)
 
 
-def _agreement(groups: list[LabelledGroup], reward: str) -> tuple[int, float]:
-    """Number of pairs that both order strictly, and the share that they order alike."""
-    alike = pairs = 0
+@dataclass(frozen=True)
+class Agreement:
+    """Pairs that both order strictly, the share that they order alike, and its standard error."""
+
+    pairs: int
+    share: float
+    error: float
+
+
+def _agreement(groups: list[LabelledGroup], reward: str) -> Agreement:
+    """The error is that between groups: the pairs of one group share its images, so they are no independent draws."""
+    counts: list[tuple[int, int]] = []
     for group in groups:
         scores = group.scores.get(reward, [])
+        alike = pairs = 0
         for i, j in combinations(range(len(scores)), 2):
             label, score = group.labels[i] - group.labels[j], scores[i] - scores[j]
             if isfinite(label) and isfinite(score) and label and score:
                 pairs += 1
                 alike += (label > 0) == (score > 0)
-    return pairs, alike / pairs if pairs else 0.5
+        counts.append((alike, pairs))
+    total = sum(pairs for _, pairs in counts)
+    if not total:
+        return Agreement(0, 0.5, 0.5)
+    share = sum(alike for alike, _ in counts) / total
+    return Agreement(total, share, sqrt(sum((alike - share * pairs) ** 2 for alike, pairs in counts)) / total)
 
 
 def _generators(groups: list[LabelledGroup]) -> Finding | None:
@@ -44,10 +62,11 @@ def _generators(groups: list[LabelledGroup]) -> Finding | None:
             if first != second and isfinite(difference) and difference:
                 pair = (min(first, second), max(first, second))
                 wins.setdefault(pair, []).append(int((difference > 0) == (first == pair[0])))
-    total = sum(map(len, wins.values()))
+    met = [w for w in wins.values() if len(w) >= MEETINGS_NEEDED]
+    total = sum(map(len, met))
     if total < PAIRS_NEEDED:
         return None
-    share = sum(max(sum(w), len(w) - sum(w)) for w in wins.values()) / total
+    share = sum(max(sum(w), len(w) - sum(w)) for w in met) / total
     if share < GENERATOR_WINS:
         return None
     measured = f"the stronger generator wins {share:.0%} of {total} pairs of two generators"
@@ -57,19 +76,17 @@ def _generators(groups: list[LabelledGroup]) -> Finding | None:
 def examine_labels(groups: list[LabelledGroup]) -> list[Finding]:
     """Findings on labels alone; the scores are those of rewards that the labels may or may not come from."""
     found = []
-    agreements = {
-        reward: (pairs, share)
-        for reward in sorted({name for group in groups for name in group.scores})
-        for pairs, share in [_agreement(groups, reward)]
-        if pairs >= PAIRS_NEEDED
-    }
+    rewards = sorted({name for group in groups for name in group.scores})
+    agreements = {reward: _agreement(groups, reward) for reward in rewards}
+    agreements = {reward: a for reward, a in agreements.items() if a.pairs >= PAIRS_NEEDED}
     if agreements:
         # One score that agrees is enough: labels come from it, or from people who see it alike.
-        reward, (pairs, share) = max(agreements.items(), key=lambda item: item[1][1])
-        measured = f"{share:.0%} of {pairs} pairs are ordered as {reward} orders them"
-        if share < OPPOSED:
+        reward, best = max(agreements.items(), key=lambda item: item[1].share)
+        measured = f"{best.share:.0%} ± {best.error:.0%} of {best.pairs} pairs are ordered as {reward} orders them"
+        highest = best.share + SURE * best.error
+        if best.share < OPPOSED and highest < 0.5:
             found.append(Finding("labels_oppose_scores", 0, measured))
-        elif share < 0.5 + COIN_SIGMA * 0.5 / sqrt(pairs):
+        elif highest < NEAR_COIN:
             found.append(Finding("labels_ignore_scores", 0, measured))
     by_generator = _generators(groups)
     return [*found, by_generator] if by_generator else found

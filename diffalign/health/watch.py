@@ -7,9 +7,24 @@ from statistics import fmean, stdev
 from typing import Any
 
 from diffalign.health.findings import Finding
-from diffalign.health.rows import CHECKS, WINDOW, Row, loss_diverges, mean, no_spread
+from diffalign.health.rows import (
+    CHECKS,
+    WINDOW,
+    Row,
+    Tally,
+    accuracy_stuck,
+    loss_diverges,
+    loss_per_group,
+    mean,
+    no_spread,
+)
 
-KEPT_ROWS = 120
+KEPT_ROWS = 2 * WINDOW
+# Every validation is one more chance of a fall by chance alone: at 2 errors, one in ten unchanged runs would be called
+# worse after five of them.
+WORSE_BY = 2.5
+# The best of several is flattered by about one error: two more make it sure.
+PICKED = 3.0
 # Validations without a gain while drift grows, before that is worth a note.
 IDLE_VALIDATIONS = 3
 
@@ -32,6 +47,8 @@ class Watch:
         self.findings: dict[str, Finding] = {f.name: f for f in known}
         self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
         self._first_losses: list[float] = []
+        self._accuracies = Tally()
+        self._highest_rate = 0.0
         self._validations: list[tuple[Validation, float]] = []
 
     @property
@@ -41,15 +58,14 @@ class Watch:
     def row(self, row: Row) -> list[Finding]:
         """A row of metrics.jsonl (with its "step"); returns what is new."""
         self._rows.append(row)
-        if len(self._first_losses) < WINDOW:
-            self._first_losses.append(row["loss"])
-        # A step in which no group states a preference has no accuracy, margin or gaps to judge.
+        # A step in which no group states a preference has no loss, accuracy, margin or gaps to judge.
+        if row.get("share_without_preference", 0.0) < 1.0:
+            self._remember(row)
         telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0]
         measured = {name: check(telling) for name, check in CHECKS.items() if name not in self.findings}
-        if "labels_without_spread" not in self.findings:
-            measured["labels_without_spread"] = no_spread(self._rows)
-        if len(self._first_losses) == WINDOW and "loss_diverges" not in self.findings:
-            measured["loss_diverges"] = loss_diverges(telling, fmean(self._first_losses))
+        measured["labels_without_spread"] = no_spread(self._rows)
+        measured["loss_diverges"] = loss_diverges(telling, self._first_losses)
+        measured["accuracy_stuck"] = accuracy_stuck(self._accuracies)
         return self._new(int(row["step"]), measured)
 
     def validation(self, row: Validation) -> list[Finding]:
@@ -62,10 +78,10 @@ class Watch:
             return []
         difference, error = paired(row["scores"][column], base["scores"][column])
         measured: dict[str, str | None] = {}
-        if difference + 2 * error < 0:
+        if difference + WORSE_BY * error < 0:
             measured["reward_below_base"] = f"{column} {difference:+.3f} ± {error:.3f} against the untrained model"
         measured["drift_without_reward"] = self._idle(column)
-        return self._new(int(row["step"]), {k: v for k, v in measured.items() if k not in self.findings})
+        return self._new(int(row["step"]), measured)
 
     def replay(self, rows: Iterable[Row], validations: Iterable[Validation]) -> None:
         """Rows and validations of a run so far; a validation of step n comes after the row of step n."""
@@ -80,21 +96,39 @@ class Watch:
     def in_order(self) -> list[Finding]:
         return sorted(self.findings.values(), key=lambda f: f.step)
 
+    def _remember(self, row: Row) -> None:
+        if len(self._first_losses) < WINDOW:
+            self._first_losses.append(loss_per_group(row))
+        if row.get("lr", 0.0) > self._highest_rate:  # still warming up: what was seen so far says little
+            self._highest_rate = row["lr"]
+            self._accuracies = Tally()
+        if "accuracy" in row:
+            self._accuracies.add(row["accuracy"])
+
     def _idle(self, column: str) -> str | None:
-        """No validation of the last few was better than the best before them, and drift has doubled since that best."""
+        """Since the best of the validations before the last few, drift has doubled, and the reward has surely not risen by
+        half of what had surely been gained by then. That no later one beats the best is no sign: chance helped to pick it.
+        """
         if len(self._validations) < IDLE_VALIDATIONS + 2:
             return None
-        means = [fmean(v for v in row["scores"][column] if v is not None) for row, _ in self._validations]
-        before, after = means[:-IDLE_VALIDATIONS], means[-IDLE_VALIDATIONS:]
-        best = max(range(len(before)), key=before.__getitem__)
+        scores = [row["scores"][column] for row, _ in self._validations]
+        means = [fmean(v for v in values if v is not None) for values in scores]
+        best = max(range(len(scores) - IDLE_VALIDATIONS), key=means.__getitem__)
         then, now = self._validations[best][1], self._validations[-1][1]
-        if max(after) > before[best] or not now > 2 * then:
+        lately = [None if None in values else fmean(values) for values in zip(*scores[-IDLE_VALIDATIONS:], strict=True)]
+        difference, error = paired(lately, scores[best])
+        gain, gain_error = paired(scores[best], scores[0])
+        sure_gain = max(gain - PICKED * gain_error, 0.0)
+        if difference + PICKED * error >= 0.5 * sure_gain or not now > 2 * then:
             return None
         step = self._validations[best][0]["step"]
-        return f"{column} was best at step {step} ({before[best]:.3f}); drift {then:.3g} then, {now:.3g} now"
+        return (
+            f"{column} {difference:+.3f} ± {error:.3f} in {IDLE_VALIDATIONS} validations against step {step}; drift {then:.3g} "
+            f"then, {now:.3g} now"
+        )
 
     def _new(self, step: int, measured: dict[str, str | None]) -> list[Finding]:
-        new = [Finding(name, step, text) for name, text in measured.items() if text is not None]
+        new = [Finding(name, step, text) for name, text in measured.items() if text and name not in self.findings]
         self.findings |= {f.name: f for f in new}
         return new
 

@@ -44,4 +44,6 @@ class SmPO:
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         smoothing = self.smoothing(group)
         output = pair_loss(group, 0.5 * self.beta * smoothing)
-        return ObjectiveOutput(output.loss, {**output.metrics, "smoothing": smoothing})
+        # A group's gradient is proportional to its smoothing: over a batch, the margin that counts is the ratio of the two.
+        weighted = {"smoothing": smoothing, "smoothed_margin": smoothing * output.metrics["margin"]}
+        return ObjectiveOutput(output.loss, {**output.metrics, **weighted})

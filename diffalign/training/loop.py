@@ -193,7 +193,7 @@ def train(
                 row["skipped"] = float(skipped)
             if config.train.auto_beta:
                 row["beta"] = current.beta
-                remember_margin(row["margin"], current.beta, state.extra)
+                remember_margin(row, current.beta, state.extra)
             if done % config.train.log_every == 0 or done == steps:
                 if metrics_log:
                     metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})

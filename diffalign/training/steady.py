@@ -6,7 +6,7 @@ every process decides alike.
 
 import dataclasses
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from statistics import median
 from typing import Any
 
@@ -45,8 +45,25 @@ def with_auto_beta(objective: Any, target: float | None, state: MutableMapping[s
     return dataclasses.replace(objective, beta=min(max(wanted, low), high))
 
 
-def remember_margin(margin: float, beta: float, state: MutableMapping[str, Any]) -> None:
-    """Take the step's mean margin into the moving average of margin / beta."""
+def pulled_margin(row: Mapping[str, float]) -> float | None:
+    """The step's mean margin, each group with the weight that it has in the gradient; None where no group pulls.
+
+    In DPO all groups weigh alike. SmPO has its smoothing gamma (2p - 1) both inside the margin and before the gradient:
+    near-ties have a margin of 0, a factor of 1/2 and no gradient, whatever beta is. Counted in full they would send beta
+    up until the sure pairs, which do all the pulling, are saturated.
+    """
+    if row["share_without_preference"] >= 1:
+        return None
+    if "smoothed_margin" not in row:
+        return row["margin"]
+    return row["smoothed_margin"] / row["smoothing"] if row["smoothing"] > 0 else None
+
+
+def remember_margin(row: Mapping[str, float], beta: float, state: MutableMapping[str, Any]) -> None:
+    """Take the margin of a step's metrics into the moving average of margin / beta."""
+    margin = pulled_margin(row)
+    if margin is None:
+        return
     old = state.get("margin_size", 0.0)
     state["margin_size"] = AUTO_BETA_MEMORY * old + (1 - AUTO_BETA_MEMORY) * margin / beta
     state["margin_count"] = state.get("margin_count", 0) + 1
