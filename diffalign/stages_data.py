@@ -12,7 +12,7 @@ import numpy as np
 from diffalign.config_schema import TrainConfig
 from diffalign.data.agreement import summary
 from diffalign.data.buckets import describe
-from diffalign.data.cache import plan_cache, refuse_if_full
+from diffalign.data.cache import plan_cache
 from diffalign.data.convert import open_rows
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.export import export
@@ -78,17 +78,17 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
     plan = plan_cache(config.data, dataset, chosen, members, backbone)
     if plan.mode == "off":
         raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
-    missing = plan.missing(backbone)
+    missing = plan.missing()
     if not missing:
         print(f"cache: it is there, in {plan.folder}")
         return
     sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
     needed = sum(missing.values()) / 1e9
     print(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
-    refuse_if_full(missing)
+    plan.check_space()
     if not dry_run:
-        plan.latents(backbone)
-        plan.embeddings(backbone)
+        plan.latents()
+        plan.embeddings()
 
 
 def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class Backbone(Tunable):
         return self.vae_scale_factor
 
     @property
+    def max_side(self) -> int | None:
+        """The longest side in pixels that the trunk can place; None: no bound."""
+        return None
+
+    @property
     def latent_channels(self) -> int:
         return int(self._vae_config.latent_channels)
 

@@ -29,6 +29,9 @@ def test_sizes_of_auto() -> None:
     assert all(w * h > 0.85 * 1024**2 for w, h in sizes) and {(h, w) for w, h in sizes} == set(sizes)
     assert (64, 64) in bucket_sizes("auto", 64, 16) and all(w % 16 == 0 for w, _ in bucket_sizes("auto", 64, 16))
     assert bucket_sizes("none", 512, 8) == [(512, 512)]
+    assert max(max(size) for size in bucket_sizes("auto", 64, 8, longest=72)) == 72
+    with pytest.raises(DiffalignError, match="96x48 is beyond the 64 pixels a side"):
+        bucket_sizes([[96, 48]], 64, 8, longest=64)
     with pytest.raises(DiffalignError, match="100x64 are not multiples of 8"):
         bucket_sizes([[100, 64]], 64, 8)
 

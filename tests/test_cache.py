@@ -14,6 +14,8 @@ import tiny
 import torch
 from PIL import Image
 
+from diffalign import stages
+from diffalign.config import TrainConfig
 from diffalign.data import space
 from diffalign.data.cache import CachePlan, latent_key, plan_cache
 from diffalign.data.dataset import PreferenceDataset
@@ -63,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 class Encoder:
     """Means of 8 x 8 blocks as latents, the length of the prompt as its embedding."""
 
-    default_resolution, pixel_multiple, vae_scale_factor, latent_channels = 16, 8, 8, 3
+    default_resolution, pixel_multiple, vae_scale_factor, latent_channels, max_side = 16, 8, 8, 3, None
 
     def __init__(self, weights: str = "w") -> None:
         self.weights, self.encoded, self.texts = weights, 0, 0
@@ -98,7 +100,7 @@ def quiet(_: str) -> None:
 
 
 def latents(folder: Path, encoder: Any, **changes: Any) -> LatentStore:
-    found = plan(folder, encoder, **changes).latents(encoder, quiet)
+    found = plan(folder, encoder, **changes).latents(quiet)
     assert isinstance(found, LatentStore)
     return found
 
@@ -109,21 +111,21 @@ def test_the_cache_holds_what_the_model_encodes(folder: Path) -> None:
     want = np.asarray(picture(11)).astype(np.float64).reshape(2, 8, 2, 8, 3).mean((1, 3)).transpose(2, 0, 1) / 255
     assert values[0, 1].numpy() == pytest.approx(want, abs=1e-3) and spread is None
     assert (values[1, 2] == 0).all()  # group c has two images
-    prompts = plan(folder, encoder).embeddings(encoder, quiet)
+    prompts = plan(folder, encoder).embeddings(quiet)
     assert prompts.batch(["prompt a", "prompt c"])["length"].tolist() == [[8.0], [8.0]]
     assert prompts.unconditional["length"].tolist() == [[0.0]]
     assert (encoder.encoded, encoder.texts) == (8, 5)  # three prompts, none, and one to learn the size
     latents(folder, encoder)
-    plan(folder, encoder).embeddings(encoder, quiet)
+    plan(folder, encoder).embeddings(quiet)
     assert (encoder.encoded, encoder.texts) == (8, 5)  # nothing changed, nothing is encoded again
 
 
 def test_changed_input_has_another_cache(folder: Path) -> None:
-    first, prompts = latents(folder, Encoder()).folder, plan(folder, Encoder()).prompt_folder(Encoder())
+    first, prompts = latents(folder, Encoder()).folder, plan(folder, Encoder()).prompt_folder
     assert latents(folder, Encoder("other weights")).folder != first
     assert latents(folder, Encoder(), resolution=8).folder != first
     assert latents(folder, Encoder(), latent_sampling="posterior").folder != first
-    assert plan(folder, Encoder(), resolution=8).prompt_folder(Encoder()) == prompts  # no prompt is encoded anew
+    assert plan(folder, Encoder(), resolution=8).prompt_folder == prompts  # no prompt is encoded anew
     write_images(folder, changed=(1, 1))
     assert latents(folder, Encoder()).folder != first
 
@@ -249,6 +251,20 @@ def test_only_zeros_are_left_out(tmp_path: Path, folder: Path) -> None:
     assert trimmed(values).shape == (1, 1)
     values[1, 2] = 1.0
     assert torch.equal(trimmed(values), values[:2, :3]) and trimmed(torch.zeros(5)).shape == (5,)
+
+
+def test_a_run_is_the_same_in_every_mode(folder: Path, tmp_path: Path, sdxl_dir: Path) -> None:
+    """Through `diffalign train`: what each mode keeps in memory is what it needs."""
+    found = {}
+    for mode in ("all", "latents", "off"):
+        config = {
+            "run_dir": str(tmp_path / mode), "device": "cpu", "model": {"path": str(sdxl_dir)}, "tune": {"rank": 2},
+            "data": {"path": str(folder), "resolution": 64, "cache": mode, "latent_sampling": "posterior"},
+            "train": {"steps": 2, "groups_per_step": 2, "threads": 1}, "tracking": {"trackers": []},
+        }  # fmt: skip
+        stages.train(TrainConfig.model_validate(config))
+        found[mode] = (tmp_path / mode / "metrics.jsonl").read_bytes()
+    assert found["all"] == found["latents"] == found["off"]
 
 
 # --- latents stored with the images ----------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_inspect_and_the_contact_sheet(folder: Path, tmp_path: Path, capsys: pyt
 class Encoder:
     """What the cache needs of a backbone: 8 x 8 pixels a latent, prompts of five numbers."""
 
-    default_resolution, pixel_multiple, vae_scale_factor, latent_channels = 32, 8, 8, 3
+    default_resolution, pixel_multiple, vae_scale_factor, latent_channels, max_side = 32, 8, 8, 3, None
 
     def fingerprint(self) -> str:
         return "weights"

@@ -144,11 +144,15 @@ def test_what_comes_out(world: Callable[..., Path]) -> None:
 
 
 def test_the_card_names_licences(world: Callable[..., Path]) -> None:
-    out = world("whole", "generators=[{name: one, model: {path: m1}, licence: openrail++}, {name: two, model: {path: m2}}]")
+    out = world(
+        "whole", "generators=[{name: one, model: {path: m1}, licence: openrail++}, {name: two, model: {path: m2}}]"
+    )
     card = (out / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["license_name"] == "openrail++, unknown" and head["configs"][0]["data_files"] == "images/*.parquet"
-    assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", card) and re.search(r"\| two \| m2 \|.*\| unknown \|", card)
+    assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", card) and re.search(
+        r"\| two \| m2 \|.*\| unknown \|", card
+    )
     assert "| train | 21 |" in card and "By vote shares of bright, red. 21 groups" in card
 
 

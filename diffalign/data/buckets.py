@@ -40,8 +40,10 @@ def to_pixels(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def bucket_sizes(buckets: str | Sequence[Sequence[int]], resolution: int, multiple: int) -> list[Size]:
-    """The sizes that `data.buckets` allows. `multiple`: of what the model's sides are multiples.
+def bucket_sizes(
+    buckets: str | Sequence[Sequence[int]], resolution: int, multiple: int, longest: int | None = None
+) -> list[Size]:
+    """The sizes that `data.buckets` allows. `multiple`: of what the model's sides are multiples; `longest`: its limit.
 
     auto: for every width, the largest height with no more pixels than the square, aspects up to 2 : 1, both ways; in
     steps of 64 pixels at 512 and above, as SDXL was trained (Podell et al. 2023, appendix I), finer below.
@@ -51,6 +53,10 @@ def bucket_sizes(buckets: str | Sequence[Sequence[int]], resolution: int, multip
     if buckets != "auto":
         sizes = [(int(width), int(height)) for width, height in buckets]
         for width, height in sizes:
+            if longest is not None and max(width, height) > longest:
+                raise DiffalignError(
+                    f"data.buckets: {width}x{height} is beyond the {longest} pixels a side of this model"
+                )
             if width % multiple or height % multiple:
                 raise DiffalignError(
                     f"data.buckets: {width}x{height} are not multiples of {multiple}, which this model needs"
@@ -62,7 +68,7 @@ def bucket_sizes(buckets: str | Sequence[Sequence[int]], resolution: int, multip
         height = resolution**2 // width // step * step
         if height and max(width / height, height / width) <= WIDEST:
             found |= {(width, height), (height, width)}
-    return sorted(found)
+    return sorted(size for size in found if longest is None or max(size) <= longest)
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:

@@ -13,6 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,54 +33,61 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a training run reads of its images and prompts, and where it is kept."""
+    """What a training run reads of its images and prompts, which model encodes them, and where that is kept."""
 
     frames: Frames
     prompts: list[str]
+    backbone: Any
     folder: Path
     mode: Mode = "all"
 
-    def latents(self, backbone: Any, say: Say = print) -> LatentStore | LiveLatents:
+    def latents(self, say: Say = print) -> LatentStore | LiveLatents:
         """The latents, encoded first if they are wanted in the cache and not there."""
         if self.mode == "off":
-            return LiveLatents(self.frames, backbone)
-        final = self.latent_folder(backbone)
-        _make(final, lambda part: LatentStore.write(part, self.frames, backbone, say))
-        return LatentStore(final)
+            return LiveLatents(self.frames, self.backbone)
+        _make(self.latent_folder, lambda part: LatentStore.write(part, self.frames, self.backbone, say))
+        return LatentStore(self.latent_folder)
 
-    def embeddings(self, backbone: Any, say: Say = print) -> PromptStore | LivePrompts:
+    def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
         """The prompt embeddings, likewise."""
         if self.mode != "all":
-            return LivePrompts(backbone)
-        final = self.prompt_folder(backbone)
-        _make(final, lambda part: PromptStore.write(part, self.prompts, backbone, say))
-        return PromptStore(final)
+            return LivePrompts(self.backbone)
+        _make(self.prompt_folder, lambda part: PromptStore.write(part, self.prompts, self.backbone, say))
+        return PromptStore(self.prompt_folder)
 
-    def latent_folder(self, backbone: Any) -> Path:
-        return self.folder / f"latents-{latent_key(self.frames, backbone)}"
+    @cached_property
+    def latent_folder(self) -> Path:
+        """Found once: its key reads every image."""
+        return self.folder / f"latents-{latent_key(self.frames, self.backbone)}"
 
-    def prompt_folder(self, backbone: Any) -> Path:
-        parts = (VERSION, backbone.fingerprint(), *dict.fromkeys(self.prompts))
+    @cached_property
+    def prompt_folder(self) -> Path:
+        parts = (VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
         return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
 
-    def missing(self, backbone: Any) -> dict[Path, int]:
+    def missing(self) -> dict[Path, int]:
         """Folders that are still to be made, and how many bytes they will take."""
-        sizes: dict[Path, int] = {}
-        if self.mode != "off":
-            sizes[self.latent_folder(backbone)] = latent_bytes(self.frames, backbone)
-        if self.mode == "all":
-            sizes[self.prompt_folder(backbone)] = prompt_bytes(self.prompts, backbone)
-        return {folder: size for folder, size in sizes.items() if not (folder / "index.json").is_file()}
+        found: dict[Path, int] = {}
+        if self.mode != "off" and not (self.latent_folder / "index.json").is_file():
+            found[self.latent_folder] = latent_bytes(self.frames, self.backbone)
+        if self.mode == "all" and not (self.prompt_folder / "index.json").is_file():
+            found[self.prompt_folder] = prompt_bytes(self.prompts, self.backbone)
+        return found
+
+    def check_space(self) -> None:
+        """DiffalignError where the disk cannot hold what is still to be made."""
+        check_space(self.folder, sum(self.missing().values()), "data.cache_dir")
 
 
 def plan_cache(data: Any, dataset: PreferenceDataset, groups: list[int], members: int, backbone: Any) -> CachePlan:
     """The plan that a config's `data` section describes, for chosen groups of at most `members` images."""
     resolution = data.resolution or backbone.default_resolution
-    sizes = group_sizes(dataset, groups, bucket_sizes(data.buckets, resolution, backbone.pixel_multiple))
+    allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
+    sizes = group_sizes(dataset, groups, allowed)
     frames = Frames(dataset, groups, members, sizes, spread=data.latent_sampling == "posterior")
     prompts = dataset.column("prompt")
     folder = Path(data.cache_dir) if data.cache_dir else dataset.folder / "cache"
-    return CachePlan(frames, [prompts[i] for i in groups], folder, data.cache)
+    return CachePlan(frames, [prompts[i] for i in groups], backbone, folder, data.cache)
 
 
 def latent_key(frames: Frames, backbone: Any) -> str:
@@ -104,12 +112,6 @@ def latent_key(frames: Frames, backbone: Any) -> str:
                     value = table[name][n].as_py() or b""
                     digest.update(_bytes_hash(value.encode() if isinstance(value, str) else value))
     return digest.hexdigest()
-
-
-def refuse_if_full(folders: dict[Path, int]) -> None:
-    """DiffalignError where the disk cannot hold what is still to be made."""
-    if folders:
-        check_space(next(iter(folders)).parent, sum(folders.values()), "data.cache_dir")
 
 
 def _make(final: Path, write: Callable[[Path], None]) -> None:

@@ -13,8 +13,8 @@ FORM_WORDS = {
     "`seeds` are lists of equal length.",
     "pickapic": "Pick-a-Pic's columns, one row a pair: `caption`, `jpg_0`, `jpg_1` (encoded pictures), `label_0`, `label_1` "
     "(1 for the preferred).",
-    "folder": "`images/` holds one row an image, `scores/` what each reward gave it, `groups.parquet` one row a prompt with its "
-    "`preference` (share of won comparisons, higher is better). `diffalign data export` writes it as one row a prompt.",
+    "folder": "`images/` holds one row an image, `scores/` what each reward gave it, `groups.parquet` one row a prompt with "
+    "its `preference` (share of won comparisons, higher is better). `diffalign data export` writes it as one row a prompt.",
     "webdataset": "Tar files for webdataset: `<group>.json` and `<group>.<index>.png` for each prompt.",
 }
 
@@ -46,7 +46,12 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
             if counts[split]:
                 lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.parquet"']
     lines += ["---", "", f"# {dataset.folder.name}", "", FORM_WORDS[form], ""]
-    lines += [f"| split | {'groups' if form == 'folder' else 'rows'} |", "|---|---|", *(f"| {split} | {n} |" for split, n in counts.items()), ""]
+    lines += [
+        f"| split | {'groups' if form == 'folder' else 'rows'} |",
+        "|---|---|",
+        *(f"| {split} | {n} |" for split, n in counts.items()),
+        "",
+    ]
     if generators:
         lines += [
             "## What drew the images",

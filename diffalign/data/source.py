@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.buckets import describe
-from diffalign.data.cache import plan_cache, refuse_if_full
+from diffalign.data.cache import plan_cache
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
@@ -140,10 +140,10 @@ def prepare_source(
     sizes = sorted(set(plan.frames.sizes))
     if len(sizes) > 1:
         say(f"groups by size: {', '.join(f'{n} of {size}' for size, n in describe(plan.frames.sizes).items())}")
-    refuse_if_full(plan.missing(backbone))
+    plan.check_space()
     return TrainingSource(
-        plan.latents(backbone, say),
-        plan.embeddings(backbone, say),
+        plan.latents(say),
+        plan.embeddings(say),
         torch.from_numpy(rewards),
         torch.tensor([len(v) == members for v in values]),
         [ids[i] for i in chosen],
