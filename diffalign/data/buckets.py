@@ -50,7 +50,7 @@ def bucket_sizes(
     """
     if buckets == "none":
         return [(resolution, resolution)]
-    if buckets != "auto":
+    if not isinstance(buckets, str):
         sizes = [(int(width), int(height)) for width, height in buckets]
         for width, height in sizes:
             if longest is not None and max(width, height) > longest:
