@@ -100,6 +100,7 @@ def _outcome(out: Path, clock: dict[str, Any], steps: int | None, voters: list[s
     dataset = PreferenceDataset(out / "data")
     ranking = json.loads((dataset.folder / "ranking.json").read_text())["report"]
     images, drawing = len(dataset.places), clock["draw"]
+    alone = not drawing["resumed"] and drawing["cpu_s"] > 0  # else others drew, or an earlier start did
     size = sum(path.stat().st_size for path in (dataset.folder / "images").iterdir())
     dense, generators = dataset.score_array(MEASURE), dataset.image_column("generator")
     scores = {
@@ -114,7 +115,7 @@ def _outcome(out: Path, clock: dict[str, Any], steps: int | None, voters: list[s
         "training_steps": steps or load_config("shapes_sdxl_dpo", []).train.steps,
         "voters": voters,
         "stages": clock,
-        "images_per_cpu_s": round(images / drawing["cpu_s"], 2) if not drawing["resumed"] else None,
+        "images_per_cpu_s": round(images / drawing["cpu_s"], 2) if alone else None,
         "image_kB": round(size / images / 1000, 2),
         "without_preference": ranking["without_preference"],
         "generator_explains": round(ranking["generator_explains"], 3),
