@@ -55,11 +55,12 @@ def test_killed_at_any_moment(make: Callable[[str], Path], tmp_path: Path, soak:
     assert len(dataset) == 6 and len(dataset.places) == 18 and all(dataset.column("preference"))
     chance, kills, wholes = random.Random(0), 0, 0
     while kills < (20 if soak else 3):
+        fresh = not (tmp_path / "cut").exists()
         child, began, moment = in_a_child(lambda: make("cut")), time.monotonic(), chance.uniform(0, lasted)
         while not (done := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() - began < moment:
             time.sleep(0.01)
         if done:  # it got through, so that the next kill hits a run from its beginning
-            lasted = time.monotonic() - began
+            lasted = time.monotonic() - began if fresh else lasted  # on a machine with other work
             assert tree(tmp_path / "cut" / "data") == whole
             shutil.rmtree(tmp_path / "cut")
             wholes += 1
