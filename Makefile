@@ -5,6 +5,7 @@
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
+#   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
 #   make bench-objectives   objectives side by side on the embedded world (hours)
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives clean setup wheel
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-synth bench-objectives clean setup wheel
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -58,6 +59,11 @@ bench: $(STAMP)
 bench-quickstart: $(STAMP)
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
+
+bench-synth: $(STAMP)
+	$(BIN)/python benchmarks/bench_synth.py world
+	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sdxl
+	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sd3
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
