@@ -24,7 +24,7 @@ from diffalign import stages_synth
 from diffalign.cli import app
 from diffalign.config import load_synth_config
 from diffalign.config_schema import RewardSection
-from diffalign.data import sample
+from diffalign.data import card, sample
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
@@ -147,13 +147,20 @@ def test_the_card_names_licences(world: Callable[..., Path]) -> None:
     out = world(
         "whole", "generators=[{name: one, model: {path: m1}, licence: openrail++}, {name: two, model: {path: m2}}]"
     )
-    card = (out / "README.md").read_text()
-    head = yaml.safe_load(card.split("---")[1])
+    text = (out / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
     assert head["license_name"] == "openrail++, unknown" and head["configs"][0]["data_files"] == "images/*.parquet"
-    assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", card) and re.search(
-        r"\| two \| m2 \|.*\| unknown \|", card
+    assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", text) and re.search(
+        r"\| two \| m2 \|.*\| unknown \|", text
     )
-    assert "| train | 21 |" in card and "By vote shares of bright, red. 21 groups" in card
+    assert "| train | 21 |" in text and "By vote shares of bright, red. 21 groups" in text
+
+
+def test_a_detector_stands_for_the_rewards_weights() -> None:
+    """Every reward's section has a `detector`; only GenEval takes one."""
+    known = {"weights": "w", "settings": {"detector": "shapes"}}
+    assert [card._weights(name, known) for name in ("geneval", "sharpness")] == ["the detector shapes", "w"]
+    assert card._weights("geneval", {"weights": "w", "settings": {"detector": None}}) == "w"
 
 
 def test_the_same_command_again_changes_nothing(world: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import write_whole
+from diffalign.rewards import REWARDS, accepted
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 FORM_WORDS = {
@@ -67,7 +68,7 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
     if rewards:
         lines += ["## What judged them", "", "| reward | version | weights | licence |", "|---|---|---|---|"]
         for name, r in rewards.items():
-            about = (name, r.get("version", "?"), r.get("weights", "?"), r.get("licence", "unknown"))
+            about = (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown"))
             lines.append("| " + " | ".join(_cell(value) for value in about) + " |")
         lines += ["", "Scores are those of models, not of people.", ""]
     ranking = dataset.folder / "ranking.json"
@@ -94,6 +95,13 @@ def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     """name -> how it drew. Imported data say nothing of that."""
     files = sorted((dataset.folder / "generators").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def _weights(name: str, reward: dict[str, Any]) -> str:
+    """What a reward looked through: a detector that it was given takes the place of its own weights."""
+    detector = reward.get("settings", {}).get("detector")
+    given = detector is not None and name in REWARDS and "detector" in accepted(name)
+    return f"the detector {detector}" if given else str(reward.get("weights", "?"))
 
 
 def _cell(value: Any) -> str:
