@@ -7,6 +7,7 @@
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
 #   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
+#   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
 #   make bench-objectives   objectives side by side on the embedded world (hours)
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -74,6 +75,11 @@ bench-ocr: $(STAMP)
 
 bench-scoring: $(STAMP) oracles
 	$(BIN)/python benchmarks/scoring.py
+
+bench-synth: $(STAMP)
+	$(BIN)/python benchmarks/bench_synth.py world
+	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sdxl
+	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sd3
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py

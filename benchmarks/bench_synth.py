@@ -2,10 +2,14 @@
 
     python benchmarks/bench_synth.py generate [--model shapes-sdxl] [--images 256] [--batch 32]
     python benchmarks/bench_synth.py open [--rows 1000000]
+    python benchmarks/bench_synth.py world [--out runs/bench-synth]
 
 `generate` draws the same images at the same batch in a bare loop and through `draw_part`, several times in turn, with one
 thread, and compares the medians of CPU seconds (other work on the machine moves them less than the clock). `open` writes a
-dataset of that many tiny images, then opens it in a fresh process and reads groups at random and in order.
+dataset of that many tiny images, then opens it in a fresh process and reads groups at random and in order. `world` goes
+from prompts to a judged model (`synth_world.py`; half an hour of CPU) and keeps what is done.
+
+Each at its full size writes its part of results/synth.json.
 """
 
 import argparse
@@ -21,6 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results" / "synth.json"
+
+
+def keep(part: str, found: dict[str, Any]) -> None:
+    """Put a part into the results file, beside the others."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps({**known, part: found}, indent=1) + "\n")
+    print(f"written: {part} of {RESULTS}")
+
 
 def cpu_and_clock(action: Callable[[], Any]) -> tuple[float, float]:
     cpu, clock = time.process_time(), time.perf_counter()
@@ -28,7 +41,7 @@ def cpu_and_clock(action: Callable[[], Any]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - clock
 
 
-def generate(model: str, images: int, batch: int, rounds: int) -> None:
+def generate(model: str, images: int, batch: int, rounds: int) -> dict[str, Any]:
     import torch
 
     from diffalign import testbed
@@ -48,6 +61,8 @@ def generate(model: str, images: int, batch: int, rounds: int) -> None:
     given = {"steps": 10, "guidance_scale": 4.0}
     own = {"max_sequence_length": 32} if "SD3" in type(pipeline).__name__ else {}
 
+    facts = generator.facts()  # hashes the weights, once for a model
+
     def bare() -> None:
         for some in batches:
             pipeline(
@@ -58,7 +73,7 @@ def generate(model: str, images: int, batch: int, rounds: int) -> None:
     def ours(folder: Path) -> None:
         draw_part(
             plan, 0, folder,
-            lambda p, s: [Drawn(i) for i, _ in generator.draw(p, s, **given)], generator.facts(),
+            lambda p, s: [Drawn(i) for i, _ in generator.draw(p, s, **given)], facts,
         )  # fmt: skip
 
     bare()
@@ -76,6 +91,10 @@ def generate(model: str, images: int, batch: int, rounds: int) -> None:
         print(f"  {name}: {cpu[name]:.2f} CPU s, {clock[name]:.2f} s, {images / clock[name]:.2f} images/s")
     print(f"  ours / bare: {cpu['ours'] / cpu['bare']:.3f} in CPU seconds, PNG and parquet included")
     print(f"  disk: {size / images / 1000:.2f} kB an image")
+    return {
+        "model": model, "images": images, "batch": batch, "rounds": rounds, "cpu_s": cpu, "wall_s": clock,
+        "ours_over_bare_cpu": cpu["ours"] / cpu["bare"], "ours_over_bare_wall": clock["ours"] / clock["bare"],
+    }  # fmt: skip
 
 
 def write_large(folder: Path, rows: int) -> None:
@@ -131,30 +150,58 @@ print(json.dumps({
 """
 
 
-def open_large(rows: int) -> None:
+def open_large(rows: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     try:
         _, clock = cpu_and_clock(lambda: write_large(folder, rows))
         size = sum(p.stat().st_size for p in folder.rglob("*.parquet"))
         print(f"{rows} images of 64 bytes in {rows // 4} groups: written in {clock:.1f} s, {size / 1e6:.0f} MB")
         found = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
-        for key, value in json.loads(found.stdout.splitlines()[-1]).items():
-            print(f"  {key}: {value}")
     finally:
         shutil.rmtree(folder)
-    print(f"  peak of the writer: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    facts = json.loads(found.stdout.splitlines()[-1])
+    facts |= {
+        "file_MB": size / 1e6,
+        "write_s": clock,
+        "MiB_writer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    for key, value in facts.items():
+        print(f"  {key}: {value}")
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in facts.items()}
+
+
+def through_the_world(given: argparse.Namespace) -> None:
+    import torch
+    from synth_world import show, world
+
+    torch.set_num_threads(1)
+    found = world(given.out, given.prompts, given.steps, given.test_prompts, given.test_seeds)
+    show(found)
+    if (given.prompts, given.steps, given.test_prompts, given.test_seeds) == (500, None, 256, 4):
+        keep("world", found)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["generate", "open"])
+    parser.add_argument("what", choices=["generate", "open", "world"])
     parser.add_argument("--model", default="shapes-sdxl")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-synth"))
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--steps", type=int, help="of training; left out: the recipe's")
+    parser.add_argument("--test-prompts", type=int, default=256)
+    parser.add_argument("--test-seeds", type=int, default=4)
     arguments = parser.parse_args()
     if arguments.what == "generate":
-        generate(arguments.model, arguments.images, arguments.batch, arguments.rounds)
+        found = generate(arguments.model, arguments.images, arguments.batch, arguments.rounds)
+        if arguments.images >= 256:
+            keep(f"generate {arguments.model}", found)
+    elif arguments.what == "open":
+        found = open_large(arguments.rows)
+        if arguments.rows >= 1_000_000:
+            keep("open", found)
     else:
-        open_large(arguments.rows)
+        through_the_world(arguments)

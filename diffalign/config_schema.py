@@ -6,15 +6,24 @@ Checks of one value stand on its field; checks of values against each other stan
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from diffalign.config_checks import check_evaluation, check_sampling, check_training
 from diffalign.config_objectives import AnyObjective, DiffusionDPOSection
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
 Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a list of two becomes one
+
+
+def _buckets(value: Any) -> str | list[list[int]]:
+    """One message for a value that is of neither form, where a union would have one for each."""
+    whole = isinstance(value, list) and value and all(isinstance(size, list) and len(size) == 2 for size in value)
+    if value in ("none", "auto") or (whole and all(type(side) is int and side > 0 for size in value for side in size)):
+        return cast("str | list[list[int]]", value)
+    raise PydanticCustomError("buckets", "should be none, auto, or sizes such as [[1024, 1024], [1216, 832]]")
 
 
 class Section(BaseModel):
@@ -90,7 +99,20 @@ class DataSection(Section):
         multiple_of=8,
         description="images are resized and centre-cropped to this square, pixels; null: the model's",
     )
-    cache: FilePath | None = Field(None, description="folder of encoded latents and prompts; null: <path>/cache")
+    buckets: Annotated[str | list[list[int]], PlainValidator(_buckets)] = Field(
+        "none",
+        description="none: squares; auto: each group gets the aspect of most of its images, at as many pixels as the square; "
+        "or the sizes to choose from, as [[1024, 1024], [1216, 832]] (width, height)",
+    )
+    latent_sampling: Literal["mean", "posterior"] = Field(
+        "mean",
+        description="mean: the VAE's mean; posterior: a new sample each time, for which the cache also holds the spread",
+    )
+    cache: Literal["all", "latents", "off"] = Field(
+        "all",
+        description="what is encoded before the first step: all, latents (the text encoders stay loaded), off (the VAE too)",
+    )
+    cache_dir: FilePath | None = Field(None, description="folder of the cache; null: <path>/cache")
     limit: int | None = Field(None, gt=0, description="use only the first so many groups; null: all")
     group_size: int | None = Field(
         None, ge=2, description="images of a group in a step, drawn anew each time the group comes up; null: all"

@@ -145,7 +145,8 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     known = examine_labels(source.labelled(dataset))
     validation = prepare_validation(config, backbone)
-    backbone.drop_encoders(keep_vae=validation is not None)
+    if config.data.cache != "off":
+        backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     try:
         result = train_backbone(
             config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 
 from diffalign.config_schema import TrainConfig
 from diffalign.data.agreement import summary
-from diffalign.data.cache import LatentCache, cache_bytes, cache_key
+from diffalign.data.buckets import describe
+from diffalign.data.cache import plan_cache
 from diffalign.data.convert import open_rows
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.export import export
@@ -75,25 +75,20 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
     dataset = PreferenceDataset(config.data.path)
     chosen, members, _ = choose_groups(config.data, dataset)
     backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
-    folder = Path(config.data.cache) if config.data.cache else dataset.folder / "cache"
-    resolution = config.data.resolution or backbone.default_resolution
-    key = cache_key(dataset, chosen, backbone, resolution, members)
-    if (folder / key / "index.json").is_file():
-        print(f"cache: {folder / key} is there")
+    plan = plan_cache(config.data, dataset, chosen, members, backbone)
+    if plan.mode == "off":
+        raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
+    missing = plan.missing()
+    if not missing:
+        print(f"cache: it is there, in {plan.folder}")
         return
-    needed = cache_bytes(dataset, chosen, members, backbone, resolution)
-    around = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    free = shutil.disk_usage(around).free
-    print(
-        f"cache: {needed / 1e9:.3g} GB for {len(chosen)} groups of {members} images at {resolution} px, in {folder / key}"
-    )
-    if needed > free:
-        raise DiffalignError(
-            f"data.cache {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; free some space or point "
-            "data.cache elsewhere"
-        )
+    sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
+    needed = sum(missing.values()) / 1e9
+    print(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
+    plan.check_space()
     if not dry_run:
-        LatentCache.build(dataset, chosen, members, backbone, folder, resolution, print)
+        plan.latents()
+        plan.embeddings()
 
 
 def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:

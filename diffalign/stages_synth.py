@@ -19,6 +19,7 @@ import torch
 
 from diffalign import testbed
 from diffalign.config_synth import GeneratorSection, PromptSection, RankConfig, RankSection, SynthConfig
+from diffalign.data.card import write_own_card
 from diffalign.data.choose import Limit
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
@@ -83,6 +84,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         say(f"{reward.name}: this process scored {scored} images")
     if config.rewards:
         rank_stage(dataset, config.rank, [reward.name for reward in config.rewards])
+    _card(out)
     if config.contact_sheet:
         sheet = out / "contact.html"
         make = lambda: write_sheet(PreferenceDataset(out), sheet, config.contact_sheet)  # noqa: E731
@@ -153,6 +155,8 @@ def rank_stage(dataset: PreferenceDataset, section: RankSection, rewards: list[s
     def make() -> None:
         report = rank(dataset, sources, section.seed if shuffle else None, rules)
         (dataset.folder / "contact.html").unlink(missing_ok=True)  # it shows the old order
+        if (dataset.folder / "sampling.json").is_file():
+            (dataset.folder / "README.md").unlink(missing_ok=True)
         write_whole(path, json.dumps({"settings": settings, "report": report}, indent=1) + "\n")
 
     finish([Task("rank", done, make)], dataset.folder / FOLDER / "locks")
@@ -169,7 +173,15 @@ def rank_again(config: RankConfig) -> None:
     """`diffalign rank`."""
     dataset = PreferenceDataset(config.data)
     rank_stage(dataset, config, dataset.rewards(), config.shuffle)
+    if (config.data / "sampling.json").is_file():  # `diffalign synth` wrote the card; a folder of others keeps its own
+        _card(config.data)
     clean_up(config.data)
+
+
+def _card(out: Path) -> None:
+    """README.md: what the dataset is, and under which licences of its generators it stands."""
+    make = lambda: write_own_card(PreferenceDataset(out))  # noqa: E731
+    finish([Task("card", (out / "README.md").is_file, make)], out / FOLDER / "locks")
 
 
 def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
@@ -255,7 +267,9 @@ def _same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     finish([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = next((key for key in provenance if before.get(key) != provenance[key] and key != "licence"), None)
+    # `vae` follows from the fingerprint, and older folders lack it.
+    judged = [key for key in provenance if key not in ("licence", "vae")]
+    changed = next((key for key in judged if before.get(key) != provenance[key]), None)
     if changed:
         raise DiffalignError(
             f"generator {name}: images were drawn with {changed}={before.get(changed)!r}, now it is "

@@ -112,12 +112,21 @@ class Backbone(Tunable):
         return self.vae_scale_factor
 
     @property
+    def max_side(self) -> int | None:
+        """The longest side in pixels that the trunk can place; None: no bound."""
+        return None
+
+    @property
     def latent_channels(self) -> int:
         return int(self._vae_config.latent_channels)
 
     def fingerprint(self) -> str:
         """Short hash of what decides latents and embeddings: folder, commit, configs, weights, dtype, prompt length."""
         return self.source.fingerprint(str(self.dtype), str(self.prompt_tokens()), self.family)
+
+    def vae_fingerprint(self) -> str:
+        """Short hash of the VAE: two models with the same one have the same latents."""
+        return self.source.component_fingerprint("vae")
 
     def facts(self) -> dict[str, str | int]:
         """What a dry run prints."""
@@ -139,16 +148,14 @@ class Backbone(Tunable):
 
     # --- encode ------------------------------------------------------------------------------------------------
 
-    def _require_encoders(self) -> None:
-        if self.pipeline.vae is None:
-            raise DiffalignError(
-                f"{self.path}: VAE and text encoders were freed by drop_encoders; load the model again"
-            )
+    def _require(self, component: str) -> None:
+        if self.pipeline.components[component] is None:
+            raise DiffalignError(f"{self.path}: {component} was freed by drop_encoders; load the model again")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Everything `predict` needs that depends on the prompt: tensors [B, ...] on the CPU, float32 or bfloat16."""
-        self._require_encoders()
+        self._require("text_encoder")
         if isinstance(prompts, str) or not prompts:
             raise DiffalignError("encode_prompts: a non-empty list of prompts is needed")
         encoded = self.encode(list(prompts))
@@ -159,7 +166,7 @@ class Backbone(Tunable):
     def encode_guided(self, prompts: Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
         """What `sample_encoded` needs in place of text encoders: the pipeline's own embeddings, also of what to steer
         away from, each [B, ...] on the CPU under the pipeline's argument names."""
-        self._require_encoders()
+        self._require("text_encoder")
         encoded = self.pipeline.encode_prompt(
             prompt=list(prompts),
             negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
@@ -171,10 +178,14 @@ class Backbone(Tunable):
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         return {name: value.cpu() for name, value in zip(names, encoded, strict=False)}  # SD1.5 pools nothing
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""
-        self._require_encoders()
+        return self.encode_posterior(pixels)[0]
+
+    @torch.no_grad()
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode_images`, with the posterior's standard deviation: mean + spread * normal noise is a sample."""
+        self._require("vae")
         side = self.pixel_multiple
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] % side or pixels.shape[3] % side:
             shape = "x".join(map(str, pixels.shape))
@@ -182,13 +193,14 @@ class Backbone(Tunable):
                 f"images of shape {shape} cannot be encoded: [B, 3, H, W] with multiples of {side} needed"
             )
         vae = self.pipeline.vae
-        mean = vae.encode(pixels.to(self.device, vae.dtype) * 2.0 - 1.0).latent_dist.mean.float()
+        posterior = vae.encode(pixels.to(self.device, vae.dtype) * 2.0 - 1.0).latent_dist
+        mean = posterior.mean.float()
         offset, scale = self._latent_scale(mean)
-        return (mean - offset) * scale
+        return (mean - offset) * scale, posterior.std.float() * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] float32 in [0, 1]; differentiable."""
-        self._require_encoders()
+        self._require("vae")
         vae = self.pipeline.vae
         offset, scale = self._latent_scale(latents)
         image = vae.decode((latents.to(self.device, torch.float32) / scale + offset).to(vae.dtype), return_dict=False)[
@@ -247,7 +259,8 @@ class Backbone(Tunable):
         a plain diffusers pipeline. Seeds lie in [0, 2**32): torch's CPU generator reads no more bits. Returns PIL
         images, or a float32 tensor for output_type "pt" ([B, 3, H, W] in [0, 1]) and "latent" ([B, C, h, w]).
         """
-        self._require_encoders()
+        self._require("vae")
+        self._require("text_encoder")
         if len(prompts) != len(seeds) or not prompts:
             raise DiffalignError(
                 f"sample: {len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt is needed"
@@ -325,17 +338,18 @@ class Backbone(Tunable):
             pixels, output_type="pil", do_denormalize=[False] * len(pixels)
         )
 
-    def drop_encoders(self, keep_vae: bool = False) -> None:
+    def drop_encoders(self, keep_vae: bool = False, keep_text: bool = False) -> None:
         """Free VAE and text encoders: with latents and embeddings cached, training needs only the trunk.
 
-        `keep_vae` leaves the VAE in the CPU's memory, for `borrowed_vae`.
+        `keep_vae` leaves the VAE in the CPU's memory, for `borrowed_vae`; `keep_text` leaves the text encoders where they are.
         """
         for name, component in list(self.pipeline.components.items()):
-            if isinstance(component, nn.Module) and name != self.trunk_name:
-                if name == "vae" and keep_vae:
-                    component.to("cpu")
-                else:
-                    self.pipeline.register_modules(**{name: None})
+            if not isinstance(component, nn.Module) or name == self.trunk_name:
+                continue
+            if name == "vae" and keep_vae:
+                component.to("cpu")
+            elif name == "vae" or not keep_text:
+                self.pipeline.register_modules(**{name: None})
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -346,12 +360,13 @@ class Backbone(Tunable):
         vae = self.pipeline.vae
         if vae is None:
             raise DiffalignError(f"{self.path}: the VAE was freed by drop_encoders; keep it with keep_vae=True")
+        home = vae.device  # the CPU, unless training encodes its images itself
         vae.to(self.device)
         vae.enable_tiling()
         try:
             yield
         finally:
             vae.disable_tiling()
-            vae.to("cpu")
+            vae.to(home)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

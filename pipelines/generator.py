@@ -126,6 +126,10 @@ class BackboneGenerator(Generator):
         )
         return list(zip(images, found.float().cpu().numpy(), strict=True))
 
+    def facts(self) -> dict[str, str | None]:
+        # By this, training knows whether stored latents are its own VAE's.
+        return super().facts() | {"vae": self.backbone.vae_fingerprint()}
+
     def load_weights(self, folder: Path) -> None:
         self.backbone.load_weights(folder)
 

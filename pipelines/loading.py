@@ -50,9 +50,16 @@ class Source:
         Weights enter by name, size and samples of their bytes: a model trained anew in the same folder is another one,
         and a large one takes no minutes to read.
         """
-        digest = hashlib.sha256("\0".join([self.path, str(self.revision), str(self.variant), *more]).encode())
-        for file in sorted(self.folder.rglob("*")):
-            name = file.relative_to(self.folder)
+        return self._hash(self.folder, self.path, str(self.revision), str(self.variant), *more)
+
+    def component_fingerprint(self, component: str) -> str:
+        """As `fingerprint`, of one component alone, wherever it lies: two models that share a VAE share this."""
+        return self._hash(self.folder / component, str(self.variant))
+
+    def _hash(self, folder: Path, *more: str) -> str:
+        digest = hashlib.sha256("\0".join(more).encode())
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder)
             if not file.is_file() or any(part.startswith(".") for part in name.parts) or name.parts[0] in self.absent:
                 continue
             if file.suffix in (".json", ".txt", ".model"):

@@ -51,6 +51,12 @@ class StableDiffusion3(Backbone):
     def pipeline_trunk(self, module: nn.Module) -> None:
         self.pipeline.transformer = module
 
+    @property
+    def max_side(self) -> int:
+        """Its table of positions ends somewhere."""
+        config = self.pipeline.transformer.config
+        return int(config.pos_embed_max_size) * int(config.patch_size) * self.vae_scale_factor
+
     def t5_tokens(self) -> int:
         if self.max_sequence_length is not None:
             return self.max_sequence_length

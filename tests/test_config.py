@@ -40,7 +40,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.tune.kind, config.tune.rank, config.objective.name) == ("lora", 16, "dpo")
     assert config.objective.arguments()["beta"] == 2000.0
     assert config.train.micro_batch == 8 and config.optimizer.betas == (0.9, 0.999)
-    assert config.run_dir == Path("runs/x") and config.data.cache is None
+    assert config.run_dir == Path("runs/x") and (config.data.cache, config.data.cache_dir) == ("all", None)
 
 
 @pytest.mark.parametrize(

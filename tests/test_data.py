@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.data.cache import LatentCache, cache_key, to_square
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import labels
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import rank
 from diffalign.data.sample import image_seed, sample_groups
 from diffalign.data.score import score_images
-from diffalign.data.source import choose_groups, prepare_source
+from diffalign.data.source import choose_groups
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import vote_shares
@@ -347,132 +344,3 @@ def test_a_group_of_one_image_is_refused(tmp_path: Path) -> None:
         writer.write("a", 0, picture(1), "model", 0, {})
     with pytest.raises(DiffalignError, match="has 1 image; a preference needs at least two"):
         choose_groups(SimpleNamespace(split="train", group_size=None, limit=None), _with_group(tmp_path))
-
-
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-class Encoder:
-    """Means of 8 x 8 blocks as latents, the length of the prompt as its embedding."""
-
-    default_resolution = 16
-
-    def __init__(self, weights: str = "w") -> None:
-        self.weights, self.encoded = weights, 0
-
-    def fingerprint(self) -> str:
-        return self.weights
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.encoded += len(pixels)
-        return torch.nn.functional.avg_pool2d(pixels, 8)
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return {"length": torch.tensor([[float(len(p))] for p in prompts])}
-
-
-def build(folder: Path, encoder: Encoder, resolution: int = 16) -> LatentCache:
-    dataset = PreferenceDataset(folder)
-    return LatentCache.build(dataset, [2, 0, 1], 3, encoder, folder / "cache", resolution, lambda _: None)
-
-
-def test_the_cache_holds_what_the_model_encodes(folder: Path) -> None:
-    encoder = Encoder()
-    cache = build(folder, encoder)
-    want = np.asarray(picture(11)).astype(np.float64).reshape(2, 8, 2, 8, 3).mean((1, 3)).transpose(2, 0, 1) / 255
-    assert cache.latents[2, 1] == pytest.approx(want, abs=1e-3)
-    assert cache.conditioning([0, 2])["length"].tolist() == [[8.0], [8.0]]
-    assert cache.unconditional["length"].tolist() == [[0.0]]
-    assert encoder.encoded == 8
-    build(folder, encoder)
-    assert encoder.encoded == 8  # nothing changed, nothing is encoded again
-
-
-def test_changed_input_has_another_cache(folder: Path) -> None:
-    first = build(folder, Encoder()).folder
-    assert build(folder, Encoder("other weights")).folder != first
-    assert build(folder, Encoder(), 8).folder != first
-    with ImageWriter(folder) as writer:
-        for n, (group, size) in enumerate({"a": 3, "b": 3, "c": 2}.items()):
-            for k in range(size):
-                writer.write(group, k, picture(500 if (n, k) == (1, 1) else 10 * n + k), "model", 100 + k, {"steps": 5})
-    assert build(folder, Encoder()).folder != first
-
-
-def test_a_cache_cut_short_is_made_again(folder: Path) -> None:
-    class Broken(Encoder):
-        def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(folder, Broken())
-    assert [p.name for p in (folder / "cache").iterdir()] == [".locks"]
-    encoder = Encoder()
-    build(folder, encoder)
-    assert encoder.encoded == 8
-
-
-def test_two_processes_make_one_cache(folder: Path, tmp_path: Path) -> None:
-    def build_slowly() -> None:
-        class Slow(Encoder):
-            def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-                time.sleep(0.05)
-                with (tmp_path / "log").open("a") as stream:
-                    stream.write("x" * len(pixels))
-                return super().encode_images(pixels)
-
-        build(folder, Slow())
-
-    children = []
-    for _ in range(2):
-        if (child := os.fork()) == 0:
-            try:
-                build_slowly()
-                os._exit(0)
-            except BaseException:
-                os._exit(1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    assert (tmp_path / "log").read_text() == "x" * 8  # each image encoded once
-    encoder = Encoder()
-    build(folder, encoder)
-    assert encoder.encoded == 0
-
-
-def test_the_chosen_images_alone_are_cached(folder: Path) -> None:
-    """Other members, another cache; the same members as all, the same as before they could be chosen."""
-    dataset = PreferenceDataset(folder)
-    before = cache_key(dataset, [0, 1], Encoder(), 16, 3)
-    rows = [dataset.group(i) for i in range(3)]
-    write_groups(folder, [{**row, "members": [0, 1, 2] if row["group_id"] != "c" else None} for row in rows])
-    assert cache_key(PreferenceDataset(folder), [0, 1], Encoder(), 16, 3) == before
-    write_groups(folder, [{**row, "members": [0, 2] if row["group_id"] == "a" else None} for row in rows])
-    assert cache_key(PreferenceDataset(folder), [0, 1], Encoder(), 16, 3) != before
-
-
-def test_values_beyond_float16_are_refused(folder: Path) -> None:
-    class Large(Encoder):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            return super().encode_images(pixels) + 1e5
-
-    with pytest.raises(DiffalignError, match="latents overflow float16"):
-        build(folder, Large())
-
-
-def test_source_pairs_latents_with_labels(folder: Path) -> None:
-    data = SimpleNamespace(split="train", group_size=None, limit=None, cache=None, resolution=None)
-    label = SimpleNamespace(source="preference", transform="none", stats=None)
-    said: list[str] = []
-    source = prepare_source(data, label, PreferenceDataset(folder), Encoder(), said.append)
-    assert source.mask.tolist() == [True, True, False] and any("1 of 3 groups have fewer" in s for s in said)
-    batch = source.batch([1, 2])
-    assert batch.rewards[0].tolist() == [0.0, 0.5, 1.0] and batch.prompts == ["prompt b", "prompt c"]
-    assert torch.equal(batch.latents[0], torch.from_numpy(source.cache.latents[1].astype(np.float32)))
-
-
-def test_images_are_cropped_to_a_square() -> None:
-    wide = Image.new("RGB", (40, 20), "red")
-    wide.paste(Image.new("RGB", (20, 20), "blue"), (10, 0))
-    square = to_square(wide, 10)
-    assert square.shape == (10, 10, 3) and (square[:, 3:7] == [0, 0, 255]).all()  # Lanczos rings at the edges
-    assert np.array_equal(to_square(picture(3), 16), picture(3))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffalign import stages_data
 from diffalign.cli import app
+from diffalign.data import space
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
@@ -72,7 +73,7 @@ def test_inspect_and_the_contact_sheet(folder: Path, tmp_path: Path, capsys: pyt
 class Encoder:
     """What the cache needs of a backbone: 8 x 8 pixels a latent, prompts of five numbers."""
 
-    default_resolution, vae_scale_factor, latent_channels = 32, 8, 3
+    default_resolution, pixel_multiple, vae_scale_factor, latent_channels, max_side = 32, 8, 8, 3, None
 
     def fingerprint(self) -> str:
         return "weights"
@@ -97,12 +98,13 @@ def test_the_cache_ahead_of_training(
     assert size == pytest.approx(2 * (3 * 3 * 4 * 4 + 2 * 5), rel=0.01)  # float16: three latents; one prompt and none
     assert not (folder / "cache").exists()
     assert run("cache", tmp_path / "c.yaml") == 0
-    arrays = list((folder / "cache").rglob("*.npy"))
-    assert sum(np.load(path).nbytes for path in arrays) == pytest.approx(size, rel=0.01)
+    arrays = [np.load(path).nbytes for path in (folder / "cache").rglob("*.npy")]
+    arrays += [path.stat().st_size for path in (folder / "cache").rglob("*.bf16")]
+    assert sum(arrays) == pytest.approx(size, rel=0.01)
     capsys.readouterr()
-    assert run("cache", tmp_path / "c.yaml") == 0 and "is there" in capsys.readouterr().out
+    assert run("cache", tmp_path / "c.yaml") == 0 and "it is there" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(stages_data.shutil, "disk_usage", lambda _: usage(1000, 999, 1))
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage(1000, 999, 1))
     assert run("cache", tmp_path / "c.yaml", "--dry-run") == 2
     assert "are needed, 1e-09 GB are free" in capsys.readouterr().err

@@ -208,6 +208,30 @@ def test_any_prompt_tokenises(sd15_dir: Path, sd3_dir: Path, text: str) -> None:
         assert embeds.shape[0] == 1 and bool(torch.isfinite(embeds).all())
 
 
+def test_text_encoders_may_stay(sdxl_dir: Path) -> None:
+    backbone = load_backbone(sdxl_dir)
+    before = backbone.encode_prompts(PROMPTS)["prompt_embeds"]
+    backbone.drop_encoders(keep_text=True)
+    assert backbone.pipeline.vae is None and torch.equal(backbone.encode_prompts(PROMPTS)["prompt_embeds"], before)
+    with pytest.raises(DiffalignError, match="vae was freed by drop_encoders"):
+        backbone.encode_images(torch.zeros(1, 3, 64, 64))
+
+
+def test_the_posterior_is_the_vaes_own(sd3_dir: Path) -> None:
+    """Scaled as the trunk has it: a sample is mean + spread * noise, shifted and scaled like the VAE's own sample."""
+    backbone = load_backbone(sd3_dir)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, spread = backbone.encode_posterior(pixels)
+    vae = backbone.pipeline.vae
+    with torch.no_grad():
+        own = vae.encode(pixels * 2 - 1).latent_dist
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    want = (own.sample(torch.Generator().manual_seed(1)) - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.testing.assert_close(mean + spread * noise, want)
+    assert torch.equal(backbone.encode_images(pixels), mean) and vae.dtype == torch.float32
+    assert load_backbone(sd3_dir, dtype=torch.bfloat16).pipeline.vae.dtype == torch.float32
+
+
 def test_dropped_encoders_free_memory_but_not_the_trunk(sd3_dir: Path) -> None:
     backbone = load_backbone(sd3_dir)
     conditioning, tokens = backbone.encode_prompts(PROMPTS), backbone.prompt_tokens()

@@ -175,6 +175,36 @@ def test_hpdv3(tmp_path: Path) -> None:
     assert [Path(f.where).name for f in faults][-1] == "train.json:5" and "not JSON" in faults[-1].reason
 
 
+def test_hpdv3pp(tmp_path: Path) -> None:
+    """Two axes in two files, paths relative to the dataset's folder rather than to the file."""
+    folder = tmp_path / "datasets"
+    for n in range(4):
+        put(folder / "images" / "qwen_image" / f"{n}.jpg", n)
+    pair = {"path1": "images/qwen_image/0.jpg", "path2": "images/qwen_image/1.jpg", "prompt": "a"}
+    other = {"path1": "images/qwen_image/3.jpg", "path2": "images/qwen_image/2.jpg", "prompt": "b"}
+    rows = {
+        "train/train_aes.json": [pair, {**pair, "path2": "images/none.jpg"}],
+        "train/train_tf.json": [other, {**pair, "path1": "../x.jpg"}],
+        "test/test_tf.json": [other],
+        "train/rollout.json": [{"group_id": "g", "image_path": "images/qwen_image/0.jpg"}],
+        "train/stage1_labeled.json": [pair],
+    }
+    for name, content in rows.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    assert guess_form(folder) == guess_form(folder / "train" / "train_tf.json") == "hpdv3pp"
+    report, dataset = converted(tmp_path, folder)
+    found = [(dataset.group(i)["split"], dataset.group(i)["metadata"]["axis"]) for i in range(len(dataset))]
+    assert found == [("test", "text_following"), ("train", "aesthetic"), ("train", "text_following")]
+    assert pictures(dataset, 0) == [jpg(3), jpg(2)] and dataset.group(1)["prompt"] == "a"
+    told = [f"{Path(f.where).name}: {f.reason}" for f in report.faults]
+    assert told[0].startswith("train_aes.json[1]: none.jpg:") and "'../x.jpg' leaves its folder" in told[1]
+    one = [r for r in open_rows([folder / "train" / "train_tf.json"], None)[1] if hasattr(r, "prompt")]
+    assert len(one) == 1 and one[0].images[0].name == "3.jpg"
+    with pytest.raises(DiffalignError, match="holds none of HPDv3\\+\\+'s files"):
+        list(open_rows([folder / "images"], "hpdv3pp")[1])
+
+
 def test_imagefolder(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for n in range(6):

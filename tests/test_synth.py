@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import time
 import traceback
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from diffalign import stages_synth
 from diffalign.cli import app
 from diffalign.config import load_synth_config
 from diffalign.config_schema import RewardSection
-from diffalign.data import sample
+from diffalign.data import card, sample
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
@@ -93,7 +95,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         log = tmp_path / "log"
 
         def open_model(section: Any, device: str) -> tuple[Painter, dict[str, Any]]:
-            return Painter(section.name, log, pause), {"model": section.model.path, "licence": None}
+            return Painter(section.name, log, pause), {"model": section.model.path, "licence": section.licence}
 
         monkeypatch.setattr(stages_synth, "_open", open_model)
         config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / folder / 'data'}", *overrides])
@@ -123,7 +125,7 @@ def in_a_child(action: Callable[[], Any]) -> int:
 def test_what_comes_out(world: Callable[..., Path]) -> None:
     out = world("whole")
     assert sorted(tree(out)) == [
-        "contact.html", "generators/one.json", "generators/two.json", "groups.parquet",
+        "README.md", "contact.html", "generators/one.json", "generators/two.json", "groups.parquet",
         *(f"images/part-0000{n}.parquet" for n in range(5)),
         "ranking.json", "sampling.json", "scores/bright.parquet", "scores/red.parquet",
     ]  # fmt: skip
@@ -139,6 +141,26 @@ def test_what_comes_out(world: Callable[..., Path]) -> None:
             for a in range(3)
         ]
         assert row["preference"] == pytest.approx(by_hand)
+
+
+def test_the_card_names_licences(world: Callable[..., Path]) -> None:
+    out = world(
+        "whole", "generators=[{name: one, model: {path: m1}, licence: openrail++}, {name: two, model: {path: m2}}]"
+    )
+    text = (out / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license_name"] == "openrail++, unknown" and head["configs"][0]["data_files"] == "images/*.parquet"
+    assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", text) and re.search(
+        r"\| two \| m2 \|.*\| unknown \|", text
+    )
+    assert "| train | 21 |" in text and "By vote shares of bright, red. 21 groups" in text
+
+
+def test_a_detector_stands_for_the_rewards_weights() -> None:
+    """Every reward's section has a `detector`; only GenEval takes one."""
+    known = {"weights": "w", "settings": {"detector": "shapes"}}
+    assert [card._weights(name, known) for name in ("geneval", "sharpness")] == ["the detector shapes", "w"]
+    assert card._weights("geneval", {"weights": "w", "settings": {"detector": None}}) == "w"
 
 
 def test_the_same_command_again_changes_nothing(world: Callable[..., Path], tmp_path: Path) -> None:
@@ -280,7 +302,7 @@ def test_other_ranking_of_the_same_images(world: Callable[..., Path], tmp_path: 
     before = tree(world("whole"))
     after = tree(world("whole", "rank.sources=[red]"))
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"groups.parquet", "ranking.json", "contact.html"}
+    assert changed == {"groups.parquet", "ranking.json", "contact.html", "README.md"}
     red = PreferenceDataset(tmp_path / "whole" / "data").scores("red")
     row = PreferenceDataset(tmp_path / "whole" / "data").group(0)
     assert np.argmax(row["preference"]) == np.argmax([red[row["group_id"], k] for k in range(3)])

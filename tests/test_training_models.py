@@ -30,6 +30,7 @@ class Source:
         self.unconditional = {k: v.float() for k, v in backbone.encode_prompts([""]).items()}
         self.rewards = torch.tensor([[0.5, 1.0, 0.0]]).repeat(4, 1)
         self.group_ids = [f"g{i}" for i in range(4)]
+        self.buckets = [0] * 4
 
     def __len__(self) -> int:
         return 4

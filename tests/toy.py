@@ -79,6 +79,7 @@ class Batch:
     mask: Tensor
     group_ids: list[str]
     prompts: list[str]
+    spread: Tensor | None = None
 
 
 class ToySource:
@@ -92,6 +93,7 @@ class ToySource:
         self.mask = torch.ones(groups, dtype=torch.bool)
         self.group_ids = [f"g{i}" for i in range(groups)]
         self.unconditional = {"prompt": torch.zeros(1, 3)}
+        self.buckets = [0] * groups
 
     def __len__(self) -> int:
         return len(self.latents)

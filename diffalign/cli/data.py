@@ -108,7 +108,8 @@ def data_convert(
     form: Annotated[
         str | None,
         typer.Option(
-            "--format", help="pickapic, hpdv2, hpdv3, imagefolder, w_l, csv or two_folders; found out if not given."
+            "--format",
+            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, csv or two_folders; found out if not given.",
         ),
     ] = None,
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import write_whole
+from diffalign.rewards import REWARDS, accepted
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 FORM_WORDS = {
@@ -13,12 +14,15 @@ FORM_WORDS = {
     "`seeds` are lists of equal length.",
     "pickapic": "Pick-a-Pic's columns, one row a pair: `caption`, `jpg_0`, `jpg_1` (encoded pictures), `label_0`, `label_1` "
     "(1 for the preferred).",
+    "folder": "`images/` holds one row an image, `scores/` what each reward gave it, `groups.parquet` one row a prompt with "
+    "its `preference` (share of won comparisons, higher is better). `diffalign data export` writes it as one row a prompt.",
     "webdataset": "Tar files for webdataset: `<group>.json` and `<group>.<index>.png` for each prompt.",
 }
 
 
 def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[str, int]) -> None:
-    """README.md of an export. Licences that are not known are said to be unknown."""
+    """README.md of an export, or (form `folder`) of a dataset folder itself. Licences that are not known are said to be
+    unknown. Equal data give equal bytes: no time or host enters."""
     generators = _generators(dataset)
     rewards = {name: dataset.scored_by(name) for name in dataset.rewards()}
     licences = sorted({str(g.get("licence") or "unknown") for g in generators.values()})
@@ -34,13 +38,21 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
         "size_categories:",
         f"- {size}",
     ]
-    if form != "webdataset":
+    if form == "folder":
+        lines += ["configs:", "- config_name: images", '  data_files: "images/*.parquet"']
+        lines += ["- config_name: groups", '  data_files: "groups.parquet"']
+    elif form != "webdataset":
         lines += ["configs:", "- config_name: default", "  data_files:"]
         for split in counts:
             if counts[split]:
                 lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.parquet"']
     lines += ["---", "", f"# {dataset.folder.name}", "", FORM_WORDS[form], ""]
-    lines += ["| split | rows |", "|---|---|", *(f"| {split} | {n} |" for split, n in counts.items()), ""]
+    lines += [
+        f"| split | {'groups' if form == 'folder' else 'rows'} |",
+        "|---|---|",
+        *(f"| {split} | {n} |" for split, n in counts.items()),
+        "",
+    ]
     if generators:
         lines += [
             "## What drew the images",
@@ -56,7 +68,7 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
     if rewards:
         lines += ["## What judged them", "", "| reward | version | weights | licence |", "|---|---|---|---|"]
         for name, r in rewards.items():
-            about = (name, r.get("version", "?"), r.get("weights", "?"), r.get("licence", "unknown"))
+            about = (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown"))
             lines.append("| " + " | ".join(_cell(value) for value in about) + " |")
         lines += ["", "Scores are those of models, not of people.", ""]
     ranking = dataset.folder / "ranking.json"
@@ -72,10 +84,24 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
     write_whole(out / "README.md", "\n".join(lines))
 
 
+def write_own_card(dataset: PreferenceDataset) -> None:
+    """README.md of a dataset folder."""
+    splits, dropped = dataset.column("split"), dataset.column("dropped")
+    used = [split for split, reason in zip(splits, dropped, strict=True) if not reason]
+    write_card(dataset, dataset.folder, "folder", {split: used.count(split) for split in sorted(set(used))})
+
+
 def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     """name -> how it drew. Imported data say nothing of that."""
     files = sorted((dataset.folder / "generators").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def _weights(name: str, reward: dict[str, Any]) -> str:
+    """What a reward looked through: a detector that it was given takes the place of its own weights."""
+    detector = reward.get("settings", {}).get("detector")
+    given = detector is not None and name in REWARDS and "detector" in accepted(name)
+    return f"the detector {detector}" if given else str(reward.get("weights", "?"))
 
 
 def _cell(value: Any) -> str:

@@ -9,13 +9,22 @@ import pyarrow.parquet as pq
 from diffalign.data.found import Found, LeftOut
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
 from diffalign.data.read_json import entries
-from diffalign.data.read_pairs import read_csv, read_hpdv3, read_pickapic, read_two_folders, read_w_l
+from diffalign.data.read_pairs import (
+    is_hpdv3pp,
+    read_csv,
+    read_hpdv3,
+    read_hpdv3pp,
+    read_pickapic,
+    read_two_folders,
+    read_w_l,
+)
 from diffalign.errors import DiffalignError
 
 READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
     "pickapic": read_pickapic,
     "hpdv2": read_hpdv2,
     "hpdv3": read_hpdv3,
+    "hpdv3pp": read_hpdv3pp,
     "imagefolder": read_imagefolder,
     "w_l": read_w_l,
     "csv": read_csv,
@@ -38,6 +47,8 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Foun
 
 def guess_form(path: Path) -> str:
     """The form that a file or folder seems to have. DiffalignError where it has none of those known."""
+    if is_hpdv3pp(path):
+        return "hpdv3pp"
     if path.is_dir():
         if (path / "w").is_dir() and (path / "l").is_dir():
             return "w_l"

@@ -43,6 +43,7 @@ class ImagePlaces:
         self._row_groups = [(shard, i) for shard, i, _ in sizes]
         self._first_row = np.concatenate([[0], np.cumsum([n for *_, n in sizes], dtype=np.int64)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._last: tuple[Any, Any] = (None, None)
         twice = np.flatnonzero(np.diff(self.keys) == 0)
         if len(twice):
             key = int(self.keys[twice[0]])
@@ -65,16 +66,33 @@ class ImagePlaces:
         return np.where((group >= 0) & (self.keys[at] == wanted), at, -1) if len(self.keys) else np.full(len(at), -1)
 
     def read(self, place: int, columns: list[str]) -> tuple[Any, int]:
-        """The row group that holds an image, and the row in it. Files stay open, the last `OPEN_FILES` used."""
+        """The row group that holds an image, and the row in it. Of row groups the last read stays, as a group's images
+        mostly lie in one; files stay open, the last `OPEN_FILES` used."""
+        at, row = self._row(place)
+        shard, row_group = self._row_groups[at]
+        if self._last[0] != (at, columns):
+            self._last = (None, None)  # freed before the next one is read
+            self._last = ((at, columns), self._file(shard).read_row_group(row_group, columns=columns))
+        return self._last[1], row
+
+    def names(self, place: int) -> list[str]:
+        """Columns of the file that holds an image."""
+        shard, _ = self._row_groups[self._row(place)[0]]
+        return list(self._file(shard).schema_arrow.names)
+
+    def _row(self, place: int) -> tuple[int, int]:
+        """Which row group holds an image, counted through all files, and the row in it."""
         position = int(self.positions[place])
         at = int(np.searchsorted(self._first_row, position, side="right")) - 1
-        shard, row_group = self._row_groups[at]
+        return at, position - int(self._first_row[at])
+
+    def _file(self, shard: int) -> pq.ParquetFile:
         if shard not in self._open:
             self._open[shard] = _open(self.shards[shard])
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
-        return self._open[shard].read_row_group(row_group, columns=columns), position - int(self._first_row[at])
+        return self._open[shard]
 
 
 def _open(path: Path) -> pq.ParquetFile:

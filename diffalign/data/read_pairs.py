@@ -1,4 +1,4 @@
-"""Readers of data made of pairs: Pick-a-Pic, HPDv3, a csv, `w/` and `l/`, two folders. Each yields row by row."""
+"""Readers of data made of pairs: Pick-a-Pic, HPDv3 and HPDv3++, a csv, `w/` and `l/`, two folders. Each yields row by row."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffalign.errors import DiffalignError
 Rows = Iterator[Found | LeftOut]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 SPLITS = ("train", "validation", "test")
+AXES = {"aes": "aesthetic", "tf": "text_following"}
 
 
 def read_pickapic(path: Path) -> Rows:
@@ -69,29 +70,60 @@ def _pickapic_row(row: dict[str, Any], where: str, split: str) -> Found | LeftOu
 
 
 def read_hpdv3(path: Path) -> Rows:
-    """HPDv3 and HPDv3++: JSON or JSON lines with prompt, path1 (preferred) and path2, relative to the file.
+    """HPDv3: JSON or JSON lines with prompt, path1 (preferred) and path2, relative to the file.
 
-    Whatever else a row says (confidence, choice_dist, the second axis of HPDv3++) is kept as its facts.
+    Whatever else a row says (confidence, choice_dist) is kept as its facts.
     """
     for file in _json_files(path):
-        for where, row in entries(file):
-            if isinstance(row, str):
-                yield LeftOut(where, row)
-                continue
-            prompt = row.get("prompt") or row.get("caption")
-            if not isinstance(prompt, str) or not prompt.strip():
-                yield LeftOut(where, "no prompt")
-                continue
-            paths = _paths(file.parent, row, ("path1", "path2"))
-            if isinstance(paths, str):
-                yield LeftOut(where, paths)
-                continue
-            told = {
-                k: v for k, v in row.items() if k not in ("prompt", "caption", "path1", "path2", "model1", "model2")
-            }
-            models = tuple(str(row.get(f"model{i}") or "unknown") for i in (1, 2))
-            split = next((s for s in SPLITS if file.stem.startswith(s)), "train")
-            yield Found(prompt.strip(), paths, (1.0, 0.0), where, models, split, told)
+        split = next((s for s in SPLITS if file.stem.startswith(s)), "train")
+        yield from _hpdv3_rows(file, file.parent, split, {})
+
+
+def read_hpdv3pp(path: Path) -> Rows:
+    """HPDv3++: the folder with train/, test/ and images/, or one file of train/ or test/; paths are relative to the folder.
+
+    Its two axes lie in files of their own, train_aes.json (aesthetics) and train_tf.json (text following), test_ likewise:
+    each pair keeps its axis among its facts, and one axis alone is read by naming its file. What else lies there belongs to
+    the training of its authors' reward model, and is not read.
+    """
+    known = _axis_files(path)
+    if not known:
+        raise DiffalignError(f"{path}: holds none of HPDv3++'s files of pairs, such as train/train_aes.json")
+    for file in known:
+        yield from _hpdv3_rows(file, file.parent.parent, file.stem.partition("_")[0], {"axis": _axis(file)})
+
+
+def is_hpdv3pp(path: Path) -> bool:
+    """Whether a folder or file looks like HPDv3++'s."""
+    return bool(_axis_files(path))
+
+
+def _axis_files(path: Path) -> list[Path]:
+    return [file for file in (sorted(path.glob("*/*.json")) if path.is_dir() else [path]) if _axis(file)]
+
+
+def _axis(file: Path) -> str | None:
+    """The axis that a file of HPDv3++ is about; None for another file."""
+    split, _, name = file.stem.partition("_")
+    return AXES.get(name) if split == file.absolute().parent.name and split in SPLITS else None
+
+
+def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Rows:
+    for where, row in entries(file):
+        if isinstance(row, str):
+            yield LeftOut(where, row)
+            continue
+        prompt = row.get("prompt") or row.get("caption")
+        if not isinstance(prompt, str) or not prompt.strip():
+            yield LeftOut(where, "no prompt")
+            continue
+        paths = _paths(root, row, ("path1", "path2"))
+        if isinstance(paths, str):
+            yield LeftOut(where, paths)
+            continue
+        told = {k: v for k, v in row.items() if k not in ("prompt", "caption", "path1", "path2", "model1", "model2")}
+        models = tuple(str(row.get(f"model{i}") or "unknown") for i in (1, 2))
+        yield Found(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**told, **facts})
 
 
 def read_csv(path: Path) -> Rows:

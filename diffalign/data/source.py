@@ -1,4 +1,4 @@
-"""What training reads: cached latents and embeddings, with labels, by group."""
+"""What training reads: latents and embeddings, cached or made at once, with labels, by group."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.cache import LatentCache
+from diffalign.data.buckets import describe
+from diffalign.data.cache import plan_cache
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
+from diffalign.data.latents import LatentStore, LiveLatents
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
 
@@ -19,7 +22,8 @@ from diffalign.health import LabelledGroup
 @dataclass(frozen=True)
 class Batch:
     """B groups: latents [B, K, C, h, w] float32, conditioning each [B, ...], rewards [B, K] float32 (NaN: no label),
-    mask [B] bool, False where a group has fewer than K images."""
+    mask [B] bool, False where a group has fewer than K images. spread: the standard deviation of the latents' posterior,
+    of their shape, where `data.latent_sampling` is posterior."""
 
     latents: Tensor
     conditioning: dict[str, Tensor]
@@ -27,35 +31,42 @@ class Batch:
     mask: Tensor
     group_ids: list[str]
     prompts: list[str]
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Groups to train on, all with K image slots. `label_stats`: what labels.transform took from them, or was given."""
+    """Groups to train on, all with K image slots. `label_stats`: what labels.transform took from them, or was given;
+    `buckets`: groups of one number have one shape, and only such may come into one batch."""
 
-    cache: LatentCache
+    latents: LatentStore | LiveLatents
+    embeddings: PromptStore | LivePrompts
     rewards: Tensor
     mask: Tensor
     group_ids: list[str]
     prompts: list[str]
     label_stats: dict[str, float] = field(default_factory=dict)
+    buckets: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.group_ids)
 
     @property
     def unconditional(self) -> dict[str, Tensor]:
-        return self.cache.unconditional
+        return self.embeddings.unconditional
 
     def batch(self, indices: list[int]) -> Batch:
         """The groups at these positions, in this order."""
+        latents, spread = self.latents.batch(indices)
+        prompts = [self.prompts[i] for i in indices]
         return Batch(
-            torch.from_numpy(self.cache.latents[indices].astype(np.float32)),
-            self.cache.conditioning(indices),
+            latents,
+            self.embeddings.batch(prompts),
             self.rewards[indices],
             self.mask[indices],
             [self.group_ids[i] for i in indices],
-            [self.prompts[i] for i in indices],
+            prompts,
+            spread,
         )
 
     def labelled(self, dataset: PreferenceDataset) -> list[LabelledGroup]:
@@ -124,15 +135,19 @@ def prepare_source(
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
-    ids, prompts = dataset.column("group_id"), dataset.column("prompt")
-    folder = Path(data.cache) if data.cache else dataset.folder / "cache"
-    resolution = data.resolution or backbone.default_resolution
-    cache = LatentCache.build(dataset, chosen, members, backbone, folder, resolution, say)
+    ids = dataset.column("group_id")
+    plan = plan_cache(data, dataset, chosen, members, backbone)
+    sizes = sorted(set(plan.frames.sizes))
+    if len(sizes) > 1:
+        say(f"groups by size: {', '.join(f'{n} of {size}' for size, n in describe(plan.frames.sizes).items())}")
+    plan.check_space()
     return TrainingSource(
-        cache,
+        plan.latents(say),
+        plan.embeddings(say),
         torch.from_numpy(rewards),
         torch.tensor([len(v) == members for v in values]),
         [ids[i] for i in chosen],
-        [prompts[i] for i in chosen],
+        plan.prompts,
         stats,
+        [sizes.index(size) for size in plan.frames.sizes],
     )

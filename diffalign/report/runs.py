@@ -24,7 +24,7 @@ FACTS: dict[str, str] = {
     "seed": "seed",
 }
 # Where a run lies says nothing about how it differs.
-PLACES = ("run_dir", "data.cache", "tracking.trackers", "tracking.project")
+PLACES = ("run_dir", "data.cache_dir", "tracking.trackers", "tracking.project")
 
 
 @dataclass(frozen=True)

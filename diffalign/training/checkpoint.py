@@ -30,7 +30,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.steps",
     "model.token",
-    "data.cache",
+    "data.cache_dir",
 )
 
 

@@ -26,8 +26,9 @@ from diffalign.health import Finding
 from diffalign.objectives import OBJECTIVES, Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.optim import build_optimizer, learning_rate
-from diffalign.training.order import groups_for_step
+from diffalign.training.order import BucketOrder, check_units
 from diffalign.training.oversight import Oversight
+from diffalign.training.posterior import with_samples
 from diffalign.training.preference import StepOutput, make_draws, preference_step
 from diffalign.training.progress import TrainProgress, peak_memory
 from diffalign.training.run_dir import open_run_dir
@@ -93,9 +94,9 @@ def train(
 ) -> TrainResult:
     """Train `backbone` on `source` as `config` (a TrainConfig) says; writes everything into `config.run_dir`.
 
-    `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.cache.TrainingSource`). `known`:
-    what is wrong with the data already. Raises DiffalignError for a checkpoint of another config, for losses that are not
-    finite, for a full disk, and for an alarm where on_alarm is stop.
+    `source` offers `len(source)`, `batch(indices)`, `unconditional` and `buckets`, a number for each group
+    (`diffalign.data.source.TrainingSource`). `known`: what is wrong with the data already. Raises DiffalignError for a
+    checkpoint of another config, for losses that are not finite, for a full disk, and for an alarm where on_alarm is stop.
     """
     # ---- Set-up ------------------------------------------------------------------------------------------------------
     if config.train.threads:
@@ -111,6 +112,8 @@ def train(
             f"{config.train.micro_batch} groups over {accelerator.num_processes} processes; make it a multiple of their product"
         )
     micro = min(config.train.micro_batch, per_process)
+    check_units(source.buckets, config.train.micro_batch, micro)
+    order = BucketOrder(source.buckets, config.train.micro_batch, config.train.groups_per_step, config.seed)
     same_at_start = prepare_policy(config, backbone, objective)
     backbone.trunk.train()
     policy = backbone.trainable()
@@ -151,7 +154,7 @@ def train(
             rate = learning_rate(config.optimizer, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            indices = groups_for_step(len(source), config.train.groups_per_step, step, config.seed)
+            indices = order.step(step)
             mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
             starts = mine[::micro]
             totals: dict[str, Tensor] = {}
@@ -160,7 +163,7 @@ def train(
             # ---- Forward and backward, micro-batch by micro-batch ----
             for start in starts:
                 slots = list(range(start, start + micro))
-                batch = source.batch([indices[s] for s in slots])
+                batch = with_samples(config, source.batch([indices[s] for s in slots]), step, slots)
                 draws = make_draws(config, backbone.process, step, slots, batch.group_ids, batch.latents.shape)
                 last = start == starts[-1]
                 with nullcontext() if last else accelerator.no_sync(module):

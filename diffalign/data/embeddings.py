@@ -1,0 +1,132 @@
+"""Prompt embeddings: each distinct prompt encoded once into memory-mapped files, or at every step by encoders that stay.
+
+    prompts-<key>/<name>.bf16    all prompts' values, one after another, bare
+    prompts-<key>/index.json     the prompts' hashes, and each array's place and shape
+
+What is left out is zeros at the end of rows and columns, which are put back when read, so the model sees every number it
+would have seen. For SD3 without T5 that is most of an embedding: 256 of 333 tokens and half the width of the others. Other
+padding stays, because these models attend to it: SD1.5, SDXL and SD3 encode CLIP's padding to 77 tokens and T5's to its full
+length without a mask, as FLUX does, and their trunks have no mask either, so leaving it out would change the prediction.
+bfloat16 because T5's outputs exceed float16's range; it rounds to 2^-9 of a value.
+
+A prompt is encoded alone, never in a batch, whose size would decide its last bits: the embedding depends on the prompt only.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.data.space import check_space
+
+Say = Callable[[str], None]
+
+
+def encoded(backbone: Any, prompt: str) -> dict[str, Tensor]:
+    """Everything that the model needs of one prompt, each [...] bfloat16 on the CPU."""
+    return {name: values[0].to(torch.bfloat16) for name, values in backbone.encode_prompts([prompt]).items()}
+
+
+class LivePrompts:
+    """Embeddings made when they are asked for (`data.cache: latents` or `off`): the text encoders stay in memory."""
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, "").items()}
+
+    def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of prompts, each [B, ...] float32."""
+        once = {prompt: encoded(self.backbone, prompt) for prompt in dict.fromkeys(prompts)}
+        return {name: torch.stack([once[p][name] for p in prompts]).float() for name in self.unconditional}
+
+
+class PromptStore:
+    """The cached embeddings, memory-mapped; `batch` and `unconditional` as in `LivePrompts`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = json.loads((folder / "index.json").read_text())
+        self._at = {digest: n for n, digest in enumerate(index["prompts"])}
+        self._arrays = {
+            name: _Ragged(folder / f"{name}.bf16", tuple(told["full"]), [tuple(s) for s in told["shapes"]])
+            for name, told in index["arrays"].items()
+        }
+        self.unconditional = self.batch([""])
+
+    def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of prompts that were cached, each [B, ...] float32."""
+        rows = [self._at[_digest(prompt)] for prompt in prompts]
+        return {name: torch.stack([array.read(row) for row in rows]).float() for name, array in self._arrays.items()}
+
+    @classmethod
+    def write(cls, folder: Path, prompts: Sequence[str], backbone: Any, say: Say) -> None:
+        """Encode the distinct ones of `prompts`, and the empty prompt, into `folder`."""
+        distinct = list(dict.fromkeys([*prompts, ""]))
+        check_space(folder, prompt_bytes(distinct, backbone), "the cache of prompt embeddings")
+        full: dict[str, list[int]] = {}
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        parts = {}
+        try:
+            for prompt in distinct:
+                for name, values in encoded(backbone, prompt).items():
+                    if name not in parts:
+                        parts[name] = (folder / f"{name}.bf16").open("wb")
+                        full[name], shapes[name] = list(values.shape), []
+                    kept = trimmed(values)
+                    shapes[name].append(tuple(kept.shape))
+                    parts[name].write(_bits(kept).tobytes())
+        finally:
+            for part in parts.values():
+                part.close()
+        arrays = {name: {"full": full[name], "shapes": shapes[name]} for name in sorted(parts)}
+        index = {"prompts": [_digest(prompt) for prompt in distinct], "arrays": arrays}
+        (folder / "index.json").write_text(json.dumps(index))
+        say(f"cached embeddings of {len(distinct) - 1} prompts")
+
+
+def prompt_bytes(prompts: Sequence[str], backbone: Any) -> int:
+    """Size of the cached embeddings; one prompt is encoded to learn it."""
+    distinct = list(dict.fromkeys([*prompts, ""]))
+    return 2 * len(distinct) * sum(trimmed(values).numel() for values in encoded(backbone, distinct[0]).values())
+
+
+def trimmed(values: Tensor) -> Tensor:
+    """`values` [..., L, D] without the zeros at the end of its last two axes; vectors as they are."""
+    if values.dim() < 2:
+        return values
+    kept = values
+    for axis in (-2, -1):
+        other = [d for d in range(values.dim()) if d != values.dim() + axis]
+        used = torch.nonzero((values != 0).sum(dim=other))
+        kept = kept.narrow(axis, 0, int(used[-1]) + 1 if len(used) else 1)
+    return kept
+
+
+class _Ragged:
+    """Arrays of different shapes in one flat file, read back at their full shape."""
+
+    def __init__(self, path: Path, full: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
+        self.full, self.shapes = full, shapes
+        self.starts = np.concatenate([[0], np.cumsum([int(np.prod(shape)) for shape in shapes])])
+        self.flat = np.memmap(path, np.int16, mode="r")
+
+    def read(self, row: int) -> Tensor:
+        values = np.array(self.flat[self.starts[row] : self.starts[row + 1]])
+        kept = torch.from_numpy(values).view(torch.bfloat16).view(self.shapes[row])
+        whole = torch.zeros(self.full, dtype=torch.bfloat16)
+        whole[tuple(slice(0, n) for n in kept.shape)] = kept
+        return whole
+
+
+def _bits(values: Tensor) -> np.ndarray:
+    """bfloat16, which numpy does not know, as the integers of its bits."""
+    return values.contiguous().view(torch.int16).numpy()
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.blake2b(prompt.encode(), digest_size=12).hexdigest()
