@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
 from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
 from diffalign.config_schema import (
@@ -41,6 +42,7 @@ __all__ = [
     "OBJECTIVE_SECTIONS",
     "CheckpointSection",
     "DataSection",
+    "DistillConfig",
     "EvalConfig",
     "LabelSection",
     "ModelSection",
@@ -59,6 +61,7 @@ __all__ = [
     "config_path",
     "eval_config_of_run",
     "load_config",
+    "load_distill_config",
     "load_eval_config",
     "load_rank_config",
     "load_sample_config",
@@ -99,6 +102,11 @@ def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     perhaps meant.
     """
     return _validate(_document(config, overrides), TrainConfig)
+
+
+def load_distill_config(config: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """As `load_config`, for `diffalign distill`."""
+    return _validate(_document(config, overrides), DistillConfig)
 
 
 def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:

@@ -41,7 +41,7 @@ class Watch:
     def row(self, row: Row) -> list[Finding]:
         """A row of metrics.jsonl (with its "step"); returns what is new."""
         self._rows.append(row)
-        if len(self._first_losses) < WINDOW:
+        if len(self._first_losses) < WINDOW and "loss" in row:
             self._first_losses.append(row["loss"])
         # A step in which no group states a preference has no accuracy, margin or gaps to judge.
         telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0]

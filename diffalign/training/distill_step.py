@@ -1,0 +1,204 @@
+"""The distillation step: the student's roll-out, its loss, and the fake network's.
+
+Three networks are roles of one backbone: "student" (what trains), "teacher" (the frozen base), "fake" (trained to denoise
+the student's images). All x0 and errors are in float32. Which reading of GNDM and GNDMR this is, and that their text was not
+available, stands in `objectives/distribution_matching.py` and `objectives/advantages.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.objectives.advantages import by_spread, ca_factor, combined, exponential_weights, standardised
+from diffalign.objectives.distribution_matching import guided, matching_loss, mean_size, normalised, split_direction
+from diffalign.pipelines.few_step import FewStep
+from diffalign.training.distill_draws import DistillDraws, group_shape
+
+Conditioning = dict[str, Tensor]
+Judge = Callable[[Tensor, list[int]], dict[str, Tensor]]
+"""Finished latents [N, C, h, w] and the prompts' indices [N] -> scores by reward, [N] each, NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class RollOut:
+    """x [N, C, h, w]: the image after the step that learns, with its gradient; final: after all steps, without."""
+
+    x: Tensor
+    final: Tensor
+
+
+def roll_out(
+    backbone: Any, student: FewStep, conditioning: Conditioning, draws: DistillDraws, *, learn: bool, finish: bool
+) -> RollOut:
+    """The student from noise to its step `draws.stop`, as it samples (backward simulation, DMD2 section 4.5).
+
+    Only that step carries a gradient, and only if `learn`; what comes before is the student's own doing, not noised data,
+    so that training sees what inference sees. `finish`: go on to the end, for rewards.
+    """
+    device = backbone.device
+    x = student.process.initial(draws.noise[:, 0].to(device))
+
+    def predict(x: Tensor, index: int) -> Tensor:
+        with backbone.role("student"):
+            prediction: Tensor = backbone.predict(x, student.at(index, x), conditioning)
+        return prediction
+
+    def advance(x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """x0 as predicted at this step, and the latent at the next."""
+        prediction = predict(x, index)
+        last = index == student.steps - 1
+        noise = draws.noise[:, index + 1].to(device) if student.stochastic and not last else None
+        x0 = student.process.x0(x, prediction, student.at(index, x))
+        return x0, student.advance(x, prediction, index, noise)
+
+    with torch.no_grad():
+        for index in range(draws.stop):
+            _, x = advance(x, index)
+    # Autocast keeps casts of weights; those made here, without gradient, must not serve the step that learns.
+    torch.clear_autocast_cache()
+    with torch.set_grad_enabled(learn):
+        image, onward = advance(x, draws.stop)
+    final = image.detach()
+    if finish and draws.stop < student.steps - 1:
+        with torch.no_grad():
+            final = onward.detach()
+            for index in range(draws.stop + 1, student.steps):
+                _, final = advance(final, index)
+        torch.clear_autocast_cache()
+    return RollOut(image, final)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """dm, ca [N R, C, h, w]; size [N R]; ratio [N R]: one draw of R_dm up to a factor of the level, un-guided."""
+
+    dm: Tensor
+    ca: Tensor
+    guided: Tensor
+    size: Tensor
+    ratio: Tensor
+
+
+def compare(
+    config: Any, backbone: Any, x: Tensor, conditioning: Conditioning, empty: Conditioning, draws: DistillDraws
+) -> Compared:
+    """Teacher and fake at a re-noised x [N R, C, h, w]; no gradient. `guided` is the whole direction as DMD2 has it."""
+    process, device, w = backbone.process, backbone.device, config.match.guidance
+
+    def look(role: str, noisy: Tensor, t: Tensor, seen: Conditioning) -> tuple[Tensor, Tensor]:
+        """x0 and epsilon as `role` predicts them."""
+        with backbone.role(role):
+            prediction = backbone.predict(noisy, t, seen)
+        return process.x0(noisy, prediction, t), process.epsilon(noisy, prediction, t)
+
+    with torch.no_grad():
+        t, noise = draws.times.to(device), draws.renoise.to(device)
+        noisy = process.add_noise(x, noise, t)
+        fake, fake_epsilon = look("fake", noisy, t, conditioning)
+        teacher, teacher_epsilon = look("teacher", noisy, t, conditioning)
+        errors = [(e - noise).square().flatten(1).mean(dim=1) for e in (fake_epsilon, teacher_epsilon)]
+        ratio = errors[0] - errors[1]
+        if config.match.decoupled and w != 1.0:
+            t_ca = draws.guidance_times.to(device)
+            noisy_ca = process.add_noise(x, draws.guidance_noise.to(device), t_ca)
+            with_prompt, _ = look("teacher", noisy_ca, t_ca, conditioning)
+            without, _ = look("teacher", noisy_ca, t_ca, empty)
+            _, ca = split_direction(with_prompt, without, with_prompt, w)
+            # Ours: each part is measured by its own level's size, since the sizes of two levels cannot be compared. DM
+            # keeps `size`, so CA is brought to it.
+            size = mean_size(x, teacher)
+            own = mean_size(x, guided(with_prompt, without, w))
+            ca = ca * (size / own.clamp_min(1e-12)).view(-1, 1, 1, 1)
+            return Compared(teacher - fake, ca, teacher - fake + ca, size, ratio)
+        without = look("teacher", noisy, t, empty)[0] if w != 1.0 else teacher
+        dm, ca = split_direction(teacher, without, fake, w)
+        target = guided(teacher, without, w)
+        return Compared(dm, ca, target - fake, mean_size(x, target), ratio)
+
+
+def _advantages(config: Any, scores: dict[str, Tensor], ratio: Tensor, images: int) -> Tensor:
+    """A [N], from scores [N] by reward and the draw of R_dm [N]; 0 where there is nothing to compare."""
+    rewards = {name: values.view(-1, images) for name, values in scores.items()}
+    weights = {term.name: term.weight for term in config.reward.terms if term.name in rewards}
+    if config.group.advantage == "scalar_rdm":
+        rewards["scalar_rdm"], weights["scalar_rdm"] = ratio.view(-1, images), config.group.advantage_weight
+    if not rewards:
+        return torch.zeros_like(ratio)
+    baseline, clip = config.reward.baseline, config.reward.clip
+    if config.reward.weights == "by_spread":
+        known = {name: values.nan_to_num(0.0, 0.0, 0.0) for name, values in rewards.items()}
+        shares = by_spread(known, weights)
+        parts = [shares[name] * standardised(values, baseline) for name, values in rewards.items()]
+        return torch.stack(parts).sum(dim=0).clamp(-clip, clip).flatten()
+    return combined(rewards, weights, baseline, clip=clip).flatten()
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """loss [N] with gradient to the student; x [N, C, h, w] detached, for the fake network; metrics [N] each."""
+
+    loss: Tensor
+    x: Tensor
+    metrics: dict[str, Tensor]
+
+
+def student_step(
+    config: Any,
+    backbone: Any,
+    student: FewStep,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    draws: DistillDraws,
+    indices: list[int],
+    judge: Judge | None,
+) -> StudentOutput:
+    """The student's loss on N = B M images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of the prompts."""
+    images, renoisings = group_shape(config.group)
+    rolled = roll_out(backbone, student, conditioning, draws, learn=True, finish=judge is not None)
+    x = rolled.x
+    again = x.detach().repeat_interleave(renoisings, dim=0)
+    seen = {name: value.repeat_interleave(renoisings, dim=0) for name, value in conditioning.items()}
+    empty = {name: value.expand(len(again), *value.shape[1:]) for name, value in unconditional.items()}
+    found = compare(config, backbone, again, seen, empty, draws)
+
+    # ---- What rewards make of it ----
+    scores = judge(rolled.final, indices) if judge is not None else {}
+    scores = {name: values.to(x.device) for name, values in scores.items()}
+    direction = found.guided
+    advantage = torch.zeros(len(x), device=x.device)
+    if config.reward.use == "exponential" and scores:
+        weight = exponential_weights(next(iter(scores.values()))).repeat_interleave(renoisings)
+        direction = weight.view(-1, 1, 1, 1) * direction
+    elif scores or (config.group.advantage != "none" and renoisings == 1):
+        advantage = _advantages(config, scores, found.ratio, images)
+        factor = ca_factor(advantage, config.reward.use, config.reward.strength)
+        direction = found.dm + factor.view(-1, 1, 1, 1) * found.ca
+
+    group = config.group
+    loss = matching_loss(x, normalised(direction, found.size, group.size, group.axis, group.scale))
+    per_image = {"dm": found.dm, "ca": found.ca}
+    metrics = {name: v.abs().flatten(1).mean(1).view(-1, renoisings).mean(1) for name, v in per_image.items()}
+    metrics["size"] = found.size.view(-1, renoisings).mean(1)
+    metrics["ratio_gap"] = found.ratio.view(-1, renoisings).mean(1)
+    if images > 1:
+        spread = x.detach().unflatten(0, (-1, images)).std(dim=1).flatten(1).mean(1)
+        metrics["diversity"] = spread.repeat_interleave(images)
+    if scores or group.advantage != "none":
+        metrics["advantage_size"] = advantage.abs()
+    for name, values in scores.items():
+        metrics["reward" if len(scores) == 1 else f"reward/{name}"] = values
+    return StudentOutput(loss, x.detach(), {name: value.detach() for name, value in metrics.items()})
+
+
+def fake_step(backbone: Any, x: Tensor, conditioning: Conditioning, draws: DistillDraws) -> Tensor:
+    """The fake network's denoising error on the student's images x [N, C, h, w], [N]: with the prompt, never guided.
+
+    Call it and its backward inside `backbone.role("fake")`.
+    """
+    process = backbone.process
+    t, noise = draws.fake_times.to(backbone.device), draws.fake_noise.to(backbone.device)
+    prediction = backbone.predict(process.add_noise(x, noise, t), t, conditioning)
+    return (prediction - process.target(x, noise, t)).square().flatten(1).mean(dim=1)
