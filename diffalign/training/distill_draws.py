@@ -67,7 +67,7 @@ def make_distill_draws(
             for again in range(renoisings):
                 member = image * renoisings + again
                 # Images of one prompt share the level, else a group would measure the level; re-noisings do not.
-                shared = None if config.group.axis == "prompt" else member
+                shared = None if renoisings == 1 else member
                 renoise.append(normal(one("distill_renoise", member), shape))
                 level.append(one("distill_time", shared).random())
                 guidance_noise.append(normal(one("distill_guidance_noise", member), shape))
