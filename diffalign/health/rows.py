@@ -104,6 +104,14 @@ def drift_explodes(rows: Sequence[Row]) -> str | None:
     return f"drift is {share:.0%} of the reference's error" if share > 1.0 else None
 
 
+def diversity_falls(rows: Sequence[Row]) -> str | None:
+    """Distillation: the newest rows against the oldest that are kept (120 rows)."""
+    if not has(rows, "diversity", count=3 * WINDOW):
+        return None
+    before, now = mean(rows[:WINDOW], "diversity"), mean(rows[-WINDOW:], "diversity")
+    return f"{now:.3g}, {before:.3g} in earlier rows" if now < 0.5 * before else None
+
+
 CHECKS: dict[str, Check] = {
     "accuracy_stuck": accuracy_stuck,
     "beta_too_small": beta_too_small,
@@ -112,4 +120,5 @@ CHECKS: dict[str, Check] = {
     "margin_saturated": margin_saturated,
     "gradient_jumps": gradient_jumps,
     "drift_explodes": drift_explodes,
+    "diversity_falls": diversity_falls,
 }
