@@ -18,8 +18,9 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.objectives.advantages import standardised
 from diffalign.pipelines.few_step import FewStep
+from diffalign.pipelines.process import Diffusion, Flow
 from diffalign.training.distill_draws import make_distill_draws, stop_step
-from diffalign.training.distill_step import fake_step, student_step
+from diffalign.training.distill_step import fake_step, ratio_weight, student_step
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
@@ -231,6 +232,30 @@ def test_scalar_ratio_is_an_advantage(tmp_path: Path) -> None:
         ]
     expected = standardised((errors[0] - errors[1]).view(2, 3)).abs().flatten()
     torch.testing.assert_close(output.metrics["advantage_size"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ratio_as_a_metric(tmp_path: Path) -> None:
+    """The weight of a draw against closed forms, and mean and error of a step's draws over its prompts."""
+    match = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 3.0}).match
+    s = torch.tensor([0.1, 0.5, 0.9])
+    u = s / (3 - 2 * s)
+    expected = 1 / (s * (1 - s)) * 3 / (1 + 2 * u) ** 2 * 0.8
+    torch.testing.assert_close(ratio_weight(Flow(3.0), match, s), expected, rtol=1e-3, atol=0)
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
+    snr = (abar / (1 - abar)).log()
+    t = torch.tensor([100.0, 500.0, 900.0])
+    flat = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 1.0}).match
+    by_step = torch.stack([(snr[int(k) - 1] - snr[int(k) + 1]) / 4 * 1000 * 0.8 for k in t])
+    found = ratio_weight(Diffusion(abar.float(), "epsilon"), flat, t)
+    torch.testing.assert_close(found, by_step.float(), rtol=1e-2, atol=0)
+
+    config = toy.toy_config(tmp_path, train={"steps": 1})
+    row = distilled(tmp_path / "run", train={"steps": 1})[0]
+    assert row["r_dm"] == 0.0 == row["r_dm_error"]  # fake and teacher are still one
+    output = one_step(config, moved(), 0)[0]
+    assert output.metrics["r_dm"].view(2, 2).std(dim=1).tolist() == [0.0, 0.0]
+    later = distilled(tmp_path / "later", train={"steps": 4})[-1]
+    assert later["r_dm"] != 0.0 and later["r_dm_error"] > 0.0
 
 
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ CHARTS: dict[str, tuple[str, str]] = {
     "fake_loss": ("Fake network's error", "mean squared, on the student's images"),
     "reward": ("Reward in training", "mean over the student's finished images"),
     "diversity": ("Diversity within a prompt", "deviation over the latents of one prompt's images; should not halve"),
-    "ratio_gap": ("Denoising gap", "fake's error less the teacher's: below 0 the fake network knows the images better"),
+    "r_dm": ("R_dm", "log p_teacher / p_student of the student's images from one draw, nats; 0 where both agree"),
     "dm": ("Matching term", "mean size of teacher less fake; 0 where they agree"),
     "ca": ("Guidance term", "mean size of what guidance adds"),
     "grad_norm": ("Gradient norm", "before clipping"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffalign.objectives.advantages import by_spread, ca_factor, combined, exponential_weights, standardised
 from diffalign.objectives.distribution_matching import guided, matching_loss, mean_size, normalised, split_direction
 from diffalign.pipelines.few_step import FewStep
+from diffalign.pipelines.process import NoiseProcess
 from diffalign.training.distill_draws import DistillDraws, group_shape
 
 Conditioning = dict[str, Tensor]
@@ -73,13 +74,36 @@ def roll_out(
 
 @dataclass(frozen=True)
 class Compared:
-    """dm, ca [N R, C, h, w]; size [N R]; ratio [N R]: one draw of R_dm up to a factor of the level, un-guided."""
+    """dm, ca, guided [N R, C, h, w]: the two parts and the whole; size [N R]; gap [N R]: fake's epsilon error less the
+    un-guided teacher's, mean over elements."""
 
     dm: Tensor
     ca: Tensor
     guided: Tensor
     size: Tensor
-    ratio: Tensor
+    gap: Tensor
+
+
+def ratio_weight(process: NoiseProcess, match: Any, t: Tensor) -> Tensor:
+    """What an epsilon error at time t counts in R_dm, [N]: 1/2 |dlambda/du| (high - low), u being drawn uniformly.
+
+    u is the share of the time axis before the shift; lambda = log(a^2 / s^2) is differentiated over a thousandth of the
+    axis. R_dm is then an integral from `match.low` to `match.high` alone.
+    """
+    span, times = process.span, t.detach().cpu()
+    h = span / 1000
+
+    def snr(at: Tensor) -> Tensor:
+        a, s = process.coefficients(at)
+        return 2.0 * (a.double() / s.double()).log()
+
+    top = span - (0.0 if span > 1 else h / 2)
+    low, high = (times - h / 2).clamp_min(h / 2 if span == 1.0 else 0.0), (times + h / 2).clamp_max(top)
+    slope = (snr(low) - snr(high)) / (high - low).double()
+    shift = process.shift if match.shift is None else match.shift
+    fraction = times.double() / span
+    by_share = span * (shift - (shift - 1.0) * fraction) ** 2 / shift  # dt/du
+    return (0.5 * slope * by_share * (match.high - match.low)).float().to(t.device)
 
 
 def compare(
@@ -100,7 +124,7 @@ def compare(
         fake, fake_epsilon = look("fake", noisy, t, conditioning)
         teacher, teacher_epsilon = look("teacher", noisy, t, conditioning)
         errors = [(e - noise).square().flatten(1).mean(dim=1) for e in (fake_epsilon, teacher_epsilon)]
-        ratio = errors[0] - errors[1]
+        gap = errors[0] - errors[1]
         if config.match.decoupled and w != 1.0:
             t_ca = draws.guidance_times.to(device)
             noisy_ca = process.add_noise(x, draws.guidance_noise.to(device), t_ca)
@@ -112,21 +136,24 @@ def compare(
             size = mean_size(x, teacher)
             own = mean_size(x, guided(with_prompt, without, w))
             ca = ca * (size / own.clamp_min(1e-12)).view(-1, 1, 1, 1)
-            return Compared(teacher - fake, ca, teacher - fake + ca, size, ratio)
+            return Compared(teacher - fake, ca, teacher - fake + ca, size, gap)
         without = look("teacher", noisy, t, empty)[0] if w != 1.0 else teacher
         dm, ca = split_direction(teacher, without, fake, w)
         target = guided(teacher, without, w)
-        return Compared(dm, ca, target - fake, mean_size(x, target), ratio)
+        return Compared(dm, ca, target - fake, mean_size(x, target), gap)
 
 
-def _advantages(config: Any, scores: dict[str, Tensor], ratio: Tensor, images: int) -> Tensor:
-    """A [N], from scores [N] by reward and the draw of R_dm [N]; 0 where there is nothing to compare."""
+def _advantages(config: Any, scores: dict[str, Tensor], gap: Tensor, images: int) -> Tensor:
+    """A [N], from scores [N] by reward and R_dm's draw [N]; 0 where there is nothing to compare.
+
+    Images of a prompt share the level, so that R_dm's weight, the same for all of them, falls out when it is standardised.
+    """
     rewards = {name: values.view(-1, images) for name, values in scores.items()}
     weights = {term.name: term.weight for term in config.reward.terms if term.name in rewards}
     if config.group.advantage == "scalar_rdm":
-        rewards["scalar_rdm"], weights["scalar_rdm"] = ratio.view(-1, images), config.group.advantage_weight
+        rewards["scalar_rdm"], weights["scalar_rdm"] = gap.view(-1, images), config.group.advantage_weight
     if not rewards:
-        return torch.zeros_like(ratio)
+        return torch.zeros_like(gap)
     baseline, clip = config.reward.baseline, config.reward.clip
     if config.reward.weights == "by_spread":
         known = {name: values.nan_to_num(0.0, 0.0, 0.0) for name, values in rewards.items()}
@@ -173,7 +200,7 @@ def student_step(
         weight = exponential_weights(next(iter(scores.values()))).repeat_interleave(renoisings)
         direction = weight.view(-1, 1, 1, 1) * direction
     elif scores or (config.group.advantage != "none" and renoisings == 1):
-        advantage = _advantages(config, scores, found.ratio, images)
+        advantage = _advantages(config, scores, found.gap, images)
         factor = ca_factor(advantage, config.reward.use, config.reward.strength)
         direction = found.dm + factor.view(-1, 1, 1, 1) * found.ca
 
@@ -182,7 +209,9 @@ def student_step(
     per_image = {"dm": found.dm, "ca": found.ca}
     metrics = {name: v.abs().flatten(1).mean(1).view(-1, renoisings).mean(1) for name, v in per_image.items()}
     metrics["size"] = found.size.view(-1, renoisings).mean(1)
-    metrics["ratio_gap"] = found.ratio.view(-1, renoisings).mean(1)
+    # A prompt's images share their draw's level, so the prompt is what the error of the mean is over.
+    weight = ratio_weight(student.process, config.match, draws.times.to(x.device)) * x[0].numel()
+    metrics["r_dm"] = (weight * found.gap).view(-1, group.size).mean(1).repeat_interleave(images)
     if images > 1:
         spread = x.detach().unflatten(0, (-1, images)).std(dim=1).flatten(1).mean(1)
         metrics["diversity"] = spread.repeat_interleave(images)

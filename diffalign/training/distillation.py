@@ -153,7 +153,8 @@ def distill(
                     share = output.loss.sum() / (groups * images)
                     _check_finite("student's loss", share, step, ids, run_dir)
                     share.backward()
-                    totals.add({"student_loss": output.loss.detach(), **output.metrics})
+                    squared = {"r_dm_squared": output.metrics["r_dm"].square()}
+                    totals.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
                     seen.append((output.x, conditioning, draws))
                 if inner == 0:
                     norms["grad_norm"] = _update(accelerator, learnt, optimizer, config, step, run_dir)
@@ -174,7 +175,7 @@ def distill(
 
             # ---- Log ----
             done = step + 1
-            row = totals.means(accelerator) | norms | rates
+            row = _with_error(totals.means(accelerator), groups) | norms | rates
             if done % config.train.log_every == 0 or done == steps:
                 if metrics_log:
                     metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
@@ -233,6 +234,12 @@ class Sums:
         # float32: not every device and backend sums doubles.
         totals = accelerator.reduce(torch.stack([self.values[n] for n in names]).float(), reduction="sum")
         return {name: (s / n if n else math.nan) for name, (s, n) in zip(names, totals.tolist(), strict=True)}
+
+
+def _with_error(row: dict[str, float], groups: int) -> dict[str, float]:
+    """R_dm's standard error over the prompts in the place of its mean square; none for a single prompt."""
+    variance = max(row.pop("r_dm_squared") - row["r_dm"] ** 2, 0.0)
+    return row | {"r_dm_error": math.sqrt(variance / (groups - 1))} if groups > 1 else row
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
