@@ -144,6 +144,11 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
             f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run or a config file"
         )
     document = read_document(trained)
+    if "student" in document.values:
+        raise DiffalignError(
+            f"{run_dir}: a distilled student, which samples in its own way; draw with `diffalign sample` and "
+            f"model.path={run_dir / 'student'}, its number of steps and guidance_scale=0, and then `diffalign score`"
+        )
     run = Document(
         {
             "model": document.values.get("model"),

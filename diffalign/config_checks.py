@@ -243,6 +243,15 @@ def check_distillation(config: DistillConfig) -> None:
             "reward.use",
             "reward.start_step",
         )
+    stochastic = student.sampler == "renoise" or (student.sampler == "cps" and student.eta > 0)
+    if reward.policy_weight and (not compared or not stochastic or student.steps == 1):
+        _refuse(
+            "PPO needs advantages and a stochastic step: reward.terms, student.sampler=renoise or cps, two steps or more",
+            "reward.policy_weight",
+            "student.sampler",
+        )
+    if reward.gradient_weight and not reward.terms:
+        _refuse("there is no reward to take a gradient of; give reward.terms", "reward.gradient_weight")
     if len({term.name for term in reward.terms}) < len(reward.terms):
         _refuse("a reward is named twice", "reward.terms")
     if match.low >= match.high:

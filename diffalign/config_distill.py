@@ -100,6 +100,15 @@ class RewardMixSection(Section):
         "fixed", description="by_spread: each prompt weighs its rewards by their spread there (DVAO)"
     )
     clip: float = Field(5.0, gt=0, description="advantages are cut to this size")
+    policy_weight: float = Field(
+        0.0, ge=0, description="adds so many times PPO's loss of the step that learns (renoise and cps only); 0: none"
+    )
+    gradient_weight: float = Field(
+        0.0, ge=0, description="adds so many times the gradient of differentiable rewards, in the last step; 0: none"
+    )
+    gradient_balance: bool = Field(
+        False, description="true: that gradient is first made as large, image by image, as the distillation's"
+    )
 
 
 class FakeSection(Section):

@@ -14,9 +14,10 @@ from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
+from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages import open_backbone, open_rewards, resolve_device, resolve_prompts, say
-from diffalign.training.distill_step import Judge
+from diffalign.training.distill_step import Judge, Lean
 from diffalign.training.distillation import distill as distill_backbone
 from diffalign.training.loop import start_accelerator
 from diffalign.training.optim import check_installed
@@ -61,11 +62,13 @@ def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
     return student, scheduler
 
 
-def reward_judge(config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str) -> Judge | None:
-    """Decodes finished latents and scores them with every reward of the mix; None where there is none."""
+def reward_judge(
+    config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str
+) -> tuple[Judge | None, Lean | None]:
+    """What decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
     terms: list[RewardTerm] = list(config.reward.terms)
     if not terms:
-        return None
+        return None, None
     rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
     for term in terms:
         if term.column is not None and term.column not in rewards[term.name].columns:
@@ -85,7 +88,20 @@ def reward_judge(config: DistillConfig, backbone: Any, rows: list[PromptRow], de
             scores[term.name] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
         return scores
 
-    return judge
+    smooth = [term for term in terms if rewards[term.name].differentiable]
+    if not config.reward.gradient_weight:
+        return judge, None
+    if not smooth:
+        raise DiffalignError(
+            "reward.gradient_weight: none of reward.terms is differentiable; `diffalign rewards` lists those"
+        )
+
+    def lean(latents: Tensor, indices: list[int]) -> Tensor:
+        pixels, texts = backbone.decode_latents(latents), [rows[i].prompt for i in indices]
+        scores = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
+        return torch.stack(scores).sum(dim=0)
+
+    return judge, lean
 
 
 def _validation(config: DistillConfig, backbone: Any, device: str) -> Validation | None:
@@ -121,7 +137,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
-    judge = reward_judge(config, backbone, rows, str(accelerator.device))
+    judge, lean = reward_judge(config, backbone, rows, str(accelerator.device))
     validation = _validation(config, backbone, device)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     side = config.resolution or backbone.default_resolution
@@ -132,19 +148,25 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
         if judge is not None:
             backbone.pipeline.vae.to(backbone.device)
     places = side // backbone.vae_scale_factor
-    result = distill_backbone(
-        config,
-        backbone=backbone,
-        student=student,
-        source=source,
-        shape=(backbone.latent_channels, places, places),
-        judge=judge,
-        say=say,
-        accelerator=accelerator,
-        validation=validation,
-    )
+    try:
+        result = distill_backbone(
+            config,
+            backbone=backbone,
+            student=student,
+            source=source,
+            shape=(backbone.latent_channels, places, places),
+            judge=judge,
+            lean=lean,
+            say=say,
+            accelerator=accelerator,
+            validation=validation,
+        )
+    finally:
+        # Also of a run that an alarm has stopped: the report is where one sees why.
+        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
+            write_report(Path(config.run_dir))
     if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}")
+        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
         if config.save_pipeline:
             say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 

@@ -77,7 +77,9 @@ def test_reward_weights() -> None:
     expected = (summed - summed.mean()) / (R.numpy().std() + 2 * Q.numpy().std())
     close(total, expected, atol=5e-4)  # the identity of the paper, up to the epsilon of the standardisation
     assert float(by_spread({"r": 0 * R}, {"r": 1.0})["r"]) == 0.0
-    close(gradient_balance(torch.tensor([3.0, 4.0]), torch.tensor([0.5])), 10.0, atol=1e-5)
+    close(
+        gradient_balance(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.5], [1.0]])), [10.0, 0.0], atol=1e-5
+    )
 
 
 def test_centred_scalar_rewards_are_unbiased_only_left_out() -> None:

@@ -234,6 +234,74 @@ def test_scalar_ratio_is_an_advantage(tmp_path: Path) -> None:
     torch.testing.assert_close(output.metrics["advantage_size"], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_policy_gradient_of_the_step_that_learns(tmp_path: Path) -> None:
+    """-A d log N(a; mean, rho^2) on top of the distillation, where the step draws; nothing in the last one."""
+
+    def gradient(weight: float, stop: int) -> tuple[dict[str, Tensor], Any, Any, toy.ToyBackbone]:
+        sections = {"terms": [{"name": "mean"}], "strength": 0.0, "policy_weight": weight}
+        config = toy.toy_config(tmp_path, group={"size": 4}, reward=sections)
+        iteration = next(i for i in range(40) if stop_step(config, i) == stop)
+        backbone = moved()
+        output, draws, conditioning = one_step(config, backbone, iteration, toy.brightness)
+        output.loss.sum().backward()
+        return {k: p.grad for k, p in backbone.trainable().items() if p.grad is not None}, draws, conditioning, backbone
+
+    plain, draws, conditioning, backbone = gradient(0.0, 0)
+    with_policy, *_ = gradient(2.0, 0)
+    prompt, x, after = conditioning["prompt"], draws.noise[:, 0], 0.75
+    backbone.trunk.zero_grad()
+    mean = (1 - after) * (x - network(backbone, "student", x, 1.0, prompt))
+    action = (mean + after * draws.noise[:, 1]).detach()
+    final = action
+    with torch.no_grad():
+        for k in (1, 2, 3):
+            s, then = float(toy.TIMES[k]), float(toy.TIMES[k + 1])
+            x0 = final - s * network(backbone, "student", final, s, prompt)
+            final = x0 if k == 3 else (1 - then) * x0 + then * draws.noise[:, k + 1]
+    a = standardised(final.flatten(1).mean(1).view(2, 4)).flatten()
+    log = -(action - mean).square().flatten(1).mean(1) / (2 * after**2)
+    (-2.0 * a * log).sum().backward()
+    for name, parameter in backbone.trainable().items():
+        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0
+        torch.testing.assert_close(with_policy[name] - plain[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    for name, value in gradient(0.0, 3)[0].items():
+        assert torch.equal(value, gradient(2.0, 3)[0][name])
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_gradient_of_a_reward_through_the_last_step(tmp_path: Path, balance: bool) -> None:
+    sections = {"terms": [{"name": "mean"}], "strength": 0.0, "gradient_weight": 0.3, "gradient_balance": balance}
+    config = toy.toy_config(tmp_path, reward=sections)
+    student, prompts = FewStep(Flow(), toy.TIMES, "renoise"), toy.ToyPrompts()
+
+    def slope(stop: int, lean: Any) -> tuple[Tensor, Any]:
+        """Gradient to a bias-like parameter, and the output."""
+        iteration = next(i for i in range(40) if stop_step(config, i) == stop)
+        draws = make_distill_draws(config, student, iteration, [0, 1], ["p0", "p1"], toy.SHAPE)
+        conditioning = {k: v.repeat_interleave(2, dim=0) for k, v in prompts.batch([0, 1]).items()}
+        backbone = moved()
+        output = student_step(
+            config, backbone, student, conditioning, prompts.unconditional, draws, [0, 0, 1, 1], toy.brightness, lean
+        )
+        output.loss.sum().backward()
+        return torch.cat([p.grad.flatten() for p in backbone.trainable().values() if p.grad is not None]), output
+
+    def lean(latents: Tensor, indices: list[int]) -> Tensor:
+        return 5.0 * latents.flatten(1).mean(dim=1)
+
+    assert torch.equal(slope(1, lean)[0], slope(1, None)[0])
+    (with_reward, output), (plain, before) = slope(3, lean), slope(3, None)
+    elements = output.x[0].numel()
+    size = torch.full((4,), 5.0 / elements)
+    if balance:  # |onward| / elements over |slope|, each element of the slope being 5 / elements
+        onward = (2 * before.loss.detach() * elements).sqrt() / elements
+        size = onward / (5.0 / elements * elements**0.5) * 5.0 / elements
+    torch.testing.assert_close(
+        output.loss - before.loss, -0.3 * size * output.x.flatten(1).sum(1), rtol=1e-3, atol=1e-5
+    )
+    assert not torch.allclose(with_reward, plain)
+
+
 def test_ratio_as_a_metric(tmp_path: Path) -> None:
     """The weight of a draw against closed forms, and mean and error of a step's draws over its prompts."""
     match = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 3.0}).match

@@ -42,6 +42,11 @@ def config(folder: Path, model: Path, more: str = "") -> Path:
             "reward: {terms: [{name: jpeg_compressibility}]}\n"
             "validation: {every: 1, prompts: PROMPTS, rewards: [{name: sharpness}]}\n",
         ),
+        (
+            "sd3",
+            "tune: {kind: full}\ngroup: {axis: renoise, size: 2}\nstudent: {steps: 2}\n"
+            "reward: {terms: [{name: sharpness}], use: exponential, gradient_weight: 0.1}\n",
+        ),
     ],
 )
 def test_a_student_in_plain_diffusers(
@@ -51,6 +56,9 @@ def test_a_student_in_plain_diffusers(
 
     model = request.getfixturevalue(f"{family}_dir")
     path = config(tmp_path, model, more.replace("PROMPTS", str(tmp_path / "prompts.txt")))
+    full = "full" in more
+    if full:
+        path.write_text(path.read_text().replace("tune: {rank: 2, alpha: 2.0}\n", ""))
     assert run("distill", path, "--dry-run") == 0 and not (tmp_path / "run").exists()
     assert "times: 999, 499, -1" in capsys.readouterr().out if family == "sdxl" else True
     assert run("distill", path) == 0
@@ -59,7 +67,7 @@ def test_a_student_in_plain_diffusers(
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["dm"] == 0.0 < rows[1]["dm"]
     before = (folder / "metrics.jsonl").read_bytes()
     assert run("distill", path) == 0 and (folder / "metrics.jsonl").read_bytes() == before  # the run is complete
-    if family == "sd3":
+    if "validation" in more:
         assert {"reward", "advantage_size", "diversity"} <= set(rows[0])
         judged = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
         assert [row["step"] for row in judged] == [0, 1, 2] and (folder / "best").is_dir()
@@ -69,6 +77,7 @@ def test_a_student_in_plain_diffusers(
     call = json.loads((folder / "student" / "student.json").read_text())["call"]
     assert call["num_inference_steps"] == 2 and call["guidance_scale"] == 0.0
     text = (folder / "student" / "README.md").read_text()
+    assert ("torch.manual_seed" in text) == full and (folder / "report.html").is_file()
     assert "num_inference_steps=2, guidance_scale=0.0" in text
     torch.manual_seed(0)
     image = pipeline("a red cube", generator=torch.Generator().manual_seed(1), **call).images[0]
@@ -76,7 +85,12 @@ def test_a_student_in_plain_diffusers(
     base = DiffusionPipeline.from_pretrained(model)
     base.set_progress_bar_config(disable=True)
     base.scheduler = pipeline.scheduler
-    base.load_lora_weights(folder / "weights")
+    if full:
+        base.register_modules(
+            transformer=type(base.transformer).from_pretrained(folder / "weights", subfolder="transformer")
+        )
+    else:
+        base.load_lora_weights(folder / "weights")
     torch.manual_seed(0)
     other = base("a red cube", generator=torch.Generator().manual_seed(1), **call).images[0]
     assert isinstance(image, Image.Image)
@@ -94,6 +108,8 @@ def test_a_student_in_plain_diffusers(
         ("student: {sampler: cps}\nvalidation: {every: 1, prompts: p}\n", "no CPS scheduler"),
         ("reward: {terms: [{name: sharpness}, {name: sharpness}]}\n", "named twice"),
         ("reward: {terms: [{name: sharpness}], use: exponential}\ngroup: {advantage: scalar_rdm}\n", "exactly one"),
+        ("student: {sampler: euler}\nreward: {terms: [{name: sharpness}], policy_weight: 1.0}\n", "a stochastic step"),
+        ("reward: {gradient_weight: 1.0}\n", "no reward to take a gradient of"),
         ("tune: {kind: full, targets: [to_q]}\n", "belong to a LoRA"),
         ("optimizer: {warmup_steps: 5}\n", "warm-up does not end"),
         ("studnet: {steps: 2}\n", "did you mean student"),
@@ -121,3 +137,13 @@ def test_a_model_that_takes_guidance_is_refused(
 ) -> None:
     assert run("distill", config(tmp_path, flux_dir)) == 2
     assert "guidance is an input of the network" in capsys.readouterr().err
+
+
+def test_other_verbs_point_to_the_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "student").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("model: {path: m}\nstudent: {steps: 4}\n")
+    assert run("eval", run_dir, "prompts=testbed:test") == 2
+    assert "a distilled student" in capsys.readouterr().err
+    assert run("export", run_dir) == 2
+    assert "a whole pipeline already" in capsys.readouterr().err

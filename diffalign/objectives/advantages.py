@@ -109,5 +109,5 @@ def by_spread(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> di
 
 
 def gradient_balance(of: Tensor, other: Tensor) -> Tensor:
-    """|g| / (|g'| + 1e-8), the weight that makes the second gradient as large as the first (as VQGAN balances losses)."""
-    return of.norm() / (other.norm() + 1e-8)
+    """|g| / (|g'| + 1e-8) of each image, [N]: what makes the second gradient as large as the first (VQGAN's balance)."""
+    return of.flatten(1).norm(dim=1) / (other.flatten(1).norm(dim=1) + 1e-8)

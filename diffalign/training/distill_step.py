@@ -12,23 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.objectives.advantages import by_spread, ca_factor, combined, exponential_weights, standardised
+from diffalign.objectives.advantages import (
+    by_spread,
+    ca_factor,
+    combined,
+    exponential_weights,
+    gradient_balance,
+    standardised,
+)
 from diffalign.objectives.distribution_matching import guided, matching_loss, mean_size, normalised, split_direction
+from diffalign.objectives.few_step_policy import log_probability, ppo_loss
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import NoiseProcess
 from diffalign.training.distill_draws import DistillDraws, group_shape
 
+# RTDMD's, for log-probabilities that are means over elements.
+CLIP = 1e-5
 Conditioning = dict[str, Tensor]
 Judge = Callable[[Tensor, list[int]], dict[str, Tensor]]
 """Finished latents [N, C, h, w] and the prompts' indices [N] -> scores by reward, [N] each, NaN where there is none."""
+Lean = Callable[[Tensor, list[int]], Tensor]
+"""Finished latents with a gradient and the prompts' indices -> the weighted score [N] of the differentiable rewards."""
 
 
 @dataclass(frozen=True)
 class RollOut:
-    """x [N, C, h, w]: the image after the step that learns, with its gradient; final: after all steps, without."""
+    """x [N, C, h, w]: the image after the step that learns, with its gradient; final: after all steps, without.
+
+    mean [N, C, h, w] (with its gradient), rho [N], action: the transition that the step makes, rho 0 where it draws nothing.
+    """
 
     x: Tensor
     final: Tensor
+    mean: Tensor
+    rho: Tensor
+    action: Tensor
 
 
 def roll_out(
@@ -47,29 +65,29 @@ def roll_out(
             prediction: Tensor = backbone.predict(x, student.at(index, x), conditioning)
         return prediction
 
-    def advance(x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """x0 as predicted at this step, and the latent at the next."""
-        prediction = predict(x, index)
-        last = index == student.steps - 1
-        noise = draws.noise[:, index + 1].to(device) if student.stochastic and not last else None
-        x0 = student.process.x0(x, prediction, student.at(index, x))
-        return x0, student.advance(x, prediction, index, noise)
+    def advance(x: Tensor, prediction: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and deviation of the next latent, and the latent."""
+        mean, rho = student.transition(x, prediction, index)
+        if not student.stochastic or index == student.steps - 1:
+            return mean, rho, mean
+        return mean, rho, student.advance(x, prediction, index, draws.noise[:, index + 1].to(device))
 
     with torch.no_grad():
         for index in range(draws.stop):
-            _, x = advance(x, index)
+            x = advance(x, predict(x, index), index)[2]
     # Autocast keeps casts of weights; those made here, without gradient, must not serve the step that learns.
     torch.clear_autocast_cache()
     with torch.set_grad_enabled(learn):
-        image, onward = advance(x, draws.stop)
-    final = image.detach()
-    if finish and draws.stop < student.steps - 1:
+        prediction = predict(x, draws.stop)
+        image = student.process.x0(x, prediction, student.at(draws.stop, x))
+        mean, rho, onward = advance(x, prediction, draws.stop)
+    final = onward.detach()
+    if finish:
         with torch.no_grad():
-            final = onward.detach()
             for index in range(draws.stop + 1, student.steps):
-                _, final = advance(final, index)
+                final = advance(final, predict(final, index), index)[2]
         torch.clear_autocast_cache()
-    return RollOut(image, final)
+    return RollOut(image, final, mean, rho, onward.detach())
 
 
 @dataclass(frozen=True)
@@ -163,6 +181,17 @@ def _advantages(config: Any, scores: dict[str, Tensor], gap: Tensor, images: int
     return combined(rewards, weights, baseline, clip=clip).flatten()
 
 
+def _reward_loss(x: Tensor, onward: Tensor, lean: Lean, indices: list[int], balance: bool) -> Tensor:
+    """[N], whose gradient to x is minus the rewards' (ReFL), balanced against the matching loss's if asked."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(lean(leaf, indices).sum(), leaf)
+    slope = slope.nan_to_num(0.0, 0.0, 0.0)
+    if balance:
+        slope = gradient_balance(onward / onward[0].numel(), slope).view(-1, 1, 1, 1) * slope
+    return -(slope * x).flatten(1).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class StudentOutput:
     """loss [N] with gradient to the student; x [N, C, h, w] detached, for the fake network; metrics [N] each."""
@@ -181,6 +210,7 @@ def student_step(
     draws: DistillDraws,
     indices: list[int],
     judge: Judge | None,
+    lean: Lean | None = None,
 ) -> StudentOutput:
     """The student's loss on N = B M images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of the prompts."""
     images, renoisings = group_shape(config.group)
@@ -205,7 +235,16 @@ def student_step(
         direction = found.dm + factor.view(-1, 1, 1, 1) * found.ca
 
     group = config.group
-    loss = matching_loss(x, normalised(direction, found.size, group.size, group.axis, group.scale))
+    onward = normalised(direction, found.size, group.size, group.axis, group.scale)
+    loss = matching_loss(x, onward)
+    if config.reward.policy_weight and draws.stop < student.steps - 1:
+        # One update a roll-out: the ratio is 1, and its gradient A times that of the log-probability.
+        log = log_probability(rolled.action, rolled.mean, rolled.rho)
+        loss = loss + config.reward.policy_weight * ppo_loss(log, log, advantage, CLIP, CLIP)[0]
+    if lean is not None and draws.stop == student.steps - 1:
+        loss = loss + config.reward.gradient_weight * _reward_loss(
+            x, onward, lean, indices, config.reward.gradient_balance
+        )
     per_image = {"dm": found.dm, "ca": found.ca}
     metrics = {name: v.abs().flatten(1).mean(1).view(-1, renoisings).mean(1) for name, v in per_image.items()}
     metrics["size"] = found.size.view(-1, renoisings).mean(1)

@@ -27,7 +27,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.checkpoint import Partner, TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.distill_draws import DistillDraws, group_shape, make_distill_draws
-from diffalign.training.distill_step import Judge, fake_step, roll_out, student_step
+from diffalign.training.distill_step import Judge, Lean, fake_step, roll_out, student_step
 from diffalign.training.loop import Say, TrainResult, start_accelerator
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
@@ -60,6 +60,7 @@ def distill(
     source: Any,
     shape: tuple[int, int, int],
     judge: Judge | None = None,
+    lean: Lean | None = None,
     say: Say = print,
     accelerator: Accelerator | None = None,
     validation: Validation | None = None,
@@ -67,8 +68,8 @@ def distill(
     """Distil `backbone` into the few-step `student` as `config` (a DistillConfig) says; all goes into `config.run_dir`.
 
     `source` offers `len(source)`, `batch(indices) -> conditioning`, `ids` and `unconditional`; `shape` is (C, h, w) of a
-    latent; `judge` scores finished latents. Raises DiffalignError for a checkpoint of another config, for losses that are
-    not finite, for a full disk, and for an alarm where on_alarm is stop.
+    latent; `judge` scores finished latents, `lean` with a gradient. Raises DiffalignError for a checkpoint of another
+    config, for losses that are not finite, for a full disk, and for an alarm where on_alarm is stop.
     """
     # ---- Set-up ------------------------------------------------------------------------------------------------------
     if config.train.threads:
@@ -148,7 +149,7 @@ def distill(
                     with accelerator.autocast():
                         output = student_step(
                             config, backbone, student, conditioning, source.unconditional, draws,
-                            [i for i in chosen for _ in range(images)], judging,
+                            [i for i in chosen for _ in range(images)], judging, lean if judging else None,
                         )  # fmt: skip
                     share = output.loss.sum() / (groups * images)
                     _check_finite("student's loss", share, step, ids, run_dir)
