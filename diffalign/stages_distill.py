@@ -75,9 +75,14 @@ def reward_judge(
             known = ", ".join(rewards[term.name].columns)
             raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
 
+    def decoded(latents: Tensor) -> Tensor:
+        backbone.pipeline.vae.to(backbone.device)  # a validation puts it back into the CPU's memory
+        pixels: Tensor = backbone.decode_latents(latents)
+        return pixels
+
     def judge(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
         with torch.no_grad():
-            pixels = backbone.decode_latents(latents)
+            pixels = decoded(latents)
         pictures = backbone.pipeline.image_processor.postprocess(
             pixels, output_type="pil", do_denormalize=[False] * len(pixels)
         )
@@ -97,7 +102,7 @@ def reward_judge(
         )
 
     def lean(latents: Tensor, indices: list[int]) -> Tensor:
-        pixels, texts = backbone.decode_latents(latents), [rows[i].prompt for i in indices]
+        pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
         scores = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
         return torch.stack(scores).sum(dim=0)
 
@@ -145,8 +150,6 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=judge is not None or validation is not None)
-        if judge is not None:
-            backbone.pipeline.vae.to(backbone.device)
     places = side // backbone.vae_scale_factor
     try:
         result = distill_backbone(

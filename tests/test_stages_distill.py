@@ -10,7 +10,10 @@ from PIL import Image
 
 from diffalign.cli import app
 from diffalign.config import load_distill_config
+from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
+from diffalign.pipelines import load_backbone
+from diffalign.training.prompt_source import PromptSource
 
 PROMPTS = "a red cube\ntwo dogs\na cat left of a cup\nsnow\n"
 
@@ -95,6 +98,21 @@ def test_a_student_in_plain_diffusers(
     other = base("a red cube", generator=torch.Generator().manual_seed(1), **call).images[0]
     assert isinstance(image, Image.Image)
     assert np.abs(np.asarray(image, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_prompts_are_encoded_once_or_as_they_come_up(sdxl_dir: Path, sd3_dir: Path) -> None:
+    for folder in (sdxl_dir, sd3_dir):
+        backbone = load_backbone(folder)
+        rows = [PromptRow(text) for text in PROMPTS.splitlines()]
+        cached, live = (PromptSource(backbone, rows, cache) for cache in (True, False))
+        for name, values in cached.batch([2, 0]).items():
+            torch.testing.assert_close(values, live.batch([2, 0])[name], rtol=1e-5, atol=1e-6)
+        assert cached.unconditional.keys() == cached.batch([0]).keys() and len(set(cached.ids)) == 4
+        # SDXL steers away from zeros, SD3 from the empty prompt: both as their pipelines do.
+        empty = backbone.encode_prompts([""])
+        for name, values in cached.unconditional.items():
+            expected = torch.zeros_like(values) if folder == sdxl_dir else empty[name]
+            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
