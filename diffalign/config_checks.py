@@ -226,7 +226,7 @@ def check_distillation(config: DistillConfig) -> None:
             "without an axis there are no groups; set group.size=1, or group.axis=prompt", "group.size", "group.axis"
         )
     compared = bool(reward.terms) or group.advantage != "none"
-    if compared and reward.use != "exponential" and (group.axis != "prompt" or group.size < 2):
+    if compared and (group.axis != "prompt" or group.size < 2):
         _refuse(
             "advantages compare the images of one prompt; set group.axis=prompt and group.size=2 or more",
             "group.size",

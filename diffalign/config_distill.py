@@ -92,7 +92,9 @@ class RewardMixSection(Section):
         "times exp(r / |r|), of one reward",
     )
     strength: float = Field(0.5, ge=0, description="lambda (factor only)")
-    start_step: int = Field(0, ge=0, description="steps without rewards before; raw needs a student that works already")
+    start_step: int = Field(
+        0, ge=0, description="steps without any advantage before; raw needs a student that works already"
+    )
     baseline: Literal["mean", "leave_one_out"] = Field(
         "mean", description="what a reward is compared with: the prompt's mean, or the mean of the others"
     )

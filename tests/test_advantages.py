@@ -68,8 +68,9 @@ def test_advantages_multiply_the_guidance_alone() -> None:
 
 def test_reward_weights() -> None:
     close(exponential_weights(R), [[1.151910, 1.326896, 1.528465, 2.336206]])
-    narrow = exponential_weights(torch.tensor([0.27, 0.28, 0.29, 0.30], dtype=torch.float64))
-    close(narrow[[0, 3]], [1.605315, 1.692000])
+    narrow = torch.tensor([[0.27, 0.28, 0.29, 0.30], [1.0, 2.0, 3.0, 6.0], [0.0] * 4], dtype=torch.float64)
+    close(exponential_weights(narrow)[0, [0, 3]], [1.605315, 1.692000])
+    close(exponential_weights(narrow)[1:], [exponential_weights(R)[0].tolist(), [1.0] * 4])
     assert inverse_spread({"a": 0.1, "b": 0.4}) == pytest.approx({"a": 0.8, "b": 0.2})
     w = by_spread({"r": R, "q": Q}, {"r": 1.0, "q": 2.0})
     total = w["r"] * standardised(R) + w["q"] * standardised(Q)

@@ -215,6 +215,31 @@ def test_rewards_that_say_nothing_leave_the_distillation(tmp_path: Path) -> None
         torch.testing.assert_close(found.loss, plain.loss, rtol=1e-5, atol=0)
     later = distilled(tmp_path / "late", judge=toy.brightness, reward={**terms, "start_step": 3})
     assert ["reward" in row for row in later] == [False] * 3 + [True] * 3
+    config = toy.toy_config(
+        tmp_path, group={"size": 2, "advantage": "scalar_rdm"}, reward={**terms, "use": "raw", "start_step": 9}
+    )
+    student, prompts = FewStep(Flow(), toy.TIMES, "renoise"), toy.ToyPrompts()
+    draws = make_distill_draws(config, student, 2, [0, 1], ["p0", "p1"], toy.SHAPE)
+    conditioning = {k: v.repeat_interleave(2, dim=0) for k, v in prompts.batch([0, 1]).items()}
+    common = (config, backbone, student, conditioning, prompts.unconditional, draws, [0, 0, 1, 1], toy.brightness)
+    assert torch.equal(student_step(*common, rewarded=False).loss, plain.loss)
+    assert not torch.allclose(student_step(*common).loss, plain.loss)
+
+
+def test_exponential_weights_multiply_the_whole_direction(tmp_path: Path) -> None:
+    backbone = moved()
+    sections = {"terms": [{"name": "mean"}], "use": "exponential"}
+    finals: list[Tensor] = []
+
+    def judge(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
+        finals.append(latents.flatten(1).mean(1))
+        return toy.brightness(latents, indices)
+
+    plain = one_step(toy.toy_config(tmp_path), backbone, 1)[0]
+    found = one_step(toy.toy_config(tmp_path, reward=sections), backbone, 1, judge)[0]
+    r = finals[0].view(2, 2)
+    factor = (r / r.norm(dim=1, keepdim=True)).exp().flatten()
+    torch.testing.assert_close(found.loss, factor**2 * plain.loss, rtol=1e-4, atol=0)
 
 
 def test_scalar_ratio_is_an_advantage(tmp_path: Path) -> None:

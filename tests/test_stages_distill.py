@@ -47,7 +47,7 @@ def config(folder: Path, model: Path, more: str = "") -> Path:
         ),
         (
             "sd3",
-            "tune: {kind: full}\ngroup: {axis: renoise, size: 2}\nstudent: {steps: 2}\n"
+            "tune: {kind: full}\ngroup: {size: 2}\nstudent: {steps: 2}\n"
             "reward: {terms: [{name: sharpness}], use: exponential, gradient_weight: 0.1}\n",
         ),
     ],

@@ -81,14 +81,15 @@ def ca_factor(advantage: Tensor, use: Use = "factor", strength: float = 0.5) -> 
 
 
 def exponential_weights(rewards: Tensor) -> Tensor:
-    """exp(r / |r|) over the whole batch, which multiplies the *whole* direction (DMDR's RT-DM, eq. 4); unknown: 1.
+    """exp(r / |r|) of [B, G], which multiplies the *whole* direction (DMDR's RT-DM, eq. 4); an unknown reward counts 0.
 
-    The norm is not defined in the paper; a per-image |r| would give e to every positive reward. For rewards of a small
-    relative spread the weights hardly differ, and a positive weight does not move the optimum of DM.
+    The norm is not defined in the paper. Here it is the prompt's, over its G images, so that a batch may be cut at will; a
+    single image would give e to every positive reward. For rewards of a small relative spread the weights hardly differ,
+    and a positive weight does not move the optimum of DM.
     """
     known = torch.isfinite(rewards)
     values = torch.where(known, rewards, torch.zeros_like(rewards))
-    return torch.where(known, (values / values.norm().clamp_min(1e-12)).exp(), torch.ones_like(values))
+    return (values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)).exp()
 
 
 def inverse_spread(stds: Mapping[str, float]) -> dict[str, float]:

@@ -211,9 +211,14 @@ def student_step(
     indices: list[int],
     judge: Judge | None,
     lean: Lean | None = None,
+    rewarded: bool = True,
 ) -> StudentOutput:
-    """The student's loss on N = B M images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of the prompts."""
+    """The student's loss on N = B M images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of the prompts.
+
+    `rewarded`: False before `reward.start_step`; then neither rewards nor R_dm have a say.
+    """
     images, renoisings = group_shape(config.group)
+    judge, lean = (judge, lean) if rewarded else (None, None)
     rolled = roll_out(backbone, student, conditioning, draws, learn=True, finish=judge is not None)
     x = rolled.x
     again = x.detach().repeat_interleave(renoisings, dim=0)
@@ -227,9 +232,9 @@ def student_step(
     direction = found.guided
     advantage = torch.zeros(len(x), device=x.device)
     if config.reward.use == "exponential" and scores:
-        weight = exponential_weights(next(iter(scores.values()))).repeat_interleave(renoisings)
+        weight = exponential_weights(next(iter(scores.values())).view(-1, images))
         direction = weight.view(-1, 1, 1, 1) * direction
-    elif scores or (config.group.advantage != "none" and renoisings == 1):
+    elif rewarded and (scores or config.group.advantage != "none"):
         advantage = _advantages(config, scores, found.gap, images)
         factor = ca_factor(advantage, config.reward.use, config.reward.strength)
         direction = found.dm + factor.view(-1, 1, 1, 1) * found.ca
@@ -254,7 +259,7 @@ def student_step(
     if images > 1:
         spread = x.detach().unflatten(0, (-1, images)).std(dim=1).flatten(1).mean(1)
         metrics["diversity"] = spread.repeat_interleave(images)
-    if scores or group.advantage != "none":
+    if rewarded and (scores or group.advantage != "none"):
         metrics["advantage_size"] = advantage.abs()
     for name, values in scores.items():
         metrics["reward" if len(scores) == 1 else f"reward/{name}"] = values

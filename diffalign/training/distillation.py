@@ -125,7 +125,7 @@ def distill(
                 "lr": _set_rate(optimizer, learning_rate(config.optimizer, step, config.train.steps)),
                 "fake_lr": _set_rate(fake_optimizer, learning_rate(config.fake.optimizer, step, config.train.steps)),
             }
-            judging = judge if step >= config.reward.start_step else None
+            rewarded = step >= config.reward.start_step
 
             for inner in range(iterations):
                 iteration = step * iterations + inner
@@ -149,7 +149,7 @@ def distill(
                     with accelerator.autocast():
                         output = student_step(
                             config, backbone, student, conditioning, source.unconditional, draws,
-                            [i for i in chosen for _ in range(images)], judging, lean if judging else None,
+                            [i for i in chosen for _ in range(images)], judge, lean, rewarded,
                         )  # fmt: skip
                     share = output.loss.sum() / (groups * images)
                     _check_finite("student's loss", share, step, ids, run_dir)
