@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.health import examine
 from diffalign.objectives.advantages import standardised
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import Diffusion, Flow
@@ -349,6 +350,14 @@ def test_ratio_as_a_metric(tmp_path: Path) -> None:
     assert output.metrics["r_dm"].view(2, 2).std(dim=1).tolist() == [0.0, 0.0]
     later = distilled(tmp_path / "later", train={"steps": 4})[-1]
     assert later["r_dm"] != 0.0 and later["r_dm_error"] > 0.0
+
+
+def test_collapse_is_said_in_words() -> None:
+    steady = [{"step": float(n + 1), "grad_norm": 1.0, "diversity": 0.4 - 0.001 * n} for n in range(100)]
+    assert examine(steady) == []
+    falling = [{**row, "diversity": 0.4 * 0.985 ** row["step"]} for row in steady]
+    (found,) = examine(falling)
+    assert found.name == "diversity_falls" and found.words.level == "alarm" and "0.1" in found.measured
 
 
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
