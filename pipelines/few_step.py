@@ -8,7 +8,8 @@
 The scheduler's config holds the student's times, so that `num_inference_steps` alone brings them back: 999, 749, 499, 249 for
 four steps of SDXL; 1, .9, .75, .5 for a flow of shift 3, the even grid with the family's shift applied once. diffusers' own
 grid for a flow ends near 0 and shifts that end twice; a smaller shift with a terminal value draws the wanted grid:
-for a shift k and n steps, shift k / (k - (1 - 1/n)(k - 1)) and the terminal k / (n + k - 1).
+for a shift k and n steps, shift k / (k - (1 - 1/n)(k - 1)) and the terminal k / (n + k - 1). All of them start from unit
+noise.
 """
 
 from __future__ import annotations

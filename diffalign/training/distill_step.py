@@ -58,7 +58,7 @@ def roll_out(
     so that training sees what inference sees. `finish`: go on to the end, for rewards.
     """
     device = backbone.device
-    x = student.process.initial(draws.noise[:, 0].to(device))
+    x = draws.noise[:, 0].to(device).float()  # unit noise, whatever the base's own sampler starts from
 
     def predict(x: Tensor, index: int) -> Tensor:
         with backbone.role("student"):
