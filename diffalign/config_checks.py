@@ -236,10 +236,10 @@ def check_distillation(config: DistillConfig) -> None:
         _refuse("advantages multiply the guidance's part, and match.guidance=1 leaves none", "match.guidance")
     if reward.use == "exponential" and (len(reward.terms) != 1 or group.advantage != "none"):
         _refuse("exponential takes exactly one reward and no other advantage", "reward.use", "reward.terms")
-    if reward.use == "raw" and reward.start_step == 0 and config.tune.init is None:
+    if reward.use == "raw" and reward.start_step == 0:
         _refuse(
             "raw leaves no guidance where A is 0, so a student that cannot yet draw never learns to; set reward.start_step "
-            "to where it can, tune.init to a distilled LoRA, or use factor",
+            "to where it can, or use factor",
             "reward.use",
             "reward.start_step",
         )

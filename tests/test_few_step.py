@@ -154,6 +154,31 @@ def test_student_teacher_and_fake_are_apart(family: str, kind: str, request: pyt
         backbone.add_fake()
 
 
+def test_an_aligned_lora_is_teacher_student_and_fake(sd3_dir: Path, tmp_path: Path) -> None:
+    aligned = load_backbone(sd3_dir)
+    aligned.add_lora(2, 2.0)
+    with torch.no_grad():
+        for parameter in aligned.trainable().values():
+            parameter.add_(0.05)
+    aligned.save_weights(tmp_path)
+    conditioning = aligned.encode_prompts(["a"])
+    x, t = torch.randn(1, 16, 8, 8), torch.tensor([0.5])
+    backbone = load_backbone(sd3_dir)
+    base = backbone.predict(x, t, conditioning)
+    backbone.add_lora(2, 2.0, init=tmp_path)
+    backbone.add_fake()
+    with torch.no_grad():
+        expected = aligned.predict(x, t, conditioning)
+        for role in ("student", "teacher", "fake"):
+            with backbone.role(role):
+                torch.testing.assert_close(backbone.predict(x, t, conditioning), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(base, expected, atol=1e-3)
+    trained = {**backbone.trainable("student"), **backbone.trainable("fake")}
+    assert all(p.requires_grad for p in trained.values())
+    frozen = [n for n, p in backbone.trunk.named_parameters() if not p.requires_grad]
+    assert any(".reference." in name for name in frozen) and not set(frozen) & set(trained)
+
+
 def test_no_fake_before_it_is_added(sd3_dir: Path) -> None:
     backbone = load_backbone(sd3_dir)
     with pytest.raises(RuntimeError, match="tune the policy first"):
