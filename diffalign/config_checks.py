@@ -250,6 +250,8 @@ def check_distillation(config: DistillConfig) -> None:
             "reward.policy_weight",
             "student.sampler",
         )
+    if reward.policy_reuse and not reward.policy_weight:
+        _refuse("further updates are PPO's; set reward.policy_weight", "reward.policy_reuse", "reward.policy_weight")
     if reward.gradient_weight and not reward.terms:
         _refuse("there is no reward to take a gradient of; give reward.terms", "reward.gradient_weight")
     if len({term.name for term in reward.terms}) < len(reward.terms):

@@ -105,6 +105,10 @@ class RewardMixSection(Section):
     policy_weight: float = Field(
         0.0, ge=0, description="adds so many times PPO's loss of the step that learns (renoise and cps only); 0: none"
     )
+    policy_clip: float = Field(
+        1e-5, gt=0, description="PPO's clip; log-probabilities are means over elements, so that ratios stay near 1"
+    )
+    policy_reuse: int = Field(0, ge=0, description="further updates of the student by PPO on the same roll-outs")
     gradient_weight: float = Field(
         0.0, ge=0, description="adds so many times the gradient of differentiable rewards, in the last step; 0: none"
     )

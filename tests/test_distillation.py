@@ -21,6 +21,7 @@ from diffalign.objectives.advantages import standardised
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import Diffusion, Flow
 from diffalign.training.distill_draws import make_distill_draws, stop_step
+from diffalign.training.distill_policy import policy_step
 from diffalign.training.distill_step import fake_step, ratio_weight, student_step
 
 
@@ -292,6 +293,42 @@ def test_policy_gradient_of_the_step_that_learns(tmp_path: Path) -> None:
         torch.testing.assert_close(with_policy[name] - plain[name], parameter.grad, rtol=1e-3, atol=1e-5)
     for name, value in gradient(0.0, 3)[0].items():
         assert torch.equal(value, gradient(2.0, 3)[0][name])
+
+
+def test_roll_outs_are_used_again_by_importance_ratios(tmp_path: Path) -> None:
+    """The ratio is 1 in the update that rolled out; later it is that of the present density to the one it was drawn with."""
+    sections = {"terms": [{"name": "mean"}], "policy_weight": 2.0, "policy_clip": 1e-3}
+    config = toy.toy_config(tmp_path, group={"size": 4}, reward=sections)
+    student, backbone = FewStep(Flow(), toy.TIMES, "renoise"), moved()
+    iteration = next(i for i in range(40) if stop_step(config, i) == 1)
+    output, _, conditioning = one_step(config, backbone, iteration, toy.brightness)
+    kept = output.kept
+    assert kept is not None and not kept.log.requires_grad
+    loss, ratios = policy_step(config, backbone, student, conditioning, kept)
+    torch.testing.assert_close(loss, -2.0 * kept.advantage, rtol=1e-5, atol=1e-6)
+    assert float(ratios["ratio_change"].max()) == 0.0
+    with torch.no_grad():
+        for parameter in backbone.trainable().values():
+            parameter.add_(0.03)
+    loss, ratios = policy_step(config, backbone, student, conditioning, kept)
+    x, prompt = kept.before, conditioning["prompt"]
+    with torch.no_grad():
+        mean = 0.5 * (x - 0.75 * network(backbone, "student", x, 0.75, prompt))
+    log = -((kept.action - mean) ** 2).mean(dim=(1, 2, 3)) / (2 * 0.5**2)
+    ratio = (log - kept.log).exp()
+    expected = -2.0 * torch.minimum(ratio * kept.advantage, ratio.clamp(0.999, 1.001) * kept.advantage)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+    assert float(ratios["ratio_clipped"].mean()) > 0 and float(ratios["ratio_change"].max()) > 1e-3
+
+    again = {"terms": [{"name": "mean"}], "policy_weight": 2.0, "policy_clip": 0.1}
+    once = distilled(tmp_path / "once", judge=toy.brightness, reward=again)
+    more = distilled(tmp_path / "more", judge=toy.brightness, reward={**again, "policy_reuse": 2})
+    assert more != once and any(row.get("ratio_change", 0.0) > 0 for row in more)
+    assert "ratio_change" not in once[0]
+    cut = distilled(
+        tmp_path / "cut", judge=toy.brightness, reward={**again, "policy_reuse": 2}, train={"micro_batch": 1}
+    )
+    assert [r["grad_norm"] for r in cut] == pytest.approx([r["grad_norm"] for r in more], rel=1e-3)
 
 
 @pytest.mark.parametrize("balance", [False, True])

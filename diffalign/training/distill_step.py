@@ -25,9 +25,8 @@ from diffalign.objectives.few_step_policy import log_probability, ppo_loss
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import NoiseProcess
 from diffalign.training.distill_draws import DistillDraws, group_shape
+from diffalign.training.distill_policy import Transition, kept_transition
 
-# RTDMD's, for log-probabilities that are means over elements.
-CLIP = 1e-5
 Conditioning = dict[str, Tensor]
 Judge = Callable[[Tensor, list[int]], dict[str, Tensor]]
 """Finished latents [N, C, h, w] and the prompts' indices [N] -> scores by reward, [N] each, NaN where there is none."""
@@ -39,11 +38,13 @@ Lean = Callable[[Tensor, list[int]], Tensor]
 class RollOut:
     """x [N, C, h, w]: the image after the step that learns, with its gradient; final: after all steps, without.
 
-    mean [N, C, h, w] (with its gradient), rho [N], action: the transition that the step makes, rho 0 where it draws nothing.
+    before, mean [N, C, h, w] (with its gradient), rho [N], action: the transition that the step makes, rho 0 where it draws
+    nothing.
     """
 
     x: Tensor
     final: Tensor
+    before: Tensor
     mean: Tensor
     rho: Tensor
     action: Tensor
@@ -87,7 +88,7 @@ def roll_out(
             for index in range(draws.stop + 1, student.steps):
                 final = advance(final, predict(final, index), index)[2]
         torch.clear_autocast_cache()
-    return RollOut(image, final, mean, rho, onward.detach())
+    return RollOut(image, final, x, mean, rho, onward.detach())
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,15 @@ def _reward_loss(x: Tensor, onward: Tensor, lean: Lean, indices: list[int], bala
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """loss [N] with gradient to the student; x [N, C, h, w] detached, for the fake network; metrics [N] each."""
+    """loss [N] with gradient to the student; x [N, C, h, w] detached, for the fake network; metrics [N] each.
+
+    kept: the transition for further updates by PPO, None where the step drew nothing or has no advantage.
+    """
 
     loss: Tensor
     x: Tensor
     metrics: dict[str, Tensor]
+    kept: Transition | None = None
 
 
 def student_step(
@@ -242,10 +247,12 @@ def student_step(
     group = config.group
     onward = normalised(direction, found.size, group.size, group.axis, group.scale)
     loss = matching_loss(x, onward)
-    if config.reward.policy_weight and draws.stop < student.steps - 1:
-        # One update a roll-out: the ratio is 1, and its gradient A times that of the log-probability.
-        log = log_probability(rolled.action, rolled.mean, rolled.rho)
-        loss = loss + config.reward.policy_weight * ppo_loss(log, log, advantage, CLIP, CLIP)[0]
+    kept = None
+    if config.reward.policy_weight and rewarded and draws.stop < student.steps - 1:
+        # In this update the ratio is 1, and its gradient A times that of the log-probability.
+        log, clip = log_probability(rolled.action, rolled.mean, rolled.rho), config.reward.policy_clip
+        loss = loss + config.reward.policy_weight * ppo_loss(log, log, advantage, clip, clip)[0]
+        kept = kept_transition(draws.stop, rolled.before, rolled.action, rolled.mean, rolled.rho, advantage)
     if lean is not None and draws.stop == student.steps - 1:
         loss = loss + config.reward.gradient_weight * _reward_loss(
             x, onward, lean, indices, config.reward.gradient_balance
@@ -263,7 +270,7 @@ def student_step(
         metrics["advantage_size"] = advantage.abs()
     for name, values in scores.items():
         metrics["reward" if len(scores) == 1 else f"reward/{name}"] = values
-    return StudentOutput(loss, x.detach(), {name: value.detach() for name, value in metrics.items()})
+    return StudentOutput(loss, x.detach(), {name: value.detach() for name, value in metrics.items()}, kept)
 
 
 def fake_step(backbone: Any, x: Tensor, conditioning: Conditioning, draws: DistillDraws) -> Tensor:

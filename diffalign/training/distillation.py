@@ -27,6 +27,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.checkpoint import Partner, TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.distill_draws import DistillDraws, group_shape, make_distill_draws
+from diffalign.training.distill_policy import Transition, policy_step
 from diffalign.training.distill_step import Judge, Lean, fake_step, roll_out, student_step
 from diffalign.training.loop import Say, TrainResult, start_accelerator
 from diffalign.training.optim import build_optimizer, learning_rate
@@ -132,6 +133,7 @@ def distill(
                 indices = groups_for_step(len(source), groups, iteration, config.seed)
                 mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
                 seen: list[tuple[Tensor, dict[str, Tensor], DistillDraws]] = []
+                kept: list[tuple[dict[str, Tensor], Transition]] = []
 
                 # ---- Roll out, and in the first iteration move the student ----
                 for start in mine[::micro]:
@@ -157,11 +159,24 @@ def distill(
                     squared = {"r_dm_squared": output.metrics["r_dm"].square()}
                     totals.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
                     seen.append((output.x, conditioning, draws))
+                    if output.kept is not None:
+                        kept.append((conditioning, output.kept))
                 if inner == 0:
                     norms["grad_norm"] = _update(accelerator, learnt, optimizer, config, step, run_dir)
                     if ema is not None:
                         weights = [p.detach() for p in learnt.values()]
                         torch._foreach_lerp_(list(ema.values()), weights, 1 - config.train.ema_decay)
+
+                # ---- Roll-outs used again, by importance ratios ----
+                for _ in range(config.reward.policy_reuse if kept else 0):
+                    for conditioning, transition in kept:
+                        with accelerator.autocast():
+                            loss, ratios = policy_step(config, backbone, student, conditioning, transition)
+                        share = loss.sum() / (groups * images)
+                        _check_finite("policy's loss", share, step, [], run_dir)
+                        share.backward()
+                        totals.add(ratios, share=1 / config.reward.policy_reuse)
+                    _update(accelerator, learnt, optimizer, config, step, run_dir)
 
                 # ---- Train the fake network on these images ----
                 for x, conditioning, draws in seen:
