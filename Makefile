@@ -9,6 +9,7 @@
 #   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
 #   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
 #   make bench-objectives   objectives side by side on the embedded world (hours)
+#   make bench-distillation few-step students against their teacher on the embedded world (hours)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -83,6 +84,9 @@ bench-synth: $(STAMP)
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
+
+bench-distillation: $(STAMP)
+	$(BIN)/python benchmarks/distillation.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

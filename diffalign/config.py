@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
 from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
 from diffalign.config_schema import (
@@ -41,6 +42,7 @@ __all__ = [
     "OBJECTIVE_SECTIONS",
     "CheckpointSection",
     "DataSection",
+    "DistillConfig",
     "EvalConfig",
     "LabelSection",
     "ModelSection",
@@ -59,6 +61,7 @@ __all__ = [
     "config_path",
     "eval_config_of_run",
     "load_config",
+    "load_distill_config",
     "load_eval_config",
     "load_rank_config",
     "load_sample_config",
@@ -101,6 +104,11 @@ def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     return _validate(_document(config, overrides), TrainConfig)
 
 
+def load_distill_config(config: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """As `load_config`, for `diffalign distill`."""
+    return _validate(_document(config, overrides), DistillConfig)
+
+
 def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:
     """As `load_config`, for `diffalign sample`."""
     return _validate(_document(config, overrides), SampleConfig)
@@ -136,6 +144,11 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
             f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run or a config file"
         )
     document = read_document(trained)
+    if "student" in document.values:
+        raise DiffalignError(
+            f"{run_dir}: a distilled student, which samples in its own way; draw with `diffalign sample` and "
+            f"model.path={run_dir / 'student'}, its number of steps and guidance_scale=0, and then `diffalign score`"
+        )
     run = Document(
         {
             "model": document.values.get("model"),

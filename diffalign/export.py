@@ -34,6 +34,10 @@ def _config(run_dir: Path) -> TrainConfig:
         raise DiffalignError(
             f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run"
         )
+    if (run_dir / "student").is_dir():
+        raise DiffalignError(
+            f"{run_dir}: a distilled student, which is a whole pipeline already: {run_dir / 'student'}"
+        )
     return load_config(path)
 
 

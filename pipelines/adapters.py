@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 
-POLICY, REFERENCE = "policy", "reference"
+POLICY, REFERENCE, FAKE = "policy", "reference", "fake"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -23,7 +23,9 @@ def check_targets(trunk: nn.Module, targets: Sequence[str]) -> None:
     peft itself only refuses a list in which nothing matches; a partly wrong list would train fewer layers than asked.
     A target matches a module of this name or whose dotted name ends with it.
     """
-    layers = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    # A layer that has an adapter already lies one level deeper.
+    linear = (n for n, m in trunk.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    layers = {n.removesuffix(".base_layer") for n in linear if ".lora_" not in n}
     missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]
     if not targets or missing:
         ends = sorted({".".join(n.split(".")[-2:]) for n in layers})
@@ -34,8 +36,10 @@ def check_targets(trunk: nn.Module, targets: Sequence[str]) -> None:
         )
 
 
-def add_adapter(trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Freeze the trunk and add the adapter "policy" in float32: B = 0, A Gaussian from `seed`, on any device."""
+def add_adapter(
+    trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int, adapter: str = POLICY
+) -> None:
+    """Freeze the trunk and add an adapter in float32: B = 0, A Gaussian from `seed`, on any device."""
     from peft import LoraConfig
 
     if rank < 1:
@@ -46,10 +50,13 @@ def add_adapter(trunk: nn.Module, rank: int, alpha: float, targets: Sequence[str
     scale: Any = alpha
     config = LoraConfig(r=rank, lora_alpha=scale, init_lora_weights="gaussian", target_modules=list(targets))
     model: Any = trunk  # diffusers' PeftAdapterMixin adds methods that nn.Module does not declare
-    model.add_adapter(config, adapter_name=POLICY)
+    with warnings.catch_warnings():
+        # peft warns of a second adapter; student and fake are meant.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        model.add_adapter(config, adapter_name=adapter)
     # peft draws from the global generator on whatever device it likes; redraw on the CPU, in the order of the names.
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapter_parameters(trunk, POLICY).items():
+    for name, parameter in adapter_parameters(trunk, adapter).items():
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
             draw = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, 1.0 / rank, generator=generator)

@@ -38,6 +38,8 @@ class NoiseProcess(ABC):
     """The time of an image without any noise; some diffusion schedulers stop short of it, at timestep 0's level."""
     span: float
     """Length of the time axis from image to noise: the number of timesteps, or 1."""
+    shift: float = 1.0
+    """By how much the model's own schedule is moved towards noise (`draw_times`)."""
 
     # --- what a subclass defines -------------------------------------------------------------------------------
 

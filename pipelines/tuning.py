@@ -1,7 +1,8 @@
 """Tune a trunk: LoRA or full, its roles, its weights on disk.
 
 After `add_lora` the policy is an adapter in float32 and the reference the bare base (or a second, frozen adapter).
-After `enable_full` the policy is the trunk itself in float32 and the reference a frozen copy.
+After `enable_full` the policy is the trunk itself in float32 and the reference a frozen copy. Distillation calls the policy
+"student" and the reference "teacher"; `add_fake` gives it a third network, an adapter or a copy as the policy is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import nn
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import adapters
 
-ROLES = ("policy", "reference")
+ROLES = ("policy", "reference", "student", "teacher", "fake")
+SAME_AS = {"student": "policy", "teacher": "reference"}
 
 
 @contextmanager
@@ -55,6 +57,7 @@ class Tunable(ABC):
     tuning: str | None = None
     """None, "lora" or "full"."""
     _full_reference: nn.Module | None = None
+    _full_fake: nn.Module | None = None
 
     @property
     @abstractmethod
@@ -113,22 +116,47 @@ class Tunable(ABC):
         self.trunk.float().requires_grad_(True)
         self.tuning = "full"
 
+    def add_fake(self, seed: int = 0) -> None:
+        """A second trained network beside the policy, equal to the reference at first: role "fake" of distillation.
+
+        Of the policy's kind: an adapter of the same rank and targets, or a float32 copy of the trunk. Call it once, after
+        `add_lora` or `enable_full` and before anything is trained.
+        """
+        if self.tuning is None or self._full_fake is not None or adapters.has_adapter(self.trunk, adapters.FAKE):
+            raise RuntimeError("add_fake: tune the policy first, and add one fake network")
+        if self.tuning == "full":
+            self._full_fake = copy.deepcopy(self.trunk).float().requires_grad_(True).train()
+            return
+        config: Any = vars(self.trunk)["peft_config"][adapters.POLICY]
+        targets = sorted(config.target_modules)
+        adapters.add_adapter(self.trunk, config.r, config.lora_alpha, targets, seed, adapters.FAKE)
+        if adapters.has_adapter(self.trunk, adapters.REFERENCE):
+            start = adapters.adapter_parameters(self.trunk, adapters.REFERENCE)
+            for name, parameter in adapters.adapter_parameters(self.trunk, adapters.FAKE).items():
+                parameter.data.copy_(start[name.replace(f".{adapters.FAKE}.", f".{adapters.REFERENCE}.")].data)
+        self._activate_policy()
+        for parameter in adapters.adapter_parameters(self.trunk, adapters.FAKE).values():
+            parameter.requires_grad_(True)
+
     def _require_untuned(self) -> None:
         if self.tuning is not None or adapters.has_adapter(self.trunk, adapters.POLICY):
             raise RuntimeError("this backbone already has trained weights; load a fresh one")
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
-        """Run as "policy" or "reference" inside the block, for `predict` and `sample`.
+        """Run as one of ROLES inside the block, for `predict` and `sample`; student is policy, teacher is reference.
 
         No requires_grad changes and no autograd state is touched, so a graph built before or after keeps its gradients.
-        Run backward outside a reference block: gradient checkpointing repeats the forward there, under the role of that
-        moment.
+        Run backward outside a reference block, and the fake's inside one of its own: gradient checkpointing repeats the
+        forward there, under the role of that moment.
         """
         if name not in ROLES:
             raise ValueError(f"unknown role '{name}'; choose one of {', '.join(ROLES)}")
+        name = SAME_AS.get(name, name)
         if self.tuning == "full":
-            module = self.trunk if name == "policy" else self._full_reference
+            module = {"policy": self.trunk, "reference": self._full_reference, "fake": self._full_fake}[name]
+            if module is None and name == "fake":
+                raise RuntimeError("there is no fake network: call add_fake first")
             if module is None:
                 raise DiffalignError("the reference was not kept (enable_full with keep_reference=False)")
             before = self.pipeline_trunk
@@ -142,16 +170,23 @@ class Tunable(ABC):
             yield
 
     def _adapter_role(self, name: str) -> AbstractContextManager[None]:
+        if name == "fake" and not adapters.has_adapter(self.trunk, adapters.FAKE):
+            raise RuntimeError("there is no fake network: call add_fake first")
         if not adapters.has_adapter(self.trunk, adapters.POLICY):
             return nullcontext()
-        if name == "policy":
-            return adapters.use_adapter(self.trunk, adapters.POLICY)
+        if name in (adapters.POLICY, adapters.FAKE):
+            return adapters.use_adapter(self.trunk, name)
         second = adapters.has_adapter(self.trunk, adapters.REFERENCE)
         return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, float32, by stable name, sorted."""
-        return dict(sorted((n, p) for n, p in self.trunk.named_parameters() if p.requires_grad))
+    def trainable(self, role: str = "policy") -> dict[str, nn.Parameter]:
+        """The parameters of the policy (student) or of the fake network that train, float32, by stable name, sorted."""
+        if role == "fake" and self._full_fake is not None:
+            return dict(sorted(self._full_fake.named_parameters()))
+        if role == "fake":
+            return adapters.adapter_parameters(self.trunk, adapters.FAKE)
+        own = (item for item in self.trunk.named_parameters() if item[1].requires_grad)
+        return dict(sorted((n, p) for n, p in own if not (".lora_" in n and f".{adapters.FAKE}." in n)))
 
     # --- save and load -----------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from diffalign.config import (
     config_path,
     eval_config_of_run,
     load_config,
+    load_distill_config,
     load_eval_config,
     load_sample_config,
     load_synth_config,
@@ -145,11 +146,15 @@ def test_the_recipes_are_there() -> None:
     assert {"sdxl_dpo", "sdxl_dpo_full", "sd15_dpo", "sd35_medium_dpo", "sd3_medium_dpo", "sdxl_sft"} <= set(recipes())
     assert {"shapes_sd3_dpo", "shapes_sdxl_dpo"} <= set(recipes())
     assert {"synth_synpic", "synth_one_gpu", "synth_shapes"} <= set(recipes())
+    distilled = {"shapes_sd3_gndm", "sdxl_dmd2_4step", "sdxl_dmd2_1step", "sd3_medium_gndm", "sd35_medium_gndm"}
+    assert distilled <= set(recipes())
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_is_whole_and_commented(name: str) -> None:
-    config = load_synth_config(name) if name.startswith("synth_") else load_config(name)
+    distilled = name.endswith("_gndm") or "_dmd2_" in name
+    load = load_synth_config if name.startswith("synth_") else load_distill_config if distilled else load_config
+    config = load(name)
     lines = config_path(name).read_text(encoding="utf-8").splitlines()
     written = yaml.safe_load("\n".join(lines))
     for key, value in config.model_dump().items():

@@ -132,7 +132,7 @@ def test_roles_nest_and_survive_errors(folder: Path) -> None:
     with pytest.raises(KeyError), backbone.role("reference"):
         raise KeyError
     assert torch.equal(backbone.predict(*inputs(backbone)), policy)
-    with pytest.raises(ValueError, match="unknown role 'teacher'"), backbone.role("teacher"):
+    with pytest.raises(ValueError, match="unknown role 'critic'"), backbone.role("critic"):
         pass
 
 

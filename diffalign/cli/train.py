@@ -1,4 +1,4 @@
-"""Verbs about models and runs: train, sample, eval, recipes, report, export."""
+"""Verbs about models and runs: train, distill, sample, eval, recipes, report, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,27 @@ def train(
         from diffalign import stages
 
         stages.train(checked, dry_run=dry_run)
+
+
+@verbs.command()
+def distill(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved config, the student's times and the updates; write nothing."
+        ),
+    ] = False,
+) -> None:
+    """Distil a model into a student with few steps (DMD2, GNDM), with rewards if asked. Goes on where it stopped."""
+    with plain_errors(goes_on=True):
+        from diffalign.config import load_distill_config
+
+        checked = load_distill_config(config, overrides or ())
+        from diffalign import stages_distill
+
+        stages_distill.distill(checked, dry_run=dry_run)
 
 
 @verbs.command()

@@ -100,6 +100,14 @@ FINDINGS: dict[str, Words] = {
         "likely broken",
         "lower optimizer.lr, raise objective.beta, or go back to an earlier checkpoint",
     ),
+    "diversity_falls": Words(
+        "alarm",
+        "the images of a prompt become alike",
+        "the student's images of one prompt differ by less than half of what they did: it collapses onto a few pictures, which "
+        "rewards and guidance both bring about and which a reward does not show",
+        "raise fake.updates or fake.optimizer.lr (the fake network lags behind), lower optimizer.lr, reward.strength or "
+        "match.guidance, and take an earlier checkpoint",
+    ),
     "reward_below_base": Words(
         "alarm",
         "the validation reward is below the untrained model's",

@@ -178,6 +178,14 @@ def drift_explodes(rows: Sequence[Row]) -> str | None:
     return f"drift is {drift:.0%} of the reference's error, the policy's error {error:+.0%}"
 
 
+def diversity_falls(rows: Sequence[Row]) -> str | None:
+    """Distillation: the newest rows against the oldest that are kept (120 rows)."""
+    if not has(rows, "diversity", count=3 * WINDOW):
+        return None
+    before, now = mean(rows[:WINDOW], "diversity"), mean(rows[-WINDOW:], "diversity")
+    return f"{now:.3g}, {before:.3g} in earlier rows" if now < 0.5 * before else None
+
+
 CHECKS: dict[str, Check] = {
     "beta_too_small": beta_too_small,
     "winner_rises": winner_rises,
@@ -185,4 +193,5 @@ CHECKS: dict[str, Check] = {
     "margin_saturated": margin_saturated,
     "gradient_jumps": gradient_jumps,
     "drift_explodes": drift_explodes,
+    "diversity_falls": diversity_falls,
 }

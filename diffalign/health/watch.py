@@ -97,7 +97,7 @@ class Watch:
         return sorted(self.findings.values(), key=lambda f: f.step)
 
     def _remember(self, row: Row) -> None:
-        if len(self._first_losses) < WINDOW:
+        if len(self._first_losses) < WINDOW and "loss" in row:  # distillation logs losses of its own
             self._first_losses.append(loss_per_group(row))
         if row.get("lr", 0.0) > self._highest_rate:  # still warming up: what was seen so far says little
             self._highest_rate = row["lr"]

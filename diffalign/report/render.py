@@ -23,6 +23,7 @@ MARKED_ON: dict[str, str] = {
     "gradient_jumps": "grad_norm",
     "loss_diverges": "loss",
     "drift_explodes": "drift",
+    "diversity_falls": "diversity",
     "reward_below_base": "validation",
     "drift_without_reward": "validation",
     "labels_without_spread": "share_without_preference",

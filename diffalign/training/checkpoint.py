@@ -1,6 +1,7 @@
 """Checkpoints: everything an exact resume needs, in safetensors and JSON, written beside and renamed.
 
 checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
+A run that trains further networks (distillation: "fake") has NAME.safetensors and NAME_optimizer.safetensors of each.
 """
 
 import errno
@@ -35,6 +36,14 @@ FREE_KEYS = (
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A further network that trains, and its optimiser."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
 class TrainState:
     """What is saved: `step` optimiser steps are done."""
 
@@ -45,6 +54,7 @@ class TrainState:
     scaler: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain numbers that the loop remembers (`steady.py`)."""
+    partners: dict[str, Partner] = field(default_factory=dict)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -68,6 +78,27 @@ def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scalars
 
 
+def _optimizer_record(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors for a file of their own, and plain numbers for state.json."""
+    state = optimizer.state_dict()
+    tensors, scalars = _flatten(state["state"])
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+    return tensors, {"scalars": scalars, "groups": groups}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    entries: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **plain["scalars"]}.items():
+        index, *keys = name.split("/")
+        place = entries.setdefault(int(index), {})
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
+    groups = optimizer.state_dict()["param_groups"]
+    restored = [{**stored, "params": g["params"]} for stored, g in zip(plain["groups"], groups, strict=True)]
+    optimizer.load_state_dict({"state": entries, "param_groups": restored})
+
+
 def _sync(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -79,17 +110,19 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
     """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were."""
     folder = run_dir / "checkpoints"
     final, part = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.part"
-    tensors, scalars = _flatten(state.optimizer.state_dict()["state"])
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.state_dict()["param_groups"]]
+    tensors, optimizer = _optimizer_record(state.optimizer)
+    partners = {name: _optimizer_record(partner.optimizer) for name, partner in state.partners.items()}
     record = {
         "step": state.step,
         "config": config,
-        "optimizer": {"scalars": scalars, "groups": groups},
+        "optimizer": optimizer,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "extra": state.extra,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    if partners:
+        record["partners"] = {name: plain for name, (_, plain) in partners.items()}
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -97,6 +130,10 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
         save_file(tensors, part / "optimizer.safetensors")
         if state.ema is not None:
             save_file({k: v.cpu().contiguous() for k, v in state.ema.items()}, part / "ema.safetensors")
+        for name, partner in state.partners.items():
+            own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
+            save_file(own, part / f"{name}.safetensors")
+            save_file(partners[name][0], part / f"{name}_optimizer.safetensors")
         (part / "state.json").write_text(json.dumps(record, indent=1))
         _sync(part)
         shutil.rmtree(final, ignore_errors=True)
@@ -153,6 +190,10 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
         policy = load_file(path / "policy.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
         averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
+        others = {
+            name: (load_file(path / f"{name}.safetensors"), load_file(path / f"{name}_optimizer.safetensors"))
+            for name in state.partners
+        }
     except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(
             f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before"
@@ -163,18 +204,12 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
             parameter.copy_(policy[name])
         for name, average in (state.ema or {}).items():
             average.copy_(averages[name])
-    entries: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **record["optimizer"]["scalars"]}.items():
-        index, *keys = name.split("/")
-        place = entries.setdefault(int(index), {})
-        for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        place[keys[-1]] = value
-    groups = state.optimizer.state_dict()["param_groups"]
-    restored = [
-        {**stored, "params": g["params"]} for stored, g in zip(record["optimizer"]["groups"], groups, strict=True)
-    ]
-    state.optimizer.load_state_dict({"state": entries, "param_groups": restored})
+        for name, partner in state.partners.items():
+            for key, parameter in partner.parameters.items():
+                parameter.copy_(others[name][0][key])
+    _restore_optimizer(state.optimizer, tensors, record["optimizer"])
+    for name, partner in state.partners.items():
+        _restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
     state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])

@@ -10,6 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+# Preference steps have the first, distillation the others.
+SHOWN = ("loss", "student_loss", "fake_loss", "reward")
+
 
 def peak_memory() -> float:
     """GiB: of the GPU where there is one, else of the process."""
@@ -21,7 +24,7 @@ def peak_memory() -> float:
 
 def describe(metrics: dict[str, float], seconds: float) -> str:
     """`loss 0.671  margin +0.042  accuracy 0.62  0.21 s/step  1.3 GiB`."""
-    parts = [f"loss {metrics['loss']:.4f}"]
+    parts = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in SHOWN if name in metrics]
     if "margin" in metrics:
         parts += [f"margin {metrics['margin']:+.3f}", f"accuracy {metrics['accuracy']:.2f}"]
     return "  ".join([*parts, f"{seconds:.2f} s/step", f"{peak_memory():.1f} GiB"])

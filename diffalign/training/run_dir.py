@@ -28,6 +28,18 @@ pipeline.load_lora_weights("{folder}/weights")
 """
 
 
+DISTILLED = """# {name}
+
+`{base}` distilled to {steps} steps with diffalign: {updates} updates of the student, {fake} of the fake network, guidance
+{guidance:g}, groups of {group}.
+
+- `config.yaml`: the resolved config; `diffalign distill {folder}/config.yaml` goes on where this run stopped.
+- `metrics.jsonl`: one row an update of the student. `timing.jsonl`: seconds and peak memory.
+- `weights/`: the student, in diffusers' format. `student/`, if asked for: the whole pipeline, with how to call it.
+- `checkpoints/`: the state to go on from: student, fake network and their optimisers.
+"""
+
+
 def open_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
     """Create the folder with `config.yaml` and `README.md`; an existing run keeps its files but these two."""
     try:
@@ -36,6 +48,20 @@ def open_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
         raise DiffalignError(f"run_dir {run_dir} cannot be made ({error.strerror}); choose another one") from error
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     base, folder, lora = config["model"]["path"], run_dir.as_posix(), config["tune"]["kind"] == "lora"
+    if "student" in config:
+        (run_dir / "README.md").write_text(
+            DISTILLED.format(
+                name=run_dir.name,
+                base=base,
+                steps=config["student"]["steps"],
+                updates=config["train"]["steps"],
+                fake=config["train"]["steps"] * config["fake"]["updates"],
+                guidance=config["match"]["guidance"],
+                group=config["group"]["size"],
+                folder=folder,
+            )
+        )
+        return
     (run_dir / "README.md").write_text(
         README.format(
             name=run_dir.name,

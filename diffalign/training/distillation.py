@@ -1,0 +1,326 @@
+"""The distillation loop, from top to bottom: DMD2's order, on the run directory and checkpoints of `loop.py`.
+
+A step is one update of the student and `fake.updates` of the fake network. Its first iteration rolls the student out, moves
+the student, and then trains the fake network on the same images; the others roll out anew and train the fake network
+alone. DMD2 counts iterations: its 19,000 at a ratio of 5 are 3,800 steps here.
+
+    loss of an update = sum over its images of the loss / images of the update
+
+Processes sum their gradients themselves, since two networks learn in turn: nothing is wrapped. A checkpoint holds student,
+fake network and both optimisers, so that a run goes on bit for bit.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.few_step import FewStep
+from diffalign.training.checkpoint import Partner, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from diffalign.training.distill_draws import DistillDraws, group_shape, make_distill_draws
+from diffalign.training.distill_policy import Transition, policy_step
+from diffalign.training.distill_step import Judge, Lean, fake_step, roll_out, student_step
+from diffalign.training.loop import Say, TrainResult, start_accelerator
+from diffalign.training.optim import build_optimizer, learning_rate
+from diffalign.training.order import groups_for_step
+from diffalign.training.oversight import Oversight
+from diffalign.training.progress import TrainProgress, peak_memory
+from diffalign.training.run_dir import open_run_dir
+from diffalign.training.tracking import Metrics
+from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
+
+Parameters = dict[str, nn.Parameter]
+
+
+def prepare_networks(config: Any, backbone: Any) -> tuple[Parameters, Parameters]:
+    """Student and fake network, both equal to the teacher at first; returns what each of them trains."""
+    tune = config.tune
+    if tune.kind == "lora":
+        backbone.add_lora(tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init)
+    else:
+        backbone.enable_full()
+    backbone.add_fake(seed=config.seed + 1)
+    backbone.trunk.train()
+    return backbone.trainable("student"), backbone.trainable("fake")
+
+
+def distill(
+    config: Any,
+    *,
+    backbone: Any,
+    student: FewStep,
+    source: Any,
+    shape: tuple[int, int, int],
+    judge: Judge | None = None,
+    lean: Lean | None = None,
+    say: Say = print,
+    accelerator: Accelerator | None = None,
+    validation: Validation | None = None,
+) -> TrainResult:
+    """Distil `backbone` into the few-step `student` as `config` (a DistillConfig) says; all goes into `config.run_dir`.
+
+    `source` offers `len(source)`, `batch(indices) -> conditioning`, `ids` and `unconditional`; `shape` is (C, h, w) of a
+    latent; `judge` scores finished latents, `lean` with a gradient. Raises DiffalignError for a checkpoint of another
+    config, for losses that are not finite, for a full disk, and for an alarm where on_alarm is stop.
+    """
+    # ---- Set-up ------------------------------------------------------------------------------------------------------
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    accelerator = accelerator or start_accelerator(config)
+    main, run_dir, steps = accelerator.is_main_process, Path(config.run_dir), config.train.steps
+    groups, iterations = config.train.groups_per_step, config.fake.updates
+    per_process, rest = divmod(groups, accelerator.num_processes)
+    micro = min(config.train.micro_batch, per_process)
+    if rest or per_process % micro:
+        raise DiffalignError(
+            f"train.groups_per_step={groups} cannot be cut into micro-batches of {config.train.micro_batch} groups over "
+            f"{accelerator.num_processes} processes; make it a multiple of their product"
+        )
+    images, _ = group_shape(config.group)
+    learnt, fake = prepare_networks(config, backbone)
+    optimizer = build_optimizer(config.optimizer, learnt.values())
+    fake_optimizer = build_optimizer(config.fake.optimizer, fake.values())
+    ema = {k: p.detach().clone() for k, p in learnt.items()} if config.train.ema_decay else None
+    state = TrainState(0, learnt, optimizer, ema, partners={"fake": Partner(fake, fake_optimizer)})
+    plain_config = config.model_dump(mode="json", exclude={"model": {"token"}})
+
+    # ---- Resume ------------------------------------------------------------------------------------------------------
+    saved = checkpoints(run_dir)
+    first = load_checkpoint(saved[-1], state, plain_config) if saved else 0
+    if first > steps:
+        raise DiffalignError(
+            f"{run_dir} has {first} steps already; train.steps={steps} would go back: choose another run_dir"
+        )
+    metrics_log = None
+    if main:
+        if first:
+            say(f"going on from {saved[-1]}")
+        open_run_dir(run_dir, plain_config)
+        metrics_log = Metrics(run_dir, config.tracking.trackers, config.tracking.project, plain_config, first)
+    oversight = Oversight(run_dir, config.on_alarm, (), first, say, main)
+    validations = ValidationLog(run_dir, first, main) if validation else None
+    if validation and validations and not validations.rows:
+        _validate(validation, validations, oversight, accelerator, backbone, run_dir, 0)
+    patience = config.validation.patience
+    idle = best_of(validations.rows)[1] if validations else 0
+    if patience and idle >= patience:
+        steps = first
+    row: dict[str, float] = {}
+
+    # ---- Steps -------------------------------------------------------------------------------------------------------
+    with TrainProgress(first, steps, say, show=main) as progress:
+        for step in range(first, steps):
+            started = time.monotonic()
+            totals = Sums(groups * images)
+            norms: dict[str, float] = {}
+            rates = {
+                "lr": _set_rate(optimizer, learning_rate(config.optimizer, step, config.train.steps)),
+                "fake_lr": _set_rate(fake_optimizer, learning_rate(config.fake.optimizer, step, config.train.steps)),
+            }
+            rewarded = step >= config.reward.start_step
+
+            for inner in range(iterations):
+                iteration = step * iterations + inner
+                indices = groups_for_step(len(source), groups, iteration, config.seed)
+                mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+                seen: list[tuple[Tensor, dict[str, Tensor], DistillDraws]] = []
+                kept: list[tuple[dict[str, Tensor], Transition]] = []
+
+                # ---- Roll out, and in the first iteration move the student ----
+                for start in mine[::micro]:
+                    slots = list(range(start, start + micro))
+                    chosen = [indices[s] for s in slots]
+                    batch = source.batch(chosen)
+                    conditioning = {k: v.repeat_interleave(images, dim=0) for k, v in batch.items()}
+                    ids = [source.ids[i] for i in chosen]
+                    draws = make_distill_draws(config, student, iteration, slots, ids, shape)
+                    if inner > 0:
+                        with accelerator.autocast(), torch.no_grad():
+                            rolled = roll_out(backbone, student, conditioning, draws, learn=False, finish=False)
+                        seen.append((rolled.x, conditioning, draws))
+                        continue
+                    with accelerator.autocast():
+                        output = student_step(
+                            config, backbone, student, conditioning, source.unconditional, draws,
+                            [i for i in chosen for _ in range(images)], judge, lean, rewarded,
+                        )  # fmt: skip
+                    share = output.loss.sum() / (groups * images)
+                    _check_finite("student's loss", share, step, ids, run_dir)
+                    share.backward()
+                    squared = {"r_dm_squared": output.metrics["r_dm"].square()}
+                    totals.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
+                    seen.append((output.x, conditioning, draws))
+                    if output.kept is not None:
+                        kept.append((conditioning, output.kept))
+                if inner == 0:
+                    norms["grad_norm"] = _update(accelerator, learnt, optimizer, config, step, run_dir)
+                    if ema is not None:
+                        weights = [p.detach() for p in learnt.values()]
+                        torch._foreach_lerp_(list(ema.values()), weights, 1 - config.train.ema_decay)
+
+                # ---- Roll-outs used again, by importance ratios ----
+                for _ in range(config.reward.policy_reuse if kept else 0):
+                    for conditioning, transition in kept:
+                        with accelerator.autocast():
+                            loss, ratios = policy_step(config, backbone, student, conditioning, transition)
+                        share = loss.sum() / (groups * images)
+                        _check_finite("policy's loss", share, step, [], run_dir)
+                        share.backward()
+                        totals.add(ratios, share=1 / config.reward.policy_reuse)
+                    _update(accelerator, learnt, optimizer, config, step, run_dir)
+
+                # ---- Train the fake network on these images ----
+                for x, conditioning, draws in seen:
+                    with backbone.role("fake"):
+                        with accelerator.autocast():
+                            error = fake_step(backbone, x, conditioning, draws)
+                        share = error.sum() / (groups * images)
+                        _check_finite("fake network's loss", share, step, [], run_dir)
+                        share.backward()
+                    totals.add({"fake_loss": error.detach()}, share=1 / iterations)
+                norms["fake_grad_norm"] = _update(accelerator, fake, fake_optimizer, config, step, run_dir)
+
+            # ---- Log ----
+            done = step + 1
+            row = _with_error(totals.means(accelerator), groups) | norms | rates
+            if done % config.train.log_every == 0 or done == steps:
+                if metrics_log:
+                    metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+                oversight.row({"step": done, **row})
+            progress.update(done, row)
+
+            # ---- Validate ----
+            if validation and validations and validation.due(done, steps):
+                with averaged(learnt, ema):
+                    means = _validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
+                    best, idle = best_of(validations.rows)
+                    if main and best == done:
+                        backbone.save_weights(run_dir / "best")
+                if metrics_log:
+                    metrics_log.track(done, means)
+            stopping = oversight.stops or bool(patience and idle >= patience)
+
+            # ---- Checkpoint ----
+            if done % config.checkpoint.every == 0 or done == steps or stopping:
+                if main:
+                    save_checkpoint(run_dir, replace(state, step=done), plain_config, config.checkpoint.keep)
+                accelerator.wait_for_everyone()
+            if stopping:
+                steps = done
+                break
+
+    # ---- Weights for diffusers ---------------------------------------------------------------------------------------
+    if metrics_log:
+        metrics_log.close()
+    if main:
+        with averaged(learnt, ema):
+            backbone.save_weights(run_dir / "weights")
+    accelerator.wait_for_everyone()
+    oversight.close()
+    if oversight.stops:
+        raise DiffalignError(oversight.reason())
+    return TrainResult(run_dir, steps, row)
+
+
+class Sums:
+    """Metrics summed over micro-batches, then over processes; an unknown value (NaN) is left out of its mean."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor], share: float = 1.0) -> None:
+        """metrics: [N] each. `share`: how much of the step's mean this is, where several add up to it."""
+        for name, value in metrics.items():
+            known = torch.isfinite(value)
+            new = torch.stack([value.double().nan_to_num(0.0, 0.0, 0.0).sum(), known.double().sum()]) * share
+            self.values[name] = self.values.get(name, torch.zeros_like(new)) + new
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        names = sorted(self.values)
+        # float32: not every device and backend sums doubles.
+        totals = accelerator.reduce(torch.stack([self.values[n] for n in names]).float(), reduction="sum")
+        return {name: (s / n if n else math.nan) for name, (s, n) in zip(names, totals.tolist(), strict=True)}
+
+
+def _with_error(row: dict[str, float], groups: int) -> dict[str, float]:
+    """R_dm's standard error over the prompts in the place of its mean square; none for a single prompt."""
+    variance = max(row.pop("r_dm_squared") - row["r_dm"] ** 2, 0.0)
+    return row | {"r_dm_error": math.sqrt(variance / (groups - 1))} if groups > 1 else row
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _update(
+    accelerator: Accelerator,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    config: Any,
+    step: int,
+    run_dir: Path,
+) -> float:
+    """Sum the gradients over processes, cut them to size, and take a step; returns their norm."""
+    weights = [p for p in parameters.values() if p.grad is not None]
+    if accelerator.num_processes > 1:
+        flat = torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
+        summed = accelerator.reduce(flat, reduction="sum")
+        for parameter, part in zip(weights, summed.split([p.numel() for p in weights]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+    norm = torch.nn.utils.clip_grad_norm_(weights, config.train.max_grad_norm)
+    _check_finite("gradient norm", norm, step, [], run_dir)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def _check_finite(what: str, value: Tensor, step: int, ids: list[str], run_dir: Path) -> None:
+    if torch.isfinite(value):
+        return
+    saved = checkpoints(run_dir)
+    where = f", prompts {', '.join(ids)}" if ids else ""
+    raise DiffalignError(
+        f"the {what} is {float(value.detach())} at step {step + 1}{where}; the last good checkpoint is "
+        f"{saved[-1] if saved else 'none'}: lower optimizer.lr or fake.optimizer.lr, or match.guidance"
+    )
+
+
+@contextmanager
+def _own_draws(seed: int) -> Iterator[None]:
+    """Some pipelines give their scheduler no generator, and re-noising then draws from the global one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _validate(
+    validation: Validation,
+    log: ValidationLog,
+    oversight: Oversight,
+    accelerator: Accelerator,
+    backbone: Any,
+    run_dir: Path,
+    done: int,
+) -> dict[str, float]:
+    """The main process draws with the student's scheduler and scores; all learn the outcome, since it may end the run."""
+    with _own_draws(validation.seed):
+        message: list[Any] = [validation.run(backbone, run_dir, done) if accelerator.is_main_process else None]
+    row = broadcast_object_list(message)[0]
+    log.add(row)
+    oversight.validation(row)
+    column = next(iter(row["scores"]))
+    if oversight.main:
+        oversight.say(f"validation at step {done}: {column} {score_of(row):.4f}")
+    return {f"validation/{column}": score_of(row)}

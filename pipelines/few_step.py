@@ -1,0 +1,125 @@
+"""Few-step samplers of a distilled student, and the diffusers scheduler that a student is saved with.
+
+    renoise  x0 as predicted, noised again to the next time with fresh noise: LCMScheduler, FlowMatchLCMScheduler (DMD2)
+    euler    deterministic: FlowMatchEulerDiscreteScheduler, or DDIM on its trailing grid
+    cps      a' x0 + s' [cos(eta pi/2) e + sin(eta pi/2) z] (coefficients-preserving, RTDMD): eta 0 is euler, 1 is
+             renoise; diffusers has no scheduler for what lies between
+
+The scheduler's config holds the student's times, so that `num_inference_steps` alone brings them back: 999, 749, 499, 249 for
+four steps of SDXL; 1, .9, .75, .5 for a flow of shift 3, the even grid with the family's shift applied once. diffusers' own
+grid for a flow ends near 0 and shifts that end twice; a smaller shift with a terminal value draws the wanted grid:
+for a shift k and n steps, shift k / (k - (1 - 1/n)(k - 1)) and the terminal k / (n + k - 1). All of them start from unit
+noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.process import NoiseProcess
+
+Sampler = Literal["renoise", "euler", "cps"]
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """A student's sampler. times [steps + 1] float32 in the process's units, noisiest first, `clean` last."""
+
+    process: NoiseProcess
+    times: Tensor
+    sampler: Sampler = "renoise"
+    eta: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def stochastic(self) -> bool:
+        return self.sampler == "renoise" or (self.sampler == "cps" and self.eta > 0)
+
+    def at(self, index: int, like: Tensor) -> Tensor:
+        """times[index] for every latent of `like` [N, ...]: [N]."""
+        return self.times[index].expand(len(like)).to(like.device)
+
+    def transition(self, x: Tensor, prediction: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Mean [N, C, h, w] and deviation rho [N] of x at times[index + 1], given x [N, C, h, w] at times[index].
+
+        The last step returns x0 with rho = 0. Differentiable in x and the prediction.
+        """
+        t = self.at(index, x)
+        x0, zero = self.process.x0(x, prediction, t), torch.zeros(len(x), device=x.device)
+        if index == self.steps - 1:
+            return x0, zero
+        after = self.at(index + 1, x)
+        if self.sampler == "euler":
+            return self.process.step(x, prediction, t, after), zero
+        a, s = self.process.coefficients(after)
+        angle = (1.0 if self.sampler == "renoise" else self.eta) * math.pi / 2
+        mean = a.view(-1, 1, 1, 1) * x0
+        if self.sampler == "cps":
+            mean = mean + (s * math.cos(angle)).view(-1, 1, 1, 1) * self.process.epsilon(x, prediction, t)
+        return mean, s * math.sin(angle)
+
+    def advance(self, x: Tensor, prediction: Tensor, index: int, noise: Tensor | None) -> Tensor:
+        """x at times[index + 1]; `noise` is unit noise, None where the sampler takes none."""
+        mean, rho = self.transition(x, prediction, index)
+        return mean if noise is None else mean + rho.view(-1, 1, 1, 1) * noise.float()
+
+
+def student_scheduler(scheduler: Any, steps: int, sampler: Sampler, times: list[float] | None = None) -> Any:
+    """The diffusers scheduler of a student, from the base model's: its config decides the student's times.
+
+    With explicit `times` the pipeline must be given them (`call_options`). Raises DiffalignError for times out of order.
+    """
+    import diffusers
+
+    config = scheduler.config
+    if times is not None and (len(times) != steps or any(a <= b for a, b in pairwise(times))):
+        raise DiffalignError(f"student.times: {steps} falling times are needed, not {times}")
+    if "FlowMatch" in type(scheduler).__name__:
+        shift = float(config.shift)
+        options: dict[str, Any] = {"shift": shift, "shift_terminal": None}
+        if times is not None:
+            options["shift"] = 1.0
+        elif steps > 1:
+            options["shift"] = shift / (shift - (1.0 - 1.0 / steps) * (shift - 1.0))
+            options["shift_terminal"] = shift / (steps + shift - 1.0)
+        kind = diffusers.FlowMatchLCMScheduler if sampler == "renoise" else diffusers.FlowMatchEulerDiscreteScheduler
+        return kind.from_config(config, **options)
+    if sampler == "euler":
+        options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+        return diffusers.DDIMScheduler.from_config(config, **options)
+    # With as many original steps as steps, LCM's grid is trailing, and any larger number of steps is refused.
+    return diffusers.LCMScheduler.from_config(config, original_inference_steps=steps, clip_sample=False)
+
+
+def call_options(scheduler: Any, times: list[float] | None) -> dict[str, Any]:
+    """What a pipeline's call needs besides the number of steps: nothing, unless the times were given one by one."""
+    if times is None:
+        return {}
+    if "FlowMatch" in type(scheduler).__name__:
+        return {"sigmas": times}
+    return {"timesteps": [int(t) for t in times]}
+
+
+def few_step(
+    process: NoiseProcess, scheduler: Any, steps: int, sampler: Sampler, eta: float, times: list[float] | None
+) -> FewStep:
+    """The sampler that training rolls out, on the very times that `scheduler` (of `student_scheduler`) visits."""
+    if times is not None:
+        grid = torch.tensor(times, dtype=torch.float32)
+    elif process.span == 1.0:
+        scheduler.set_timesteps(steps)
+        grid = scheduler.sigmas[:steps].float()
+    else:
+        scheduler.set_timesteps(steps)
+        grid = scheduler.timesteps.float()
+    return FewStep(process, torch.cat([grid.cpu(), torch.tensor([process.clean])]), sampler, eta)
