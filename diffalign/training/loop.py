@@ -26,11 +26,11 @@ from diffalign.health import Finding
 from diffalign.objectives import OBJECTIVES, Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.optim import build_optimizer, learning_rate
-from diffalign.training.order import groups_for_step
 from diffalign.training.oversight import Oversight
 from diffalign.training.preference import StepOutput, make_draws, preference_step
 from diffalign.training.progress import TrainProgress, peak_memory
 from diffalign.training.run_dir import open_run_dir
+from diffalign.training.selection import Selection
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 from diffalign.training.tracking import Metrics
 from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
@@ -104,6 +104,7 @@ def train(
     main = accelerator.is_main_process
     run_dir, steps = Path(config.run_dir), config.train.steps
     objective = build_objective(config.objective)
+    selection = Selection.of(config, source)
     per_process, rest = divmod(config.train.groups_per_step, accelerator.num_processes)
     if rest or per_process % min(config.train.micro_batch, per_process):
         raise DiffalignError(
@@ -151,7 +152,7 @@ def train(
             rate = learning_rate(config.optimizer, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            indices = groups_for_step(len(source), config.train.groups_per_step, step, config.seed)
+            indices = selection.groups(step, config.train.groups_per_step)
             mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
             starts = mine[::micro]
             totals: dict[str, Tensor] = {}
@@ -162,11 +163,13 @@ def train(
                 slots = list(range(start, start + micro))
                 batch = source.batch([indices[s] for s in slots])
                 draws = make_draws(config, backbone.process, step, slots, batch.group_ids, batch.latents.shape)
+                draws = selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
+                counts = selection.weights[[indices[s] for s in slots]].to(backbone.device)
                 last = start == starts[-1]
                 with nullcontext() if last else accelerator.no_sync(module):
                     with accelerator.autocast():
                         result = preference_step(config, current, backbone, batch, draws, source.unconditional, module)
-                    share = (result.weight * result.output.loss).sum() / config.train.groups_per_step
+                    share = (counts * result.weight * result.output.loss).sum() / config.train.groups_per_step
                     if step == 0 and same_at_start:
                         _check_margin(result)
                     _check_finite(result, share, step, batch.group_ids, run_dir)
