@@ -85,6 +85,12 @@ def _check_batches(config: TrainConfig) -> None:
 
 
 def _check_weights(config: TrainConfig) -> None:
+    if config.tune.reference == "base" and config.tune.init is None:
+        _refuse(
+            "without tune.init the reference is the base anyway; give tune.init or leave reference out",
+            "tune.reference",
+            "tune.init",
+        )
     if config.tune.kind == "full":
         if config.tune.init is not None:
             _refuse(

@@ -75,8 +75,9 @@ class TuneSection(Section):
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(
-        None, description="folder of a LoRA to train on from; it is also the reference (lora only)"
+    init: FilePath | None = Field(None, description="folder of a LoRA to train on from (lora only)")
+    reference: Literal["init", "base"] = Field(
+        "init", description="what the policy is compared with where init is given: that LoRA, or the model without one"
     )
 
 

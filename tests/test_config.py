@@ -19,6 +19,7 @@ from diffalign.config import (
     eval_config_of_run,
     load_config,
     load_eval_config,
+    load_rounds_config,
     load_sample_config,
     load_synth_config,
     recipes,
@@ -149,7 +150,8 @@ def test_the_recipes_are_there() -> None:
 
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_is_whole_and_commented(name: str) -> None:
-    config = load_synth_config(name) if name.startswith("synth_") else load_config(name)
+    loaders = {"synth": load_synth_config, "rounds": load_rounds_config}
+    config = loaders.get(name.split("_")[0], load_config)(name)
     lines = config_path(name).read_text(encoding="utf-8").splitlines()
     written = yaml.safe_load("\n".join(lines))
     for key, value in config.model_dump().items():

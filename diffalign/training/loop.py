@@ -74,8 +74,11 @@ def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
     """Make the policy trainable; returns whether it equals the reference by construction."""
     tune = config.tune
     if tune.kind == "lora":
-        backbone.add_lora(tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init)
-        return True
+        own = tune.reference == "init"
+        backbone.add_lora(
+            tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init, init_is_reference=own
+        )
+        return own or tune.init is None
     backbone.enable_full(keep_reference=objective.needs_reference)
     # The policy trains in float32; a reference kept in half precision rounds differently.
     return bool(backbone.dtype == torch.float32)
