@@ -5,7 +5,7 @@
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
-#   make bench-objectives   objectives side by side on the embedded world (hours)
+#   make bench-objectives   objectives side by side on the embedded world (hours);  make bench-rounds: rounds against one run
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives clean setup wheel
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-rounds clean setup wheel
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -61,6 +61,9 @@ bench-quickstart: $(STAMP)
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
+
+bench-rounds: $(STAMP)
+	$(BIN)/python benchmarks/rounds.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -100,7 +100,11 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
         prompts = str(prompts_file([row for row, _ in real], data.with_name("prompts.jsonl")))
     if given.guidance_scale is not None:
         images["guidance_scale"] = given.guidance_scale
-    plan = {"model": training.model.model_dump(), "device": training.device, "weights": init and str(init)}
+    plan: dict[str, Any] = {
+        "model": training.model.model_dump(),
+        "device": training.device,
+        "weights": init and str(init),
+    }
     plan |= {"prompts": prompts, "n": n, "out": str(drawn), "seed": seed, "images_per_prompt": given.images_per_prompt}
     stages.sample(SampleConfig.model_validate({**plan, **images}))
     if real is not None:
@@ -115,7 +119,7 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
 
 
 def _evaluate(config: RoundsConfig, training: TrainConfig) -> dict[str, Any]:
-    plan = {"model": training.model.model_dump(), "device": training.device, "seed": config.seed}
+    plan: dict[str, Any] = {"model": training.model.model_dump(), "device": training.device, "seed": config.seed}
     plan |= {"weights": str(Path(training.run_dir) / "weights"), "out": str(training.run_dir)}
     checked = EvalConfig.model_validate({**plan, **config.images.model_dump(), **config.evaluate.model_dump()})
     return stages.evaluate(checked, base_folder=config.out / "base")

@@ -29,10 +29,10 @@ def write_roles(real: Sequence[Real], drawn: PreferenceDataset, out: Path) -> in
     with ImageWriter(out) as writer:
         for i in range(len(drawn)):
             group = drawn.group(i)
-            name, images = group["group_id"], waiting.get(group["prompt"], [])
-            if not images:
+            name, real_ones = group["group_id"], waiting.get(group["prompt"], [])
+            if not real_ones:
                 raise DiffalignError(f"{drawn.folder}: no real image of the prompt {group['prompt']!r}")
-            writer.write(name, 0, images.pop(0)(), "real", 0, {})
+            writer.write(name, 0, real_ones.pop(0)(), "real", 0, {})
             made = drawn.images(name)
             for place, image in enumerate(made, start=1):
                 writer.write(name, place, image.data, image.generator, image.seed, {})

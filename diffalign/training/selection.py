@@ -131,7 +131,8 @@ class Selection:
         if how == "all":
             return draws
         if how == "variance":
-            size = relaxed(*self.section.sizes, step, self.steps)
+            first, last = self.section.sizes
+            size = relaxed(first, last, step, self.steps)
             chosen = [
                 choose_members(row, "variance", size, draw(self.seed, "selection", step=step, inner=slot, group=group))
                 for row, slot, group in zip(labels.double().numpy(), slots, group_ids, strict=True)
