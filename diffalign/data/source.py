@@ -119,7 +119,7 @@ def prepare_source(
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
-    if label.combine is not None:
+    if label.source == "combined":
         stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
         raw = combined_labels(dataset, chosen, label.combine, stats)
     else:

@@ -96,9 +96,10 @@ def train(
 ) -> TrainResult:
     """Train `backbone` on `source` as `config` (a TrainConfig) says; writes everything into `config.run_dir`.
 
-    `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.cache.TrainingSource`). `known`:
-    what is wrong with the data already. Raises DiffalignError for a checkpoint of another config, for losses that are not
-    finite, for a full disk, and for an alarm where on_alarm is stop.
+    `source` offers `len(source)`, `batch(indices)` and `unconditional` (`diffalign.data.source.TrainingSource`), and
+    `rewards` and `mask` of all groups where `selection` chooses by them. `known`: what is wrong with the data already.
+    Raises DiffalignError for a checkpoint of another config, for losses that are not finite, for a full disk, and for an
+    alarm where on_alarm is stop.
     """
     # ---- Set-up ------------------------------------------------------------------------------------------------------
     if config.train.threads:

@@ -100,8 +100,15 @@ class Selection:
 
     @classmethod
     def of(cls, config: Any, source: Any) -> "Selection":
-        """For a TrainConfig and a source of groups; raises DiffalignError where groups have too few images."""
-        section, labels = config.selection, source.rewards.double()
+        """For a TrainConfig and a source of groups, whose `rewards` and `mask` are read only where something is chosen.
+
+        Raises DiffalignError where groups have too few images.
+        """
+        section, groups = config.selection, len(source)
+        chooses = section.groups != "all" or section.weight != "none" or section.sizes is not None
+        if not chooses:
+            return cls(section, config.train.steps, config.seed, np.zeros(groups), torch.ones(groups))
+        labels = source.rewards.double()
         if section.sizes is not None and max(section.sizes) > labels.shape[1]:
             raise DiffalignError(
                 f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most so many"
