@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from diffalign import iterate, stages, testbed
 from diffalign.config import RoundsConfig, load_rounds_config
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.roles import write_roles
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.extrapolate import extrapolate, extrapolate_lora
+from diffalign.real_images import real_images
 from diffalign.testbed.models import BUILDERS, autoencoder
 
 TRAINING = [
@@ -117,6 +119,21 @@ def test_self_play_against_the_base_with_momentum(tmp_path: Path) -> None:
     # The policy starts elsewhere than its reference, and is not expected not to.
     rows = [json.loads(line) for line in (second / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["drift"] > 0
+
+    # Real images may also lie in a dataset; a prompt without one is named.
+    [(row, image)] = real_images(str(first / "data"), "unused", 1, 0)
+    one = PreferenceDataset(first / "data")
+    assert row.prompt == one.column("prompt")[0] and image() == one.images(one.column("group_id")[0])[0].data
+    with pytest.raises(DiffalignError, match=f"no real image of the prompt '{one.column('prompt')[1]}'"):
+        write_roles([(row, image)], PreferenceDataset(first / "drawn"), tmp_path / "other")
+    assert not (tmp_path / "other" / "groups.parquet").exists()
+    with pytest.raises(DiffalignError, match="says not what to draw"):
+        real_images("testbed", str(_prompts(tmp_path)), None, 0)
+
+
+def _prompts(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("a red circle\n")
+    return folder / "prompts.txt"
 
 
 @pytest.mark.parametrize(

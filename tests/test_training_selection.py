@@ -232,6 +232,7 @@ def test_a_schedule_cannot_go_on_with_another_length(tmp_path: Path) -> None:
         (["selection.images=rank_gap", "data.group_size=4"], "leave one out"),
         (["selection.weight=mean"], "same mean in every group"),
         (["selection.grups=all"], "did you mean groups"),
+        (["tune.reference=base"], "without tune.init the reference is the base anyway"),
         (["labels.source=combined"], "go together"),
         (["labels.source=combined", "labels.combine={weights: {a: -1.0}}"], "vote against"),
         (["labels.source=combined", "labels.combine={how: gated, weights: {a: 1.0}}"], "gates go together"),

@@ -34,7 +34,7 @@ def write_roles(real: Sequence[Real], drawn: PreferenceDataset, out: Path) -> in
                 raise DiffalignError(f"{drawn.folder}: no real image of the prompt {group['prompt']!r}")
             writer.write(name, 0, real_ones.pop(0)(), "real", 0, {})
             made = drawn.images(name)
-            for place, image in enumerate(made, start=1):
-                writer.write(name, place, image.data, image.generator, image.seed, {})
+            for place, one in enumerate(made, start=1):
+                writer.write(name, place, one.data, one.generator, one.seed, {})
             rows.append({**group, "preference": [1.0] + [0.0] * len(made), "members": None, "dropped": None})
     return write_groups(out, rows)

@@ -10,7 +10,10 @@ POINTS = 1500
 # What is worth a chart, its title, and the words under it.
 CHARTS: dict[str, tuple[str, str]] = {
     "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
-    "loss": ("Loss", "of a pair, log 2 = 0.693 is no preference learnt (times the share of groups that state one)"),
+    "loss": (
+        "Loss",
+        "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one)",
+    ),
     "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
     "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
     "winner_gap": ("Winner's error against the reference", "should stay near 0 or fall"),
