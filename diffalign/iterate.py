@@ -23,6 +23,7 @@ from diffalign.data.plan import write_whole
 from diffalign.data.roles import write_roles
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
+from diffalign.data.work import processes
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.extrapolate import extrapolate_lora
 from diffalign.real_images import prompts_file, real_images
@@ -58,7 +59,11 @@ def stops(scores: list[float], patience: int | None) -> bool:
 
 
 def rounds(config: RoundsConfig) -> dict[str, Any]:
-    """`diffalign rounds`: returns what rounds.json holds."""
+    """`diffalign rounds`: returns what rounds.json holds. Raises DiffalignError where several processes were launched."""
+    if processes()[1] > 1:
+        raise DiffalignError(
+            "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
+        )
     _same_config(config)
     done: list[dict[str, Any]] = []
     init: Path | None = None

@@ -103,8 +103,9 @@ def test_two_rounds_killed_between_and_inside_stages_end_alike(tmp_path: Path, m
         iterate.rounds(config(tmp_path / "killed", "momentum=0.5"))
 
 
-def test_self_play_against_the_base_with_momentum(tmp_path: Path) -> None:
+def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDO: real scenes and the model's own images; the reference stays the base; round 2 starts beyond round 1."""
+    monkeypatch.setattr("diffalign.health.labels.PAIRS_NEEDED", 1)
     given = ("reference=base", "momentum=0.5", "data.rewards=[]")
     iterate.rounds(config(tmp_path, *given, recipe="rounds_shapes_ddo"))
     first, second = tmp_path / "round-01", tmp_path / "round-02"
@@ -119,6 +120,8 @@ def test_self_play_against_the_base_with_momentum(tmp_path: Path) -> None:
     # The policy starts elsewhere than its reference, and is not expected not to.
     rows = [json.loads(line) for line in (second / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["drift"] > 0
+    # That every real image wins is what roles are, and no finding.
+    assert "generators_explain_ranking" not in (second / "run" / "health.json").read_text()
 
     # Real images may also lie in a dataset; a prompt without one is named.
     [(row, image)] = real_images(str(first / "data"), "unused", 1, 0)
@@ -149,6 +152,13 @@ def _prompts(folder: Path) -> Path:
 )
 def test_when_rounds_stop(scores: list[float], patience: int | None, expected: bool) -> None:
     assert iterate.stops(scores, patience) is expected
+
+
+def test_rounds_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(DiffalignError, match="rounds run in one process"):
+        iterate.rounds(config(tmp_path))
 
 
 def test_rounds_train_a_lora(tmp_path: Path) -> None:
