@@ -64,7 +64,12 @@ def rounds(config: RoundsConfig) -> dict[str, Any]:
         raise DiffalignError(
             "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
         )
-    _same_config(config)
+    begun = _remembered(config).is_file() and any(config.out.glob("round-*/*"))
+    if begun:
+        _same_config(config)
+    else:
+        _check_rewards(config, train_config(config, 1, None))
+    write_whole(_remembered(config), json.dumps(_decisive(config), indent=1) + "\n")
     done: list[dict[str, Any]] = []
     init: Path | None = None
     for number in range(1, config.rounds + 1):
@@ -142,19 +147,36 @@ def _next_start(config: RoundsConfig, number: int) -> Path:
     return out
 
 
+def _check_rewards(config: RoundsConfig, training: TrainConfig) -> None:
+    """A reward that cannot be opened, or cannot judge a prompt, is named now and not after a round's training."""
+    given, judged = config.data, config.evaluate
+    device = stages.resolve_device(training.device)
+    held_out = stages.resolve_prompts(judged.prompts, judged.n)
+    stages.open_rewards([judged.reward, *judged.more_rewards], held_out, device, "evaluate.reward", judged.prompts)
+    if given.real is None:
+        prompts = stages.resolve_prompts(given.prompts, given.n, config.seed)
+        stages.open_rewards(given.rewards, prompts, device, "data.rewards", given.prompts)
+        if not given.rewards:
+            raise DiffalignError("data.rewards: empty, so nothing makes labels; name a reward, or set data.real")
+
+
+def _remembered(config: RoundsConfig) -> Path:
+    return config.out / "config.json"
+
+
+def _decisive(config: RoundsConfig) -> dict[str, Any]:
+    """What rounds that were begun go on under: all but how many there are and when they stop."""
+    return config.model_dump(mode="json", exclude={"rounds", "patience", "out"})
+
+
 def _same_config(config: RoundsConfig) -> None:
-    """Rounds that were begun go on under the same config; only their number and the patience may change."""
-    path = config.out / "config.json"
-    now = config.model_dump(mode="json", exclude={"rounds", "patience", "out"})
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
-        if changed:
-            raise DiffalignError(
-                f"{config.out} holds rounds of another config: {changed[0]} was {before.get(changed[0])!r}, is now "
-                f"{now.get(changed[0])!r}; choose another out, or restore the old value to go on"
-            )
-    write_whole(path, json.dumps(now, indent=1) + "\n")
+    before, now = json.loads(_remembered(config).read_text(encoding="utf-8")), _decisive(config)
+    changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+    if changed:
+        raise DiffalignError(
+            f"{config.out} holds rounds of another config: {changed[0]} was {before.get(changed[0])!r}, is now "
+            f"{now.get(changed[0])!r}; choose another out, or restore the old value to go on"
+        )
 
 
 def _summary(config: RoundsConfig, done: list[dict[str, Any]]) -> dict[str, Any]:

@@ -161,6 +161,23 @@ def test_rounds_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         iterate.rounds(config(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.reward={name: sharpnes}", "sharpnes"),
+        ("evaluate.more_rewards=[{name: ocr}]", "ocr"),
+        ("data.rewards=[]", "nothing makes labels"),
+        ('overrides=["train.stepz=3"]', "unknown key train.stepz"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_drawn_and_can_be_mended(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DiffalignError, match=message):
+        iterate.rounds(config(tmp_path / "out", override))
+    assert not (tmp_path / "out").exists()
+
+
 def test_rounds_train_a_lora(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="set tune.kind=lora"):
         iterate.train_config(config(tmp_path, "overrides=[tune.kind=full]"), 1, None)
