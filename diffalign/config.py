@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
 from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config_rounds import RoundsConfig
 from diffalign.config_schema import (
     CheckpointSection,
     DataSection,
@@ -50,6 +51,7 @@ __all__ = [
     "OptimizerSection",
     "RankConfig",
     "RewardSection",
+    "RoundsConfig",
     "SampleConfig",
     "SynthConfig",
     "TimeSection",
@@ -64,6 +66,7 @@ __all__ = [
     "load_distill_config",
     "load_eval_config",
     "load_rank_config",
+    "load_rounds_config",
     "load_sample_config",
     "load_synth_config",
     "recipes",
@@ -122,6 +125,11 @@ def load_eval_config(config: str | Path, overrides: Sequence[str] = ()) -> EvalC
 def load_synth_config(config: str | Path, overrides: Sequence[str] = ()) -> SynthConfig:
     """As `load_config`, for `diffalign synth`."""
     return _validate(_document(config, overrides), SynthConfig)
+
+
+def load_rounds_config(config: str | Path, overrides: Sequence[str] = ()) -> RoundsConfig:
+    """As `load_config`, for `diffalign rounds`."""
+    return _validate(_document(config, overrides), RoundsConfig)
 
 
 def load_rank_config(source: str | Path, overrides: Sequence[str] = ()) -> RankConfig:

@@ -14,7 +14,13 @@ from diffalign.config_objectives import SmPOSection
 
 if TYPE_CHECKING:
     from diffalign.config_distill import DistillConfig
-    from diffalign.config_schema import EvalConfig, ModelSection, SampleConfig, TrainConfig
+    from diffalign.config_schema import (
+        CombineSection,
+        EvalConfig,
+        ModelSection,
+        SampleConfig,
+        TrainConfig,
+    )
     from diffalign.config_synth import RankSection, SynthConfig
 
 COMBINATION = "combination"
@@ -30,6 +36,7 @@ def check_training(config: TrainConfig) -> None:
     _check_batches(config)
     _check_weights(config)
     _check_labels(config)
+    _check_selection(config)
     _check_inversion(config)
     _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
     times = config.times
@@ -79,6 +86,12 @@ def _check_batches(config: TrainConfig) -> None:
 
 
 def _check_weights(config: TrainConfig) -> None:
+    if config.tune.reference == "base" and config.tune.init is None:
+        _refuse(
+            "without tune.init the reference is the base anyway; give tune.init or leave reference out",
+            "tune.reference",
+            "tune.init",
+        )
     if config.tune.kind == "full":
         if config.tune.init is not None:
             _refuse(
@@ -104,6 +117,12 @@ def _check_weights(config: TrainConfig) -> None:
 
 def _check_labels(config: TrainConfig) -> None:
     labels = config.labels
+    if (labels.source == "combined") != (labels.combine is not None):
+        _refuse(
+            "source=combined and combine go together: labels.source=combined "
+            "'labels.combine={weights: {geneval: 1.0, pickscore: 1.0}}' says how",
+            "labels.source" if labels.combine is None else "labels.combine",
+        )
     if labels.source == "preference" and labels.transform != "none":
         _refuse(
             f"preference holds vote shares already, transform={labels.transform} is for scores; set "
@@ -112,9 +131,19 @@ def _check_labels(config: TrainConfig) -> None:
             "labels.source",
         )
     wanted = STATISTICS.get(labels.transform)
+    if labels.combine is not None:
+        _check_combination(labels.combine)
+        if wanted is not None:
+            _refuse(
+                f"combined labels are scaled already, transform={labels.transform} is for one reward; use none, votes or "
+                "balanced",
+                "labels.transform",
+                "labels.combine",
+            )
+        wanted = {f"{name}.{part}" for name in labels.combine.weights for part in ("mean", "std")}
     if labels.stats is not None and wanted is None:
         _refuse(
-            f"statistics serve minmax and zscore, not transform={labels.transform}; leave stats out",
+            f"statistics serve minmax, zscore and combined labels, not transform={labels.transform}; leave stats out",
             "labels.stats",
             "labels.transform",
         )
@@ -132,7 +161,56 @@ def _check_labels(config: TrainConfig) -> None:
             "labels.source",
         )
     if labels.stats is not None and wanted is not None and set(labels.stats) != wanted:
-        _refuse(f"{labels.transform} takes exactly {' and '.join(sorted(wanted))}", "labels.stats")
+        what = labels.transform if labels.combine is None else "source=combined"
+        _refuse(f"{what} takes exactly {' and '.join(sorted(wanted))}", "labels.stats")
+
+
+def _check_combination(combine: CombineSection) -> None:
+    if any(weight < 0 for weight in combine.weights.values()) or not any(combine.weights.values()):
+        _refuse(
+            "a weight below 0 would vote against its own reward, and one at least must be above 0",
+            "labels.combine.weights",
+        )
+    if (combine.how == "gated") != bool(combine.gates):
+        _refuse(
+            "how=gated and gates go together, as gates={geneval.exact: 1.0}",
+            "labels.combine.gates",
+            "labels.combine.how",
+        )
+
+
+def _check_selection(config: TrainConfig) -> None:
+    selection, labels = config.selection, config.labels
+    by_phase = selection.groups == "curriculum" or selection.images in ("rank_gap", "score_gap")
+    if selection.phases != 3 and not by_phase:
+        _refuse(
+            "nothing goes by phases; set selection.groups=curriculum or selection.images=rank_gap, or leave it out",
+            "selection.phases",
+            "selection.groups",
+        )
+    if (selection.images == "variance") != (selection.sizes is not None):
+        _refuse(
+            "images=variance and sizes go together: selection.sizes=[4, 8] says how many images",
+            "selection.sizes",
+            "selection.images",
+        )
+    if selection.sizes is not None and min(selection.sizes) < 2:
+        _refuse("a preference needs at least two images", "selection.sizes")
+    if selection.images != "all" and config.data.group_size is not None:
+        _refuse(
+            f"selection.images={selection.images} chooses the images of a step, and data.group_size draws them; leave one "
+            "out",
+            "selection.images",
+            "data.group_size",
+        )
+    centred = labels.transform in ("votes", "balanced") or (labels.combine is not None and labels.combine.how == "dvao")
+    if selection.weight == "mean" and (labels.source == "preference" or centred):
+        _refuse(
+            "vote shares, dvao and balanced labels have the same mean in every group, so none would count more; set "
+            "labels.source=scores.NAME, or selection.weight=gap",
+            "selection.weight",
+            "labels.source",
+        )
 
 
 def _check_inversion(config: TrainConfig) -> None:

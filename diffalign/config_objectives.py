@@ -1,28 +1,26 @@
 """The `objective:` section: one model per objective, chosen by `name`.
 
 These mirror the dataclasses in `diffalign.objectives.OBJECTIVES` (names, fields and defaults; a test compares them), so
-that a config is checked, and `diffalign --help` answers, without importing torch.
+that a config is checked, and `diffalign --help` answers, without importing torch. Those beyond the core are in
+`config_objectives_more.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-
-class ObjectiveSection(BaseModel):
-    """Base of the objectives' sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    name: str
-    compares: ClassVar[bool] = True
-    """True where the loss compares the images of a group, so that a group needs at least two."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the dataclass `OBJECTIVES[name]`."""
-        return self.model_dump(exclude={"name"})
+from diffalign.config_objective_base import ObjectiveSection
+from diffalign.config_objectives_more import (
+    ConstrainedSection,
+    DDOSection,
+    DisCOSection,
+    IPOSection,
+    MADPOSection,
+    SimPOSection,
+)
 
 
 class DiffusionDPOSection(ObjectiveSection):
@@ -104,7 +102,18 @@ class GDROSection(ObjectiveSection):
 
 
 AnyObjective = Annotated[
-    DiffusionDPOSection | SFTSection | RankDPOSection | SmPOSection | GDROSection, Field(discriminator="name")
+    DiffusionDPOSection
+    | SFTSection
+    | RankDPOSection
+    | SmPOSection
+    | GDROSection
+    | IPOSection
+    | SimPOSection
+    | MADPOSection
+    | ConstrainedSection
+    | DisCOSection
+    | DDOSection,
+    Field(discriminator="name"),
 ]
 
 OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {
@@ -113,4 +122,10 @@ OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {
     "rankdpo": RankDPOSection,
     "smpo": SmPOSection,
     "gdro": GDROSection,
+    "ipo": IPOSection,
+    "simpo": SimPOSection,
+    "madpo": MADPOSection,
+    "constrained": ConstrainedSection,
+    "disco": DisCOSection,
+    "ddo": DDOSection,
 }

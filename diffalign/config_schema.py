@@ -16,6 +16,7 @@ from diffalign.config_objectives import AnyObjective, DiffusionDPOSection
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
 Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a list of two becomes one
+Sizes = Annotated[tuple[int, int], Field(strict=False)]
 
 
 def _buckets(value: Any) -> str | list[list[int]]:
@@ -83,8 +84,14 @@ class TuneSection(Section):
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(
-        None, description="folder of a LoRA to train on from; it is also the reference (lora only)"
+    init: FilePath | None = Field(None, description="folder of a LoRA to train on from (lora only)")
+
+
+class PolicySection(TuneSection):
+    """What is trained."""
+
+    reference: Literal["init", "base"] = Field(
+        "init", description="what the policy is compared with where init is given: that LoRA, or the model without one"
     )
 
 
@@ -119,20 +126,66 @@ class DataSection(Section):
     )
 
 
+class CombineSection(Section):
+    """Several rewards as one label (`labels.source: combined`); each is z-scored over the dataset first."""
+
+    how: Literal["sum", "dvao", "gated"] = Field(
+        "sum",
+        description="sum: the weighted sum; dvao: the same, over the weighted sum of the group's deviations; gated: images "
+        "that pass more gates first, the sum's order among equals",
+    )
+    weights: dict[str, float] = Field(
+        min_length=1, description="what is summed, as {geneval: 1.0, ocr.exact: 0.5}: a reward, or reward.column"
+    )
+    gates: dict[str, float] = Field(
+        default_factory=dict, description="scores that an image should reach, as {geneval.exact: 1.0} (gated only)"
+    )
+
+
 class LabelSection(Section):
     """Where the labels that order a group's images come from."""
 
     source: str = Field(
         "preference",
-        pattern=r"^(preference|scores\.[^.]+(\.[^.]+)?)$",
-        description="preference (of groups.parquet), scores.NAME (first column of a reward) or scores.NAME.COLUMN",
+        pattern=r"^(preference|combined|scores\.[^.]+(\.[^.]+)?)$",
+        description="preference (of groups.parquet), scores.NAME (first column of a reward), scores.NAME.COLUMN, or "
+        "combined",
     )
-    transform: Literal["none", "votes", "minmax", "zscore"] = Field(
-        "none", description="what is done to scores before they are used"
+    combine: CombineSection | None = Field(
+        None, description="how several rewards become one label (source combined only); null: they do not"
+    )
+    transform: Literal["none", "votes", "minmax", "zscore", "balanced"] = Field(
+        "none",
+        description="what is done to scores before they are used; balanced: less the group's mean, over its mean absolute "
+        "deviation",
     )
     stats: dict[str, float] | None = Field(
-        None, description="{min, max} for minmax or {mean, std} for zscore; null: computed from the data"
+        None,
+        description="{min, max} for minmax, {mean, std} for zscore, NAME.mean and NAME.std for combined; null: computed from "
+        "the data",
     )
+
+
+class SelectionSection(Section):
+    """Which groups and images a step looks at, and how much a group counts."""
+
+    groups: Literal["all", "curriculum"] = Field(
+        "all", description="curriculum: first those whose labels lie farthest apart, phase by phase more of them"
+    )
+    images: Literal["all", "variance", "rank_gap", "score_gap"] = Field(
+        "all",
+        description="variance: those whose labels differ most; rank_gap, score_gap: the best and one other, from the "
+        "farthest to the closest, phase by phase",
+    )
+    phases: int = Field(3, ge=1, description="equal parts of the run (curriculum, rank_gap and score_gap)")
+    sizes: Sizes | None = Field(
+        None, description="[first, last]: images of a group at the start and at the end (variance only)"
+    )
+    weight: Literal["none", "gap", "mean"] = Field(
+        "none", description="gap: groups of close labels count more; mean: groups of a low mean label do"
+    )
+    strength: float = Field(0.5, gt=0, le=1, description="of weight=gap: weights lie within 1 -/+ strength")
+    temperature: float = Field(2.0, gt=0, description="of weight=mean, in the labels' unit; smaller: more uneven")
 
 
 class TimeSection(Section):
@@ -278,9 +331,10 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="seed of every draw")
     device: Device = Field("auto", description=DEVICE)
     model: ModelSection
-    tune: TuneSection = TuneSection()
+    tune: PolicySection = PolicySection()
     data: DataSection
     labels: LabelSection = LabelSection()
+    selection: SelectionSection = SelectionSection()
     objective: AnyObjective = DiffusionDPOSection()
     noise: Literal["shared", "independent", "inverted"] = Field(
         "shared", description="one noise for all images of a group, one each, or each image's own by inversion"

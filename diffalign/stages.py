@@ -143,7 +143,9 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
         config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
-    known = examine_labels(source.labelled(dataset))
+    # Roles say who made an image: that its maker explains them is no finding.
+    roles = OBJECTIVES[config.objective.name].label_kind == "role"
+    known = [] if roles else examine_labels(source.labelled(dataset))
     validation = prepare_validation(config, backbone)
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")

@@ -79,18 +79,20 @@ class Tunable(ABC):
         targets: Sequence[str] | None = None,
         seed: int = 0,
         init: str | Path | None = None,
+        init_is_reference: bool = True,
     ) -> None:
         """Train a LoRA: the policy is an adapter in float32, the reference the bare base.
 
         `targets`: names of layers (None: the family's attention projections). `init`: start from a saved LoRA, which
-        also becomes the frozen reference; its rank and alpha must be those given. Raises DiffalignError for targets
-        that match nothing and for a LoRA that does not fit.
+        also becomes the frozen reference unless told otherwise; its rank and alpha must be those given. Raises
+        DiffalignError for targets that match nothing and for a LoRA that does not fit.
         """
         self._require_untuned()
         if init is None:
             adapters.add_adapter(self.trunk, rank, alpha, tuple(targets or self.lora_targets), seed)
         else:
-            for name in (adapters.REFERENCE, adapters.POLICY):
+            # Without an adapter of its own the reference is the bare base.
+            for name in (adapters.REFERENCE, adapters.POLICY) if init_is_reference else (adapters.POLICY,):
                 adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, init, name)
             adapters.check_rank(self.trunk, init, rank, alpha, targets)
             self._activate_policy()

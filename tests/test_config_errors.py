@@ -126,7 +126,7 @@ def test_mistakes_in_an_argument_name_it(tmp_path: Path, override: str, expected
         (["labels.transform=votes"], "labels.transform: preference holds vote shares already"),
         (
             ["labels.stats={min: 0, max: 1}", "labels.source=scores.a"],
-            "labels.stats: statistics serve minmax and zscore",
+            "labels.stats: statistics serve minmax, zscore and combined labels",
         ),
         (
             ["labels={source: scores.a, transform: minmax, stats: {mean: 0.0}}"],

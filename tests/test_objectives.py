@@ -147,6 +147,12 @@ def test_missing_inputs_are_named() -> None:
 def test_objectives_do_not_mix_groups(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     fields = [torch.rand(4, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
-    whole = OBJECTIVES[name]()(GroupErrors(*fields)).loss
-    alone = torch.cat([OBJECTIVES[name]()(GroupErrors(*(f[i : i + 1] for f in fields))).loss for i in range(4)])
+    roles = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(4, 3)
+
+    def loss(rows: slice) -> torch.Tensor:
+        policy, reference, rewards = (f[rows] for f in fields)
+        group = GroupErrors(policy, reference, rewards, prediction_gap=policy.square(), role=roles[rows])
+        return OBJECTIVES[name]()(group).loss
+
+    whole, alone = loss(slice(None)), torch.cat([loss(slice(i, i + 1)) for i in range(4)])
     assert whole.shape == (4,) and torch.equal(whole, alone)

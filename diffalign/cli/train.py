@@ -1,4 +1,4 @@
-"""Verbs about models and runs: train, distill, sample, eval, recipes, report, export."""
+"""Verbs about models and runs: train, distill, sample, eval, rounds, recipes, report, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +86,18 @@ def evaluate(
         from diffalign import stages
 
         stages.evaluate(checked)
+
+
+@verbs.command("rounds")
+def run_rounds(config: Source, overrides: Overrides = None) -> None:
+    """Sample, score, rank, train, evaluate, again, from the last model. The same command goes on where it stopped."""
+    with plain_errors(goes_on=True):
+        from diffalign.config import load_rounds_config
+
+        checked = load_rounds_config(config, overrides or ())
+        from diffalign import iterate
+
+        iterate.rounds(checked)
 
 
 @verbs.command("recipes")

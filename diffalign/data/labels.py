@@ -18,7 +18,8 @@ def labels(
     """One array [K] a group, in the order of its images; NaN where an image has no label.
 
     source: "preference", "scores.NAME" (a reward's first column) or "scores.NAME.COLUMN". transform: "none", "votes"
-    (vote shares within the group), "minmax" or "zscore" over the dataset; `stats` replaces what these two would compute
+    (vote shares within the group), "balanced" (the group's mean taken off, over its mean absolute deviation: MathForge's
+    advantages, arXiv 2601.20614), "minmax" or "zscore" over the dataset; `stats` replaces what these two would compute
     ({"min", "max"} or {"mean", "std"}), so that several runs can share a scale.
     """
     raw = raw_labels(dataset, groups, source)
@@ -68,9 +69,19 @@ def scaled(raw: list[np.ndarray], transform: str, stats: dict[str, float]) -> li
         return raw
     if transform == "votes":
         return [np.where(np.isfinite(r), vote_shares(r[None]), float("nan")) for r in raw]
+    if transform == "balanced":
+        return [balanced(r) for r in raw]
     if transform == "minmax":
         return [(r - stats["min"]) / max(stats["max"] - stats["min"], 1e-12) for r in raw]
     return [(r - stats["mean"]) / max(stats["std"], 1e-12) for r in raw]
+
+
+def balanced(values: np.ndarray) -> np.ndarray:
+    """(r - mean) / mean |r - mean| of one group, [K]: the sizes sum to K whatever the rewards are; 0 without spread."""
+    known = values[np.isfinite(values)]
+    centre = known.mean() if known.size else 0.0
+    deviation = np.abs(known - centre).mean() if known.size else 0.0
+    return np.asarray((values - centre) / (deviation if deviation > 0 else 1.0))
 
 
 def labelled_groups(dataset: PreferenceDataset, groups: list[int], values: list[np.ndarray]) -> list[LabelledGroup]:

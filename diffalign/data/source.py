@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.data.buckets import describe
 from diffalign.data.cache import plan_cache
+from diffalign.data.combine import calibrations, combined_labels
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
@@ -129,8 +130,12 @@ def prepare_source(
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
-    raw = raw_labels(dataset, chosen, label.source)
-    stats = dict(label.stats or statistics(raw, label.transform))
+    if label.source == "combined":
+        stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
+        raw = combined_labels(dataset, chosen, label.combine, stats)
+    else:
+        raw = raw_labels(dataset, chosen, label.source)
+        stats = dict(label.stats or statistics(raw, label.transform))
     values = scaled(raw, label.transform, stats)
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):

@@ -11,10 +11,16 @@ from diffalign.objectives.base import (
     has_preference,
     ranking,
 )
+from diffalign.objectives.constrained import ConstrainedDPO
+from diffalign.objectives.ddo import DDO
+from diffalign.objectives.disco import DisCO
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.gdro import GDRO
+from diffalign.objectives.ipo import IPO
+from diffalign.objectives.madpo import MADPO
 from diffalign.objectives.rankdpo import RankDPO
 from diffalign.objectives.sft import SFT
+from diffalign.objectives.simpo import SimPO
 from diffalign.objectives.smpo import SmPO
 
 OBJECTIVES: dict[str, type[Any]] = {
@@ -23,17 +29,29 @@ OBJECTIVES: dict[str, type[Any]] = {
     "rankdpo": RankDPO,
     "smpo": SmPO,
     "gdro": GDRO,
+    "ipo": IPO,
+    "simpo": SimPO,
+    "madpo": MADPO,
+    "constrained": ConstrainedDPO,
+    "disco": DisCO,
+    "ddo": DDO,
 }
 
 __all__ = [
+    "DDO",
     "GDRO",
+    "IPO",
+    "MADPO",
     "OBJECTIVES",
     "SFT",
+    "ConstrainedDPO",
     "DiffusionDPO",
+    "DisCO",
     "GroupErrors",
     "Objective",
     "ObjectiveOutput",
     "RankDPO",
+    "SimPO",
     "SmPO",
     "best_and_worst",
     "check_labels",

@@ -95,8 +95,16 @@ def has_preference(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:
-    """What is wrong with labels [B, K] for an objective of this kind, or None."""
+    """What is wrong with labels [B, K] for an objective of this kind and what would mend it, or None."""
     known = rewards[torch.isfinite(rewards)]
     if kind == "vote_share" and known.numel() and (known.min() < 0 or known.max() > 1):
-        return f"vote shares lie in [0, 1], but labels reach from {known.min():.4g} to {known.max():.4g}"
+        return (
+            f"vote shares lie in [0, 1], but labels reach from {known.min():.4g} to {known.max():.4g}; set "
+            "labels.transform=votes"
+        )
+    if kind == "role" and not ((known == 0) | (known == 1)).all():
+        return (
+            f"labels must be 1 for real images and 0 for generated ones, but reach from {known.min():.4g} to "
+            f"{known.max():.4g}; `diffalign pairs REAL GENERATED` makes such a dataset"
+        )
     return None

@@ -10,7 +10,10 @@ POINTS = 1500
 # What is worth a chart, its title, and the words under it.
 CHARTS: dict[str, tuple[str, str]] = {
     "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
-    "loss": ("Loss", "of a pair, log 2 = 0.693 is no preference learnt (times the share of groups that state one)"),
+    "loss": (
+        "Loss",
+        "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one)",
+    ),
     "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
     "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
     "winner_gap": ("Winner's error against the reference", "should stay near 0 or fall"),
@@ -31,6 +34,15 @@ CHARTS: dict[str, tuple[str, str]] = {
     "r_dm": ("R_dm", "log p_teacher / p_student of the student's images from one draw, nats; 0 where both agree"),
     "dm": ("Matching term", "mean size of teacher less fake; 0 where they agree"),
     "ca": ("Guidance term", "mean size of what guidance adds"),
+    "to_target": ("Way to the target", "1/2 minus the margin: IPO ends at 0"),
+    "error_order": ("Winner's error is the lower", "share of groups; it need not start at a half"),
+    "loser_error": ("Loser's error", "mean squared; without a reference nothing else holds it"),
+    "pair_weight": ("Weight of a pair", "above 1 for close scores, below for clear ones"),
+    "violated": ("Constraint violated", "share of groups whose winner's error is above the reference's"),
+    "discrimination": ("Discrimination", "good images against the bad ones, in units of beta d"),
+    "outside_trust": ("Outside the trust region", "share of groups"),
+    "real_term": ("Real images", "log 2 at the reference"),
+    "generated_term": ("Generated images", "log 2 at the reference, before alpha"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "drift": ("Drift", "mean squared difference of policy and reference predictions"),
     "policy_error": ("Policy's error", "mean squared, on the images that are used"),

@@ -171,8 +171,11 @@ def check_same_run(path: Path, stored: dict[str, Any], config: dict[str, Any]) -
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     ]
-    # The schedule's shape hangs on the number of steps; a constant one can simply go on.
-    if before.get("train.steps") != now.get("train.steps") and now.get("optimizer.schedule") != "constant":
+    # A schedule's shape hangs on the number of steps; a constant one can simply go on.
+    scheduled = now.get("optimizer.schedule") != "constant" or any(
+        now.get(key, "all") != "all" for key in ("selection.groups", "selection.images")
+    )
+    if before.get("train.steps") != now.get("train.steps") and scheduled:
         different.append("train.steps")
     if different:
         key = different[0]

@@ -26,12 +26,13 @@ from diffalign.health import Finding
 from diffalign.objectives import OBJECTIVES, Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.optim import build_optimizer, learning_rate
-from diffalign.training.order import BucketOrder, check_units
+from diffalign.training.order import check_units
 from diffalign.training.oversight import Oversight
 from diffalign.training.posterior import with_samples
 from diffalign.training.preference import StepOutput, make_draws, preference_step
 from diffalign.training.progress import TrainProgress, peak_memory
 from diffalign.training.run_dir import open_run_dir
+from diffalign.training.selection import Selection
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 from diffalign.training.tracking import Metrics
 from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
@@ -75,8 +76,11 @@ def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
     """Make the policy trainable; returns whether it equals the reference by construction."""
     tune = config.tune
     if tune.kind == "lora":
-        backbone.add_lora(tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init)
-        return True
+        own = tune.reference == "init"
+        backbone.add_lora(
+            tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init, init_is_reference=own
+        )
+        return own or tune.init is None
     backbone.enable_full(keep_reference=objective.needs_reference)
     # The policy trains in float32; a reference kept in half precision rounds differently.
     return bool(backbone.dtype == torch.float32)
@@ -95,8 +99,9 @@ def train(
     """Train `backbone` on `source` as `config` (a TrainConfig) says; writes everything into `config.run_dir`.
 
     `source` offers `len(source)`, `batch(indices)`, `unconditional` and `buckets`, a number for each group
-    (`diffalign.data.source.TrainingSource`). `known`: what is wrong with the data already. Raises DiffalignError for a
-    checkpoint of another config, for losses that are not finite, for a full disk, and for an alarm where on_alarm is stop.
+    (`diffalign.data.source.TrainingSource`), and `rewards` and `mask` of all groups where `selection` chooses by them.
+    `known`: what is wrong with the data already. Raises DiffalignError for a checkpoint of another config, for losses that
+    are not finite, for a full disk, and for an alarm where on_alarm is stop.
     """
     # ---- Set-up ------------------------------------------------------------------------------------------------------
     if config.train.threads:
@@ -105,6 +110,7 @@ def train(
     main = accelerator.is_main_process
     run_dir, steps = Path(config.run_dir), config.train.steps
     objective = build_objective(config.objective)
+    selection = Selection.of(config, source)
     per_process, rest = divmod(config.train.groups_per_step, accelerator.num_processes)
     if rest or per_process % min(config.train.micro_batch, per_process):
         raise DiffalignError(
@@ -113,7 +119,6 @@ def train(
         )
     micro = min(config.train.micro_batch, per_process)
     check_units(source.buckets, config.train.micro_batch, micro)
-    order = BucketOrder(source.buckets, config.train.micro_batch, config.train.groups_per_step, config.seed)
     same_at_start = prepare_policy(config, backbone, objective)
     backbone.trunk.train()
     policy = backbone.trainable()
@@ -154,7 +159,7 @@ def train(
             rate = learning_rate(config.optimizer, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            indices = order.step(step)
+            indices = selection.groups(step)
             mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
             starts = mine[::micro]
             totals: dict[str, Tensor] = {}
@@ -165,11 +170,13 @@ def train(
                 slots = list(range(start, start + micro))
                 batch = with_samples(config, source.batch([indices[s] for s in slots]), step, slots)
                 draws = make_draws(config, backbone.process, step, slots, batch.group_ids, batch.latents.shape)
+                draws = selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
+                counts = selection.weights[[indices[s] for s in slots]].to(backbone.device)
                 last = start == starts[-1]
                 with nullcontext() if last else accelerator.no_sync(module):
                     with accelerator.autocast():
                         result = preference_step(config, current, backbone, batch, draws, source.unconditional, module)
-                    share = (result.weight * result.output.loss).sum() / config.train.groups_per_step
+                    share = (counts * result.weight * result.output.loss).sum() / config.train.groups_per_step
                     if step == 0 and same_at_start:
                         _check_margin(result)
                     _check_finite(result, share, step, batch.group_ids, run_dir)

@@ -122,7 +122,7 @@ def preference_step(
     process = backbone.process
     problem = check_labels(batch.rewards, objective.label_kind)
     if problem:
-        raise DiffalignError(f"labels.source={config.labels.source}: {problem}; set labels.transform=votes")
+        raise DiffalignError(f"labels.source={config.labels.source}: {problem}")
     chosen = used_members(objective, batch.rewards, draws)  # [B, k]
     groups, k = chosen.shape
     pick = chosen[:, :, None, None, None].expand(-1, -1, *batch.latents.shape[2:])
@@ -150,14 +150,16 @@ def preference_step(
         policy = grouped(backbone.predict(noisy, times, conditioning, module=module))
     target = grouped(target)
     gap = None if reference is None else squared_error(policy, reference)
+    # A group with an image without label has no weight, but 0 times NaN would still be NaN.
+    labels = batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0).to(backbone.device)
     errors = GroupErrors(
         policy_error=scale * squared_error(policy, target),
         reference_error=None if reference is None else scale * squared_error(reference, target),
-        # A group with an image without label has no weight, but 0 times NaN would still be NaN.
-        rewards=batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0).to(backbone.device),
+        rewards=labels,
         mask=batch.mask.to(backbone.device),
         order=draws.order.gather(1, chosen).to(backbone.device),
         prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
+        role=labels if objective.label_kind == "role" else None,
         time=draws.times.to(backbone.device),
     )
     output = objective(errors)

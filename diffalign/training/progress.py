@@ -26,7 +26,9 @@ def describe(metrics: dict[str, float], seconds: float) -> str:
     """`loss 0.671  margin +0.042  accuracy 0.62  0.21 s/step  1.3 GiB`."""
     parts = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in SHOWN if name in metrics]
     if "margin" in metrics:
-        parts += [f"margin {metrics['margin']:+.3f}", f"accuracy {metrics['accuracy']:.2f}"]
+        parts.append(f"margin {metrics['margin']:+.3f}")
+    if "accuracy" in metrics:
+        parts.append(f"accuracy {metrics['accuracy']:.2f}")
     return "  ".join([*parts, f"{seconds:.2f} s/step", f"{peak_memory():.1f} GiB"])
 
 

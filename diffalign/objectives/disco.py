@@ -1,0 +1,79 @@
+"""DisCO (Li et al., arXiv 2505.12366): good images against the hard ones among the bad, within a trust region."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput
+
+
+def discrimination(scores: Tensor, positive: Tensor, tau: float | None) -> Tensor:
+    """mean over positives of [s - tau log mean over negatives of exp(s' / tau)], [B]; scores [B, K], positive bool.
+
+    tau None takes the plain mean over the negatives (the paper's DisCO-b), the limit of large tau. 0 for a group whose
+    images are all of one kind.
+    """
+    both = positive.any(dim=1) & (~positive).any(dim=1)
+    up, down = positive.to(scores.dtype), (~positive).to(scores.dtype)
+    good = (up * scores).sum(1) / up.sum(1).clamp_min(1)
+    if tau is None:
+        bad = (down * scores).sum(1) / down.sum(1).clamp_min(1)
+    else:
+        # Of a group without negatives nothing is masked: it counts as 0 below, but 0 times infinity would be NaN.
+        kept = (scores / tau).masked_fill(positive & both[:, None], -math.inf)
+        bad = tau * (kept.logsumexp(dim=1) - down.sum(1).clamp_min(1).log())
+    return (good - bad) * both
+
+
+@dataclass(frozen=True)
+class DisCO:
+    """-(mean_+ s - tau log mean_- exp(s / tau)) + trust max(0, D - radius)^2, with s = -beta d.
+
+    The paper's constrained problem with its penalty, for language models; our mapping: s is the implicit reward (their
+    ratio), D the mean over the group's images of the squared difference between the predictions of policy and reference,
+    and the reference the frozen one (theirs is the policy of the last round). Positives have a label of `threshold` or
+    more; without a threshold, a label above the group's mean, which is success and failure where labels are 0 and 1. There
+    are no ties to break: equal images stand on one side. A group of one side only gets no gradient but the trust region's.
+
+    Unlike a softmax over all images, the denominator holds the negatives alone: positives do not compete. A small tau
+    looks at the negative with the largest s only, a large one at all alike. The first part is linear in the positives and
+    pushes negatives without bound; what holds it is the second, whose gradient is 0 inside the radius and grows outside.
+    The authors' code has half of that gradient.
+    """
+
+    beta: float = 20.0
+    tau: float | None = 1.0
+    threshold: float | None = None
+    radius: float = 0.01
+    trust: float = 1000.0
+
+    needs_reference: ClassVar[bool] = True
+    needs_gap: ClassVar[bool] = True
+    label_kind: ClassVar[LabelKind] = "score"
+    members: ClassVar[Members] = "all"
+
+    def positives(self, labels: Tensor) -> Tensor:
+        """[B, K] bool."""
+        if self.threshold is not None:
+            return labels >= self.threshold
+        return labels > labels.mean(dim=1, keepdim=True)
+
+    def __call__(self, group: GroupErrors) -> ObjectiveOutput:
+        if group.prediction_gap is None:
+            raise ValueError("DisCO's trust region needs the prediction gap: prediction_gap is missing")
+        positive, d = self.positives(group.labels), group.advantage
+        gained = discrimination(-self.beta * d, positive, self.tau)
+        gap = group.prediction_gap.mean(dim=1)
+        outside = (gap - self.radius).relu()
+        up, down = positive.to(d.dtype), (~positive).to(d.dtype)
+        metrics = {
+            "discrimination": gained,
+            "winner_gap": (up * d).sum(1) / up.sum(1).clamp_min(1),
+            "loser_gap": (down * d).sum(1) / down.sum(1).clamp_min(1),
+            "trust_penalty": self.trust * outside.square(),
+            "outside_trust": (outside > 0).to(d.dtype),
+            "positives": up.mean(dim=1),
+        }
+        return ObjectiveOutput(metrics["trust_penalty"] - gained, metrics)

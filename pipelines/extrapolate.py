@@ -1,0 +1,64 @@
+"""A LoRA beyond the last one: what momentum across rounds starts from."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.adapters import LORA_FILE, lora_file
+
+
+def extrapolate(
+    now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor] | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """(A, B) of rank r whose product is nearest to (1 + m) B A - m B' A', of one layer; A [r, ...], B [out, r, ...].
+
+    Nearest by the singular values: two LoRAs of rank r differ by rank 2 r, and the next round trains one of rank r again.
+    `before` None stands for no change yet, so the result is (1 + m) B A exactly.
+    """
+    a, b = now
+    if before is None:
+        return a, b * (1 + momentum)
+    rank = a.shape[0]
+    wide = torch.cat([(1 + momentum) * b.flatten(1), -momentum * before[1].flatten(1)], dim=1).double()  # [out, 2 r]
+    tall = torch.cat([a.flatten(1), before[0].flatten(1)]).double()  # [2 r, in]
+    # The product's singular values from the two thin factors, without ever forming [out, in].
+    q_out, r_out = torch.linalg.qr(wide)
+    q_in, r_in = torch.linalg.qr(tall.T)
+    u, s, vt = torch.linalg.svd(r_out @ r_in.T)
+    root = s[:rank].sqrt()
+    up = q_out @ u[:, :rank] * root
+    down = root[:, None] * (vt[:rank] @ q_in.T)
+    if up.shape[1] < rank:  # a layer narrower than the rank
+        up = torch.nn.functional.pad(up, (0, rank - up.shape[1]))
+        down = torch.nn.functional.pad(down, (0, 0, 0, rank - down.shape[0]))
+    return down.to(a.dtype).reshape(a.shape).contiguous(), up.to(b.dtype).reshape(b.shape).contiguous()
+
+
+def extrapolate_lora(now: Path, before: Path | None, momentum: float, out: Path) -> None:
+    """Write into `out` the LoRA that lies `momentum` times the last change beyond `now` (Nesterov's step, as in Accelerated
+    Preference Optimization, arXiv 2410.06293, there on the policy's log-likelihoods; on the weights is ours).
+
+    All three are relative to the same base. Raises DiffalignError where the two LoRAs do not have the same layers and rank.
+    """
+    tensors, metadata = _read(now)
+    earlier = None if before is None else _read(before)[0]
+    if earlier is not None and {k: v.shape for k, v in earlier.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise DiffalignError(f"{now} and {before} are LoRAs of other layers or ranks; momentum needs the same")
+    found = dict(tensors)
+    for name in (n for n in tensors if ".lora_A." in n):
+        other = name.replace(".lora_A.", ".lora_B.")
+        last = None if earlier is None else (earlier[name], earlier[other])
+        found[name], found[other] = extrapolate((tensors[name], tensors[other]), last, momentum)
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / f"{LORA_FILE}.part"
+    save_file(found, part, metadata=metadata)
+    part.replace(out / LORA_FILE)
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(lora_file(folder), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
