@@ -219,8 +219,11 @@ def sample(config: SampleConfig) -> None:
     """`diffalign sample`."""
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config, backbone)
+    # By the name that the user gave: the shipped models lie elsewhere on every machine.
+    origin: dict[str, str | None] = {"model": config.model.path}
     if config.weights is not None:
         backbone.load_weights(config.weights)
+        origin["weights"] = weights_digest(Path(config.weights))
     sample_groups(
         backbone,
         resolve_prompts(config.prompts, config.n, config.seed),
@@ -233,6 +236,7 @@ def sample(config: SampleConfig) -> None:
         height=config.height,
         width=config.width,
         batch_size=config.batch_size,
+        origin=origin,
         on_progress=Ticker("sampling"),
     )
     say(f"dataset: {config.out}")

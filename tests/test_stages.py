@@ -78,7 +78,9 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "geneval.dense" in capsys.readouterr().out and (tmp_path / "run" / "report.html").is_file()
 
 
-def test_sample_again_with_trained_weights(config: Path, tmp_path: Path, sd3_dir: Path) -> None:
+def test_sample_again_with_trained_weights(
+    config: Path, tmp_path: Path, sd3_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("train", config) == 0
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     images = tmp_path / "s.yaml"
@@ -90,6 +92,11 @@ def test_sample_again_with_trained_weights(config: Path, tmp_path: Path, sd3_dir
     assert run("sample", images) == 0
     dataset = PreferenceDataset(tmp_path / "samples")
     assert len(dataset) == 2 and dataset.images(dataset.column("group_id")[0])[1].decode().size == (32, 32)
+    origins = [origin for _, origin in dataset.provenance()]
+    assert all(o["weights"] == weights_digest(tmp_path / "run" / "weights") for o in origins)
+    images.write_text(images.read_text().replace(f"weights: {tmp_path / 'run' / 'weights'}\n", ""))
+    assert run("sample", images) == 2  # the images of two models would stand in one folder
+    assert "weights" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

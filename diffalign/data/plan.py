@@ -108,7 +108,7 @@ def remember(out: Path, settings: dict[str, Any]) -> None:
     finish([Task("plan", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
     if path.read_text(encoding="utf-8") != text:
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        key = next((k for k in now if before.get(k) != now[k]), "other settings")
+        key = next((k for k in {**now, **before} if before.get(k) != now.get(k)), "other settings")
         raise DiffalignError(
             f"{out} holds images sampled with {key}={before.get(key)!r}, not {now.get(key)!r}; choose another folder"
         )

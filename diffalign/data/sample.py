@@ -141,16 +141,18 @@ def sample_groups(
     height: int | None = None,
     width: int | None = None,
     split: str = "train",
+    origin: dict[str, str | None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Sample `images_per_prompt` images of every prompt from one model into dataset `out`.
 
     The plan with one generator. Batches that are there are not drawn again, so the same call goes on where it was
-    stopped. Each image's noise depends on its own seed alone.
+    stopped. Each image's noise depends on its own seed alone. `origin`: what the images are said to come from, where that
+    is more than the backbone's path and revision.
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
     options = {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    provenance = {"model": backbone.path, "revision": backbone.revision, **options}
+    provenance = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **options}
     settings = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}
     settings |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
     remember(out, settings)
