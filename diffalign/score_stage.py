@@ -20,6 +20,7 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.scoring import against as versus
 from diffalign.scoring import agreement
+from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.processes import Processes
@@ -65,6 +66,7 @@ def score(request: ScoreRequest) -> int:
 
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
+    keep_freed_memory()
     rewards = _open(parse_all(request.rewards), _device(request.device, processes))
     given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
