@@ -43,6 +43,8 @@ SDXL, SD3 = "shapes-sdxl", "shapes-sd3"
 VALIDATED = ("validation.every=50", "validation.prompts=testbed:validation", "validation.n=64", "validation.seeds=2")
 SHARED = ("noise=shared", "inversion={}")
 SFT = ("objective={name: sft}",)
+# What these recipes had when the committed rows were made.
+RANK = ("objective.beta=50.0", "optimizer.lr=0.001")
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ RUNS: dict[str, Kind] = {
     "dpo-sd3-0": Kind(SD3, "dpo", 0),
     "dpo-sd3-1": Kind(SD3, "dpo", 1),
     "dpo-sd3-2": Kind(SD3, "dpo", 2),
-    "rankdpo-sdxl-0": Kind(SDXL, "rankdpo", 0),
-    "smpo-sdxl-1": Kind(SDXL, "smpo", 1, SHARED),
-    "gdro-sdxl-2": Kind(SDXL, "gdro", 2, steps=HALF),  # six images a group: as many forward passes as DPO in 300
+    "rankdpo-sdxl-0": Kind(SDXL, "rankdpo", 0, RANK),
+    "smpo-sdxl-1": Kind(SDXL, "smpo", 1, (*SHARED, *RANK)),
+    # Six images a group: as many forward passes as DPO in 300 steps.
+    "gdro-sdxl-2": Kind(SDXL, "gdro", 2, ("objective.beta=20.0", "optimizer.lr=0.001"), steps=HALF),
     "sft-sdxl-0": Kind(SDXL, "dpo", 0, SFT),
     "beta-small-sdxl": Kind(SDXL, "dpo", 0, ("objective.beta=1.0",), HALF, called=("beta_too_small",)),
     "reversed-sdxl": Kind(SDXL, "dpo", 0, VALIDATED, HALF, labels="reversed", called=("labels_oppose_scores",)),
@@ -81,7 +84,9 @@ RUNS: dict[str, Kind] = {
     # The first quarter alone: that is where they must be named.
     "beta-small-sd3": Kind(SD3, "dpo", 1, ("objective.beta=0.1",), QUARTER, called=("beta_too_small",)),
     "lr-high-sd3": Kind(SD3, "dpo", 1, ("optimizer.lr=0.03",), QUARTER, called=DIVERGED),
-    "lr-high-rankdpo-sdxl": Kind(SDXL, "rankdpo", 0, ("optimizer.lr=0.03",), QUARTER, called=DIVERGED),
+    "lr-high-rankdpo-sdxl": Kind(
+        SDXL, "rankdpo", 0, ("objective.beta=50.0", "optimizer.lr=0.03"), QUARTER, called=DIVERGED
+    ),
     "lr-high-sft-sdxl": Kind(SDXL, "dpo", 0, (*SFT, "optimizer.lr=0.03"), QUARTER, called=DIVERGED),
 }
 CHOSEN = ("dpo-sdxl-0", "dpo-sdxl-1", "dpo-sdxl-2")
