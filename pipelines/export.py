@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import LORA_FILE, POLICY, brief, has_adapter, lora_file
+from diffalign.pipelines.tuning import quiet_progress
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Backbone
@@ -132,4 +133,5 @@ def export_merged(backbone: Backbone, out: Path) -> None:
     if has_adapter(backbone.trunk, POLICY):
         pipeline.fuse_lora(components=[backbone.trunk_name], adapter_names=[POLICY])
         pipeline.unload_lora_weights()
-    pipeline.save_pretrained(out, safe_serialization=True)
+    with quiet_progress():
+        pipeline.save_pretrained(out, safe_serialization=True)

@@ -17,7 +17,7 @@ from diffalign.errors import DiffalignError
 from diffalign.report.curves import number, series, smooth, static_svg, ticks
 from diffalign.report.images import BYTES, data_uri
 from diffalign.report.render import write_report, write_reports
-from diffalign.report.runs import differences, distinct_names, read_run
+from diffalign.report.runs import Run, differences, distinct_names, read_run
 
 SCRIPT = '<script>alert("x")</script> "a\' onerror=alert(1)'
 
@@ -191,3 +191,11 @@ def test_charts() -> None:
     assert flat is not None and "nan" not in static_svg("loss", [flat])
     long = series(0, "loss", loss(*np.linspace(0, 1, 4000)))
     assert long is not None and len(long.steps) < 1500 and np.mean(long.values) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_rank_is_stated_for_a_lora_only() -> None:
+    def labels(kind: str) -> set[str]:
+        run = Run(Path(), "r", [], [], [], None, {"tune.kind": kind, "tune.rank": 16})
+        return {label for label, _ in run.facts()}
+
+    assert labels("lora") == {"trained", "rank"} and labels("full") == {"trained"}

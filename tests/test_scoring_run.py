@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -309,3 +310,20 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert done.stdout.count("11 scores new") == 1
     alone = load_reward("sharpness").score([Image.open(p) for p in sorted((tmp_path / "in").glob("*.png"))], [""] * 11)
     assert [row["sharpness"] for row in lines(out)] == alone.tolist()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_used_again(kept: bool) -> None:
+    """Page faults of ten blocks of 40 MB, one after the other: none where the first one's memory is kept."""
+    code = (
+        "import resource, numpy as np\n"
+        "from diffalign.scoring.allocator import keep_freed_memory\n"
+        f"keep_freed_memory() if {kept} else None\n"
+        "for _ in range(10): np.ones(5_000_000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): np.ones(5_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults = int(done.stdout)
+    assert faults < 100 if kept or platform.libc_ver()[0] != "glibc" else faults > 100

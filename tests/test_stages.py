@@ -195,8 +195,10 @@ def test_checkpoint_of_another_config(config: Path, tmp_path: Path, capsys: pyte
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_asked_for_and_absent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_asked_for_and_absent(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no usable CUDA device" in refused(capsys, "train", config, "device=cuda")
 
 

@@ -49,7 +49,9 @@ class Run:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     def facts(self) -> list[tuple[str, str]]:
-        found = [(label, str(self.config[key])) for key, label in FACTS.items() if self.config.get(key) is not None]
+        unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
+        known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
+        found = [(FACTS[key], str(self.config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
