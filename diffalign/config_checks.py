@@ -38,6 +38,7 @@ def check_training(config: TrainConfig) -> None:
     _check_labels(config)
     _check_selection(config)
     _check_inversion(config)
+    _check_reference(config)
     _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
     times = config.times
     if times.sampler == "uniform" and (times.mean, times.std) != (0.0, 1.0):
@@ -228,6 +229,33 @@ def _check_inversion(config: TrainConfig) -> None:
             f"inversion.iterations={inversion.iterations}",
             "inversion.average_from",
             "inversion.iterations",
+        )
+
+
+def _check_reference(config: TrainConfig) -> None:
+    reference = config.reference
+    if reference.store is None:
+        if reference.keep != "errors":
+            _refuse("keep says what goes into a store, and there is none; set reference.store", "reference.keep")
+        return
+    if config.noise == "inverted" and config.inversion.by == "policy":
+        _refuse(
+            "the noise is found by the policy, which is another one at every step, so nothing can be kept; set "
+            "inversion.by=reference, or reference.store=null",
+            "reference.store",
+            "inversion.by",
+        )
+    if config.objective.name == "disco" and reference.keep == "errors":
+        _refuse(
+            "disco looks at the reference's predictions, not at its errors alone; set reference.keep=predictions",
+            "reference.keep",
+            "objective.name",
+        )
+    if config.objective.name in ("sft", "simpo") and config.noise != "inverted":
+        _refuse(
+            f"{config.objective.name} has no reference, and nothing would be kept; leave reference.store out",
+            "reference.store",
+            "objective.name",
         )
 
 

@@ -225,6 +225,24 @@ def _micro_batch(data: dict[str, Any]) -> int:
     return next(n for n in range(min(8, groups), 0, -1) if groups % n == 0)
 
 
+class ReferenceSection(Section):
+    """Whether what the frozen reference says of each step is kept for later runs on the same draws."""
+
+    store: FilePath | None = Field(
+        None,
+        description="folder that the first run fills and later runs read instead of running the reference; null: none",
+    )
+    keep: Literal["errors", "predictions"] = Field(
+        "errors",
+        description="errors: 4 bytes an image, without the drift metric; predictions: a latent an image, with everything",
+    )
+
+    @property
+    def errors_only(self) -> bool:
+        """Whether the reference's predictions are not to be had."""
+        return self.store is not None and self.keep == "errors"
+
+
 class TrainSection(Section):
     """Length and shape of the training."""
 
@@ -234,6 +252,12 @@ class TrainSection(Section):
     )
     micro_batch: int = Field(
         default_factory=_micro_batch, gt=0, description="groups in one forward pass; must divide groups_per_step"
+    )
+    images_per_pass: int | None = Field(
+        None,
+        gt=0,
+        description="images of a micro-batch in the model at a time, for one more forward pass and the same gradient; null: "
+        "all, or one where all do not fit the GPU's memory",
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, no on CPU")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
@@ -344,6 +368,7 @@ class TrainConfig(Section):
         "native", description="what the squared errors are errors of"
     )
     times: TimeSection = TimeSection()
+    reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -92,8 +92,8 @@ class StableDiffusionXL(_UNetBackbone):
 
     def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         height, width = (side * self.vae_scale_factor for side in noisy.shape[-2:])
-        # In the trunk's dtype, as the pipeline has it.
-        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        # In the trunk's dtype, as the pipeline has it. Filled there: a transfer would make the host wait.
+        size = torch.stack([noisy.new_full((), side) for side in (height, width, 0, 0, height, width)])
         added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": size.expand(len(noisy), 6)}
         output: Tensor = module(
             noisy,

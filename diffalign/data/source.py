@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.buckets import describe
-from diffalign.data.cache import plan_cache
+from diffalign.data.cache import CachePlan, plan_cache
 from diffalign.data.combine import calibrations, combined_labels
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore
@@ -38,7 +38,7 @@ class Batch:
 @dataclass(frozen=True)
 class TrainingSource:
     """Groups to train on, all with K image slots. `label_stats`: what labels.transform took from them, or was given;
-    `buckets`: groups of one number have one shape, and only such may come into one batch."""
+    `buckets`: groups of one number have one shape, and only such may come into one batch; `plan`: where they come from."""
 
     latents: LatentStore | LiveLatents
     embeddings: PromptStore | LivePrompts
@@ -48,6 +48,7 @@ class TrainingSource:
     prompts: list[str]
     label_stats: dict[str, float] = field(default_factory=dict)
     buckets: list[int] = field(default_factory=list)
+    plan: CachePlan | None = None
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -69,6 +70,10 @@ class TrainingSource:
             prompts,
             spread,
         )
+
+    def content(self) -> str:
+        """Hash of what latents and embeddings are made of: images, captions, sizes and the model's weights."""
+        return f"{self.plan.latent_folder.name} {self.plan.prompt_folder.name}" if self.plan else ""
 
     def labelled(self, dataset: PreferenceDataset) -> list[LabelledGroup]:
         """Labels beside stored scores and generators, for judging the labels before they are trained on."""
@@ -155,4 +160,5 @@ def prepare_source(
         plan.prompts,
         stats,
         [sizes.index(size) for size in plan.frames.sizes],
+        plan,
     )

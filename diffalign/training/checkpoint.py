@@ -32,6 +32,8 @@ FREE_KEYS = (
     "train.steps",
     "model.token",
     "data.cache_dir",
+    "reference",
+    "train.images_per_pass",
 )
 
 

@@ -11,7 +11,6 @@ complete checkpoint, bit for bit on the same machine.
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,14 @@ from diffalign.errors import DiffalignError
 from diffalign.health import Finding
 from diffalign.objectives import OBJECTIVES, Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
+from diffalign.training.gradient import StepGradient, means
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import check_units
 from diffalign.training.oversight import Oversight
-from diffalign.training.posterior import with_samples
-from diffalign.training.preference import StepOutput, make_draws, preference_step
-from diffalign.training.progress import TrainProgress, peak_memory
+from diffalign.training.pace import Pace
+from diffalign.training.progress import TrainProgress
+from diffalign.training.reading import Reading
+from diffalign.training.reference_key import open_store
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.selection import Selection
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
@@ -151,6 +152,14 @@ def train(
     if patience and idle >= patience:
         steps = first
     row: dict[str, float] = {}
+    store = open_store(config, source, backbone, objective, accelerator, micro)
+    reading, pace = Reading(accelerator.device, run_dir), Pace()
+    gradient = StepGradient(
+        config, backbone, source, selection, accelerator, module, policy,
+        slots=range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process),
+        micro=micro, reading=reading, store=store, same_at_start=same_at_start, say=say,
+        images_per_pass=config.train.images_per_pass,
+    )  # fmt: skip
 
     # ---- Steps -------------------------------------------------------------------------------------------------------
     with TrainProgress(first, steps, say, show=main) as progress:
@@ -160,35 +169,17 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             indices = selection.groups(step)
-            mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
-            starts = mine[::micro]
-            totals: dict[str, Tensor] = {}
             current = with_auto_beta(objective, config.train.auto_beta, state.extra)
 
             # ---- Forward and backward, micro-batch by micro-batch ----
-            for start in starts:
-                slots = list(range(start, start + micro))
-                batch = with_samples(config, source.batch([indices[s] for s in slots]), step, slots)
-                draws = make_draws(config, backbone.process, step, slots, batch.group_ids, batch.latents.shape)
-                draws = selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
-                counts = selection.weights[[indices[s] for s in slots]].to(backbone.device)
-                last = start == starts[-1]
-                with nullcontext() if last else accelerator.no_sync(module):
-                    with accelerator.autocast():
-                        result = preference_step(config, current, backbone, batch, draws, source.unconditional, module)
-                    share = (counts * result.weight * result.output.loss).sum() / config.train.groups_per_step
-                    if step == 0 and same_at_start:
-                        _check_margin(result)
-                    _check_finite(result, share, step, batch.group_ids, run_dir)
-                    # DDP averages gradients over processes; the step's loss is their sum.
-                    accelerator.backward(share * accelerator.num_processes)
-                _add(totals, result, share)
+            waited = gradient.waited
+            totals = gradient(step, indices, current)
 
             # ---- Update ----
             norm = accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm)
-            if not torch.isfinite(norm) and accelerator.scaler is None:
-                raise _not_finite("gradient norm", float(norm), step, [source.group_ids[i] for i in indices], run_dir)
-            skipped = is_freak(float(norm), config.train.skip_grad_norm, state.extra)
+            if accelerator.scaler is None:
+                reading.norm(step, [source.group_ids[i] for i in indices], norm)
+            skipped = is_freak(norm, config.train.skip_grad_norm, state.extra)
             if not skipped:
                 optimizer.step()
             optimizer.zero_grad()
@@ -198,31 +189,41 @@ def train(
 
             # ---- Log ----
             done = step + 1
-            row = _metrics(accelerator, totals) | {"grad_norm": float(norm), "lr": rate}
-            if config.train.skip_grad_norm:
-                row["skipped"] = float(skipped)
-            if config.train.auto_beta:
-                row["beta"] = current.beta
-                remember_margin(row, current.beta, state.extra)
-            if done % config.train.log_every == 0 or done == steps:
+            logs = done % config.train.log_every == 0 or done == steps
+            if logs or reading.eager or config.train.auto_beta:
+                reading.check()
+                row = means(accelerator, totals) | {"grad_norm": float(norm), "lr": rate}
+                if config.train.skip_grad_norm:
+                    row["skipped"] = float(skipped)
+                if config.train.auto_beta:
+                    row["beta"] = current.beta
+                    remember_margin(row, current.beta, state.extra)
+            pace.add(time.monotonic() - started, gradient.waited - waited)
+            if logs:
                 if metrics_log:
-                    metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+                    metrics_log.log(done, row, pace.row())
                 oversight.row({"step": done, **row})
             progress.update(done, row)
+            if store:
+                store.tidy()
 
             # ---- Validate ----
             if validation and validations and validation.due(done, steps):
+                reading.check()
                 with averaged(policy, ema):
-                    means = _validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
+                    scores = _validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
                     best, idle = best_of(validations.rows)
                     if main and best == done:
                         backbone.save_weights(run_dir / "best")
                 if metrics_log:
-                    metrics_log.track(done, means)
+                    metrics_log.track(done, scores)
             stopping = oversight.stops or bool(patience and idle >= patience)
 
             # ---- Checkpoint ----
             if done % config.checkpoint.every == 0 or done == steps or stopping:
+                reading.check()
+                if store:
+                    store.flush()
                 if main:
                     state = replace(state, step=done, optimizer=_inner(optimizer))
                     save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep)
@@ -241,6 +242,8 @@ def train(
         say(
             f"no better validation in {idle} of them: stopped at step {steps}; best/ is step {best_of(validations.rows)[0]}"
         )
+    if main and (slow := pace.verdict()):
+        say(slow)
     oversight.close()
     if oversight.stops:
         raise DiffalignError(oversight.reason())
@@ -278,49 +281,3 @@ def _save_weights(backbone: Any, policy: dict[str, Any], ema: dict[str, Tensor] 
         for name, average in (ema or {}).items():
             policy[name].copy_(average)
     backbone.save_weights(run_dir / "weights")
-
-
-def _check_margin(result: StepOutput) -> None:
-    """Policy = reference by construction before the first update, so every error must agree to the last bit."""
-    errors = result.errors
-    if errors.reference_error is None:
-        return
-    difference = float((errors.policy_error - errors.reference_error).abs().max().detach())
-    if difference != 0.0:
-        raise DiffalignError(
-            f"before the first update policy and reference differ by {difference:.3g} in their error, but must be equal: "
-            "something other than the policy's weights changes between the two forward passes"
-        )
-
-
-def _not_finite(what: str, value: float, step: int, group_ids: list[str], run_dir: Path) -> DiffalignError:
-    saved = checkpoints(run_dir)
-    return DiffalignError(
-        f"the {what} is {value} at step {step + 1}, groups {', '.join(map(str, group_ids))}; the last good checkpoint is "
-        f"{saved[-1] if saved else 'none'}: look at these images and captions, or lower optimizer.lr or objective.beta"
-    )
-
-
-def _check_finite(result: StepOutput, share: Tensor, step: int, group_ids: list[str], run_dir: Path) -> None:
-    if not torch.isfinite(share):
-        finite = torch.isfinite(result.output.loss.detach()).tolist()
-        bad = [g for g, ok in zip(group_ids, finite, strict=True) if not ok]
-        raise _not_finite("loss", float(share.detach()), step, bad or group_ids, run_dir)
-
-
-def _add(totals: dict[str, Tensor], result: StepOutput, share: Tensor) -> None:
-    """Sums of a micro-batch: metrics over groups that count, and how many these are."""
-    new = {name: (result.weight * value).sum() for name, value in result.metrics.items()}
-    new |= {"loss": share.detach(), "_count": result.weight.sum(), "_groups": torch.ones_like(result.weight).sum()}
-    for name, value in new.items():
-        totals[name] = totals.get(name, torch.zeros_like(value)) + value
-
-
-def _metrics(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, float]:
-    """Global means: one reduction, one transfer."""
-    names = sorted(totals)
-    values = accelerator.reduce(torch.stack([totals[n].float() for n in names]), reduction="sum")
-    row = dict(zip(names, values.tolist(), strict=True))
-    count, groups = row.pop("_count"), row.pop("_groups")
-    means = {name: value if name == "loss" else value / max(count, 1.0) for name, value in row.items()}
-    return means | {"share_without_preference": 1.0 - count / groups}

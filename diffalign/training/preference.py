@@ -1,7 +1,7 @@
 """The preference step: from cached groups to an objective's loss and metrics.
 
-The reference's forward comes first, without gradient; then the policy's. Both see the same noisy latents, the same times
-and the same caption. Errors are taken in float32, whatever the model computes in.
+The reference's forward comes first, without gradient, unless an earlier run has kept what it says; then the policy's. Both
+see the same noisy latents, the same times and the same caption. Errors are taken in float32, whatever the model computes in.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,9 @@ from diffalign.draws import draw, normal
 from diffalign.errors import DiffalignError
 from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, check_labels, has_preference, ranking
 from diffalign.pipelines.inversion import inverted_noise
+from diffalign.pipelines.passes import in_passes
+from diffalign.training.reference_store import Recall, live
+from diffalign.training.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -116,57 +119,79 @@ def preference_step(
     batch: Any,
     draws: Draws,
     unconditional: dict[str, Tensor],
-    module: nn.Module,
+    module: nn.Module | None,
+    *,
+    recall: Recall = live,
+    images_per_pass: int | None = None,
 ) -> StepOutput:
-    """Loss and metrics of B groups, each of [B], with gradient to the policy."""
-    process = backbone.process
+    """Loss and metrics of B groups, each of [B], with gradient to the policy.
+
+    `module` stands in for the policy's trunk (None: the trunk itself). `recall` gives what an earlier run has kept of the
+    reference. `images_per_pass`: so many images go through the model at a time, with the same gradient.
+    """
+    process, device = backbone.process, backbone.device
     problem = check_labels(batch.rewards, objective.label_kind)
     if problem:
         raise DiffalignError(f"labels.source={config.labels.source}: {problem}")
     chosen = used_members(objective, batch.rewards, draws)  # [B, k]
     groups, k = chosen.shape
     pick = chosen[:, :, None, None, None].expand(-1, -1, *batch.latents.shape[2:])
-    latents = batch.latents.gather(1, pick).flatten(0, 1).to(backbone.device)  # [B k, C, h, w]
-    times = draws.times.repeat_interleave(k).to(backbone.device)
+    latents = sent(batch.latents.gather(1, pick).flatten(0, 1), device)  # [B k, C, h, w]
+    times = sent(draws.times.repeat_interleave(k), device)
     conditioning = {}
     for name, value in batch.conditioning.items():
         kept = torch.where(draws.dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value.dtype), value)
-        conditioning[name] = kept.repeat_interleave(k, dim=0)
+        conditioning[name] = sent(kept, device).repeat_interleave(k, dim=0)
     if draws.noise is None:
-        noise = _inverted(config, backbone, latents, times, conditioning)
+        noise = recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning)).to(device)
     else:
-        noise = draws.noise.gather(1, pick).flatten(0, 1).to(backbone.device)
+        noise = sent(draws.noise.gather(1, pick).flatten(0, 1), device)
     noisy, target = process.add_noise(latents, noise, times), process.target(latents, noise, times)
 
-    def grouped(x: Tensor) -> Tensor:
-        return x.view(groups, k, *x.shape[1:])
+    def predicted(role: str) -> Tensor:
+        """[B, k, C, h, w]."""
+        stand_in = module if role == "policy" else None
 
-    scale = process.error_scale(draws.times, config.error_space).to(backbone.device)[:, None]
-    reference = None
-    if objective.needs_reference:
-        with torch.no_grad(), backbone.role("reference"):
-            reference = grouped(backbone.predict(noisy, times, conditioning))
-    with backbone.role("policy"):
-        policy = grouped(backbone.predict(noisy, times, conditioning, module=module))
-    target = grouped(target)
+        def predict(noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+            return backbone.predict(noisy, t, conditioning, module=stand_in)
+
+        with backbone.role(role):
+            prediction = in_passes(predict, noisy, times, conditioning, images_per_pass)
+        return prediction.view(groups, k, *prediction.shape[1:])
+
+    def reference_prediction() -> Tensor:
+        with torch.no_grad():
+            return predicted("reference")
+
+    target = target.view(groups, k, *target.shape[1:])
+    reference = reference_error = None
+    if objective.needs_reference and config.reference.errors_only:
+        reference_error = recall("error", chosen, lambda: squared_error(reference_prediction(), target)).to(device)
+    elif objective.needs_reference:
+        reference = recall("prediction", chosen, reference_prediction).to(device)
+        reference_error = squared_error(reference, target)
+    policy = predicted("policy")
+    scale = sent(process.error_scale(draws.times, config.error_space), device)[:, None]
     gap = None if reference is None else squared_error(policy, reference)
     # A group with an image without label has no weight, but 0 times NaN would still be NaN.
-    labels = batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0).to(backbone.device)
+    labels = sent(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
     errors = GroupErrors(
         policy_error=scale * squared_error(policy, target),
-        reference_error=None if reference is None else scale * squared_error(reference, target),
+        reference_error=None if reference_error is None else scale * reference_error,
         rewards=labels,
-        mask=batch.mask.to(backbone.device),
-        order=draws.order.gather(1, chosen).to(backbone.device),
+        mask=sent(batch.mask, device),
+        order=sent(draws.order.gather(1, chosen), device),
         prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
         role=labels if objective.label_kind == "role" else None,
-        time=draws.times.to(backbone.device),
+        time=sent(draws.times, device),
     )
     output = objective(errors)
     weight = torch.ones(groups)
     if objective.label_kind != "none":
         weight = has_preference(batch.rewards.gather(1, draws.members), batch.mask).float()
     metrics = {"policy_error": errors.policy_error.mean(1), **output.metrics}
-    if errors.reference_error is not None and gap is not None:
-        metrics |= {"reference_error": errors.reference_error.mean(1), "drift": gap.mean(1)}
-    return StepOutput(output, weight.to(backbone.device), errors, {k: v.detach() for k, v in metrics.items()})
+    if errors.reference_error is not None:
+        metrics["reference_error"] = errors.reference_error.mean(1)
+    if gap is not None:
+        metrics["drift"] = gap.mean(1)
+    return StepOutput(output, sent(weight, device), errors, {k: v.detach() for k, v in metrics.items()})

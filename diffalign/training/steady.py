@@ -10,6 +10,8 @@ from collections.abc import Mapping, MutableMapping
 from statistics import median
 from typing import Any
 
+from torch import Tensor
+
 USUAL_STEPS = 50
 NEEDED_STEPS = 10
 AUTO_BETA_MEMORY = 0.95
@@ -17,10 +19,11 @@ AUTO_BETA_MEMORY = 0.95
 AUTO_BETA_REACH = 100.0
 
 
-def is_freak(norm: float, factor: float | None, state: MutableMapping[str, Any]) -> bool:
+def is_freak(norm: float | Tensor, factor: float | None, state: MutableMapping[str, Any]) -> bool:
     """Whether a gradient norm is `factor` times the median of recent ones; ordinary norms are remembered in `state`."""
     if factor is None:
         return False
+    norm = float(norm)
     usual = state.setdefault("usual_norms", [])
     if len(usual) >= NEEDED_STEPS and not norm <= factor * median(usual):
         return True

@@ -1,0 +1,166 @@
+"""The reference's part of each step, kept by the first run and taken by later ones.
+
+Draws are seeded, so what the frozen reference says of a step is the same in every run that draws alike: another learning
+rate, another beta, another objective on the same images. The first run computes and keeps it, at the price of a file; the
+next one takes it from there and spares the forward pass. What is not there yet is computed, and kept in turn.
+
+    FOLDER/key.json                              all that decides the numbers; a run of another key is refused
+    FOLDER/step-00000001-00000100-0.safetensors  "step/slot/name": of the micro-batch that begins at a slot of a step:
+        members     [B, k] which images of its groups
+        error       [B, k] float32: the reference's squared error, before `error_space` rescales it (keep: errors)
+        prediction  [B, k, C, h, w]: what it was taken of, float32 or a narrower type that loses nothing (keep: predictions)
+        noise       [B k, C, h, w]: likewise, where noise is found by inverting the reference
+
+Files are written beside and renamed, and never touched again, so a kill loses what was not yet written and no more.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+
+Make = Callable[[], Tensor]
+Recall = Callable[[str, Tensor, Make], Tensor]
+"""(name, members [B, k], how it is made) -> the tensor, on the CPU or the device."""
+
+FILE_BYTES = 64 * 2**20
+"""So much is gathered at most before a file is written; checkpoints write one in any case."""
+DAY = 24 * 3600
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def live(name: str, members: Tensor, make: Make) -> Tensor:
+    """A `Recall` that remembers nothing."""
+    return make()
+
+
+class ReferenceStore:
+    """A folder of kept tensors. Every process has one and keeps what it computes; all read what was there at the start."""
+
+    def __init__(self, folder: Path, key: dict[str, Any], process: int = 0) -> None:
+        """Raises DiffalignError where the folder holds another key's numbers, or cannot be made or read."""
+        self.folder, self.process = folder, process
+        self.waited = 0.0
+        """Seconds spent reading so far."""
+        _claim(folder, key)
+        self._at: dict[str, Path] = {}
+        for path in sorted(folder.glob("step-*.safetensors")):
+            with _reading(path) as file:
+                self._at |= dict.fromkeys(file.keys(), path)
+        self._new: dict[str, Tensor] = {}
+        self._file: tuple[Path, Any] | None = None
+        for part in folder.glob("step-*.part"):  # of runs that were killed, and not of those that write now
+            if time.time() - part.stat().st_mtime > DAY:
+                part.unlink(missing_ok=True)
+
+    def holds(self, step: int, slot: int) -> bool:
+        """Whether the micro-batch that begins at `slot` of `step` was kept by an earlier run."""
+        return f"{step}/{slot}/members" in self._at
+
+    def recall(self, step: int, slot: int) -> Recall:
+        """Of this micro-batch: what was kept, or what is made now and kept from now on."""
+
+        def recalled(name: str, members: Tensor, make: Make) -> Tensor:
+            place = f"{step}/{slot}"
+            if f"{place}/{name}" not in self._at:
+                made = make()
+                self._new |= {f"{place}/members": members, f"{place}/{name}": made}
+                return made
+            started = time.monotonic()
+            if not torch.equal(self._read(f"{place}/members"), members):
+                raise DiffalignError(
+                    f"reference.store {self.folder}: at step {step + 1} it holds other images of the groups than this run "
+                    "looks at; choose another folder"
+                )
+            found = self._read(f"{place}/{name}").float()
+            self.waited += time.monotonic() - started
+            return found
+
+        return recalled
+
+    def tidy(self) -> None:
+        """Write a file where enough has gathered. Call it between steps."""
+        if sum(values.numel() * 4 for values in self._new.values()) >= FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has gathered since the last time."""
+        if not self._new:
+            return
+        steps = [int(name.split("/")[0]) + 1 for name in self._new]
+        path = self.folder / f"step-{min(steps):08d}-{max(steps):08d}-{self.process}.safetensors"
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            save_file({name: _narrow(values.detach().cpu()) for name, values in self._new.items()}, part)
+            with part.open("rb") as stream:
+                os.fsync(stream.fileno())
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise DiffalignError(
+                f"reference.store {path} cannot be written ({error}); free some space and run the same command again, or set "
+                "reference.store=null to go on without"
+            ) from error
+        # From now on they count as kept: a step that is repeated after a resume reads them.
+        self._at |= dict.fromkeys(self._new, path)
+        self._new = {}
+
+    def _read(self, name: str) -> Tensor:
+        path = self._at[name]
+        if self._file is None or self._file[0] != path:
+            self._file = path, _reading(path)
+        return self._file[1].get_tensor(name)
+
+
+def _reading(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise DiffalignError(
+            f"reference.store {path} cannot be read ({error}); delete it, and its steps are computed again"
+        ) from error
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """The values in 16 bits where that loses nothing, as with predictions of a model that computes in 16 bits."""
+    if values.dtype == torch.float32 and values.dim() > 2:
+        for dtype in NARROW:
+            if torch.equal(values.to(dtype).float(), values):
+                return values.to(dtype).contiguous()
+    return values.contiguous()
+
+
+def _claim(folder: Path, key: dict[str, Any]) -> None:
+    """Write the key where there is none, or compare it, so that of two runs that begin at once one gives way."""
+    path = folder / "key.json"
+    part = folder / f"key.{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+        try:
+            os.link(part, path)  # unlike a rename, it fails where the name is taken
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                path.write_bytes(part.read_bytes())
+        part.unlink()
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffalignError(f"reference.store {folder} cannot be used ({error}); choose another folder") from error
+    now = json.loads(json.dumps(key))
+    for field in {**now, **kept}:
+        if kept.get(field) != now.get(field):
+            raise DiffalignError(
+                f"reference.store {folder} belongs to other draws: {field} was {kept.get(field)!r}, is now {now.get(field)!r}; "
+                "choose another folder, or restore the old value"
+            )
