@@ -41,11 +41,14 @@ class Trunk(nn.Module):
 
 
 class ToyBackbone:
-    device, dtype, family = torch.device("cpu"), torch.float32, "toy"
+    device, dtype, family, guidance = torch.device("cpu"), torch.float32, "toy", None
 
     def __init__(self) -> None:
         self.process = Flow()
         self.trunk = Trunk()
+
+    def fingerprint(self) -> str:
+        return "toy"
 
     def add_lora(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -97,6 +100,9 @@ class ToySource:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def content(self) -> str:
+        return f"{float(self.latents.sum())} {float(self.prompts.sum())}"
 
     def batch(self, indices: list[int]) -> Batch:
         names = [self.group_ids[i] for i in indices]

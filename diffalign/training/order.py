@@ -46,10 +46,11 @@ class BucketOrder:
         """The groups of the unit at a position of the endless sequence of units."""
         epoch = self._epoch(position)
         before = self._given(epoch)
-        order = _units(tuple(n - b for n, b in zip(self._given(epoch + 1), before, strict=True)), self.seed, epoch)
+        counts = tuple(n - b for n, b in zip(self._given(epoch + 1), before, strict=True))
+        order, places_in_bucket = _units(counts, self.seed, epoch)
         here = position - sum(before)
         bucket = int(order[here])
-        number = before[bucket] + int(np.count_nonzero(order[:here] == bucket))
+        number = before[bucket] + int(places_in_bucket[here])
         own = self.members[bucket]
         places = range(number * self.unit, (number + 1) * self.unit)
         return [int(own[_own_permutation(len(own), self.seed, bucket, p // len(own))[p % len(own)]]) for p in places]
@@ -68,9 +69,13 @@ class BucketOrder:
 
 
 @lru_cache(maxsize=2)
-def _units(counts: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    """The bucket of each unit of an epoch."""
-    return draw(seed, "buckets", step=epoch).permutation(np.repeat(np.arange(len(counts)), counts))
+def _units(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bucket of each unit of an epoch, and how many units of that bucket come before it in the epoch."""
+    order = draw(seed, "buckets", step=epoch).permutation(np.repeat(np.arange(len(counts)), counts))
+    # Counted once an epoch: a step must not take longer where there are more groups.
+    before = np.empty_like(order)
+    before[np.argsort(order, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
+    return order, before
 
 
 @lru_cache(maxsize=64)

@@ -37,6 +37,6 @@ class Pace:
         if share <= ALLOWED:
             return None
         return (
-            f"{share:.1%} of the steps' time went into reading and drawing groups (more than {ALLOWED:.0%}); data.cache=all and "
-            "a fast disk for data.cache_dir shorten it"
+            f"{share:.1%} of the steps' time went into reading and drawing groups (more than {ALLOWED:.0%}); data.cache=all "
+            "and a fast disk for data.cache_dir shorten it"
         )
