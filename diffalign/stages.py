@@ -161,7 +161,8 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         )
     finally:
         # Also of a run that an alarm has stopped: the report is where one sees why.
-        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
+        metrics = Path(config.run_dir) / "metrics.jsonl"
+        if accelerator.is_main_process and metrics.is_file() and metrics.stat().st_size:
             write_report(Path(config.run_dir))
     if accelerator.is_main_process:
         say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")

@@ -78,6 +78,30 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "geneval.dense" in capsys.readouterr().out and (tmp_path / "run" / "report.html").is_file()
 
 
+def test_the_reference_of_one_run_serves_another(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full fine-tuning takes what a LoRA run has kept, without a reference in its steps, and gets its own losses."""
+    kept = f"reference.store={tmp_path / 'kept'}"
+    assert run("train", config, kept) == 0
+    for name, more in (("reading", [kept]), ("alone", [])):
+        given = [f"run_dir={tmp_path / name}", "tune.kind=full", "optimizer.lr=1e-3", *more]
+        assert run("train", config, *given) == 0
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("reading", "alone")
+    }
+    assert rows["reading"] == [{k: v for k, v in row.items() if k != "drift"} for row in rows["alone"]]
+    said = refused(capsys, "train", config, kept, f"run_dir={tmp_path / 'x'}", "seed=4")
+    assert "kept belongs to other draws: seed was 0, is now 4" in said
+    # The same images and captions, not cached: the same data.
+    assert run("train", config, kept, f"run_dir={tmp_path / 'y'}", "data.cache=off") == 0
+    dataset = PreferenceDataset(tmp_path / "data")
+    rows = [{**dataset.group(n), "prompt": f"another {n}"} for n in range(len(dataset))]
+    write_groups(tmp_path / "data", rows)
+    assert "draws: data was" in refused(capsys, "train", config, kept, f"run_dir={tmp_path / 'z'}")
+
+
 def test_sample_again_with_trained_weights(
     config: Path, tmp_path: Path, sd3_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

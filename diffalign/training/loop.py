@@ -120,6 +120,7 @@ def train(
         )
     micro = min(config.train.micro_batch, per_process)
     check_units(source.buckets, config.train.micro_batch, micro)
+    store = open_store(config, source, backbone, objective, accelerator, micro)
     same_at_start = prepare_policy(config, backbone, objective)
     backbone.trunk.train()
     policy = backbone.trainable()
@@ -152,7 +153,6 @@ def train(
     if patience and idle >= patience:
         steps = first
     row: dict[str, float] = {}
-    store = open_store(config, source, backbone, objective, accelerator, micro)
     reading, pace = Reading(accelerator.device, run_dir), Pace()
     gradient = StepGradient(
         config, backbone, source, selection, accelerator, module, policy,
