@@ -1,9 +1,12 @@
-"""What a RankDPO step costs beside its bare forwards, backward and optimiser.
+"""What a RankDPO step costs beside its bare forwards, backward and optimiser, and with what an earlier run has kept.
 
 python benchmarks/bench_step.py [--repeat 20] [--groups 4]
 
-Both run on the same groups of four images, in turn, so that a busy machine slows both. The bare one has the noisy
-latents at hand and does: reference forward without gradient, policy forward, mean squared error, backward, update.
+All run on the same groups of four images, in turn, so that a busy machine slows all. The bare one has the noisy latents
+at hand and does: reference forward without gradient, policy forward, mean squared error, backward, update. The stored one
+is the step whose reference errors lie in files (`reference.store`), read anew at each step; the one in passes takes a
+quarter of the images through the model at a time (`train.images_per_pass`). Aims: step / bare at most 1.10, stored / step
+at most 0.80.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from diffalign.objectives import RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
 from diffalign.training.preference import make_draws, preference_step
+from diffalign.training.reference_store import Recall, ReferenceStore, live
 
 RESULTS = Path(__file__).parent / "results"
 K = 4
@@ -36,12 +40,13 @@ def seconds(what: Callable[[], object]) -> float:
 
 
 def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, float]:
-    """Median seconds of both, and the median of their ratio in each turn."""
+    """Median seconds of all, and medians of their ratios in each turn."""
     torch.manual_seed(0)
     BUILDERS[name](autoencoder(name)).save_pretrained(folder / name)
     backbone = load_backbone(folder / name, max_sequence_length=12 if name == "shapes-sd3" else None)
     backbone.add_lora(rank=16, alpha=16.0)
     config = load_config("shapes_sdxl_rankdpo", ("data.group_size=",))
+    keeping = load_config("shapes_sdxl_rankdpo", ("data.group_size=", f"reference.store={folder / name}-kept"))
     optimizer = torch.optim.AdamW(backbone.trainable().values(), lr=1e-4)
     prompts = [f"{n} red circles" for n in range(groups)]
     conditioning = backbone.encode_prompts(prompts)
@@ -67,17 +72,36 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
         with backbone.role("policy"):
             update((backbone.predict(noisy, times, repeated) - target).square().mean())
 
-    def step() -> None:
-        draws = make_draws(config, backbone.process, 0, list(range(groups)), prompts, latents.shape)
-        result = preference_step(config, objective, backbone, batch, draws, conditioning, backbone.trunk)
+    def step(number: int, recall: Recall = live, images: int | None = None) -> None:
+        chosen = config if recall is live else keeping
+        draws = make_draws(chosen, backbone.process, number, list(range(groups)), prompts, latents.shape)
+        arguments = (chosen, objective, backbone, batch, draws, conditioning, backbone.trunk)
+        result = preference_step(*arguments, recall=recall, images_per_pass=images)
         update((result.weight * result.output.loss).sum() / groups)
 
-    bare(), step()
-    pairs = [(seconds(bare), seconds(step)) for _ in range(repeat)]
-    return {
-        "bare": statistics.median(a for a, _ in pairs),
-        "step": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(b / a for a, b in pairs),
+    quarter = max(1, groups * K // 4)
+    bare(), step(0), step(0, images=quarter)
+    filling = ReferenceStore(folder / f"{name}-kept", {})
+    for number in range(repeat):
+        step(number, filling.recall(number, 0))
+        filling.flush()
+    kept = ReferenceStore(folder / f"{name}-kept", {})
+    turns = [
+        (
+            seconds(bare),
+            seconds(lambda n=n: step(n)),
+            seconds(lambda n=n: step(n, kept.recall(n, 0))),
+            seconds(lambda n=n: step(n, images=quarter)),
+        )
+        for n in range(repeat)
+    ]
+    names = ("bare", "step", "stored", "passes")
+    found = {name: statistics.median(turn[i] for turn in turns) for i, name in enumerate(names)}
+    return found | {
+        "step / bare": statistics.median(step / bare for bare, step, _, _ in turns),
+        "stored / step": statistics.median(stored / step for _, step, stored, _ in turns),
+        "passes / step": statistics.median(passes / step for _, step, _, passes in turns),
+        "kept bytes a step": sum(path.stat().st_size for path in (folder / f"{name}-kept").glob("step-*")) / repeat,
     }
 
 

@@ -60,7 +60,7 @@ class PromptStore:
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of prompts that were cached, each [B, ...] float32."""
-        rows = [self._at[_digest(prompt)] for prompt in prompts]
+        rows = [self._at[prompt_digest(prompt)] for prompt in prompts]
         return {name: torch.stack([array.read(row) for row in rows]).float() for name, array in self._arrays.items()}
 
     @classmethod
@@ -84,7 +84,7 @@ class PromptStore:
             for part in parts.values():
                 part.close()
         arrays = {name: {"full": full[name], "shapes": shapes[name]} for name in sorted(parts)}
-        index = {"prompts": [_digest(prompt) for prompt in distinct], "arrays": arrays}
+        index = {"prompts": [prompt_digest(prompt) for prompt in distinct], "arrays": arrays}
         (folder / "index.json").write_text(json.dumps(index))
         say(f"cached embeddings of {len(distinct) - 1} prompts")
 
@@ -128,5 +128,6 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.contiguous().view(torch.int16).numpy()
 
 
-def _digest(prompt: str) -> str:
+def prompt_digest(prompt: str) -> str:
+    """What a prompt is found by in the index."""
     return hashlib.blake2b(prompt.encode(), digest_size=12).hexdigest()
