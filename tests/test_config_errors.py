@@ -51,6 +51,23 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
         ),
         (BASE + "objective: {name: dpo, beta: -1}\n", "c.yaml:8: objective.beta should be greater than 0, not -1"),
         (
+            BASE + "reference: {keep: predictions}\n",
+            "c.yaml:8: reference.keep: keep says what goes into a store, and there is none; set reference.store",
+        ),
+        (
+            BASE + "reference: {store: k}\nobjective: {name: disco}\n",
+            "disco looks at the reference's predictions, not at its errors alone; set reference.keep=predictions",
+        ),
+        (
+            BASE + "reference: {store: k}\nobjective: {name: simpo}\n",
+            "c.yaml:8: reference.store: simpo has no reference, and nothing would be kept; leave reference.store out",
+        ),
+        (
+            BASE + "reference: {store: k}\nnoise: inverted\n",
+            "c.yaml:8: reference.store: the noise is found by the policy, which is another one at every step",
+        ),
+        (BASE + "  images_per_pass: 0\n", "c.yaml:8: train.images_per_pass should be greater than 0, not 0"),
+        (
             BASE + "noise: sharde\n",
             "c.yaml:8: noise should be 'shared', 'independent' or 'inverted', not 'sharde'; did you mean",
         ),

@@ -121,6 +121,11 @@ def train(
     micro = min(config.train.micro_batch, per_process)
     check_units(source.buckets, config.train.micro_batch, micro)
     store = open_store(config, source, backbone, objective, accelerator, micro)
+    if main and store is not None:
+        lacks = "; the drift metric needs reference.keep=predictions" if config.reference.errors_only else ""
+        say(
+            f"reference.store {store.folder}: {store.count()} micro-batches are there, others are computed and kept{lacks}"
+        )
     same_at_start = prepare_policy(config, backbone, objective)
     backbone.trunk.train()
     policy = backbone.trainable()

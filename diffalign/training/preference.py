@@ -143,7 +143,7 @@ def preference_step(
         kept = torch.where(draws.dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value.dtype), value)
         conditioning[name] = sent(kept, device).repeat_interleave(k, dim=0)
     if draws.noise is None:
-        noise = recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning)).to(device)
+        noise = sent(recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning)), device)
     else:
         noise = sent(draws.noise.gather(1, pick).flatten(0, 1), device)
     noisy, target = process.add_noise(latents, noise, times), process.target(latents, noise, times)
@@ -166,9 +166,9 @@ def preference_step(
     target = target.view(groups, k, *target.shape[1:])
     reference = reference_error = None
     if objective.needs_reference and config.reference.errors_only:
-        reference_error = recall("error", chosen, lambda: squared_error(reference_prediction(), target)).to(device)
+        reference_error = sent(recall("error", chosen, lambda: squared_error(reference_prediction(), target)), device)
     elif objective.needs_reference:
-        reference = recall("prediction", chosen, reference_prediction).to(device)
+        reference = sent(recall("prediction", chosen, reference_prediction), device)
         reference_error = squared_error(reference, target)
     policy = predicted("policy")
     scale = sent(process.error_scale(draws.times, config.error_space), device)[:, None]

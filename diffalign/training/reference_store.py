@@ -62,6 +62,10 @@ class ReferenceStore:
             if time.time() - part.stat().st_mtime > DAY:
                 part.unlink(missing_ok=True)
 
+    def count(self) -> int:
+        """How many micro-batches are there."""
+        return sum(name.endswith("/members") for name in self._at)
+
     def holds(self, step: int, slot: int) -> bool:
         """Whether the micro-batch that begins at `slot` of `step` was kept by an earlier run."""
         return f"{step}/{slot}/members" in self._at

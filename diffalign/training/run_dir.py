@@ -12,7 +12,7 @@ README = """# {name}
 `{base}` fine-tuned with diffalign: objective `{objective}`, {steps} steps of {groups} groups, {kind}.
 
 - `config.yaml`: the resolved config; `diffalign train {folder}/config.yaml` goes on where this run stopped.
-- `metrics.jsonl`: one row a step. `timing.jsonl`: seconds and peak memory.
+- `metrics.jsonl`: one row a step. `timing.jsonl`: seconds, the share of them spent waiting for data, peak memory.
 - `weights/`: what was trained, in diffusers' format. {how}
 - `checkpoints/`: the state to go on from.
 """
