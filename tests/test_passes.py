@@ -206,7 +206,7 @@ def test_several_processes_are_told_the_key() -> None:
     """One process cannot begin its step anew while the others wait for its gradients."""
     fields = dict.fromkeys(StepGradient.__dataclass_fields__, None)
     fields |= {"micro": 2, "accelerator": SimpleNamespace(num_processes=2)}
-    gradient = StepGradient(**fields)  # type: ignore[arg-type]
+    gradient = StepGradient(**fields)
     with pytest.raises(DiffalignError, match="step 5: the images of 2 groups .*set train.images_per_pass=1 and run"):
         gradient._make_room(4, "CUDA out of memory")
 
