@@ -1,10 +1,12 @@
 """A training run on the toy backbone as a program, so that tests can kill it or start it several times at once.
 
-python toy_run.py RUN_DIR STEPS GROUPS_PER_STEP MICRO_BATCH SECONDS_PER_STEP [EVERY]
+python toy_run.py RUN_DIR STEPS GROUPS_PER_STEP MICRO_BATCH SECONDS_PER_STEP [EVERY [SECTIONS]]
 
 With EVERY, a validation each so many steps: its score is read off the policy's weights, which no reward needs images for.
+SECTIONS: further sections of the config, as JSON.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -43,8 +45,9 @@ if __name__ == "__main__":
     settings = {"steps": steps, "groups_per_step": groups, "micro_batch": micro, "threads": 1}
     sections: dict[str, Any] = {"train": settings, "checkpoint": {"every": 3}}
     options: dict[str, Any] = {}
-    if len(sys.argv) > 6:
+    if len(sys.argv) > 6 and int(sys.argv[6]):
         sections["validation"] = {"every": int(sys.argv[6]), "prompts": "p.txt"}
+    sections |= json.loads(sys.argv[7]) if len(sys.argv) > 7 else {}
     config = toy.toy_config(run_dir, **sections)
     if config.validation.every:
         options["validation"] = Weighed(config.validation, [], {}, {}, 8)
