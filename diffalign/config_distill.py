@@ -127,6 +127,20 @@ class FakeSection(Section):
     optimizer: OptimizerSection = Field(OptimizerSection(), description="its own optimiser")
 
 
+class GanSection(Section):
+    """Real images beside the teacher: a head on the fake network's middle tells them from the student's (DMD2)."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the adversarial loss for the student; 0: none of all this")
+    critic_weight: float = Field(0.01, gt=0, description="weight of the head's loss beside the fake network's")
+    hidden: int = Field(256, gt=0, description="width of the head")
+    real: str | None = Field(
+        None, description="a dataset folder, whose first image of every group is real, or testbed: rendered scenes"
+    )
+    n: int | None = Field(
+        None, gt=0, description="only so many real images; null: all of a folder, as many scenes as prompts"
+    )
+
+
 class DistillTrainSection(Section):
     """Length and shape of the training."""
 
@@ -185,6 +199,7 @@ class DistillConfig(Section):
     group: GroupSection = GroupSection()
     reward: RewardMixSection = RewardMixSection()
     fake: FakeSection = FakeSection()
+    gan: GanSection = GanSection()
     train: DistillTrainSection = DistillTrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     checkpoint: CheckpointSection = CheckpointSection()

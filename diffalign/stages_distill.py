@@ -10,10 +10,13 @@ from torch import Tensor
 from diffalign.config import resolved_yaml
 from diffalign.config_distill import DistillConfig, RewardTerm
 from diffalign.config_schema import ValidationSection
+from diffalign.data.buckets import fit, to_pixels
+from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
+from diffalign.real_images import real_images
 from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages import open_backbone, open_rewards, resolve_device, resolve_prompts, say
@@ -22,6 +25,7 @@ from diffalign.training.distillation import distill as distill_backbone
 from diffalign.training.loop import start_accelerator
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
+from diffalign.training.real_source import RealImages
 from diffalign.training.validation import Validation
 
 HOW = """# A student with {steps} steps
@@ -109,6 +113,24 @@ def reward_judge(
     return judge, lean
 
 
+def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | None:
+    """The real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
+    if config.gan.real is None:
+        return None
+    found = real_images(config.gan.real, config.prompts, config.gan.n or config.n, config.seed)
+    if not found:
+        raise DiffalignError(f"gan.real={config.gan.real}: there is no image of the training split in it")
+    images = RealImages(
+        backbone,
+        (
+            (row.prompt, to_pixels([fit(ImageRow(row.prompt, 0, data(), "real", 0).decode(), (side, side))])[0])
+            for row, data in found
+        ),
+    )
+    say(f"{len(found)} real images for the critic")
+    return images
+
+
 def _validation(config: DistillConfig, backbone: Any, device: str) -> Validation | None:
     """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted."""
     wanted = config.validation
@@ -148,6 +170,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     side = config.resolution or backbone.default_resolution
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
+    real = open_real(config, backbone, side)
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=judge is not None or validation is not None)
     places = side // backbone.vae_scale_factor
@@ -160,6 +183,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
             shape=(backbone.latent_channels, places, places),
             judge=judge,
             lean=lean,
+            real=real,
             say=say,
             accelerator=accelerator,
             validation=validation,

@@ -82,3 +82,22 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     last = load_file(tmp_path / "two/weights/weights.safetensors")
     for key in best:
         assert torch.allclose(best[key], same[key], rtol=1e-4, atol=1e-6) and not torch.equal(best[key], last[key])
+
+
+def test_two_processes_choose_the_same_groups_and_images(tmp_path: Path) -> None:
+    """A curriculum over the groups, and the subset of their images that spreads most."""
+    chosen = json.dumps(
+        {
+            "selection": {"groups": "curriculum", "phases": 2, "images": "variance", "sizes": [2, 4], "weight": "gap"},
+            "labels": {"source": "scores.x"},
+            "objective": {"name": "gdro", "beta": 2.0},
+        }
+    )
+    finish([sys.executable, *command(tmp_path / "one", 10, 4, 2), "0", chosen])
+    finish([*TORCHRUN, *command(tmp_path / "two", 10, 4, 2), "0", chosen])
+    finish([sys.executable, *command(tmp_path / "all", 10, 4, 2)])
+    one, two, unchosen = (rows(tmp_path / name) for name in ("one", "two", "all"))
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    for name in ("loss", "policy_error"):
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)
+    assert [r["policy_error"] for r in unchosen] != pytest.approx([r["policy_error"] for r in one], rel=1e-2)

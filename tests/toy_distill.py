@@ -1,6 +1,6 @@
 """A toy of three small networks for the distillation loop; as a program, so that tests can start it in several processes.
 
-python toy_distill.py RUN_DIR STEPS GROUPS_PER_STEP MICRO_BATCH
+python toy_distill.py RUN_DIR STEPS GROUPS_PER_STEP MICRO_BATCH [GAN_WEIGHT]
 """
 
 import sys
@@ -35,6 +35,7 @@ class Networks(nn.Module):
             self.register_parameter(f"{name}_down", nn.Parameter(torch.randn(WIDTH + 4, 3, generator=generator) / 6))
             self.register_parameter(f"{name}_up", nn.Parameter(torch.zeros(3, WIDTH)))
         self.active: str | None = "student"
+        self.mid_block = nn.Identity()  # where a critic looks
 
     def forward(self, x: Tensor, prompt: Tensor, time: Tensor) -> Tensor:
         features = torch.cat([x.flatten(1), prompt, time[:, None]], dim=1)
@@ -42,7 +43,8 @@ class Networks(nn.Module):
         if self.active is not None:
             own = dict(self.named_parameters())
             out = out + features @ own[f"{self.active}_down"] @ own[f"{self.active}_up"]
-        return out.view_as(x)
+        middle: Tensor = self.mid_block(out.view_as(x))
+        return middle
 
 
 class ToyBackbone:
@@ -51,6 +53,10 @@ class ToyBackbone:
     def __init__(self) -> None:
         self.process = Flow()
         self.trunk = Networks()
+
+    @property
+    def pipeline_trunk(self) -> nn.Module:
+        return self.trunk
 
     def add_lora(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -116,15 +122,36 @@ def toy_config(run_dir: Path, **sections: Any) -> DistillConfig:
     return DistillConfig.model_validate(plain)
 
 
-def run(config: DistillConfig, backbone: ToyBackbone | None = None, judge: Any = None, times: Tensor = TIMES) -> None:
+class ToyImages:
+    """Real latents with prompts, as `RealImages` gives them."""
+
+    def __init__(self, images: int = 11) -> None:
+        rng = np.random.default_rng(1)
+        self.latents = torch.from_numpy(rng.standard_normal((images, *SHAPE), dtype=np.float32)) + 1.0
+        self.prompts = torch.from_numpy(rng.standard_normal((images, 3), dtype=np.float32))
+
+    def batch(self, numbers: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = [n % len(self.latents) for n in numbers]
+        return self.latents[rows], {"prompt": self.prompts[rows]}
+
+
+def run(
+    config: DistillConfig,
+    backbone: ToyBackbone | None = None,
+    judge: Any = None,
+    times: Tensor = TIMES,
+    real: Any = None,
+) -> None:
     backbone = backbone or ToyBackbone()
     student = FewStep(backbone.process, times, config.student.sampler, config.student.eta)
     distill(
-        config, backbone=backbone, student=student, source=ToyPrompts(), shape=SHAPE, judge=judge, say=lambda _: None
-    )
+        config, backbone=backbone, student=student, source=ToyPrompts(), shape=SHAPE, judge=judge,
+        real=real or ToyImages(), say=lambda _: None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
     run_dir, steps, groups, micro = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     settings = {"steps": steps, "groups_per_step": groups, "micro_batch": micro}
-    run(toy_config(run_dir, train=settings, reward={"terms": [{"name": "mean"}]}), judge=brightness)
+    gan = {"weight": float(sys.argv[5]), "real": "toy"} if len(sys.argv) > 5 else {}
+    run(toy_config(run_dir, train=settings, reward={"terms": [{"name": "mean"}]}, gan=gan), judge=brightness)

@@ -32,6 +32,8 @@ Judge = Callable[[Tensor, list[int]], dict[str, Tensor]]
 """Finished latents [N, C, h, w] and the prompts' indices [N] -> scores by reward, [N] each, NaN where there is none."""
 Lean = Callable[[Tensor, list[int]], Tensor]
 """Finished latents with a gradient and the prompts' indices -> the weighted score [N] of the differentiable rewards."""
+Against = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The student's images -> the adversarial loss [N] without gradient, and its gradient to each image (`critic.py`)."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ def student_step(
     judge: Judge | None,
     lean: Lean | None = None,
     rewarded: bool = True,
+    against: Against | None = None,
 ) -> StudentOutput:
     """The student's loss on N = B M images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of the prompts.
 
@@ -257,12 +260,18 @@ def student_step(
         loss = loss + config.reward.gradient_weight * _reward_loss(
             x, onward, lean, indices, config.reward.gradient_balance
         )
+    if against is not None:
+        adversarial, slope = against(x)
+        pull = (slope * x).flatten(1).sum(dim=1)
+        loss = loss + config.gan.weight * (adversarial + pull - pull.detach())
     per_image = {"dm": found.dm, "ca": found.ca}
     metrics = {name: v.abs().flatten(1).mean(1).view(-1, renoisings).mean(1) for name, v in per_image.items()}
     metrics["size"] = found.size.view(-1, renoisings).mean(1)
     # A prompt's images share their draw's level, so the prompt is what the error of the mean is over.
     weight = ratio_weight(student.process, config.match, draws.times.to(x.device)) * x[0].numel()
     metrics["r_dm"] = (weight * found.gap).view(-1, group.size).mean(1).repeat_interleave(images)
+    if against is not None:
+        metrics["adversarial_loss"] = adversarial
     if images > 1:
         spread = x.detach().unflatten(0, (-1, images)).std(dim=1).flatten(1).mean(1)
         metrics["diversity"] = spread.repeat_interleave(images)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.features import feature_width
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.checkpoint import Partner, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from diffalign.training.critic import Critic, CriticDraws, adversarial_step, critic_step, make_critic_draws
 from diffalign.training.distill_draws import DistillDraws, group_shape, make_distill_draws
 from diffalign.training.distill_policy import Transition, policy_step
-from diffalign.training.distill_step import Judge, Lean, fake_step, roll_out, student_step
+from diffalign.training.distill_step import Against, Judge, Lean, fake_step, roll_out, student_step
 from diffalign.training.loop import Say, TrainResult, start_accelerator
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
@@ -62,6 +65,7 @@ def distill(
     shape: tuple[int, int, int],
     judge: Judge | None = None,
     lean: Lean | None = None,
+    real: Any = None,
     say: Say = print,
     accelerator: Accelerator | None = None,
     validation: Validation | None = None,
@@ -69,7 +73,8 @@ def distill(
     """Distil `backbone` into the few-step `student` as `config` (a DistillConfig) says; all goes into `config.run_dir`.
 
     `source` offers `len(source)`, `batch(indices) -> conditioning`, `ids` and `unconditional`; `shape` is (C, h, w) of a
-    latent; `judge` scores finished latents, `lean` with a gradient. Raises DiffalignError for a checkpoint of another
+    latent; `judge` scores finished latents, `lean` with a gradient; `real` (`RealImages`) is what
+    the critic compares with where `config.gan` has a weight. Raises DiffalignError for a checkpoint of another
     config, for losses that are not finite, for a full disk, and for an alarm where on_alarm is stop.
     """
     # ---- Set-up ------------------------------------------------------------------------------------------------------
@@ -87,6 +92,7 @@ def distill(
         )
     images, _ = group_shape(config.group)
     learnt, fake = prepare_networks(config, backbone)
+    critic = _critic(config, backbone, real, fake) if config.gan.weight else None
     optimizer = build_optimizer(config.optimizer, learnt.values())
     fake_optimizer = build_optimizer(config.fake.optimizer, fake.values())
     ema = {k: p.detach().clone() for k, p in learnt.items()} if config.train.ema_decay else None
@@ -132,7 +138,7 @@ def distill(
                 iteration = step * iterations + inner
                 indices = groups_for_step(len(source), groups, iteration, config.seed)
                 mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
-                seen: list[tuple[Tensor, dict[str, Tensor], DistillDraws]] = []
+                seen: list[tuple[Tensor, dict[str, Tensor], DistillDraws, CriticDraws | None]] = []
                 kept: list[tuple[dict[str, Tensor], Transition]] = []
 
                 # ---- Roll out, and in the first iteration move the student ----
@@ -143,22 +149,26 @@ def distill(
                     conditioning = {k: v.repeat_interleave(images, dim=0) for k, v in batch.items()}
                     ids = [source.ids[i] for i in chosen]
                     draws = make_distill_draws(config, student, iteration, slots, ids, shape)
+                    beside = None
+                    if critic is not None:
+                        beside = make_critic_draws(config, student.process, iteration, slots, ids, shape, images)
                     if inner > 0:
                         with accelerator.autocast(), torch.no_grad():
                             rolled = roll_out(backbone, student, conditioning, draws, learn=False, finish=False)
-                        seen.append((rolled.x, conditioning, draws))
+                        seen.append((rolled.x, conditioning, draws, beside))
                         continue
                     with accelerator.autocast():
                         output = student_step(
                             config, backbone, student, conditioning, source.unconditional, draws,
                             [i for i in chosen for _ in range(images)], judge, lean, rewarded,
+                            _against(backbone, critic, conditioning, beside),
                         )  # fmt: skip
                     share = output.loss.sum() / (groups * images)
                     _check_finite("student's loss", share, step, ids, run_dir)
                     share.backward()
                     squared = {"r_dm_squared": output.metrics["r_dm"].square()}
                     totals.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
-                    seen.append((output.x, conditioning, draws))
+                    seen.append((output.x, conditioning, draws, beside))
                     if output.kept is not None:
                         kept.append((conditioning, output.kept))
                 if inner == 0:
@@ -179,14 +189,23 @@ def distill(
                     _update(accelerator, learnt, optimizer, config, step, run_dir)
 
                 # ---- Train the fake network on these images ----
-                for x, conditioning, draws in seen:
+                for x, conditioning, draws, beside in seen:
                     with backbone.role("fake"):
                         with accelerator.autocast():
-                            error = fake_step(backbone, x, conditioning, draws)
-                        share = error.sum() / (groups * images)
+                            if beside is None:
+                                error = loss = fake_step(backbone, x, conditioning, draws)
+                                told = {}
+                            else:
+                                error, judged, told = critic_step(
+                                    backbone, critic, x, conditioning, draws.fake_noise, draws.fake_times,
+                                    *real.batch(beside.real), beside,
+                                )  # fmt: skip
+                                loss = error + config.gan.critic_weight * judged
+                                told["critic_loss"] = judged.detach()
+                        share = loss.sum() / (groups * images)
                         _check_finite("fake network's loss", share, step, [], run_dir)
                         share.backward()
-                    totals.add({"fake_loss": error.detach()}, share=1 / iterations)
+                    totals.add({"fake_loss": error.detach(), **told}, share=1 / iterations)
                 norms["fake_grad_norm"] = _update(accelerator, fake, fake_optimizer, config, step, run_dir)
 
             # ---- Log ----
@@ -229,6 +248,24 @@ def distill(
     if oversight.stops:
         raise DiffalignError(oversight.reason())
     return TrainResult(run_dir, steps, row)
+
+
+def _critic(config: Any, backbone: Any, real: Any, fake: Parameters) -> Critic:
+    """The discriminator's head; its parameters join those of the fake network, with which they train and are saved."""
+    latents, conditioning = real.batch([0])
+    width = feature_width(backbone, latents.to(backbone.device), conditioning)
+    critic = Critic(width, config.gan.hidden, config.seed + 2).to(backbone.device)
+    fake.update({f"critic.{name}": parameter for name, parameter in critic.named_parameters()})
+    return critic
+
+
+def _against(
+    backbone: Any, critic: nn.Module | None, seen: dict[str, Tensor], draws: CriticDraws | None
+) -> Against | None:
+    """What pulls the student's images towards real ones; None without a critic."""
+    if critic is None or draws is None:
+        return None
+    return partial(adversarial_step, backbone, critic, seen, draws)
 
 
 class Sums:

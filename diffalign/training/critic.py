@@ -1,0 +1,124 @@
+"""DMD2's discriminator: a small head on the fake network's middle, which tells real images from the student's.
+
+Teacher and student see the teacher's idea of an image only; real ones let a student pass its teacher (DMD2, section 4.4).
+The head learns with the fake network, by the same optimiser. Its gradient to the student goes through the fake network at
+a re-noised x, and moves neither the head nor the fake network.
+
+DMD2's head is a stack of 4 x 4 convolutions for SDXL's bottleneck. Ours judges every position alone and averages the
+logits, so that one head serves UNets, transformers and all sizes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffalign.draws import draw, normal
+from diffalign.objectives.adversarial import critic_loss, generator_loss
+from diffalign.pipelines.features import predict_with_features
+
+
+class Critic(nn.Module):
+    """Features [N, positions, width] -> logits [N]: how real an image looks, mean over positions."""
+
+    def __init__(self, width: int, hidden: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.logit = nn.Linear(width, hidden), nn.Linear(hidden, 1)
+        with torch.no_grad():
+            for layer in (self.inner, self.logit):
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * layer.in_features**-0.5)
+                layer.bias.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):  # losses are float32, whatever the trunk computes in
+            logits: Tensor = self.logit(nn.functional.silu(self.inner(self.norm(features.float()))))
+        return logits.flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class CriticDraws:
+    """Of N = B M images: noise [N, C, h, w] and times [N] for the student's update and for the real images; which real
+    image [N] stands beside each. Those of the student's images in the critic's update are the fake network's own."""
+
+    times: Tensor
+    noise: Tensor
+    real_times: Tensor
+    real_noise: Tensor
+    real: list[int]
+
+
+def make_critic_draws(
+    config: Any, process: Any, iteration: int, slots: list[int], prompts: list[str], shape: tuple[int, ...], images: int
+) -> CriticDraws:
+    """As `make_distill_draws`; the numbers of real images are the caller's to take modulo how many there are."""
+    noise, level, real_noise, real_level, real = ([] for _ in range(5))
+    for slot, prompt in zip(slots, prompts, strict=True):
+        for member in range(images):
+
+            def one(stream: str, slot: int = slot, prompt: str = prompt, member: int = member) -> np.random.Generator:
+                return draw(config.seed, stream, step=iteration, inner=slot, group=prompt, member=member)
+
+            noise.append(normal(one("critic_noise"), shape))
+            level.append(one("critic_time").random())
+            real_noise.append(normal(one("critic_real_noise"), shape))
+            real_level.append(one("critic_real_time").random())
+            real.append(int(one("critic_real").integers(2**31)))
+
+    def times(levels: list[float]) -> Tensor:
+        drawn: Tensor = process.draw_times(torch.tensor(levels, dtype=torch.float64), **config.fake.times.model_dump())
+        return drawn
+
+    def stacked(arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays))
+
+    return CriticDraws(times(level), stacked(noise), times(real_level), stacked(real_noise), real)
+
+
+def look(
+    backbone: Any, critic: nn.Module, x: Tensor, noise: Tensor, t: Tensor, conditioning: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The fake network's prediction at a noised x, and the logits [N]. Call it, and backward, inside `role("fake")`."""
+    noisy = backbone.process.add_noise(x, noise.to(x.device), t.to(x.device))
+    prediction, features = predict_with_features(backbone, noisy, t.to(x.device), conditioning)
+    return prediction, critic(features)
+
+
+def adversarial_step(
+    backbone: Any, critic: nn.Module, conditioning: dict[str, Tensor], draws: CriticDraws, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The student's adversarial loss [N], without gradient, and its gradient to each x, [N, C, h, w].
+
+    Taken with respect to x alone: DMD2's own code lets the gradients of the fake network and the head gather, and then
+    clears them.
+    """
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad(), backbone.role("fake"):
+        loss = generator_loss(look(backbone, critic, leaf, draws.noise, draws.times, conditioning)[1])
+        (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), slope
+
+
+def critic_step(
+    backbone: Any,
+    critic: nn.Module,
+    x: Tensor,
+    conditioning: dict[str, Tensor],
+    noise: Tensor,
+    t: Tensor,
+    real: Tensor,
+    real_conditioning: dict[str, Tensor],
+    draws: CriticDraws,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The fake network's denoising error on the student's images x at noise and t, the critic's loss, both [N], and
+    metrics. One pass gives both for x; the real images take another. Call it, and backward, inside `role("fake")`.
+    """
+    prediction, drawn = look(backbone, critic, x, noise, t, conditioning)
+    target = backbone.process.target(x, noise.to(x.device), t.to(x.device))
+    error = (prediction - target).square().flatten(1).mean(dim=1)
+    _, judged = look(backbone, critic, real, draws.real_noise, draws.real_times, real_conditioning)
+    right = 0.5 * ((drawn < 0).float() + (judged > 0).float())
+    return error, critic_loss(drawn, judged), {"critic_accuracy": right.detach()}
