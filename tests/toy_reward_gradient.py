@@ -4,6 +4,7 @@ python toy_reward_gradient.py RUN_DIR STEPS IMAGES_PER_STEP MICRO_BATCH
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ class ToyBackbone(toy.ToyBackbone):
         if moved:  # so that the policy differs from the reference, and every weight has a gradient
             with torch.no_grad():
                 self.trunk.up.add_(0.1 * torch.randn(self.trunk.up.shape, generator=torch.Generator().manual_seed(3)))
+
+    def whole_graph(self) -> Any:
+        return nullcontext()
 
     def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
         times: Tensor = self.process.schedule(steps)

@@ -23,8 +23,13 @@ FACTS: dict[str, str] = {
     "match.guidance": "teacher's guidance",
     "group.size": "size of a group",
     "labels.source": "labels",
+    "method.name": "method",
+    "sampler.steps": "sampling steps",
+    "sampler.guidance_scale": "guidance",
+    "drift.weight": "weight of the drift",
     "optimizer.lr": "learning rate",
     "train.groups_per_step": "groups per step",
+    "train.images_per_step": "images per step",
     "seed": "seed",
 }
 # Where a run lies says nothing about how it differs.

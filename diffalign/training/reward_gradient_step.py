@@ -15,6 +15,7 @@ that sampling gives. x0, errors and scores are in float32.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,8 @@ def learnt_step(
     gap = torch.zeros(len(x), device=x.device)
     reference = None
     if measure or penalised:
-        with torch.set_grad_enabled(penalised and torch.is_grad_enabled()):
+        followed = penalised and torch.is_grad_enabled() and seen.requires_grad
+        with torch.set_grad_enabled(followed), sampler.backbone.whole_graph() if followed else nullcontext():
             reference = sampler.predict("reference", seen, index)
     prediction = sampler.predict("policy", seen, index)
     if reference is not None:
