@@ -12,7 +12,8 @@ CHARTS: dict[str, tuple[str, str]] = {
     "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
     "loss": (
         "Loss",
-        "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one)",
+        "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one); of a reward's "
+        "gradient, minus the weighted rewards, plus the drift's penalty",
     ),
     "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
     "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
