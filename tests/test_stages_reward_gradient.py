@@ -102,6 +102,52 @@ def test_gradients_through_a_real_trunk_and_decoder(kind: str, tmp_path: Path, s
         torch.testing.assert_close(checkpointed_[name], gradient, rtol=0, atol=0, msg=name)
 
 
+def test_half_precision_loses_no_gradient(tmp_path: Path, sd3_dir: Path) -> None:
+    """Casts of weights that autocast kept from the roll-out, which has no gradient, must not serve the steps that learn."""
+    settings = load_reward_gradient_config(config(tmp_path, sd3_dir, "method: {name: draft, last: 2}"))
+    rows = [PromptRow(text) for text in PROMPTS.splitlines()]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone: Any = load_backbone(sd3_dir, dtype=dtype)
+        backbone.add_lora(2, 2.0, seed=0)
+        with torch.no_grad():
+            for name, parameter in backbone.trainable().items():
+                # B = 0 leaves A without a gradient; now both have one.
+                parameter.add_(0.1 if "lora_B" in name else 0.0)
+        backbone.trunk.train()
+        scores = gradient_scores(settings, backbone, rows, {"sharpness": load_reward("sharpness")})
+        source = PromptSource(backbone, rows, cache=True)
+        draws = make_gradient_draws(settings, 0, [0, 1], ["a", "b"], (backbone.latent_channels, 8, 8))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = reward_gradient_step(
+                settings, backbone, backbone.sampling_times(4, 64, 64), source.batch([0, 1]), source.unconditional,
+                draws, span_of(settings, 0), [0, 1], scores,
+            )  # fmt: skip
+        assert output.loss.dtype == output.image.dtype == torch.float32
+        assert output.metrics["drift"].min() > 0
+        output.loss.sum().backward()
+        assert all(p.grad is not None for p in backbone.trainable().values())
+        found.append(torch.cat([p.grad.flatten() for p in backbone.trainable().values()]))
+    assert float(torch.nn.functional.cosine_similarity(*found, dim=0)) > 0.95
+
+
+def test_a_few_steps_raise_the_reward_of_the_embedded_model(tmp_path: Path) -> None:
+    """On prompts that are not trained on, by the pipeline itself."""
+    more = (
+        "model: {path: shapes-sd3, max_sequence_length: 12}\nprompts: testbed:train\nsampler: {steps: 4, guidance_scale: 3.0}\n"
+        "tune: {rank: 8, alpha: 8.0}\nmethod: {name: draft}\noptimizer: {lr: 0.003}\n"
+        "train: {steps: 12, images_per_step: 4, threads: 1}\ncheckpoint: {every: 12}\n"
+        "validation: {every: 12, prompts: testbed:validation, n: 12, batch_size: 12, rewards: [{name: sharpness}]}"
+    )
+    assert run("reward-gradient", config(tmp_path, tmp_path, more)) == 0
+    before, after = (
+        torch.tensor(json.loads(line)["scores"]["sharpness.sharpness"])
+        for line in (tmp_path / "run/validation.jsonl").read_text().splitlines()
+    )
+    gain = after - before
+    assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5 and gain.mean() > 0.1
+
+
 def test_decoding_in_tiles_keeps_the_gradient(tmp_path: Path, sdxl_dir: Path) -> None:
     backbone: Any = load_backbone(sdxl_dir, dtype=torch.bfloat16)
     rows = [PromptRow("snow")]
