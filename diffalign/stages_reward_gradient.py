@@ -85,10 +85,15 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     validation = prompt_validation(
         config.validation, backbone, device, side, config.seed, sampler.steps, sampler.guidance_scale
     )
-    for section in config.validation.rewards if validation else ():
-        # One that is followed as well need not be in memory twice.
-        if any((term.name, term.options) == (section.name, section.options) for term in config.rewards):
-            validation.rewards[section.name] = rewards[section.name]
+    if validation is not None:
+        # What is followed as well need not be in memory twice.
+        same = [
+            s.name
+            for s in config.validation.rewards
+            for r in config.rewards
+            if (s.name, s.options) == (r.name, r.options)
+        ]
+        validation.rewards.update({name: rewards[name] for name in same})
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)

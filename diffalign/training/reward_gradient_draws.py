@@ -60,10 +60,14 @@ def make_gradient_draws(
 ) -> GradientDraws:
     """`slots`: positions of the prompts in the step; `prompts`: their ids; `shape`: (C, h, w) of the latents."""
     again = config.method.noises if config.method.name == "draft_lv" else 0
-    noise, renoise = [], []
+    noise: list[np.ndarray] = []
+    renoise: list[np.ndarray] = []
     for slot, prompt in zip(slots, prompts, strict=True):
-        key = {"step": step, "inner": slot, "group": prompt}
-        noise.append(normal(draw(config.seed, "reward_gradient_noise", **key), shape))
-        for member in range(again):
-            renoise.append(normal(draw(config.seed, "reward_gradient_renoise", **key, member=member), shape))
+
+        def one(stream: str, member: int | None = None, slot: int = slot, prompt: str = prompt) -> np.ndarray:
+            generator = draw(config.seed, stream, step=step, inner=slot, group=prompt, member=member)
+            return normal(generator, shape)
+
+        noise.append(one("reward_gradient_noise"))
+        renoise += [one("reward_gradient_renoise", member) for member in range(again)]
     return GradientDraws(torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(renoise)) if renoise else None)
