@@ -198,7 +198,8 @@ def test_a_run_on_every_family(
     if "validation" in more:
         judged = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
         assert [row["step"] for row in judged] == [0, 1, 2] and (folder / "best").is_dir()
-        assert "Validation: sharpness" in (folder / "report.html").read_text()
+        report = (folder / "report.html").read_text()
+        assert "Validation: sharpness" in report and "1 x sharpness" in report
     # A resumed run is the straight one, bit for bit.
     if family == "sd3":
         assert run("reward-gradient", path, "train.steps=1", f"run_dir={tmp_path / 'again'}") == 0
