@@ -10,6 +10,7 @@
 #   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
 #   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
 #   make bench-objectives   objectives side by side on the embedded world (hours);  make bench-rounds: rounds against one run
+#   make bench-reward-gradient over-optimisation of a reward whose gradient is followed (an hour)
 #   make bench-distillation few-step students against their teacher on the embedded world (hours)
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-rounds bench-step
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds bench-step
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -92,6 +93,9 @@ bench-objectives: $(STAMP)
 
 bench-distillation: $(STAMP)
 	$(BIN)/python benchmarks/distillation.py
+
+bench-reward-gradient: $(STAMP)
+	$(BIN)/python benchmarks/reward_gradient.py
 
 bench-rounds: $(STAMP)
 	$(BIN)/python benchmarks/rounds.py

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
 from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config_reward_gradient import RewardGradientConfig
 from diffalign.config_rounds import RoundsConfig
 from diffalign.config_schema import (
     CheckpointSection,
@@ -52,6 +53,7 @@ __all__ = [
     "OptimizerSection",
     "PolicySection",
     "RankConfig",
+    "RewardGradientConfig",
     "RewardSection",
     "RoundsConfig",
     "SampleConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "load_distill_config",
     "load_eval_config",
     "load_rank_config",
+    "load_reward_gradient_config",
     "load_rounds_config",
     "load_sample_config",
     "load_synth_config",
@@ -112,6 +115,11 @@ def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 def load_distill_config(config: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
     """As `load_config`, for `diffalign distill`."""
     return _validate(_document(config, overrides), DistillConfig)
+
+
+def load_reward_gradient_config(config: str | Path, overrides: Sequence[str] = ()) -> RewardGradientConfig:
+    """As `load_config`, for `diffalign reward-gradient`."""
+    return _validate(_document(config, overrides), RewardGradientConfig)
 
 
 def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from diffalign import stages, testbed
-from diffalign.config import load_config
+from diffalign.config import load_config, load_reward_gradient_config
+from diffalign.config_reward_gradient import RewardGradientConfig
 from diffalign.config_schema import TrainConfig
+from diffalign.config_yaml import read_document
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
@@ -28,7 +30,7 @@ USAGE = {
 }
 
 
-def _config(run_dir: Path) -> TrainConfig:
+def _config(run_dir: Path) -> TrainConfig | RewardGradientConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise DiffalignError(
@@ -38,7 +40,9 @@ def _config(run_dir: Path) -> TrainConfig:
         raise DiffalignError(
             f"{run_dir}: a distilled student, which is a whole pipeline already: {run_dir / 'student'}"
         )
-    return load_config(path)
+    # A config says by its keys which verb it is for.
+    followed = "rewards" in read_document(path).values
+    return load_reward_gradient_config(path) if followed else load_config(path)
 
 
 def _weights(run_dir: Path, best: bool) -> Path:
@@ -51,9 +55,9 @@ def _weights(run_dir: Path, best: bool) -> Path:
     return folder
 
 
-def _generators(config: TrainConfig) -> dict[str, str]:
+def _generators(config: TrainConfig | RewardGradientConfig) -> dict[str, str]:
     """Who made the training images and under which licence, as far as the dataset is still there to ask."""
-    if not (config.data.path / "groups.parquet").is_file():
+    if isinstance(config, RewardGradientConfig) or not (config.data.path / "groups.parquet").is_file():
         return {}
     names = sorted(set(PreferenceDataset(config.data.path).generators().values()) - {""})
     return {
@@ -61,7 +65,7 @@ def _generators(config: TrainConfig) -> dict[str, str]:
     }
 
 
-def _usage(form: str, config: TrainConfig, out: Path, trunk: str, full: bool) -> str:
+def _usage(form: str, config: TrainConfig | RewardGradientConfig, out: Path, trunk: str, full: bool) -> str:
     kind = "full" if full and form != "merged" else form
     path = out.as_posix() if form == "merged" else config.model.path
     text = USAGE[kind].format(path=path, out=out.as_posix(), trunk=trunk, kind=f"{trunk}_class")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import resolved_yaml
-from diffalign.config_distill import DistillConfig, RewardTerm
+from diffalign.config_distill import DistillConfig, RewardTerm, StudentValidationSection
 from diffalign.config_schema import ValidationSection
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
@@ -131,9 +131,19 @@ def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | N
     return images
 
 
-def _validation(config: DistillConfig, backbone: Any, device: str) -> Validation | None:
-    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted."""
-    wanted = config.validation
+def prompt_validation(
+    wanted: StudentValidationSection,
+    backbone: Any,
+    device: str,
+    side: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+) -> Validation | None:
+    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted.
+
+    `side` in pixels; `steps` and `guidance_scale` are those of the trained sampler.
+    """
     if wanted.every is None or wanted.prompts is None:
         return None
     rows = resolve_prompts(wanted.prompts, wanted.n)
@@ -143,10 +153,10 @@ def _validation(config: DistillConfig, backbone: Any, device: str) -> Validation
         for i in range(0, len(rows), wanted.batch_size)
     ]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    settings = ValidationSection(**{name: getattr(wanted, name) for name in type(wanted).model_fields}).model_copy(
-        update={"steps": config.student.steps, "guidance_scale": 0.0}
-    )
-    return Validation(settings, rows, encoded, rewards, config.resolution or backbone.default_resolution, config.seed)
+    settings = ValidationSection(
+        **{name: getattr(wanted, name) for name in StudentValidationSection.model_fields}
+    ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
+    return Validation(settings, rows, encoded, rewards, side, seed)
 
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
@@ -165,9 +175,9 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
     judge, lean = reward_judge(config, backbone, rows, str(accelerator.device))
-    validation = _validation(config, backbone, device)
-    source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     side = config.resolution or backbone.default_resolution
+    validation = prompt_validation(config.validation, backbone, device, side, config.seed, config.student.steps, 0.0)
+    source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
     real = open_real(config, backbone, side)

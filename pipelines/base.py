@@ -106,6 +106,10 @@ class Backbone(Tunable):
         size = self._config.sample_size
         return int(size if isinstance(size, int) else size[0]) * self.vae_scale_factor
 
+    def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
+        """[steps + 1] float32: the times that the pipeline visits for an image of this size in pixels, `clean` last."""
+        return self.process.schedule(steps)
+
     @property
     def pixel_multiple(self) -> int:
         """What sides of images are multiples of."""

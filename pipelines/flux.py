@@ -87,6 +87,8 @@ class Flux(Backbone):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
 
+    process: FluxFlow
+
     def build_process(self, scheduler: Any) -> FluxFlow:
         config = scheduler.config
         name = type(scheduler).__name__
@@ -124,6 +126,9 @@ class Flux(Backbone):
     @property
     def default_resolution(self) -> int:
         return SIZE
+
+    def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
+        return self.process.schedule(steps, tokens=(height // self.pixel_multiple) * (width // self.pixel_multiple))
 
     @property
     def pixel_multiple(self) -> int:

@@ -171,6 +171,22 @@ class Tunable(ABC):
         with self._adapter_role(name):
             yield
 
+    @contextmanager
+    def whole_graph(self) -> Iterator[None]:
+        """The trunk's own gradient checkpointing off inside the block, whose graph may then be followed back after it.
+
+        For a reference that passes a gradient on to its input: checkpointing would repeat its forward in the backward pass,
+        when the policy's adapter is active again.
+        """
+        on = bool(self._model.is_gradient_checkpointing)
+        if on:
+            self._model.disable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            if on:
+                self._model.enable_gradient_checkpointing()
+
     def _adapter_role(self, name: str) -> AbstractContextManager[None]:
         if name == "fake" and not adapters.has_adapter(self.trunk, adapters.FAKE):
             raise RuntimeError("there is no fake network: call add_fake first")

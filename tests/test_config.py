@@ -20,6 +20,7 @@ from diffalign.config import (
     load_config,
     load_distill_config,
     load_eval_config,
+    load_reward_gradient_config,
     load_rounds_config,
     load_sample_config,
     load_synth_config,
@@ -140,6 +141,8 @@ def test_objectives_match_their_dataclasses() -> None:
         OBJECTIVES[name](**section().arguments())
 
 
+REWARD_GRADIENTS = ("shapes_sd3_reward_gradient", "sdxl_refl", "sd3_draft")
+
 # --- recipes ---------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +152,7 @@ def test_the_recipes_are_there() -> None:
     assert {"synth_synpic", "synth_one_gpu", "synth_shapes"} <= set(recipes())
     distilled = {"shapes_sd3_gndm", "sdxl_dmd2_4step", "sdxl_dmd2_1step", "sd3_medium_gndm", "sd35_medium_gndm"}
     assert distilled <= set(recipes())
+    assert set(REWARD_GRADIENTS) <= set(recipes())
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
@@ -156,6 +160,7 @@ def test_every_recipe_is_whole_and_commented(name: str) -> None:
     loaders = {"synth": load_synth_config, "rounds": load_rounds_config}
     distilled = name.endswith("_gndm") or "_dmd2_" in name
     load = load_distill_config if distilled else loaders.get(name.split("_")[0], load_config)
+    load = load_reward_gradient_config if name in REWARD_GRADIENTS else load
     config = load(name)
     lines = config_path(name).read_text(encoding="utf-8").splitlines()
     written = yaml.safe_load("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Verbs about models and runs: train, distill, sample, eval, rounds, recipes, report, export."""
+"""Verbs about models and runs: train, distill, reward-gradient, sample, eval, rounds, recipes, report, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +51,25 @@ def distill(
         from diffalign import stages_distill
 
         stages_distill.distill(checked, dry_run=dry_run)
+
+
+@verbs.command("reward-gradient")
+def reward_gradient(
+    config: Source,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved config and which steps carry a gradient; write nothing."),
+    ] = False,
+) -> None:
+    """Train a model on the gradient of differentiable rewards (ReFL, DRaFT, AlignProp). Goes on where it stopped."""
+    with plain_errors(goes_on=True):
+        from diffalign.config import load_reward_gradient_config
+
+        checked = load_reward_gradient_config(config, overrides or ())
+        from diffalign import stages_reward_gradient
+
+        stages_reward_gradient.reward_gradient(checked, dry_run=dry_run)
 
 
 @verbs.command()

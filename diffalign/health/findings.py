@@ -113,13 +113,15 @@ FINDINGS: dict[str, Words] = {
         "the validation reward is below the untrained model's",
         "images got worse on prompts that are not trained on, by more than chance: the labels may be reversed or meant for "
         "another taste, or training has gone too far",
-        "check the labels' direction; else take best/, lower optimizer.lr or raise objective.beta",
+        "check the labels' direction; else take best/, lower optimizer.lr or raise objective.beta (drift.weight where a "
+        "reward's gradient is followed)",
     ),
     "drift_without_reward": Words(
         "note",
         "drift grows, the validation reward does not",
         "the policy still moves away from the reference but nothing is gained by it: over-optimisation begins here",
-        "take best/ and stop here (validation.patience does so by itself), or raise objective.beta",
+        "take best/ and stop here (validation.patience does so by itself), or raise objective.beta (drift.weight where a "
+        "reward's gradient is followed)",
     ),
 }
 

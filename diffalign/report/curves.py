@@ -12,7 +12,8 @@ CHARTS: dict[str, tuple[str, str]] = {
     "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
     "loss": (
         "Loss",
-        "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one)",
+        "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one); of a reward's "
+        "gradient, minus the weighted rewards, plus the drift's penalty",
     ),
     "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
     "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
@@ -29,7 +30,8 @@ CHARTS: dict[str, tuple[str, str]] = {
     "smoothing": ("Smoothing", "gamma (2p - 1): 1 is Diffusion-DPO"),
     "student_loss": ("Student's loss", "half the squared step; its size says little, its jumps do"),
     "fake_loss": ("Fake network's error", "mean squared, on the student's images"),
-    "reward": ("Reward in training", "mean over the student's finished images"),
+    "reward": ("Reward in training", "mean over the images that are judged; of several rewards, by their weights"),
+    "above_threshold": ("Above the threshold", "share of scores that are good enough and pull no more"),
     "diversity": ("Diversity within a prompt", "deviation over the latents of one prompt's images; should not halve"),
     "r_dm": ("R_dm", "log p_teacher / p_student of the student's images from one draw, nats; 0 where both agree"),
     "dm": ("Matching term", "mean size of teacher less fake; 0 where they agree"),

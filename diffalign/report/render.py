@@ -30,10 +30,15 @@ MARKED_ON: dict[str, str] = {
 }
 
 
+def _mean(values: list[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
 def validation_mean(row: dict[str, Any]) -> float | None:
     """Mean over prompts of a validation's first column."""
-    known = [v for v in next(iter(row["scores"].values())) if v is not None]
-    return sum(known) / len(known) if known else None
+    return _mean(next(iter(row["scores"].values())))
 
 
 def _rows(run: Run, name: str) -> list[dict[str, float]]:
@@ -67,6 +72,27 @@ def _over_optimisation(runs: list[Run]) -> list[dict[str, Any]]:
     return found
 
 
+def _other_validations(runs: list[Run]) -> list[dict[str, Any]]:
+    """A chart for each further reward that validates, its first column: what is not trained on shows what a gain costs."""
+    columns = [list(run.validations[0]["scores"]) if run.validations else [] for run in runs]
+    leading = [column for one in columns for column in {c.split(".")[0]: c for c in reversed(one)}.values()]
+    found = []
+    for place, column in enumerate(dict.fromkeys(c for c in leading if c not in [one[0] for one in columns if one])):
+        lines = []
+        for n, run in enumerate(runs):
+            rows = [
+                {"step": row["step"], "score": mean}
+                for row in run.validations
+                if column in row["scores"] and (mean := _mean(row["scores"][column])) is not None
+            ]
+            lines += [line for line in [series(n, "score", rows)] if line is not None]
+        note = "mean over prompts that are not trained on; a reward that decides nothing here"
+        found += (
+            [_chart(f"validation-{place}", f"Validation: {column.split('.')[0]}", note, lines, [])] if lines else []
+        )
+    return found
+
+
 def _chart(name: str, title: str, note: str, lines: list[Series], marks: list[dict[str, Any]]) -> dict[str, Any]:
     data = {"lines": [{"run": line.run, "x": line.steps, "y": line.values} for line in lines], "marks": marks}
     return {"name": name, "title": title, "note": note, "svg": Markup(static_svg(name, lines)), "data": data}
@@ -86,6 +112,8 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
             if MARKED_ON.get(finding["name"]) == name
         ]
         found.append(_chart(name, title, note, lines, marks))
+        if name == "validation":
+            found += _other_validations(runs)
     return found
 
 

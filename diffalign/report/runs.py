@@ -23,8 +23,14 @@ FACTS: dict[str, str] = {
     "match.guidance": "teacher's guidance",
     "group.size": "size of a group",
     "labels.source": "labels",
+    "rewards": "rewards that are followed",
+    "method.name": "method",
+    "sampler.steps": "sampling steps",
+    "sampler.guidance_scale": "guidance",
+    "drift.weight": "weight of the drift",
     "optimizer.lr": "learning rate",
     "train.groups_per_step": "groups per step",
+    "train.images_per_step": "images per step",
     "seed": "seed",
 }
 # Where a run lies says nothing about how it differs.
@@ -51,8 +57,15 @@ class Run:
     def facts(self) -> list[tuple[str, str]]:
         unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
         known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
-        found = [(FACTS[key], str(self.config[key])) for key in known]
+        found = [(FACTS[key], _shown(self.config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
+
+
+def _shown(value: Any) -> str:
+    """A value of a config; of a list of sections, their names with what they weigh."""
+    if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
+        return str(value)
+    return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
@@ -32,16 +31,17 @@ from diffalign.training.critic import Critic, CriticDraws, adversarial_step, cri
 from diffalign.training.distill_draws import DistillDraws, group_shape, make_distill_draws
 from diffalign.training.distill_policy import Transition, policy_step
 from diffalign.training.distill_step import Against, Judge, Lean, fake_step, roll_out, student_step
-from diffalign.training.loop import Say, TrainResult, start_accelerator
+from diffalign.training.loop import Say, TrainResult, start_accelerator, validate
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
 from diffalign.training.oversight import Oversight
 from diffalign.training.progress import TrainProgress, peak_memory
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.tracking import Metrics
-from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
+from diffalign.training.update import Parameters, Sums, check_finite, set_rate, update
+from diffalign.training.validation import Validation, ValidationLog, averaged, best_of
 
-Parameters = dict[str, nn.Parameter]
+REMEDY = "lower optimizer.lr or fake.optimizer.lr, or match.guidance"
 
 
 def prepare_networks(config: Any, backbone: Any) -> tuple[Parameters, Parameters]:
@@ -126,11 +126,11 @@ def distill(
     with TrainProgress(first, steps, say, show=main) as progress:
         for step in range(first, steps):
             started = time.monotonic()
-            totals = Sums(groups * images)
+            totals = Sums()
             norms: dict[str, float] = {}
             rates = {
-                "lr": _set_rate(optimizer, learning_rate(config.optimizer, step, config.train.steps)),
-                "fake_lr": _set_rate(fake_optimizer, learning_rate(config.fake.optimizer, step, config.train.steps)),
+                "lr": set_rate(optimizer, learning_rate(config.optimizer, step, config.train.steps)),
+                "fake_lr": set_rate(fake_optimizer, learning_rate(config.fake.optimizer, step, config.train.steps)),
             }
             rewarded = step >= config.reward.start_step
 
@@ -164,7 +164,7 @@ def distill(
                             _against(backbone, critic, conditioning, beside),
                         )  # fmt: skip
                     share = output.loss.sum() / (groups * images)
-                    _check_finite("student's loss", share, step, ids, run_dir)
+                    check_finite("student's loss", share, step, ids, run_dir, REMEDY)
                     share.backward()
                     squared = {"r_dm_squared": output.metrics["r_dm"].square()}
                     totals.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
@@ -172,7 +172,7 @@ def distill(
                     if output.kept is not None:
                         kept.append((conditioning, output.kept))
                 if inner == 0:
-                    norms["grad_norm"] = _update(accelerator, learnt, optimizer, config, step, run_dir)
+                    norms["grad_norm"] = update(accelerator, learnt, optimizer, config, step, run_dir, REMEDY)
                     if ema is not None:
                         weights = [p.detach() for p in learnt.values()]
                         torch._foreach_lerp_(list(ema.values()), weights, 1 - config.train.ema_decay)
@@ -183,10 +183,10 @@ def distill(
                         with accelerator.autocast():
                             loss, ratios = policy_step(config, backbone, student, conditioning, transition)
                         share = loss.sum() / (groups * images)
-                        _check_finite("policy's loss", share, step, [], run_dir)
+                        check_finite("policy's loss", share, step, [], run_dir, REMEDY)
                         share.backward()
                         totals.add(ratios, share=1 / config.reward.policy_reuse)
-                    _update(accelerator, learnt, optimizer, config, step, run_dir)
+                    update(accelerator, learnt, optimizer, config, step, run_dir, REMEDY)
 
                 # ---- Train the fake network on these images ----
                 for x, conditioning, draws, beside in seen:
@@ -203,10 +203,10 @@ def distill(
                                 loss = error + config.gan.critic_weight * judged
                                 told["critic_loss"] = judged.detach()
                         share = loss.sum() / (groups * images)
-                        _check_finite("fake network's loss", share, step, [], run_dir)
+                        check_finite("fake network's loss", share, step, [], run_dir, REMEDY)
                         share.backward()
                     totals.add({"fake_loss": error.detach(), **told}, share=1 / iterations)
-                norms["fake_grad_norm"] = _update(accelerator, fake, fake_optimizer, config, step, run_dir)
+                norms["fake_grad_norm"] = update(accelerator, fake, fake_optimizer, config, step, run_dir, REMEDY)
 
             # ---- Log ----
             done = step + 1
@@ -268,70 +268,10 @@ def _against(
     return partial(adversarial_step, backbone, critic, seen, draws)
 
 
-class Sums:
-    """Metrics summed over micro-batches, then over processes; an unknown value (NaN) is left out of its mean."""
-
-    def __init__(self, images: int) -> None:
-        self.images = images
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, metrics: dict[str, Tensor], share: float = 1.0) -> None:
-        """metrics: [N] each. `share`: how much of the step's mean this is, where several add up to it."""
-        for name, value in metrics.items():
-            known = torch.isfinite(value)
-            new = torch.stack([value.double().nan_to_num(0.0, 0.0, 0.0).sum(), known.double().sum()]) * share
-            self.values[name] = self.values.get(name, torch.zeros_like(new)) + new
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        names = sorted(self.values)
-        # float32: not every device and backend sums doubles.
-        totals = accelerator.reduce(torch.stack([self.values[n] for n in names]).float(), reduction="sum")
-        return {name: (s / n if n else math.nan) for name, (s, n) in zip(names, totals.tolist(), strict=True)}
-
-
 def _with_error(row: dict[str, float], groups: int) -> dict[str, float]:
     """R_dm's standard error over the prompts in the place of its mean square; none for a single prompt."""
     variance = max(row.pop("r_dm_squared") - row["r_dm"] ** 2, 0.0)
     return row | {"r_dm_error": math.sqrt(variance / (groups - 1))} if groups > 1 else row
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def _update(
-    accelerator: Accelerator,
-    parameters: Parameters,
-    optimizer: torch.optim.Optimizer,
-    config: Any,
-    step: int,
-    run_dir: Path,
-) -> float:
-    """Sum the gradients over processes, cut them to size, and take a step; returns their norm."""
-    weights = [p for p in parameters.values() if p.grad is not None]
-    if accelerator.num_processes > 1:
-        flat = torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
-        summed = accelerator.reduce(flat, reduction="sum")
-        for parameter, part in zip(weights, summed.split([p.numel() for p in weights]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
-    norm = torch.nn.utils.clip_grad_norm_(weights, config.train.max_grad_norm)
-    _check_finite("gradient norm", norm, step, [], run_dir)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-def _check_finite(what: str, value: Tensor, step: int, ids: list[str], run_dir: Path) -> None:
-    if torch.isfinite(value):
-        return
-    saved = checkpoints(run_dir)
-    where = f", prompts {', '.join(ids)}" if ids else ""
-    raise DiffalignError(
-        f"the {what} is {float(value.detach())} at step {step + 1}{where}; the last good checkpoint is "
-        f"{saved[-1] if saved else 'none'}: lower optimizer.lr or fake.optimizer.lr, or match.guidance"
-    )
 
 
 @contextmanager
@@ -351,13 +291,6 @@ def _validate(
     run_dir: Path,
     done: int,
 ) -> dict[str, float]:
-    """The main process draws with the student's scheduler and scores; all learn the outcome, since it may end the run."""
+    """`validate` with the student's scheduler."""
     with _own_draws(validation.seed):
-        message: list[Any] = [validation.run(backbone, run_dir, done) if accelerator.is_main_process else None]
-    row = broadcast_object_list(message)[0]
-    log.add(row)
-    oversight.validation(row)
-    column = next(iter(row["scores"]))
-    if oversight.main:
-        oversight.say(f"validation at step {done}: {column} {score_of(row):.4f}")
-    return {f"validation/{column}": score_of(row)}
+        return validate(validation, log, oversight, accelerator, backbone, run_dir, done)

@@ -153,7 +153,7 @@ def train(
     validations = ValidationLog(run_dir, first, main) if validation else None
     patience = config.validation.patience
     if validation and validations and not validations.rows:
-        _validate(validation, validations, oversight, accelerator, backbone, run_dir, 0)
+        validate(validation, validations, oversight, accelerator, backbone, run_dir, 0)
     idle = best_of(validations.rows)[1] if validations else 0
     if patience and idle >= patience:
         steps = first
@@ -216,7 +216,7 @@ def train(
             if validation and validations and validation.due(done, steps):
                 reading.check()
                 with averaged(policy, ema):
-                    scores = _validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
+                    scores = validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
                     best, idle = best_of(validations.rows)
                     if main and best == done:
                         backbone.save_weights(run_dir / "best")
@@ -255,7 +255,7 @@ def train(
     return TrainResult(run_dir, steps, row)
 
 
-def _validate(
+def validate(
     validation: Validation,
     log: ValidationLog,
     oversight: Oversight,

@@ -39,6 +39,16 @@ DISTILLED = """# {name}
 - `checkpoints/`: the state to go on from: student, fake network and their optimisers.
 """
 
+FOLLOWED = """# {name}
+
+`{base}` fine-tuned with diffalign on the gradient of {rewards}: {method}, {steps} steps of {images} images, {kind}.
+
+- `config.yaml`: the resolved config; `diffalign reward-gradient {folder}/config.yaml` goes on where this run stopped.
+- `metrics.jsonl`: one row a step. `timing.jsonl`: seconds and peak memory.
+- `weights/`: what was trained, in diffusers' format. {how}
+- `checkpoints/`: the state to go on from.
+"""
+
 
 def open_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
     """Create the folder with `config.yaml` and `README.md`; an existing run keeps its files but these two."""
@@ -62,6 +72,22 @@ def open_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
             )
         )
         return
+    how = LORA.format(base=base, folder=folder) if lora else "A trunk folder for `from_pretrained`."
+    if "rewards" in config:
+        (run_dir / "README.md").write_text(
+            FOLLOWED.format(
+                name=run_dir.name,
+                base=base,
+                rewards=" and ".join(f"`{term['name']}`" for term in config["rewards"]),
+                method=config["method"]["name"],
+                steps=config["train"]["steps"],
+                images=config["train"]["images_per_step"],
+                kind="LoRA" if lora else "all weights",
+                folder=folder,
+                how=how,
+            )
+        )
+        return
     (run_dir / "README.md").write_text(
         README.format(
             name=run_dir.name,
@@ -71,6 +97,6 @@ def open_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
             groups=config["train"]["groups_per_step"],
             kind="LoRA" if lora else "all weights",
             folder=folder,
-            how=LORA.format(base=base, folder=folder) if lora else "A trunk folder for `from_pretrained`.",
+            how=how,
         )
     )
