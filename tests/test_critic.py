@@ -67,7 +67,7 @@ def test_gradients_written_out(tmp_path: Path) -> None:
     level = torch.tensor([0.2, 0.4, 0.6, 0.8])
     with backbone.role("fake"):
         error, judged, told = critic_step(
-            backbone, critic, x, {"prompt": prompt}, draws.noise, level, real, real_seen, draws
+            backbone, critic, x, {"prompt": prompt}, draws.noise, level, (real, real_seen), draws
         )
     s, r = level.view(-1, 1, 1, 1), draws.real_times.view(-1, 1, 1, 1)
     v = network(backbone, "fake", (1 - s) * x + s * draws.noise, level, prompt)

@@ -109,16 +109,18 @@ def critic_step(
     conditioning: dict[str, Tensor],
     noise: Tensor,
     t: Tensor,
-    real: Tensor,
-    real_conditioning: dict[str, Tensor],
+    real: tuple[Tensor, dict[str, Tensor]],
     draws: CriticDraws,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The fake network's denoising error on the student's images x at noise and t, the critic's loss, both [N], and
-    metrics. One pass gives both for x; the real images take another. Call it, and backward, inside `role("fake")`.
+    metrics. One pass gives both for x; the real images take another.
+
+    `real`: latents and conditioning, as `RealImages.batch` gives them. Call it, and backward, inside `role("fake")`.
     """
     prediction, drawn = look(backbone, critic, x, noise, t, conditioning)
     target = backbone.process.target(x, noise.to(x.device), t.to(x.device))
     error = (prediction - target).square().flatten(1).mean(dim=1)
-    _, judged = look(backbone, critic, real, draws.real_noise, draws.real_times, real_conditioning)
+    beside, seen = real[0].to(x.device), real[1]
+    _, judged = look(backbone, critic, beside, draws.real_noise, draws.real_times, seen)
     right = 0.5 * ((drawn < 0).float() + (judged > 0).float())
     return error, critic_loss(drawn, judged), {"critic_accuracy": right.detach()}

@@ -192,20 +192,11 @@ def distill(
                 for x, conditioning, draws, beside in seen:
                     with backbone.role("fake"):
                         with accelerator.autocast():
-                            if beside is None:
-                                error = loss = fake_step(backbone, x, conditioning, draws)
-                                told = {}
-                            else:
-                                error, judged, told = critic_step(
-                                    backbone, critic, x, conditioning, draws.fake_noise, draws.fake_times,
-                                    *real.batch(beside.real), beside,
-                                )  # fmt: skip
-                                loss = error + config.gan.critic_weight * judged
-                                told["critic_loss"] = judged.detach()
+                            loss, told = _fake_loss(config, backbone, x, conditioning, draws, critic, real, beside)
                         share = loss.sum() / (groups * images)
                         check_finite("fake network's loss", share, step, [], run_dir, REMEDY)
                         share.backward()
-                    totals.add({"fake_loss": error.detach(), **told}, share=1 / iterations)
+                    totals.add(told, share=1 / iterations)
                 norms["fake_grad_norm"] = update(accelerator, fake, fake_optimizer, config, step, run_dir, REMEDY)
 
             # ---- Log ----
@@ -266,6 +257,26 @@ def _against(
     if critic is None or draws is None:
         return None
     return partial(adversarial_step, backbone, critic, seen, draws)
+
+
+def _fake_loss(
+    config: Any,
+    backbone: Any,
+    x: Tensor,
+    seen: dict[str, Tensor],
+    draws: DistillDraws,
+    critic: nn.Module | None,
+    real: Any,
+    beside: CriticDraws | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [N] of the fake network, with the head's where there is one, and metrics of [N]."""
+    if critic is None or beside is None:
+        error = fake_step(backbone, x, seen, draws)
+        return error, {"fake_loss": error.detach()}
+    images = real.batch(beside.real)
+    error, judged, told = critic_step(backbone, critic, x, seen, draws.fake_noise, draws.fake_times, images, beside)
+    loss = error + config.gan.critic_weight * judged
+    return loss, {"fake_loss": error.detach(), "critic_loss": judged.detach(), **told}
 
 
 def _with_error(row: dict[str, float], groups: int) -> dict[str, float]:
