@@ -73,8 +73,8 @@ class Judge:
     def chat(self, prompt: str, dimension: str, reasoning: bool = False) -> tuple[str, str]:
         """The chat up to where the model's answer begins, in two parts that are tokenised apart.
 
-        The first, with the template's own place for the picture, ends with the question and is the same for every dimension; the
-        second begins with the rubric. Raises DiffalignError for a dimension without one.
+        The first, with the template's own place for the picture, ends with the question and is the same for every dimension;
+        the second begins with the rubric. Raises DiffalignError for a dimension without one.
         """
         if dimension not in self.rubrics:
             raise DiffalignError(f"dimension {dimension!r}: unknown; there are {', '.join(self.rubrics)}")
