@@ -2,11 +2,12 @@
 
 python benchmarks/bench_step.py [--repeat 20] [--groups 4]
 
-All run on the same groups of four images, in turn, so that a busy machine slows all. The bare one has the noisy latents
-at hand and does: reference forward without gradient, policy forward, mean squared error, backward, update. The stored one
-is the step whose reference errors lie in files (`reference.store`), read anew at each step; the one in passes takes a
-quarter of the images through the model at a time (`train.images_per_pass`). Aims: step / bare at most 1.10, stored / step
-at most 0.80.
+All run on the same groups of four images, in turn, so that a busy machine slows all. The step is the whole of what the
+training loop does for one: choosing groups, draws, both forwards, loss, backward, clipping, update, and the row of metrics
+(not writing it). The bare one has the noisy latents at hand and does: reference forward without gradient, policy forward,
+mean squared error, backward, update. The stored one is the step whose reference errors lie in files (`reference.store`);
+the one in passes takes a quarter of the images through the model at a time (`train.images_per_pass`). Aims: step / bare at
+most 1.10, stored / step at most 0.80.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from diffalign.config import load_config
 from diffalign.data.source import Batch
@@ -26,11 +28,33 @@ from diffalign.draws import draw, normal
 from diffalign.objectives import RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
-from diffalign.training.preference import make_draws, preference_step
-from diffalign.training.reference_store import Recall, ReferenceStore, live
+from diffalign.training.gradient import StepGradient, means
+from diffalign.training.reading import Reading
+from diffalign.training.reference_key import open_store
+from diffalign.training.selection import Selection
 
 RESULTS = Path(__file__).parent / "results"
 K = 4
+
+
+class InMemory:
+    """The groups of a batch, again and again."""
+
+    def __init__(self, batch: Batch, unconditional: dict[str, torch.Tensor]) -> None:
+        self.all, self.unconditional = batch, unconditional
+        self.rewards, self.mask, self.group_ids = batch.rewards, batch.mask, batch.group_ids
+        self.buckets = [0] * len(self.group_ids)
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    def content(self) -> str:
+        return "random"
+
+    def batch(self, indices: list[int]) -> Batch:
+        conditioning = {name: values[indices] for name, values in self.all.conditioning.items()}
+        names = [self.group_ids[i] for i in indices]
+        return Batch(self.all.latents[indices], conditioning, self.rewards[indices], self.mask[indices], names, names)
 
 
 def seconds(what: Callable[[], object]) -> float:
@@ -45,15 +69,16 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
     BUILDERS[name](autoencoder(name)).save_pretrained(folder / name)
     backbone = load_backbone(folder / name, max_sequence_length=12 if name == "shapes-sd3" else None)
     backbone.add_lora(rank=16, alpha=16.0)
-    config = load_config("shapes_sdxl_rankdpo", ("data.group_size=",))
-    keeping = load_config("shapes_sdxl_rankdpo", ("data.group_size=", f"reference.store={folder / name}-kept"))
     optimizer = torch.optim.AdamW(backbone.trainable().values(), lr=1e-4)
     prompts = [f"{n} red circles" for n in range(groups)]
     conditioning = backbone.encode_prompts(prompts)
     side = LATENTS[name].side
     latents = torch.from_numpy(normal(draw(0, "latents"), (groups, K, backbone.latent_channels, side, side)))
     labels = torch.tensor([[1.0, 2 / 3, 1 / 3, 0.0]] * groups)
-    batch = Batch(latents, conditioning, labels, torch.ones(groups, dtype=torch.bool), prompts, prompts)
+    source = InMemory(
+        Batch(latents, conditioning, labels, torch.ones(groups, dtype=torch.bool), prompts, prompts),
+        backbone.encode_prompts([""]),
+    )
     objective = RankDPO(50.0)
     flat = latents.flatten(0, 1)
     times = backbone.process.draw_times(torch.full((groups * K,), 0.5, dtype=torch.float64))
@@ -72,27 +97,40 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
         with backbone.role("policy"):
             update((backbone.predict(noisy, times, repeated) - target).square().mean())
 
-    def step(number: int, recall: Recall = live, images: int | None = None) -> None:
-        chosen = config if recall is live else keeping
-        draws = make_draws(chosen, backbone.process, number, list(range(groups)), prompts, latents.shape)
-        arguments = (chosen, objective, backbone, batch, draws, conditioning, backbone.trunk)
-        result = preference_step(*arguments, recall=recall, images_per_pass=images)
-        update((result.weight * result.output.loss).sum() / groups)
+    accelerator = Accelerator(cpu=True)
+    parameters = backbone.trainable()
 
-    quarter = max(1, groups * K // 4)
-    bare(), step(0), step(0, images=quarter)
-    filling = ReferenceStore(folder / f"{name}-kept", {})
+    def stepping(*more: str) -> Callable[[int], None]:
+        """A step of the training loop, under a config with these overrides."""
+        sizes = ("data.group_size=", f"train.groups_per_step={groups}", f"train.micro_batch={groups}", "device=cpu")
+        config = load_config("shapes_sdxl_rankdpo", (*sizes, *more))
+        store = open_store(config, source, backbone, objective, accelerator, groups)
+        selection = Selection.of(config, source)
+        gradient = StepGradient(
+            config, backbone, source, selection, accelerator, backbone.trunk, parameters, range(groups), groups,
+            Reading(backbone.device, folder), store, False, print, config.train.images_per_pass,
+        )  # fmt: skip
+
+        def step(number: int) -> None:
+            totals = gradient(number, selection.groups(number), objective)
+            norm = accelerator.clip_grad_norm_(parameters.values(), config.train.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            means(accelerator, totals)
+            float(norm)
+            if store:
+                store.flush()
+
+        return step
+
+    kept = f"reference.store={folder / name}-kept"
+    filling, plain, passes = stepping(kept), stepping(), stepping(f"train.images_per_pass={max(1, groups * K // 4)}")
+    bare(), plain(0), passes(0)
     for number in range(repeat):
-        step(number, filling.recall(number, 0))
-        filling.flush()
-    kept = ReferenceStore(folder / f"{name}-kept", {})
+        filling(number)
+    stored = stepping(kept)
     turns = [
-        (
-            seconds(bare),
-            seconds(lambda n=n: step(n)),
-            seconds(lambda n=n: step(n, kept.recall(n, 0))),
-            seconds(lambda n=n: step(n, images=quarter)),
-        )
+        (seconds(bare), *(seconds(lambda one=one, n=n: one(n)) for one in (plain, stored, passes)))
         for n in range(repeat)
     ]
     names = ("bare", "step", "stored", "passes")

@@ -72,6 +72,7 @@ __all__ = [
     "load_rank_config",
     "load_reward_gradient_config",
     "load_rounds_config",
+    "load_run_config",
     "load_sample_config",
     "load_synth_config",
     "recipes",
@@ -120,6 +121,16 @@ def load_distill_config(config: str | Path, overrides: Sequence[str] = ()) -> Di
 def load_reward_gradient_config(config: str | Path, overrides: Sequence[str] = ()) -> RewardGradientConfig:
     """As `load_config`, for `diffalign reward-gradient`."""
     return _validate(_document(config, overrides), RewardGradientConfig)
+
+
+def load_run_config(path: Path) -> TrainConfig | DistillConfig | RewardGradientConfig:
+    """The config.yaml of a run directory, whichever verb wrote it: its keys say which."""
+    document = read_document(path)
+    if "student" in document.values:
+        return _validate(document, DistillConfig)
+    if "rewards" in document.values:
+        return _validate(document, RewardGradientConfig)
+    return _validate(document, TrainConfig)
 
 
 def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:

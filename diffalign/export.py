@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from diffalign import stages, testbed
-from diffalign.config import load_config, load_reward_gradient_config
+from diffalign.config import load_run_config
+from diffalign.config_distill import DistillConfig
 from diffalign.config_reward_gradient import RewardGradientConfig
 from diffalign.config_schema import TrainConfig
-from diffalign.config_yaml import read_document
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
@@ -40,9 +40,13 @@ def _config(run_dir: Path) -> TrainConfig | RewardGradientConfig:
         raise DiffalignError(
             f"{run_dir}: a distilled student, which is a whole pipeline already: {run_dir / 'student'}"
         )
-    # A config says by its keys which verb it is for.
-    followed = "rewards" in read_document(path).values
-    return load_reward_gradient_config(path) if followed else load_config(path)
+    config = load_run_config(path)
+    if isinstance(config, DistillConfig):
+        raise DiffalignError(
+            f"{run_dir}: a distilled student, which samples in its own way; the same command with save_pipeline=true writes it "
+            "as a whole pipeline"
+        )
+    return config
 
 
 def _weights(run_dir: Path, best: bool) -> Path:

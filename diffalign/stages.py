@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from diffalign import testbed
-from diffalign.config import load_config, resolved_yaml
+from diffalign.config import load_run_config, resolved_yaml
 from diffalign.config_schema import EvalConfig, ModelSection, RewardSection, SampleConfig, TrainConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow, read_prompts
@@ -284,7 +284,7 @@ def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None
     trained = config.weights.parent / "config.yaml"
     if not trained.is_file():
         return
-    validation = load_config(trained).validation
+    validation = load_run_config(trained).validation
     if validation.every is None or validation.prompts is None:
         return
     chosen = {row.prompt for row in resolve_prompts(validation.prompts, validation.n)}

@@ -62,6 +62,7 @@ def test_an_ordinary_run_is_healthy() -> None:
         ("loser_dominates", 20, {"loser_gap": 0.05}),
         ("margin_saturated", 69, {"gradient_factor": lambda s: 0.01 if s > 30 else 0.4}),  # one of 40 at 0.4
         ("gradient_jumps", 45, {"grad_norm": lambda s: 5.0 if s > 40 else 0.5}),
+        ("gradient_vanished", 40, {"grad_norm": lambda s: 0.0 if s > 20 else 0.5}),
         # 15 of 20 rows: the lowest quarter, too
         ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": lambda s: 0.25 + 0.5 * (s % 2)}),
         ("loss_diverges", 45, {"loss": lambda s: 2.0 if s > 30 else 0.6, "accuracy": None}),

@@ -67,7 +67,7 @@ def lazily(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, source: Any = None, **sections: Any
 ) -> list[dict[str, float]]:
     """As on a GPU: numbers are read when a row is due."""
-    monkeypatch.setattr(reading, "waits_for_host", lambda device: True)
+    monkeypatch.setattr(reading, "runs_ahead", lambda device: True)
     try:
         return eagerly(run_dir, source, **sections)
     finally:

@@ -14,7 +14,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.rewards import load_reward
-from diffalign.stages_reward_gradient import gradient_scores
+from diffalign.stages_reward_gradient import check_differentiable, gradient_scores
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.reward_gradient_draws import make_gradient_draws, span_of
 from diffalign.training.reward_gradient_step import Sampler, reward_gradient_step
@@ -209,6 +209,12 @@ def test_a_run_on_every_family(
         assert all(torch.equal(a[name], b[name]) for name in a)
         assert run("export", folder, "--out", tmp_path / "out") == 0
         assert "load_lora_weights" in (tmp_path / "out/README.md").read_text()
+        (tmp_path / "others.txt").write_text("a blue ball\nrain\n")
+        common = ["seeds=1", "steps=2", "height=64", "width=64", "reward={name: sharpness}"]
+        assert run("eval", folder, f"prompts={tmp_path / 'others.txt'}", *common) == 0
+        capsys.readouterr()
+        assert run("eval", folder, f"prompts={tmp_path / 'prompts.txt'}", *common) == 2
+        assert "chose this run's weights by validation" in capsys.readouterr().err
     # The weights load into a plain backbone and change what it draws.
     backbone: Any = load_backbone(model)
     options: dict[str, Any] = {"steps": 3, "guidance_scale": 3.5, "height": 64, "width": 64, "output_type": "latent"}
@@ -241,6 +247,13 @@ def test_mistakes_in_the_config(more: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match=said) as caught:
         load_reward_gradient_config(config(tmp_path, tmp_path, more))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["shapes_sd3_reward_gradient", "sdxl_refl", "sd3_draft"])
+def test_recipes_follow_rewards_that_have_a_gradient(recipe: str) -> None:
+    settings = load_reward_gradient_config(recipe)
+    check_differentiable(settings)
+    assert settings.validation.rewards[0].name not in {term.name for term in settings.rewards}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])

@@ -87,6 +87,13 @@ FINDINGS: dict[str, Words] = {
         "several steps in a row have gradients many times larger than before: training has become unstable",
         "lower optimizer.lr, add optimizer.warmup_steps, or set train.skip_grad_norm",
     ),
+    "gradient_vanished": Words(
+        "alarm",
+        "the gradient is 0",
+        "nothing is learnt any more: every image has reached the reward's threshold, or nothing of the reward reaches the "
+        "weights",
+        "stop here, or raise the rewards' threshold; pictures that are clipped to black and white have no gradient either",
+    ),
     "loss_diverges": Words(
         "alarm",
         "the loss rises instead of falling",

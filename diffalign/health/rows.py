@@ -187,11 +187,19 @@ def diversity_falls(rows: Sequence[Row]) -> str | None:
     return f"{now:.3g}, {before:.3g} in earlier rows" if now < 0.5 * before else None
 
 
+def gradient_vanished(rows: Sequence[Row]) -> str | None:
+    """Exactly 0: what is near it may be all that a small model has."""
+    if not has(rows, "grad_norm"):
+        return None
+    return f"gradient norm 0 in {WINDOW} rows" if all(row["grad_norm"] == 0 for row in rows[-WINDOW:]) else None
+
+
 CHECKS: dict[str, Check] = {
     "beta_too_small": beta_too_small,
     "winner_rises": winner_rises,
     "loser_dominates": loser_dominates,
     "margin_saturated": margin_saturated,
     "gradient_jumps": gradient_jumps,
+    "gradient_vanished": gradient_vanished,
     "drift_explodes": drift_explodes,
 }

@@ -21,6 +21,7 @@ MARKED_ON: dict[str, str] = {
     "loser_dominates": "loser_gap",
     "margin_saturated": "gradient_factor",
     "gradient_jumps": "grad_norm",
+    "gradient_vanished": "grad_norm",
     "loss_diverges": "loss",
     "drift_explodes": "drift",
     "diversity_falls": "diversity",

@@ -32,7 +32,7 @@ class Reading:
     """Numbers that must be finite, judged at once or at the next reading."""
 
     def __init__(self, device: torch.device, run_dir: Path) -> None:
-        self.eager, self.run_dir = not waits_for_host(device), run_dir
+        self.eager, self.run_dir = not runs_ahead(device), run_dir
         self._notes: list[_Note] = []
 
     def loss(self, step: int, groups: Sequence[str], losses: Tensor, share: Tensor) -> None:
@@ -71,6 +71,6 @@ class Reading:
         )
 
 
-def waits_for_host(device: torch.device) -> bool:
-    """Whether reading a number from the device would hold up its work."""
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host runs ahead of the device, so that reading a number holds both up."""
     return device.type == "cuda"
