@@ -130,7 +130,13 @@ def test_image_processors_on_tensors(family: str, judges: dict[str, Judge]) -> N
         found = tensor_inputs(processor, to_tensor(image)[None])
         assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
         assert (found["pixel_values"] - expected["pixel_values"]).abs().max().item() <= bound
-    assert len(tensor_inputs(processor, torch.rand(2, 3, side, side))["image_grid_thw"]) == 2
+    edge = torch.zeros(2, 3, 90, 90)
+    edge[..., 45:] = 1
+    found = tensor_inputs(processor, edge)
+    assert len(found["image_grid_thw"]) == 2
+    values = found["pixel_values"]  # clamped as 8 bits do it, where bicubic overshoots an edge
+    assert values.min() >= -max(processor.image_mean) / std - 1e-5
+    assert values.max() <= (1 - min(processor.image_mean)) / std + 1e-5
 
 
 def test_an_image_processor_of_one_size() -> None:
