@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
-from diffalign.rewards.pixels import normalise, resize
+from diffalign.rewards.pixels import normalise, patches, resize
 from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
 from diffalign.rewards.weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
@@ -154,11 +154,3 @@ def area(width: int, height: int, pixels: int, factor: int = 28) -> tuple[int, i
 
     rows, columns = smart_resize(height, width, factor=factor, min_pixels=pixels, max_pixels=pixels)
     return columns, rows
-
-
-def patches(pixels: Tensor, side: int, merge: int) -> Tensor:
-    """[B, 3, H, W] to Qwen2-VL's rows [B * patches, 3 * 2 * side * side]: merged blocks together, each frame twice."""
-    b, c, h, w = pixels.shape
-    cells = pixels.reshape(b, c, h // side // merge, merge, side, w // side // merge, merge, side)
-    rows = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, block row, block column, row, column, channel, y, x
-    return rows.unsqueeze(6).expand(*rows.shape[:6], 2, side, side).reshape(-1, c * 2 * side * side)

@@ -77,3 +77,11 @@ def resize(pixels: Tensor, height: int, width: int, antialias: bool = True) -> T
     if pixels.shape[-2:] == (height, width):
         return pixels
     return F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
+
+
+def patches(pixels: Tensor, side: int, merge: int, frames: int = 2) -> Tensor:
+    """[B, 3, H, W] to Qwen2-VL's rows [B * patches, 3 * frames * side * side]: merged blocks together, each frame repeated."""
+    b, c, h, w = pixels.shape
+    cells = pixels.reshape(b, c, h // side // merge, merge, side, w // side // merge, merge, side)
+    rows = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, block row, block column, row, column, channel, y, x
+    return rows.unsqueeze(6).expand(*rows.shape[:6], frames, side, side).reshape(-1, c * frames * side * side)

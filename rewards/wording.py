@@ -1,0 +1,81 @@
+"""The words with which a judge is asked for a rating, and the file that keeps them beside a judge that was trained on them."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import DiffalignError
+
+LABELS = {"digits": tuple("123456789"), "letters": tuple("ABCDEFGHI")}
+SETTINGS = "judge.json"
+"""Beside a model that was trained on a read-out: its labels, rubrics and words."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What is asked, in the order in which it is written. The part before the rubric is the same for all dimensions.
+
+    question: with {prompt}. ask: with {rubric}, {scale} and {how}. direct, reasoning: what {how} says to a judge that answers
+    at once, and to one that first gives reasons. marker: what is written before the label. It ends with a line break, which no
+    tokenizer of these families joins with the label, as many join a blank and a letter.
+    """
+
+    question: str = (
+        "A text-to-image model painted this picture for the following prompt.\n\n<prompt>\n{prompt}\n</prompt>\n\n"
+    )
+    ask: str = "{rubric}\n\nHalf levels are for what lies between two levels. There are nine labels: {scale}.\n{how}"
+    direct: str = "Answer with the label alone."
+    reasoning: str = (
+        "First name, in a few sentences, what you see that bears on this dimension. "
+        "Then write Score: and, on the next line, the label."
+    )
+    marker: str = "Score:\n"
+
+    def __post_init__(self) -> None:
+        for field, place in (("question", "{prompt}"), ("ask", "{rubric}"), ("ask", "{how}")):
+            if place not in asdict(self)[field]:
+                raise DiffalignError(f"wording: {field} has no {place} in it")
+        if not self.marker.strip():
+            raise DiffalignError("wording: marker is empty; the label needs something to follow")
+
+
+def escaped(text: str, tokenizer: Any) -> str:
+    """The text with a blank inside whatever the tokenizer takes for a special token, such as <|im_end|> or an image's place.
+
+    The words stay readable for the model, but end no turn and ask for no second picture.
+    """
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens}
+    marks |= {"<think>", "</think>"}
+    for mark in sorted((m.strip() for m in marks if m.strip()), key=len, reverse=True):
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
+    return text
+
+
+def write_settings(folder: Path, labels: str, rubrics: dict[str, str], wording: Wording) -> None:
+    """What `load_settings` reads."""
+    told = {"labels": labels, "rubrics": rubrics, "wording": asdict(wording)}
+    (folder / SETTINGS).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """labels, rubrics and wording of a judge that `Judge.save` wrote; {} for any other model."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DiffalignError(f"{path}: no JSON ({error})") from error
+    rubrics, wording = (told.get(k) if isinstance(told, dict) else None for k in ("rubrics", "wording"))
+    words = [f.name for f in fields(Wording)]
+    if not (texts(rubrics) and texts(wording) and sorted(wording) == sorted(words) and told.get("labels") in LABELS):
+        raise DiffalignError(
+            f"{path}: needs labels ({', '.join(LABELS)}), rubrics (dimension to text) and wording ({', '.join(words)})"
+        )
+    return {"labels": told["labels"], "rubrics": rubrics, "wording": Wording(**wording)}
+
+
+def texts(found: Any) -> bool:
+    """Whether this is a dict of texts, and not empty."""
+    return isinstance(found, dict) and bool(found) and all(isinstance(v, str) for v in found.values())
