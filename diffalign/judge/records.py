@@ -43,7 +43,7 @@ class Rated:
 
     @property
     def score(self) -> float:
-        """Highest and lowest dropped where there are three, then the mean, as in the paper's test set; mostly off the levels."""
+        """The mean, without highest and lowest where there are three, as in the paper's test set; it may lie off the levels."""
         kept = sorted(self.ratings)[1:-1] if len(self.ratings) > 2 else self.ratings
         return sum(kept) / len(kept)
 
