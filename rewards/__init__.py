@@ -18,6 +18,7 @@ from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.unifiedreward import UnifiedReward
 from diffalign.rewards.vqascore import VQAScore
+from diffalign.rewards.zreward import ZReward
 
 REWARDS: dict[str, type[Reward]] = {
     "pickscore": PickScore,
@@ -28,6 +29,7 @@ REWARDS: dict[str, type[Reward]] = {
     "aesthetic": Aesthetic,
     "vqascore": VQAScore,
     "unifiedreward": UnifiedReward,
+    "zreward": ZReward,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,

@@ -28,7 +28,7 @@ class Reward(ABC):
     """
 
     name: ClassVar[str]
-    columns: ClassVar[tuple[str, ...]]
+    columns: tuple[str, ...]
     range: ClassVar[tuple[float, float]]
     usual: ClassVar[str] = ""
     licence: ClassVar[str]

@@ -20,6 +20,7 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.image_tensors import tensor_inputs
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
+from diffalign.rewards.shared_prefix import shareable, shared_logits
 from diffalign.rewards.weights import pretrained
 from diffalign.rewards.wording import LABELS, Wording, escaped, load_settings, write_settings
 
@@ -69,25 +70,33 @@ class Judge:
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    def chat(self, prompt: str, dimension: str, reasoning: bool = False) -> str:
-        """The chat up to where the model's answer begins, as text, with the template's own place for the picture."""
+    def chat(self, prompt: str, dimension: str, reasoning: bool = False) -> tuple[str, str]:
+        """The chat up to where the model's answer begins, in two parts that are tokenised apart.
+
+        The first, with the template's own place for the picture, ends with the question and is the same for every dimension;
+        the second begins with the rubric. Raises DiffalignError for a dimension without one.
+        """
         if dimension not in self.rubrics:
             raise DiffalignError(f"dimension {dimension!r}: unknown; there are {', '.join(self.rubrics)}")
         scale = ", ".join(f"{a} = level {b:g}" for a, b in zip(LABELS[self.labels], self.levels, strict=True))
         how = self.wording.reasoning if reasoning else self.wording.direct
         ask = self.wording.ask.replace("{scale}", scale).replace("{how}", how)
-        ask = ask.replace("{rubric}", escaped(self.rubrics[dimension], self.tokenizer))
+        ask = ask.replace("{rubric}", escaped(self.rubrics[dimension], self.tokenizer)).strip()
         text = self.wording.question.replace("{prompt}", escaped(prompt, self.tokenizer)) + ask
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         template = self.processor.chat_template or self.tokenizer.chat_template
         more = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
         written = str(self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **more))
         # Some templates open a thought whatever they are told; an answer inside it would be read at the wrong place.
-        return written + "\n</think>\n\n" if written.rfind("<think>") > written.rfind("</think>") else written
+        if written.rfind("<think>") > written.rfind("</think>"):
+            written += "\n</think>\n\n"
+        at = written.rfind(ask)
+        return (written[:at], written[at:]) if at >= 0 else (written, "")
 
     def opening(self, images: Pictures, prompts: Sequence[str], dimension: str | Sequence[str]) -> dict[str, Tensor]:
         """Inputs that end where a reasoning trace begins, padded on the left: what `model.generate` takes."""
-        return self._encode(images, prompts, dimension, reasoning=True)
+        heads, tails = self._chats(prompts, dimension, reasoning=True)
+        return self._append(self.encode(images, heads), [self._ids(tail) for tail in tails])
 
     def inputs(
         self,
@@ -102,13 +111,19 @@ class Judge:
         sampled (`trace` cuts them); they stand between the question, which then asks for reasons, and the marker. Token ids are
         taken as they are, so the last len(rationale) + `marker_length(True)` positions are the trace and the marker.
         """
-        batch = self._encode(images, prompts, dimension, reasoning=rationales is not None)
-        if rationales is None:
-            return self._append(batch, [self._ids(self.wording.marker)] * len(prompts))
-        if len(rationales) != len(prompts):
-            raise DiffalignError(f"{len(rationales)} rationales and {len(prompts)} prompts; one a sample is needed")
-        traces = [self._ids(escaped(r, self.tokenizer)) if isinstance(r, str) else list(r) for r in rationales]
-        return self._append(batch, [trace + self._ids("\n" + self.wording.marker) for trace in traces])
+        heads, tails = self._chats(prompts, dimension, reasoning=rationales is not None)
+        ends = [self.tail(tail) for tail in tails]
+        if rationales is not None:
+            if len(rationales) != len(prompts):
+                raise DiffalignError(f"{len(rationales)} rationales and {len(prompts)} prompts; one a sample is needed")
+            after = self._ids("\n" + self.wording.marker)
+            traces = [self._ids(escaped(r, self.tokenizer)) if isinstance(r, str) else list(r) for r in rationales]
+            ends = [self._ids(tail) + trace + after for tail, trace in zip(tails, traces, strict=True)]
+        return self._append(self.encode(images, heads), ends)
+
+    def tail(self, text: str) -> list[int]:
+        """The second part of a chat and the marker, as token ids."""
+        return self._ids(text) + self._ids(self.wording.marker)
 
     def marker_length(self, reasoning: bool = False) -> int:
         """Tokens that `inputs` appends after the question, or after a trace."""
@@ -137,11 +152,16 @@ class Judge:
         return kept[: max(0, bisect_left(lengths, at + 1, key=lambda n: len(self.tokenizer.decode(kept[:n]))) - 1)]
 
     def distribution(
-        self, images: Pictures, prompts: Sequence[str], dimensions: Sequence[str] | None = None
+        self, images: Pictures, prompts: Sequence[str], dimensions: Sequence[str] | None = None, *, share: bool = True
     ) -> ScoreDistribution:
-        """What the judge thinks without reasoning, [B, dimensions, 9], with its gradient."""
+        """What the judge thinks without reasoning, [B, dimensions, 9], with its gradient.
+
+        share: picture and question go through the model once for all dimensions, where `shared_prefix.shareable` says so.
+        """
         names = tuple(dimensions or self.rubrics)
-        found = torch.stack([self.logits(self.inputs(images, prompts, name)) for name in names], 1)
+        found = shared_logits(self, images, prompts, names) if share and len(names) > 1 and shareable(self) else None
+        if found is None:
+            found = torch.stack([self.logits(self.inputs(images, prompts, name)) for name in names], 1)
         return ScoreDistribution.from_logits(found, self.levels, names)
 
     def save(self, folder: Path) -> None:
@@ -153,24 +173,28 @@ class Judge:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _encode(
-        self, images: Pictures, prompts: Sequence[str], dimension: str | Sequence[str], reasoning: bool
-    ) -> dict[str, Tensor]:
+    def _chats(
+        self, prompts: Sequence[str], dimension: str | Sequence[str], reasoning: bool
+    ) -> tuple[list[str], list[str]]:
         names = [dimension] * len(prompts) if isinstance(dimension, str) else list(dimension)
-        if not len(images) == len(prompts) == len(names):
-            raise DiffalignError(
-                f"{len(images)} pictures, {len(prompts)} prompts and {len(names)} dimensions do not pair up"
-            )
-        written = [self.chat(prompt, name, reasoning) for prompt, name in zip(prompts, names, strict=True)]
+        if len(names) != len(prompts):
+            raise DiffalignError(f"{len(prompts)} prompts and {len(names)} dimensions; one a sample is needed")
+        chats = [self.chat(prompt, name, reasoning) for prompt, name in zip(prompts, names, strict=True)]
+        return [head for head, _ in chats], [tail for _, tail in chats]
+
+    def encode(self, images: Pictures, heads: Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs for one picture and one text each, padded on the left."""
+        if len(images) != len(heads):
+            raise DiffalignError(f"{len(images)} pictures and {len(heads)} prompts; one each is needed")
         shown = stand_ins(images) if isinstance(images, Tensor) else [image.convert("RGB") for image in images]
-        begin = self.tokenizer.bos_token
+        begin = self.tokenizer.bos_token  # a template may write it already
         batch = dict(
             self.processor(
-                text=written,
+                text=list(heads),
                 images=[[image] for image in shown],
                 padding=True,
                 return_tensors="pt",
-                add_special_tokens=not (begin and written[0].startswith(begin)),
+                add_special_tokens=not (begin and heads[0].startswith(begin)),
             )
         )
         if isinstance(images, Tensor):

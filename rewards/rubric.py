@@ -1,6 +1,6 @@
 """Rubrics: a text for each dimension that a judge rates. Ours are in rubrics/*.txt; any file can replace or join them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffalign.errors import DiffalignError
@@ -12,15 +12,15 @@ LONGEST = 20_000
 """Characters. A file beyond that is hardly a rubric, and every picture would pay for it."""
 
 
-def load_rubrics(names: Sequence[str | Path] = DIMENSIONS) -> dict[str, str]:
+def load_rubrics(names: Sequence[str | Path] = DIMENSIONS, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Dimension to rubric, in the order given. An entry is one of DIMENSIONS, NAME=FILE, or a FILE that is named like it.
 
-    `alignment=my.txt` replaces ours. Raises DiffalignError for a name that is neither, a file that holds no text, and a
-    dimension given twice.
+    `alignment=my.txt` replaces ours. known: rubrics that come before ours, such as a trained judge's own. Raises DiffalignError
+    for a name that is neither, a file that holds no text, and a dimension given twice.
     """
     found: dict[str, str] = {}
     for entry in names:
-        name, text = _read(str(entry).strip())
+        name, text = _read(str(entry).strip(), known or {})
         if name in found:
             raise DiffalignError(f"rubric {name!r} is given twice; leave one out")
         found[name] = text
@@ -29,7 +29,9 @@ def load_rubrics(names: Sequence[str | Path] = DIMENSIONS) -> dict[str, str]:
     return found
 
 
-def _read(entry: str) -> tuple[str, str]:
+def _read(entry: str, known: Mapping[str, str]) -> tuple[str, str]:
+    if entry in known:
+        return entry, known[entry]
     if entry in DIMENSIONS:
         return entry, (FOLDER / f"{entry}.txt").read_text(encoding="utf-8").strip()
     name, equals, given = entry.partition("=")

@@ -76,7 +76,7 @@ def fingerprint(path: Path) -> str:
     for file in files:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {size}".encode() + stream.read(EDGE))
+            digest.update(f"{file.name} {size}".encode(errors="surrogateescape") + stream.read(EDGE))
             stream.seek(max(0, size - EDGE))
             digest.update(stream.read(EDGE))
     return digest.hexdigest()
