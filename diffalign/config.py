@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
+from diffalign.config_judge import JudgeConfig
 from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
 from diffalign.config_rounds import RoundsConfig
 from diffalign.config_schema import (
@@ -67,6 +68,7 @@ __all__ = [
     "load_config",
     "load_distill_config",
     "load_eval_config",
+    "load_judge_config",
     "load_rank_config",
     "load_rounds_config",
     "load_sample_config",
@@ -112,6 +114,11 @@ def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 def load_distill_config(config: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
     """As `load_config`, for `diffalign distill`."""
     return _validate(_document(config, overrides), DistillConfig)
+
+
+def load_judge_config(config: str | Path, overrides: Sequence[str] = ()) -> JudgeConfig:
+    """As `load_config`, for `diffalign judge`."""
+    return _validate(_document(config, overrides), JudgeConfig)
 
 
 def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:
