@@ -18,8 +18,8 @@ Prepared = Image.Image | Tensor
 class Reward(ABC):
     """Scores images against their prompts. Higher is better; NaN where an image cannot be scored.
 
-    columns: what `measure` returns, the score first. range: the score's bounds. usual: where most pictures lie, if the bounds
-    do not say. licence, weights: of what it runs on.
+    columns: what `measure` returns, the score first; NAME@LEVEL is a bin of a distribution, which no summary shows.
+    range: the score's bounds. usual: where most pictures lie, if the bounds do not say. licence, weights: of what it runs on.
     requires: what must be installed besides diffalign. version: changes whenever scores may. source: paper or code that
     defines it. size: what the weights take. reads: what a score depends on besides the image.
     preprocessing: how pixels become the model's input. reasons: after a call, why image i was not scored ("" where it was).

@@ -70,7 +70,7 @@ def tensor_inputs(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
         raise DiffalignError(
             f"{kind} has no differentiable form here; there are {', '.join(FAMILIES)}: score pictures instead of tensors"
         )
-    return FAMILIES[kind](processor, pixels.float())
+    return FAMILIES[kind](processor, pixels if pixels.dtype == torch.float64 else pixels.float())
 
 
 def _resized(processor: Any, pixels: Tensor, height: int, width: int) -> Tensor:

@@ -27,9 +27,9 @@ from diffalign.rewards.wording import LABELS, Wording, load_settings
 
 
 def columns_of(dimensions: Sequence[str]) -> tuple[str, ...]:
-    """The aggregate; the mean and the spread of each dimension; then its nine probabilities, such as alignment_4.5."""
+    """The aggregate; the mean and the spread of each dimension; then its nine probabilities, such as alignment@4.5."""
     told = [name for d in dimensions for name in (d, f"{d}_spread")]
-    return ("zreward", *told, *(f"{d}_{level:.1f}" for d in dimensions for level in LEVELS))
+    return ("zreward", *told, *(f"{d}@{level:.1f}" for d in dimensions for level in LEVELS))
 
 
 class ZReward(VisionLanguageReward):

@@ -51,8 +51,11 @@ def qwen_processor(family: str, tokenizer: Any, template: str | None = TEMPLATE,
     return kind(image_processor=images, tokenizer=tokenizer, video_processor=video(), chat_template=template)
 
 
-def qwen_model(family: str, tokenizer: Any, seed: int = 0, width: int = 32) -> Any:
-    """A random model of the family: Qwen2-VL, Qwen3-VL, or Qwen3.5 with three linear layers and one of full attention."""
+def qwen_model(family: str, tokenizer: Any, seed: int = 0, width: int = 32, noise: float = 0.05) -> Any:
+    """A random model of the family: Qwen2-VL, Qwen3-VL, or Qwen3.5 with three linear layers and one of full attention.
+
+    noise: added to every weight; with little of it the picture hardly moves the answer.
+    """
     from transformers import (
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
@@ -100,13 +103,13 @@ def qwen_model(family: str, tokenizer: Any, seed: int = 0, width: int = 32) -> A
         model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **shared))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * noise)
     return model.eval()
 
 
-def qwen_folder(path: Path, family: str = "qwen2_vl", seed: int = 0, **processor: Any) -> Path:
+def qwen_folder(path: Path, family: str = "qwen2_vl", seed: int = 0, noise: float = 0.05, **processor: Any) -> Path:
     """Model and processor of a family on disk."""
     tokenizer = qwen_tokenizer()
-    qwen_model(family, tokenizer, seed).save_pretrained(path)
+    qwen_model(family, tokenizer, seed, noise=noise).save_pretrained(path)
     qwen_processor(family, tokenizer, **processor).save_pretrained(path)
     return path

@@ -28,11 +28,15 @@ class Summary:
 
 
 def columns_of(scores: Scores) -> list[str]:
-    """Every column of the rows that holds numbers, each label's score before its others."""
+    """Every column of the rows to be summarised, each label's score before its others.
+
+    Bins of a distribution (`alignment@4.5`) are in the output only: a reward may have dozens.
+    """
     return [
         label if k == 0 else f"{label}.{name}"
         for label, names in scores.columns.items()
         for k, name in enumerate(names)
+        if "@" not in name
     ]
 
 
