@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
+from diffalign.config_judge import JudgeConfig
 from diffalign.config_objectives import OBJECTIVE_SECTIONS, ObjectiveSection
 from diffalign.config_reward_gradient import RewardGradientConfig
 from diffalign.config_rounds import RoundsConfig
@@ -69,6 +70,7 @@ __all__ = [
     "load_config",
     "load_distill_config",
     "load_eval_config",
+    "load_judge_config",
     "load_rank_config",
     "load_reward_gradient_config",
     "load_rounds_config",
@@ -131,6 +133,11 @@ def load_run_config(path: Path) -> TrainConfig | DistillConfig | RewardGradientC
     if "rewards" in document.values:
         return _validate(document, RewardGradientConfig)
     return _validate(document, TrainConfig)
+
+
+def load_judge_config(config: str | Path, overrides: Sequence[str] = ()) -> JudgeConfig:
+    """As `load_config`, for `diffalign judge`."""
+    return _validate(_document(config, overrides), JudgeConfig)
 
 
 def load_sample_config(config: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:

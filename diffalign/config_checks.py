@@ -33,6 +33,11 @@ def _refuse(message: str, *keys: str) -> NoReturn:
     raise PydanticCustomError(COMBINATION, "{message}", {"message": message, "keys": keys})
 
 
+def refuse(message: str, *keys: str) -> NoReturn:
+    """For sections that keep their checks beside them."""
+    _refuse(message, *keys)
+
+
 def check_training(config: TrainConfig) -> None:
     _check_batches(config)
     _check_weights(config)

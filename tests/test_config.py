@@ -20,6 +20,7 @@ from diffalign.config import (
     load_config,
     load_distill_config,
     load_eval_config,
+    load_judge_config,
     load_reward_gradient_config,
     load_rounds_config,
     load_sample_config,
@@ -161,6 +162,7 @@ def test_every_recipe_is_whole_and_commented(name: str) -> None:
     distilled = name.endswith("_gndm") or "_dmd2_" in name
     load = load_distill_config if distilled else loaders.get(name.split("_")[0], load_config)
     load = load_reward_gradient_config if name in REWARD_GRADIENTS else load
+    load = load_judge_config if "_judge_" in name else load
     config = load(name)
     lines = config_path(name).read_text(encoding="utf-8").splitlines()
     written = yaml.safe_load("\n".join(lines))

@@ -79,6 +79,42 @@ def testbed_quickstart(
         quickstart(base=base, out=out or Path("runs") / f"quickstart-{base}", seed=seed, shuffle=shuffle, **given)
 
 
+@testbed.command("judge-data")
+def testbed_judge_data(
+    out: Annotated[Path, typer.Argument(help="The folder to write: images/, pairs.jsonl, ratings.jsonl.")],
+    split: Annotated[str, typer.Option(help="train, validation or test: prompts of none are in another.")] = "train",
+    groups: Annotated[int, typer.Option(min=1, help="How many prompts, each in one dimension.")] = 600,
+    images: Annotated[int, typer.Option(min=2, max=5, help="Images of a prompt, each with a fault of its own.")] = 4,
+    raters: Annotated[int, typer.Option(min=1, help="Simulated people who rate each image.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of scenes, faults and raters.")] = 0,
+) -> None:
+    """Draw scenes with known faults and simulated ratings: what a judge is trained on and measured with."""
+    with plain_errors():
+        if split not in ("train", "validation", "test"):
+            raise DiffalignError(f"split {split}: unknown; one of train, validation, test")
+        from diffalign.stages_judge import judge_data
+
+        judge_data(out, split, groups, images, raters, seed)
+
+
+@testbed.command("judge-base")
+def testbed_judge_base(
+    size: Annotated[str, typer.Argument(help="teacher (1.4 M parameters) or student (0.4 M).")],
+    out: Annotated[
+        Path, typer.Argument(help="The folder to write: a transformers model with processor and judge.json.")
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 images.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and images.")] = 0,
+) -> None:
+    """Teach a small Qwen3-VL from nothing to describe the embedded world, and to rate it badly: where judges start."""
+    with plain_errors():
+        if size not in ("teacher", "student"):
+            raise DiffalignError(f"size {size}: unknown; one of teacher, student")
+        from diffalign.stages_judge import judge_base
+
+        judge_base(out, size, steps, seed)
+
+
 def _check_shapes_model(name: str) -> None:
     if name not in ("shapes-sd3", "shapes-sdxl"):
         raise DiffalignError(f"{name}: no model of the embedded world; use {SHAPES_MODELS}")
