@@ -206,7 +206,7 @@ class Judge:
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         found = dict(batch)
         for name, value in batch.items():
-            if value.shape != ids.shape:
+            if value.shape != ids.shape or value.is_floating_point():
                 continue  # pixels and grids have no row a token
             pad, after = {"input_ids": (self.tokenizer.pad_token_id, None), "attention_mask": (0, 1)}.get(name, (0, 0))
             rows = [

@@ -67,15 +67,15 @@ def load_settings(folder: Path) -> dict[str, Any]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DiffalignError(f"{path}: no JSON ({error})") from error
-    rubrics, wording = (told.get(k) if isinstance(told, dict) else None for k in ("rubrics", "wording"))
+    rubrics, wording = (texts(told.get(k) if isinstance(told, dict) else None) for k in ("rubrics", "wording"))
     words = [f.name for f in fields(Wording)]
-    if not (texts(rubrics) and texts(wording) and sorted(wording) == sorted(words) and told.get("labels") in LABELS):
+    if not rubrics or sorted(wording) != sorted(words) or str(told.get("labels")) not in LABELS:
         raise DiffalignError(
             f"{path}: needs labels ({', '.join(LABELS)}), rubrics (dimension to text) and wording ({', '.join(words)})"
         )
     return {"labels": told["labels"], "rubrics": rubrics, "wording": Wording(**wording)}
 
 
-def texts(found: Any) -> bool:
-    """Whether this is a dict of texts, and not empty."""
-    return isinstance(found, dict) and bool(found) and all(isinstance(v, str) for v in found.values())
+def texts(found: Any) -> dict[str, str]:
+    """A dict of texts as it is, {} for anything else."""
+    return found if isinstance(found, dict) and all(isinstance(v, str) for v in found.values()) else {}
