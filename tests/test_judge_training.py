@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from diffalign.config import load_judge_config
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.judge import losses, methods
+from diffalign.judge import losses
 from diffalign.judge.forward import Sample, read
+from diffalign.judge.gdso import GDSO, GRPO, Rolled
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import read_pairs
 from diffalign.judge.rollout import KeyedSampling, sample_traces, trimmed
@@ -157,7 +158,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_reference_is_the_polic
 ) -> None:
     settings = config(world, tmp_path, "loss.kl=1")
     policy = make_trainable(judge, settings.tune, 0)
-    gdso = methods.GDSO(judge, settings, policy, None)
+    gdso = GDSO(judge, settings, policy, None)
     pairs = read_pairs(world / "data/pairs.jsonl")[:2]
     work = gdso.prepare(0, [0, 1], pairs, {k: p.detach().clone() for k, p in policy.items()})
     for w in work:
@@ -181,10 +182,8 @@ def test_grpo_leaves_the_score_position_alone_and_gdso_does_not(world: Path, tmp
     trace = tuple(judge.tokenizer("no cuts .")["input_ids"])
     flat = torch.zeros(4)
     old = [torch.zeros(3)] * 4
-    work = [
-        methods.Rolled(pairs[0], (trace,) * 4, flat, flat, old, None)
-    ]  # no advantages: the policy's term has no gradient
-    for kind, moved in ((methods.GRPO, False), (methods.GDSO, True)):
+    work = [Rolled(pairs[0], (trace,) * 4, flat, flat, old, None)]  # no advantages: the policy's term has no gradient
+    for kind, moved in ((GRPO, False), (GDSO, True)):
         loss, _ = kind(judge, settings, policy, None).loss(work, True)
         grads = torch.autograd.grad(loss.sum(), list(policy.values()), allow_unused=True)
         assert any(g is not None and bool(g.abs().max() > 0) for g in grads) == moved
