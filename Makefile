@@ -23,7 +23,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds bench-step
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -69,6 +69,7 @@ soak: $(STAMP) oracles
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 
+.PHONY: bench-step
 bench-step: $(STAMP)
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/dataset_size.py --large 1000000 --steps 10000 --whole 20

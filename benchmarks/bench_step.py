@@ -28,7 +28,7 @@ from diffalign.draws import draw, normal
 from diffalign.objectives import RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
-from diffalign.training.gradient import StepGradient, means
+from diffalign.training.gradient import StepGradient, logged
 from diffalign.training.reading import Reading
 from diffalign.training.reference_key import open_store
 from diffalign.training.selection import Selection
@@ -116,7 +116,7 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
             norm = accelerator.clip_grad_norm_(parameters.values(), config.train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            means(accelerator, totals)
+            logged(accelerator, totals)
             float(norm)
             if store:
                 store.flush()

@@ -87,8 +87,8 @@ def read(path: Path) -> list[dict[str, float]]:
 def test_reading_less_often_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = eagerly(tmp_path / "every")
     counted: list[int] = []
-    means = loop.means
-    monkeypatch.setattr(loop, "means", lambda *given: counted.append(1) or means(*given))
+    logged = loop.logged
+    monkeypatch.setattr(loop, "logged", lambda *given: counted.append(1) or logged(*given))
     seldom = lazily(tmp_path / "seldom", monkeypatch, train={"log_every": 5})
     assert seldom == [row for row in every if row["step"] in (5, 10, 12)]
     assert len(counted) == 3

@@ -159,7 +159,7 @@ def _add(totals: dict[str, Tensor], result: StepOutput, share: Tensor) -> None:
         totals[name] = totals.get(name, torch.zeros_like(value)) + value
 
 
-def means(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, float]:
+def logged(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, float]:
     """Global means of what `StepGradient` returns: one reduction, one transfer."""
     names = sorted(totals)
     values = accelerator.reduce(torch.stack([totals[n].float() for n in names]), reduction="sum")

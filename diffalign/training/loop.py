@@ -24,7 +24,7 @@ from diffalign.errors import DiffalignError
 from diffalign.health import Finding
 from diffalign.objectives import OBJECTIVES, Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
-from diffalign.training.gradient import StepGradient, means
+from diffalign.training.gradient import StepGradient, logged
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import check_units
 from diffalign.training.oversight import Oversight
@@ -197,7 +197,7 @@ def train(
             logs = done % config.train.log_every == 0 or done == steps
             if logs or reading.eager or config.train.auto_beta:
                 reading.check()
-                row = means(accelerator, totals) | {"grad_norm": float(norm), "lr": rate}
+                row = logged(accelerator, totals) | {"grad_norm": float(norm), "lr": rate}
                 if config.train.skip_grad_norm:
                     row["skipped"] = float(skipped)
                 if config.train.auto_beta:
@@ -216,12 +216,12 @@ def train(
             if validation and validations and validation.due(done, steps):
                 reading.check()
                 with averaged(policy, ema):
-                    scores = validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
+                    means = validate(validation, validations, oversight, accelerator, backbone, run_dir, done)
                     best, idle = best_of(validations.rows)
                     if main and best == done:
                         backbone.save_weights(run_dir / "best")
                 if metrics_log:
-                    metrics_log.track(done, scores)
+                    metrics_log.track(done, means)
             stopping = oversight.stops or bool(patience and idle >= patience)
 
             # ---- Checkpoint ----

@@ -18,6 +18,8 @@ from diffalign.errors import DiffalignError
 from diffalign.training.reference_store import ReferenceStore
 
 ROWS = 65536
+ELSEWHERE = {"path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing"}
+"""Keys of the model section that its fingerprint covers, or that change no prediction."""
 
 
 def open_store(
@@ -48,11 +50,9 @@ def reference_key(
     own = tune.init is not None and tune.reference == "init"
     chosen = selection.groups != "all" or selection.images != "all"
     return {
+        **{f"model.{name}": value for name, value in config.model.model_dump(exclude=ELSEWHERE).items()},
         "model": backbone.fingerprint(),
         "tune.init": _files(tune.init) if own else None,
-        "model.dtype": config.model.dtype,
-        "model.attention": config.model.attention,
-        "model.guidance": backbone.guidance,
         "train.mixed_precision": precision,
         "device": backbone.device.type,
         "seed": config.seed,
