@@ -33,6 +33,7 @@ from diffalign.training.preference import StepOutput, make_draws, preference_ste
 from diffalign.training.progress import TrainProgress, peak_memory
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.selection import Selection
+from diffalign.training.sharding import save_sharded, shard, whole
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 from diffalign.training.tracking import Metrics
 from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
@@ -80,10 +81,18 @@ def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
         backbone.add_lora(
             tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init, init_is_reference=own
         )
-        return own or tune.init is None
-    backbone.enable_full(keep_reference=objective.needs_reference)
-    # The policy trains in float32; a reference kept in half precision rounds differently.
-    return bool(backbone.dtype == torch.float32)
+        same = own or tune.init is None
+    else:
+        backbone.enable_full(keep_reference=objective.needs_reference)
+        # The policy trains in float32; a reference kept in half precision rounds differently.
+        same = bool(backbone.dtype == torch.float32)
+    if config.train.shard == "fsdp2":
+        shard(backbone)
+    if config.model.compile:
+        backbone.compile_blocks(dynamic=config.data.buckets != "none")
+        # Graphs with and without gradient may round differently in 16 bits.
+        return False
+    return same
 
 
 def train(
@@ -136,7 +145,9 @@ def train(
         )
     if first and main:
         say(f"going on from {saved[-1]}")
-    module, optimizer = accelerator.prepare(backbone.trunk, optimizer)
+    # Weights that are cut over processes average their gradients themselves.
+    sharded = config.train.shard == "fsdp2"
+    module, optimizer = (backbone.trunk, optimizer) if sharded else accelerator.prepare(backbone.trunk, optimizer)
     metrics_log = None
     if main:
         open_run_dir(run_dir, plain_config)
@@ -185,7 +196,7 @@ def train(
                 _add(totals, result, share)
 
             # ---- Update ----
-            norm = accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm))
             if not torch.isfinite(norm) and accelerator.scaler is None:
                 raise _not_finite("gradient norm", float(norm), step, [source.group_ids[i] for i in indices], run_dir)
             skipped = is_freak(float(norm), config.train.skip_grad_norm, state.extra)
@@ -223,9 +234,9 @@ def train(
 
             # ---- Checkpoint ----
             if done % config.checkpoint.every == 0 or done == steps or stopping:
-                if main:
+                if main or sharded:
                     state = replace(state, step=done, optimizer=_inner(optimizer))
-                    save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep)
+                    save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep, write=main)
                 accelerator.wait_for_everyone()
             if stopping:
                 steps = done
@@ -234,8 +245,8 @@ def train(
     # ---- Weights for diffusers ---------------------------------------------------------------------------------------
     if metrics_log:
         metrics_log.close()
-    if main:
-        _save_weights(backbone, policy, ema, run_dir)
+    if main or sharded:
+        _save_weights(backbone, policy, ema, run_dir, main, sharded)
     accelerator.wait_for_everyone()
     if main and patience and idle >= patience and validations:
         say(
@@ -272,12 +283,17 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
 
 
-def _save_weights(backbone: Any, policy: dict[str, Any], ema: dict[str, Tensor] | None, run_dir: Path) -> None:
+def _save_weights(
+    backbone: Any, policy: dict[str, Any], ema: dict[str, Tensor] | None, run_dir: Path, main: bool, sharded: bool
+) -> None:
     """The averaged weights if an average is kept, else the last ones."""
     with torch.no_grad():
         for name, average in (ema or {}).items():
             policy[name].copy_(average)
-    backbone.save_weights(run_dir / "weights")
+    if sharded:
+        save_sharded(backbone, run_dir / "weights", write=main)
+    else:
+        backbone.save_weights(run_dir / "weights")
 
 
 def _check_margin(result: StepOutput) -> None:
