@@ -61,6 +61,13 @@ class ModelSection(Section):
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
     )
     gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bits of the frozen layers under a LoRA: int8, or nf4 (4 bits; needs bitsandbytes)"
+    )
+    channels_last: bool = Field(False, description="true: memory format of a UNet's convolutions that GPUs prefer")
+    compile: bool = Field(
+        False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
+    )
     max_sequence_length: int | None = Field(
         None, gt=0, description="tokens for SD3's T5; null: the pipeline's own (256)"
     )
@@ -278,6 +285,9 @@ class TrainSection(Section):
         lt=0.5,
         description="find beta so that the gradient factor becomes this, as 0.3 (dpo and smpo); null: off",
     )
+    shard: Literal["none", "fsdp2"] = Field(
+        "none", description="fsdp2: weights, gradients and averages cut over the processes (tune.kind full, adamw)"
+    )
 
 
 class OptimizerSection(Section):
@@ -294,6 +304,9 @@ class OptimizerSection(Section):
         "constant", description="after the warm-up; linear, cosine end at 0"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises linearly from 0")
+    offload: bool = Field(
+        False, description="true: Adam's averages in the host's memory, on the GPU only during an update (adamw only)"
+    )
 
 
 class CheckpointSection(Section):

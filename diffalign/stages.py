@@ -61,7 +61,7 @@ def resolve_device(device: str) -> str:
 def open_backbone(model: ModelSection, device: str) -> Any:
     """The backbone that a config's `model` section names."""
     path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype"})
+    options = model.model_dump(exclude={"path", "dtype", "compile"})
     return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **options)
 
 

@@ -214,7 +214,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
     README says so.
     """
-    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32"}), "cpu")
+    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32", "quantize": "none"}), "cpu")
     _, scheduler = open_student(config, backbone)
     backbone.load_weights(weights)
     backbone.pipeline.scheduler = scheduler

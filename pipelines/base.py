@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.quantize import number_of_weights, quantize_blocks
 from diffalign.pipelines.tuning import Tunable
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Backbone(Tunable):
         device: str | torch.device,
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
+        quantize: str = "none",
+        channels_last: bool = False,
         max_sequence_length: int | None = None,
         guidance: float = 3.5,
     ) -> None:
@@ -54,6 +57,8 @@ class Backbone(Tunable):
         self.guidance = guidance if self.guided else None
         self.process: NoiseProcess = self.build_process(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
+        # Before the trunk goes to the device, which may not hold it whole.
+        quantize_blocks(self.pipeline_trunk, quantize, self.blocks, self.device)
         pipeline.to(self.device)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
@@ -64,6 +69,12 @@ class Backbone(Tunable):
         set_attention(self.trunk, attention)
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if channels_last:
+            if self.trunk_name != "unet":
+                raise DiffalignError(
+                    f"model.channels_last: {self.path} has no UNet, whose convolutions it serves; set it to false"
+                )
+            model.to(memory_format=torch.channels_last)
         self.vae_scale_factor: int = pipeline.vae_scale_factor
         self._vae_config: Any = pipeline.vae.config
         self._config: Any = self._model.config
@@ -140,7 +151,7 @@ class Backbone(Tunable):
             "path": self.path,
             "revision": self.revision or "local folder",
             "prediction": self.process.prediction_type,
-            "parameters": sum(p.numel() for n, p in self.trunk.named_parameters() if ".lora_" not in n),
+            "parameters": number_of_weights(self.trunk),
             "trainable": sum(p.numel() for p in self.trunk.parameters() if p.requires_grad),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.attention,

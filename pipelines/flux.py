@@ -82,6 +82,7 @@ class Flux(Backbone):
     family: ClassVar[str] = "flux"
     guided: ClassVar[bool] = True
     trunk_name: ClassVar[str] = "transformer"
+    blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -89,6 +89,8 @@ def load_backbone(
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
     gradient_checkpointing: bool = False,
+    quantize: str = "none",
+    channels_last: bool = False,
     max_sequence_length: int | None = None,
     use_t5: bool = True,
     guidance: float = 3.5,
@@ -97,7 +99,8 @@ def load_backbone(
 
     path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
     variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
-    ones are exact. max_sequence_length: T5 tokens (SD3, FLUX). use_t5=False leaves T5 out (SD3).
+    ones are exact. quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
+    max_sequence_length: T5 tokens (SD3, FLUX). use_t5=False leaves T5 out (SD3).
     guidance: what `predict` gives the guidance embedding (FLUX).
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
     missing file, unsupported class, absent device or attention kernel.
@@ -126,6 +129,8 @@ def load_backbone(
         device=device,
         attention=attention,
         gradient_checkpointing=gradient_checkpointing,
+        quantize=quantize,
+        channels_last=channels_last,
         max_sequence_length=max_sequence_length,
         guidance=guidance,
     )

@@ -42,6 +42,7 @@ def diffusion_process(scheduler: Any) -> Diffusion:
 class _UNetBackbone(Backbone):
     trunk_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
 
     def build_process(self, scheduler: Any) -> Diffusion:
         if self.pipeline.unet.config.get("time_cond_proj_dim") is not None:

@@ -22,6 +22,7 @@ class StableDiffusion3(Backbone):
 
     family: ClassVar[str] = "sd3"
     trunk_name: ClassVar[str] = "transformer"
+    blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

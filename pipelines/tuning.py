@@ -19,6 +19,7 @@ from torch import nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import adapters
+from diffalign.pipelines.quantize import is_quantized
 
 ROLES = ("policy", "reference", "student", "teacher", "fake")
 SAME_AS = {"student": "policy", "teacher": "reference"}
@@ -48,6 +49,8 @@ class Tunable(ABC):
 
     trunk_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
+    blocks: ClassVar[tuple[str, ...]]
+    """Class names of the layers that repeat and hold nearly all weights: what is quantised, compiled and sharded."""
 
     pipeline: Any
     trunk: nn.Module
@@ -70,7 +73,7 @@ class Tunable(ABC):
 
     @staticmethod
     def _base_dtype(trunk: nn.Module) -> torch.dtype:
-        return next(p.dtype for n, p in trunk.named_parameters() if ".lora_" not in n)
+        return next(p.dtype for n, p in trunk.named_parameters() if ".lora_" not in n and p.is_floating_point())
 
     def add_lora(
         self,
@@ -111,12 +114,35 @@ class Tunable(ABC):
         folder that `save_weights` wrote.
         """
         self._require_untuned()
+        if is_quantized(self.trunk):
+            raise DiffalignError(
+                "tune.kind=full: quantised weights cannot train; set model.quantize=none, or tune.kind=lora"
+            )
         if init is not None:
             self.load_weights(init)
         if keep_reference:
             self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
         self.trunk.float().requires_grad_(True)
         self.tuning = "full"
+
+    def trunks(self) -> list[nn.Module]:
+        """The policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
+        return [trunk for trunk in (self.trunk, self._full_reference) if trunk is not None]
+
+    def compile_blocks(self, dynamic: bool = False) -> None:
+        """Compile the repeated blocks in place, after `add_lora` or `enable_full`; weights keep their names.
+
+        Blocks of a kind share their graphs: one for each of policy and reference, so nothing is compiled again after the
+        first step. dynamic: one graph for all sizes of images, for data in several buckets.
+        """
+        import torch._dynamo
+
+        # The default of 8 graphs for a block's code is less than SD3.5's kinds of blocks times roles and sizes.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for trunk in self.trunks():
+            for module in trunk.modules():
+                if type(module).__name__ in self.blocks:
+                    module.compile(dynamic=dynamic)
 
     def add_fake(self, seed: int = 0) -> None:
         """A second trained network beside the policy, equal to the reference at first: role "fake" of distillation.
@@ -219,8 +245,12 @@ class Tunable(ABC):
                 **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
             )
         else:
-            with quiet_progress():
-                self._model.save_pretrained(folder / self.trunk_name)
+            self.save_trunk(self._model, folder)
+
+    def save_trunk(self, trunk: Any, folder: str | Path) -> None:
+        """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
+        with quiet_progress():
+            trunk.save_pretrained(Path(folder) / self.trunk_name)
 
     def load_weights(self, folder: str | Path) -> None:
         """Put weights that `save_weights` or diffusers wrote into the policy: for inference, or before training.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.training.sharding import placed, whole
 
 _NAME = re.compile(r"step-(\d{8})")
 # Keys that a run may change when it goes on; all others would make it another run.
@@ -77,7 +78,7 @@ def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[
                 {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
             ).items():
                 (tensors if isinstance(item, Tensor) else scalars)[f"{index}/{name}"] = item
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scalars
+    return {k: whole(v).detach().cpu().contiguous() for k, v in tensors.items()}, scalars
 
 
 def _optimizer_record(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -90,12 +91,14 @@ def _optimizer_record(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     entries: dict[int, dict[str, Any]] = {}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in {**tensors, **plain["scalars"]}.items():
         index, *keys = name.split("/")
         place = entries.setdefault(int(index), {})
         for key in keys[:-1]:
             place = place.setdefault(key, {})
-        place[keys[-1]] = value
+        like = own[int(index)]
+        place[keys[-1]] = placed(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
     groups = optimizer.state_dict()["param_groups"]
     restored = [{**stored, "params": g["params"]} for stored, g in zip(plain["groups"], groups, strict=True)]
     optimizer.load_state_dict({"state": entries, "param_groups": restored})
@@ -108,12 +111,19 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], keep: int) -> Path:
-    """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were."""
+def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], keep: int, write: bool = True) -> Path:
+    """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were.
+
+    Where weights are cut over processes all call this, since all give their parts, and one of them has `write`.
+    """
     folder = run_dir / "checkpoints"
     final, part = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.part"
     tensors, optimizer = _optimizer_record(state.optimizer)
     partners = {name: _optimizer_record(partner.optimizer) for name, partner in state.partners.items()}
+    policy = {k: whole(v).detach().cpu().contiguous() for k, v in state.policy.items()}
+    averages = {k: whole(v).cpu().contiguous() for k, v in (state.ema or {}).items()}
+    if not write:
+        return final
     record = {
         "step": state.step,
         "config": config,
@@ -128,10 +138,10 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.policy.items()}, part / "policy.safetensors")
+        save_file(policy, part / "policy.safetensors")
         save_file(tensors, part / "optimizer.safetensors")
         if state.ema is not None:
-            save_file({k: v.cpu().contiguous() for k, v in state.ema.items()}, part / "ema.safetensors")
+            save_file(averages, part / "ema.safetensors")
         for name, partner in state.partners.items():
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
@@ -206,9 +216,9 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
     check_same_run(path, record["config"], config)
     with torch.no_grad():
         for name, parameter in state.policy.items():
-            parameter.copy_(policy[name])
+            parameter.copy_(placed(policy[name], parameter))
         for name, average in (state.ema or {}).items():
-            average.copy_(averages[name])
+            average.copy_(placed(averages[name], average))
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])

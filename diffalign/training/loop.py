@@ -34,6 +34,7 @@ from diffalign.training.reading import Reading
 from diffalign.training.reference_key import open_store
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.selection import Selection
+from diffalign.training.sharding import save_sharded, shard, whole
 from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
 from diffalign.training.tracking import Metrics
 from diffalign.training.validation import Validation, ValidationLog, averaged, best_of, score_of
@@ -81,10 +82,18 @@ def prepare_policy(config: Any, backbone: Any, objective: Objective) -> bool:
         backbone.add_lora(
             tune.rank, tune.alpha, targets=tune.targets, seed=config.seed, init=tune.init, init_is_reference=own
         )
-        return own or tune.init is None
-    backbone.enable_full(keep_reference=objective.needs_reference)
-    # The policy trains in float32; a reference kept in half precision rounds differently.
-    return bool(backbone.dtype == torch.float32)
+        same = own or tune.init is None
+    else:
+        backbone.enable_full(keep_reference=objective.needs_reference)
+        # The policy trains in float32; a reference kept in half precision rounds differently.
+        same = bool(backbone.dtype == torch.float32)
+    if config.train.shard == "fsdp2":
+        shard(backbone)
+    if config.model.compile:
+        backbone.compile_blocks(dynamic=config.data.buckets != "none")
+        # Graphs with and without gradient may round differently in 16 bits.
+        return False
+    return same
 
 
 def train(
@@ -143,7 +152,9 @@ def train(
         )
     if first and main:
         say(f"going on from {saved[-1]}")
-    module, optimizer = accelerator.prepare(backbone.trunk, optimizer)
+    # Weights that are cut over processes average their gradients themselves.
+    sharded = config.train.shard == "fsdp2"
+    module, optimizer = (backbone.trunk, optimizer) if sharded else accelerator.prepare(backbone.trunk, optimizer)
     metrics_log = None
     if main:
         open_run_dir(run_dir, plain_config)
@@ -181,7 +192,7 @@ def train(
             totals = gradient(step, indices, current)
 
             # ---- Update ----
-            norm = accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(policy.values(), config.train.max_grad_norm))
             if accelerator.scaler is None:
                 reading.norm(step, [source.group_ids[i] for i in indices], norm)
             skipped = is_freak(norm, config.train.skip_grad_norm, state.extra)
@@ -229,9 +240,9 @@ def train(
                 reading.check()
                 if store:
                     store.flush()
-                if main:
+                if main or sharded:
                     state = replace(state, step=done, optimizer=_inner(optimizer))
-                    save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep)
+                    save_checkpoint(run_dir, state, plain_config, config.checkpoint.keep, write=main)
                 accelerator.wait_for_everyone()
             if stopping:
                 steps = done
@@ -240,8 +251,8 @@ def train(
     # ---- Weights for diffusers ---------------------------------------------------------------------------------------
     if metrics_log:
         metrics_log.close()
-    if main:
-        _save_weights(backbone, policy, ema, run_dir)
+    if main or sharded:
+        _save_weights(backbone, policy, ema, run_dir, main, sharded)
     accelerator.wait_for_everyone()
     if main and patience and idle >= patience and validations:
         say(
@@ -280,9 +291,14 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
 
 
-def _save_weights(backbone: Any, policy: dict[str, Any], ema: dict[str, Tensor] | None, run_dir: Path) -> None:
+def _save_weights(
+    backbone: Any, policy: dict[str, Any], ema: dict[str, Tensor] | None, run_dir: Path, main: bool, sharded: bool
+) -> None:
     """The averaged weights if an average is kept, else the last ones."""
     with torch.no_grad():
         for name, average in (ema or {}).items():
             policy[name].copy_(average)
-    backbone.save_weights(run_dir / "weights")
+    if sharded:
+        save_sharded(backbone, run_dir / "weights", write=main)
+    else:
+        backbone.save_weights(run_dir / "weights")

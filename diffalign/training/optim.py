@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.training.offload import OffloadedAdamW
 
 
 def check_installed(settings: Any) -> None:
@@ -26,8 +27,11 @@ def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
+    if settings.name == "adamw" and settings.offload:
+        return OffloadedAdamW(parameters, **adam)
     if settings.name == "adamw":
-        return torch.optim.AdamW(parameters, **adam)
+        # One kernel for all tensors: a LoRA has hundreds of small ones.
+        return torch.optim.AdamW(parameters, **adam, fused=True)
     if settings.name == "adamw8bit":
         check_installed(settings)
         from bitsandbytes.optim import AdamW8bit

@@ -1,0 +1,53 @@
+"""AdamW whose averages live in the host's memory: a large GPU's worth of full fine-tuning on a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """Fused AdamW, one parameter after the other: its two averages come to its device for the update and go back.
+
+    The same numbers as fused AdamW. An update moves 16 bytes a trained number over the bus.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
+        super().__init__(parameters, **options, fused=True)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update. A closure is not taken: the loop has the gradients already."""
+        if closure is not None:
+            raise ValueError("OffloadedAdamW.step takes no closure")
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    self._move(parameter, parameter.device)
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    super().step()
+                    self._move(parameter, torch.device("cpu"))
+        finally:
+            self.param_groups = groups
+        return None
+
+    def _move(self, parameter: Tensor, device: torch.device) -> None:
+        state = self.state[parameter]
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = value.to(device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch would put the averages beside their parameters."""
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, entries in state_dict["state"].items():
+            self.state[parameters[index]] = {
+                name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+                for name, value in entries.items()
+            }
