@@ -16,6 +16,7 @@ from diffalign.judge.forward import Sample
 from diffalign.judge.loop import train_judge
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
+from diffalign.pipelines.tuning import quiet_progress
 from diffalign.rewards.readout import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.stages import resolve_device, say
@@ -54,7 +55,8 @@ def judge_base(out: Path, size: str, steps: int, seed: int) -> None:
     """`diffalign testbed judge-base`."""
     if out.exists() and any(out.iterdir()):
         raise DiffalignError(f"{out}: is not empty; choose another folder")
-    make_base(out, size, seed, BaseSettings(steps=steps), say)
+    with quiet_progress():
+        make_base(out, size, seed, BaseSettings(steps=steps), say)
     say(f"judge: {out}")
 
 
@@ -68,7 +70,7 @@ def train_from_config(config: JudgeConfig) -> Path:
     records: list[Any] = [*(read_taught(source) if config.method == "risd" else read_pairs(source))][
         : config.data.limit
     ]
-    judge = load_judge(
+    judge = open_judge(
         model.path,
         labels=model.labels,
         rubrics=None if model.rubrics is None else load_rubrics(model.rubrics),
@@ -82,12 +84,19 @@ def train_from_config(config: JudgeConfig) -> Path:
         )
     teacher = None
     if config.teacher is not None:
-        teacher = load_judge(config.teacher, device=device)
+        teacher = open_judge(config.teacher, device=device)
         teacher.model.requires_grad_(False)
         check_dimensions(teacher, {one.dimension for one in records}, source)
-    weights = train_judge(config, judge=judge, records=records, teacher=teacher, say=say)
+    with quiet_progress():
+        weights = train_judge(config, judge=judge, records=records, teacher=teacher, say=say)
     say(f"judge: {weights}")
     return weights
+
+
+def open_judge(folder: Path, **options: Any) -> Judge:
+    """`load_judge` without transformers' bars."""
+    with quiet_progress():
+        return load_judge(folder, **options)
 
 
 def check_dimensions(judge: Judge, wanted: set[str], source: Path) -> None:
@@ -104,7 +113,7 @@ def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, de
     _beside_images(source, out)
     if out.exists():
         raise DiffalignError(f"{out}: is there already; a teacher is asked once, delete it to ask again")
-    rated, judge = _rated(source), load_judge(teacher, device=resolve_device(device))
+    rated, judge = _rated(source), open_judge(teacher, device=resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     mean = found.probabilities.double() @ torch.linspace(1, 5, 9, dtype=torch.float64)
@@ -123,7 +132,7 @@ def evaluate_judge(
     folder: Path, source: Path, out: Path | None, thinking: Thinking, device: str, seed: int
 ) -> dict[str, Any]:
     """`diffalign judge-eval`: the measures of all images and of each dimension; `out` gets them as JSON."""
-    rated, judge = _rated(source), load_judge(folder, device=resolve_device(device))
+    rated, judge = _rated(source), open_judge(folder, device=resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     rows = by_dimension(rated, found.probabilities.double().numpy())
