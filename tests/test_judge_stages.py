@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from diffalign.cli import app
 from diffalign.judge.evaluation import by_dimension, table
+from diffalign.judge.forward import Sample
+from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, read_taught
 from diffalign.rewards.readout import load_judge
 from diffalign.testbed.judge_base import judge_tokenizer, noisy_level, samples
@@ -51,6 +53,14 @@ def test_from_nothing_to_a_table(tmp_path: Path) -> None:
         and set(rows) == {"all", "alignment", "realism", "plausibility"}
     )
     assert call("judge-eval", run / "weights", data / "pairs.jsonl")[0] == 0
+    scored = tmp_path / "scores.jsonl"
+    reward = f"zreward:weights={run / 'weights'}"
+    assert call("score", data / "images", "-r", reward, "--prompt", "a circle", "-o", scored)[0] == 0
+    first = json.loads(scored.read_text().splitlines()[0])
+    sample = Sample("a circle", "realism", Path(first["image"]))
+    (expected,) = predict(load_judge(run / "weights"), [sample], Thinking(traces=0), 0).probabilities
+    found = [first[f"zreward.realism@{level:.1f}"] for level in np.linspace(1, 5, 9)]
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
     code, output = call("judge-eval", run / "weights", data / "nothing.jsonl")
     assert code == 2 and "no such file" in output
 

@@ -18,6 +18,7 @@ from diffalign.errors import DiffalignError
 from diffalign.judge import losses
 from diffalign.judge.forward import Sample, read
 from diffalign.judge.gdso import GDSO, GRPO, Rolled
+from diffalign.judge.loop import train_judge
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import read_pairs
 from diffalign.judge.rollout import KeyedSampling, sample_traces, trimmed
@@ -217,6 +218,27 @@ def test_predictions_do_not_depend_on_the_batch(world: Path, judge: Judge) -> No
     torch.testing.assert_close(one.probabilities, all_.probabilities, atol=1e-5, rtol=0)
     assert one.tokens == all_.tokens <= 8 and predict(judge, samples, Thinking(traces=0), 0).tokens == 1.0
     assert torch.allclose(one.probabilities.sum(1), torch.ones(3))
+
+
+def test_gradient_checkpointing_computes_layers_again_and_gives_the_same_run(world: Path, tmp_path: Path) -> None:
+    counts = {}
+    for name in ("true", "false"):
+        settings = config(
+            world, tmp_path / name, f"model.gradient_checkpointing={name}", "train.steps=1", "rollout.max_tokens=2"
+        )
+        judge = load_judge(world / "base")
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+
+        judge.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(count)
+        train_judge(settings, judge=judge, records=read_pairs(world / "data/pairs.jsonl"), say=str)
+        counts[name] = calls
+    assert counts == {"true": 4, "false": 2}  # two micro-batches
+    one, two = (load_file(tmp_path / name / "weights/model.safetensors") for name in ("true", "false"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(

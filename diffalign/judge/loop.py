@@ -94,6 +94,8 @@ def train_judge(
             with torch.autocast(judge.device.type, torch.bfloat16, enabled=bf16):
                 work = method.prepare(step, indices, [records[i] for i in indices], reference)
             rows = []
+            # Checkpointing works in train mode alone, and would keep sampling from its cache.
+            judge.model.train(config.model.gradient_checkpointing)
             for inner in range(config.loss.inner_updates):
                 totals: dict[str, float] = {}
                 for at in range(0, per_step, config.train.micro_batch):
@@ -111,6 +113,7 @@ def train_judge(
                 optimizer.step()
                 optimizer.zero_grad()
                 rows.append(totals | {"grad_norm": float(norm)})
+            judge.model.eval()
 
             # ---- Log and checkpoint ----
             done = step + 1

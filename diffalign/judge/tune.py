@@ -12,9 +12,10 @@ from diffalign.rewards.readout import Judge
 def make_trainable(judge: Judge, tune: Any, seed: int) -> dict[str, nn.Parameter]:
     """The parameters that train, by name, float32. `tune`: the section of a config.
 
-    The model stays in eval mode: dropout would make a token's probability differ between sampling and learning.
+    Dropout is set to 0 everywhere: it would make a token's probability differ between sampling and learning.
     Raises DiffalignError where no module has a name in tune.targets.
     """
+    without_dropout(judge.model)
     judge.model.requires_grad_(False)
     if tune.kind == "full":
         judge.model.requires_grad_(True)
@@ -40,6 +41,16 @@ def make_trainable(judge: Judge, tune: Any, seed: int) -> dict[str, nn.Parameter
             drawn = torch.empty(parameter.shape).normal_(0.0, 1.0 / tune.rank, generator=generator)
             parameter.data.copy_(drawn)
     return own
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Train mode then computes what eval mode does, and transformers checkpoints gradients in train mode only."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
 
 
 def merged(judge: Judge) -> Judge:
