@@ -158,7 +158,13 @@ def backbone(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
     with torch.device(device):
         vae = AutoencoderKL(**VAE | {"block_out_channels": (32,) * 4, "latent_channels": channels})
     source = Source(name, Path("."), None)
-    common: dict[str, Any] = {"vae": vae, "text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+    common: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+    }
     if model.family == "sdxl":
         pipeline: Any = StableDiffusionXLPipeline(
             unet=trunk(name, device, dtype), scheduler=EulerDiscreteScheduler(**BETAS), add_watermarker=False, **common

@@ -145,13 +145,13 @@ def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
 
     adamw: two float32 averages a number, and a float32 counter a tensor. adamw8bit: two bytes a number and two float32
     scales for every 256; tensors below 4,096 numbers as adamw without the counter. adafactor: for a tensor of two or more
-    dimensions the float32 means over its last and over its last but one, for others one float32 a number.
+    dimensions the float32 means over its last and over its last but one, for others one float32 a number, and one a tensor.
     """
     total = 0
     for parameter in parameters:
         n, shape = parameter.numel(), parameter.shape
         if name == "adafactor":
-            total += 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
+            total += 4 + 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
         elif name == "adamw8bit":
             total += 8 * n if n < SMALL else 2 * n + 2 * 4 * -(-n // BLOCK)
         else:
@@ -193,7 +193,7 @@ def step_peak(
             with backbone.role("policy"):
                 error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
             del kept
-        error.backward()
+            error.backward()  # within the rules: gradient checkpointing repeats the forward here
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
