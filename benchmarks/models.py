@@ -157,7 +157,7 @@ def backbone(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
     channels = 4 if model.family == "sdxl" else 16
     with torch.device(device):
         vae = AutoencoderKL(**VAE | {"block_out_channels": (32,) * 4, "latent_channels": channels})
-    source = Source(name, Path("."), None)
+    source = Source(name, Path(), None)
     common: dict[str, Any] = {
         "vae": vae,
         "text_encoder": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from contextlib import ExitStack
@@ -109,7 +110,7 @@ class Stopwatch:
     def seconds(self, warm: int) -> list[float]:
         """Of the steps after `warm` of them and before the measured one."""
         kept = self.calls[warm : self.measure + 1]
-        return [after - before for before, after in zip(kept[:-1], kept[1:], strict=True)]
+        return [after - before for before, after in itertools.pairwise(kept)]
 
 
 def measured(cell: Cell, device: str, steps: int, warm: int) -> dict[str, Any]:

@@ -193,7 +193,8 @@ def step_peak(
             with backbone.role("policy"):
                 error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
             del kept
-            error.backward()  # within the rules: gradient checkpointing repeats the forward here
+            # Gradient checkpointing repeats the forward here, under the same rules; error.backward() would suspend them.
+            torch.autograd.backward(error)
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
