@@ -172,5 +172,5 @@ def test_checkpointing_lowers_the_predicted_activations(sd3_dir: Path) -> None:
         to_meta(backbone)
         backbone.add_lora(4, 4.0)
         backbone.trunk.train()
-        peaks.append(step_peak(backbone, (8, 16, 8, 8), words, reference=True, autocast=torch.bfloat16)[0])
+        peaks.append(step_peak(backbone, (8, 16, 8, 8), words, reference=True, autocast=None)[0])
     assert peaks[1] < 0.8 * peaks[0]

@@ -231,6 +231,9 @@ def predict_memory(
     if precision == "auto":
         precision = "bf16" if cuda else "no"
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if config.model.gradient_checkpointing:
+        # torch refuses a repeated forward whose casts differ from the first's, as emulated ones do: the base's type stands.
+        autocast = None
     peak, gradients = step_peak(backbone, latents, conditioning, reference=objective.needs_reference, autocast=autocast)
     own_reference = stored_bytes(backbone.trunk, lambda name: ".lora_" in name and ".reference." in name)
     states = optimizer_bytes(config.optimizer.name, trained)
