@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = ctx.saved_tensors[:3]
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    out: Tensor = _Attention.apply(query, key, value)
+    return out
 
 
 class CudaRules(TorchFunctionMode):
@@ -185,7 +191,8 @@ def step_peak(
     trained = list(backbone.trainable().values())
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
-        with CudaRules(autocast):
+        # Exchanged by name: a forward that gradient checkpointing repeats does not see the mode.
+        with mock.patch.object(F, "scaled_dot_product_attention", _fused), CudaRules(autocast):
             kept = None
             if reference:
                 with torch.no_grad(), backbone.role("reference"):
@@ -194,7 +201,9 @@ def step_peak(
                 error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
             del kept
             # Gradient checkpointing repeats the forward here, under the same rules; error.backward() would suspend them.
-            torch.autograd.backward(error)
+            # In this thread, where the modes hold.
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.autograd.backward(error)
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
