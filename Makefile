@@ -23,7 +23,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-speed bench-distillation bench-reward-gradient bench-rounds
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -91,6 +91,11 @@ bench-synth: $(STAMP)
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
+
+bench-speed: $(STAMP)
+	$(BIN)/python benchmarks/throughput.py grid
+	$(BIN)/python benchmarks/throughput.py compare
+	$(BIN)/python benchmarks/throughput.py start
 
 bench-distillation: $(STAMP)
 	$(BIN)/python benchmarks/distillation.py

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = ctx.saved_tensors[:3]
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    out: Tensor = _Attention.apply(query, key, value)
+    return out
 
 
 class CudaRules(TorchFunctionMode):
@@ -145,13 +151,13 @@ def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
 
     adamw: two float32 averages a number, and a float32 counter a tensor. adamw8bit: two bytes a number and two float32
     scales for every 256; tensors below 4,096 numbers as adamw without the counter. adafactor: for a tensor of two or more
-    dimensions the float32 means over its last and over its last but one, for others one float32 a number.
+    dimensions the float32 means over its last and over its last but one, for others one float32 a number, and one a tensor.
     """
     total = 0
     for parameter in parameters:
         n, shape = parameter.numel(), parameter.shape
         if name == "adafactor":
-            total += 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
+            total += 4 + 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
         elif name == "adamw8bit":
             total += 8 * n if n < SMALL else 2 * n + 2 * 4 * -(-n // BLOCK)
         else:
@@ -185,7 +191,8 @@ def step_peak(
     trained = list(backbone.trainable().values())
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
-        with CudaRules(autocast):
+        # Exchanged by name: a forward that gradient checkpointing repeats does not see the mode.
+        with mock.patch.object(F, "scaled_dot_product_attention", _fused), CudaRules(autocast):
             kept = None
             if reference:
                 with torch.no_grad(), backbone.role("reference"):
@@ -193,7 +200,10 @@ def step_peak(
             with backbone.role("policy"):
                 error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
             del kept
-        error.backward()
+            # Gradient checkpointing repeats the forward here, under the same rules; error.backward() would suspend them.
+            # In this thread, where the modes hold.
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.autograd.backward(error)
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
@@ -230,6 +240,9 @@ def predict_memory(
     if precision == "auto":
         precision = "bf16" if cuda else "no"
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if config.model.gradient_checkpointing:
+        # torch refuses a repeated forward whose casts differ from the first's, as emulated ones do: the base's type stands.
+        autocast = None
     peak, gradients = step_peak(backbone, latents, conditioning, reference=objective.needs_reference, autocast=autocast)
     own_reference = stored_bytes(backbone.trunk, lambda name: ".lora_" in name and ".reference." in name)
     states = optimizer_bytes(config.optimizer.name, trained)
