@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
         super().__init__(parameters, **options, fused=True)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         """One update. A closure is not taken: the loop has the gradients already."""
         if closure is not None:
             raise ValueError("OffloadedAdamW.step takes no closure")
