@@ -1,12 +1,13 @@
 """The table and the picture of objectives.py: Markdown, JSON and an SVG without script."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 DENSE, EXACT = "geneval.dense", "geneval.exact"
-ROW, LEFT, WIDTH = 22, 250, 760
+ROW, LEFT, WIDTH, TICK = 22, 270, 780, 0.05
 
 
 def interval(values: dict[str, float] | None) -> str:
@@ -56,9 +57,14 @@ def picture(rows: list[dict[str, Any]]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>',
-        f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{ROW}" y2="{height - ROW}" stroke="#999"/>',
-        f'<text x="{x(0):.1f}" y="{height - 6}" text-anchor="middle">no change of the dense score</text>',
+        f'<text x="{LEFT}" y="14">change of the dense score on held-out prompts, 95 % intervals</text>',
     ]
+    for step in range(math.ceil(low / TICK), math.floor(high / TICK) + 1):
+        place = x(step * TICK)
+        parts += [
+            f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{ROW}" y2="{height - ROW}" stroke="{"#ddd" if step else "#888"}"/>',
+            f'<text x="{place:.1f}" y="{height - 6}" text-anchor="middle">{step * TICK:+.2f}</text>',
+        ]
     for i, (row, value) in enumerate(zip(rows, found, strict=True)):
         y = ROW * (i + 1.5)
         color = "#999999" if row["shuffled"] else "#1f5fa8"

@@ -245,7 +245,7 @@ def _open(section: GeneratorSection, device: str) -> tuple[Generator, dict[str, 
     """The model of a section, and what is written beside each of its images."""
     model = section.model
     path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype"})
+    options = model.model_dump(exclude={"path", "dtype", "compile"})
     generator = load_generator(path, dtype=getattr(torch, model.dtype), device=device, prior=section.prior, **options)
     if section.weights is not None:
         generator.load_weights(section.weights)

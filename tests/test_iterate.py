@@ -61,7 +61,7 @@ def test_two_rounds_killed_between_and_inside_stages_end_alike(tmp_path: Path, m
     assert (tmp_path / "whole" / "report.html").is_file() and (second / "run" / "report.html").is_file()
 
     # The second round starts from the first one's weights, which are its reference too, and draws its images from them.
-    resolved = json.loads(json.dumps(stages.load_config(second / "run" / "config.yaml").model_dump(mode="json")))
+    resolved = json.loads(json.dumps(load_config(second / "run" / "config.yaml").model_dump(mode="json")))
     assert resolved["tune"]["init"] == str(first / "run" / "weights") and resolved["tune"]["reference"] == "init"
     rows = [json.loads(line) for line in (second / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["drift"] == 0.0 and resolved["seed"] == 1
@@ -112,7 +112,7 @@ def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: p
     data = PreferenceDataset(second / "data")
     assert data.column("preference") == [[1.0, 0.0, 0.0]] * 2
     assert {data.generators()[key] for key in data.generators() if key[1] == 0} == {"real"}
-    resolved = stages.load_config(second / "run" / "config.yaml")
+    resolved = load_config(second / "run" / "config.yaml")
     assert resolved.tune.init == first / "next" and resolved.tune.reference == "base"
     before, start = lora(first / "run"), load_file(first / "next" / LORA_FILE)
     for name, value in before.items():
