@@ -6,6 +6,7 @@ reward, since rewards and pipelines know nothing of the embedded world.
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.checkpoint import checkpoints
+from diffalign.training.footprint import described
 from diffalign.training.loop import start_accelerator
 from diffalign.training.loop import train as train_backbone
 from diffalign.training.optim import check_installed
@@ -205,6 +207,11 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
         print(f"# {title}")
         for key, value in values.items():
             print(f"#   {key}: {value}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = described(config, backbone, members, cuda=device != "cpu", processes=processes)  # uses the backbone up
+    print("# memory of a process, predicted")
+    for key, value in memory.items():
+        print(f"#   {key}: {value}")
 
 
 def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:

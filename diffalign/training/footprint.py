@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from diffalign.objectives import OBJECTIVES
+
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
 
@@ -175,9 +177,11 @@ def step_peak(
     *,
     reference: bool,
     autocast: torch.dtype | None,
+    micro_batches: int = 1,
 ) -> tuple[int, int]:
     """Bytes at the fullest moment of forward and backward beside weights and optimiser, and how many of them are gradients
     when all are there. The backbone lies on the meta device; latents [N, C, h, w] is a shape, conditioning of one prompt.
+    From the second of several micro-batches on, all gradients are there while activations are.
     """
     noisy = torch.empty(latents, device="meta")
     times = torch.empty(latents[0], device="meta")
@@ -185,15 +189,17 @@ def step_peak(
     trained = list(backbone.trainable().values())
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
-        with CudaRules(autocast):
-            kept = None
-            if reference:
-                with torch.no_grad(), backbone.role("reference"):
-                    kept = backbone.predict(noisy, times, repeated)
-            with backbone.role("policy"):
-                error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
-            del kept
-        error.backward()
+        for _ in range(min(micro_batches, 2)):
+            with CudaRules(autocast):
+                kept = None
+                if reference:
+                    with torch.no_grad(), backbone.role("reference"):
+                        kept = backbone.predict(noisy, times, repeated)
+                with backbone.role("policy"):
+                    error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
+                del kept
+            error.backward()
+            del error
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
@@ -216,27 +222,42 @@ def predict_memory(
     """
     from diffalign.training.loop import build_objective, prepare_policy
 
-    objective = build_objective(config.objective)
+    objective, tune = build_objective(config.objective), config.tune
     frozen = stored_bytes(backbone.trunk)
     to_meta(backbone)
-    prepare_policy(
-        config.model_copy(update={"model": config.model.model_copy(update={"compile": False})}), backbone, objective
-    )
+    # Whole, uncompiled and from no file: none of it changes a shape.
+    plain = {
+        "model": config.model.model_copy(update={"compile": False}),
+        "train": config.train.model_copy(update={"shard": "none"}),
+        "tune": tune.model_copy(update={"init": None, "reference": "init"}),
+    }
+    prepare_policy(config.model_copy(update=plain), backbone, objective)
     backbone.trunk.train()
     trained = list(backbone.trainable().values())
     numbers = sum(p.numel() for p in trained)
-    full = config.tune.kind == "full"
+    full = tune.kind == "full"
     precision = config.train.mixed_precision
     if precision == "auto":
         precision = "bf16" if cuda else "no"
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    peak, gradients = step_peak(backbone, latents, conditioning, reference=objective.needs_reference, autocast=autocast)
-    own_reference = stored_bytes(backbone.trunk, lambda name: ".lora_" in name and ".reference." in name)
+    peak, gradients = step_peak(
+        backbone,
+        latents,
+        conditioning,
+        reference=objective.needs_reference,
+        autocast=autocast,
+        micro_batches=-(-config.train.groups_per_step // (config.train.micro_batch * processes)),
+    )
     states = optimizer_bytes(config.optimizer.name, trained)
     cut = processes if config.train.shard == "fsdp2" else 1
+    own_reference = tune.init is not None and tune.reference == "init"
+    if full:
+        reference = frozen // cut if objective.needs_reference else 0
+    else:
+        reference = 4 * numbers if own_reference else 0
     parts = {
-        "weights": (4 * numbers if full else frozen) // cut,
-        "reference": (frozen if objective.needs_reference else 0) // cut if full else own_reference,
+        "weights": stored_bytes(backbone.trunk) // cut if full else frozen,
+        "reference": reference,
         "adapters": 0 if full else 4 * numbers,
         "optimiser": 0 if config.optimizer.offload else states // cut,
         "average": 4 * numbers // cut if config.train.ema_decay else 0,
@@ -244,3 +265,18 @@ def predict_memory(
         "activations": max(0, peak - gradients),
     }
     return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
+
+
+def described(config: Any, backbone: Any, members: int, *, cuda: bool, processes: int = 1) -> dict[str, str]:
+    """`predict_memory` of a micro-batch of groups with `members` images each, in words for `--dry-run`."""
+    conditioning = backbone.encode_prompts([""])
+    used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
+    images = used[OBJECTIVES[config.objective.name].members] * config.train.micro_batch
+    images = min(images, config.train.images_per_pass or images)
+    side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
+    shape = (images, backbone.latent_channels, side, side)
+    parts = predict_memory(config, backbone, shape, conditioning, cuda=cuda, processes=processes)
+    host = parts.pop("host")
+    sizes = {name: f"{size / 2**30:.3f} GiB" for name, size in parts.items() if size}
+    sizes["peak"] += f", in a step of {images} images at a time; beside it a CUDA context and the allocator's rounding"
+    return sizes | ({"host": f"{host / 2**30:.3f} GiB (optimizer.offload)"} if host else {})
