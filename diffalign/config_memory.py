@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_memory(config: TrainConfig) -> None:
     """Of `diffalign train`."""
     _check_quantize(config)
-    _check_offload(config.optimizer)
+    check_offload(config.optimizer)
     if config.train.shard != "none":
         _check_shard(config)
     if config.model.compile and config.model.quantize != "none":
@@ -25,7 +25,7 @@ def check_memory(config: TrainConfig) -> None:
 def check_memory_elsewhere(config: DistillConfig | RewardGradientConfig) -> None:
     """Of the loops that train in other ways."""
     _check_quantize(config)
-    _check_offload(config.optimizer)
+    check_offload(config.optimizer)
     if config.model.compile:
         refuse("compile serves `diffalign train`; leave it out here", "model.compile")
 
@@ -33,7 +33,7 @@ def check_memory_elsewhere(config: DistillConfig | RewardGradientConfig) -> None
 def check_memory_distillation(config: DistillConfig) -> None:
     """Of `diffalign distill`, which has a second optimiser."""
     check_memory_elsewhere(config)
-    _check_offload(config.fake.optimizer, "fake.optimizer")
+    check_offload(config.fake.optimizer, "fake.optimizer")
 
 
 def _check_quantize(config: TrainConfig | DistillConfig | RewardGradientConfig) -> None:
@@ -45,7 +45,8 @@ def _check_quantize(config: TrainConfig | DistillConfig | RewardGradientConfig) 
         )
 
 
-def _check_offload(optimizer: OptimizerSection, key: str = "optimizer") -> None:
+def check_offload(optimizer: OptimizerSection, key: str = "optimizer") -> None:
+    """Of every verb that has an optimiser."""
     if optimizer.offload and optimizer.name != "adamw":
         refuse(
             f"offload serves adamw, whose averages are large, not {optimizer.name}; leave it out",

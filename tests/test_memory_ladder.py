@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from test_training_models import Source, config_for
 from torch import nn
 
-from diffalign.config import load_distill_config, load_reward_gradient_config
+from diffalign.config import load_distill_config, load_judge_config, load_reward_gradient_config
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.quantize import Int8Linear
@@ -131,9 +131,10 @@ def test_offloaded_averages_lie_in_the_hosts_memory_after_loading() -> None:
 
 @pytest.mark.soak
 def test_compiled_blocks_are_compiled_once(sd3_dir: Path, soak: bool) -> None:
-    """Policy and reference in turns, two sizes of image: no graph is made after the first step with each size."""
-    if not soak:
-        return  # a compiler run of a minute
+    """Policy and reference in turns, two sizes of image: no graph is made after the first step with each size.
+
+    The short form traces and counts the same graphs without generating code for them.
+    """
     from torch._dynamo.utils import counters
 
     plain, backbone = load_backbone(sd3_dir), load_backbone(sd3_dir)
@@ -141,7 +142,7 @@ def test_compiled_blocks_are_compiled_once(sd3_dir: Path, soak: bool) -> None:
     for b in (plain, backbone):
         b.add_lora(4, 4)
         b.trunk.train()
-    backbone.compile_blocks(dynamic=True)
+    backbone.compile_blocks(dynamic=True, backend="inductor" if soak else "eager")
 
     def step(b: Any, side: int) -> torch.Tensor:
         noisy = torch.randn(2, 16, side, 12 - side // 2, generator=torch.Generator().manual_seed(side))
@@ -209,3 +210,8 @@ def test_other_loops_refuse_the_same(override: str, message: str) -> None:
     for load, recipe in loops:
         with pytest.raises(DiffalignError, match=message):
             load(recipe, ["tune={kind: full}", override])
+
+
+def test_judges_refuse_to_offload_what_is_small() -> None:
+    with pytest.raises(DiffalignError, match="offload serves adamw"):
+        load_judge_config("shapes_judge_gdso", ["optimizer={offload: true, name: adafactor}"])

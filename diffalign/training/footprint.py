@@ -1,8 +1,8 @@
 """Peak memory of a training step, predicted part by part before anything is put on a GPU.
 
-    peak = weights + reference + adapters + optimiser + average + gradients + activations
+    peak = weights + reference + adapters + optimiser + average + gradients + activations (+ gathered, with train.shard)
 
-All parts but the last follow from counts: bytes of the frozen weights as they are stored; 4 bytes a trained number for its
+All parts but activations follow from counts: bytes of the frozen weights as they are stored; 4 bytes a trained number for its
 gradient and for its average; for the optimiser see `optimizer_bytes`. Activations are counted: the step runs on the meta
 device, where tensors have shapes and no contents, and what is alive at its fullest moment is summed. Attention counts as
 torch's fused kernels keep it, and autocast as CUDA's rules have it. What a CUDA context, cuBLAS's workspaces and the
@@ -84,13 +84,14 @@ class CudaRules(TorchFunctionMode):
     """On the meta device: fused attention, and with `autocast` the casts that torch.autocast makes on CUDA.
 
     autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
-    kept until the block ends, as autocast's cache keeps them.
+    kept until `forget`, as autocast's cache keeps them to the end of the forward pass.
     """
 
     def __init__(self, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.autocast = autocast
         self._copies: dict[int, Tensor] = {}
+        self._keeps = True
         tensor: Any = Tensor
         self._low: set[Any] = {F.linear, F.conv2d, torch.conv2d, torch.matmul, tensor.matmul, torch.bmm, tensor.bmm}
         self._low |= {tensor.__matmul__, torch.baddbmm, torch.addmm, F.scaled_dot_product_attention}
@@ -107,15 +108,21 @@ class CudaRules(TorchFunctionMode):
             return _Attention.apply(*args[:3])
         return func(*args, **kwargs)
 
+    def forget(self) -> None:
+        """The forward pass is over: copies live as long as the graph needs them, and new ones are not kept."""
+        self._copies.clear()
+        self._keeps = False
+
     def _lowered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return value
         if value.dtype == self.autocast:
             return value
         if isinstance(value, nn.Parameter) and value.requires_grad:
-            if id(value) not in self._copies:
-                self._copies[id(value)] = value.to(self.autocast)
-            return self._copies[id(value)]
+            copy = self._copies[id(value)] if id(value) in self._copies else value.to(self.autocast)
+            if self._keeps:
+                self._copies[id(value)] = copy
+            return copy
         return value.to(self.autocast)
 
 
@@ -190,7 +197,7 @@ def step_peak(
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
         for _ in range(min(micro_batches, 2)):
-            with CudaRules(autocast):
+            with CudaRules(autocast) as rules:
                 kept = None
                 if reference:
                     with torch.no_grad(), backbone.role("reference"):
@@ -198,12 +205,26 @@ def step_peak(
                 with backbone.role("policy"):
                     error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
                 del kept
-            error.backward()
+                rules.forget()
+                # The rules hold here, too, where gradient checkpointing predicts again; a tensor method would suspend them.
+                torch.autograd.backward(error)
             del error
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
     return live.peak, gradients
+
+
+def gathered_bytes(backbone: Any) -> int:
+    """What fsdp2 puts together again during a step: of each trunk the weights outside its blocks, which stay whole, and two
+    blocks (one at work, one on its way); of the policy as much again for their gradients.
+    """
+    total = 0
+    for trunk in backbone.trunks():
+        blocks = [stored_bytes(m) for m in trunk.modules() if type(m).__name__ in backbone.blocks]
+        whole = stored_bytes(trunk) - sum(blocks) + 2 * max(blocks)
+        total += 2 * whole if trunk is backbone.trunk else whole
+    return total
 
 
 def predict_memory(
@@ -263,6 +284,7 @@ def predict_memory(
         "average": 4 * numbers // cut if config.train.ema_decay else 0,
         "gradients": gradients // cut,
         "activations": max(0, peak - gradients),
+        "gathered": gathered_bytes(backbone) if cut > 1 else 0,
     }
     return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
 
@@ -271,7 +293,8 @@ def described(config: Any, backbone: Any, members: int, *, cuda: bool, processes
     """`predict_memory` of a micro-batch of groups with `members` images each, in words for `--dry-run`."""
     conditioning = backbone.encode_prompts([""])
     used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
-    images = used[OBJECTIVES[config.objective.name].members] * config.train.micro_batch
+    groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))
+    images = groups * used[OBJECTIVES[config.objective.name].members]
     images = min(images, config.train.images_per_pass or images)
     side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
     shape = (images, backbone.latent_channels, side, side)
