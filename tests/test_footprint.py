@@ -113,3 +113,17 @@ def test_accumulated_gradients_are_there_from_the_second_micro_batch_on(sd3_dir:
         conditioning = {name: value[:1] for name, value in Source(backbone).conditioning.items()}
         peaks.append(predict_memory(config, backbone, (2, 16, 8, 8), conditioning, cuda=True))
     assert peaks[1]["activations"] > peaks[0]["activations"] and peaks[1]["gradients"] == peaks[0]["gradients"]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_counts_for_less(precision: str, sdxl_dir: Path, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        config = config_for(sdxl_dir, tmp_path, 1)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": precision})})
+        backbone = load_backbone(sdxl_dir, gradient_checkpointing=checkpointing)
+        conditioning = backbone.encode_prompts([""])
+        found.append(predict_memory(config, backbone, (2, 4, 32, 32), conditioning, cuda=False))
+    plain, saved = found
+    assert saved["activations"] < 0.8 * plain["activations"]
+    assert {**saved, "activations": 0, "peak": 0} == {**plain, "activations": 0, "peak": 0}

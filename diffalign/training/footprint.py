@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.objectives import OBJECTIVES
 
@@ -113,6 +115,15 @@ class CudaRules(TorchFunctionMode):
         self._copies.clear()
         self._keeps = False
 
+    def checkpoint(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """torch's gradient checkpointing, under these rules also when backward predicts again (where no mode reaches)."""
+
+        def ruled(*inputs: Any, **options: Any) -> Any:
+            with nullcontext() if self._keeps else CudaRules(self.autocast):
+                return function(*inputs, **options)
+
+        return checkpoint(ruled, *inputs, use_reentrant=False, **options)
+
     def _lowered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return value
@@ -197,7 +208,10 @@ def step_peak(
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
         for _ in range(min(micro_batches, 2)):
-            with CudaRules(autocast) as rules:
+            rules = CudaRules(autocast)
+            if backbone.trunk.is_gradient_checkpointing:
+                backbone.trunk.enable_gradient_checkpointing(rules.checkpoint)
+            with rules:
                 kept = None
                 if reference:
                     with torch.no_grad(), backbone.role("reference"):
@@ -205,9 +219,8 @@ def step_peak(
                 with backbone.role("policy"):
                     error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
                 del kept
-                rules.forget()
-                # The rules hold here, too, where gradient checkpointing predicts again; a tensor method would suspend them.
-                torch.autograd.backward(error)
+            rules.forget()
+            error.backward()
             del error
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
