@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
         super().__init__(parameters, **options, fused=True)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update. A closure is not taken: the loop has the gradients already."""
