@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         CombineSection,
         EvalConfig,
         ModelSection,
-        OptimizerSection,
         SampleConfig,
         TrainConfig,
     )
@@ -47,9 +46,6 @@ def check_training(config: TrainConfig) -> None:
     _check_inversion(config)
     _check_reference(config)
     _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
-    _check_memory(config)
-    _check_offload(config.optimizer)
-    _check_shard(config)
     times = config.times
     if times.sampler == "uniform" and (times.mean, times.std) != (0.0, 1.0):
         _refuse(
@@ -124,44 +120,6 @@ def _check_weights(config: TrainConfig) -> None:
             )
     if config.device == "cpu" and config.train.mixed_precision == "fp16":
         _refuse("fp16 needs a GPU; use no or bf16 with device=cpu", "train.mixed_precision", "device")
-
-
-def _check_memory(config: TrainConfig | DistillConfig) -> None:
-    if config.tune.kind == "full" and config.model.quantize != "none":
-        _refuse(
-            "quantised weights cannot train; set model.quantize=none, or tune.kind=lora",
-            "model.quantize",
-            "tune.kind",
-        )
-
-
-def _check_offload(optimizer: OptimizerSection, key: str = "optimizer") -> None:
-    if optimizer.offload and optimizer.name != "adamw":
-        _refuse(
-            f"offload serves adamw, whose averages are large, not {optimizer.name}; leave it out",
-            f"{key}.offload",
-            f"{key}.name",
-        )
-
-
-def _check_shard(config: TrainConfig) -> None:
-    if config.train.shard == "none":
-        return
-    if config.tune.kind != "full":
-        _refuse(
-            "a LoRA leaves little to cut over processes; use shard=none, or tune.kind=full", "train.shard", "tune.kind"
-        )
-    if config.optimizer.name != "adamw" or config.optimizer.offload:
-        _refuse("shard=fsdp2 takes optimizer.name=adamw without offload", "train.shard", "optimizer.name")
-    if config.validation.every is not None:
-        _refuse(
-            "one process draws the images of a validation, and none has all weights with shard=fsdp2; set "
-            "validation.every=null and evaluate afterwards",
-            "train.shard",
-            "validation.every",
-        )
-    if config.train.mixed_precision == "fp16":
-        _refuse("shard=fsdp2 has no loss scaling; use bf16", "train.shard", "train.mixed_precision")
 
 
 def _check_labels(config: TrainConfig) -> None:
@@ -427,12 +385,8 @@ def check_distillation(config: DistillConfig) -> None:
     for name, section in (("optimizer", config.optimizer), ("fake.optimizer", config.fake.optimizer)):
         if section.warmup_steps >= config.train.steps:
             _refuse(f"the warm-up does not end within train.steps={config.train.steps}", f"{name}.warmup_steps")
-        _check_offload(section, name)
     if config.tune.kind == "full" and (config.tune.init is not None or config.tune.targets is not None):
         _refuse("init and targets belong to a LoRA; leave them out with tune.kind=full", "tune.kind")
-    _check_memory(config)
-    if config.model.compile:
-        _refuse("compile serves `diffalign train`; leave it out here", "model.compile")
     _check_model(config.model, config.device, autocast=config.train.mixed_precision != "no")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from diffalign.config_checks import check_distillation
+from diffalign.config_memory import check_memory_distillation
 from diffalign.config_schema import (
     DEVICE,
     CheckpointSection,
@@ -226,4 +227,5 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
         check_distillation(self)
+        check_memory_distillation(self)
         return self

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from diffalign.config_checks import refuse
+from diffalign.config_memory import check_offload
 from diffalign.config_schema import (
     DEVICE,
     CheckpointSection,
@@ -137,6 +138,7 @@ class JudgeConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> JudgeConfig:
+        check_offload(self.optimizer)
         if self.method not in METHODS[self.role]:
             refuse(
                 f"a {self.role} is trained by {', '.join(METHODS[self.role])}, not by {self.method}", "method", "role"

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from diffalign.config_checks import check_reward_gradient
 from diffalign.config_distill import StudentValidationSection
+from diffalign.config_memory import check_memory_elsewhere
 from diffalign.config_schema import (
     DEVICE,
     CheckpointSection,
@@ -190,4 +191,5 @@ class RewardGradientConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RewardGradientConfig:
         check_reward_gradient(self)
+        check_memory_elsewhere(self)
         return self

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from pydantic_core import PydanticCustomError
 
 from diffalign.config_checks import check_evaluation, check_sampling, check_training
+from diffalign.config_memory import check_memory
 from diffalign.config_objectives import AnyObjective, DiffusionDPOSection
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
@@ -394,6 +395,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         check_training(self)
+        check_memory(self)
         return self
 
 

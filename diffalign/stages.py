@@ -38,7 +38,7 @@ from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.checkpoint import checkpoints
-from diffalign.training.footprint import predict_memory
+from diffalign.training.footprint import described
 from diffalign.training.loop import start_accelerator
 from diffalign.training.loop import train as train_backbone
 from diffalign.training.optim import check_installed
@@ -207,22 +207,11 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
         print(f"# {title}")
         for key, value in values.items():
             print(f"#   {key}: {value}")
-    _describe_memory(config, backbone, members, device)
-
-
-def _describe_memory(config: TrainConfig, backbone: Any, members: int, device: str) -> None:
-    """The predicted peak of a training step, by part. Leaves the backbone without numbers."""
-    side = config.data.resolution or backbone.default_resolution
-    images = config.train.micro_batch * (config.data.group_size or members)
-    shape = (images, backbone.latent_channels, side // backbone.vae_scale_factor, side // backbone.vae_scale_factor)
-    conditioning = backbone.encode_prompts([""])
-    backbone.drop_encoders()
-    parts = predict_memory(
-        config, backbone, shape, conditioning, cuda=device == "cuda", processes=int(os.environ.get("WORLD_SIZE", "1"))
-    )
-    print("# predicted memory of a step, GiB (docs/speed.md says how)")
-    for key, value in parts.items():
-        print(f"#   {key}: {value / 2**30:.3f}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = described(config, backbone, members, cuda=device != "cpu", processes=processes)  # uses the backbone up
+    print("# memory of a process, predicted")
+    for key, value in memory.items():
+        print(f"#   {key}: {value}")
 
 
 def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:

@@ -73,6 +73,8 @@ def _nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     )
     new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
     new.bias = layer.bias
+    # On some CPUs it would repack a layer in place for a kernel of lower precision: policy and reference would disagree.
+    new.support_avx512bf16_for_cpu = False
     moved: nn.Module = new.to(device)  # the move is what quantises
     return moved
 

@@ -129,11 +129,12 @@ class Tunable(ABC):
         """The policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
         return [trunk for trunk in (self.trunk, self._full_reference) if trunk is not None]
 
-    def compile_blocks(self, dynamic: bool = False) -> None:
+    def compile_blocks(self, dynamic: bool = False, backend: str = "inductor") -> None:
         """Compile the repeated blocks in place, after `add_lora` or `enable_full`; weights keep their names.
 
         Blocks of a kind share their graphs: one for each of policy and reference, so nothing is compiled again after the
         first step. dynamic: one graph for all sizes of images, for data in several buckets.
+        backend: torch.compile's.
         """
         import torch._dynamo
 
@@ -142,7 +143,7 @@ class Tunable(ABC):
         for trunk in self.trunks():
             for module in trunk.modules():
                 if type(module).__name__ in self.blocks:
-                    module.compile(dynamic=dynamic)
+                    module.compile(dynamic=dynamic, backend=backend)
 
     def add_fake(self, seed: int = 0) -> None:
         """A second trained network beside the policy, equal to the reference at first: role "fake" of distillation.

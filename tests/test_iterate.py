@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffalign import iterate, stages, testbed
-from diffalign.config import RoundsConfig, load_rounds_config
+from diffalign.config import RoundsConfig, load_config, load_rounds_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.roles import write_roles
 from diffalign.errors import DiffalignError

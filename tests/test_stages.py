@@ -134,6 +134,8 @@ def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.Cap
         "label_spread: 0.5",
         "without_preference: 0",
         "2 x 2 groups = 1.00 epochs",
+        "memory of a process, predicted",
+        "in a step of 4 images at a time",
     ):
         assert fact in said, fact
 

@@ -1,8 +1,8 @@
 """Peak memory of a training step, predicted part by part before anything is put on a GPU.
 
-    peak = weights + reference + adapters + optimiser + average + gradients + activations
+    peak = weights + reference + adapters + optimiser + average + gradients + activations (+ gathered, with train.shard)
 
-All parts but the last follow from counts: bytes of the frozen weights as they are stored; 4 bytes a trained number for its
+All parts but activations follow from counts: bytes of the frozen weights as they are stored; 4 bytes a trained number for its
 gradient and for its average; for the optimiser see `optimizer_bytes`. Activations are counted: the step runs on the meta
 device, where tensors have shapes and no contents, and what is alive at its fullest moment is summed. Attention counts as
 torch's fused kernels keep it, and autocast as CUDA's rules have it. What a CUDA context, cuBLAS's workspaces and the
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from diffalign.objectives import OBJECTIVES
 
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
@@ -79,22 +82,18 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    out: Tensor = _Attention.apply(query, key, value)
-    return out
-
-
 class CudaRules(TorchFunctionMode):
     """On the meta device: fused attention, and with `autocast` the casts that torch.autocast makes on CUDA.
 
     autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
-    kept until the block ends, as autocast's cache keeps them.
+    kept until `forget`, as autocast's cache keeps them to the end of the forward pass.
     """
 
     def __init__(self, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.autocast = autocast
         self._copies: dict[int, Tensor] = {}
+        self._keeps = True
         tensor: Any = Tensor
         self._low: set[Any] = {F.linear, F.conv2d, torch.conv2d, torch.matmul, tensor.matmul, torch.bmm, tensor.bmm}
         self._low |= {tensor.__matmul__, torch.baddbmm, torch.addmm, F.scaled_dot_product_attention}
@@ -111,15 +110,30 @@ class CudaRules(TorchFunctionMode):
             return _Attention.apply(*args[:3])
         return func(*args, **kwargs)
 
+    def forget(self) -> None:
+        """The forward pass is over: copies live as long as the graph needs them, and new ones are not kept."""
+        self._copies.clear()
+        self._keeps = False
+
+    def checkpoint(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """torch's gradient checkpointing, under these rules also when backward predicts again (where no mode reaches)."""
+
+        def ruled(*inputs: Any, **options: Any) -> Any:
+            with nullcontext() if self._keeps else CudaRules(self.autocast):
+                return function(*inputs, **options)
+
+        return checkpoint(ruled, *inputs, use_reentrant=False, **options)
+
     def _lowered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return value
         if value.dtype == self.autocast:
             return value
         if isinstance(value, nn.Parameter) and value.requires_grad:
-            if id(value) not in self._copies:
-                self._copies[id(value)] = value.to(self.autocast)
-            return self._copies[id(value)]
+            copy = self._copies[id(value)] if id(value) in self._copies else value.to(self.autocast)
+            if self._keeps:
+                self._copies[id(value)] = copy
+            return copy
         return value.to(self.autocast)
 
 
@@ -151,13 +165,13 @@ def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
 
     adamw: two float32 averages a number, and a float32 counter a tensor. adamw8bit: two bytes a number and two float32
     scales for every 256; tensors below 4,096 numbers as adamw without the counter. adafactor: for a tensor of two or more
-    dimensions the float32 means over its last and over its last but one, for others one float32 a number, and one a tensor.
+    dimensions the float32 means over its last and over its last but one, for others one float32 a number.
     """
     total = 0
     for parameter in parameters:
         n, shape = parameter.numel(), parameter.shape
         if name == "adafactor":
-            total += 4 + 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
+            total += 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
         elif name == "adamw8bit":
             total += 8 * n if n < SMALL else 2 * n + 2 * 4 * -(-n // BLOCK)
         else:
@@ -181,9 +195,11 @@ def step_peak(
     *,
     reference: bool,
     autocast: torch.dtype | None,
+    micro_batches: int = 1,
 ) -> tuple[int, int]:
     """Bytes at the fullest moment of forward and backward beside weights and optimiser, and how many of them are gradients
     when all are there. The backbone lies on the meta device; latents [N, C, h, w] is a shape, conditioning of one prompt.
+    From the second of several micro-batches on, all gradients are there while activations are.
     """
     noisy = torch.empty(latents, device="meta")
     times = torch.empty(latents[0], device="meta")
@@ -191,23 +207,37 @@ def step_peak(
     trained = list(backbone.trainable().values())
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
-        # Exchanged by name: a forward that gradient checkpointing repeats does not see the mode.
-        with mock.patch.object(F, "scaled_dot_product_attention", _fused), CudaRules(autocast):
-            kept = None
-            if reference:
-                with torch.no_grad(), backbone.role("reference"):
-                    kept = backbone.predict(noisy, times, repeated)
-            with backbone.role("policy"):
-                error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
-            del kept
-            # Gradient checkpointing repeats the forward here, under the same rules; error.backward() would suspend them.
-            # In this thread, where the modes hold.
-            with torch.autograd.set_multithreading_enabled(False):
-                torch.autograd.backward(error)
+        for _ in range(min(micro_batches, 2)):
+            rules = CudaRules(autocast)
+            if backbone.trunk.is_gradient_checkpointing:
+                backbone.trunk.enable_gradient_checkpointing(rules.checkpoint)
+            with rules:
+                kept = None
+                if reference:
+                    with torch.no_grad(), backbone.role("reference"):
+                        kept = backbone.predict(noisy, times, repeated)
+                with backbone.role("policy"):
+                    error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
+                del kept
+            rules.forget()
+            error.backward()
+            del error
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
     return live.peak, gradients
+
+
+def gathered_bytes(backbone: Any) -> int:
+    """What fsdp2 puts together again during a step: of each trunk the weights outside its blocks, which stay whole, and two
+    blocks (one at work, one on its way); of the policy as much again for their gradients.
+    """
+    total = 0
+    for trunk in backbone.trunks():
+        blocks = [stored_bytes(m) for m in trunk.modules() if type(m).__name__ in backbone.blocks]
+        whole = stored_bytes(trunk) - sum(blocks) + 2 * max(blocks)
+        total += 2 * whole if trunk is backbone.trunk else whole
+    return total
 
 
 def predict_memory(
@@ -226,34 +256,63 @@ def predict_memory(
     """
     from diffalign.training.loop import build_objective, prepare_policy
 
-    objective = build_objective(config.objective)
+    objective, tune = build_objective(config.objective), config.tune
     frozen = stored_bytes(backbone.trunk)
     to_meta(backbone)
-    prepare_policy(
-        config.model_copy(update={"model": config.model.model_copy(update={"compile": False})}), backbone, objective
-    )
+    # Whole, uncompiled and from no file: none of it changes a shape.
+    plain = {
+        "model": config.model.model_copy(update={"compile": False}),
+        "train": config.train.model_copy(update={"shard": "none"}),
+        "tune": tune.model_copy(update={"init": None, "reference": "init"}),
+    }
+    prepare_policy(config.model_copy(update=plain), backbone, objective)
     backbone.trunk.train()
     trained = list(backbone.trainable().values())
     numbers = sum(p.numel() for p in trained)
-    full = config.tune.kind == "full"
+    full = tune.kind == "full"
     precision = config.train.mixed_precision
     if precision == "auto":
         precision = "bf16" if cuda else "no"
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if config.model.gradient_checkpointing:
-        # torch refuses a repeated forward whose casts differ from the first's, as emulated ones do: the base's type stands.
-        autocast = None
-    peak, gradients = step_peak(backbone, latents, conditioning, reference=objective.needs_reference, autocast=autocast)
-    own_reference = stored_bytes(backbone.trunk, lambda name: ".lora_" in name and ".reference." in name)
+    peak, gradients = step_peak(
+        backbone,
+        latents,
+        conditioning,
+        reference=objective.needs_reference,
+        autocast=autocast,
+        micro_batches=-(-config.train.groups_per_step // (config.train.micro_batch * processes)),
+    )
     states = optimizer_bytes(config.optimizer.name, trained)
     cut = processes if config.train.shard == "fsdp2" else 1
+    own_reference = tune.init is not None and tune.reference == "init"
+    if full:
+        reference = frozen // cut if objective.needs_reference else 0
+    else:
+        reference = 4 * numbers if own_reference else 0
     parts = {
-        "weights": (4 * numbers if full else frozen) // cut,
-        "reference": (frozen if objective.needs_reference else 0) // cut if full else own_reference,
+        "weights": stored_bytes(backbone.trunk) // cut if full else frozen,
+        "reference": reference,
         "adapters": 0 if full else 4 * numbers,
         "optimiser": 0 if config.optimizer.offload else states // cut,
         "average": 4 * numbers // cut if config.train.ema_decay else 0,
         "gradients": gradients // cut,
         "activations": max(0, peak - gradients),
+        "gathered": gathered_bytes(backbone) if cut > 1 else 0,
     }
     return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
+
+
+def described(config: Any, backbone: Any, members: int, *, cuda: bool, processes: int = 1) -> dict[str, str]:
+    """`predict_memory` of a micro-batch of groups with `members` images each, in words for `--dry-run`."""
+    conditioning = backbone.encode_prompts([""])
+    used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
+    groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))
+    images = groups * used[OBJECTIVES[config.objective.name].members]
+    images = min(images, config.train.images_per_pass or images)
+    side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
+    shape = (images, backbone.latent_channels, side, side)
+    parts = predict_memory(config, backbone, shape, conditioning, cuda=cuda, processes=processes)
+    host = parts.pop("host")
+    sizes = {name: f"{size / 2**30:.3f} GiB" for name, size in parts.items() if size}
+    sizes["peak"] += f", in a step of {images} images at a time; beside it a CUDA context and the allocator's rounding"
+    return sizes | ({"host": f"{host / 2**30:.3f} GiB (optimizer.offload)"} if host else {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ class OffloadedAdamW(torch.optim.AdamW):
     def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
         super().__init__(parameters, **options, fused=True)
 
-    def step(self, closure: Any = None) -> Any:
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update. A closure is not taken: the loop has the gradients already."""
         if closure is not None:
             raise ValueError("OffloadedAdamW.step takes no closure")
