@@ -84,7 +84,7 @@ def _sampling(found: dict[str, Any]) -> list[str]:
 def _grid(found: dict[str, Any]) -> list[str]:
     rows = []
     for row in found["rows"]:
-        settings = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row["settings"].items()) or "none"
+        settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items()) or "none"
         line = [
             row["model"],
             row["objective"],
