@@ -1,4 +1,4 @@
-"""What the speed benchmark counts: FLOPs of the published sizes, and of the phases of a step; memory of attention."""
+"""What the speed benchmark counts: FLOPs of the published sizes, and of the phases of a step."""
 
 import sys
 from pathlib import Path
@@ -79,18 +79,3 @@ def test_a_step_is_cut_into_phases() -> None:
     # The output, 8 x 16 float32, is in every phase; the gradient of the weight, 32 x 16, joins it in backward.
     assert peaks["reference"] == 8 * 16 * 4
     assert peaks["backward"] >= 32 * 16 * 4
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_memory_knows_attention_by_place_and_by_name(named: bool) -> None:
-    """FLUX in diffusers names query, key and value; the matrix of all pairs, 64 x 64 a head, exists in neither case."""
-    from diffalign.training.footprint import CudaRules, LiveBytes
-
-    inputs = {name: torch.empty(1, 2, 64, 8, device="meta") for name in ("query", "key", "value")}
-    with LiveBytes() as live, CudaRules(None):
-        if named:
-            out = F.scaled_dot_product_attention(**inputs, dropout_p=0.0)
-        else:
-            out = F.scaled_dot_product_attention(*inputs.values())
-    assert out.shape == (1, 2, 64, 8)
-    assert live.peak == 4 * 2 * (64 * 8 + 64)  # the output and one number a query

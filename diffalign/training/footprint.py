@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
@@ -82,12 +85,12 @@ class CudaRules(TorchFunctionMode):
     """On the meta device: fused attention, and with `autocast` the casts that torch.autocast makes on CUDA.
 
     autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
-    kept until the block ends, as autocast's cache keeps them.
+    kept until the block ends, as autocast's cache keeps them; cache=False: no longer than autograd needs them.
     """
 
-    def __init__(self, autocast: torch.dtype | None) -> None:
+    def __init__(self, autocast: torch.dtype | None, cache: bool = True) -> None:
         super().__init__()
-        self.autocast = autocast
+        self.autocast, self.cache = autocast, cache
         self._copies: dict[int, Tensor] = {}
         tensor: Any = Tensor
         self._low: set[Any] = {F.linear, F.conv2d, torch.conv2d, torch.matmul, tensor.matmul, torch.bmm, tensor.bmm}
@@ -112,7 +115,7 @@ class CudaRules(TorchFunctionMode):
             return value
         if value.dtype == self.autocast:
             return value
-        if isinstance(value, nn.Parameter) and value.requires_grad:
+        if self.cache and isinstance(value, nn.Parameter) and value.requires_grad:
             if id(value) not in self._copies:
                 self._copies[id(value)] = value.to(self.autocast)
             return self._copies[id(value)]
@@ -185,6 +188,11 @@ def step_peak(
     times = torch.empty(latents[0], device="meta")
     repeated = {name: value.expand(latents[0], *value.shape[1:]).to("meta") for name, value in conditioning.items()}
     trained = list(backbone.trainable().values())
+    model: Any = backbone.trunk
+    if model.is_gradient_checkpointing:
+        # Blocks run again within backward, where the rules of the forward pass no longer hold; each under autocast of its own.
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), CudaRules(autocast, False)))
+        model.enable_gradient_checkpointing(lambda block, *inputs: again(block.__call__, *inputs))
     with LiveBytes() as live:
         live.ignore(list(backbone.trunk.parameters()))
         with CudaRules(autocast):
