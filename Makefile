@@ -6,6 +6,7 @@
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench-step     a step beside its bare parts, with a kept reference and in passes; steps among a million groups
+#   make bench-speed    training beside the common script, the bare arithmetic and the hardware's limit: docs/speed.md
 #   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
 #   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
 #   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
@@ -23,7 +24,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-speed bench-distillation bench-reward-gradient bench-rounds
+.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -74,6 +75,13 @@ bench-step: $(STAMP)
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/dataset_size.py --large 1000000 --steps 10000 --whole 20
 
+.PHONY: bench-speed
+bench-speed: $(STAMP)
+	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/throughput.py
+
 bench-quickstart: $(STAMP)
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
 	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
@@ -91,11 +99,6 @@ bench-synth: $(STAMP)
 
 bench-objectives: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
-
-bench-speed: $(STAMP)
-	$(BIN)/python benchmarks/throughput.py grid
-	$(BIN)/python benchmarks/throughput.py compare
-	$(BIN)/python benchmarks/throughput.py start
 
 bench-distillation: $(STAMP)
 	$(BIN)/python benchmarks/distillation.py

@@ -21,17 +21,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from one_step import stepping
 
 from diffalign.config import load_config
 from diffalign.data.source import Batch
 from diffalign.draws import draw, normal
-from diffalign.objectives import RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
-from diffalign.training.gradient import StepGradient, logged
-from diffalign.training.reading import Reading
-from diffalign.training.reference_key import open_store
-from diffalign.training.selection import Selection
 
 RESULTS = Path(__file__).parent / "results"
 K = 4
@@ -79,7 +75,6 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
         Batch(latents, conditioning, labels, torch.ones(groups, dtype=torch.bool), prompts, prompts),
         backbone.encode_prompts([""]),
     )
-    objective = RankDPO(50.0)
     flat = latents.flatten(0, 1)
     times = backbone.process.draw_times(torch.full((groups * K,), 0.5, dtype=torch.float64))
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
@@ -98,37 +93,19 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
             update((backbone.predict(noisy, times, repeated) - target).square().mean())
 
     accelerator = Accelerator(cpu=True)
-    parameters = backbone.trainable()
 
-    def stepping(*more: str) -> Callable[[int], None]:
+    def step_of(*more: str) -> Callable[[int], None]:
         """A step of the training loop, under a config with these overrides."""
         sizes = ("data.group_size=", f"train.groups_per_step={groups}", f"train.micro_batch={groups}", "device=cpu")
-        config = load_config("shapes_sdxl_rankdpo", (*sizes, *more))
-        store = open_store(config, source, backbone, objective, accelerator, groups)
-        selection = Selection.of(config, source)
-        gradient = StepGradient(
-            config, backbone, source, selection, accelerator, backbone.trunk, parameters, range(groups), groups,
-            Reading(backbone.device, folder), store, False, print, config.train.images_per_pass,
-        )  # fmt: skip
-
-        def step(number: int) -> None:
-            totals = gradient(number, selection.groups(number), objective)
-            norm = accelerator.clip_grad_norm_(parameters.values(), config.train.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            logged(accelerator, totals)
-            float(norm)
-            if store:
-                store.flush()
-
-        return step
+        config = load_config("shapes_sdxl_rankdpo", (*sizes, "objective.beta=50.0", *more))
+        return stepping(config, backbone, source, optimizer, accelerator, folder)
 
     kept = f"reference.store={folder / name}-kept"
-    filling, plain, passes = stepping(kept), stepping(), stepping(f"train.images_per_pass={max(1, groups * K // 4)}")
+    filling, plain, passes = step_of(kept), step_of(), step_of(f"train.images_per_pass={max(1, groups * K // 4)}")
     bare(), plain(0), passes(0)
     for number in range(repeat):
         filling(number)
-    stored = stepping(kept)
+    stored = step_of(kept)
     turns = [
         (seconds(bare), *(seconds(lambda one=one, n=n: one(n)) for one in (plain, stored, passes)))
         for n in range(repeat)

@@ -1,7 +1,7 @@
 """The models that speed is measured on: SDXL, SD3.5-Medium and FLUX.1-dev from their configs alone, randomly initialised.
 
 No weights are needed for a speed. `sdxl`, `sd35` and `flux` have the published sizes; the `small-` ones are what a CPU can step
-through. Text encoders and tokenizers are left out, since training reads embeddings; `common_script.py` builds its own.
+through. Text encoders are left out, since training reads embeddings; `common_script.py` builds its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.loading import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
+from diffalign.testbed.tokenizers import clip_tokenizer
 
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -157,11 +158,11 @@ def backbone(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
     channels = 4 if model.family == "sdxl" else 16
     with torch.device(device):
         vae = AutoencoderKL(**VAE | {"block_out_channels": (32,) * 4, "latent_channels": channels})
-    source = Source(name, Path(), None)
+    source = Source(name, Path(name), None)  # no such folder: there are no files to tell it by
     common: dict[str, Any] = {
         "vae": vae,
         "text_encoder": None,
-        "tokenizer": None,
+        "tokenizer": clip_tokenizer(),  # its length is part of the model's fingerprint
         "text_encoder_2": None,
         "tokenizer_2": None,
     }

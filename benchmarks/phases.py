@@ -6,74 +6,100 @@ not a copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from diffalign.training.footprint import LiveBytes
 
+# torch's own table has the fused attention kernels of GPUs and not those of CPUs.
+ON_CPU: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
+    ),
+}
 
-@dataclass
-class Phases:
-    """flops and peak bytes by phase, once `measured` has ended."""
 
-    cuda: bool
-    flops: dict[str, int] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)
-    without_gradient: int = 0
-    """Forwards of a trunk under no_grad."""
-    _counter: FlopCounterMode | None = None
-    _live: LiveBytes | None = None
-    _seen: int = 0
+def counted(what: Callable[[], object]) -> int:
+    """FLOPs of a call: two for each multiply-add of matrix products, convolutions and attention, nothing else."""
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+        what()
+    return int(counter.get_total_flops())
 
-    def _close(self, phase: str) -> None:
-        """What happened since the last cut belongs to `phase`."""
-        if self._counter is not None:
-            total = self._counter.get_total_flops()
-            self.flops[phase] = self.flops.get(phase, 0) + total - self._seen
-            self._seen = total
-        peak = 0
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated()
+
+@contextmanager
+def _cut(trunks: list[nn.Module], close: Callable[[str], None]) -> Iterator[None]:
+    """Within the block `close(phase)` is called at the end of every phase of a step."""
+    with ExitStack() as hooks:
+
+        def ran(*_: Any) -> None:
+            close("policy" if torch.is_grad_enabled() else "reference")
+
+        handles = [trunk.register_forward_hook(ran) for trunk in trunks]
+        handles += [trunk.register_forward_pre_hook(lambda *_: close("other")) for trunk in trunks]
+        handles.append(register_optimizer_step_pre_hook(lambda *_: close("backward")))
+        handles.append(register_optimizer_step_post_hook(lambda *_: close("update")))
+        for handle in handles:
+            hooks.callback(handle.remove)
+        yield
+        close("other")
+
+
+@contextmanager
+def flops_by_phase(trunks: list[nn.Module], references: int) -> Iterator[dict[str, int]]:
+    """Fills the dict with the FLOPs of the single step within the block.
+
+    Forwards without gradient beyond the `references` of the reference are an inversion's, each as large as the others.
+    """
+    found: dict[str, int] = {}
+    seen = without_gradient = 0
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+
+        def close(phase: str) -> None:
+            nonlocal seen, without_gradient
+            total = counter.get_total_flops()
+            found[phase] = found.get(phase, 0) + total - seen
+            seen, without_gradient = total, without_gradient + (phase == "reference")
+
+        with _cut(trunks, close):
+            yield found
+    if without_gradient > references:
+        one = found["reference"] // without_gradient
+        found |= {"reference": one * references, "inversion": one * (without_gradient - references)}
+
+
+@contextmanager
+def peaks_by_phase(trunks: list[nn.Module], cuda: bool) -> Iterator[dict[str, int]]:
+    """Fills the dict with the most bytes held in each phase of the single step within the block: all that CUDA's allocator
+    has given out; on a CPU only what operators made within the block, so without weights and optimiser."""
+    found: dict[str, int] = {}
+    with ExitStack() as stack:
+        live = None if cuda else stack.enter_context(LiveBytes())
+
+        def close(phase: str) -> None:
+            if live is None:
+                peak = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                peak, live.peak = live.peak, live.now
+            found[phase] = max(peak, found.get(phase, 0))
+
+        if live is None:
             torch.cuda.reset_peak_memory_stats()
-        elif self._live is not None:
-            peak, self._live.peak = self._live.peak, self._live.now
-        self.peaks[phase] = max(peak, self.peaks.get(phase, 0))
+        else:
+            # Views of weights, and averages that are changed in place, come out of operators too and are not made by them.
+            live.ignore(weight for trunk in trunks for weight in trunk.parameters())
 
-    def _ran(self, *_: Any) -> None:
-        self.without_gradient += not torch.is_grad_enabled()
-        self._close("policy" if torch.is_grad_enabled() else "reference")
+            def known(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+                live.ignore(value for value in tree_leaves(dict(optimizer.state)) if isinstance(value, Tensor))
 
-    @contextmanager
-    def measured(self, trunks: list[nn.Module], *, count: bool = True) -> Iterator[None]:
-        """Measure a single step. Memory: what CUDA's allocator holds; elsewhere what operators made within the block.
-        count=False leaves out FLOPs, whose counting disturbs the allocator."""
-        with ExitStack() as stack:
-            if not self.cuda:
-                self._live = stack.enter_context(LiveBytes())
-            if count:
-                self._counter = stack.enter_context(FlopCounterMode(display=False))
-            hooks = [trunk.register_forward_hook(self._ran) for trunk in trunks]
-            hooks += [trunk.register_forward_pre_hook(lambda *_: self._close("other")) for trunk in trunks]
-            hooks.append(register_optimizer_step_pre_hook(lambda *_: self._close("backward")))
-            hooks.append(register_optimizer_step_post_hook(lambda *_: self._close("update")))
-            try:
-                yield
-                self._close("other")
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-    def split(self, references: int) -> dict[str, int]:
-        """FLOPs by phase, with the forwards of an inversion apart from the `references` forwards of the reference."""
-        inverted = self.without_gradient - references
-        if inverted <= 0:
-            return dict(self.flops)
-        one = self.flops["reference"] // self.without_gradient
-        return {**self.flops, "reference": one * references, "inversion": one * inverted}
+            stack.callback(register_optimizer_step_pre_hook(known).remove)
+        with _cut(trunks, close):
+            yield found

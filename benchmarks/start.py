@@ -1,17 +1,25 @@
-"""Seconds until something happens: `diffalign --help`, and the first step of `diffalign train` on the embedded world."""
+"""Seconds until something happens: `diffalign --help`, and the first step of `diffalign train` on the embedded world.
+
+python benchmarks/start.py [--repeat 5]
+
+Aims: 0.5 s and 12 s, imports included. Writes the part `start` of results/speed-cpu.json and .md. Use a quiet machine.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
+from speed_results import RESULTS, keep
 
 DIFFALIGN = [sys.executable, "-m", "diffalign"]
 
@@ -38,29 +46,44 @@ def pairs(folder: Path, count: int = 8) -> Path:
     return folder / "data"
 
 
-def first_step_seconds() -> float:
-    """From starting the program to its line about step 1, with nothing cached: imports, model, encoding, one step."""
+def first_step() -> tuple[float, float]:
+    """Seconds from starting the program to its line about step 1, with nothing cached: imports, model, encoding, one step; and
+    the processor's seconds within them, of all cores together."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = [f"data.path={pairs(folder)}", f"run_dir={folder / 'run'}", "device=cpu", "train.steps=400"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
         with subprocess.Popen(
-            [*DIFFALIGN, "train", "shapes_sd3_dpo", *settings],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as program:
-            assert program.stdout is not None
+            [*DIFFALIGN, "train", "shapes_sd3_dpo", *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        ) as program:  # fmt: skip
+            assert program.stdout is not None and program.stderr is not None
             for line in program.stdout:
                 if line.startswith("step 1/"):
                     seconds = time.perf_counter() - started
                     program.kill()
-                    return seconds
-    raise SystemExit("diffalign train ended before its first step")
+                    program.wait()
+                    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            raise SystemExit(f"diffalign train ended before its first step: {program.stderr.read()}")
 
 
-def start(repeat: int = 5) -> dict[str, Any]:
-    found = {"diffalign --help": help_seconds(repeat), "train, first step": first_step_seconds()}
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write into")
+    given = parser.parse_args()
+    steps = [first_step() for _ in range(given.repeat)]
+    found = {
+        "diffalign --help": help_seconds(given.repeat),
+        "train, first step": statistics.median(seconds for seconds, _ in steps),
+        "train, first step, of the processor": statistics.median(processor for _, processor in steps),
+    }
     for name, value in found.items():
-        print(f"{name:20} {value:.2f} s")
-    return {"seconds": found}
+        print(f"{name:36} {value:.2f} s")
+    keep("start", {"repeat": given.repeat, "seconds": found}, given.results)
+
+
+if __name__ == "__main__":
+    main()

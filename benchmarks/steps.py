@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import models
 import torch
-from phases import Phases
+from phases import flops_by_phase, peaks_by_phase
 
 from diffalign.config import TrainConfig
 from diffalign.data.source import Batch
@@ -85,6 +85,9 @@ class RandomGroups:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def content(self) -> str:
+        return "random"
+
     def batch(self, indices: list[int]) -> Batch:
         if self.watch is not None:
             self.watch()
@@ -93,58 +96,55 @@ class RandomGroups:
         return Batch(self.latents[indices], conditioning, self.rewards[indices], self.mask[indices], names, names)
 
 
-class Stopwatch:
-    """Seconds of each step from one call to the next; before step `measure` begins, `begin` is called."""
+class Enough(Exception):
+    """Ends a training loop where nothing more is measured: no checkpoint and no weights are written."""
 
-    def __init__(self, cuda: bool, measure: int, begin: Any) -> None:
-        self.cuda, self.measure, self.begin = cuda, measure, begin
+
+class Watch:
+    """Called when a step begins. After `warm` steps it times `steps` of them, then one gives its memory and one its FLOPs:
+    counting FLOPs keeps tensors alive for a while, and both slow the step."""
+
+    def __init__(self, backbone: Any, cuda: bool, warm: int, steps: int, references: int) -> None:
+        self.backbone, self.cuda, self.warm, self.last, self.references = backbone, cuda, warm, warm + steps, references
         self.calls: list[float] = []
+        self.peaks: dict[str, int] = {}
+        self.flops: dict[str, int] = {}
+        self._running = ExitStack()
 
     def __call__(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-        if len(self.calls) == self.measure:
-            self.begin()
+        self._running.close()
+        done = len(self.calls)
         self.calls.append(time.perf_counter())
+        trunks = self.backbone.trunks()
+        if done == self.last:
+            self.peaks = self._running.enter_context(peaks_by_phase(trunks, self.cuda))
+        elif done == self.last + 1:
+            self.flops = self._running.enter_context(flops_by_phase(trunks, self.references))
+        elif done == self.last + 2:
+            raise Enough
 
-    def seconds(self, warm: int) -> list[float]:
-        """Of the steps after `warm` of them and before the measured one."""
-        kept = self.calls[warm : self.measure + 1]
-        return [after - before for before, after in itertools.pairwise(kept)]
+    def seconds(self) -> list[float]:
+        """Of each timed step."""
+        kept = self.calls[self.warm : self.last + 1]
+        return [after - before for before, after in pairwise(kept)]
 
 
 def measured(cell: Cell, device: str, steps: int, warm: int) -> dict[str, Any]:
-    """Seconds a step, FLOPs and peak bytes by phase, and the predicted peak by part."""
+    """Seconds of each step, FLOPs and peak bytes by phase, and the predicted peak by part."""
     cuda = device == "cuda"
-    phases = Phases(cuda)
-    counted = Phases(cuda)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        config = cell.config(Path(folder), warm + steps + 1, device)
+    with tempfile.TemporaryDirectory() as folder:
+        config = cell.config(Path(folder), 10**6, device)
         shape = (cell.groups * cell.images, *models.latent_shape(cell.model, cell.side))
         predicted = predict_memory(
             config, cell.backbone(config, device), shape, models.embeddings(cell.model), cuda=cuda
         )
         backbone = cell.backbone(config, device)
-        watch = Stopwatch(
-            cuda,
-            warm + steps,
-            lambda: stack.enter_context(phases.measured(backbone.trunks(), count=not cuda)),
-        )
-        source = RandomGroups(cell, watch)
-        train(config, backbone=backbone, source=source, say=lambda _: None)
-        stack.pop_all().close()
-        if cuda:
-            # Counting keeps tensors alive for a while, so memory and FLOPs are measured in steps of their own.
-            with tempfile.TemporaryDirectory() as other:
-                backbone = cell.backbone(config, device)
-                again = config.model_copy(
-                    update={"run_dir": Path(other), "train": config.train.model_copy(update={"steps": 1})}
-                )
-                with counted.measured(backbone.trunks()):
-                    train(again, backbone=backbone, source=RandomGroups(cell), say=lambda _: None)
-        objective = build_objective(config.objective)
-        flops = (counted if cuda else phases).split(int(objective.needs_reference))
-    return {"seconds": watch.seconds(warm), "flops": flops, "peaks": phases.peaks, "predicted": predicted}
+        watch = Watch(backbone, cuda, warm, steps, int(build_objective(config.objective).needs_reference))
+        with suppress(Enough):
+            train(config, backbone=backbone, source=RandomGroups(cell, watch), say=lambda _: None)
+        return {"seconds": watch.seconds(), "flops": watch.flops, "peaks": watch.peaks, "predicted": predicted}
 
 
 def model_flops(flops: dict[str, int], checkpointing: bool) -> int:

@@ -1,35 +1,31 @@
-"""How fast training is, beside the hardware's limit and beside the common script: the tables of docs/speed.md.
+"""How fast training is beside the hardware's limit, and what memory it takes: the tables of docs/speed.md.
 
-python benchmarks/throughput.py [grid] [--steps 10] [--only TEXT] [--small]
-python benchmarks/throughput.py compare [--rounds 8] [--pairs 2]
-python benchmarks/throughput.py start
+python benchmarks/throughput.py [--steps 10] [--only TEXT] [--small]
 
-grid     objective x model x LoRA or full x resolution x batch, and the memory ladder: steps, images and model-FLOPs a second,
-         the fraction of the matrix product's speed measured on the same device in the same run, peak memory by phase beside
-         what `--dry-run` predicts. On CUDA the full-size SDXL, SD3.5-Medium and FLUX.1-dev from their configs, randomly
-         initialised; on a CPU, or with --small, reduced ones. The real training loop runs, on random latents.
-compare  On a CPU, interleaved: our step, the common script's (common_script.py), and the bare forwards, backward and update.
-start    Seconds of `diffalign --help`, and of `diffalign train` until its first step on the embedded world.
+Objective x model x LoRA or full x resolution x batch, and the memory ladder: steps, images and model-FLOPs a second, the
+fraction of the matrix product's speed measured on the same device in the same run, peak memory by phase beside what `--dry-run`
+predicts. On CUDA the full-size SDXL, SD3.5-Medium and FLUX.1-dev from their configs, randomly initialised; on a CPU, or with
+--small, reduced ones. The real training loop runs, on random latents. Model-FLOPs are those of forwards, backward and
+inversion, without what gradient checkpointing computes twice.
 
-Writes results/throughput-DEVICE.json, each part under its own name. Use a quiet machine.
+Writes the part `grid` of results/speed-DEVICE.json and .md. Use a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare import compare
-from start import start
+from speed_results import RESULTS, keep
 from steps import Cell, matmul_ceiling, measured, model_flops
 
-RESULTS = Path(__file__).parent / "results"
+from diffalign.errors import DiffalignError
+
 LADDER: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient checkpointing": {"model.gradient_checkpointing": True},
@@ -45,10 +41,14 @@ FULL_LADDER: dict[str, dict[str, Any]] = {
 }
 
 
-def cells(small: bool) -> list[Cell]:
+ONLY_CUDA = {"model.compile": True, "model.quantize": "nf4", "optimizer.name": "adamw8bit"}
+"""Compiling takes a CPU minutes, and bitsandbytes' kernels are made for GPUs."""
+
+
+def cells(small: bool, cuda: bool) -> list[Cell]:
     """The grid."""
     prefix, side = ("small-", 256) if small else ("", 1024)
-    saving = {} if small else {"model.gradient_checkpointing": True}
+    saving: dict[str, Any] = {} if small else {"model.gradient_checkpointing": True}
     sdxl, sd35, flux = (prefix + name for name in ("sdxl", "sd35", "flux"))
     found = [
         Cell(model, objective, tune, side, groups, images, saving)
@@ -56,31 +56,40 @@ def cells(small: bool) -> list[Cell]:
         for tune in ("lora", "full")
         for objective, groups, images in (("dpo", 4, 2), ("rankdpo", 2, 4))
     ]
-    found += [Cell(sdxl, "smpo", "lora", side, 2, 2, {**saving, "noise": "inverted"})]
-    found += [Cell(flux, "dpo", "lora", side, 1, 2, {**saving, "model.quantize": "int8" if small else "nf4"})]
+    inverted = {"noise": "inverted", "inversion.steps": 2, "inversion.by": "policy"}
+    found += [Cell(sdxl, "smpo", "lora", side, 2, 2, saving | inverted)]
+    found += [Cell(flux, "dpo", "lora", side, 1, 2, saving | {"model.quantize": "nf4" if cuda else "int8"})]
     found += [Cell(sdxl, "dpo", "lora", side // 2, 4, 2, saving)]
     found += [Cell(sdxl, "dpo", "lora", side, 1, 2, settings) for settings in LADDER.values()]
     found += [Cell(sdxl, "dpo", "full", side, 1, 2, settings) for settings in FULL_LADDER.values()]
-    # On CPUs compiling takes minutes, and 8-bit optimisers of bitsandbytes a kernel that not all builds have.
-    return [c for c in found if not (small and "model.compile" in c.settings)]
+    return [c for c in found if cuda or not (c.settings.items() & ONLY_CUDA.items())]
 
 
 def row(cell: Cell, device: str, steps: int, warm: int, ceiling: float) -> dict[str, Any]:
-    """One line of the table. A cell that does not fit says so and costs the run nothing else."""
+    """One line of the table. A cell that does not fit, or lacks a package, says so and costs the run nothing else."""
     line: dict[str, Any] = {
         "model": cell.model, "objective": cell.objective, "tune": cell.tune, "side": cell.side, "groups": cell.groups,
         "images": cell.images, "settings": cell.settings,
     }  # fmt: skip
     try:
         found = measured(cell, device, steps, warm)
+        if cell.settings.get("model.compile"):
+            # The counter does not see into compiled blocks, whose FLOPs are those of plain ones.
+            plain = replace(cell, settings={k: v for k, v in cell.settings.items() if k != "model.compile"})
+            gc.collect()
+            found["flops"] = measured(plain, device, 0, 0)["flops"]
     except torch.OutOfMemoryError:
         return {**line, "failed": "out of memory"}
+    except DiffalignError as error:
+        return {**line, "failed": str(error)}
     finally:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
     seconds = statistics.median(found["seconds"])
     needed = model_flops(found["flops"], cell.settings.get("model.gradient_checkpointing", False))
+    predicted = {part: value / 2**30 for part, value in found["predicted"].items()}
+    whole = predicted["peak"] if device == "cuda" else predicted["gradients"] + predicted["activations"]
     return {
         **line,
         "seconds": seconds,
@@ -90,7 +99,8 @@ def row(cell: Cell, device: str, steps: int, warm: int, ceiling: float) -> dict[
         "model_teraflops_per_second": needed / seconds / 1e12,
         "fraction_of_ceiling": needed / seconds / ceiling,
         "peak_gib": {phase: value / 2**30 for phase, value in found["peaks"].items()},
-        "predicted_gib": {part: value / 2**30 for part, value in found["predicted"].items()},
+        "predicted_peak_gib": whole,
+        "predicted_gib": predicted,
     }
 
 
@@ -100,7 +110,7 @@ def grid(device: str, small: bool, steps: int, only: str) -> dict[str, Any]:
     ceiling = matmul_ceiling(device, dtype, (4096, 8192, 16384) if cuda else (512, 1024, 2048))
     print(f"matrix product: {ceiling / 1e12:.3f} TFLOP/s in {str(dtype).removeprefix('torch.')}", flush=True)
     rows = []
-    for cell in cells(small):
+    for cell in cells(small, cuda):
         if only not in str(cell):
             continue
         line = row(cell, device, steps, 3 if cuda else 1, ceiling)
@@ -108,39 +118,25 @@ def grid(device: str, small: bool, steps: int, only: str) -> dict[str, Any]:
         if "failed" in line:
             print(f"{cell}: {line['failed']}", flush=True)
             continue
-        peak = max(line["peak_gib"].values())
         print(
             f"{cell}: {line['seconds']:.3f} s, {line['images_per_second']:.2f} images/s, "
             f"{line['model_teraflops_per_second']:.3f} TFLOP/s, {line['fraction_of_ceiling']:.0%} of the ceiling, "
-            f"peak {peak:.2f} GiB (predicted {line['predicted_gib']['peak']:.2f})",
+            f"peak {max(line['peak_gib'].values()):.2f} GiB (predicted {line['predicted_peak_gib']:.2f})",
             flush=True,
         )
-    return {"ceiling_teraflops": ceiling / 1e12, "dtype": str(dtype), "rows": rows}
+    return {"ceiling_teraflops": ceiling / 1e12, "dtype": str(dtype), "whole_memory": cuda, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("grid", "compare", "start"), default="grid")
     parser.add_argument("--steps", type=int, default=None, help="timed steps of a cell: 10 on CUDA, 2 on a CPU")
     parser.add_argument("--only", default="", help="only cells whose name holds this")
     parser.add_argument("--small", action="store_true", help="the reduced models also on CUDA")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write into")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = given.steps or (10 if device == "cuda" else 2)
-    if given.part == "grid":
-        found = grid(device, given.small or device == "cpu", steps, given.only)
-    else:
-        found = compare(given.rounds, given.pairs) if given.part == "compare" else start()
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    path = RESULTS / f"throughput-{name.lower().replace(' ', '-')}.json"
-    RESULTS.mkdir(exist_ok=True)
-    document = json.loads(path.read_text()) if path.is_file() else {}
-    facts = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    document[given.part] = {**facts, **found}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written: {path}")
+    keep("grid", grid(device, given.small or device == "cpu", steps, given.only), given.results)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ class CudaRules(TorchFunctionMode):
             to: Callable[[Any], Any] = self._lowered if func in self._low else _widened
             args, kwargs = tree_map(to, args), tree_map(to, kwargs)
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
+            # diffusers passes them by place in some families and by name in others.
+            given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+            return _Attention.apply(given["query"], given["key"], given["value"])
         return func(*args, **kwargs)
 
     def forget(self) -> None:
