@@ -208,7 +208,7 @@ def step_peak(
     repeated = {name: value.expand(latents[0], *value.shape[1:]).to("meta") for name, value in conditioning.items()}
     trained = list(backbone.trainable().values())
     with LiveBytes() as live:
-        live.ignore(list(backbone.trunk.parameters()))
+        live.ignore([weight for trunk in backbone.trunks() for weight in trunk.parameters()])
         for _ in range(min(micro_batches, 2)):
             rules = CudaRules(autocast)
             if backbone.trunk.is_gradient_checkpointing:
