@@ -68,6 +68,8 @@ def test_a_student_in_plain_diffusers(
     folder = tmp_path / "run"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["dm"] == 0.0 < rows[1]["dm"]
+    paces = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    assert all(0 < row["waiting"] < 1 and row["seconds"] > 0 for row in paces)
     before = (folder / "metrics.jsonl").read_bytes()
     assert run("distill", path) == 0 and (folder / "metrics.jsonl").read_bytes() == before  # the run is complete
     if "validation" in more:

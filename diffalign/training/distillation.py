@@ -35,7 +35,8 @@ from diffalign.training.loop import Say, TrainResult, start_accelerator, validat
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
 from diffalign.training.oversight import Oversight
-from diffalign.training.progress import TrainProgress, peak_memory
+from diffalign.training.pace import Pace
+from diffalign.training.progress import TrainProgress
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.tracking import Metrics
 from diffalign.training.update import Parameters, Sums, check_finite, set_rate, update
@@ -121,11 +122,12 @@ def distill(
     if patience and idle >= patience:
         steps = first
     row: dict[str, float] = {}
+    pace = Pace()
 
     # ---- Steps -------------------------------------------------------------------------------------------------------
     with TrainProgress(first, steps, say, show=main) as progress:
         for step in range(first, steps):
-            started = time.monotonic()
+            started, waited = time.monotonic(), 0.0
             totals = Sums()
             norms: dict[str, float] = {}
             rates = {
@@ -145,6 +147,7 @@ def distill(
                 for start in mine[::micro]:
                     slots = list(range(start, start + micro))
                     chosen = [indices[s] for s in slots]
+                    began = time.monotonic()
                     batch = source.batch(chosen)
                     conditioning = {k: v.repeat_interleave(images, dim=0) for k, v in batch.items()}
                     ids = [source.ids[i] for i in chosen]
@@ -152,6 +155,7 @@ def distill(
                     beside = None
                     if critic is not None:
                         beside = make_critic_draws(config, student.process, iteration, slots, ids, shape, images)
+                    waited += time.monotonic() - began
                     if inner > 0:
                         with accelerator.autocast(), torch.no_grad():
                             rolled = roll_out(backbone, student, conditioning, draws, learn=False, finish=False)
@@ -202,9 +206,10 @@ def distill(
             # ---- Log ----
             done = step + 1
             row = _with_error(totals.means(accelerator), groups) | norms | rates
+            pace.add(time.monotonic() - started, waited)
             if done % config.train.log_every == 0 or done == steps:
                 if metrics_log:
-                    metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+                    metrics_log.log(done, row, pace.row())
                 oversight.row({"step": done, **row})
             progress.update(done, row)
 

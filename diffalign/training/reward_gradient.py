@@ -23,7 +23,8 @@ from diffalign.training.loop import Say, TrainResult, start_accelerator, validat
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step
 from diffalign.training.oversight import Oversight
-from diffalign.training.progress import TrainProgress, peak_memory
+from diffalign.training.pace import Pace
+from diffalign.training.progress import TrainProgress
 from diffalign.training.reward_gradient_draws import make_gradient_draws, span_of
 from diffalign.training.reward_gradient_step import Scores, reward_gradient_step
 from diffalign.training.run_dir import open_run_dir
@@ -106,11 +107,12 @@ def reward_gradient(
     if patience and idle >= patience:
         steps = first
     row: dict[str, float] = {}
+    pace = Pace()
 
     # ---- Steps -------------------------------------------------------------------------------------------------------
     with TrainProgress(first, steps, say, show=main) as progress:
         for step in range(first, steps):
-            started = time.monotonic()
+            started, waited = time.monotonic(), 0.0
             totals = Sums()
             rate = set_rate(optimizer, learning_rate(config.optimizer, step, config.train.steps))
             indices = groups_for_step(len(source), images, step, config.seed)
@@ -122,10 +124,13 @@ def reward_gradient(
                 slots = list(range(start, start + micro))
                 chosen = [indices[s] for s in slots]
                 ids = [source.ids[i] for i in chosen]
+                began = time.monotonic()
+                conditioning = source.batch(chosen)
                 draws = make_gradient_draws(config, step, slots, ids, shape)
+                waited += time.monotonic() - began
                 with accelerator.autocast():
                     output = reward_gradient_step(
-                        config, backbone, times, source.batch(chosen), source.unconditional, draws, span, chosen, scores
+                        config, backbone, times, conditioning, source.unconditional, draws, span, chosen, scores
                     )
                 share = output.loss.sum() / images
                 check_finite("loss", share, step, ids, run_dir, REMEDY)
@@ -142,9 +147,10 @@ def reward_gradient(
             done = step + 1
             where = {"judged_step": float(span.stop), "gradient_steps": float(span.length)}
             row = totals.means(accelerator) | {"grad_norm": norm, "lr": rate} | where
+            pace.add(time.monotonic() - started, waited)
             if done % config.train.log_every == 0 or done == steps:
                 if metrics_log:
-                    metrics_log.log(done, row, {"seconds": time.monotonic() - started, "peak_gib": peak_memory()})
+                    metrics_log.log(done, row, pace.row())
                 oversight.row({"step": done, **row})
             progress.update(done, row)
 
