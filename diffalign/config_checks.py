@@ -367,7 +367,7 @@ def check_distillation(config: DistillConfig) -> None:
     if reward.gradient_weight and not reward.terms:
         _refuse("there is no reward to take a gradient of; give reward.terms", "reward.gradient_weight")
     if bool(config.gan.weight) != (config.gan.real is not None):
-        _refuse("gan.weight and gan.real go together: real images to compare with, and how much that counts", "gan")
+        _refuse("real images and their weight go together: set gan.weight=0.005 and gan.real=FOLDER, or neither", "gan")
     if len({term.name for term in reward.terms}) < len(reward.terms):
         _refuse("a reward is named twice", "reward.terms")
     if match.low >= match.high:

@@ -122,3 +122,8 @@ def test_damage_grows_with_its_degree(dimension: str) -> None:
         shown.append(np.asarray(judged.judged(metadata, dimension, degree, rng).image, float))
     away = [np.abs(image - shown[0]).mean() for image in shown]
     assert away[0] == 0 and away[1] > 0 and away[4] > away[1]
+
+
+def test_records_that_are_not_there_are_named_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match=r"nowhere.jsonl: no such file; .* `diffalign testbed judge-data`"):
+        read_pairs(tmp_path / "nowhere.jsonl")

@@ -59,7 +59,7 @@ def test_no_number_is_read_inside_a_step(name: str, images: int | None, tmp_path
     watched.norm(0, batch.group_ids, norm)
     optimizer.step()
     assert all(value.device.type == "meta" for value in result.metrics.values())
-    with pytest.raises((RuntimeError, NotImplementedError)):  # the device does tell
+    with pytest.raises(RuntimeError, match="meta"):  # reading is an error there, so the lines above read nothing
         watched.check()
 
 

@@ -107,6 +107,11 @@ def inside(folder: Path, name: str, place: str, key: str) -> Path:
 
 def _read(path: Path, parse: Callable[[dict[str, Any], str, Path], Record]) -> list[Record]:
     found = []
+    if not path.is_file():
+        raise DiffalignError(
+            f"records {path}: no such file; docs/judge.md says what a line holds, and `diffalign testbed judge-data` makes "
+            "some of the embedded world"
+        )
     for place, row in entries(path):
         if isinstance(row, str):
             raise DiffalignError(f"{place}: {row}")
