@@ -31,12 +31,14 @@ from PIL import Image
 
 from diffalign import stages, stages_data
 from diffalign.config import load_config
-from diffalign.config_schema import EvalConfig
+from diffalign.config_schema import EvalConfig, SampleConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
+from diffalign.data.roles import write_roles
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.real_images import prompts_file, real_images
 from diffalign.rounds import RECIPES, REWARD, SAMPLING, make_data, sampling
 from diffalign.testbed.prompts import plural
 from diffalign.testbed.scenes import COLORS, SHAPES
@@ -50,7 +52,8 @@ GROUPS_PER_STEP = 8
 class Method:
     """`recipe`: the shapes recipe that it starts from; `forwards`: image-forwards of a group in a step.
 
-    `chosen`: what was chosen on validation prompts for a base and differs from the recipe's.
+    `chosen`: what was chosen on validation prompts for a base and differs from the recipe's. `roles`: learns rendered scenes
+    against unguided images of the base, one each a prompt, and needs no scores.
     """
 
     recipe: str
@@ -58,11 +61,14 @@ class Method:
     overrides: tuple[str, ...] = ()
     control: bool = False
     chosen: tuple[tuple[str, str], ...] = ()
+    bases: tuple[str, ...] = tuple(RECIPES)
+    roles: bool = False
 
     def settings(self, base: str) -> tuple[str, ...]:
         return (*self.overrides, *(value for name, value in self.chosen if name == base))
 
 
+FLOW = ("shapes-sd3",)  # the wider family has recipes for the flow model alone
 # An inversion in n = 1..5 steps, 3 on average, has two passes a step and image.
 METHODS: dict[str, Method] = {
     "SFT on the best image": Method(
@@ -79,6 +85,12 @@ METHODS: dict[str, Method] = {
     ),
     "SmPO, inverted noise": Method("smpo", 4 + 2 * 2 * 3, control=True),
     "GDRO, 6": Method("gdro", 12, control=True),
+    "IPO": Method("ipo", 4, bases=FLOW),
+    "SimPO": Method("simpo", 2, bases=FLOW),
+    "MADPO": Method("madpo", 4, bases=FLOW),
+    "Constrained DPO": Method("constrained", 4, bases=FLOW),
+    "DisCO, 6": Method("disco", 12, bases=FLOW),
+    "DDO, real against generated": Method("ddo", 4, bases=FLOW, roles=True),
 }
 
 
@@ -158,7 +170,7 @@ def cells(bases: list[str], seeds: list[int], methods: list[str], controls: bool
         for base in bases
         for seed in seeds
         for name, method in METHODS.items()
-        if any(name.startswith(wanted) for wanted in methods)
+        if base in method.bases and any(name.startswith(wanted) for wanted in methods)
         for shuffled in ((False, True) if method.control and controls else (False,))
     ]
 
@@ -183,6 +195,20 @@ def prepare_data(base: str, seed: int, shuffled: bool, out: Path, size: Size) ->
     return own
 
 
+def prepare_roles(base: str, seed: int, out: Path, size: Size) -> Path:
+    """Rendered scenes of the training prompts, each beside an image of the base without guidance, as DDO wants it."""
+    folder = out / base / f"data-{seed}-roles"
+    real = real_images("testbed", "testbed:train", size.groups, seed)
+    prompts = prompts_file([row for row, _ in real], folder / "prompts.jsonl")
+    plan = {
+        "model": load_config(RECIPES[base]).model.model_dump(), "prompts": str(prompts), "out": str(folder / "drawn"),
+        "seed": seed, "images_per_prompt": 1, **sampling(base), "guidance_scale": 1.0,
+    }  # fmt: skip
+    stages.sample(SampleConfig.model_validate(plan))
+    write_roles(real, PreferenceDataset(folder / "drawn"), folder / "data")
+    return folder / "data"
+
+
 def diversity(images: Path) -> float:
     """Root mean square difference in [0, 1] of two images of one prompt, averaged over prompts and pairs."""
     by_prompt: dict[str, list[np.ndarray]] = {}
@@ -204,7 +230,10 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     method = METHODS[cell.method]
     steps = steps_of(method, size)
     recipe = RECIPES[cell.base].replace("dpo", method.recipe)
-    data = prepare_data(cell.base, cell.seed, cell.shuffled, out, size)
+    if method.roles:
+        data = prepare_roles(cell.base, cell.seed, out, size)
+    else:
+        data = prepare_data(cell.base, cell.seed, cell.shuffled, out, size)
     given = (f"run_dir={folder}", f"data.path={data}", f"seed={cell.seed}", f"train.steps={steps}")
     config = load_config(recipe, (*given, "tracking.trackers=[]", *method.settings(cell.base), *overrides))
     stages_data.cache(config)  # so that the time below is that of the steps

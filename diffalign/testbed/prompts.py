@@ -8,6 +8,7 @@ for with any training prompt. `a circle left of a square` and `a square right of
 import hashlib
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,15 @@ def _rank(combination: list[Metadata]) -> bytes:
     return hashlib.blake2b(combination[0]["prompt"].encode(), digest_size=8).digest()
 
 
+@cache
+def _ordered(tag: str) -> list[list[Metadata]]:
+    # Kept: a judge's training draws prompts one by one, and making them anew took more time than the model.
+    return sorted(combinations(tag), key=_rank)
+
+
 def combinations_of(split: str, tag: str) -> list[list[Metadata]]:
-    """A kind's combinations in one split, in an order that depends on nothing but their words."""
-    ordered = sorted(combinations(tag), key=_rank)
+    """A kind's combinations in one split, in an order that depends on nothing but their words. Not to be changed."""
+    ordered = _ordered(tag)
     start = 0
     for name, share in SPLITS.items():
         end = len(ordered) if name == "train" else start + max(1, round(share * len(ordered)))
