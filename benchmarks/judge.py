@@ -48,7 +48,7 @@ class Size:
     groups: int = 900
     test_groups: int = 150
     sampled: int = 200
-    direct: int = 600
+    direct: int = 400
     traces: int = 4
     max_tokens: int = 24
     records: int = 8

@@ -235,7 +235,10 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     else:
         data = prepare_data(cell.base, cell.seed, cell.shuffled, out, size)
     given = (f"run_dir={folder}", f"data.path={data}", f"seed={cell.seed}", f"train.steps={steps}")
-    config = load_config(recipe, (*given, "tracking.trackers=[]", *method.settings(cell.base), *overrides))
+    # One thread: with two, each waits for the other wherever something else holds a core.
+    config = load_config(
+        recipe, (*given, "train.threads=1", "tracking.trackers=[]", *method.settings(cell.base), *overrides)
+    )
     stages_data.cache(config)  # so that the time below is that of the steps
     started = time.process_time()
     stages.train(config)

@@ -36,7 +36,8 @@ def plan(name: str, seed: int, out: Path, tiny: bool) -> RoundsConfig:
     source = out / f"train-{seed}.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps(row) + "\n" for row in prompts("train", groups, seed)))
-    training = [f"train.steps={steps * ROUNDS // rounds}", "tracking.trackers=[]"]
+    # One thread: with two, each waits for the other wherever something else holds a core.
+    training = [f"train.steps={steps * ROUNDS // rounds}", "train.threads=1", "tracking.trackers=[]"]
     given = {
         "out": str(out / f"{name}-{seed}"), "rounds": rounds, "seed": 10 * seed, "patience": None, "overrides": training,
         "data.prompts": str(source), "data.n": None, "data.images_per_prompt": images, "evaluate.n": held_out,
