@@ -108,14 +108,16 @@ def open_rewards(
 
 
 class Ticker:
-    """A plain line every few seconds: sampling has no loss to show."""
+    """A plain line every few seconds: sampling has no loss to show. Time counts anew from a call with 0 done."""
 
     def __init__(self, what: str, every: float = 15.0) -> None:
         self.what, self.every, self.started, self.last = what, every, time.monotonic(), time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.last >= self.every or done == total:
+        if not done:
+            self.started = self.last = now
+        elif now - self.last >= self.every or done == total:
             self.last = now
             say(f"{self.what}: {done}/{total} images, {(now - self.started) / max(done, 1):.3f} s each")
 

@@ -79,6 +79,8 @@ def sample_images(
             old.unlink()
         mark.write_text(wanted)
     cells = plan.cells()
+    if on_progress:
+        on_progress(0, len(cells))
     for start in range(0, len(cells), plan.batch_size):
         batch = cells[start : start + plan.batch_size]
         if not all(image_path(folder, *cell).is_file() for cell in batch):
