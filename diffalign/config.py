@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from diffalign.config_data import DataSection, LabelSection
 from diffalign.config_distill import DistillConfig
 from diffalign.config_errors import explain
 from diffalign.config_judge import JudgeConfig
@@ -23,9 +24,7 @@ from diffalign.config_reward_gradient import RewardGradientConfig
 from diffalign.config_rounds import RoundsConfig
 from diffalign.config_schema import (
     CheckpointSection,
-    DataSection,
     EvalConfig,
-    LabelSection,
     ModelSection,
     OptimizerSection,
     PolicySection,

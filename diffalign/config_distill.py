@@ -9,21 +9,20 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config_checks import check_distillation
+from diffalign.config_checks_distill import check_distillation
 from diffalign.config_memory import check_memory_distillation
 from diffalign.config_schema import (
     DEVICE,
     CheckpointSection,
     Device,
-    FilePath,
     ModelSection,
     OptimizerSection,
     RewardSection,
-    Section,
     TimeSection,
     TrackingSection,
     TuneSection,
 )
+from diffalign.config_section import FilePath, Section
 
 
 class StudentSection(Section):

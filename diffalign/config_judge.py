@@ -8,15 +8,8 @@ from pydantic import Field, model_validator
 
 from diffalign.config_checks import refuse
 from diffalign.config_memory import check_offload
-from diffalign.config_schema import (
-    DEVICE,
-    CheckpointSection,
-    Device,
-    FilePath,
-    OptimizerSection,
-    Section,
-    TrackingSection,
-)
+from diffalign.config_schema import DEVICE, CheckpointSection, Device, OptimizerSection, TrackingSection
+from diffalign.config_section import FilePath, Section
 
 METHODS = {"teacher": ("gdso", "grpo", "sft", "bt"), "student": ("risd", "sft", "opd")}
 

@@ -9,22 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config_checks import check_reward_gradient
+from diffalign.config_checks_reward_gradient import check_reward_gradient
 from diffalign.config_distill import StudentValidationSection
 from diffalign.config_memory import check_memory_elsewhere
 from diffalign.config_schema import (
     DEVICE,
     CheckpointSection,
     Device,
-    FilePath,
     ModelSection,
     OptimizerSection,
     RewardSection,
-    Section,
-    Sizes,
     TrackingSection,
     TuneSection,
 )
+from diffalign.config_section import FilePath, Section, Sizes
 
 DETACH_INPUT = (
     "true: what the network sees carries no gradient from earlier steps (DRTune); the latents themselves still do"

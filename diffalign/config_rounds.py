@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffalign.config_schema import FilePath, RewardSection, Section
+from diffalign.config_schema import RewardSection
+from diffalign.config_section import FilePath, Section
 from diffalign.config_synth import RankSection
 
 

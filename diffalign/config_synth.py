@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from diffalign.config_checks import check_ranking, check_synth
-from diffalign.config_schema import DEVICE, Device, FilePath, ModelSection, RewardSection, Section
+from diffalign.config_schema import DEVICE, Device, ModelSection, RewardSection
+from diffalign.config_section import FilePath, Section
 
 SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
 

@@ -121,8 +121,8 @@ def untrained_judge(size: str, seed: int = 0) -> Judge:
         "vocab_size": len(tokenizer), "hidden_size": s.width, "intermediate_size": 3 * s.width, "num_hidden_layers": s.layers,
         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": s.width // 4, "max_position_embeddings": 1024,
         # The usual 0.02 is made for widths of thousands: here it shrinks what an image says with every layer, to nothing.
-        "initializer_range": s.width**-0.5, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "initializer_range": s.width**-0.5, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+        "tie_word_embeddings": True, "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True,
             "mrope_section": [s.width // 8 - 2 * (s.width // 32), s.width // 32, s.width // 32],
