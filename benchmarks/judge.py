@@ -44,7 +44,7 @@ TEACHING = "gdso"  # the teacher whose distributions RISD learns, and that OPD a
 class Size:
     """groups: prompts of training and of evaluation; base: steps of the bases; cases: of the two checks."""
 
-    base: int = 2_000
+    base: int = 3_000
     groups: int = 900
     test_groups: int = 150
     sampled: int = 200

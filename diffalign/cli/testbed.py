@@ -103,7 +103,7 @@ def testbed_judge_base(
     out: Annotated[
         Path, typer.Argument(help="The folder to write: a transformers model with processor and judge.json.")
     ],
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 images.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 images.")] = 3000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and images.")] = 0,
 ) -> None:
     """Teach a small Qwen3-VL from nothing to describe the embedded world, and to rate it badly: where judges start."""

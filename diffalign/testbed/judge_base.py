@@ -44,6 +44,8 @@ class Size:
     seen_layers: int
 
 
+# What a base is taught, in turn: to compare a picture with its prompt takes longest to learn.
+TAUGHT = ("alignment", "realism", "alignment", "plausibility")
 SIZES = {"teacher": Size(128, 3, 96, 3), "student": Size(64, 2, 64, 2)}
 
 
@@ -51,7 +53,7 @@ SIZES = {"teacher": Size(128, 3, 96, 3), "student": Size(64, 2, 64, 2)}
 class BaseSettings:
     """How a base is taught. noise: the share of its scores that are drawn evenly, whatever is seen."""
 
-    steps: int = 2_000
+    steps: int = 3_000
     batch: int = 32
     lr: float = 1e-3
     warmup: int = 100
@@ -149,10 +151,10 @@ def untrained_judge(size: str, seed: int = 0) -> Judge:
 
 
 def samples(seed: int, step: int, batch: int) -> list[Judged]:
-    """A batch of images of training prompts with their faults, all dimensions in turn."""
+    """A batch of images of training prompts with their faults, the dimensions of `TAUGHT` in turn."""
     rng = np.random.default_rng([seed, step, 11])
     return [
-        judged(any_prompt("train", rng), DIMENSIONS[i % len(DIMENSIONS)], int(rng.integers(5)), rng)
+        judged(any_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng)
         for i in range(batch)
     ]
 
