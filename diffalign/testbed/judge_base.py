@@ -153,10 +153,7 @@ def untrained_judge(size: str, seed: int = 0) -> Judge:
 def samples(seed: int, step: int, batch: int) -> list[Judged]:
     """A batch of images of training prompts with their faults, the dimensions of `TAUGHT` in turn."""
     rng = np.random.default_rng([seed, step, 11])
-    return [
-        judged(any_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng)
-        for i in range(batch)
-    ]
+    return [judged(any_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng) for i in range(batch)]
 
 
 def noisy_level(score: float, noise: float, rng: np.random.Generator) -> int:
