@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from diffalign import stages
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare, pool
@@ -167,3 +168,27 @@ def test_the_corrected_score() -> None:
     assert found[0, 0] == pytest.approx(0.66 * 0.428 + 0.2)
     with pytest.raises(DiffalignError, match="no score 'hps'; there are geneval.dense"):
         corrected(scores, "hps", [])
+
+
+def test_time_per_image_counts_from_the_models_own_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    tickers = {"base": stages.Ticker("base"), "tuned": stages.Ticker("tuned")}
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        now[0] += len(prompts)  # a second an image
+        return [Image.new("L", (8, 8), 9) for _ in prompts]
+
+    evaluate(
+        base=draw,
+        tuned=draw,
+        plan=PLAN,
+        rewards={"r": Brightness()},
+        out=tmp_path,
+        identities={"base": "a", "tuned": "b"},
+        on_progress=lambda model, done, total: tickers[model](done, total),
+    )
+    told = capsys.readouterr().out
+    assert "base: 18/18 images, 1.000 s each" in told and "tuned: 18/18 images, 1.000 s each" in told

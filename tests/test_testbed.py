@@ -119,3 +119,9 @@ def test_misdescribed_replaces_the_stated_share() -> None:
     # A replaced colour is the old one again once in seven.
     assert np.mean(colors) == pytest.approx(1 - 0.35 * (1 - 1 / len(COLORS)), abs=0.03)
     assert len(SHAPES) == 6
+
+
+def test_prompts_are_the_callers_own() -> None:
+    rows = prompts("test", 4)
+    rows[0]["include"][0]["class"] = "changed"
+    assert prompts("test", 4)[0]["include"][0]["class"] != "changed"

@@ -106,7 +106,7 @@ def testbed_judge_base(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 images.")] = 3000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and images.")] = 0,
 ) -> None:
-    """Teach a small Qwen3-VL from nothing to describe the embedded world, and to rate it badly: where judges start."""
+    """Teach a small Qwen3-VL from nothing to describe and rate the embedded world, from scores that are mostly noise."""
     with plain_errors():
         if size not in ("teacher", "student"):
             raise DiffalignError(f"size {size}: unknown; one of teacher, student")

@@ -104,7 +104,7 @@ def judge_processor(tokenizer: Any) -> Any:
         size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
         patch_size=PATCH,
         merge_size=2,
-        # Of rendered scenes, which are mostly ground: with 0.5 and 0.5 blur and noise hardly show in the numbers.
+        # Of rendered scenes, which are mostly light ground: 0.5 and 0.5 leave them little contrast.
         image_mean=[0.85] * 3,
         image_std=[0.25] * 3,
     )
@@ -122,7 +122,7 @@ def untrained_judge(size: str, seed: int = 0) -> Judge:
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": s.width, "intermediate_size": 3 * s.width, "num_hidden_layers": s.layers,
         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": s.width // 4, "max_position_embeddings": 1024,
-        # The usual 0.02 is made for widths of thousands: here it shrinks what an image says with every layer, to nothing.
+        # With the usual 0.02, which is made for widths of thousands, such a model hardly learnt to see: docs/judge.md.
         "initializer_range": s.width**-0.5, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
         "tie_word_embeddings": True, "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "rope_parameters": {

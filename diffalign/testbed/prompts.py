@@ -8,6 +8,7 @@ for with any training prompt. `a circle left of a square` and `a square right of
 import hashlib
 import itertools
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -132,7 +133,7 @@ def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
     while len(chosen) < n:
         chosen += [wordings[tag][depth] for tag in TAGS if depth < len(wordings[tag])]
         depth += 1
-    return chosen[:n]
+    return deepcopy(chosen[:n])
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
