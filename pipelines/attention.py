@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.kernels import avoid_cudnn_attention
 
 ATTENTION = ("sdpa", "xformers", "flash")
 # The same in the words of diffusers' dispatcher.
@@ -24,13 +25,14 @@ def set_attention(model: nn.Module, kind: str) -> None:
 
     FLUX's processors do go through diffusers' dispatcher and are told their kernel one by one, which spares the others.
 
-    `sdpa`: torch picks the kernel. `flash`: torch's flash kernel or an error, never a silent fall-back. `xformers`: its
-    memory-efficient attention. Raises DiffalignError for an unknown kind, or xformers without the package or CUDA.
+    `sdpa`: torch picks the kernel, but not cuDNN's. `flash`: torch's flash kernel or an error, never a silent fall-back.
+    `xformers`: its memory-efficient attention. Raises DiffalignError for an unknown kind, and where xformers cannot run.
     """
     if kind not in ATTENTION:
         raise DiffalignError(f"model.attention: unknown kind '{kind}'; choose one of {', '.join(ATTENTION)}")
     if kind == "xformers":
         _require_xformers()
+    avoid_cudnn_attention()
     trunk: Any = model
     if all("Flux" in type(processor).__name__ for processor in trunk.attn_processors.values()):
         for processor in trunk.attn_processors.values():
@@ -52,6 +54,24 @@ def _require_xformers() -> None:
         ) from error
     if not torch.cuda.is_available():
         raise DiffalignError("model.attention: xformers needs a CUDA device and none is available; use attention: sdpa")
+    if not _xformers_computes():
+        raise DiffalignError(
+            "model.attention: the installed xformers has no kernel for this torch and GPU (`python -m xformers.info` says what "
+            "it was built for); use attention: sdpa, which picks among torch's own fused kernels"
+        )
+
+
+@functools.cache
+def _xformers_computes() -> bool:
+    """A wheel for another torch imports with a warning, and every call of it fails."""
+    from xformers.ops import memory_efficient_attention
+
+    small = torch.zeros(1, 32, 1, 64, dtype=torch.float16, device="cuda")
+    try:
+        memory_efficient_attention(small, small, small)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _processors(kind: str) -> tuple[type, type]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.kernels import avoid_cudnn_attention
 
 EDGE = 1 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -85,6 +86,7 @@ def fingerprint(path: Path) -> str:
 def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
     """`kind.from_pretrained(folder)`, tensors only. Raises DiffalignError where a parameter is missing, which transformers
     only warns of before it draws that at random."""
+    avoid_cudnn_attention()  # judges train, and rewards are followed by their gradient
     try:
         model, info = kind.from_pretrained(folder, dtype=dtype, weights_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_rewards
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines import Backbone, load_backbone
+from diffalign.pipelines import Backbone, attention, load_backbone
+from diffalign.rewards import load_reward
 
 FAMILIES = ["sd15_dir", "sdxl_dir", "sd3_dir"]
 
@@ -83,13 +86,17 @@ def test_xformers_is_refused_where_it_cannot_run(sd15_dir: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DiffalignError, match="xformers needs a CUDA device"):
         load_backbone(sd15_dir, attention="xformers")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_xformers_computes", lambda: False)
+    with pytest.raises(DiffalignError, match="has no kernel for this torch and GPU"):
+        load_backbone(sd15_dir, attention="xformers")
 
 
 def pretend_xformers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An xformers whose kernel is torch's, to watch the switch on a CPU. Returns the list of its calls."""
     calls: list[int] = []
 
-    def attention(query: Any, key: Any, value: Any, attn_bias: Any = None, op: Any = None, scale: Any = None) -> Any:
+    def kernel(query: Any, key: Any, value: Any, attn_bias: Any = None, op: Any = None, scale: Any = None) -> Any:
         calls.append(1)
         # xformers takes [B, L, D] or [B, L, heads, D]
         many = query.dim() == 4
@@ -98,12 +105,13 @@ def pretend_xformers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return out.transpose(1, 2) if many else out
 
     package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
-    vars(package)["ops"], vars(ops)["memory_efficient_attention"] = ops, attention
+    vars(package)["ops"], vars(ops)["memory_efficient_attention"] = ops, kernel
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     from diffusers.models import attention_processor
 
     monkeypatch.setattr(attention_processor, "xformers", package, raising=False)
+    monkeypatch.setattr(attention, "_xformers_computes", lambda: True)  # asks a GPU
     return calls
 
 
@@ -116,6 +124,17 @@ def test_xformers_computes_every_attention(folder: Path, monkeypatch: pytest.Mon
     layers = sum(1 for name, _ in backbone.trunk.named_modules() if name.endswith(("attn", "attn1", "attn2")))
     assert len(calls) == layers > 0
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cudnns_kernel_is_never_chosen(sd3_dir: Path, tmp_path: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_backbone(sd3_dir)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_reward("pickscore", weights=tiny_rewards.clip_folder(tmp_path)).measure(
+        [Image.new("RGB", (8, 8))], ["snow"], [{}]
+    )
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_unknown_kind_is_refused(sd3_dir: Path) -> None:
