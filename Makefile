@@ -1,6 +1,6 @@
 # Every target sets up .venv first, and again only when pyproject.toml has changed.
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
-#   make test           the test suite
+#   make test           the test suite;  make test-gpu: what needs a CUDA device
 #   make lint           ruff, mypy, import contracts (the last two on the built wheel)
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
@@ -24,7 +24,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
 
-.PHONY: quickstart test lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
+.PHONY: quickstart test test-gpu lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -42,8 +42,12 @@ $(ORACLES)/.installed: tests/oracles.txt | $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/diffalign testbed quickstart
 
+# The numbers of these tests are a CPU's; a GPU has its own, which compare with them.
 test: $(STAMP) oracles
-	$(BIN)/pytest -q
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -q
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -q tests/test_cuda.py
 
 # The wheel unpacked into a folder of its own. Tools that check it start in an empty folder: the checkout's root would shadow it.
 # build/lib is deleted first because setuptools packs whatever an earlier build left there.
