@@ -63,6 +63,16 @@ class Int8Linear(nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
+def _cast_as_autocast_would(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """bitsandbytes gives its output the type of its input. Norms come out of autocast in float32, so without this all that
+    follows them would be float32 too, and activations twice as large."""
+    x, *rest = inputs
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return (x.to(torch.get_autocast_dtype(kind)), *rest)
+
+
 def _nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -76,6 +86,7 @@ def _nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     # On some CPUs it would repack a layer in place for a kernel of lower precision: policy and reference would disagree.
     new.support_avx512bf16_for_cpu = False
     moved: nn.Module = new.to(device)  # the move is what quantises
+    moved.register_forward_pre_hook(_cast_as_autocast_would)
     return moved
 
 

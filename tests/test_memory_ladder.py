@@ -16,7 +16,7 @@ from torch import nn
 from diffalign.config import load_distill_config, load_judge_config, load_reward_gradient_config
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.quantize import Int8Linear
+from diffalign.pipelines.quantize import Int8Linear, quantize_blocks
 from diffalign.training.loop import train
 from diffalign.training.offload import OffloadedAdamW
 
@@ -67,6 +67,16 @@ def test_lora_on_a_quantised_base(kind: str, far: float, sd3_dir: Path, tmp_path
     # The LoRA moves both models alike.
     moved = (tuned - exact).norm()
     assert moved > 0 and (tuned - exact - (ours - found)).norm() < 2 * far * moved
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_layers_follow_autocast(kind: str) -> None:
+    """A float32 norm before them must not make their output, and all that follows, float32."""
+    block = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+    quantize_blocks(nn.ModuleList([block]), kind, ["Sequential"], torch.device("cpu"))
+    x = torch.randn(2, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype == torch.bfloat16
 
 
 def test_int8_is_its_numbers_and_their_gradient() -> None:
