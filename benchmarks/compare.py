@@ -165,7 +165,7 @@ def main() -> None:
     found = compare(given.rounds, given.pairs)
     for name, value in (*found["seconds"].items(), *found["ratios"].items(), *found["flops"].items()):
         print(f"{name:48} {value:.3f}")
-    keep("step", found, given.results)
+    print(f"written: step of {keep('step', found, given.results)}")
 
 
 if __name__ == "__main__":

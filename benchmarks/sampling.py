@@ -75,7 +75,7 @@ def main() -> None:
         found[model] = against_bare(model, given.images, given.batch, given.rounds)
         print(model, found[model], flush=True)
     plan = {"images": given.images, "batch": given.batch, "rounds": given.rounds, "steps": STEPS}
-    keep("sampling", {**plan, "models": found}, given.results)
+    print(f"written: sampling of {keep('sampling', {**plan, 'models': found}, given.results)}")
 
 
 if __name__ == "__main__":

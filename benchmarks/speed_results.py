@@ -24,8 +24,8 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
 
 
-def keep(part: str, found: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Put a part into this device's files, beside the others."""
+def keep(part: str, found: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Put a part into this device's files, beside the others; returns the one with all figures."""
     cuda = torch.cuda.is_available()
     path = folder / f"speed-{device_name().lower().replace(' ', '-') if cuda else 'cpu'}.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
@@ -34,7 +34,7 @@ def keep(part: str, found: dict[str, Any], folder: Path = RESULTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(known))
-    print(f"written: {part} of {path}, and {path.with_suffix('.md').name}")
+    return path
 
 
 def tables(document: dict[str, Any]) -> str:
@@ -98,9 +98,10 @@ def _grid(found: dict[str, Any]) -> list[str]:
             continue
         teraflop = ", ".join(f"{phase} {value:.3g}" for phase, value in row["teraflop"].items())
         peak, predicted = row["peak_gib"], row["predicted_peak_gib"]
+        rate, share = row["model_teraflops_per_second"], row["fraction_of_ceiling"]
         rows.append([
             *line, f"{row['steps_per_second']:.3f}", f"{row['images_per_second']:.2f}",
-            f"{row['model_teraflops_per_second']:.3f}", f"{row['fraction_of_ceiling']:.0%}", teraflop,
+            f"{rate:.3f}" if rate else "not counted", f"{share:.0%}" if share else "", teraflop,
             ", ".join(f"{phase} {value:.2f}" for phase, value in peak.items()), f"{predicted:.2f}",
         ])  # fmt: skip
     head = ["model", "objective", "tune", "px", "groups x images", "settings", "steps/s", "images/s", "model TFLOP/s"]

@@ -82,7 +82,7 @@ def main() -> None:
     }
     for name, value in found.items():
         print(f"{name:36} {value:.2f} s")
-    keep("start", {"repeat": given.repeat, "seconds": found}, given.results)
+    print(f"written: start of {keep('start', {'repeat': given.repeat, 'seconds': found}, given.results)}")
 
 
 if __name__ == "__main__":

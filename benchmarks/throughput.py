@@ -43,6 +43,7 @@ FULL_LADDER: dict[str, dict[str, Any]] = {
 
 ONLY_CUDA = {"model.compile": True, "model.quantize": "nf4", "optimizer.name": "adamw8bit"}
 """Compiling takes a CPU minutes, and bitsandbytes' kernels are made for GPUs."""
+HIDES_FLOPS = (("model.compile", True), ("model.quantize", "nf4"))
 
 
 def cells(small: bool, cuda: bool) -> list[Cell]:
@@ -65,6 +66,22 @@ def cells(small: bool, cuda: bool) -> list[Cell]:
     return [c for c in found if cuda or not (c.settings.items() & ONLY_CUDA.items())]
 
 
+def counted_flops(cell: Cell, device: str, flops: dict[str, int]) -> dict[str, int]:
+    """FLOPs of a step by phase: `flops`, or where these are not all, those of a step of one group without what hides them.
+
+    The counter does not see into compiled blocks and 4-bit products, which compute what plain ones do. And it keeps tensors
+    alive, for which a GPU that the step itself fits may be too small: the step ends early then, without its update. Empty
+    where one group does not fit either.
+    """
+    hiding = {key for key, value in cell.settings.items() if (key, value) in HIDES_FLOPS}
+    if not hiding and "update" in flops:
+        return flops
+    settings = {key: value for key, value in cell.settings.items() if key not in hiding}
+    gc.collect()
+    one = measured(replace(cell, settings=settings, groups=1), device, 0, 0)["flops"]
+    return {phase: cell.groups * value for phase, value in one.items()} if "update" in one else {}
+
+
 def row(cell: Cell, device: str, steps: int, warm: int, ceiling: float) -> dict[str, Any]:
     """One line of the table. A cell that does not fit, or lacks a package, says so and costs the run nothing else."""
     line: dict[str, Any] = {
@@ -73,11 +90,7 @@ def row(cell: Cell, device: str, steps: int, warm: int, ceiling: float) -> dict[
     }  # fmt: skip
     try:
         found = measured(cell, device, steps, warm)
-        if cell.settings.get("model.compile"):
-            # The counter does not see into compiled blocks, whose FLOPs are those of plain ones.
-            plain = replace(cell, settings={k: v for k, v in cell.settings.items() if k != "model.compile"})
-            gc.collect()
-            found["flops"] = measured(plain, device, 0, 0)["flops"]
+        flops = counted_flops(cell, device, found["flops"])
     except torch.OutOfMemoryError:
         return {**line, "failed": "out of memory"}
     except DiffalignError as error:
@@ -87,7 +100,7 @@ def row(cell: Cell, device: str, steps: int, warm: int, ceiling: float) -> dict[
         if device == "cuda":
             torch.cuda.empty_cache()
     seconds = statistics.median(found["seconds"])
-    needed = model_flops(found["flops"], cell.settings.get("model.gradient_checkpointing", False))
+    needed = model_flops(flops, cell.settings.get("model.gradient_checkpointing", False)) if flops else None
     predicted = {part: value / 2**30 for part, value in found["predicted"].items()}
     whole = predicted["peak"] if device == "cuda" else predicted["gradients"] + predicted["activations"]
     return {
@@ -95,36 +108,40 @@ def row(cell: Cell, device: str, steps: int, warm: int, ceiling: float) -> dict[
         "seconds": seconds,
         "steps_per_second": 1 / seconds,
         "images_per_second": cell.groups * cell.images / seconds,
-        "teraflop": {phase: value / 1e12 for phase, value in found["flops"].items() if value},
-        "model_teraflops_per_second": needed / seconds / 1e12,
-        "fraction_of_ceiling": needed / seconds / ceiling,
+        "teraflop": {phase: value / 1e12 for phase, value in flops.items() if value},
+        "model_teraflops_per_second": needed / seconds / 1e12 if needed else None,
+        "fraction_of_ceiling": needed / seconds / ceiling if needed else None,
         "peak_gib": {phase: value / 2**30 for phase, value in found["peaks"].items()},
         "predicted_peak_gib": whole,
         "predicted_gib": predicted,
     }
 
 
-def grid(device: str, small: bool, steps: int, only: str) -> dict[str, Any]:
+def grid(device: str, small: bool, steps: int, only: str, results: Path) -> None:
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     ceiling = matmul_ceiling(device, dtype, (4096, 8192, 16384) if cuda else (512, 1024, 2048))
     print(f"matrix product: {ceiling / 1e12:.3f} TFLOP/s in {str(dtype).removeprefix('torch.')}", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    found = {"ceiling_teraflops": ceiling / 1e12, "dtype": str(dtype), "whole_memory": cuda, "rows": rows}
     for cell in cells(small, cuda):
         if only not in str(cell):
             continue
         line = row(cell, device, steps, 3 if cuda else 1, ceiling)
         rows.append(line)
+        keep("grid", found, results)  # row by row: a grid that is cut off keeps what it has
         if "failed" in line:
             print(f"{cell}: {line['failed']}", flush=True)
             continue
+        rate = line["model_teraflops_per_second"]
+        arithmetic = (
+            f"{rate:.3f} TFLOP/s, {line['fraction_of_ceiling']:.0%} of the ceiling" if rate else "FLOPs not counted"
+        )
         print(
-            f"{cell}: {line['seconds']:.3f} s, {line['images_per_second']:.2f} images/s, "
-            f"{line['model_teraflops_per_second']:.3f} TFLOP/s, {line['fraction_of_ceiling']:.0%} of the ceiling, "
+            f"{cell}: {line['seconds']:.3f} s, {line['images_per_second']:.2f} images/s, {arithmetic}, "
             f"peak {max(line['peak_gib'].values()):.2f} GiB (predicted {line['predicted_peak_gib']:.2f})",
             flush=True,
         )
-    return {"ceiling_teraflops": ceiling / 1e12, "dtype": str(dtype), "whole_memory": cuda, "rows": rows}
 
 
 def main() -> None:
@@ -136,7 +153,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = given.steps or (10 if device == "cuda" else 2)
-    keep("grid", grid(device, given.small or device == "cpu", steps, given.only), given.results)
+    grid(device, given.small or device == "cpu", steps, given.only, given.results)
 
 
 if __name__ == "__main__":

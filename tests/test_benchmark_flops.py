@@ -17,7 +17,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Benchmarks are scripts, not a package: their folder is on the path for the time of a test."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("models", "phases"):
+    for name in ("models", "phases", "steps", "speed_results", "throughput"):
         sys.modules.pop(name, None)
 
 
@@ -79,3 +79,14 @@ def test_a_step_is_cut_into_phases() -> None:
     # The output, 8 x 16 float32, is in every phase; the gradient of the weight, 32 x 16, joins it in backward.
     assert peaks["reference"] == 8 * 16 * 4
     assert peaks["backward"] >= 32 * 16 * 4
+
+
+def test_what_the_counter_missed_is_counted_with_one_group() -> None:
+    from steps import Cell, measured
+    from throughput import counted_flops
+
+    cell = Cell("small-sd35", "dpo", "lora", 256, 2, 2, {})
+    whole = measured(cell, "cpu", 0, 0)["flops"]
+    assert counted_flops(cell, "cpu", whole) is whole
+    ended_early = {name: value for name, value in whole.items() if name not in ("backward", "update")}
+    assert counted_flops(cell, "cpu", ended_early) == whole
