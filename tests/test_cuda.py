@@ -18,12 +18,14 @@ from test_training_models import Source
 
 from diffalign.cli import app
 from diffalign.config import TrainConfig
+from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.attention import _xformers_computes
 from diffalign.pipelines.generator import load_generator
 from diffalign.rewards import load_reward
 from diffalign.training.loop import train
 
+# Collected everywhere, so that an import of what no longer exists fails on any machine.
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 
@@ -92,8 +94,8 @@ def test_a_run_goes_on_where_it_stopped(family: str, request: pytest.FixtureRequ
     rows, expected = trained(whole)
     trained(halves)
     shutil.rmtree(tmp_path / "halves" / "weights")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "halves" / "checkpoints" / f"step-{step}", ignore_errors=True)
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step-00000004")
+    assert (tmp_path / "halves" / "checkpoints" / "step-00000003").is_dir()
     again, found = trained(halves)
     assert again == rows
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -118,7 +120,7 @@ def test_half_precision(
 def test_gradients_in_half_precision_are_those_of_float32(
     family: str, attention: str, request: pytest.FixtureRequest
 ) -> None:
-    """Wrong backward kernels hide behind right forwards: cuDNN's attention made them hundreds of times too large here. The
+    """Wrong backward kernels hide behind right forwards: cuDNN's attention made them up to 700 times too large here. The
     bound is that of the type: on a CPU too, the tiny FLUX loses 0.125 in bfloat16, the others about 0.01."""
     folder = folder_of(family, request)
 
@@ -145,7 +147,9 @@ def test_attention_kernels(family: str, kind: str, request: pytest.FixtureReques
     if kind == "xformers":
         pytest.importorskip("xformers.ops")
         if not _xformers_computes():
-            pytest.skip("this xformers was built for another torch")
+            with pytest.raises(DiffalignError, match="no kernel for this torch"):
+                load_backbone(folder_of(family, request), device="cuda", attention=kind)
+            return
     folder = folder_of(family, request)
     plain, other = (
         load_backbone(folder, device="cuda", dtype=torch.bfloat16, attention=name) for name in ("sdpa", kind)
