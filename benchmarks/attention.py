@@ -6,6 +6,8 @@ diffalign takes cuDNN's kernel away (diffalign/kernels.py). This shows what that
 gradients of random inputs differ from those of the memory-efficient kernel. bfloat16, milliseconds of the best of four.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,8 @@ def run(kernel: SDPBackend, inputs: list[Tensor], gradient: Tensor) -> tuple[flo
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("the kernels that are compared need a CUDA device, and none is available")
     generator = torch.Generator("cuda").manual_seed(0)
     given = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
     print("| attention | kernel | ms | gradients of q, k, v apart |\n|---|---|---|---|")

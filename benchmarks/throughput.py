@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,13 @@ def grid(device: str, small: bool, steps: int, only: str, results: Path) -> None
     print(f"matrix product: {ceiling / 1e12:.3f} TFLOP/s in {str(dtype).removeprefix('torch.')}", flush=True)
     rows: list[dict[str, Any]] = []
     found = {"ceiling_teraflops": ceiling / 1e12, "dtype": str(dtype), "whole_memory": cuda, "rows": rows}
-    for cell in cells(small, cuda):
-        if only not in str(cell):
-            continue
+    wanted = [cell for cell in cells(small, cuda) if only in str(cell)]
+    if not wanted:
+        sys.exit(f"no cell's name holds {only!r}; one is called {cells(small, cuda)[0]}")
+    for cell in wanted:
         line = row(cell, device, steps, 3 if cuda else 1, ceiling)
         rows.append(line)
-        keep("grid", found, results)  # row by row: a grid that is cut off keeps what it has
+        path = keep("grid", found, results)  # row by row: a grid that is cut off keeps what it has
         if "failed" in line:
             print(f"{cell}: {line['failed']}", flush=True)
             continue
@@ -142,6 +144,7 @@ def grid(device: str, small: bool, steps: int, only: str, results: Path) -> None
             f"peak {max(line['peak_gib'].values()):.2f} GiB (predicted {line['predicted_peak_gib']:.2f})",
             flush=True,
         )
+    print(f"written: grid of {path}")
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def _xformers_computes() -> bool:
     small = torch.zeros(1, 32, 1, 64, dtype=torch.float16, device="cuda")
     try:
         memory_efficient_attention(small, small, small)
-    except NotImplementedError:
+    except NotImplementedError:  # how xformers says that none of its kernels was built
         return False
     return True
 
