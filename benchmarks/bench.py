@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from diffalign.config import load_config
-from diffalign.data.source import Batch
+from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
 from diffalign.objectives import OBJECTIVES
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
-from diffalign.training.preference import make_draws, preference_step
+from diffalign.training.preference.step import make_draws, preference_step
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from diffalign.evaluation.compare import Comparison, compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.rounds import make_data, quickstart
+from diffalign.stages.quickstart import make_data, quickstart
 
 MEASURE = "geneval.dense"
 RESULTS = Path(__file__).parent / "results"

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from one_step import stepping
 
 from diffalign.config import load_config
-from diffalign.data.source import Batch
+from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder

@@ -24,12 +24,12 @@ import torch
 from diffalign.config import load_config
 from diffalign.data.embeddings import PromptStore, encoded, prompt_digest
 from diffalign.data.latents import LatentStore
-from diffalign.data.source import TrainingSource
+from diffalign.data.training_source import TrainingSource
 from diffalign.objectives import DiffusionDPO
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
-from diffalign.training.preference import Draws, make_draws, preference_step
-from diffalign.training.selection import Selection
+from diffalign.training.preference.selection import Selection
+from diffalign.training.preference.step import Draws, make_draws, preference_step
 
 RESULTS = Path(__file__).parent / "results"
 NAME, K, GROUPS = "shapes-sd3", 2, 4

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign import stages, stages_distill
-from diffalign.config import load_distill_config
-from diffalign.config_schema import RewardSection
+from diffalign.config import RewardSection, load_distill_config
 from diffalign.draws import draw
 from diffalign.evaluation.distance import frechet_distance, kernel_distance, recall, thumbnails
 from diffalign.pipelines.few_step import student_scheduler
+from diffalign.stages import distill as stages_distill
+from diffalign.stages import resolve
 
 RESULTS = Path(__file__).parent / "results"
 GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}  # those of docs/embedded-world.md
@@ -115,7 +115,7 @@ def config_of(cell: Cell, folder: Path, size: Size, more: list[str]) -> Any:
 
 def draw_images(cell: Cell, config: Any, rows: list[Any], size: Size, folder: Path) -> tuple[list[Image.Image], float]:
     """Images of every prompt and seed, a prompt's side by side, from the same first noises; CPU-seconds per image."""
-    backbone = stages.open_backbone(config.model, "cpu")
+    backbone = resolve.open_backbone(config.model, "cpu")
     method = METHODS[cell.method]
     if method.overrides is not None:
         backbone.load_weights(folder / "run" / "weights")
@@ -136,7 +136,7 @@ def draw_images(cell: Cell, config: Any, rows: list[Any], size: Size, folder: Pa
 
 
 def measure(images: list[Image.Image], teacher: list[Image.Image], rows: list[Any], seeds: int) -> dict[str, Any]:
-    reward = stages.open_reward(REWARD)
+    reward = resolve.open_reward(REWARD)
     texts = [row.prompt for row in rows for _ in range(seeds)]
     scores = reward.measure(images, texts, [row.metadata for row in rows for _ in range(seeds)])
     ours, theirs = thumbnails(images), thumbnails(teacher)
@@ -165,7 +165,7 @@ def run_cell(cell: Cell, folder: Path, teacher: Path, size: Size, prompts: str, 
     """`teacher`: the folder of the teacher's cell, whose own images are its measure."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(cell, folder, size, more)
-    rows = stages.resolve_prompts(prompts, size.prompts)
+    rows = resolve.resolve_prompts(prompts, size.prompts)
     spent = time.process_time()
     if METHODS[cell.method].overrides is not None:
         stages_distill.distill(config)
@@ -188,7 +188,7 @@ def estimate(todo: list[Cell], size: Size) -> float:
     total = 0.0
     for base in dict.fromkeys(cell.base for cell in todo):
         config = config_of(Cell(base, "DMD2", 0), Path("unused"), size, [])
-        backbone = stages.open_backbone(config.model, "cpu")
+        backbone = resolve.open_backbone(config.model, "cpu")
         conditioning = {k: v.repeat(16, *[1] * (v.dim() - 1)) for k, v in backbone.encode_prompts(["a circle"]).items()}
         side = backbone.default_resolution // backbone.vae_scale_factor
         x, t = torch.randn(16, backbone.latent_channels, side, side), torch.full((16,), 0.5 * backbone.process.span)

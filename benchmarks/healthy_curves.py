@@ -22,20 +22,21 @@ import numpy as np
 import torch
 from healthy_curves_picture import picture
 
-from diffalign import stages
-from diffalign.config import load_config
-from diffalign.config_schema import EvalConfig
+from diffalign.config import EvalConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import labelled_groups
 from diffalign.data.rank import rank
-from diffalign.data.source import choose_groups
+from diffalign.data.training_source import choose_groups
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare, pool
 from diffalign.evaluation.evaluate import load_scores
 from diffalign.health import Finding, examine, examine_labels
 from diffalign.report.runs import read_lines
-from diffalign.rounds import RECIPES, REWARD, make_data, sampling
+from diffalign.stages import evaluate as evaluate_stage
+from diffalign.stages import resolve
+from diffalign.stages import train as train_stage
+from diffalign.stages.quickstart import RECIPES, REWARD, make_data, sampling
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, HALF, QUARTER, MEASURE = 200, 100, 50, "geneval.dense"
@@ -131,7 +132,7 @@ def train(out: Path, name: str) -> None:
     recipe = RECIPES[kind.base].replace("dpo", kind.recipe)
     config = load_config(recipe, [*given, "tracking.trackers=[]", *draws, *kind.changes])
     try:
-        stages.train(config)
+        train_stage.train(config)
     except DiffalignError as error:  # a broken run may well end early; that is a result
         (folder / "ended.txt").write_text(f"{error}\n")
 
@@ -171,7 +172,7 @@ def judge(out: Path, name: str) -> dict[str, Any]:
 def best_against_last(out: Path, name: str) -> dict[str, np.ndarray]:
     """Scores of the test prompts, [256, 2], drawn by the untrained model, by best/ and by weights/."""
     kind, run, place = RUNS[name], out / "runs" / name, out / "evaluated" / name
-    same = stages.weights_digest(run / "best") == stages.weights_digest(
+    same = resolve.weights_digest(run / "best") == resolve.weights_digest(
         run / "weights"
     )  # then one set of images is both
     if not (place / "eval.json").is_file():
@@ -181,7 +182,7 @@ def best_against_last(out: Path, name: str) -> dict[str, np.ndarray]:
             "reward": REWARD, "out": str(place),
         }  # fmt: skip
         config = EvalConfig.model_validate({**plan, **sampling(kind.base)})
-        stages.evaluate(config, base_folder=out / "evaluated" / f"base-{kind.base}")
+        evaluate_stage.evaluate(config, base_folder=out / "evaluated" / f"base-{kind.base}")
     models = {"base": "base", "tuned": "tuned", "best": "tuned" if same else "best"}
     return {model: load_scores(place, drawn, MEASURE) for model, drawn in models.items()}
 

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign import stages_judge
 from diffalign.config import load_judge_config
 from diffalign.judge.evaluation import COLUMNS
 from diffalign.judge.forward import Sample
 from diffalign.judge.predict import Thinking, predict
-from diffalign.rewards.readout import Judge, load_judge
-from diffalign.testbed import judged
+from diffalign.rewards.judge import Judge, load_judge
+from diffalign.stages import judge as stages_judge
+from diffalign.testbed import judge_data as judged
 from diffalign.testbed.judge_base import BaseSettings, base_loss, make_base, samples, untrained_judge
 from diffalign.testbed.scenes import GROUND, SIZE
 

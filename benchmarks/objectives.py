@@ -29,17 +29,20 @@ import torch
 from objectives_report import table, write_report
 from PIL import Image
 
-from diffalign import stages, stages_data
-from diffalign.config import load_config
-from diffalign.config_schema import EvalConfig, SampleConfig
+from diffalign.config import EvalConfig, SampleConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
-from diffalign.data.roles import write_roles
+from diffalign.data.real_against_generated import write_roles
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.real_images import prompts_file, real_images
-from diffalign.rounds import RECIPES, REWARD, SAMPLING, make_data, sampling
+from diffalign.stages import data as stages_data
+from diffalign.stages import evaluate as evaluate_stage
+from diffalign.stages import resolve
+from diffalign.stages import sample as sample_stage
+from diffalign.stages import train as train_stage
+from diffalign.stages.quickstart import RECIPES, REWARD, SAMPLING, make_data, sampling
+from diffalign.stages.real_images import prompts_file, real_images
 from diffalign.testbed.prompts import plural
 from diffalign.testbed.scenes import COLORS, SHAPES
 
@@ -204,7 +207,7 @@ def prepare_roles(base: str, seed: int, out: Path, size: Size) -> Path:
         "model": load_config(RECIPES[base]).model.model_dump(), "prompts": str(prompts), "out": str(folder / "drawn"),
         "seed": seed, "images_per_prompt": 1, **sampling(base), "guidance_scale": 1.0,
     }  # fmt: skip
-    stages.sample(SampleConfig.model_validate(plan))
+    sample_stage.sample(SampleConfig.model_validate(plan))
     write_roles(real, PreferenceDataset(folder / "drawn"), folder / "data")
     return folder / "data"
 
@@ -241,7 +244,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     )
     stages_data.cache(config)  # so that the time below is that of the steps
     started = time.process_time()
-    stages.train(config)
+    train_stage.train(config)
     spent = time.process_time() - started
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(size.out_of_distribution)))
@@ -253,7 +256,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
             "model": config.model.model_dump(), "weights": str(folder / "weights"), "prompts": source, "n": n,
             "seeds": size.seeds_per_prompt, "reward": REWARD, "out": str(place),
         }  # fmt: skip
-        stages.evaluate(
+        evaluate_stage.evaluate(
             EvalConfig.model_validate({**plan, **sampling(cell.base)}), base_folder=out / cell.base / f"base-{kind}"
         )
         scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in MEASURES} for m in ("base", "tuned")}
@@ -278,7 +281,7 @@ def estimate(todo: list[Cell], size: Size) -> float:
     total = 0.0
     for base in dict.fromkeys(cell.base for cell in todo):
         model = load_config(RECIPES[base]).model
-        backbone = stages.open_backbone(model, "cpu")
+        backbone = resolve.open_backbone(model, "cpu")
         conditioning = {k: v.repeat(16, *[1] * (v.dim() - 1)) for k, v in backbone.encode_prompts(["a circle"]).items()}
         side = backbone.default_resolution // backbone.vae_scale_factor
         x, t = torch.randn(16, backbone.latent_channels, side, side), torch.full((16,), 0.5 * backbone.process.span)

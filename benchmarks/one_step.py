@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffalign.training.gradient import StepGradient, logged
-from diffalign.training.loop import build_objective
-from diffalign.training.reading import Reading
-from diffalign.training.reference_key import open_store
-from diffalign.training.selection import Selection
+from diffalign.training.finite import Reading
+from diffalign.training.preference.gradient import StepGradient, logged
+from diffalign.training.preference.method import build_objective
+from diffalign.training.preference.reference_key import open_store
+from diffalign.training.preference.selection import Selection
 
 
 def stepping(

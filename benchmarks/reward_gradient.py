@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from diffalign import stages, stages_reward_gradient
-from diffalign.config import RewardGradientConfig, load_reward_gradient_config
-from diffalign.config_schema import RewardSection
+from diffalign.config import RewardGradientConfig, RewardSection, load_reward_gradient_config
 from diffalign.report.curves import HEIGHT, WIDTH, Series, static_svg
-from diffalign.training.reward_gradient_draws import span_of
+from diffalign.stages import resolve
+from diffalign.stages import reward_gradient as stages_reward_gradient
+from diffalign.training.reward_gradient.draws import span_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
@@ -115,7 +115,7 @@ def estimate(configs: list[RewardGradientConfig]) -> float:
     gradient, 24."""
     if not configs:
         return 0.0
-    backbone = stages.open_backbone(configs[0].model, "cpu")
+    backbone = resolve.open_backbone(configs[0].model, "cpu")
     conditioning = {k: v.repeat(16, *[1] * (v.dim() - 1)) for k, v in backbone.encode_prompts(["a circle"]).items()}
     side = backbone.default_resolution // backbone.vae_scale_factor
     x, t = torch.randn(16, backbone.latent_channels, side, side), torch.full((16,), 0.5 * backbone.process.span)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from objectives import out_of_distribution
 
-from diffalign import iterate, stages
-from diffalign.config import RoundsConfig, load_config, load_rounds_config
-from diffalign.config_schema import EvalConfig
+from diffalign.config import EvalConfig, RoundsConfig, load_config, load_rounds_config
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.stages import evaluate as evaluate_stage
+from diffalign.stages import rounds as iterate
 from diffalign.testbed.prompts import prompts
 
 MEASURE = "geneval.dense"
@@ -56,7 +56,7 @@ def judge(config: RoundsConfig, out: Path, tiny: bool) -> dict[str, dict[str, np
         wanted: dict[str, Any] = {"model": model, "device": "cpu", "weights": str(run / "weights"), "prompts": source}
         wanted |= {"n": n, "seeds": 1 if tiny else 4, "reward": config.evaluate.reward.model_dump()}
         wanted |= {"out": str(config.out / kind), **config.images.model_dump()}
-        stages.evaluate(EvalConfig.model_validate(wanted), base_folder=out / f"base-{kind}")
+        evaluate_stage.evaluate(EvalConfig.model_validate(wanted), base_folder=out / f"base-{kind}")
         found[kind] = {name: load_scores(config.out / kind, name, MEASURE) for name in ("base", "tuned")}
     return found
 

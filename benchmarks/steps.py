@@ -15,10 +15,10 @@ import torch
 from phases import flops_by_phase, peaks_by_phase
 
 from diffalign.config import TrainConfig
-from diffalign.data.source import Batch
+from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
-from diffalign.training.footprint import predict_memory
-from diffalign.training.loop import build_objective, train
+from diffalign.training.memory import predict_memory
+from diffalign.training.preference.method import build_objective, train
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffalign import stages
-from diffalign.config import load_config, load_synth_config
-from diffalign.config_schema import EvalConfig
+from diffalign.config import EvalConfig, load_config, load_synth_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import generator_warning
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.rounds import REWARD, sampling
-from diffalign.stages_synth import rank_stage, synth
+from diffalign.stages import evaluate as evaluate_stage
+from diffalign.stages import train as train_stage
+from diffalign.stages.quickstart import REWARD, sampling
+from diffalign.stages.synth import rank_stage, synth
 
 MEASURE = "geneval.dense"
 BASE = "shapes-sdxl"
@@ -79,7 +79,7 @@ def _shuffled(data: Path, copy: Path, config: Any) -> None:
 
 def _train(run: Path, data: Path, steps: int | None) -> None:
     given = [f"run_dir={run}", f"data.path={data}", "train.threads=1", "tracking.trackers=[]"]
-    stages.train(load_config("shapes_sdxl_dpo", [*given, *([f"train.steps={steps}"] if steps else [])]))
+    train_stage.train(load_config("shapes_sdxl_dpo", [*given, *([f"train.steps={steps}"] if steps else [])]))
 
 
 def _evaluate(run: Path, prompts: int, seeds: int, base: Path | None) -> None:
@@ -93,7 +93,7 @@ def _evaluate(run: Path, prompts: int, seeds: int, base: Path | None) -> None:
         "reward": REWARD,
         "out": str(run),
     }
-    stages.evaluate(EvalConfig.model_validate({**evaluation, **sampling(BASE)}), base_folder=base)
+    evaluate_stage.evaluate(EvalConfig.model_validate({**evaluation, **sampling(BASE)}), base_folder=base)
 
 
 def _outcome(out: Path, clock: dict[str, Any], steps: int | None, voters: list[str]) -> dict[str, Any]:

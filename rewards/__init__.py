@@ -9,13 +9,13 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.aesthetic import Aesthetic
 from diffalign.rewards.base import Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
-from diffalign.rewards.controls import JpegCompressibility, Sharpness
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
 from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
+from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.unifiedreward import UnifiedReward
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffalign.rewards.clip import L14, ClipReward, quick_gelu
-from diffalign.rewards.weights import fetch, fill, fingerprint, load_state, pretrained
+from diffalign.rewards.published_weights import fetch, fill, fingerprint, load_state, pretrained
 
 HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
-from diffalign.rewards.weights import SMALL_FILES, fetch, fingerprint, pretrained
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fingerprint, pretrained
 
 SIDE = 224
 TOKENS = 77

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
-from diffalign.rewards.weights import fill, load_state
+from diffalign.rewards.published_weights import fill, load_state
 
 SIDE = 224
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}

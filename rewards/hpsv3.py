@@ -16,8 +16,8 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
-from diffalign.rewards.weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 TOKEN = "<|Reward|>"

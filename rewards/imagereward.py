@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffalign.rewards.aesthetic import linear_head
 from diffalign.rewards.learned import TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
-from diffalign.rewards.weights import SMALL_FILES, fetch, fill, fingerprint, load_state
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
 SIDE, TOKENS, HEAD_WIDTH = 224, 35, 64
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

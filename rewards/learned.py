@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Prepared, Reward
-from diffalign.rewards.weights import fetch, fingerprint
+from diffalign.rewards.published_weights import fetch, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

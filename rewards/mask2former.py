@@ -21,7 +21,7 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.clip import L14, CLIPScore, quick_gelu
 from diffalign.rewards.detection import Detection
 from diffalign.rewards.learned import DTYPES
-from diffalign.rewards.weights import fetch, fingerprint, pretrained
+from diffalign.rewards.published_weights import fetch, fingerprint, pretrained
 
 REPO = "facebook/mask2former-swin-small-coco-instance"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffalign.rewards.readout import Judge
+    from diffalign.rewards.judge import Judge
 
 
 def shareable(judge: "Judge") -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Prepared
 from diffalign.rewards.learned import LearnedReward
-from diffalign.rewards.weights import pretrained
+from diffalign.rewards.published_weights import pretrained
 
 
 class VisionLanguageReward(LearnedReward):

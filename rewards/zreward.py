@@ -17,13 +17,13 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Prepared
+from diffalign.rewards.judge import Judge, Pictures, checked_tokenizer, load_processor
+from diffalign.rewards.judge_prompt import LABELS, Wording, load_settings
 from diffalign.rewards.learned import check_pixels
-from diffalign.rewards.readout import Judge, Pictures, checked_tokenizer, load_processor
+from diffalign.rewards.published_weights import fingerprint
 from diffalign.rewards.rubric import DIMENSIONS, load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
 from diffalign.rewards.vlm import VisionLanguageReward, pictures
-from diffalign.rewards.weights import fingerprint
-from diffalign.rewards.wording import LABELS, Wording, load_settings
 
 
 def columns_of(dimensions: Sequence[str]) -> tuple[str, ...]:

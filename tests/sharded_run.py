@@ -11,7 +11,7 @@ from pathlib import Path
 from test_training_models import Source, config_for
 
 from diffalign.pipelines import load_backbone
-from diffalign.training.loop import train
+from diffalign.training.preference.method import train
 
 if __name__ == "__main__":
     model, run_dir, shard, *steps = sys.argv[1:]

@@ -14,12 +14,12 @@ from test_cache import LABELS, Encoder, group_rows, quiet, settings, write_image
 
 from diffalign.data.buckets import bucket_sizes, fit, most, nearest
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.source import prepare_source
+from diffalign.data.training_source import prepare_source
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
-from diffalign.training.loop import train
 from diffalign.training.order import BucketOrder, check_units, groups_for_step
-from diffalign.training.posterior import with_samples
+from diffalign.training.preference.method import train
+from diffalign.training.preference.posterior import with_samples
 
 
 def test_sizes_of_auto() -> None:

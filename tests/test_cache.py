@@ -14,9 +14,8 @@ import tiny
 import torch
 from PIL import Image
 
-from diffalign import stages
+from diffalign import files as space
 from diffalign.config import TrainConfig
-from diffalign.data import space
 from diffalign.data.cache import CachePlan, latent_key, plan_cache
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import trimmed
@@ -24,9 +23,10 @@ from diffalign.data.latents import LatentStore
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.data.sample import Drawn, draw_part, write_planned_groups
-from diffalign.data.source import TrainingSource, prepare_source
+from diffalign.data.training_source import TrainingSource, prepare_source
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.stages import train as train_stage
 
 SIZES = {"a": 3, "b": 3, "c": 2}
 LABELS = SimpleNamespace(source="preference", transform="none", stats=None)
@@ -262,7 +262,7 @@ def test_a_run_is_the_same_in_every_mode(folder: Path, tmp_path: Path, sdxl_dir:
             "data": {"path": str(folder), "resolution": 64, "cache": mode, "latent_sampling": "posterior"},
             "train": {"steps": 2, "groups_per_step": 2, "threads": 1}, "tracking": {"trackers": []},
         }  # fmt: skip
-        stages.train(TrainConfig.model_validate(config))
+        train_stage.train(TrainConfig.model_validate(config))
         found[mode] = (tmp_path / mode / "metrics.jsonl").read_bytes()
     assert found["all"] == found["latents"] == found["off"]
 

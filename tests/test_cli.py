@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import diffalign
+import diffalign.stages
 from diffalign.cli import app
 from diffalign.errors import DiffalignError
 
@@ -29,11 +29,11 @@ def config(tmp_path: Path) -> str:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
-    """Puts a module `diffalign.<name>` of stand-ins where the verbs import it from."""
-    module = types.ModuleType(f"diffalign.{name}")
+    """Put a module `diffalign.stages.<name>` of stand-ins where the verbs import it from."""
+    module = types.ModuleType(f"diffalign.stages.{name}")
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(diffalign, name, module, raising=False)
+    monkeypatch.setattr(diffalign.stages, name, module, raising=False)
 
 
 def run(*arguments: str) -> int:
@@ -54,7 +54,7 @@ def fail_with(error: BaseException) -> Any:
 
 def test_train(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    install(monkeypatch, "stages", train=lambda c, dry_run: calls.append((c.train.steps, dry_run)))
+    install(monkeypatch, "train", train=lambda c, dry_run: calls.append((c.train.steps, dry_run)))
     assert run("train", config, "train.steps=7") == 0
     assert run("train", config, "--dry-run", "train.steps=9", "seed=1") == 0
     assert calls == [(7, False), (9, True)]
@@ -62,12 +62,8 @@ def test_train(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    install(
-        monkeypatch,
-        "stages",
-        sample=lambda c: calls.append(("sample", c.n)),
-        evaluate=lambda c: calls.append(("eval", str(c.weights), c.n)),
-    )
+    install(monkeypatch, "sample", sample=lambda c: calls.append(("sample", c.n)))
+    install(monkeypatch, "evaluate", evaluate=lambda c: calls.append(("eval", str(c.weights), c.n)))
     path = tmp_path / "i.yaml"
     path.write_text(IMAGES)
     assert run("sample", str(path), "n=3") == 0
@@ -80,7 +76,7 @@ def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.Monkey
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    install(monkeypatch, "rounds", quickstart=lambda **given: calls.append(given))
+    install(monkeypatch, "quickstart", quickstart=lambda **given: calls.append(given))
     assert run("testbed", "quickstart", "--out", str(tmp_path)) == 0
     assert run("testbed", "quickstart", "--base", "shapes-sdxl", "--seed", "2", "--steps", "5", "--shuffle") == 0
     assert calls[0] == {"base": "shapes-sd3", "out": tmp_path, "seed": 0, "shuffle": False}
@@ -130,13 +126,13 @@ def test_config_mistakes_come_before_anything_heavy(config: str, capsys: pytest.
 def test_users_mistakes_are_one_line(
     config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(monkeypatch, "stages", train=fail_with(DiffalignError("model folder m\ndoes not exist")))
+    install(monkeypatch, "train", train=fail_with(DiffalignError("model folder m\ndoes not exist")))
     assert run("train", config) == 2
     assert capsys.readouterr().err == "error: model folder m does not exist\n"
 
 
 def test_ctrl_c(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    install(monkeypatch, "stages", train=fail_with(KeyboardInterrupt()))
+    install(monkeypatch, "train", train=fail_with(KeyboardInterrupt()))
     assert run("train", config) == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C; the same command goes on where it stopped\n"
 
@@ -162,14 +158,14 @@ def wrapped(text: str) -> RuntimeError:
 def test_what_the_system_refuses(
     error: Exception, expected: str, config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(monkeypatch, "stages", train=fail_with(error))
+    install(monkeypatch, "train", train=fail_with(error))
     assert run("train", config) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {expected}") and said.count("\n") == 1
 
 
 def test_bugs_keep_their_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "stages", train=fail_with(ZeroDivisionError("a bug")))
+    install(monkeypatch, "train", train=fail_with(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         app(["train", config], prog_name="diffalign")
 

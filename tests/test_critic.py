@@ -19,7 +19,7 @@ from torch import Tensor
 from diffalign.objectives.adversarial import critic_loss, generator_loss
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.features import feature_width, middle, predict_with_features
-from diffalign.training.critic import Critic, adversarial_step, critic_step, make_critic_draws
+from diffalign.training.distillation.critic import Critic, adversarial_step, critic_step, make_critic_draws
 
 GAN = {"weight": 0.5, "critic_weight": 0.2, "hidden": 8, "real": "toy"}
 

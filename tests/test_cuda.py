@@ -23,7 +23,7 @@ from diffalign.pipelines import load_backbone
 from diffalign.pipelines.attention import _xformers_computes
 from diffalign.pipelines.generator import load_generator
 from diffalign.rewards import load_reward
-from diffalign.training.loop import train
+from diffalign.training.preference.method import train
 
 # Collected everywhere, so that an import of what no longer exists fails on any machine.
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

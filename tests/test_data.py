@@ -20,7 +20,7 @@ from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_
 from diffalign.data.rank import rank
 from diffalign.data.sample import image_seed, sample_groups
 from diffalign.data.score import score_images
-from diffalign.data.source import choose_groups
+from diffalign.data.training_source import choose_groups
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import vote_shares

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign import stages_data
+from diffalign import files as space
 from diffalign.cli import app
-from diffalign.data import space
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
+from diffalign.stages import data as stages_data
 
 EVIL = '<script>alert("x")</script> & "a dog"'
 

@@ -20,9 +20,9 @@ from diffalign.health import examine
 from diffalign.objectives.advantages import standardised
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import Diffusion, Flow
-from diffalign.training.distill_draws import make_distill_draws, stop_step
-from diffalign.training.distill_policy import policy_step
-from diffalign.training.distill_step import fake_step, ratio_weight, student_step
+from diffalign.training.distillation.draws import make_distill_draws, stop_step
+from diffalign.training.distillation.policy_gradient import policy_step
+from diffalign.training.distillation.step import fake_step, ratio_weight, student_step
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:

@@ -13,8 +13,8 @@ import toy_distill as toy
 from torch import Tensor, nn
 
 from diffalign.pipelines.few_step import FewStep
-from diffalign.training.distill_draws import make_distill_draws
-from diffalign.training.distill_step import roll_out
+from diffalign.training.distillation.draws import make_distill_draws
+from diffalign.training.distillation.step import roll_out
 
 MEAN, STD = 1.0, 0.5
 ONE_STEP = torch.tensor([1.0, 0.0])

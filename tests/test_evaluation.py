@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from diffalign import stages
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import Plan, Sampler, evaluate, load_scores, table
 from diffalign.evaluation.quality import corrected, diversity
+from diffalign.stages import resolve
 
 PROMPTS = [PromptRow(f"prompt {i}", {"tag": "counting" if i % 2 else "colors"}) for i in range(6)]
 PLAN = Plan(PROMPTS, seeds=3, seed=5, batch_size=4)
@@ -174,8 +174,8 @@ def test_time_per_image_counts_from_the_models_own_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
-    tickers = {"base": stages.Ticker("base"), "tuned": stages.Ticker("tuned")}
+    monkeypatch.setattr(resolve.time, "monotonic", lambda: now[0])
+    tickers = {"base": resolve.Ticker("base"), "tuned": resolve.Ticker("tuned")}
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         now[0] += len(prompts)  # a second an image

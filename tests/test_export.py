@@ -16,10 +16,10 @@ from test_report import SCRIPT, make_run
 from diffalign.cli import app
 from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
-from diffalign.export import export
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import to_kohya
 from diffalign.report.card import front_matter, licence_of, plain
+from diffalign.stages.export import export
 
 PROMPT, SEED = "a red cube", 11
 SIZE: dict[str, Any] = {"height": 64, "width": 64}

@@ -12,9 +12,9 @@ from test_training_models import Source, config_for
 from torch import Tensor, nn
 
 from diffalign.pipelines import load_backbone
-from diffalign.training.footprint import LiveBytes, optimizer_bytes, predict_memory
-from diffalign.training.loop import build_objective, prepare_policy
+from diffalign.training.memory import LiveBytes, optimizer_bytes, predict_memory
 from diffalign.training.optim import build_optimizer
+from diffalign.training.preference.method import build_objective, prepare_policy
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -15,8 +15,8 @@ from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.health import FINDINGS, Finding, LabelledGroup, describe, examine, examine_labels
 from diffalign.objectives import DiffusionDPO, GroupErrors, SmPO
-from diffalign.training.loop import train
-from diffalign.training.steady import is_freak, remember_margin, with_auto_beta
+from diffalign.training.preference.method import train
+from diffalign.training.preference.stabilise import is_freak, remember_margin, with_auto_beta
 
 RNG = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.inversion import consistent_route, inverted_noise, official_route, renoise_step
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
-from diffalign.training.loop import train
+from diffalign.training.preference.method import train
 
 ABAR = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
@@ -260,7 +260,7 @@ def test_gradients_survive_an_inversion_under_autocast(family: str, request: pyt
     from test_training_models import Source, config_for
 
     from diffalign.objectives import RankDPO
-    from diffalign.training.preference import make_draws, preference_step
+    from diffalign.training.preference.step import make_draws, preference_step
 
     folder: Path = request.getfixturevalue(f"{family}_dir")
     backbone = load_backbone(folder)

@@ -11,14 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffalign import iterate, stages, testbed
+from diffalign import testbed
 from diffalign.config import RoundsConfig, load_config, load_rounds_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.roles import write_roles
+from diffalign.data.real_against_generated import write_roles
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import LORA_FILE
-from diffalign.pipelines.extrapolate import extrapolate, extrapolate_lora
-from diffalign.real_images import real_images
+from diffalign.pipelines.momentum import extrapolate, extrapolate_lora
+from diffalign.stages import evaluate as evaluate_stage
+from diffalign.stages import rounds as iterate
+from diffalign.stages import sample as sample_stage
+from diffalign.stages import train as train_stage
+from diffalign.stages.real_images import real_images
 from diffalign.testbed.models import BUILDERS, autoencoder
 
 TRAINING = [
@@ -75,11 +79,11 @@ def test_two_rounds_killed_between_and_inside_stages_end_alike(tmp_path: Path, m
 
     # Killed before every stage in turn; each time the same command goes on.
     kills = [
-        (stages, "sample"),
+        (sample_stage, "sample"),
         (iterate, "score_images"),
         (iterate, "rank_stage"),
-        (stages, "train"),
-        (stages, "evaluate"),
+        (train_stage, "train"),
+        (evaluate_stage, "evaluate"),
     ]
     for place, (module, name) in enumerate(kills):
         with monkeypatch.context() as patch:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from diffalign.errors import DiffalignError
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught
-from diffalign.stages_judge import judge_data
-from diffalign.testbed import judged
+from diffalign.stages.judge import judge_data
+from diffalign.testbed import judge_data as judged
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts
 

@@ -14,7 +14,7 @@ from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, read_taught
-from diffalign.rewards.readout import load_judge
+from diffalign.rewards.judge import load_judge
 from diffalign.testbed.judge_base import judge_tokenizer, noisy_level, samples
 
 

@@ -23,8 +23,8 @@ from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import read_pairs
 from diffalign.judge.rollout import KeyedSampling, sample_traces, trimmed
 from diffalign.judge.tune import make_trainable
-from diffalign.rewards.readout import Judge, load_judge
-from diffalign.stages_judge import judge_data, train_from_config
+from diffalign.rewards.judge import Judge, load_judge
+from diffalign.stages.judge import judge_data, train_from_config
 from diffalign.testbed.judge_base import untrained_judge
 
 
@@ -206,7 +206,7 @@ def test_risd_learns_a_teachers_distributions(world: Path, judge: Judge) -> None
 
 
 def load_section() -> Any:
-    from diffalign.config_judge import JudgeTuneSection
+    from diffalign.config import JudgeTuneSection
 
     return JudgeTuneSection(kind="full")
 

@@ -17,8 +17,8 @@ from diffalign.config import load_distill_config, load_judge_config, load_reward
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.quantize import Int8Linear, quantize_blocks
-from diffalign.training.loop import train
 from diffalign.training.offload import OffloadedAdamW
+from diffalign.training.preference.method import train
 
 
 def first_two(source: Source) -> dict[str, torch.Tensor]:

@@ -195,7 +195,7 @@ def test_rankdpo_vector_h_end_to_end(kind: str, scale: float, beta: float, loss:
 
 def test_vector_j_errors_must_not_be_reduced_in_half_precision() -> None:
     """The trainer's reduction agrees with float64 to 1e-7; in bfloat16 the margins would be noise of several units."""
-    from diffalign.training.preference import squared_error
+    from diffalign.training.preference.step import squared_error
 
     generator = torch.Generator().manual_seed(0)
     prediction = torch.randn(1, 4, 4, 16, 16, generator=generator).bfloat16()

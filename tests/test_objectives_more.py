@@ -28,7 +28,7 @@ from diffalign.objectives import (
     check_labels,
 )
 from diffalign.objectives.disco import discrimination
-from diffalign.training.loop import train
+from diffalign.training.preference.method import train
 
 
 def sigmoid(x: float) -> float:

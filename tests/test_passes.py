@@ -18,10 +18,10 @@ from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, DisCO, RankDPO
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.passes import in_passes
-from diffalign.training.gradient import StepGradient
-from diffalign.training.loop import train
-from diffalign.training.preference import make_draws, preference_step
+from diffalign.pipelines.image_passes import in_passes
+from diffalign.training.preference.gradient import StepGradient
+from diffalign.training.preference.method import train
+from diffalign.training.preference.step import make_draws, preference_step
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {}, "dpo": {"beta": 20.0, "anchor": 0.5}, "disco": {"beta": 20.0, "trust": 1.0, "radius": 1e-6},

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from test_training_models import Source, config_for
 
-from diffalign import stages
 from diffalign.config import SampleConfig
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.source import check_guidance
+from diffalign.data.training_source import check_guidance
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Flow, load_backbone
 from diffalign.pipelines.flux import FluxFlow, pack, unpack
-from diffalign.training.loop import train
+from diffalign.stages import sample as sample_stage
+from diffalign.training.preference.method import train
 
 PROMPTS, SEEDS = ["a red circle", "Zwei blaue Quadrate, 二"], [3, 4]
 
@@ -174,8 +174,8 @@ def test_images_are_drawn_at_the_scale_to_train_under(flux_dir: Path, tmp_path: 
          "out": str(tmp_path / "data"), "steps": 1, "height": 64, "width": 64, "images_per_prompt": 2}
     )  # fmt: skip
     with pytest.raises(DiffalignError, match=r"guidance_scale=5: .* trained under model\.guidance=2; set both"):
-        stages.sample(config)
-    stages.sample(config.model_copy(update={"guidance_scale": 2.0}))
+        sample_stage.sample(config)
+    sample_stage.sample(config.model_copy(update={"guidance_scale": 2.0}))
     drawn, section = PreferenceDataset(tmp_path / "data"), SimpleNamespace(split="train", limit=None)
     check_guidance(section, drawn, load_backbone(flux_dir, guidance=2.0))
     with pytest.raises(DiffalignError, match=r"set model\.guidance=2"):

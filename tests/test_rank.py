@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffalign.cli import app
 from diffalign.data.agreement import pair_agreement
-from diffalign.data.choose import Limit, choose_members, near_duplicates, split_of
+from diffalign.data.choose_members import Limit, choose_members, near_duplicates, split_of
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.export import export
 from diffalign.data.hashes import difference_hash
@@ -291,7 +291,7 @@ def test_webdataset(ranked: PreferenceDataset, tmp_path: Path) -> None:
 
 def test_the_round_trip_through_pickapic(ranked: PreferenceDataset, tmp_path: Path) -> None:
     from diffalign.data.convert import open_rows
-    from diffalign.data.found import write_found
+    from diffalign.data.imported import write_found
 
     export(ranked, tmp_path / "pap", "pickapic", "all")
     report = write_found(open_rows([tmp_path / "pap" / "data"], None)[1], tmp_path / "back")

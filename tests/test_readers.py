@@ -15,7 +15,7 @@ from PIL import Image
 from diffalign.cli import app
 from diffalign.data.convert import guess_form, open_rows
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.found import vote_shares_of_ranks, write_found
+from diffalign.data.imported import vote_shares_of_ranks, write_found
 from diffalign.errors import DiffalignError
 
 

@@ -16,12 +16,13 @@ import toy
 from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES
-from diffalign.training import loop, reading
-from diffalign.training.loop import train
+from diffalign.training import finite as reading
+from diffalign.training.device import sent
 from diffalign.training.order import BucketOrder
 from diffalign.training.pace import Pace
-from diffalign.training.preference import make_draws, preference_step
-from diffalign.training.transfer import sent
+from diffalign.training.preference import method as loop
+from diffalign.training.preference.method import train
+from diffalign.training.preference.step import make_draws, preference_step
 
 
 class Elsewhere(toy.ToyBackbone):

@@ -15,12 +15,12 @@ import torch
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.image_tensors import tensor_inputs
+from diffalign.rewards.judge import Judge, label_tokens, load_judge
+from diffalign.rewards.judge_prompt import SETTINGS, Wording, escaped
 from diffalign.rewards.pixels import BOUND, to_tensor
-from diffalign.rewards.readout import Judge, label_tokens, load_judge
 from diffalign.rewards.rubric import DIMENSIONS, load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
 from diffalign.rewards.shared_prefix import shareable
-from diffalign.rewards.wording import SETTINGS, Wording, escaped
 
 IMAGES = [pictures.smooth(1, 96, 64), pictures.smooth(2, 60, 60), pictures.smooth(3, 120, 50)]
 PROMPTS = ["a cat", "a much longer prompt, with commas, and a {rubric} in it", "dogs"]

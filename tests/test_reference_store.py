@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import DiffusionDPO
-from diffalign.training import reference_store
-from diffalign.training.loop import train
-from diffalign.training.reference_key import reference_key
+from diffalign.training.preference import reference_store as reference_store
+from diffalign.training.preference.method import train
+from diffalign.training.preference.reference_key import reference_key
 
 PAIRS = ("dpo", "smpo", "ipo", "madpo", "constrained")
 GROUPS = ("rankdpo", "gdro")

@@ -21,7 +21,7 @@ from toy_distill import ToyPrompts
 from diffalign.errors import DiffalignError
 from diffalign.objectives.reward_gradient import RewardTerm, drift, mean_score, reward_loss
 from diffalign.training.order import groups_for_step
-from diffalign.training.reward_gradient_draws import Span, make_gradient_draws, span_of
+from diffalign.training.reward_gradient.draws import Span, make_gradient_draws, span_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "refl": {"name": "refl", "between": [2, 4]},

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign import rounds, testbed
+from diffalign import testbed
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.stages import quickstart as rounds
 from diffalign.testbed.models import BUILDERS, autoencoder
 from diffalign.testbed.prompts import prompts
 

@@ -22,10 +22,10 @@ from PIL import Image
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import Reward, load_reward
-from diffalign.score_stage import ScoreRequest, score
 from diffalign.scoring.run import score_items
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.store import Store
+from diffalign.stages.score import ScoreRequest, score
 
 
 class Counting(Reward):

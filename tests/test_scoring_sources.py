@@ -18,10 +18,9 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pairs import Pair, import_pairs
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
-from diffalign.score_stage import ScoreRequest, score
-from diffalign.scoring.against import compare_scores, pair
 from diffalign.scoring.agreement import agree, read_choices
 from diffalign.scoring.captions import PromptTable, from_name
+from diffalign.scoring.compare_folders import compare_scores, pair
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.gallery import choose
 from diffalign.scoring.items import FileOrigin, Item
@@ -29,6 +28,7 @@ from diffalign.scoring.run import Scores
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse, parse_all
 from diffalign.scoring.summary import summarise
+from diffalign.stages.score import ScoreRequest, score
 
 
 def prompts_of(sources: list[str], **options: Any) -> dict[str, str | None]:

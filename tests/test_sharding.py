@@ -14,7 +14,7 @@ from test_training_models import Source, config_for
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.training.loop import train
+from diffalign.training.preference.method import train
 
 
 def test_two_processes_with_cut_weights_equal_one(sd3_dir: Path, tmp_path: Path) -> None:

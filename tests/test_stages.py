@@ -18,7 +18,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pairs import import_pairs, pairs_from_folders
 from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
-from diffalign.stages import weights_digest
+from diffalign.stages.resolve import weights_digest
 
 
 def run(*arguments: object) -> int:

@@ -14,10 +14,10 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.rewards import load_reward
-from diffalign.stages_reward_gradient import check_differentiable, gradient_scores
+from diffalign.stages.reward_gradient import check_differentiable, gradient_scores
 from diffalign.training.prompt_source import PromptSource
-from diffalign.training.reward_gradient_draws import make_gradient_draws, span_of
-from diffalign.training.reward_gradient_step import Sampler, reward_gradient_step
+from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
+from diffalign.training.reward_gradient.step import Sampler, reward_gradient_step
 
 PROMPTS = "a red cube\ntwo dogs\na cat left of a cup\nsnow\n"
 

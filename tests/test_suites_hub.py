@@ -12,7 +12,7 @@ import pytest
 from diffalign.data.suites import STYLES
 from diffalign.data.suites_hub import ON_HUB, from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
-from diffalign.stages import resolve_prompts
+from diffalign.stages.resolve import resolve_prompts
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 

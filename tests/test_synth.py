@@ -20,15 +20,14 @@ import torch
 import yaml
 from PIL import Image
 
-from diffalign import stages_synth
 from diffalign.cli import app
-from diffalign.config import load_synth_config
-from diffalign.config_schema import RewardSection
+from diffalign.config import RewardSection, load_synth_config
 from diffalign.data import card, sample
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
+from diffalign.stages import synth as stages_synth
 
 CONFIG = """
 device: cpu

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from test_synth import in_a_child, tree
 
-from diffalign import stages_synth
 from diffalign.config import load_synth_config
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.stages import synth as stages_synth
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green") for shape in ("square", "circle", "star")]
 

@@ -16,8 +16,8 @@ from test_training_models import TRAJECTORIES, Source, config_for
 from diffalign.objectives import GDRO, SFT, DiffusionDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.process import Flow
-from diffalign.training.loop import train
-from diffalign.training.preference import make_draws, used_members
+from diffalign.training.preference.method import train
+from diffalign.training.preference.step import make_draws, used_members
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "rankdpo": {"name": "rankdpo", "beta": 20.0},

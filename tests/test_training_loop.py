@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from diffalign.errors import DiffalignError
 from diffalign.training import checkpoint
-from diffalign.training.loop import train
 from diffalign.training.optim import learning_rate
+from diffalign.training.preference.method import train
 
 
 def run(run_dir: Path, source: Any = None, **sections: Any) -> list[dict[str, float]]:

@@ -12,8 +12,8 @@ import toy
 
 from diffalign.draws import draw, normal
 from diffalign.pipelines import load_backbone
-from diffalign.training.loop import train
 from diffalign.training.order import groups_for_step
+from diffalign.training.preference.method import train
 
 TRAJECTORIES = Path(__file__).parent / "trajectories"
 PROMPTS = ["a red cube", "two dogs", "a cat left of a cup", "snow"]

@@ -16,15 +16,14 @@ import toy
 from test_rank import scored
 
 from diffalign.config import load_config
-from diffalign.data.choose import choose_members
+from diffalign.data.choose_members import choose_members
 from diffalign.data.combine import calibrations, combined_labels
 from diffalign.data.labels import balanced
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import Flow
-from diffalign.training.loop import train
 from diffalign.training.order import groups_for_step
-from diffalign.training.preference import make_draws
-from diffalign.training.selection import (
+from diffalign.training.preference.method import train
+from diffalign.training.preference.selection import (
     Selection,
     easiest,
     loser_by_rank,
@@ -34,6 +33,7 @@ from diffalign.training.selection import (
     weights_by_gap,
     weights_by_mean,
 )
+from diffalign.training.preference.step import make_draws
 
 SMALL = "run_dir: runs/x\nmodel: {path: m}\ndata: {path: d}\n"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffalign.config import DistillConfig
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import Flow
-from diffalign.training.distillation import distill
+from diffalign.training.distillation.method import distill
 
 SHAPE = (2, 4, 4)
 WIDTH = 32

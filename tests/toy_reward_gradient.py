@@ -15,9 +15,9 @@ from toy_distill import ToyPrompts
 
 from diffalign.config import RewardGradientConfig
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
-from diffalign.training.reward_gradient import reward_gradient
-from diffalign.training.reward_gradient_draws import make_gradient_draws, span_of
-from diffalign.training.reward_gradient_step import Scores, StepOutput, reward_gradient_step
+from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
+from diffalign.training.reward_gradient.method import reward_gradient
+from diffalign.training.reward_gradient.step import Scores, StepOutput, reward_gradient_step
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import toy
 
-from diffalign.training.loop import train
+from diffalign.training.preference.method import train
 from diffalign.training.validation import Validation
 
 

@@ -56,7 +56,7 @@ def synth(
         from diffalign.config import load_synth_config
 
         checked = load_synth_config(config, overrides or ())
-        from diffalign import stages_synth
+        from diffalign.stages import synth as stages_synth
 
         stages_synth.synth(checked, dry_run=dry_run)
 
@@ -76,7 +76,7 @@ def rank_scores(
         from diffalign.config import load_rank_config
 
         checked = load_rank_config(source, overrides or ())
-        from diffalign import stages_synth
+        from diffalign.stages import synth as stages_synth
 
         stages_synth.rank_again(checked)
 
@@ -94,7 +94,7 @@ def encode_cache(
         from diffalign.config import load_config
 
         checked = load_config(config, overrides or ())
-        from diffalign import stages_data
+        from diffalign.stages import data as stages_data
 
         stages_data.cache(checked, dry_run=dry_run)
 
@@ -115,7 +115,7 @@ def data_convert(
 ) -> None:
     """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
     with plain_errors():
-        from diffalign import stages_data
+        from diffalign.stages import data as stages_data
 
         stages_data.convert(sources, out, form)
 
@@ -128,7 +128,7 @@ def data_inspect(
 ) -> None:
     """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
     with plain_errors():
-        from diffalign import stages_data
+        from diffalign.stages import data as stages_data
 
         stages_data.inspect(dataset, html, groups)
 
@@ -144,6 +144,6 @@ def data_export(
 ) -> None:
     """Write a dataset in a form that other code reads, with a card."""
     with plain_errors():
-        from diffalign import stages_data
+        from diffalign.stages import data as stages_data
 
         stages_data.export_data(dataset, out, form, pairs)

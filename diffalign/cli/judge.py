@@ -36,7 +36,7 @@ def train_judge(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_judge_config
 
         checked = load_judge_config(config, overrides or ())
-        from diffalign.stages_judge import train_from_config
+        from diffalign.stages.judge import train_from_config
 
         train_from_config(checked)
 
@@ -55,7 +55,7 @@ def judge_distributions(
 ) -> None:
     """Write once what a teacher says about every image: what a student learns from."""
     with plain_errors():
-        from diffalign.stages_judge import distributions
+        from diffalign.stages.judge import distributions
 
         told = _thinking(traces, max_tokens, temperature, batch_size)
         distributions(judge, records, out or records.parent / "distributions.jsonl", told, device, seed)
@@ -75,6 +75,6 @@ def judge_eval(
 ) -> None:
     """Measure a judge against people: correlations, preference accuracy, calibration, tokens and speed."""
     with plain_errors():
-        from diffalign.stages_judge import evaluate_judge
+        from diffalign.stages.judge import evaluate_judge
 
         evaluate_judge(judge, records, out, _thinking(traces, max_tokens, temperature, batch_size), device, seed)

@@ -55,7 +55,7 @@ def score_images(
 ) -> None:
     """Score pictures with one or more rewards. The same command again scores only what is new or changed."""
     with plain_errors(goes_on=output is not None):
-        from diffalign import score_stage
+        from diffalign.stages import score as score_stage
 
         given = score_stage.ScoreRequest(
             images, reward, prompt, prompts, prompt_from, prompt_column, output, html, against, labels, into_dataset,
@@ -70,6 +70,6 @@ def score_images(
 def list_rewards() -> None:
     """List the rewards: range, licence, weights and their size, what must be installed."""
     with plain_errors():
-        from diffalign import score_stage
+        from diffalign.stages import score as score_stage
 
         score_stage.show_rewards()

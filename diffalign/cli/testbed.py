@@ -73,7 +73,7 @@ def testbed_quickstart(
     """One round on the embedded world: sample, score, rank, train, evaluate, report."""
     with plain_errors(goes_on=True):
         _check_shapes_model(base)
-        from diffalign.rounds import quickstart
+        from diffalign.stages.quickstart import quickstart
 
         given: dict[str, Any] = {} if steps is None else {"steps": steps}
         quickstart(base=base, out=out or Path("runs") / f"quickstart-{base}", seed=seed, shuffle=shuffle, **given)
@@ -92,7 +92,7 @@ def testbed_judge_data(
     with plain_errors():
         if split not in ("train", "validation", "test"):
             raise DiffalignError(f"split {split}: unknown; one of train, validation, test")
-        from diffalign.stages_judge import judge_data
+        from diffalign.stages.judge import judge_data
 
         judge_data(out, split, groups, images, raters, seed)
 
@@ -110,7 +110,7 @@ def testbed_judge_base(
     with plain_errors():
         if size not in ("teacher", "student"):
             raise DiffalignError(f"size {size}: unknown; one of teacher, student")
-        from diffalign.stages_judge import judge_base
+        from diffalign.stages.judge import judge_base
 
         judge_base(out, size, steps, seed)
 

@@ -27,9 +27,9 @@ def train(
         from diffalign.config import load_config
 
         checked = load_config(config, overrides or ())  # before torch is imported: a mistyped key is reported at once
-        from diffalign import stages
+        from diffalign.stages import train as train_stage
 
-        stages.train(checked, dry_run=dry_run)
+        train_stage.train(checked, dry_run=dry_run)
 
 
 @verbs.command()
@@ -48,7 +48,7 @@ def distill(
         from diffalign.config import load_distill_config
 
         checked = load_distill_config(config, overrides or ())
-        from diffalign import stages_distill
+        from diffalign.stages import distill as stages_distill
 
         stages_distill.distill(checked, dry_run=dry_run)
 
@@ -67,7 +67,7 @@ def reward_gradient(
         from diffalign.config import load_reward_gradient_config
 
         checked = load_reward_gradient_config(config, overrides or ())
-        from diffalign import stages_reward_gradient
+        from diffalign.stages import reward_gradient as stages_reward_gradient
 
         stages_reward_gradient.reward_gradient(checked, dry_run=dry_run)
 
@@ -79,9 +79,9 @@ def sample(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_sample_config
 
         checked = load_sample_config(config, overrides or ())
-        from diffalign import stages
+        from diffalign.stages import sample as sample_stage
 
-        stages.sample(checked)
+        sample_stage.sample(checked)
 
 
 @verbs.command("eval")
@@ -102,9 +102,9 @@ def evaluate(
             checked = eval_config_of_run(Path(source), overrides or ())
         else:
             checked = load_eval_config(source, overrides or ())
-        from diffalign import stages
+        from diffalign.stages import evaluate as evaluate_stage
 
-        stages.evaluate(checked)
+        evaluate_stage.evaluate(checked)
 
 
 @verbs.command("rounds")
@@ -114,7 +114,7 @@ def run_rounds(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_rounds_config
 
         checked = load_rounds_config(config, overrides or ())
-        from diffalign import iterate
+        from diffalign.stages import rounds as iterate
 
         iterate.rounds(checked)
 
@@ -171,6 +171,6 @@ def export_weights(
 ) -> None:
     """Write a run's weights for other programs, with a model card."""
     with plain_errors():
-        from diffalign.export import export
+        from diffalign.stages.export import export
 
         export(run, out or run / "export" / form, form, best=best, licence=licence, push=push, private=private)

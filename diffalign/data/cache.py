@@ -23,8 +23,8 @@ from diffalign.data.buckets import bucket_sizes, group_sizes
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
-from diffalign.data.space import check_space
-from diffalign.data.work import Task, finish
+from diffalign.data.shared_tasks import Task, finish
+from diffalign.files import check_space
 
 VERSION = "2"
 Mode = Literal["all", "latents", "off"]

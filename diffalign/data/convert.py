@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.found import Found, LeftOut
+from diffalign.data.imported import Found, LeftOut
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
 from diffalign.data.read_json import entries
 from diffalign.data.read_pairs import (

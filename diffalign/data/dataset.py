@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.places import ImagePlaces, row_numbers
+from diffalign.data.image_index import ImagePlaces, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE
 from diffalign.errors import DiffalignError
 

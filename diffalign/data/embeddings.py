@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.space import check_space
+from diffalign.files import check_space
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.places import row_numbers
+from diffalign.data.image_index import row_numbers
 from diffalign.data.writer import replacing
 from diffalign.errors import DiffalignError
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from diffalign.data.buckets import Size, fit, header_size, to_pixels
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.space import check_space
 from diffalign.errors import DiffalignError
+from diffalign.files import check_space
 
 BATCH = 8
 """Images encoded at once, of one group: a group's latents then hang on nothing but the group, to the last bit."""

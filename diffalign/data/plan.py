@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.prompts import PromptRow
-from diffalign.data.work import FOLDER, Task, finish
+from diffalign.data.shared_tasks import FOLDER, Task, finish
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 

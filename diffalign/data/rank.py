@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffalign.data.choose import Limit, choose_members, near_duplicates, split_of
+from diffalign.data.choose_members import Limit, choose_members, near_duplicates, split_of
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.hashes import image_hashes
 from diffalign.data.writer import write_groups

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.found import Found, LeftOut, vote_shares_of_ranks
+from diffalign.data.imported import Found, LeftOut, vote_shares_of_ranks
 from diffalign.data.read_json import csv_rows, entries
 from diffalign.data.schema import inside
 from diffalign.errors import DiffalignError

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.found import Found, LeftOut
+from diffalign.data.imported import Found, LeftOut
 from diffalign.data.pairs import PICTURES
 from diffalign.data.read_json import csv_rows, entries
 from diffalign.data.schema import inside

@@ -20,7 +20,7 @@ from PIL import Image
 from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember, write_whole
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, IMAGES, with_latents
-from diffalign.data.work import FOLDER, Task, finish
+from diffalign.data.shared_tasks import FOLDER, Task, finish
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, regrouped, replacing, write_groups
 from diffalign.errors import DiffalignError
 

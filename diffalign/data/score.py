@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
-from diffalign.data.work import FOLDER, Task, finish
+from diffalign.data.shared_tasks import FOLDER, Task, finish
 from diffalign.data.writer import replacing
 from diffalign.errors import DiffalignError
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from diffalign.judge import losses, policy
 from diffalign.judge.forward import Sample, read
+from diffalign.judge.method import Metrics, Weights, pair_metrics, scores_of, sides
 from diffalign.judge.records import Pair, Taught
-from diffalign.judge.work import Metrics, Weights, pair_metrics, scores_of, sides
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 
 class Direct:

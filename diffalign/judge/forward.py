@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from diffalign.judge import losses, policy
 from diffalign.judge.forward import read, right_aligned
+from diffalign.judge.method import Metrics, Weights, pair_metrics, sampled_traces, scores_of, sides
 from diffalign.judge.records import Pair
-from diffalign.judge.work import Metrics, Weights, pair_metrics, sampled_traces, scores_of, sides
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 from diffalign.training.validation import averaged
 
 

@@ -18,7 +18,7 @@ import yaml
 from diffalign.errors import DiffalignError
 from diffalign.judge.methods import METHODS
 from diffalign.judge.tune import make_trainable, merged
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.optim import build_optimizer, learning_rate
 from diffalign.training.order import groups_for_step

@@ -5,9 +5,9 @@ from typing import Any
 
 from diffalign.judge.direct import BradleyTerry, Distilled, Supervised
 from diffalign.judge.gdso import GDSO, GRPO
+from diffalign.judge.method import Method, Weights
 from diffalign.judge.opd import OnPolicy
-from diffalign.judge.work import Method, Weights
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 METHODS: dict[str, Callable[[Judge, Any, Weights, Judge | None], Method]] = {
     "sft": Supervised,

@@ -10,9 +10,9 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.judge import losses, policy
 from diffalign.judge.forward import read, right_aligned
+from diffalign.judge.method import Metrics, Weights, pair_metrics, sampled_traces, scores_of, sides
 from diffalign.judge.records import Pair
-from diffalign.judge.work import Metrics, Weights, pair_metrics, sampled_traces, scores_of, sides
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 
 class OnPolicy:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffalign.draws import draw
 from diffalign.judge.forward import Sample, read
 from diffalign.judge.rollout import sample_traces
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from diffalign.judge.forward import Sample, open_image
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 
 class KeyedSampling(LogitsProcessor):

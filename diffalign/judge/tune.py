@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.readout import Judge
+from diffalign.rewards.judge import Judge
 
 
 def make_trainable(judge: Judge, tune: Any, seed: int) -> dict[str, nn.Parameter]:

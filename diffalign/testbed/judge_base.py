@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.rewards.readout import Judge
-from diffalign.rewards.wording import LABELS, Wording
-from diffalign.testbed.judged import CUTS, DEGREES, DIMENSIONS, Judged, any_prompt, judged, rating_distribution
+from diffalign.rewards.judge import Judge
+from diffalign.rewards.judge_prompt import LABELS, Wording
+from diffalign.testbed.judge_data import CUTS, DEGREES, DIMENSIONS, Judged, any_prompt, judged, rating_distribution
 from diffalign.testbed.pretrain import learning_rate
 from diffalign.testbed.tokenizers import WORDS, _apply, _byte_symbols
 

@@ -1,0 +1,111 @@
+"""The sections of a config that say which data is trained on, with which labels, and which of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from diffalign.config.section import FilePath, Section, Sizes
+
+
+def _buckets(value: Any) -> str | list[list[int]]:
+    """One message for a value that is of neither form, where a union would have one for each."""
+    whole = isinstance(value, list) and value and all(isinstance(size, list) and len(size) == 2 for size in value)
+    if value in ("none", "auto") or (whole and all(type(side) is int and side > 0 for size in value for side in size)):
+        return cast("str | list[list[int]]", value)
+    raise PydanticCustomError("buckets", "should be none, auto, or sizes such as [[1024, 1024], [1216, 832]]")
+
+
+class DataSection(Section):
+    """What is trained on."""
+
+    path: FilePath = Field(description="a dataset folder: images/, scores/, groups.parquet")
+    split: str = Field("train", min_length=1, description="the groups whose split has this name")
+    resolution: int | None = Field(
+        None,
+        gt=0,
+        multiple_of=8,
+        description="images are resized and centre-cropped to this square, pixels; null: the model's",
+    )
+    buckets: Annotated[str | list[list[int]], PlainValidator(_buckets)] = Field(
+        "none",
+        description="none: squares; auto: each group gets the aspect of most of its images, at as many pixels as the square; "
+        "or the sizes to choose from, as [[1024, 1024], [1216, 832]] (width, height)",
+    )
+    latent_sampling: Literal["mean", "posterior"] = Field(
+        "mean",
+        description="mean: the VAE's mean; posterior: a new sample each time, for which the cache also holds the spread",
+    )
+    cache: Literal["all", "latents", "off"] = Field(
+        "all",
+        description="what is encoded before the first step: all, latents (the text encoders stay loaded), off (the VAE too)",
+    )
+    cache_dir: FilePath | None = Field(None, description="folder of the cache; null: <path>/cache")
+    limit: int | None = Field(None, gt=0, description="use only the first so many groups; null: all")
+    group_size: int | None = Field(
+        None, ge=2, description="images of a group in a step, drawn anew each time the group comes up; null: all"
+    )
+
+
+class CombineSection(Section):
+    """Several rewards as one label (`labels.source: combined`); each is z-scored over the dataset first."""
+
+    how: Literal["sum", "dvao", "gated"] = Field(
+        "sum",
+        description="sum: the weighted sum; dvao: the same, over the weighted sum of the group's deviations; gated: images "
+        "that pass more gates first, the sum's order among equals",
+    )
+    weights: dict[str, float] = Field(
+        min_length=1, description="what is summed, as {geneval: 1.0, ocr.exact: 0.5}: a reward, or reward.column"
+    )
+    gates: dict[str, float] = Field(
+        default_factory=dict, description="scores that an image should reach, as {geneval.exact: 1.0} (gated only)"
+    )
+
+
+class LabelSection(Section):
+    """Where the labels that order a group's images come from."""
+
+    source: str = Field(
+        "preference",
+        pattern=r"^(preference|combined|scores\.[^.]+(\.[^.]+)?)$",
+        description="preference (of groups.parquet), scores.NAME (first column of a reward), scores.NAME.COLUMN, or "
+        "combined",
+    )
+    combine: CombineSection | None = Field(
+        None, description="how several rewards become one label (source combined only); null: they do not"
+    )
+    transform: Literal["none", "votes", "minmax", "zscore", "balanced"] = Field(
+        "none",
+        description="what is done to scores before they are used; balanced: less the group's mean, over its mean absolute "
+        "deviation",
+    )
+    stats: dict[str, float] | None = Field(
+        None,
+        description="{min, max} for minmax, {mean, std} for zscore, NAME.mean and NAME.std for combined; null: computed from "
+        "the data",
+    )
+
+
+class SelectionSection(Section):
+    """Which groups and images a step looks at, and how much a group counts."""
+
+    groups: Literal["all", "curriculum"] = Field(
+        "all", description="curriculum: first those whose labels lie farthest apart, phase by phase more of them"
+    )
+    images: Literal["all", "variance", "rank_gap", "score_gap"] = Field(
+        "all",
+        description="variance: those whose labels differ most; rank_gap, score_gap: the best and one other, from the "
+        "farthest to the closest, phase by phase",
+    )
+    phases: int = Field(3, ge=1, description="equal parts of the run (curriculum, rank_gap and score_gap)")
+    sizes: Sizes | None = Field(
+        None, description="[first, last]: images of a group at the start and at the end (variance only)"
+    )
+    weight: Literal["none", "gap", "mean"] = Field(
+        "none", description="gap: groups of close labels count more; mean: groups of a low mean label do"
+    )
+    strength: float = Field(0.5, gt=0, le=1, description="of weight=gap: weights lie within 1 -/+ strength")
+    temperature: float = Field(2.0, gt=0, description="of weight=mean, in the labels' unit; smaller: more uneven")

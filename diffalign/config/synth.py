@@ -1,0 +1,134 @@
+"""The sections of `diffalign synth`, `diffalign rank` and `diffalign cache`, typed as those in `config_schema`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from diffalign.config.checks import check_ranking, check_synth
+from diffalign.config.schema import DEVICE, Device, ModelSection, RewardSection
+from diffalign.config.section import FilePath, Section
+
+SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
+
+
+class PromptSection(Section):
+    """Which prompts."""
+
+    source: str = Field(
+        min_length=1,
+        description="a .txt, .jsonl, .csv or .parquet file, a folder with <split>.txt or <split>_metadata.jsonl, "
+        "hub:OWNER/DATASET, or testbed:train, testbed:validation, testbed:test",
+    )
+    column: str = Field("prompt", min_length=1, description="the prompt's column (csv, parquet, hub)")
+    split: str = Field("train", min_length=1, description="which split (folder, hub)")
+    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
+    unique: bool = Field(True, description="true: a prompt that comes again is left out")
+
+
+class SchedulerSection(Section):
+    """What integrates the model's prediction, in place of the model's own."""
+
+    name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
+    options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
+
+
+class GeneratorSection(Section):
+    """A model that draws images, and how."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="how the dataset names it")
+    model: ModelSection
+    prior: str | None = Field(None, description="folder or id of the first stage (Stable Cascade only)")
+    weights: FilePath | None = Field(None, description="a LoRA, or a run's weights/ folder; null: the model as it is")
+    scheduler: SchedulerSection | None = Field(None, description="null: the model's own")
+    steps: int = Field(30, gt=0, description="denoising steps")
+    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; 1: none")
+    negative_prompt: str | None = Field(None, description="what to steer away from")
+    height: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
+    width: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
+    images_per_prompt: int = Field(1, gt=0, description="images of every prompt")
+    batch_size: int = Field(
+        8, gt=0, description="images drawn at once; part of the plan, as it decides their last bits"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of a pipeline that is only drawn from, such as decoder_steps",
+    )
+    licence: str | None = Field(None, description="licence of the model, for the dataset's card; null: looked up by id")
+
+
+class LimitSection(Section):
+    """Images outside are left out of the ranking."""
+
+    source: str = Field(min_length=1, description="a reward, or reward.column")
+    min: float | None = Field(None, description="lowest score that stays; null: no floor")
+    max: float | None = Field(None, description="highest score that stays; null: no ceiling")
+
+
+class RankSection(Section):
+    """How scores become preferences."""
+
+    sources: list[str] | None = Field(
+        None, min_length=1, description="the rewards that vote, as geneval or geneval.exact; null: all, first columns"
+    )
+    aggregate: Literal["votes", "mean"] = Field(
+        "votes", description="votes: share of won comparisons; mean: order by the mean of z-scores"
+    )
+    weights: dict[str, float] = Field(default_factory=dict, description="weight of a voter, by its name in sources; 1")
+    min_gap: float = Field(
+        0.0, ge=0, description="groups whose best and worst differ by less are dropped (shares, or units of the mean)"
+    )
+    choose: Literal["all", "extremes", "random", "variance"] = Field(
+        "all", description="which k images of a group count: best and worst, any, or those that differ most"
+    )
+    k: int | None = Field(None, ge=2, description="how many images of a group count; null: all")
+    limits: list[LimitSection] = Field(default_factory=list, description="floors and ceilings on scores")
+    duplicates: int | None = Field(
+        None, ge=0, le=64, description="images within so many of 64 bits of a better one are left out; null: all stay"
+    )
+    splits: dict[str, float] | None = Field(
+        None, description="share of the prompts in each split but train, as {test: 0.05}; null: as they are"
+    )
+    seed: int = Field(0, ge=0, description="seed of random choices and of the split")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RankSection:
+        check_ranking(self)
+        return self
+
+
+class RankConfig(RankSection):
+    """`diffalign rank`: preferences anew from stored scores."""
+
+    data: FilePath = Field(description="a dataset folder that was scored")
+    shuffle: bool = Field(
+        False, description="true: the control that gives a group's preferences to its images at random"
+    )
+
+
+class SynthConfig(Section):
+    """`diffalign synth`: prompts to a ranked dataset."""
+
+    out: FilePath = Field(description="the dataset folder to write; the same command goes on where it stopped")
+    seed: int = Field(0, ge=0, description="seed of every image's noise")
+    device: Device = Field("auto", description=DEVICE)
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit; null: torch's choice"
+    )
+    prompts: PromptSection
+    generators: list[GeneratorSection] = Field(min_length=1, description="drawn one after another")
+    rewards: list[RewardSection] = Field(default_factory=list, description="scored one after another; []: no ranking")
+    reward_batch: int = Field(64, gt=0, description="images scored at once")
+    rank: RankSection = RankSection()
+    split: str = Field("train", min_length=1, description="the split that the groups get unless rank.splits says other")
+    latents: bool = Field(
+        False, description="true: store the latents too, where the generator is one that can be trained here"
+    )
+    contact_sheet: int = Field(50, ge=0, description="prompts shown in contact.html; 0: no such page")
+    price_per_hour: float | None = Field(None, gt=0, description="of the machine, for the estimate of --dry-run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SynthConfig:
+        check_synth(self)
+        return self

@@ -1,0 +1,115 @@
+"""`diffalign data convert | inspect | export` and `diffalign cache` as functions, and the contact sheet."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.config import TrainConfig
+from diffalign.data.agreement import summary
+from diffalign.data.buckets import describe
+from diffalign.data.cache import plan_cache
+from diffalign.data.convert import open_rows
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.export import export
+from diffalign.data.imported import Report, write_found
+from diffalign.data.training_source import choose_groups
+from diffalign.errors import DiffalignError
+from diffalign.report.contact import data_uri, write_contact_sheet
+from diffalign.stages.resolve import open_backbone, resolve_device
+
+FAULTS_SHOWN = 20
+
+
+def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict[str, Any] | None = None) -> None:
+    """The contact sheet of `groups` groups spread over the dataset, each from best to worst."""
+    rewards = {name: dataset.score_array(name) for name in dataset.rewards()}
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int))
+    shown = [_group(dataset, int(i), rewards) for i in chosen]
+    write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summary(dataset), shown)
+
+
+def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[str, Any]:
+    """`diffalign data inspect`: what a dataset holds."""
+    dataset = PreferenceDataset(folder)
+    facts = summary(dataset)
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:{width}}  {value}")
+    if html is not None:
+        write_sheet(dataset, html, groups, facts)
+        print(f"contact sheet: {html}")
+    return facts
+
+
+def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
+    """`diffalign data convert`."""
+    name, rows = open_rows(sources, form)
+    report = write_found(rows, out)
+    for fault in report.faults[:FAULTS_SHOWN]:
+        print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+    if report.faults:
+        more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
+        print(f"{len(report.faults)} broken rows were left out{more}", file=sys.stderr)
+    for reason, count in report.counted.items():
+        print(f"{count} rows left out: {reason}")
+    print(f"{name}: {report.groups} groups, {report.images} images in {out}; train on them with data.path={out}")
+    return report
+
+
+def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int]:
+    """`diffalign data export`."""
+    counts = export(PreferenceDataset(folder), out, form, pairs)
+    for split, count in counts.items():
+        print(f"{split}: {count} rows")
+    print(f"{form}: {out}")
+    return counts
+
+
+def cache(config: TrainConfig, dry_run: bool = False) -> None:
+    """`diffalign cache`: what `diffalign train` would encode before its first step, now; or only how large it is."""
+    dataset = PreferenceDataset(config.data.path)
+    chosen, members, _ = choose_groups(config.data, dataset)
+    backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
+    plan = plan_cache(config.data, dataset, chosen, members, backbone)
+    if plan.mode == "off":
+        raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
+    missing = plan.missing()
+    if not missing:
+        print(f"cache: it is there, in {plan.folder}")
+        return
+    sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
+    needed = sum(missing.values()) / 1e9
+    print(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
+    plan.check_space()
+    if not dry_run:
+        plan.latents()
+        plan.embeddings()
+
+
+def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:
+    row = dataset.group(i)
+    members = dataset.members(row["group_id"])
+    ranked = row["preference"] if row["preference"] and len(row["preference"]) == len(members) else []
+    shares = dict(zip(members, ranked, strict=False))
+    images = []
+    for place in range(int(dataset.places.starts[i]), int(dataset.places.starts[i + 1])):
+        image = dataset.image_at(place)
+        shown: dict[str, Any] = {"image": None, "reason": "", "generator": image.generator, "seed": image.seed}
+        try:
+            shown["image"] = data_uri(image.decode())
+        except DiffalignError:
+            shown["reason"] = "unreadable"
+        scores = {name: _number(values[place]) for name, values in rewards.items()}
+        shown |= {"index": image.index, "preference": shares.get(image.index), "scores": scores}
+        images.append({**shown, "counts": image.index in members})
+    images.sort(key=lambda one: (not one["counts"], -(one["preference"] or 0.0), one["index"]))
+    return {"prompt": row["prompt"], "split": row["split"], "dropped": row["dropped"], "images": images}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,259 @@
+"""`diffalign distill`: prompts and a model to a student with few steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.config import DistillConfig, RewardTerm, StudentValidationSection, ValidationSection, resolved_yaml
+from diffalign.data.buckets import fit, to_pixels
+from diffalign.data.dataset import ImageRow
+from diffalign.data.prompts import PromptRow, unique_prompts
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.export import export_merged
+from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
+from diffalign.report.render import write_report
+from diffalign.rewards.base import Reward
+from diffalign.stages.real_images import real_images
+from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.training.distillation.method import distill as distill_backbone
+from diffalign.training.distillation.real_images import RealImages
+from diffalign.training.distillation.step import Judge, Lean
+from diffalign.training.optim import check_installed
+from diffalign.training.preference.method import start_accelerator
+from diffalign.training.prompt_source import PromptSource
+from diffalign.training.validation import Validation
+
+HOW = """# A student with {steps} steps
+
+Distilled from `{base}` with diffalign. The scheduler's config holds its times; the number of steps and guidance 0 are
+arguments of the call, whose defaults belong to the pipeline's class:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{folder}")
+image = pipeline("...", {call}).images[0]
+```
+{note}"""
+
+SD3_RENOISE = """
+The pipeline gives its scheduler no generator, so `generator=` fixes the first noise alone; call `torch.manual_seed` too.
+"""
+
+CPS = """
+It was trained with CPS, eta {eta:g}, which no scheduler of diffusers has: Euler stands in its place.
+"""
+
+
+def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
+    """The student's sampler, and the diffusers scheduler that it is saved with."""
+    if backbone.guided:
+        raise DiffalignError(
+            f"model.path {config.model.path}: its guidance is an input of the network, so there is no prediction without; "
+            "distil a model that is guided at sampling, such as SDXL or SD3"
+        )
+    wanted = config.student
+    scheduler = student_scheduler(backbone.pipeline.scheduler, wanted.steps, wanted.sampler, wanted.times)
+    student = few_step(backbone.process, scheduler, wanted.steps, wanted.sampler, wanted.eta, wanted.times)
+    top = backbone.process.span if backbone.process.span == 1.0 else backbone.process.span - 1
+    if wanted.times is not None and not (wanted.times[-1] > 0 and wanted.times[0] <= top):
+        raise DiffalignError(f"student.times: times of this model lie in (0, {top:g}], not {wanted.times}")
+    return student, scheduler
+
+
+def reward_judge(
+    config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str
+) -> tuple[Judge | None, Lean | None]:
+    """What decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
+    terms: list[RewardTerm] = list(config.reward.terms)
+    if not terms:
+        return None, None
+    rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
+    for term in terms:
+        if term.column is not None and term.column not in rewards[term.name].columns:
+            known = ", ".join(rewards[term.name].columns)
+            raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
+
+    def decoded(latents: Tensor) -> Tensor:
+        backbone.pipeline.vae.to(backbone.device)  # a validation puts it back into the CPU's memory
+        pixels: Tensor = backbone.decode_latents(latents)
+        return pixels
+
+    def judge(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            pixels = decoded(latents)
+        pictures = backbone.pipeline.image_processor.postprocess(
+            pixels, output_type="pil", do_denormalize=[False] * len(pixels)
+        )
+        texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
+        scores = {}
+        for term in terms:
+            reward = rewards[term.name]
+            scores[term.name] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+        return scores
+
+    smooth = [term for term in terms if rewards[term.name].differentiable]
+    if not config.reward.gradient_weight:
+        return judge, None
+    if not smooth:
+        raise DiffalignError(
+            "reward.gradient_weight: none of reward.terms is differentiable; `diffalign rewards` lists those"
+        )
+
+    def lean(latents: Tensor, indices: list[int]) -> Tensor:
+        pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
+        scores = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
+        return torch.stack(scores).sum(dim=0)
+
+    return judge, lean
+
+
+def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | None:
+    """The real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
+    if config.gan.real is None:
+        return None
+    found = real_images(config.gan.real, config.prompts, config.gan.n or config.n, config.seed)
+    if not found:
+        raise DiffalignError(f"gan.real={config.gan.real}: there is no image of the training split in it")
+    images = RealImages(
+        backbone,
+        (
+            (row.prompt, to_pixels([fit(ImageRow(row.prompt, 0, data(), "real", 0).decode(), (side, side))])[0])
+            for row, data in found
+        ),
+    )
+    say(f"{len(found)} real images for the critic")
+    return images
+
+
+def prompt_validation(
+    wanted: StudentValidationSection,
+    backbone: Any,
+    device: str,
+    side: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+) -> Validation | None:
+    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted.
+
+    `side` in pixels; `steps` and `guidance_scale` are those of the trained sampler.
+    """
+    if wanted.every is None or wanted.prompts is None:
+        return None
+    rows = resolve_prompts(wanted.prompts, wanted.n)
+    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
+    parts = [
+        backbone.encode_guided([row.prompt for row in rows[i : i + wanted.batch_size]])
+        for i in range(0, len(rows), wanted.batch_size)
+    ]
+    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    settings = ValidationSection(
+        **{name: getattr(wanted, name) for name in StudentValidationSection.model_fields}
+    ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
+    return Validation(settings, rows, encoded, rewards, side, seed)
+
+
+def distill(config: DistillConfig, dry_run: bool = False) -> None:
+    """`diffalign distill`. The same command again goes on where it stopped."""
+    device = resolve_device(config.device)
+    for settings in (config.optimizer, config.fake.optimizer):
+        check_installed(settings)
+    rows = unique_prompts(resolve_prompts(config.prompts, config.n))
+    if dry_run:
+        _describe(config, rows, device)
+        return
+    accelerator = start_accelerator(config)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    backbone = open_backbone(config.model, str(accelerator.device))
+    student, scheduler = open_student(config, backbone)
+    backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
+    judge, lean = reward_judge(config, backbone, rows, str(accelerator.device))
+    side = config.resolution or backbone.default_resolution
+    validation = prompt_validation(config.validation, backbone, device, side, config.seed, config.student.steps, 0.0)
+    source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
+    if side % backbone.pixel_multiple:
+        raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
+    real = open_real(config, backbone, side)
+    if config.train.cache_prompts:
+        backbone.drop_encoders(keep_vae=judge is not None or validation is not None)
+    places = side // backbone.vae_scale_factor
+    try:
+        result = distill_backbone(
+            config,
+            backbone=backbone,
+            student=student,
+            source=source,
+            shape=(backbone.latent_channels, places, places),
+            judge=judge,
+            lean=lean,
+            real=real,
+            say=say,
+            accelerator=accelerator,
+            validation=validation,
+        )
+    finally:
+        # Also of a run that an alarm has stopped: the report is where one sees why.
+        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
+            write_report(Path(config.run_dir))
+    if accelerator.is_main_process:
+        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+        if config.save_pipeline:
+            say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
+
+
+def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
+    """The whole pipeline with the student's weights and scheduler, for `from_pretrained`; README.md says how to call it.
+
+    A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
+    README says so.
+    """
+    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32", "quantize": "none"}), "cpu")
+    _, scheduler = open_student(config, backbone)
+    backbone.load_weights(weights)
+    backbone.pipeline.scheduler = scheduler
+    export_merged(backbone, out)
+    wanted = config.student
+    options: dict[str, Any] = {"num_inference_steps": wanted.steps, "guidance_scale": 0.0}
+    explicit = call_options(scheduler, wanted.times)
+    if explicit:
+        options = {**explicit, "guidance_scale": 0.0}
+    length = config.model.max_sequence_length
+    if length is not None and "max_sequence_length" in backbone.sampling_options():
+        options["max_sequence_length"] = length
+    note = SD3_RENOISE if backbone.family == "sd3" and wanted.sampler == "renoise" else ""
+    if wanted.sampler == "cps":
+        note = CPS.format(eta=wanted.eta)
+    call = ", ".join(f"{name}={value}" for name, value in options.items())
+    text = HOW.format(steps=wanted.steps, base=config.model.path, folder=out.as_posix(), call=call, note=note)
+    (out / "README.md").write_text(text)
+    (out / "student.json").write_text(json.dumps({"call": options, "sampler": wanted.sampler}, indent=1) + "\n")
+    return out
+
+
+def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None:
+    """What a run would do, from the files alone: nothing is written, no GPU memory is taken."""
+    backbone = open_backbone(config.model, "cpu")
+    student, _ = open_student(config, backbone)
+    steps, updates = config.train.steps, config.train.steps * config.fake.updates
+    print(resolved_yaml(config))
+    for title, values in (
+        ("model", backbone.facts()),
+        ("student", {
+            "times": ", ".join(f"{t:.4g}" for t in student.times.tolist()),
+            "sampler": student.sampler,
+        }),
+        ("run", {
+            "device": device,
+            "prompts": len(rows),
+            "updates": f"{steps} of the student, {updates} of the fake network",
+            "images": f"{config.train.groups_per_step * config.group.size} an update",
+        }),
+    ):  # fmt: skip
+        print(f"# {title}")
+        for key, value in values.items():
+            print(f"#   {key}: {value}")

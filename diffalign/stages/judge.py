@@ -1,0 +1,179 @@
+"""The stages of a judge of images: data of the embedded world, training, a teacher's distributions, evaluation."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.config import JudgeConfig
+from diffalign.errors import DiffalignError
+from diffalign.judge.evaluation import by_dimension, table
+from diffalign.judge.forward import Sample
+from diffalign.judge.loop import train_judge
+from diffalign.judge.predict import Thinking, predict
+from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
+from diffalign.pipelines.tuning import quiet_progress
+from diffalign.rewards.judge import Judge, load_judge
+from diffalign.rewards.rubric import load_rubrics
+from diffalign.stages.resolve import resolve_device, say
+from diffalign.testbed import judge_data as judged
+from diffalign.testbed.judge_base import BaseSettings, make_base
+from diffalign.training.optim import check_installed
+
+
+def judge_data(out: Path, split: str, groups: int, images: int, raters: int, seed: int) -> None:
+    """`diffalign testbed judge-data`: images/, pairs.jsonl, ratings.jsonl and data.json, which says how they were made."""
+    made = {"split": split, "groups": groups, "images": images, "raters": raters, "seed": seed}
+    told = out / "data.json"
+    if told.is_file():
+        if json.loads(told.read_text()) != made:
+            raise DiffalignError(f"{out}: holds other data ({told.read_text().strip()}); choose another folder")
+        say(f"{out}: is complete")
+        return
+    if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
+        raise DiffalignError(f"{out}: is not empty; choose another folder")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    pairs, rated = [], []
+    for pictures, own_pairs, own_rated in judged.records(
+        judged.judged_groups(split, groups, images, seed), raters, seed
+    ):
+        for picture, row in zip(pictures, own_rated, strict=True):
+            picture.save(out / row["image"])
+        pairs += own_pairs
+        rated += own_rated
+    write_records(out / "pairs.jsonl", pairs)
+    write_records(out / "ratings.jsonl", rated)
+    told.write_text(json.dumps(made) + "\n")  # last: it says that the rest is whole
+    say(f"{out}: {len(rated)} images, {len(pairs)} pairs")
+
+
+def judge_base(out: Path, size: str, steps: int, seed: int) -> None:
+    """`diffalign testbed judge-base`."""
+    if out.exists() and any(out.iterdir()):
+        raise DiffalignError(f"{out}: is not empty; choose another folder")
+    with quiet_progress():
+        make_base(out, size, seed, BaseSettings(steps=steps), say)
+    say(f"judge: {out}")
+
+
+def train_from_config(config: JudgeConfig) -> Path:
+    """`diffalign judge`. The same command again goes on where it stopped; returns the folder of the trained judge."""
+    check_installed(config.optimizer)
+    device = resolve_device(config.device)
+    model = config.model
+    source = config.data.distributions if config.method == "risd" else config.data.pairs
+    assert source is not None  # the config is checked
+    records: list[Any] = [*(read_taught(source) if config.method == "risd" else read_pairs(source))][
+        : config.data.limit
+    ]
+    judge = open_judge(
+        model.path,
+        labels=model.labels,
+        rubrics=None if model.rubrics is None else load_rubrics(model.rubrics),
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype],
+        device=device,
+    )
+    check_dimensions(judge, {one.dimension for one in records}, source)
+    if config.method == "sft" and config.role == "teacher" and len({one.traces is None for one in records}) == 2:
+        raise DiffalignError(
+            f"{source}: some pairs have traces and some have none; supervised reasons need them everywhere"
+        )
+    teacher = None
+    if config.teacher is not None:
+        teacher = open_judge(config.teacher, device=device)
+        teacher.model.requires_grad_(False)
+        check_dimensions(teacher, {one.dimension for one in records}, source)
+    with quiet_progress():
+        weights = train_judge(config, judge=judge, records=records, teacher=teacher, say=say)
+    say(f"judge: {weights}")
+    return weights
+
+
+def open_judge(folder: Path, **options: Any) -> Judge:
+    """`load_judge` without transformers' bars."""
+    with quiet_progress():
+        return load_judge(folder, **options)
+
+
+def check_dimensions(judge: Judge, wanted: set[str], source: Path) -> None:
+    """Before anything is computed: every dimension of the records has a rubric."""
+    unknown = sorted(wanted - set(judge.rubrics))
+    if unknown:
+        raise DiffalignError(
+            f"{source}: dimension {unknown[0]} has no rubric; there are {', '.join(judge.rubrics)}: give NAME=FILE"
+        )
+
+
+def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, device: str, seed: int) -> None:
+    """`diffalign judge-distributions`: what a teacher says about every image of some records, written once."""
+    _beside_images(source, out)
+    if out.exists():
+        raise DiffalignError(f"{out}: is there already; a teacher is asked once, delete it to ask again")
+    rated, judge = _rated(source), open_judge(teacher, device=resolve_device(device))
+    check_dimensions(judge, {one.dimension for one in rated}, source)
+    found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
+    mean = found.probabilities.double() @ torch.linspace(1, 5, 9, dtype=torch.float64)
+    rows = (
+        {
+            "prompt": one.prompt, "dimension": one.dimension,
+            "image": Path(os.path.relpath(one.image, out.parent.resolve())).as_posix(),
+            "probabilities": q, "mean": mu, "teacher": teacher.as_posix(), "traces": thinking.traces,
+        }
+        for one, q, mu in zip(rated, found.probabilities.tolist(), mean.tolist(), strict=True)
+    )  # fmt: skip
+    say(f"{out}: {write_records(out, rows)} distributions, {found.tokens:.1f} tokens an image")
+
+
+def evaluate_judge(
+    folder: Path, source: Path, out: Path | None, thinking: Thinking, device: str, seed: int
+) -> dict[str, Any]:
+    """`diffalign judge-eval`: the measures of all images and of each dimension; `out` gets them as JSON."""
+    rated, judge = _rated(source), open_judge(folder, device=resolve_device(device))
+    check_dimensions(judge, {one.dimension for one in rated}, source)
+    found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
+    rows = by_dimension(rated, found.probabilities.double().numpy())
+    rows["all"] |= {"tokens": found.tokens, "images_per_second": len(rated) / found.seconds}
+    print(table(rows, "images"))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        told = {"judge": folder.as_posix(), "ratings": source.as_posix(), "measures": rows}
+        out.write_text(json.dumps(told, indent=1) + "\n")
+    return rows
+
+
+def _rated(source: Path) -> list[Rated]:
+    """Ratings, or the images of pairs with one rating each: whichever the first row is."""
+    if not source.is_file():
+        raise DiffalignError(f"{source}: no such file; give pairs.jsonl or ratings.jsonl")
+    with source.open(encoding="utf-8", errors="replace") as stream:
+        first = stream.readline()
+    return rated_images(read_pairs(source)) if '"image_w"' in first else read_ratings(source)
+
+
+def _samples(rated: list[Rated]) -> list[Sample]:
+    return [Sample(one.prompt, one.dimension, one.image) for one in rated]
+
+
+def _beside_images(source: Path, out: Path) -> None:
+    """Records name images below their own folder, so what is written about them must lie there too."""
+    if out.parent.resolve() != source.parent.resolve():
+        raise DiffalignError(
+            f"{out}: must be in {source.parent}, where the images are; records may not point elsewhere"
+        )
+
+
+def _counter(total: int) -> Callable[[int], None]:
+    """A plain line every few seconds."""
+    last = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            say(f"{done}/{total} images")
+
+    return tell

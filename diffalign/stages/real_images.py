@@ -1,0 +1,43 @@
+"""Where the real images of self-play come from: rendered scenes of the embedded world, or a dataset."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.plan import write_whole
+from diffalign.data.prompts import PromptRow
+from diffalign.data.real_against_generated import Real
+from diffalign.data.writer import png_bytes
+from diffalign.draws import draw
+from diffalign.errors import DiffalignError
+from diffalign.stages.resolve import resolve_prompts
+from diffalign.testbed.prompts import scene_for
+from diffalign.testbed.scenes import render
+
+
+def real_images(source: str, prompts: str, n: int | None, seed: int) -> list[Real]:
+    """Prompts with a real image each: scenes of `prompts` for source "testbed", else the first image of every group of the
+    training split of the dataset in folder `source`, up to n."""
+    if source == "testbed":
+        rows = resolve_prompts(prompts, n, seed)
+        if any("include" not in row.metadata for row in rows):
+            raise DiffalignError(f"data.real=testbed: {prompts} says not what to draw; use data.prompts=testbed:train")
+        return [(row, _scene(row, place, seed)) for place, row in enumerate(rows)]
+    dataset = PreferenceDataset(Path(source))
+    return [_stored(dataset, i) for i in dataset.split("train")[:n]]
+
+
+def prompts_file(rows: list[PromptRow], path: Path) -> Path:
+    """The prompts as a .jsonl that `diffalign sample` reads."""
+    write_whole(path, "".join(json.dumps({"prompt": row.prompt, **row.metadata}) + "\n" for row in rows))
+    return path
+
+
+def _scene(row: PromptRow, place: int, seed: int) -> Callable[[], bytes]:
+    return lambda: png_bytes(render(scene_for(row.metadata, draw(seed, "scene", inner=place))))
+
+
+def _stored(dataset: PreferenceDataset, i: int) -> Real:
+    group = dataset.group(i)
+    return PromptRow(group["prompt"], group["metadata"]), lambda: dataset.images(group["group_id"])[0].data

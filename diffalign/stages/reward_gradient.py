@@ -1,0 +1,154 @@
+"""`diffalign reward-gradient`: prompts, a model and differentiable rewards to a model that scores higher."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.config import RewardGradientConfig, resolved_yaml
+from diffalign.data.prompts import PromptRow, unique_prompts
+from diffalign.errors import DiffalignError
+from diffalign.report.render import write_report
+from diffalign.rewards import REWARDS, Reward
+from diffalign.stages.distill import prompt_validation
+from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.training.optim import check_installed
+from diffalign.training.preference.method import start_accelerator
+from diffalign.training.prompt_source import PromptSource
+from diffalign.training.reward_gradient.draws import late_steps
+from diffalign.training.reward_gradient.method import reward_gradient as train_backbone
+from diffalign.training.reward_gradient.step import Scores
+
+
+def check_differentiable(config: RewardGradientConfig) -> None:
+    """Raises DiffalignError for a reward without a gradient, before a model is loaded."""
+    for term in config.rewards:
+        # A name that does not exist is refused where the reward is built, with what was perhaps meant.
+        if term.name in REWARDS and not REWARDS[term.name].differentiable:
+            known = ", ".join(name for name, kind in REWARDS.items() if kind.differentiable)
+            raise DiffalignError(
+                f"rewards: {term.name} is not differentiable, so it has no gradient to follow; these are: {known}. Rewards "
+                "without one can rank images for `diffalign train`, or steer `diffalign distill`"
+            )
+
+
+def gradient_scores(
+    config: RewardGradientConfig, backbone: Any, rows: list[PromptRow], rewards: dict[str, Reward]
+) -> Scores:
+    """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
+    vae = backbone.pipeline.vae.float()
+    if config.decoder.checkpointing:
+        vae.enable_gradient_checkpointing()
+
+    def scores(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
+        vae.to(backbone.device)  # a validation puts it back into the CPU's memory
+        vae.use_tiling = config.decoder.tiling  # and turns tiling off
+        pixels, texts = backbone.decode_latents(latents), [rows[i].prompt for i in indices]
+        return {name: reward.score_tensors(pixels, texts) for name, reward in rewards.items()}
+
+    return scores
+
+
+def check_sampler(config: RewardGradientConfig, backbone: Any) -> int:
+    """Side of the images in pixels. Raises DiffalignError for one that the model cannot draw, or another guidance."""
+    side = config.resolution or int(backbone.default_resolution)
+    if side % backbone.pixel_multiple:
+        raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
+    scale = config.sampler.guidance_scale
+    if backbone.guidance is not None and backbone.guidance != scale:
+        raise DiffalignError(
+            f"sampler.guidance_scale={scale:g}: {backbone.path} takes the scale as an input and is trained under "
+            f"model.guidance={backbone.guidance:g}; set both to the same value"
+        )
+    return side
+
+
+def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None:
+    """`diffalign reward-gradient`. The same command again goes on where it stopped."""
+    device = resolve_device(config.device)
+    check_installed(config.optimizer)
+    check_differentiable(config)
+    rows = unique_prompts(resolve_prompts(config.prompts, config.n))
+    if dry_run:
+        _describe(config, rows, device)
+        return
+    accelerator = start_accelerator(config)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    backbone = open_backbone(config.model, str(accelerator.device))
+    side = check_sampler(config, backbone)
+    rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
+    scores = gradient_scores(config, backbone, rows, rewards)
+    sampler = config.sampler
+    validation = prompt_validation(
+        config.validation, backbone, device, side, config.seed, sampler.steps, sampler.guidance_scale
+    )
+    if validation is not None:
+        # What is followed as well need not be in memory twice.
+        same = [
+            s.name
+            for s in config.validation.rewards
+            for r in config.rewards
+            if (s.name, s.options) == (r.name, r.options)
+        ]
+        validation.rewards.update({name: rewards[name] for name in same})
+    source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
+    if config.train.cache_prompts:
+        backbone.drop_encoders(keep_vae=True)
+    places = side // backbone.vae_scale_factor
+    try:
+        result = train_backbone(
+            config,
+            backbone=backbone,
+            source=source,
+            shape=(backbone.latent_channels, places, places),
+            scores=scores,
+            say=say,
+            accelerator=accelerator,
+            validation=validation,
+        )
+    finally:
+        # Also of a run that an alarm has stopped: the report is where one sees why.
+        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
+            write_report(Path(config.run_dir))
+    if accelerator.is_main_process:
+        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+
+
+def describe_steps(config: RewardGradientConfig) -> str:
+    """Which of the sampler's steps carry a gradient, in words; counted from 0."""
+    method, steps = config.method, config.sampler.steps
+    if method.name == "refl":
+        low, high = method.between or late_steps(steps)
+        more = f", and {method.depth - 1} before it" if method.depth > 1 else ""
+        return f"one of {low} to {high}{more}; its x0 is judged"
+    if method.name == "draft":
+        return f"the last {method.last or steps}"
+    if method.name == "alignprop":
+        low, high = method.last or (1, steps)
+        return f"the last {low} to {high}"
+    return f"the last, from {method.noises} noises"
+
+
+def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) -> None:
+    """What a run would do, from the files alone: nothing is written, no GPU memory is taken."""
+    backbone = open_backbone(config.model, "cpu")
+    side = check_sampler(config, backbone)
+    open_rewards(config.rewards, rows, "cpu", "rewards", config.prompts)
+    times = backbone.sampling_times(config.sampler.steps, side, side)
+    print(resolved_yaml(config))
+    for title, values in (
+        ("model", backbone.facts()),
+        ("run", {
+            "device": device,
+            "prompts": len(rows),
+            "images": f"{config.train.steps} x {config.train.images_per_step} of {side} x {side} pixels",
+            "sampler": f"{config.sampler.steps} steps from {times[0]:.4g} to {times[-2]:.4g}",
+            "steps with a gradient": describe_steps(config),
+            "rewards": ", ".join(f"{term.weight:g} x {term.name}" for term in config.rewards),
+        }),
+    ):  # fmt: skip
+        print(f"# {title}")
+        for key, value in values.items():
+            print(f"#   {key}: {value}")

@@ -1,0 +1,42 @@
+"""`diffalign sample`: prompts to a folder of image groups."""
+
+from pathlib import Path
+
+from diffalign.config import SampleConfig
+from diffalign.data.sample import sample_groups
+from diffalign.stages.resolve import (
+    Ticker,
+    check_guidance_scale,
+    open_backbone,
+    resolve_device,
+    resolve_prompts,
+    say,
+    weights_digest,
+)
+
+
+def sample(config: SampleConfig) -> None:
+    """`diffalign sample`."""
+    backbone = open_backbone(config.model, resolve_device(config.device))
+    check_guidance_scale(config, backbone)
+    # By the name that the user gave: the shipped models lie elsewhere on every machine.
+    origin: dict[str, str | None] = {"model": config.model.path}
+    if config.weights is not None:
+        backbone.load_weights(config.weights)
+        origin["weights"] = weights_digest(Path(config.weights))
+    sample_groups(
+        backbone,
+        resolve_prompts(config.prompts, config.n, config.seed),
+        config.out,
+        images_per_prompt=config.images_per_prompt,
+        seed=config.seed,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        batch_size=config.batch_size,
+        origin=origin,
+        on_progress=Ticker("sampling"),
+    )
+    say(f"dataset: {config.out}")

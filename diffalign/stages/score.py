@@ -1,0 +1,208 @@
+"""`diffalign score`: names are resolved here, and what comes out is shown, written and compared."""
+
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from diffalign.data.schema import score_schema
+from diffalign.data.writer import replacing
+from diffalign.errors import DiffalignError
+from diffalign.rewards import REWARDS, Reward, accepted, load_reward
+from diffalign.scoring import agreement
+from diffalign.scoring import compare_folders as versus
+from diffalign.scoring.allocator import keep_freed_memory
+from diffalign.scoring.captions import PromptTable
+from diffalign.scoring.gallery import write_gallery
+from diffalign.scoring.processes import Processes
+from diffalign.scoring.run import Progress, Scores, score_items
+from diffalign.scoring.sources import Prompting, collect
+from diffalign.scoring.spec import RewardSpec, parse_all
+from diffalign.scoring.store import Store
+from diffalign.scoring.summary import faults, table
+
+UNSCORED = 3
+"""Exit code of a run that ended, but left pictures without a score."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The options of the verb, as the user gave them."""
+
+    images: list[str]
+    rewards: list[str]
+    prompt: str | None = None
+    prompts: Path | None = None
+    prompt_from: str = "auto"
+    prompt_column: str | None = None
+    output: Path | None = None
+    html: Path | None = None
+    against: list[str] | None = None
+    labels: Path | None = None
+    into_dataset: bool = False
+    batch_size: int = 32
+    workers: int | None = None
+    device: str = "auto"
+
+
+def score(request: ScoreRequest) -> int:
+    """Score the pictures; returns the exit code: 0, or 3 if some picture has no score."""
+    processes = Processes.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has its own, firm limit
+            return _score(request, processes)
+    finally:
+        processes.stop()
+
+
+def _score(request: ScoreRequest, processes: Processes) -> int:
+    keep_freed_memory()
+    rewards = _open(parse_all(request.rewards), _device(request.device, processes))
+    given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
+    prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
+    sources = {"A": request.images, "B": request.against or []}
+    items = {side: collect(paths, prompting) for side, paths in sources.items() if paths}
+    if "B" in items:
+        both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
+        if both_sides:
+            raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
+    workers = request.workers or min(8, os.cpu_count() or 1)
+    with Store(request.output, processes.rank) as store:
+        both = score_items(
+            [item for side in items.values() for item in side],
+            rewards,
+            store,
+            batch_size=request.batch_size,
+            workers=workers,
+            processes=processes,
+            on_progress=_ticker() if processes.main else None,
+        )
+        if not processes.main:
+            return 0
+        kept = store.finish(both.rows, [Path(s).as_posix() for paths in sources.values() for s in paths])
+    parts = _split(both, len(items["A"]))
+    _show(request, both, parts, kept)
+    return UNSCORED if both.failed else 0
+
+
+def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for part in parts:
+        console.print(table(part))
+    if len(parts) == 2:
+        a, b = parts
+        pairing = versus.pair(a, b)
+        names = (" ".join(request.images), " ".join(request.against or []))
+        print(versus.heading(pairing, names))
+        console.print(versus.table(versus.compare_scores(a, b, pairing)))
+    if request.labels:
+        console.print(agreement.table(agreement.read_choices(request.labels, both), both))
+    for line in faults(both):
+        print(f"not scored: {line}", file=sys.stderr)
+    if request.into_dataset:
+        for path in write_into_dataset(parts[0], request.images):
+            print(f"scores: {path}")
+    if request.html:
+        print(f"gallery: {request.html} ({write_gallery(request.html, both)} pictures)")
+    if request.output:
+        others = f", {kept} rows of other pictures kept" if kept else ""
+        print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+
+
+def _split(both: Scores, first: int) -> list[Scores]:
+    """A's and B's part of one run."""
+    cuts = [slice(0, first), slice(first, None)] if len(both.rows) > first else [slice(None)]
+    return [Scores(both.rows[c], both.columns, items=both.items[c]) for c in cuts]
+
+
+def _open(specs: list[RewardSpec], device: str) -> dict[str, Reward]:
+    opened = {}
+    for spec in specs:
+        options = dict(spec.options)
+        if options.get("detector") == "shapes":
+            from diffalign.testbed.detector import ShapeDetector
+
+            options["detector"] = ShapeDetector()
+        if spec.name in REWARDS and "device" in accepted(spec.name):
+            options.setdefault("device", device)
+        opened[spec.label] = load_reward(spec.name, **options)
+    return opened
+
+
+def _device(device: str, processes: Processes) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise DiffalignError(f"--device {device}: one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DiffalignError("--device cuda: this machine has no usable CUDA device; use cpu or auto")
+    return processes.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
+    """`scores/<label>.parquet` of a dataset of ours, where `rank` and `train` find them. One file a label, replaced whole."""
+    if len(sources) != 1 or any(item.group is None for item in scores.items):
+        raise DiffalignError("--into-dataset: IMAGES must be one dataset folder (a folder with groups.parquet)")
+    written = []
+    for label, columns in scores.columns.items():
+        path = Path(sources[0]) / "scores" / f"{label}.parquet"
+        schema = score_schema(columns)
+        rows = [
+            {
+                "group_id": item.group[0] if item.group else "",
+                "index": item.group[1] if item.group else 0,
+                **{c: row[label if k == 0 else f"{label}.{c}"] for k, c in enumerate(columns)},
+                "reason": row["reason"] or row[f"{label}.reason"],
+            }
+            for item, row in zip(scores.items, scores.rows, strict=True)
+        ]
+        with replacing(path, schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        written.append(path)
+    return written
+
+
+def _ticker(every: float = 10.0) -> Progress:
+    """A plain line every few seconds."""
+    started = last = time.monotonic()
+
+    def tick(label: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every:
+            last = now
+            print(f"{label}: {done}/{total} pictures, {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    return tick
+
+
+def show_rewards() -> None:
+    """`diffalign rewards`."""
+    shown = Table(title=f"{len(REWARDS)} rewards; higher is better", title_justify="left")
+    for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
+        shown.add_column(name, overflow="fold")
+    for name, kind in REWARDS.items():
+        low, high = (f"{bound:.3g}" for bound in kind.range)
+        reads = ", ".join(("image", *kind.reads))
+        gradient = "yes" if kind.differentiable else ""
+        cells = (
+            name,
+            f"{low} to {high}",
+            kind.usual,
+            reads,
+            gradient,
+            kind.weights,
+            kind.size,
+            kind.licence,
+            ", ".join(kind.requires),
+        )
+        shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
+    Console(width=None if sys.stdout.isatty() else 180).print(shown)

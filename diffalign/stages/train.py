@@ -1,0 +1,97 @@
+"""`diffalign train`: a preference dataset and a model to trained weights."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from diffalign.config import TrainConfig, resolved_yaml
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
+from diffalign.errors import DiffalignError
+from diffalign.health import examine_labels
+from diffalign.objectives import OBJECTIVES, has_preference
+from diffalign.report.render import write_report
+from diffalign.stages.resolve import open_backbone, prepare_validation, resolve_device, say
+from diffalign.training.memory import described
+from diffalign.training.optim import check_installed
+from diffalign.training.preference.method import start_accelerator
+from diffalign.training.preference.method import train as train_backbone
+
+
+def train(config: TrainConfig, dry_run: bool = False) -> None:
+    """`diffalign train`."""
+    device = resolve_device(config.device)
+    check_installed(config.optimizer)
+    dataset = PreferenceDataset(config.data.path)
+    if dry_run:
+        _describe(config, dataset, device)
+        return
+    accelerator = start_accelerator(config)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    backbone = open_backbone(config.model, str(accelerator.device))
+    check_guidance(config.data, dataset, backbone)
+    # The first process fills the cache; the others then find it.
+    with accelerator.main_process_first():
+        source = prepare_source(config.data, config.labels, dataset, backbone, say)
+    if OBJECTIVES[config.objective.name].label_kind != "none" and not has_preference(source.rewards, source.mask).any():
+        raise DiffalignError(
+            f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
+            "its scores may all be equal, or the groups may have one image each"
+        )
+    if source.label_stats:
+        # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
+        config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
+        say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
+    # Roles say who made an image: that its maker explains them is no finding.
+    roles = OBJECTIVES[config.objective.name].label_kind == "role"
+    known = [] if roles else examine_labels(source.labelled(dataset))
+    validation = prepare_validation(config, backbone)
+    if config.data.cache != "off":
+        backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
+    try:
+        result = train_backbone(
+            config,
+            backbone=backbone,
+            source=source,
+            say=say,
+            accelerator=accelerator,
+            validation=validation,
+            known=known,
+        )
+    finally:
+        # Also of a run that an alarm has stopped: the report is where one sees why.
+        metrics = Path(config.run_dir) / "metrics.jsonl"
+        if accelerator.is_main_process and metrics.is_file() and metrics.stat().st_size:
+            write_report(Path(config.run_dir))
+    if accelerator.is_main_process:
+        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+
+
+def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:
+    """What a run would do, from the files alone: nothing is written, no GPU memory is taken."""
+    chosen, members, smaller = choose_groups(config.data, dataset)
+    facts = dataset.facts(config.data.split)
+    backbone = open_backbone(config.model, "cpu")
+    check_guidance(config.data, dataset, backbone)
+    epochs = config.train.steps * config.train.groups_per_step / len(chosen)
+    print(resolved_yaml(config))
+    for title, values in (
+        ("model", backbone.facts()),
+        ("dataset", facts),
+        ("run", {
+            "device": device,
+            "groups used": f"{len(chosen)} of {members} images" + (f", {smaller} of them smaller" if smaller else ""),
+            "images of a group in a step": config.data.group_size or members,
+            "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
+        }),
+    ):  # fmt: skip
+        print(f"# {title}")
+        for key, value in values.items():
+            print(f"#   {key}: {value}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = described(config, backbone, members, cuda=device != "cpu", processes=processes)  # uses the backbone up
+    print("# memory of a process, predicted")
+    for key, value in memory.items():
+        print(f"#   {key}: {value}")

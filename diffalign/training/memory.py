@@ -1,0 +1,320 @@
+"""Peak memory of a training step, predicted part by part before anything is put on a GPU.
+
+    peak = weights + reference + adapters + optimiser + average + gradients + activations (+ gathered, with train.shard)
+
+All parts but activations follow from counts: bytes of the frozen weights as they are stored; 4 bytes a trained number for its
+gradient and for its average; for the optimiser see `optimizer_bytes`. Activations are counted: the step runs on the meta
+device, where tensors have shapes and no contents, and what is alive at its fullest moment is summed. Attention counts as
+torch's fused kernels keep it, and autocast as CUDA's rules have it. What a CUDA context, cuBLAS's workspaces and the
+allocator's rounding take is not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from diffalign.objectives import OBJECTIVES
+
+BLOCK, SMALL = 256, 4096
+"""bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still alive: `now`, and at most, `peak`.
+
+    Works for any device, the meta device included. What was there before the block is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen or not storage.nbytes():
+            return
+        self._seen[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        # torch keeps the Python object of a storage alive as long as the storage itself.
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """These belong to the parts that are known by counting; operators that write into them make nothing new."""
+        for tensor in tensors:
+            self._seen.setdefault(tensor.untyped_storage()._cdata, 0)
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of fused attention: inputs, output and one float32 a query are kept; the matrix of all pairs never exists."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = ctx.saved_tensors[:3]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class CudaRules(TorchFunctionMode):
+    """On the meta device: fused attention, and with `autocast` the casts that torch.autocast makes on CUDA.
+
+    autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
+    kept until `forget`, as autocast's cache keeps them to the end of the forward pass.
+    """
+
+    def __init__(self, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self._copies: dict[int, Tensor] = {}
+        self._keeps = True
+        tensor: Any = Tensor
+        self._low: set[Any] = {F.linear, F.conv2d, torch.conv2d, torch.matmul, tensor.matmul, torch.bmm, tensor.bmm}
+        self._low |= {tensor.__matmul__, torch.baddbmm, torch.addmm, F.scaled_dot_product_attention}
+        self._full: set[Any] = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, tensor.softmax, F.mse_loss}
+        self._full |= {torch.exp, tensor.exp, torch.pow, tensor.pow, torch.rsqrt, tensor.rsqrt, torch.sum, tensor.sum}
+        self._full |= {torch.nn.functional.rms_norm}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.autocast is not None and (func in self._low or func in self._full):
+            to: Callable[[Any], Any] = self._lowered if func in self._low else _widened
+            args, kwargs = tree_map(to, args), tree_map(to, kwargs)
+        if func is F.scaled_dot_product_attention:
+            # diffusers passes them by place in some families and by name in others.
+            given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+            return _Attention.apply(given["query"], given["key"], given["value"])
+        return func(*args, **kwargs)
+
+    def forget(self) -> None:
+        """The forward pass is over: copies live as long as the graph needs them, and new ones are not kept."""
+        self._copies.clear()
+        self._keeps = False
+
+    def checkpoint(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """torch's gradient checkpointing, under these rules also when backward predicts again (where no mode reaches)."""
+
+        def ruled(*inputs: Any, **options: Any) -> Any:
+            with nullcontext() if self._keeps else CudaRules(self.autocast):
+                return function(*inputs, **options)
+
+        return checkpoint(ruled, *inputs, use_reentrant=False, **options)
+
+    def _lowered(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return value
+        if value.dtype == self.autocast:
+            return value
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            copy = self._copies[id(value)] if id(value) in self._copies else value.to(self.autocast)
+            if self._keeps:
+                self._copies[id(value)] = copy
+            return copy
+        return value.to(self.autocast)
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
+def stored_bytes(module: nn.Module | None, wanted: Callable[[str], bool] = lambda _: True) -> int:
+    """Bytes of a module's parameters and buffers whose names are wanted, with the scales of 4-bit weights."""
+    if module is None:
+        return 0
+    total = 0
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if wanted(name):
+            state = vars(value).get("quant_state")  # of bitsandbytes' 4-bit weights
+            total += value.nbytes + (_state_bytes(state) if state is not None else 0)
+    return total
+
+
+def _state_bytes(state: Any) -> int:
+    """A 4-bit weight's scales; with double quantisation they are 8-bit numbers with scales of their own."""
+    nested = _state_bytes(state.state2) if state.nested else 0
+    return int(state.absmax.nbytes) + int(state.code.nbytes) + nested
+
+
+def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
+    """What an optimiser keeps beside the weights, after its first step.
+
+    adamw: two float32 averages a number, and a float32 counter a tensor. adamw8bit: two bytes a number and two float32
+    scales for every 256; tensors below 4,096 numbers as adamw without the counter. adafactor: for a tensor of two or more
+    dimensions the float32 means over its last and over its last but one, for others one float32 a number.
+    """
+    total = 0
+    for parameter in parameters:
+        n, shape = parameter.numel(), parameter.shape
+        if name == "adafactor":
+            total += 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
+        elif name == "adamw8bit":
+            total += 8 * n if n < SMALL else 2 * n + 2 * 4 * -(-n // BLOCK)
+        else:
+            total += 8 * n + 4
+    return total
+
+
+def to_meta(backbone: Any) -> None:
+    """Leave only the shapes of the trunk. The backbone predicts on, without numbers."""
+    from diffalign.pipelines.quantize import as_shapes
+
+    as_shapes(backbone.trunk)
+    backbone.trunk.to("meta")
+    backbone.device = torch.device("meta")
+
+
+def step_peak(
+    backbone: Any,
+    latents: tuple[int, ...],
+    conditioning: dict[str, Tensor],
+    *,
+    reference: bool,
+    autocast: torch.dtype | None,
+    micro_batches: int = 1,
+) -> tuple[int, int]:
+    """Bytes at the fullest moment of forward and backward beside weights and optimiser, and how many of them are gradients
+    when all are there. The backbone lies on the meta device; latents [N, C, h, w] is a shape, conditioning of one prompt.
+    From the second of several micro-batches on, all gradients are there while activations are.
+    """
+    noisy = torch.empty(latents, device="meta")
+    times = torch.empty(latents[0], device="meta")
+    repeated = {name: value.expand(latents[0], *value.shape[1:]).to("meta") for name, value in conditioning.items()}
+    trained = list(backbone.trainable().values())
+    with LiveBytes() as live:
+        live.ignore([weight for trunk in backbone.trunks() for weight in trunk.parameters()])
+        for _ in range(min(micro_batches, 2)):
+            rules = CudaRules(autocast)
+            if backbone.trunk.is_gradient_checkpointing:
+                backbone.trunk.enable_gradient_checkpointing(rules.checkpoint)
+            with rules:
+                kept = None
+                if reference:
+                    with torch.no_grad(), backbone.role("reference"):
+                        kept = backbone.predict(noisy, times, repeated)
+                with backbone.role("policy"):
+                    error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
+                del kept
+            rules.forget()
+            error.backward()
+            del error
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    for parameter in trained:
+        parameter.grad = None
+    return live.peak, gradients
+
+
+def gathered_bytes(backbone: Any) -> int:
+    """What fsdp2 puts together again during a step: of each trunk the weights outside its blocks, which stay whole, and two
+    blocks (one at work, one on its way); of the policy as much again for their gradients.
+    """
+    total = 0
+    for trunk in backbone.trunks():
+        blocks = [stored_bytes(m) for m in trunk.modules() if type(m).__name__ in backbone.blocks]
+        whole = stored_bytes(trunk) - sum(blocks) + 2 * max(blocks)
+        total += 2 * whole if trunk is backbone.trunk else whole
+    return total
+
+
+def predict_memory(
+    config: Any,
+    backbone: Any,
+    latents: tuple[int, ...],
+    conditioning: dict[str, Tensor],
+    *,
+    cuda: bool,
+    processes: int = 1,
+) -> dict[str, int]:
+    """Bytes by part, `peak` their sum, and `host` what the optimiser keeps in the host's memory.
+
+    `backbone` is untuned, on the CPU, and unusable afterwards. latents: [images of a micro-batch, C, h, w]. processes: over
+    how many the weights are cut where train.shard is fsdp2.
+    """
+    from diffalign.training.preference.method import build_objective, prepare_policy
+
+    objective, tune = build_objective(config.objective), config.tune
+    frozen = stored_bytes(backbone.trunk)
+    to_meta(backbone)
+    # Whole, uncompiled and from no file: none of it changes a shape.
+    plain = {
+        "model": config.model.model_copy(update={"compile": False}),
+        "train": config.train.model_copy(update={"shard": "none"}),
+        "tune": tune.model_copy(update={"init": None, "reference": "init"}),
+    }
+    prepare_policy(config.model_copy(update=plain), backbone, objective)
+    backbone.trunk.train()
+    trained = list(backbone.trainable().values())
+    numbers = sum(p.numel() for p in trained)
+    full = tune.kind == "full"
+    precision = config.train.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if cuda else "no"
+    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    peak, gradients = step_peak(
+        backbone,
+        latents,
+        conditioning,
+        reference=objective.needs_reference,
+        autocast=autocast,
+        micro_batches=-(-config.train.groups_per_step // (config.train.micro_batch * processes)),
+    )
+    states = optimizer_bytes(config.optimizer.name, trained)
+    cut = processes if config.train.shard == "fsdp2" else 1
+    own_reference = tune.init is not None and tune.reference == "init"
+    if full:
+        reference = frozen // cut if objective.needs_reference else 0
+    else:
+        reference = 4 * numbers if own_reference else 0
+    parts = {
+        "weights": stored_bytes(backbone.trunk) // cut if full else frozen,
+        "reference": reference,
+        "adapters": 0 if full else 4 * numbers,
+        "optimiser": 0 if config.optimizer.offload else states // cut,
+        "average": 4 * numbers // cut if config.train.ema_decay else 0,
+        "gradients": gradients // cut,
+        "activations": max(0, peak - gradients),
+        "gathered": gathered_bytes(backbone) if cut > 1 else 0,
+    }
+    return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
+
+
+def described(config: Any, backbone: Any, members: int, *, cuda: bool, processes: int = 1) -> dict[str, str]:
+    """`predict_memory` of a micro-batch of groups with `members` images each, in words for `--dry-run`."""
+    conditioning = backbone.encode_prompts([""])
+    used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
+    groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))
+    images = groups * used[OBJECTIVES[config.objective.name].members]
+    images = min(images, config.train.images_per_pass or images)
+    side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
+    shape = (images, backbone.latent_channels, side, side)
+    parts = predict_memory(config, backbone, shape, conditioning, cuda=cuda, processes=processes)
+    host = parts.pop("host")
+    sizes = {name: f"{size / 2**30:.3f} GiB" for name, size in parts.items() if size}
+    sizes["peak"] += f", in a step of {images} images at a time; beside it a CUDA context and the allocator's rounding"
+    return sizes | ({"host": f"{host / 2**30:.3f} GiB (optimizer.offload)"} if host else {})

@@ -1,0 +1,293 @@
+"""The read-out of Z-Reward (arXiv 2606.09076): a score distribution from one position of an image-text model.
+
+The chat ends with a literal answer marker that this code appends; the next-token logits at that one position, kept for nine
+label tokens only, give the distribution in a closed-set softmax. So nothing is parsed out of a text, and a label inside a
+reasoning trace cannot be mistaken for the answer. The student answers at once; the teacher's chat holds a trace before it.
+The paper does not say which tokens carry the nine scores: "4.5" is three tokens in every Qwen tokenizer, so the labels are the
+digits 1 to 9, with score (k + 1) / 2, or the letters A to I. Nor does it print its instruction; the words here are ours.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards.image_tensors import tensor_inputs
+from diffalign.rewards.judge_prompt import LABELS, Wording, escaped, load_settings, write_settings
+from diffalign.rewards.published_weights import pretrained
+from diffalign.rewards.rubric import load_rubrics
+from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
+from diffalign.rewards.shared_prefix import shareable, shared_logits
+
+Pictures = Sequence[Image.Image] | Tensor
+"""Pictures, or float pixels [B, 3, H, W] in [0, 1] whose gradient is wanted."""
+
+
+class Judge:
+    """An image-text model, its processor, and how a rating is asked of it and read.
+
+    model: what `AutoModelForImageTextToText` loads, in any state of training; nothing here freezes it. processor: its own.
+    labels: "digits" or "letters". rubrics: dimension to text; without it, our four.
+    Raises DiffalignError where the processor has no image processor or chat template, or the tokenizer does not write each
+    label after the marker as one token of its own.
+
+    token_ids: of the nine labels. levels: their scores.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        labels: str = "digits",
+        rubrics: Mapping[str, str] | None = None,
+        wording: Wording | None = None,
+    ) -> None:
+        if labels not in LABELS:
+            raise DiffalignError(f"labels {labels!r}: one of {', '.join(LABELS)}")
+        self.model = model
+        self.processor = processor
+        self.labels = labels
+        self.rubrics = dict(load_rubrics() if rubrics is None else rubrics)
+        self.levels = LEVELS
+        self.wording = wording or Wording()
+        self.tokenizer = checked_tokenizer(processor)
+        self.token_ids = label_tokens(self.tokenizer, LABELS[labels], self.wording.marker)
+        self.tokenizer.padding_side = "left"  # the last position is the answer's for every sample
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def chat(self, prompt: str, dimension: str, reasoning: bool = False) -> tuple[str, str]:
+        """The chat up to where the model's answer begins, in two parts that are tokenised apart.
+
+        The first, with the template's own place for the picture, ends with the question and is the same for every dimension;
+        the second begins with the rubric. Raises DiffalignError for a dimension without one.
+        """
+        if dimension not in self.rubrics:
+            raise DiffalignError(f"dimension {dimension!r}: unknown; there are {', '.join(self.rubrics)}")
+        scale = ", ".join(f"{a} = level {b:g}" for a, b in zip(LABELS[self.labels], self.levels, strict=True))
+        how = self.wording.reasoning if reasoning else self.wording.direct
+        ask = self.wording.ask.replace("{scale}", scale).replace("{how}", how)
+        ask = ask.replace("{rubric}", escaped(self.rubrics[dimension], self.tokenizer)).strip()
+        text = self.wording.question.replace("{prompt}", escaped(prompt, self.tokenizer)) + ask
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        template = self.processor.chat_template or self.tokenizer.chat_template
+        more = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+        written = str(self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **more))
+        # Some templates open a thought whatever they are told; an answer inside it would be read at the wrong place.
+        if written.rfind("<think>") > written.rfind("</think>"):
+            written += "\n</think>\n\n"
+        at = written.rfind(ask)
+        return (written[:at], written[at:]) if at >= 0 else (written, "")
+
+    def opening(self, images: Pictures, prompts: Sequence[str], dimension: str | Sequence[str]) -> dict[str, Tensor]:
+        """Inputs that end where a reasoning trace begins, padded on the left: what `model.generate` takes."""
+        heads, tails = self._chats(prompts, dimension, reasoning=True)
+        return self._append(self.encode(images, heads), [self._ids(tail) for tail in tails])
+
+    def inputs(
+        self,
+        images: Pictures,
+        prompts: Sequence[str],
+        dimension: str | Sequence[str],
+        rationales: Sequence[str | Sequence[int]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Inputs that end with the answer marker, padded on the left.
+
+        dimension: one for all, or one a sample. rationales: the teacher's traces, as text or as the token ids that were
+        sampled (`trace` cuts them); they stand between the question, which then asks for reasons, and the marker. Token ids are
+        taken as they are, so the last len(rationale) + `marker_length(True)` positions are the trace and the marker.
+        """
+        heads, tails = self._chats(prompts, dimension, reasoning=rationales is not None)
+        ends = [self.tail(tail) for tail in tails]
+        if rationales is not None:
+            if len(rationales) != len(prompts):
+                raise DiffalignError(f"{len(rationales)} rationales and {len(prompts)} prompts; one a sample is needed")
+            after = self._ids("\n" + self.wording.marker)
+            traces = [self._ids(escaped(r, self.tokenizer)) if isinstance(r, str) else list(r) for r in rationales]
+            ends = [self._ids(tail) + trace + after for tail, trace in zip(tails, traces, strict=True)]
+        return self._append(self.encode(images, heads), ends)
+
+    def tail(self, text: str) -> list[int]:
+        """The second part of a chat and the marker, as token ids."""
+        return self._ids(text) + self._ids(self.wording.marker)
+
+    def marker_length(self, reasoning: bool = False) -> int:
+        """Tokens that `inputs` appends after the question, or after a trace."""
+        return len(self._ids("\n" + self.wording.marker if reasoning else self.wording.marker))
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Next-token logits of the nine labels at the last position, float32 [B, 9], with their gradient."""
+        found = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+        return self.closed(found)
+
+    def closed(self, logits: Tensor) -> Tensor:
+        """Of next-token logits [B, vocabulary] those of the nine labels, float32 [B, 9]."""
+        return logits[:, list(self.token_ids)].float()
+
+    def trace(self, tokens: Sequence[int]) -> list[int]:
+        """A sampled answer up to where it ends or begins to write the marker: the reasoning trace, as token ids."""
+        ends = {*self.tokenizer.all_special_ids}
+        kept = list(tokens)
+        kept = kept[: next((i for i, token in enumerate(kept) if token in ends), len(kept))]
+        word = self.wording.marker.strip()
+        at = str(self.tokenizer.decode(kept)).find(word)
+        if at < 0:
+            return kept
+        # The first token that reaches beyond the marker's beginning goes, and all after it.
+        lengths = range(len(kept) + 1)
+        return kept[: max(0, bisect_left(lengths, at + 1, key=lambda n: len(self.tokenizer.decode(kept[:n]))) - 1)]
+
+    def distribution(
+        self, images: Pictures, prompts: Sequence[str], dimensions: Sequence[str] | None = None, *, share: bool = True
+    ) -> ScoreDistribution:
+        """What the judge thinks without reasoning, [B, dimensions, 9], with its gradient.
+
+        share: picture and question go through the model once for all dimensions, where `shared_prefix.shareable` says so.
+        """
+        names = tuple(dimensions or self.rubrics)
+        found = shared_logits(self, images, prompts, names) if share and len(names) > 1 and shareable(self) else None
+        if found is None:
+            found = torch.stack([self.logits(self.inputs(images, prompts, name)) for name in names], 1)
+        return ScoreDistribution.from_logits(found, self.levels, names)
+
+    def save(self, folder: Path) -> None:
+        """Model, processor, and the read-out that they were trained for, which `load_settings` reads."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        write_settings(folder, self.labels, self.rubrics, self.wording)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _chats(
+        self, prompts: Sequence[str], dimension: str | Sequence[str], reasoning: bool
+    ) -> tuple[list[str], list[str]]:
+        names = [dimension] * len(prompts) if isinstance(dimension, str) else list(dimension)
+        if len(names) != len(prompts):
+            raise DiffalignError(f"{len(prompts)} prompts and {len(names)} dimensions; one a sample is needed")
+        chats = [self.chat(prompt, name, reasoning) for prompt, name in zip(prompts, names, strict=True)]
+        return [head for head, _ in chats], [tail for _, tail in chats]
+
+    def encode(self, images: Pictures, heads: Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs for one picture and one text each, padded on the left."""
+        if len(images) != len(heads):
+            raise DiffalignError(f"{len(images)} pictures and {len(heads)} prompts; one each is needed")
+        shown = stand_ins(images) if isinstance(images, Tensor) else [image.convert("RGB") for image in images]
+        begin = self.tokenizer.bos_token  # a template may write it already
+        batch = dict(
+            self.processor(
+                text=list(heads),
+                images=[[image] for image in shown],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=not (begin and heads[0].startswith(begin)),
+            )
+        )
+        if isinstance(images, Tensor):
+            batch |= tensor_inputs(self.processor.image_processor, images.to(self.device))
+        return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in batch.items()}
+
+    def _append(self, batch: dict[str, Tensor], tails: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The batch with token ids after each sample, padded on the left again."""
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        found = dict(batch)
+        for name, value in batch.items():
+            if value.shape != ids.shape or value.is_floating_point():
+                continue  # pixels and grids have no row a token
+            pad, after = {"input_ids": (self.tokenizer.pad_token_id, None), "attention_mask": (0, 1)}.get(name, (0, 0))
+            rows = [
+                torch.cat([value[i][mask[i]], value.new_tensor(tail if after is None else [after] * len(tail))])
+                for i, tail in enumerate(tails)
+            ]
+            longest = max(len(row) for row in rows)
+            found[name] = torch.stack([torch.cat([row.new_full((longest - len(row),), pad), row]) for row in rows])
+        return found
+
+
+def load_judge(
+    folder: Path,
+    *,
+    labels: str | None = None,
+    rubrics: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Judge:
+    """The judge in a folder of transformers: what `Judge.save` wrote, or any image-text model.
+
+    labels, rubrics: in place of those that a trained judge's folder names. Raises DiffalignError where the folder holds no
+    image-text model with processor and chat template, or its tokenizer splits a label.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    processor = load_processor(folder)
+    checked_tokenizer(processor)  # before weights are read
+    told = load_settings(folder)
+    told |= {k: v for k, v in (("labels", labels), ("rubrics", rubrics)) if v is not None}
+    model = pretrained(AutoModelForImageTextToText, folder, "zreward", dtype)
+    return Judge(model.to(device).eval(), processor, **told)
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor in a folder. Raises DiffalignError where there is none that can be loaded."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DiffalignError(f"{folder}: holds no processor of an image-text model: {first}") from error
+
+
+def stand_ins(pixels: Tensor) -> list[Image.Image]:
+    """A black picture for each of [B, 3, H, W]: the processor writes everything but the pixels from their sizes."""
+    return [Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))] * len(pixels)
+
+
+def checked_tokenizer(processor: Any) -> Any:
+    """The processor's tokenizer. Raises DiffalignError where tokenizer, image processor or chat template is missing."""
+    kind = type(processor).__name__
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise DiffalignError(
+            f"{kind} has no image processor: this is no image-text model's folder, or preprocessor_config.json is missing"
+        )
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise DiffalignError(
+            f"{kind} has no chat template, so a question cannot be put; take an instruction-tuned model, or add its "
+            "chat_template.jinja"
+        )
+    return processor.tokenizer
+
+
+def label_tokens(tokenizer: Any, labels: Sequence[str], marker: str) -> tuple[int, ...]:
+    """The ids of labels as they follow the marker. Raises DiffalignError unless each is one token and no two are the same."""
+    other = f"try the other labels ({', '.join(LABELS)})"
+    start = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    found: dict[int, str] = {}
+    for label in labels:
+        whole = tokenizer(marker + label, add_special_tokens=False)["input_ids"]
+        if whole[: len(start)] != start:
+            raise DiffalignError(f"the tokenizer joins label {label!r} with the marker {marker!r} before it; {other}")
+        if len(whole) != len(start) + 1:
+            raise DiffalignError(
+                f"the tokenizer writes label {label!r} as {len(whole) - len(start)} tokens; one is needed: {other}"
+            )
+        if whole[-1] in found:
+            raise DiffalignError(
+                f"the tokenizer writes labels {found[whole[-1]]!r} and {label!r} as the same token; {other}"
+            )
+        found[whole[-1]] = label
+    return tuple(found)
