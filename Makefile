@@ -23,7 +23,7 @@ SITE := $(ROOT)/build/site
 VIEW := $(ROOT)/build/view
 EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
-WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
+WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
 .PHONY: quickstart test test-gpu lint view wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
 setup: $(STAMP)
@@ -33,11 +33,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
 	touch $(STAMP)
 
-# Without their dependencies, which do not go with ours; what they lack when they are imported, tests/oracles.py lends them.
+# Without their dependencies, which do not go with ours; what they lack when they are imported, tests/helpers/oracles.py lends them.
 oracles: $(ORACLES)/.installed
-$(ORACLES)/.installed: tests/oracles.txt | $(STAMP)
+$(ORACLES)/.installed: tests/helpers/oracles.txt | $(STAMP)
 	rm -rf $(ORACLES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(ORACLES) -r tests/oracles.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(ORACLES) -r tests/helpers/oracles.txt
 	touch $@
 
 quickstart: $(STAMP)
@@ -48,7 +48,7 @@ test: $(STAMP) oracles
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -q
 
 test-gpu: $(STAMP)
-	$(BIN)/pytest -q tests/test_cuda.py
+	$(BIN)/pytest -q tests/gpu
 
 # The wheel unpacked into a folder of its own. Its tests start in an empty folder: the checkout's root would shadow it.
 # build/lib is deleted first because setuptools packs whatever an earlier build left there.
