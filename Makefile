@@ -2,6 +2,7 @@
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
 #   make lint           ruff, mypy, import contracts (the last two on the built wheel)
+#   make docs           docs/config.md from the config's schema
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
@@ -112,6 +113,11 @@ bench-reward-gradient: $(STAMP)
 
 bench-rounds: $(STAMP)
 	$(BIN)/python benchmarks/rounds.py
+
+# The page of all config keys, from the schema; a test compares them.
+.PHONY: docs
+docs: $(STAMP)
+	$(BIN)/python -m diffalign.config.commented > docs/config.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

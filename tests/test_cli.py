@@ -109,8 +109,17 @@ def test_testbed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes") == 0
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert Path(listed["sdxl_dpo"]).is_file()
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    assert listed["sdxl_dpo"].split() == ["Diffusion-DPO,", "LoRA", "SDXL", "24", "GB"]
+
+
+def test_a_recipe_is_printed_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", "sdxl_dpo") == 0
+    printed = capsys.readouterr().out
+    assert "  # Decay of Adam's two averages. Default: [0.9, 0.999]\n  betas: [0.9, 0.999]\n" in printed
+    assert "  beta: 5000.0 # the paper's value for SDXL\n" in printed
+    assert run("recipes", "sdxl_dop") == 2
+    assert "did you mean sdxl_dpo?" in capsys.readouterr().err
 
 
 # --- exit codes ------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_from_nothing_to_a_table(tmp_path: Path) -> None:
     assert code == 2 and "where the images are" in output
     words = (
         "judge", "shapes_judge_risd", f"run_dir={run}", f"model.path={base}", f"data.distributions={data}/distributions.jsonl",
-        "train.steps=2", "train.records_per_step=4", "train.micro_batch=2", "tracking.trackers=[]",
+        "train.steps=2", "optimizer.warmup_steps=0", "train.records_per_step=4", "train.micro_batch=2", "tracking.trackers=[]",
     )  # fmt: skip
     code, output = call(*words)
     assert code == 0, output

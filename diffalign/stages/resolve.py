@@ -54,8 +54,8 @@ def resolve_device(device: str) -> str:
 def open_backbone(model: ModelSection, device: str) -> Any:
     """The backbone that a config's `model` section names."""
     path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype", "compile"})
-    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **options)
+    loading = model.model_dump(exclude={"path", "dtype", "compile", "options"})
+    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **loading, **model.options)
 
 
 def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:
@@ -118,7 +118,7 @@ def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> No
     if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
         raise DiffalignError(
             f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.guidance={backbone.guidance:g}; set both to the same value"
+            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
 
 
