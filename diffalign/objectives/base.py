@@ -38,8 +38,11 @@ class GroupErrors:
     time: Tensor | None = None
 
     @property
-    def advantage(self) -> Tensor:
-        """d = policy_error - reference_error, [B, K]: LOWER means that the policy likes the image more."""
+    def error_difference(self) -> Tensor:
+        """d = policy_error - reference_error, [B, K]; lower means that the policy favours the image.
+
+        Raises ValueError without a reference error.
+        """
         if self.reference_error is None:
             raise ValueError("this objective compares with a reference: reference_error is missing")
         return self.policy_error - self.reference_error

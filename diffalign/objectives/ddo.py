@@ -35,7 +35,7 @@ class DDO:
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         if group.role is None:
             raise ValueError("DDO tells real images from generated ones: role is missing")
-        d = group.advantage
+        d = group.error_difference
         real, made = (group.role > 0.5).to(d.dtype), (group.role <= 0.5).to(d.dtype)
         n_real, n_made = real.sum(1).clamp_min(1), made.sum(1).clamp_min(1)
         real_term = (real * -logsigmoid(-self.beta * d)).sum(1) / n_real

@@ -63,7 +63,7 @@ class DisCO:
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         if group.prediction_gap is None:
             raise ValueError("DisCO's trust region needs the prediction gap: prediction_gap is missing")
-        positive, d = self.positives(group.labels), group.advantage
+        positive, d = self.positives(group.labels), group.error_difference
         gained = discrimination(-self.beta * d, positive, self.tau)
         gap = group.prediction_gap.mean(dim=1)
         outside = (gap - self.radius).relu()

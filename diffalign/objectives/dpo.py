@@ -20,7 +20,7 @@ def pair_loss(
 
     The other three are those of `DiffusionDPO`.
     """
-    d = group.advantage
+    d = group.error_difference
     best, worst = best_and_worst(group)
     d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
     margin = -strength * (d_w - loser_weight * d_l)

@@ -55,7 +55,7 @@ class GDRO:
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         ranked = ranking(group)
-        d = group.advantage.gather(1, ranked)
+        d = group.error_difference.gather(1, ranked)
         implicit, rewards = -self.beta * d, group.labels.gather(1, ranked)
         listwise = listwise_loss(implicit, rewards, self.tau)
         best = group.policy_error.gather(1, ranked[:, :1]).squeeze(1)

@@ -26,7 +26,7 @@ def inverse_discounts(group: GroupErrors, ranked_by: RankedBy = "labels") -> Ten
     labels = group.labels
     by_rank = 1.0 / torch.arange(2, labels.shape[1] + 2, dtype=labels.dtype, device=labels.device).log()
     if ranked_by == "model":
-        group = GroupErrors(group.policy_error, rewards=-group.advantage.detach(), order=group.order)
+        group = GroupErrors(group.policy_error, rewards=-group.error_difference.detach(), order=group.order)
     places = ranking(group).argsort(dim=1)  # place of every image, 0 is the best
     values = by_rank[places]
     if ranked_by == "model":
@@ -79,7 +79,7 @@ class RankDPO:
     members: ClassVar[Members] = "all"
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
-        d = group.advantage
+        d = group.error_difference
         weights = pair_weights(group, self.pair_weight, self.ranked_by)
         margins = -self.beta * (d[:, :, None] - d[:, None, :])
         loss = (weights * -logsigmoid(margins)).sum(dim=(1, 2))
