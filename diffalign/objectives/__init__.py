@@ -1,4 +1,8 @@
-"""Objectives: pure functions of prediction errors, one file per paper. This package imports torch and nothing else."""
+"""Objectives: pure functions of prediction errors, one file per paper.
+
+They need torch and nothing else. Importing this package does not import torch: the config is built from these classes, and
+its errors must not wait for torch to load. Inside functions torch is imported where a tensor's own methods are not enough.
+"""
 
 from typing import Any
 

@@ -4,11 +4,14 @@ A group is K images of one prompt. Errors are mean squared errors of a predictio
 beta in this package belongs to the *mean* reduction.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LabelKind = Literal["vote_share", "score", "role", "none"]
 Members = Literal["all", "best_worst", "best"]
@@ -75,8 +78,17 @@ class Objective(Protocol):
     def __call__(self, group: GroupErrors) -> ObjectiveOutput: ...
 
 
+def logsigmoid(x: Tensor) -> Tensor:
+    """Return log sigmoid(x), elementwise, without overflow."""
+    from torch.nn import functional
+
+    return functional.logsigmoid(x)
+
+
 def ranking(group: GroupErrors) -> Tensor:
     """Indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position."""
+    import torch
+
     rewards = group.labels
     order = group.order if group.order is not None else torch.arange(rewards.shape[1]).expand_as(rewards)
     by_order = order.to(rewards.device).argsort(dim=1)
@@ -93,13 +105,13 @@ def best_and_worst(group: GroupErrors) -> tuple[Tensor, Tensor]:
 def has_preference(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
     """Whether a group states a strict preference at all, [B]; a group with a NaN label or masked out does not."""
     spread = rewards.amax(dim=1) > rewards.amin(dim=1)
-    known = torch.isfinite(rewards).all(dim=1) & spread
+    known = rewards.isfinite().all(dim=1) & spread
     return known if mask is None else known & mask
 
 
 def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:
     """What is wrong with labels [B, K] for an objective of this kind and what would mend it, or None."""
-    known = rewards[torch.isfinite(rewards)]
+    known = rewards[rewards.isfinite()]
     if kind == "vote_share" and known.numel() and (known.min() < 0 or known.max() > 1):
         return (
             f"vote shares lie in [0, 1], but labels reach from {known.min():.4g} to {known.max():.4g}; set "

@@ -1,5 +1,7 @@
 """Diffusion-DPO under a constraint: the winner's error may not rise above the reference's."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,11 +1,11 @@
 """DDO (Zheng et al., arXiv 2503.01103): the policy as a discriminator between real images and the reference's own."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.nn.functional import logsigmoid
-
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput
+from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, logsigmoid
 
 
 @dataclass(frozen=True)

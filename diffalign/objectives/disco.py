@@ -1,12 +1,15 @@
 """DisCO (Li et al., arXiv 2505.12366): good images against the hard ones among the bad, within a trust region."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def discrimination(scores: Tensor, positive: Tensor, tau: float | None) -> Tensor:

@@ -1,12 +1,14 @@
 """Diffusion-DPO (Wallace et al., arXiv 2311.12908), in the convention of the authors' code."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst, logsigmoid
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pair_loss(

@@ -1,12 +1,14 @@
 """GDRO (Wang et al., arXiv 2601.02036): listwise cross-entropy between the implicit reward and the explicit one."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, ranking
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
@@ -16,6 +18,8 @@ def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
     of the remaining r / tau. tau = 0 puts all of q_i on image i, which is the Plackett-Luce likelihood (equation 12).
     The last place is decided by the others and has no term.
     """
+    import torch
+
     k = implicit.shape[1]
     gone = torch.ones(k, k, dtype=torch.bool, device=implicit.device).tril(-1)  # [place, image]
     remaining = implicit[:, None, :].expand(-1, k, -1).masked_fill(gone, float("-inf"))

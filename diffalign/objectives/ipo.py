@@ -1,12 +1,15 @@
 """IPO (Azar et al., arXiv 2310.12036): the margin is led to a target instead of being raised without end."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput
 from diffalign.objectives.dpo import pair_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

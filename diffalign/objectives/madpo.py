@@ -1,12 +1,15 @@
 """MADPO (Rho, arXiv 2510.05342): Diffusion-DPO, each pair weighted by how far apart a reward puts its two images."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
 from diffalign.objectives.dpo import pair_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,23 @@
 """RankDPO (Karthik et al., arXiv 2410.18013): every preferred pair of a ranked group, weighted as in LambdaLoss."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from diffalign.objectives.base import (
+    GroupErrors,
+    LabelKind,
+    Members,
+    ObjectiveOutput,
+    best_and_worst,
+    logsigmoid,
+    ranking,
+)
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst, ranking
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RankedBy = Literal["labels", "model"]
 PairWeight = Literal["delta", "gain", "none"]
@@ -23,6 +32,8 @@ def inverse_discounts(group: GroupErrors, ranked_by: RankedBy = "labels") -> Ten
     ties are broken by `order` instead: before the first update all images are tied, and shared ranks would make every
     weight, and with it the gradient, 0 for ever.
     """
+    import torch
+
     labels = group.labels
     by_rank = 1.0 / torch.arange(2, labels.shape[1] + 2, dtype=labels.dtype, device=labels.device).log()
     if ranked_by == "model":
@@ -45,7 +56,7 @@ def pair_weights(group: GroupErrors, kind: PairWeight = "delta", ranked_by: Rank
     better = (labels[:, :, None] > labels[:, None, :]).to(group.policy_error.dtype)
     if kind == "none":
         return better
-    gain = torch.exp2(labels) - 1
+    gain = labels.exp2() - 1
     weights = better * (gain[:, :, None] - gain[:, None, :]).abs()
     if kind == "gain":
         return weights

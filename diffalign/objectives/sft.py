@@ -1,5 +1,7 @@
 """Supervised fine-tuning on the best image of each group: the baseline that every preference method must beat."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,11 +1,11 @@
 """SimPO (Meng et al., arXiv 2405.14734): no reference, and a margin that the winner must be ahead by."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.nn.functional import logsigmoid
-
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
+from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst, logsigmoid
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """SmPO-Diffusion (Lu et al., arXiv 2506.02698): Diffusion-DPO whose strength follows how sure the preference is."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
 from diffalign.objectives.dpo import pair_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
