@@ -24,8 +24,7 @@ from diffalign.config.load import (
     recipes,
     resolved_yaml,
 )
-from diffalign.config.objective import OBJECTIVE_SECTIONS
-from diffalign.config.objective_base import ObjectiveSection
+from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
 from diffalign.config.schema import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic_core import PydanticCustomError
 
-from diffalign.config.objective import SmPOSection
+from diffalign.config.objective import OBJECTIVE_SECTIONS
 
 if TYPE_CHECKING:
     from diffalign.config.data import CombineSection
@@ -57,9 +57,10 @@ def check_training(config: TrainConfig) -> None:
             "validation.prompts",
             "validation.every",
         )
-    if config.train.auto_beta is not None and config.objective.name not in ("dpo", "smpo"):
+    if config.train.auto_beta is not None and not config.objective.kind.single_margin:
+        able = " and ".join(name for name, section in OBJECTIVE_SECTIONS.items() if section.kind.single_margin)
         refuse(
-            "auto_beta needs a beta and one margin a group that is proportional to it, as dpo and smpo have, not "
+            f"auto_beta needs a beta and one margin a group that is proportional to it, as {able} have, not "
             f"{config.objective.name}; leave it out",
             "train.auto_beta",
             "objective.name",
@@ -142,16 +143,11 @@ def _check_labels(config: TrainConfig) -> None:
             "labels.stats",
             "labels.transform",
         )
-    objective = config.objective
-    if (
-        isinstance(objective, SmPOSection)
-        and labels.source != "preference"
-        and labels.transform in ("none", "zscore")
-        and (objective.reward_min, objective.reward_max) == (0.0, 1.0)
-    ):
+    unscaled = labels.source != "preference" and labels.transform in ("none", "zscore")
+    if unscaled and config.objective.build().unit_labels:
         refuse(
-            "smpo compares scores between 0 and 1, and others would count as certain or as nothing; set "
-            "labels.transform=minmax, or objective.reward_min and objective.reward_max to the reward's bounds",
+            f"{config.objective.name} compares scores between 0 and 1, and others would count as certain or as nothing; set "
+            "labels.transform=minmax, or the objective's own bounds to the reward's",
             "labels.transform",
             "labels.source",
         )
@@ -239,13 +235,14 @@ def _check_reference(config: TrainConfig) -> None:
             "reference.store",
             "inversion.by",
         )
-    if config.objective.name == "disco" and reference.keep == "errors":
+    if config.objective.kind.needs_gap and reference.keep == "errors":
         refuse(
-            "disco looks at the reference's predictions, not at its errors alone; set reference.keep=predictions",
+            f"{config.objective.name} looks at the reference's predictions, not at its errors alone; set "
+            "reference.keep=predictions",
             "reference.keep",
             "objective.name",
         )
-    if config.objective.name in ("sft", "simpo") and config.noise != "inverted":
+    if not config.objective.kind.needs_reference and config.noise != "inverted":
         refuse(
             f"{config.objective.name} has no reference, and nothing would be kept; leave reference.store out",
             "reference.store",

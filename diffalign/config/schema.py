@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from diffalign.config.checks import check_evaluation, check_sampling, check_training
 from diffalign.config.data import DataSection, LabelSection, SelectionSection
 from diffalign.config.memory import check_memory
-from diffalign.config.objective import AnyObjective, DiffusionDPOSection
+from diffalign.config.objective import DEFAULT_OBJECTIVE, AnyObjective
 from diffalign.config.section import Betas, FilePath, Section
 
 
@@ -256,7 +256,7 @@ class TrainConfig(Section):
     data: DataSection
     labels: LabelSection = LabelSection()
     selection: SelectionSection = SelectionSection()
-    objective: AnyObjective = DiffusionDPOSection()
+    objective: AnyObjective = DEFAULT_OBJECTIVE
     noise: Literal["shared", "independent", "inverted"] = Field(
         "shared", description="one noise for all images of a group, one each, or each image's own by inversion"
     )

@@ -4,9 +4,8 @@ They need torch and nothing else. Importing this package does not import torch: 
 its errors must not wait for torch to load. Inside functions torch is imported where a tensor's own methods are not enough.
 """
 
-from typing import Any
-
 from diffalign.objectives.base import (
+    Charts,
     GroupErrors,
     Objective,
     ObjectiveOutput,
@@ -27,7 +26,7 @@ from diffalign.objectives.sft import SFT
 from diffalign.objectives.simpo import SimPO
 from diffalign.objectives.smpo import SmPO
 
-OBJECTIVES: dict[str, type[Any]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DiffusionDPO,
     "sft": SFT,
     "rankdpo": RankDPO,
@@ -48,6 +47,7 @@ __all__ = [
     "MADPO",
     "OBJECTIVES",
     "SFT",
+    "Charts",
     "ConstrainedDPO",
     "DiffusionDPO",
     "DisCO",
