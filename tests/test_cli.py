@@ -210,6 +210,13 @@ def test_help_and_config_import_nothing_heavy(tmp_path: Path) -> None:
         assert verb in done.stdout
 
 
+def test_objectives_are_imported_without_torch(tmp_path: Path) -> None:
+    """The config is built from them, and its errors come before torch is loaded."""
+    code = "import sys, diffalign.objectives as o; assert o.DiffusionDPO().beta and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_module_and_script(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     shown = subprocess.run(

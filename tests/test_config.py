@@ -6,7 +6,7 @@ import dataclasses
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -32,8 +32,10 @@ from diffalign.config import (
 )
 from diffalign.config.commented import commented_recipe, read_notes, reference
 from diffalign.config.document import read_document
+from diffalign.config.objective import fields_of, objective_section
 from diffalign.config.recipes import base_of
 from diffalign.errors import DiffalignError
+from diffalign.objectives import OBJECTIVES, GroupErrors, Objective, ObjectiveOutput
 
 SMALL = "run_dir: runs/x\nmodel: {path: m}\ndata: {path: d}\n"
 
@@ -137,14 +139,55 @@ def test_eval_of_a_run(tmp_path: Path) -> None:
 
 
 def test_objectives_match_their_dataclasses() -> None:
-    from diffalign.objectives import OBJECTIVES
-
     assert set(OBJECTIVE_SECTIONS) == set(OBJECTIVES)
     for name, section in OBJECTIVE_SECTIONS.items():
         fields = {field.name: field.default for field in dataclasses.fields(OBJECTIVES[name])}
         assert section().arguments() == fields, name
         assert section().name == name
-        OBJECTIVES[name](**section().arguments())
+        assert section().build() == OBJECTIVES[name]()
+        assert fields_of(name) == set(fields)
+
+
+def test_a_section_has_the_bounds_and_the_meaning_of_its_dataclass() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Objective):
+        """A method with a field of every kind."""
+
+        beta: float = dataclasses.field(metadata={"gt": 0, "lt": 9, "description": "strength", "unit": "1"})
+        steps: int = dataclasses.field(default=3, metadata={"ge": 1})
+        clamp: float | None = dataclasses.field(default=None, metadata={"gt": 0})
+        how: Literal["a", "b"] = "a"
+        sizes: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+        title: ClassVar[str] = "Mine"
+
+        def __post_init__(self) -> None:
+            if self.steps > 5 and self.how == "b":
+                raise ValueError("how=b takes at most 5 steps")
+
+        def __call__(self, group: GroupErrors) -> ObjectiveOutput:
+            return ObjectiveOutput(group.policy_error.sum(1))
+
+    section = objective_section("mine", Mine)
+    made = section(beta=1.0)
+    assert made.model_dump() == {"name": "mine", "beta": 1.0, "steps": 3, "clamp": None, "how": "a", "sizes": [1, 2]}
+    assert made.build() == Mine(1.0) and section.model_fields["beta"].description == "strength"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "beta\n  Field required"),
+        ({"beta": 0.0}, "greater than 0"),
+        ({"beta": 9.0}, "less than 9"),
+        ({"beta": "1"}, "valid number"),
+        ({"beta": float("inf")}, "finite number"),
+        ({"beta": 1.0, "steps": 1.5}, "valid integer"),
+        ({"beta": 1.0, "steps": 0}, "greater than or equal to 1"),
+        ({"beta": 1.0, "clamp": -1.0}, "greater than 0"),
+        ({"beta": 1.0, "how": "c"}, "'a' or 'b'"),
+        ({"beta": 1.0, "bata": 1.0}, "Extra inputs"),
+        ({"beta": 1.0, "name": "yours"}, "Input should be 'mine'"),
+        ({"beta": 1.0, "how": "b", "steps": 6}, "how=b takes at most 5 steps"),
+    ]
+    for given, said in wrong:
+        with pytest.raises(ValidationError, match=said):
+            section.model_validate(given)
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------

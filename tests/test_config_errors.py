@@ -49,7 +49,7 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
         (BASE + "objective: dpo\n", "c.yaml:8: objective should be a section with keys, not 'dpo'"),
         (
             BASE + "objective: {name: smpo, reward_min: 0.3, reward_max: 0.2}\n",
-            "c.yaml:8: objective should have reward_max above reward_min=0.3",
+            "c.yaml:8: objective: reward_max should be above reward_min=0.3, not 0.2",
         ),
         (
             BASE + "objective: {name: rankdpo, pair_weight: dlta}\n",

@@ -14,7 +14,8 @@ from PIL import Image
 
 import diffalign.report
 from diffalign.errors import DiffalignError
-from diffalign.report.curves import number, series, smooth, static_svg, ticks
+from diffalign.objectives import OBJECTIVES
+from diffalign.report.curves import number, series, smooth, static_svg, ticks, titles
 from diffalign.report.images import BYTES, data_uri
 from diffalign.report.render import write_report, write_reports
 from diffalign.report.runs import Run, differences, distinct_names, read_run
@@ -191,6 +192,16 @@ def test_charts() -> None:
     assert flat is not None and "nan" not in static_svg("loss", [flat])
     long = series(0, "loss", loss(*np.linspace(0, 1, 4000)))
     assert long is not None and len(long.steps) < 1500 and np.mean(long.values) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_objectives_title_their_own_metrics() -> None:
+    ours = titles([])
+    assert list(ours)[:3] == ["validation", "loss", "margin"] and list(ours)[-1] == "share_without_preference"
+    assert {metric for kind in OBJECTIVES.values() for metric in kind.charts} < set(ours)
+    # Two objectives log the same metric: the note is that of the run's own.
+    assert titles(["gdro"])["implicit_spread"] == OBJECTIVES["gdro"].charts["implicit_spread"]
+    assert titles(["rankdpo", "gdro"])["implicit_spread"] == OBJECTIVES["rankdpo"].charts["implicit_spread"]
+    assert titles(["gone"]) == ours
 
 
 def test_a_rank_is_stated_for_a_lora_only() -> None:

@@ -28,8 +28,7 @@ from diffalign.config.load import (
 )
 from diffalign.config.model import ModelSection, PolicySection, TuneSection
 from diffalign.config.noise import TimeSection
-from diffalign.config.objective import OBJECTIVE_SECTIONS
-from diffalign.config.objective_base import ObjectiveSection
+from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
 from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig

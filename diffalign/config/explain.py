@@ -35,6 +35,8 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         written = [k for k in keys if k in document.places]  # blame what was written, not a default
         key = (written or keys)[0]
         message = f"{_dotted(key)}: {context['message']}"
+    elif one["type"] == "value_error":
+        message = f"{_dotted(key)}: {context['error']}"
     elif one["type"] in ("union_tag_not_found", "union_tag_invalid"):
         key, message = (*key, "name"), _objective(one, key, owner)
     elif one["type"] == "extra_forbidden":

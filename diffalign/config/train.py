@@ -10,7 +10,7 @@ from diffalign.config.data import DataSection, LabelSection, SelectionSection
 from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
 from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
-from diffalign.config.objective import AnyObjective, DiffusionDPOSection, SmPOSection
+from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
 from diffalign.config.run import AveragedStepSection, BackboneRunConfig, ValidationSection
 from diffalign.config.section import refuse
 
@@ -58,7 +58,7 @@ class TrainConfig(BackboneRunConfig):
     data: DataSection
     labels: LabelSection = LabelSection()
     selection: SelectionSection = SelectionSection()
-    objective: AnyObjective = DiffusionDPOSection()
+    objective: AnyObjective = DEFAULT_OBJECTIVE
     noise: Literal["shared", "independent", "inverted"] = Field(
         "shared", description="one noise for all images of a group, one each, or each image's own by inversion"
     )
@@ -80,21 +80,18 @@ class TrainConfig(BackboneRunConfig):
     @model_validator(mode="after")
     def _check_objective(self) -> TrainConfig:
         objective, labels = self.objective, self.labels
-        if (
-            isinstance(objective, SmPOSection)
-            and labels.source != "preference"
-            and labels.transform in ("none", "zscore")
-            and (objective.reward_min, objective.reward_max) == (0.0, 1.0)
-        ):
+        unscaled = labels.source != "preference" and labels.transform in ("none", "zscore")
+        if unscaled and objective.build().unit_labels:
             refuse(
-                "smpo compares scores between 0 and 1, and others would count as certain or as nothing; set "
-                "labels.transform=minmax, or objective.reward_min and objective.reward_max to the reward's bounds",
+                f"{objective.name} compares scores between 0 and 1, and others would count as certain or as nothing; set "
+                "labels.transform=minmax, or the objective's own bounds to the reward's",
                 "labels.transform",
                 "labels.source",
             )
-        if self.train.auto_beta is not None and objective.name not in ("dpo", "smpo"):
+        if self.train.auto_beta is not None and not objective.kind.single_margin:
+            able = " and ".join(name for name, section in OBJECTIVE_SECTIONS.items() if section.kind.single_margin)
             refuse(
-                "auto_beta needs a beta and one margin a group that is proportional to it, as dpo and smpo have, not "
+                f"auto_beta needs a beta and one margin a group that is proportional to it, as {able} have, not "
                 f"{objective.name}; leave it out",
                 "train.auto_beta",
                 "objective.name",
@@ -142,13 +139,14 @@ class TrainConfig(BackboneRunConfig):
                 "reference.store",
                 "inversion.by",
             )
-        if self.objective.name == "disco" and self.reference.keep == "errors":
+        if self.objective.kind.needs_gap and self.reference.keep == "errors":
             refuse(
-                "disco looks at the reference's predictions, not at its errors alone; set reference.keep=predictions",
+                f"{self.objective.name} looks at the reference's predictions, not at its errors alone; set "
+                "reference.keep=predictions",
                 "reference.keep",
                 "objective.name",
             )
-        if self.objective.name in ("sft", "simpo") and self.noise != "inverted":
+        if not self.objective.kind.needs_reference and self.noise != "inverted":
             refuse(
                 f"{self.objective.name} has no reference, and nothing would be kept; leave reference.store out",
                 "reference.store",
