@@ -23,7 +23,7 @@ from diffalign.data.labels import labels
 from diffalign.data.prompts import PromptRow
 from diffalign.data.rank import Rules, generator_warning, rank
 from diffalign.data.schema import score_schema
-from diffalign.data.writer import ImageWriter, replacing, write_groups
+from diffalign.data.writer import ImageWriter, parquet_writer, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import vote_shares
 
@@ -65,7 +65,7 @@ def scored(
             for k, v in enumerate(values)
         ]
         schema = score_schema(("score",), {"version": "1", "weights": "none", "licence": "MIT", "settings": {}})
-        with replacing(folder / "scores" / f"{reward}.parquet", schema) as writer_:
+        with parquet_writer(folder / "scores" / f"{reward}.parquet", schema) as writer_:
             writer_.write_table(pa.Table.from_pylist(table, schema=schema))
     return PreferenceDataset(folder)
 

@@ -15,9 +15,10 @@ from datasets import Features, Image, List, Value
 
 from diffalign.data.card import write_card
 from diffalign.data.dataset import ImageRow, PreferenceDataset
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing
 
 GROUPS_PER_FILE = 1000
 ROWS_PER_GROUP = 50
@@ -157,9 +158,7 @@ def _pair_row(
 
 def _webdataset(dataset: PreferenceDataset, scores: Scores, groups: list[int], out: Path, name: str, pairs: str) -> int:
     """A tar of <group>.json and <group>.<index>.png, without times or owners, so that equal data give equal bytes."""
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / f"{name}.tar.part"
-    with tarfile.open(part, "w") as tar:
+    with replacing(out / f"{name}.tar") as part, tarfile.open(part, "w") as tar:
         for i in groups:
             row = dataset.group(i)
             images = dataset.images(row["group_id"])
@@ -175,7 +174,6 @@ def _webdataset(dataset: PreferenceDataset, scores: Scores, groups: list[int], o
             _add(tar, f"{row['group_id']}.json", json.dumps(told, sort_keys=True).encode())
             for image in images:
                 _add(tar, f"{row['group_id']}.{image.index}.{suffix(image.data)}", image.data)
-    part.replace(out / f"{name}.tar")
     return len(groups)
 
 
@@ -194,7 +192,7 @@ def _write_parquet(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]
     """Streams: memory holds 50 rows at most."""
     pending: list[dict[str, Any]] = []
     count = 0
-    with replacing(path, schema) as writer:
+    with parquet_writer(path, schema) as writer:
         for row in rows:
             pending.append(row)
             count += 1

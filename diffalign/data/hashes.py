@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.image_index import row_numbers
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
 _SCHEMA = pa.schema([("group_id", pa.string()), ("index", pa.int32()), ("hash", pa.uint64())])
@@ -27,7 +27,7 @@ def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
     """uint64 [images], in the order of `dataset.places`; an image that cannot be decoded has a hash of its own."""
     path = dataset.folder / "hashes.parquet"
     if not path.is_file():
-        with replacing(path, _SCHEMA) as writer:
+        with parquet_writer(path, _SCHEMA) as writer:
             for rows in dataset.iter_images():
                 table = []
                 for row in rows:

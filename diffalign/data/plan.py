@@ -16,6 +16,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.data.shared_tasks import FOLDER, Task, finish
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 
 IMAGES_PER_SHARD = 256
 
@@ -112,14 +113,6 @@ def remember(out: Path, settings: dict[str, Any]) -> None:
         raise DiffalignError(
             f"{out} holds images sampled with {key}={before.get(key)!r}, not {now.get(key)!r}; choose another folder"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file that appears under its name only when it is complete; one writer at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _groups_per_shard(part: Part) -> int:

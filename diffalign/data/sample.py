@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember, write_whole
+from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, IMAGES, with_latents
 from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.data.writer import ROWS_PER_GROUP, image_row, regrouped, replacing, write_groups
+from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
 
@@ -76,7 +77,7 @@ def draw_part(
             ]
             if failed:
                 _report(out, shard, i, failed)
-            with replacing(piece, schema) as writer:
+            with parquet_writer(piece, schema) as writer:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
         return Task(
@@ -88,7 +89,7 @@ def draw_part(
 
     def shard_task(shard: Shard) -> Task:
         def make() -> None:
-            with replacing(_file(out, shard), schema) as writer:
+            with parquet_writer(_file(out, shard), schema) as writer:
                 pieces = (pq.read_table(_piece(out, shard, i), schema=schema) for i in range(len(shard.batches)))
                 for table in regrouped(pieces, ROWS_PER_GROUP):
                     writer.write_table(table)

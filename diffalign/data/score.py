@@ -13,7 +13,7 @@ from PIL import Image
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
 from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
 
@@ -38,7 +38,7 @@ def score_images(
 
     def piece_task(shard: int) -> Task:
         def make() -> None:
-            with replacing(pieces[shard], schema) as writer:
+            with parquet_writer(pieces[shard], schema) as writer:
                 for rows in dataset.iter_shard(shard, batch_size):
                     known = [row for row in rows if dataset.row(row.group_id) is not None]
                     if known:
@@ -49,7 +49,7 @@ def score_images(
         return Task(f"score-{reward.name}-{shard}", done, make, size)
 
     def merge() -> None:
-        with replacing(path, schema) as writer:
+        with parquet_writer(path, schema) as writer:
             for piece in pieces:
                 file = pq.ParquetFile(piece)
                 for i in range(file.num_row_groups):

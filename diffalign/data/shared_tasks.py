@@ -58,6 +58,8 @@ def finish(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int],
     total, mine = sum(task.size for task in everything), 0
     missing = [task for task in everything if not task.done()]
     done = total - sum(task.size for task in missing)
+    if on_progress:
+        on_progress(done, total)
     while missing:
         others = []
         for task in missing:

@@ -23,6 +23,7 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
+from diffalign.files import read_json_lines, replacing, write_whole
 
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 
@@ -86,9 +87,8 @@ def sample_images(
         if not all(image_path(folder, *cell).is_file() for cell in batch):
             prompts = [plan.prompts[p].prompt for p, _ in batch]
             for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
-                path = image_path(folder, *cell)
-                image.save(path.with_suffix(".part"), format="PNG")
-                path.with_suffix(".part").replace(path)
+                with replacing(image_path(folder, *cell)) as part:
+                    image.save(part, format="PNG")
         if on_progress:
             on_progress(start + len(batch), len(cells))
 
@@ -155,10 +155,8 @@ def evaluate(
         for m in samplers
         for p, k in plan.cells()
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval").mkdir(exist_ok=True)
-    (out / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "eval.json").write_text(json.dumps(result, indent=1))
+    write_whole(out / "eval" / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(out / "eval.json", json.dumps(result, indent=1))
     return result
 
 
@@ -188,8 +186,7 @@ def summarise(
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     """Scores [P, S] of an evaluation on disk."""
-    rows = [json.loads(line) for line in (out / "eval" / "scores.jsonl").read_text().splitlines()]
-    chosen = [row for row in rows if row["model"] == model]
+    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl") if row["model"] == model]
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:

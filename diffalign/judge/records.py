@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from diffalign.data.read_json import entries
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing
 from diffalign.judge.losses import HIGHEST, LEVELS, LOWEST
 
 Record = TypeVar("Record")
@@ -84,14 +85,11 @@ def rated_images(pairs: Iterable[Pair]) -> list[Rated]:
 
 def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """JSON lines, beside and renamed; the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     count = 0
-    with part.open("w", encoding="utf-8") as stream:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    part.replace(path)
     return count
 
 

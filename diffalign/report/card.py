@@ -9,6 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffalign import __version__
+from diffalign.files import write_whole
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
 
@@ -108,5 +109,5 @@ def write_card(
         samples=samples(run, out),
     )
     path = out / "README.md"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path

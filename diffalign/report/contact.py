@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffalign import __version__
+from diffalign.files import write_whole
 
 THUMBNAIL = 224
 
@@ -42,5 +43,4 @@ def write_contact_sheet(path: Path, name: str, facts: dict[str, Any], groups: li
     html = environment.get_template("contact.html.j2").render(
         name=name, version=__version__, facts=facts, groups=groups
     )
-    path.with_suffix(".part").write_text(html, encoding="utf-8")
-    path.with_suffix(".part").replace(path)
+    write_whole(path, html)

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.report.runs import Run, read_lines
+from diffalign.files import read_json_lines
+from diffalign.report.runs import Run
 
 # (side in pixels, JPEG quality), tried in turn until a picture fits: 2,000 of them stay below 60 MB in base64.
 SIZES = ((256, 82), (256, 65), (192, 60), (128, 50), (96, 40))
@@ -90,7 +91,7 @@ def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]
 def _scores(run: Run, column: str) -> dict[tuple[int, int], dict[str, Any]]:
     """(prompt, seed) -> {"prompt", model: score}."""
     scores: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in read_lines(run.folder / "eval" / "scores.jsonl"):
+    for row in read_json_lines(run.folder / "eval" / "scores.jsonl"):
         scores.setdefault((row["index"][0], row["index"][1]), {"prompt": row["prompt"]})[row["model"]] = row.get(column)
     return scores
 

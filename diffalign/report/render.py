@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffalign import __version__
+from diffalign.files import write_whole
 from diffalign.report.curves import CHARTS, Series, series, static_svg
 from diffalign.report.images import comparisons, strip, trials
 from diffalign.report.runs import Run, differences, distinct_names, read_run
@@ -147,10 +148,7 @@ def write_reports(
         strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],
         differences=differences(runs) if len(runs) > 1 else [],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(out)
+    write_whole(out, html)
     return out
 
 

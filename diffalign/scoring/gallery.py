@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffalign import __version__
+from diffalign.files import write_whole
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
@@ -54,10 +55,7 @@ def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
         charts=[(s, bars(s)) for s in summarise(scores)],
         version=__version__,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, html)
     return len(cards)
 
 

@@ -151,6 +151,8 @@ def _score(
             results.update(fresh)
             batch.clear()
 
+    if on_progress:
+        on_progress(label, 0, len(todo))
     for done, (key, i, (sha256, prepared)) in enumerate(_ahead(items, todo, reward, pool, 2 * batch_size), start=1):
         if isinstance(prepared, Unreadable):
             broken[hashes[i]] = str(prepared)

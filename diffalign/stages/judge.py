@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from diffalign.judge.loop import train_judge
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pipelines.tuning import quiet_progress
+from diffalign.progress import ImageProgress
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.stages.resolve import resolve_device, say
@@ -167,13 +167,7 @@ def _beside_images(source: Path, out: Path) -> None:
 
 
 def _counter(total: int) -> Callable[[int], None]:
-    """A plain line every few seconds."""
-    last = time.monotonic()
-
-    def tell(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            say(f"{done}/{total} images")
-
-    return tell
+    """A callback that shows how many images are judged."""
+    show = ImageProgress().named("judge")
+    show(0, total)
+    return lambda done: show(done, total)

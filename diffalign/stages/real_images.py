@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
 from diffalign.data.prompts import PromptRow
 from diffalign.data.real_against_generated import Real
 from diffalign.data.writer import png_bytes
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 from diffalign.stages.resolve import resolve_prompts
 from diffalign.testbed.prompts import scene_for
 from diffalign.testbed.scenes import render

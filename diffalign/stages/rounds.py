@@ -16,12 +16,12 @@ from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
 from diffalign.data.real_against_generated import write_roles
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import processes
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.report.render import write_reports
 from diffalign.stages import evaluate as evaluate_stage

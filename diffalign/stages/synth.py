@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,7 @@ from diffalign.config import GeneratorSection, PromptSection, RankConfig, RankSe
 from diffalign.data.card import write_own_card
 from diffalign.data.choose_members import Limit
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
+from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import Rules, generator_warning, rank
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
@@ -30,10 +29,12 @@ from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import FOLDER, Task, finish, processes
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
+from diffalign.files import free_bytes, write_whole
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.progress import ImageProgress
 from diffalign.stages.data import write_sheet
-from diffalign.stages.resolve import Ticker, open_reward, resolve_device, resolve_prompts, say, weights_digest
+from diffalign.stages.resolve import open_reward, resolve_device, resolve_prompts, say, weights_digest
 
 PROBE_BATCHES = 2
 # As the models' pages name them.
@@ -71,7 +72,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         generator, provenance = _open(section, device)
         _same_model(out, section.name, provenance)
         draw = drawer(generator, section, config.latents)
-        mine = draw_part(plan, part, out, draw, provenance, Ticker(section.name), config.latents)
+        mine = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
         generator.close()
         say(f"{section.name}: this process drew {mine} images")
     write_planned_groups(plan, out, config.split)
@@ -216,7 +217,7 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
         each = [timed(measure)[0] for _ in range(PROBE_BATCHES)][-1] / len(images)
         seconds += each * plan.images
         say(f"  {judge.name}: {each:.3g} s an image")
-    free = shutil.disk_usage(_existing(config.out)).free
+    free = free_bytes(config.out)
     say(f"time: {duration(seconds / world)} on {world} process{'es' if world > 1 else ''}, without loading the models")
     say(f"disk: {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
     if config.price_per_hour is not None:
@@ -303,13 +304,6 @@ def _say_failures(out: Path) -> None:
     if failures.is_file():
         lines = failures.read_text(encoding="utf-8").splitlines()
         say(f"{len(lines)} images could not be drawn, their prompts are set aside; reasons: {failures}")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder around a path that is there."""
-    while not path.is_dir():
-        path = path.parent
-    return path
 
 
 def folder_digest(weights: Path) -> str:
