@@ -32,6 +32,17 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def reading(path: Path, what: str = "") -> Iterator[None]:
+    """Turn the errors of reading a text file into one DiffalignError: `what`, the path, and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise DiffalignError(f"{what}{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DiffalignError(f"{what}{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+
+
 def read_json_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """Return the rows of a .jsonl file, those with `step` above `last_step` left out; none where there is no file.
 

@@ -96,7 +96,7 @@ def test_metadata_may_not_leave_its_folder(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [('{"file_name": "a.png"', "metadata.jsonl:1: not JSON"), ("[1]", "one JSON object"),
+    [('{"file_name": "a.png"', "metadata.jsonl:1: not JSON"), ("[1]", "an object is expected"),
      ('{"file_name": "a.png"}\n{"text": "x"}', "metadata.jsonl:2: no file_name")],
 )  # fmt: skip
 def test_broken_metadata_is_named(tmp_path: Path, text: str, words: str) -> None:

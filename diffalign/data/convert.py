@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 
 from diffalign.data.imported import Found, LeftOut
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
-from diffalign.data.read_json import entries
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
     read_csv,
@@ -18,6 +17,7 @@ from diffalign.data.read_pairs import (
     read_two_folders,
     read_w_l,
 )
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 
 READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
@@ -70,7 +70,7 @@ def guess_form(path: Path) -> str:
 
 
 def _json_form(path: Path) -> str:
-    for _, row in entries(path):
+    for _, row in json_rows(path):
         if isinstance(row, dict):
             if "path1" in row:
                 return "hpdv3"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.imported import Found, LeftOut, vote_shares_of_ranks
-from diffalign.data.read_json import csv_rows, entries
 from diffalign.data.schema import inside
+from diffalign.data.tables import csv_rows, json_rows
 from diffalign.errors import DiffalignError
 
 Rows = Iterator[Found | LeftOut]
@@ -26,7 +26,7 @@ def read_hpdv2(path: Path) -> Rows:
     if not files:
         raise DiffalignError(f"{path}: holds neither train.json nor test.json")
     for file in files:
-        for where, row in entries(file):
+        for where, row in json_rows(file):
             yield LeftOut(where, row) if isinstance(row, str) else _hpdv2_row(row, where, file)
 
 
@@ -117,7 +117,7 @@ def _folder_group(
 
 def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     if path.suffix != ".csv":
-        yield from entries(path)
+        yield from json_rows(path)
         return
     for where, row in csv_rows(path, {"file_name"}):
         yield where, {k: v for k, v in row.items() if v != ""}

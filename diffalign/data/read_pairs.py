@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from diffalign.data.imported import Found, LeftOut
 from diffalign.data.pairs import PICTURES
-from diffalign.data.read_json import csv_rows, entries
 from diffalign.data.schema import inside
+from diffalign.data.tables import csv_rows, json_rows
 from diffalign.errors import DiffalignError
 
 Rows = Iterator[Found | LeftOut]
@@ -109,7 +109,7 @@ def _axis(file: Path) -> str | None:
 
 
 def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Rows:
-    for where, row in entries(file):
+    for where, row in json_rows(file):
         if isinstance(row, str):
             yield LeftOut(where, row)
             continue

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffalign.data.read_json import entries
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
 from diffalign.judge.losses import HIGHEST, LEVELS, LOWEST
@@ -110,7 +110,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str, Path], Record]) -> l
             f"records {path}: no such file; docs/judge.md says what a line holds, and `diffalign testbed judge-data` makes "
             "some of the embedded world"
         )
-    for place, row in entries(path):
+    for place, row in json_rows(path):
         if isinstance(row, str):
             raise DiffalignError(f"{place}: {row}")
         found.append(parse(row, place, path.parent))

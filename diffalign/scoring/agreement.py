@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.scoring.captions import read_rows
 from diffalign.scoring.run import Scores
 from diffalign.scoring.summary import columns_of
 

@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing, write_whole
-from diffalign.scoring.captions import read_rows
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")

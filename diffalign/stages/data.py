@@ -19,7 +19,7 @@ from diffalign.data.export import export
 from diffalign.data.imported import Report, write_found
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
-from diffalign.report.contact import data_uri, write_contact_sheet
+from diffalign.report.contact import small_picture, write_contact_sheet
 from diffalign.stages.resolve import open_backbone, resolve_device
 
 FAULTS_SHOWN = 20
@@ -101,7 +101,7 @@ def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -
         image = dataset.image_at(place)
         shown: dict[str, Any] = {"image": None, "reason": "", "generator": image.generator, "seed": image.seed}
         try:
-            shown["image"] = data_uri(image.decode())
+            shown["image"] = small_picture(image.decode())
         except DiffalignError:
             shown["reason"] = "unreadable"
         scores = {name: _number(values[place]) for name, values in rewards.items()}
