@@ -15,7 +15,7 @@ import pytest
 
 from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.pairs import Pair, import_pairs
+from diffalign.data.imported import Found, write_found
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.scoring.agreement import agree, read_choices
@@ -131,8 +131,9 @@ def test_parquet_rows(tmp_path: Path) -> None:
 
 def test_a_dataset_of_ours(tmp_path: Path) -> None:
     files = pictures.folder(tmp_path / "in", 4)
-    pairs = [Pair(f"prompt {i}", files / f"00{2 * i}.png", files / f"00{2 * i + 1}.png", "here") for i in range(2)]
-    import_pairs(iter(pairs), tmp_path / "set")
+    images = [(files / f"00{2 * i}.png", files / f"00{2 * i + 1}.png") for i in range(2)]
+    pairs = [Found(f"prompt {i}", two, (1.0, 0.0), "here") for i, two in enumerate(images)]
+    write_found(pairs, tmp_path / "set")
     request = ScoreRequest([str(tmp_path / "set")], ["s=sharpness"], output=tmp_path / "o.csv", into_dataset=True)
     assert score(request) == 0
     dataset = PreferenceDataset(tmp_path / "set")

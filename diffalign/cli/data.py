@@ -7,7 +7,6 @@ import typer
 
 from diffalign.cli.errors import plain_errors
 from diffalign.cli.options import Overrides, Source
-from diffalign.errors import DiffalignError
 
 data = typer.Typer(
     help="Datasets: other people's to ours, what is in one, and ours to other forms.",
@@ -19,7 +18,7 @@ verbs = typer.Typer()
 
 
 @verbs.command("pairs")
-def import_pairs(
+def pairs(
     sources: Annotated[
         list[Path],
         typer.Argument(
@@ -32,14 +31,9 @@ def import_pairs(
 ) -> None:
     """Turn your own pairs into a dataset that `diffalign train` reads (data.path)."""
     with plain_errors():
-        from diffalign.data import pairs
+        from diffalign.data.convert import import_pairs
 
-        if len(sources) > 2:
-            raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
-        if len(sources) == 1 and sources[0].is_dir():
-            raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
-        found = pairs.pairs_from_folders(*sources) if len(sources) == 2 else pairs.pairs_from_csv(sources[0])
-        print(f"{pairs.import_pairs(found, out)} pairs in {out}; train on them with data.path={out}")
+        print(f"{import_pairs(sources, out).groups} pairs in {out}; train on them with data.path={out}")
 
 
 @verbs.command()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.imported import Found, LeftOut
+from diffalign.data.imported import Found, LeftOut, Report, write_found
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
@@ -43,6 +43,19 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Foun
     if name not in READERS:
         raise DiffalignError(f"--format {name}: unknown; there are {', '.join([*READERS, 'two_folders'])}")
     return name, READERS[name](sources[0])
+
+
+def import_pairs(sources: list[Path], out: Path) -> Report:
+    """Write your own pairs as a dataset: from a csv, or from a folder of winners and one of losers.
+
+    Raises DiffalignError at the first row or file that is broken.
+    """
+    if len(sources) > 2:
+        raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
+    if len(sources) == 1 and sources[0].is_dir():
+        raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
+    rows = read_two_folders(*sources) if len(sources) == 2 else read_csv(sources[0])
+    return write_found(rows, out, strict=True)
 
 
 def guess_form(path: Path) -> str:

@@ -47,8 +47,8 @@ class Report:
     faults: list[LeftOut] = field(default_factory=list)
 
 
-def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
-    """Write a dataset; pictures are kept byte for byte, and a broken row costs only itself.
+def write_found(rows: Iterable[Found | LeftOut], out: Path, strict: bool = False) -> Report:
+    """Write a dataset; images are kept byte for byte. A broken row is skipped; if `strict`, it is an error.
 
     Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
     """
@@ -62,6 +62,8 @@ def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
         for row in rows:
             kept = row if isinstance(row, LeftOut) else _loaded(row)
             if isinstance(kept, LeftOut):
+                if kept.fault and strict:
+                    raise DiffalignError(f"{kept.where}: {kept.reason}")
                 if kept.fault:
                     report.faults.append(kept)
                 else:

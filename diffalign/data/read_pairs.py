@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.imported import Found, LeftOut
-from diffalign.data.pairs import PICTURES
 from diffalign.data.schema import inside
 from diffalign.data.tables import csv_rows, json_rows
 from diffalign.errors import DiffalignError
 
 Rows = Iterator[Found | LeftOut]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "validation", "test")
 AXES = {"aes": "aesthetic", "tf": "text_following"}
 
