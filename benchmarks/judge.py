@@ -31,8 +31,8 @@ from diffalign.judge.forward import Sample
 from diffalign.judge.predict import Thinking, predict
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.stages import judge as stages_judge
-from diffalign.testbed import judge_data as judged
 from diffalign.testbed.judge_base import BaseSettings, base_loss, make_base, samples, untrained_judge
+from diffalign.testbed.judge_data import faulty_image, random_prompt
 from diffalign.testbed.scenes import GROUND, SIZE
 
 RESULTS = Path(__file__).parent / "results"
@@ -146,13 +146,13 @@ def right_way(judge: Judge, folder: Path, split: str, cases: int, seed: int) -> 
     own, empty, swapped = [], [], []
     for case in range(cases):
         rng = np.random.default_rng([seed, case, 17])
-        shown = judged.any_prompt(split, rng)
-        other = judged.any_prompt(split, rng)
+        shown = random_prompt(split, rng)
+        other = random_prompt(split, rng)
         # A prompt that asks for nothing but what is there would rightly keep its score.
         while {c["class"] for c in other["include"]} & {c["class"] for c in shown["include"]}:
-            other = judged.any_prompt(split, rng)
+            other = random_prompt(split, rng)
         path = pictures / f"{case}.png"
-        judged.judged(shown, "alignment", 0, rng).image.save(path)
+        faulty_image(shown, "alignment", 0, rng).image.save(path)
         own.append(Sample(shown["prompt"], "alignment", path))
         empty.append(Sample(shown["prompt"], "alignment", blank))
         swapped.append(Sample(other["prompt"], "alignment", path))

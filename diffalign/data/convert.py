@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.imported import Found, LeftOut, Report, write_found
+from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
@@ -20,7 +20,7 @@ from diffalign.data.read_pairs import (
 from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 
-READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
+READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
     "pickapic": read_pickapic,
     "hpdv2": read_hpdv2,
     "hpdv3": read_hpdv3,
@@ -31,7 +31,7 @@ READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
 }
 
 
-def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Found | LeftOut]]:
+def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[ImportedGroup | SkippedRow]]:
     """The form (found out if None) and the rows of one source, or of two folders (winners, losers)."""
     if len(sources) == 2 and form in (None, "two_folders"):
         return "two_folders", read_two_folders(*sources)
@@ -55,7 +55,7 @@ def import_pairs(sources: list[Path], out: Path) -> Report:
     if len(sources) == 1 and sources[0].is_dir():
         raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
     rows = read_two_folders(*sources) if len(sources) == 2 else read_csv(sources[0])
-    return write_found(rows, out, strict=True)
+    return write_imported(rows, out, strict=True)
 
 
 def guess_form(path: Path) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
-from diffalign.data.shared_tasks import FOLDER, Task, finish
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
@@ -33,7 +33,7 @@ def score_images(
     made_by |= {"settings": settings or {}}
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
     schema = score_schema(reward.columns, made_by)
-    work = dataset.folder / FOLDER
+    work = dataset.folder / WORK_FOLDER
     pieces = [work / "scores" / reward.name / shard.name for shard in dataset.shards]
 
     def piece_task(shard: int) -> Task:
@@ -59,8 +59,8 @@ def score_images(
     if path.is_file():
         _same_reward(path, made_by)
         return 0
-    mine = finish([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
-    finish([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 
 

@@ -38,7 +38,7 @@ class Prompt(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is drawn: the same noise for both models, from (seed, prompt's place, k) alone."""
 
     prompts: list[Any]
@@ -59,7 +59,7 @@ def image_path(folder: Path, prompt: int, k: int) -> Path:
 
 def sample_images(
     sampler: Sampler,
-    plan: Plan,
+    plan: EvaluationPlan,
     folder: Path,
     identity: str,
     on_progress: Callable[[int, int], None] | None = None,
@@ -93,7 +93,7 @@ def sample_images(
             on_progress(start + len(batch), len(cells))
 
 
-def score_folder(plan: Plan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
+def score_folder(plan: EvaluationPlan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
     """ "reward.column" -> scores [P, S] of the images in `folder`."""
     cells = plan.cells()
     found: dict[str, list[float]] = {}
@@ -112,7 +112,7 @@ def evaluate(
     *,
     base: Sampler,
     tuned: Sampler,
-    plan: Plan,
+    plan: EvaluationPlan,
     rewards: dict[str, Any],
     out: Path,
     identities: dict[str, str],
@@ -164,12 +164,12 @@ def _named(on_progress: Callable[[str, int, int], None] | None, model: str) -> C
     return None if on_progress is None else lambda done, total: on_progress(model, done, total)
 
 
-def _spread(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
+def _spread(folder: Path, plan: EvaluationPlan) -> dict[str, np.ndarray]:
     return {"diversity": diversity(lambda p, k: image_path(folder, p, k), len(plan.prompts), plan.seeds)}
 
 
 def summarise(
-    scores: dict[str, dict[str, np.ndarray]], plan: Plan, model: str = "tuned"
+    scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
 ) -> dict[str, dict[str, dict[str, float]]]:
     """score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
     tags = [p.metadata.get("tag", "") for p in plan.prompts]
@@ -194,7 +194,7 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     return values
 
 
-def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
+def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
     """The comparison for a terminal."""
     shown = Table(
         title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left"

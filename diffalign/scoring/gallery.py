@@ -14,7 +14,7 @@ from diffalign.report.page import data_uri, encoded, render_page
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
-from diffalign.scoring.summary import Summary, columns_of, summarise
+from diffalign.scoring.score_summary import Summary, columns_of, summarise
 
 THUMBNAIL = 256
 MOST = 400

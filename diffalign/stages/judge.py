@@ -20,8 +20,8 @@ from diffalign.progress import ImageProgress
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.stages.resolve import resolve_device, say
-from diffalign.testbed import judge_data as judged
 from diffalign.testbed.judge_base import BaseSettings, make_base
+from diffalign.testbed.judge_data import faulty_groups, judge_records
 from diffalign.training.optim import check_installed
 
 
@@ -38,9 +38,7 @@ def judge_data(out: Path, split: str, groups: int, images: int, raters: int, see
         raise DiffalignError(f"{out}: is not empty; choose another folder")
     (out / "images").mkdir(parents=True, exist_ok=True)
     pairs, rated = [], []
-    for pictures, own_pairs, own_rated in judged.records(
-        judged.judged_groups(split, groups, images, seed), raters, seed
-    ):
+    for pictures, own_pairs, own_rated in judge_records(faulty_groups(split, groups, images, seed), raters, seed):
         for picture, row in zip(pictures, own_rated, strict=True):
             picture.save(out / row["image"])
         pairs += own_pairs

@@ -29,7 +29,7 @@ from diffalign.progress import Say as Say
 from diffalign.progress import say as say
 from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
-from diffalign.testbed.prompts import prompts as testbed_prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
 
 DETECTORS: dict[str, type] = {"shapes": ShapeDetector}
@@ -59,7 +59,7 @@ def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow
         name, _, path = split.partition(":")
         return (read_hub_suite(name, path) if from_hub(path) else read_suite(name, Path(path)))[:n]
     if kind == "testbed":
-        rows = testbed_prompts(split, n or TESTBED_PROMPTS, seed)
+        rows = draw_prompts(split, n or TESTBED_PROMPTS, seed)
         return [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
     return read_prompts(source)[:n]
 

@@ -18,15 +18,15 @@ import torch
 
 from diffalign import testbed
 from diffalign.config import GeneratorSection, PromptSection, RankConfig, RankSection, SynthConfig
-from diffalign.data.card import write_own_card
 from diffalign.data.choose_members import Limit
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import write_own_card
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import Rules, generator_warning, rank
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images
-from diffalign.data.shared_tasks import FOLDER, Task, finish, processes
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes, write_whole
@@ -52,7 +52,7 @@ LICENCES = {
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
     """`diffalign synth`: prompts, images, scores, preferences."""
-    number, world = processes()
+    number, world = local_rank_and_world_size()
     device = resolve_device(config.device)
     if device == "cuda" and world > 1:
         device = f"cuda:{number}"
@@ -89,7 +89,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     if config.contact_sheet:
         sheet = out / "contact.html"
         make = lambda: write_sheet(PreferenceDataset(out), sheet, config.contact_sheet)  # noqa: E731
-        finish([Task("sheet", sheet.is_file, make)], out / FOLDER / "locks")
+        complete_all([Task("sheet", sheet.is_file, make)], out / WORK_FOLDER / "locks")
     clean_up(out)
     say(f"dataset: {out}")
 
@@ -160,7 +160,7 @@ def rank_stage(dataset: PreferenceDataset, section: RankSection, rewards: list[s
             (dataset.folder / "README.md").unlink(missing_ok=True)
         write_whole(path, json.dumps({"settings": settings, "report": report}, indent=1) + "\n")
 
-    finish([Task("rank", done, make)], dataset.folder / FOLDER / "locks")
+    complete_all([Task("rank", done, make)], dataset.folder / WORK_FOLDER / "locks")
     report = json.loads(path.read_text(encoding="utf-8"))["report"]
     dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items())
     say(f"ranked {report['groups']} groups by {', '.join(sources)}{dropped}; {report['images']} images count")
@@ -182,7 +182,7 @@ def rank_again(config: RankConfig) -> None:
 def _card(out: Path) -> None:
     """README.md: what the dataset is, and under which licences of its generators it stands."""
     make = lambda: write_own_card(PreferenceDataset(out))  # noqa: E731
-    finish([Task("card", (out / "README.md").is_file, make)], out / FOLDER / "locks")
+    complete_all([Task("card", (out / "README.md").is_file, make)], out / WORK_FOLDER / "locks")
 
 
 def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
@@ -190,7 +190,7 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
 
     The first batch of a model is not counted where there is a second one: it pays for what is set up once.
     """
-    _, world = processes()
+    _, world = local_rank_and_world_size()
     seconds, size, images = 0.0, 0.0, []
     say(f"{len(plan.prompts)} prompts, {plan.images} images")
     for part, section in enumerate(config.generators):
@@ -266,7 +266,7 @@ def _same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     """A model that has changed since the first image was drawn must not draw the rest."""
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
-    finish([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
+    complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     before = json.loads(path.read_text(encoding="utf-8"))
     # `vae` follows from the fingerprint, and older folders lack it.
     judged = [key for key in provenance if key not in ("licence", "vae")]

@@ -27,4 +27,4 @@ def write_contact_sheet(path: Path, name: str, facts: dict[str, Any], groups: li
     in the order in which they are shown, each {"image" (a data URI, or None with "reason"), "preference" (or None),
     "generator", "seed", "index", "counts" (False: left out), "scores": {name: number or None}}.
     """
-    write_whole(path, render_page("diffalign.report", "contact.html.j2", name=name, facts=facts, groups=groups))
+    write_whole(path, render_page("diffalign.report", "contact_sheet.html.j2", name=name, facts=facts, groups=groups))

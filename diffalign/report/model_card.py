@@ -95,7 +95,7 @@ def write_card(
         loader=PackageLoader("diffalign.report"), autoescape=False, undefined=StrictUndefined, trim_blocks=True
     )  # Markdown, not HTML: what comes from data goes through `plain`
     environment.filters["plain"] = plain
-    text = environment.get_template("card.md.j2").render(
+    text = environment.get_template("model_card.md.j2").render(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
         name=run.name,
         base=base,
