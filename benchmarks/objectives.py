@@ -36,7 +36,7 @@ from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.stages import data as stages_data
+from diffalign.stages import data as data_stage
 from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
 from diffalign.stages import sample as sample_stage
@@ -242,7 +242,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     config = load_config(
         recipe, (*given, "train.threads=1", "tracking.trackers=[]", *method.settings(cell.base), *overrides)
     )
-    stages_data.cache(config)  # so that the time below is that of the steps
+    data_stage.cache(config)  # so that the time below is that of the steps
     started = time.process_time()
     train_stage.train(config)
     spent = time.process_time() - started

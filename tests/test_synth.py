@@ -27,7 +27,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.stages import synth as stages_synth
+from diffalign.stages import synth as synth_stage
 
 CONFIG = """
 device: cpu
@@ -88,7 +88,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     def open_reward(section: RewardSection) -> Channel:
         return Channel(section.name)
 
-    monkeypatch.setattr(stages_synth, "open_reward", open_reward)
+    monkeypatch.setattr(synth_stage, "open_reward", open_reward)
 
     def make(folder: str, *overrides: str, pause: float = 0.0, dry_run: bool = False) -> Path:
         log = tmp_path / "log"
@@ -96,9 +96,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         def open_model(section: Any, device: str) -> tuple[Painter, dict[str, Any]]:
             return Painter(section.name, log, pause), {"model": section.model.path, "licence": section.licence}
 
-        monkeypatch.setattr(stages_synth, "_open", open_model)
+        monkeypatch.setattr(synth_stage, "_open", open_model)
         config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / folder / 'data'}", *overrides])
-        stages_synth.synth(config, dry_run=dry_run)
+        synth_stage.synth(config, dry_run=dry_run)
         return tmp_path / folder / "data"
 
     return make
@@ -292,9 +292,9 @@ def test_another_plan_or_model_does_not_mix_in(
     (tmp_path / "whole" / "data" / "images" / "part-00000.parquet").unlink()
     changed = {"model": "m1", "revision": "new", "licence": None}
     config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / 'whole' / 'data'}"])
-    monkeypatch.setattr(stages_synth, "_open", lambda *_: (Painter("one"), changed))
+    monkeypatch.setattr(synth_stage, "_open", lambda *_: (Painter("one"), changed))
     with pytest.raises(DiffalignError, match="drawn with revision=None, now it is 'new'; pin model.revision"):
-        stages_synth.synth(config)
+        synth_stage.synth(config)
 
 
 def test_other_ranking_of_the_same_images(world: Callable[..., Path], tmp_path: Path) -> None:

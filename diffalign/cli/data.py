@@ -50,9 +50,9 @@ def synth(
         from diffalign.config import load_synth_config
 
         checked = load_synth_config(config, overrides or ())
-        from diffalign.stages import synth as stages_synth
+        from diffalign.stages import synth as synth_stage
 
-        stages_synth.synth(checked, dry_run=dry_run)
+        synth_stage.synth(checked, dry_run=dry_run)
 
 
 @verbs.command("rank")
@@ -70,9 +70,9 @@ def rank_scores(
         from diffalign.config import load_rank_config
 
         checked = load_rank_config(source, overrides or ())
-        from diffalign.stages import synth as stages_synth
+        from diffalign.stages import synth as synth_stage
 
-        stages_synth.rank_again(checked)
+        synth_stage.rank_again(checked)
 
 
 @verbs.command("cache")
@@ -88,9 +88,9 @@ def encode_cache(
         from diffalign.config import load_config
 
         checked = load_config(config, overrides or ())
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.cache(checked, dry_run=dry_run)
+        data_stage.cache(checked, dry_run=dry_run)
 
 
 @data.command("convert")
@@ -109,9 +109,9 @@ def data_convert(
 ) -> None:
     """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.convert(sources, out, form)
+        data_stage.convert(sources, out, form)
 
 
 @data.command("inspect")
@@ -122,9 +122,9 @@ def data_inspect(
 ) -> None:
     """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.inspect(dataset, html, groups)
+        data_stage.inspect(dataset, html, groups)
 
 
 @data.command("export")
@@ -138,6 +138,6 @@ def data_export(
 ) -> None:
     """Write a dataset in a form that other code reads, with a card."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.export_data(dataset, out, form, pairs)
+        data_stage.export_data(dataset, out, form, pairs)

@@ -84,7 +84,7 @@ def open_rewards(
     rewards = {section.name: open_reward(section, device) for section in sections}
     for name, reward in rewards.items():
         for row in rows:
-            if reason := reward.unfit(row.prompt, row.metadata):
+            if reason := reward.reason_not_scorable(row.prompt, row.metadata):
                 raise DiffalignError(
                     f"{key}: {name} cannot judge {row.prompt!r} of {prompts}: {reason}; name another reward, such as "
                     "{name: pickscore}, or give prompts with what it needs"
