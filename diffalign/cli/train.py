@@ -48,9 +48,9 @@ def distill(
         from diffalign.config import load_distill_config
 
         checked = load_distill_config(config, overrides or ())
-        from diffalign.stages import distill as stages_distill
+        from diffalign.stages import distill as distill_stage
 
-        stages_distill.distill(checked, dry_run=dry_run)
+        distill_stage.distill(checked, dry_run=dry_run)
 
 
 @verbs.command("reward-gradient")
@@ -67,9 +67,9 @@ def reward_gradient(
         from diffalign.config import load_reward_gradient_config
 
         checked = load_reward_gradient_config(config, overrides or ())
-        from diffalign.stages import reward_gradient as stages_reward_gradient
+        from diffalign.stages import reward_gradient as reward_gradient_stage
 
-        stages_reward_gradient.reward_gradient(checked, dry_run=dry_run)
+        reward_gradient_stage.reward_gradient(checked, dry_run=dry_run)
 
 
 @verbs.command()
@@ -114,9 +114,9 @@ def run_rounds(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_rounds_config
 
         checked = load_rounds_config(config, overrides or ())
-        from diffalign.stages import rounds as iterate
+        from diffalign.stages import rounds as rounds_stage
 
-        iterate.rounds(checked)
+        rounds_stage.rounds(checked)
 
 
 @verbs.command("recipes")

@@ -17,7 +17,7 @@ from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import to_kohya
-from diffalign.report.card import front_matter, licence_of, plain
+from diffalign.report.model_card import front_matter, licence_of, plain
 from diffalign.stages.export import export
 from helpers.run_directory import SCRIPT, make_run
 
