@@ -108,7 +108,7 @@ def export(
         export_kohya(weights, family.family, out)
     else:
         options: dict[str, Any] = config.model.model_dump(include={"revision", "variant", "token", "local_files_only"})
-        backbone = load_backbone(path, dtype=torch.float32, use_t5=config.model.use_t5, **options)
+        backbone = load_backbone(path, dtype=torch.float32, **options, **resolve.family_options(config.model))
         backbone.load_weights(weights)
         export_merged(backbone, out)
     usage = _usage(form, config, out, family.trunk_name, full)

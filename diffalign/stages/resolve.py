@@ -40,6 +40,10 @@ DETECTORS: dict[str, type] = {"shapes": ShapeDetector}
 TESTBED_PROMPTS = 256
 
 
+FAMILY_KEYS = {"max_sequence_length", "use_t5", "guidance"}
+"""Keys of `model` that are options of one family or another."""
+
+
 def say(message: str) -> None:
     print(message, flush=True)
 
@@ -54,8 +58,17 @@ def resolve_device(device: str) -> str:
 def open_backbone(model: ModelSection, device: str) -> Any:
     """The backbone that a config's `model` section names."""
     path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype", "compile"})
-    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **options)
+    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **loading_options(model))
+
+
+def loading_options(model: ModelSection) -> dict[str, Any]:
+    """Return the section's keys as `load_backbone` and `load_generator` take them."""
+    return model.model_dump(exclude={"path", "dtype", "compile", *FAMILY_KEYS}) | family_options(model)
+
+
+def family_options(model: ModelSection) -> dict[str, Any]:
+    """Return the options of the model's family that the section sets."""
+    return model.model_dump(include=FAMILY_KEYS, exclude_defaults=True)
 
 
 def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:
