@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--calls", type=int, default=60)
     given = parser.parse_args()
-    backbone = load_backbone(model_path(given.base), max_sequence_length=12 if given.base == "shapes-sd3" else None)
+    options = {"max_sequence_length": 12} if given.base == "shapes-sd3" else {}
+    backbone = load_backbone(model_path(given.base), **options)
     rows = draw_prompts("test", given.images)
     rng = np.random.default_rng(0)
     pixels = to_pixels([np.asarray(render(scene_for(row, rng))) for row in rows])

@@ -48,8 +48,12 @@ def resolve_device(device: str) -> str:
 def open_backbone(model: ModelSection, device: str) -> Any:
     """The backbone that a config's `model` section names."""
     path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    loading = model.model_dump(exclude={"path", "dtype", "compile", "options"})
-    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **loading, **model.options)
+    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **loading_options(model))
+
+
+def loading_options(model: ModelSection) -> dict[str, Any]:
+    """Return the section's keys as `load_backbone` and `load_generator` take them, with the options of its family."""
+    return {**model.model_dump(exclude={"path", "dtype", "compile", "options"}), **model.options}
 
 
 def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:

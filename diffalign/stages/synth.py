@@ -34,7 +34,14 @@ from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.progress import ImageProgress
 from diffalign.stages.data import write_sheet
-from diffalign.stages.resolve import open_reward, resolve_device, resolve_prompts, say, weights_digest
+from diffalign.stages.resolve import (
+    loading_options,
+    open_reward,
+    resolve_device,
+    resolve_prompts,
+    say,
+    weights_digest,
+)
 
 PROBE_BATCHES = 2
 # As the models' pages name them.
@@ -246,7 +253,7 @@ def _open(section: GeneratorSection, device: str) -> tuple[Generator, dict[str, 
     """The model of a section, and what is written beside each of its images."""
     model = section.model
     path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype", "compile"})
+    options = loading_options(model)
     generator = load_generator(path, dtype=getattr(torch, model.dtype), device=device, prior=section.prior, **options)
     if section.weights is not None:
         generator.load_weights(section.weights)
