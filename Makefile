@@ -1,6 +1,7 @@
 # Every target sets up .venv first, and again only when pyproject.toml has changed.
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
+#   make docs           docs/config.md from the config's schema
 #   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
@@ -78,6 +79,11 @@ soak: $(STAMP) oracles
 
 bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
 	@$(BIN)/python benchmarks $(NAME) $(ARGS)
+
+# The page of all config keys, from the schema; a test compares them.
+.PHONY: docs
+docs: $(STAMP)
+	$(BIN)/python -m diffalign.config.commented > docs/config.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.testbed.prompts import plural
 from diffalign.testbed.scenes import COLORS, SHAPES
+from diffalign.testbed.shape_prompts import plural
 
 
 def out_of_distribution(n: int) -> list[dict[str, Any]]:

@@ -109,8 +109,17 @@ def test_testbed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes") == 0
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert Path(listed["sdxl_dpo"]).is_file()
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    assert listed["sdxl_dpo"].split() == ["Diffusion-DPO,", "LoRA", "SDXL", "24", "GB"]
+
+
+def test_a_recipe_is_printed_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", "sdxl_dpo") == 0
+    printed = capsys.readouterr().out
+    assert "  # Decay of Adam's two averages. Default: [0.9, 0.999]\n  betas: [0.9, 0.999]\n" in printed
+    assert "  beta: 5000.0 # the paper's value for SDXL\n" in printed
+    assert run("recipes", "sdxl_dop") == 2
+    assert "did you mean sdxl_dpo?" in capsys.readouterr().err
 
 
 # --- exit codes ------------------------------------------------------------------------------------------------
@@ -199,6 +208,13 @@ def test_help_and_config_import_nothing_heavy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for verb in ("train", "sample", "eval", "testbed", "--dry-run", "--shuffle"):
         assert verb in done.stdout
+
+
+def test_objectives_are_imported_without_torch(tmp_path: Path) -> None:
+    """The config is built from them, and its errors come before torch is loaded."""
+    code = "import sys, diffalign.objectives as o; assert o.DiffusionDPO().beta and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_module_and_script(tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.config import load_config, load_sample_config
+from diffalign.config import (
+    load_config,
+    load_distill_config,
+    load_rounds_config,
+    load_sample_config,
+    load_synth_config,
+)
 from diffalign.errors import DiffalignError
 
 BASE = """\
@@ -35,15 +41,15 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
     [
         (BASE + "  stepz: 3\n", "c.yaml:8: unknown key train.stepz; did you mean steps?"),
         (BASE + "trian: {}\n", "c.yaml:8: unknown key trian; did you mean train?"),
-        (BASE + "zzz: 1\n", "c.yaml:8: unknown key zzz; keys here: run_dir, seed, device, model"),
+        (BASE + "zzz: 1\n", "c.yaml:8: unknown key zzz; keys here: kind, run_dir, seed, device, model, tune, data"),
         (BASE + "objective: {name: dpo, bata: 3}\n", "c.yaml:8: unknown key objective.bata; did you mean beta?"),
         (BASE + "objective: {name: dop}\n", "c.yaml:8: unknown objective dop; did you mean dpo?"),
         (BASE + "objective: {name: xyz}\n", "c.yaml:8: unknown objective xyz; known: dpo, sft, rankdpo, smpo, gdro"),
         (BASE + "objective: {beta: 3}\n", "c.yaml:8: objective.name is missing; one of dpo, sft, rankdpo"),
-        (BASE + "objective: dpo\n", "c.yaml:8: objective should be a section with keys of its own, not 'dpo'"),
+        (BASE + "objective: dpo\n", "c.yaml:8: objective should be a section with keys, not 'dpo'"),
         (
             BASE + "objective: {name: smpo, reward_min: 0.3, reward_max: 0.2}\n",
-            "c.yaml:8: objective should have reward_max above reward_min=0.3",
+            "c.yaml:8: objective: reward_max should be above reward_min=0.3, not 0.2",
         ),
         (
             BASE + "objective: {name: rankdpo, pair_weight: dlta}\n",
@@ -117,7 +123,7 @@ def test_mistakes_in_the_file(tmp_path: Path, text: str, expected: str) -> None:
         ("model.path.x=3", "model.path is a value ('m', "),
         ("train.steps=[", "argument 'train.steps=[': not valid YAML"),
         ("data=null", "argument 'data=null': data.path is missing"),
-        ("data=3", "argument 'data=3': data should be a section with keys of its own, not 3"),
+        ("data=3", "argument 'data=3': data should be a section with keys, not 3"),
         ("tune={rank: 1, rank: 2}", "argument 'tune={rank: 1, rank: 2}': tune.rank occurs twice"),
         ("train={stepz: 3}", "argument 'train={stepz: 3}': unknown key train.stepz"),
     ],
@@ -185,3 +191,65 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"run_dir: \xff\xfe")
     with pytest.raises(DiffalignError, match=r"b\.yaml: not a text file in UTF-8 \(byte 9\)"):
         load_config(binary)
+
+
+# --- sections inside sections ----------------------------------------------------------------------------------
+
+SYNTH = (
+    "out: o\nprompts: {source: p.txt}\ngenerators:\n  - {name: a, model: {path: m}}\n  - {name: b, model: {path: m}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("rank.choose=extremes", "argument 'rank.choose=extremes': rank.choose: choose and k go together"),
+        ("rank.weights={x: -1}", "argument 'rank.weights={x: -1}': rank.weights: a weight below 0"),
+        (
+            "generators.1.height=64",
+            "argument 'generators.1.height=64': generators.1.height: give both height and width",
+        ),
+        (
+            "generators.1.batch_size=0",
+            "argument 'generators.1.batch_size=0': generators.1.batch_size should be greater",
+        ),
+        ("generators.1.name=a", "c.yaml:3: generators: a generator is named twice"),
+        ("generators.2.name=c", "generators is a list (c.yaml:3); name an entry by its index (0 to 1)"),
+        ("generators.b.name=c", "generators is a list (c.yaml:3); name an entry by its index (0 to 1)"),
+        ("rewards=[]", None),
+        ("generators.0.batch_size=4", None),
+    ],
+)
+def test_a_check_of_a_nested_section_names_section_place_and_argument(
+    tmp_path: Path, argument: str, expected: str | None
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(SYNTH)
+    if expected is None:
+        load_synth_config(path, [argument])
+        return
+    with pytest.raises(DiffalignError) as caught:
+        load_synth_config(path, [argument])
+    assert expected in str(caught.value).replace(str(path), "c.yaml")
+
+
+def test_an_entry_of_a_list_is_reached_by_its_index(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(SYNTH)
+    config = load_synth_config(path, ["generators.0.batch_size=4", "generators.1.model.dtype=bfloat16", "seed=3"])
+    assert [one.batch_size for one in config.generators] == [4, 8]
+    assert [one.model.dtype for one in config.generators] == ["float32", "bfloat16"]
+
+
+def test_the_same_section_is_checked_wherever_it_stands(tmp_path: Path) -> None:
+    text = "out: o\ntrain: shapes_sd3_gdro\ndata:\n  prompts: p.txt\n  rank:\n    k: 4\nevaluate: {prompts: q.txt}\n"
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(DiffalignError, match=r"c\.yaml:6: data\.rank\.k: choose and k go together"):
+        load_rounds_config(path)
+    with pytest.raises(DiffalignError, match=r"'data\.rank\.choose=random': data\.rank\.choose: "):
+        load_rounds_config(path, ["data.rank.k=null", "data.rank.choose=random"])
+    distill = "run_dir: r\nmodel: {path: m}\nprompts: p.txt\nfake:\n  optimizer: {offload: true, name: adafactor}\n"
+    path.write_text(distill)
+    with pytest.raises(DiffalignError, match=r"c\.yaml:5: fake\.optimizer\.offload: offload serves adamw"):
+        load_distill_config(path)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign import files as space
+from diffalign import files
 from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
-from diffalign.stages import data as stages_data
+from diffalign.stages import data as data_stage
 
 EVIL = '<script>alert("x")</script> & "a dog"'
 
@@ -88,7 +88,7 @@ class Encoder:
 def test_the_cache_ahead_of_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stages_data, "open_backbone", lambda *_: Encoder())
+    monkeypatch.setattr(data_stage, "open_backbone", lambda *_: Encoder())
     write_groups(folder, [PreferenceDataset(folder).group(0)])
     (tmp_path / "c.yaml").write_text(
         f"run_dir: {tmp_path / 'run'}\ndevice: cpu\nmodel: {{path: m}}\ndata: {{path: {folder}, resolution: 32}}\n"
@@ -105,6 +105,6 @@ def test_the_cache_ahead_of_training(
     assert run("cache", tmp_path / "c.yaml") == 0 and "it is there" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage(1000, 999, 1))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(1000, 999, 1))
     assert run("cache", tmp_path / "c.yaml", "--dry-run") == 2
     assert "are needed, 1e-09 GB are free" in capsys.readouterr().err

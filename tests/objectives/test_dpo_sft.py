@@ -1,6 +1,8 @@
 """Objectives against numbers computed in numpy from the papers' equations, and against their invariants."""
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from diffalign.objectives import (
     SFT,
     DiffusionDPO,
     GroupErrors,
+    Objective,
     ObjectiveOutput,
+    SmPO,
     check_labels,
     has_preference,
     ranking,
@@ -143,16 +147,45 @@ def test_missing_inputs_are_named() -> None:
         SFT()(GroupErrors(errors))
 
 
+def mixed_groups(rows: slice = slice(None)) -> GroupErrors:
+    """Four groups of three images with everything that any objective asks for."""
+    generator = torch.Generator().manual_seed(1)
+    policy, reference, rewards = (torch.rand(4, 3, generator=generator, dtype=torch.float64)[rows] for _ in range(3))
+    roles = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(4, 3)[rows]
+    return GroupErrors(policy, reference, rewards, prediction_gap=policy.square(), role=roles)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_do_not_mix_groups(name: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-    fields = [torch.rand(4, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
-    roles = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(4, 3)
-
-    def loss(rows: slice) -> torch.Tensor:
-        policy, reference, rewards = (f[rows] for f in fields)
-        group = GroupErrors(policy, reference, rewards, prediction_gap=policy.square(), role=roles[rows])
-        return OBJECTIVES[name]()(group).loss
-
-    whole, alone = loss(slice(None)), torch.cat([loss(slice(i, i + 1)) for i in range(4)])
+    objective: Any = OBJECTIVES[name]()
+    whole = objective(mixed_groups()).loss
+    alone = torch.cat([objective(mixed_groups(slice(i, i + 1))).loss for i in range(4)])
     assert whole.shape == (4,) and torch.equal(whole, alone)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_what_it_states(name: str) -> None:
+    kind: Any = OBJECTIVES[name]
+    assert issubclass(kind, Objective) and kind.__dataclass_params__.frozen and kind.title
+    for one in dataclasses.fields(kind):
+        assert one.metadata["description"], one.name
+    group = mixed_groups()
+    metrics = kind()(group).metrics
+    assert set(kind.charts) <= set(metrics), "a title of a metric that is not logged"
+    bare = GroupErrors(
+        group.policy_error,
+        group.reference_error if kind.needs_reference else None,
+        group.rewards,
+        prediction_gap=group.prediction_gap if kind.needs_gap else None,
+        role=group.role if kind.label_kind == "role" else None,
+    )
+    torch.testing.assert_close(kind()(bare).loss, kind()(group).loss, rtol=0, atol=0)
+    if kind.single_margin:
+        twice = kind(beta=2 * kind().beta)(group).metrics["margin"]
+        torch.testing.assert_close(twice, 2 * metrics["margin"])
+
+
+def test_bounds_of_scores_are_checked_where_they_are_set() -> None:
+    with pytest.raises(ValueError, match="reward_max should be above reward_min=0.5, not 0.5"):
+        SmPO(reward_min=0.5, reward_max=0.5)
+    assert SmPO().unit_labels and not SmPO(reward_min=-1.0).unit_labels and not DiffusionDPO().unit_labels

@@ -467,7 +467,7 @@ def test_gdro_reports_the_spread_to_set_beta_by() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_random_groups_equal_the_loops(seed: int) -> None:
     group = random_group(seed, groups=1, k=6, steps=4)
-    d = group.advantage.detach()[0].numpy()
+    d = group.error_difference.detach()[0].numpy()
     labels, order = group.labels[0].tolist(), group.order[0].tolist() if group.order is not None else None
     assert implicit(list(-d), labels, 0.2, order)[0] == pytest.approx(gdro(-d, labels, 0.2, order)[0], rel=1e-9)
     # Tied labels in RankDPO: the mean of the loop's loss over many random orders of the ties.

@@ -13,8 +13,9 @@ from PIL import Image
 
 import diffalign.report
 from diffalign.errors import DiffalignError
-from diffalign.report.curves import number, series, smooth, static_svg, ticks
-from diffalign.report.images import BYTES, data_uri
+from diffalign.objectives import OBJECTIVES
+from diffalign.report.curves import number, series, smooth, static_svg, ticks, titles
+from diffalign.report.images import BYTES, picture_uri
 from diffalign.report.render import write_report, write_reports
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 from helpers.run_directory import SCRIPT, make_run
@@ -139,7 +140,7 @@ def test_two_thousand_pictures_stay_under_60_mb() -> None:
     """Noise is the worst picture there is, and even then a picture is bounded: 2,000 x 20 kB x 4 / 3 in base64."""
     rng = np.random.default_rng(0)
     for side in (64, 200, 512, 1024):
-        uri = data_uri(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
+        uri = picture_uri(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
         assert len(uri) <= BYTES * 4 / 3 + 40
     assert 2000 * (BYTES * 4 / 3 + 40) < 60e6
 
@@ -159,6 +160,16 @@ def test_charts() -> None:
     assert flat is not None and "nan" not in static_svg("loss", [flat])
     long = series(0, "loss", loss(*np.linspace(0, 1, 4000)))
     assert long is not None and len(long.steps) < 1500 and np.mean(long.values) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_objectives_title_their_own_metrics() -> None:
+    ours = titles([])
+    assert list(ours)[:3] == ["validation", "loss", "margin"] and list(ours)[-1] == "share_without_preference"
+    assert {metric for kind in OBJECTIVES.values() for metric in kind.charts} < set(ours)
+    # Two objectives log the same metric: the note is that of the run's own.
+    assert titles(["gdro"])["implicit_spread"] == OBJECTIVES["gdro"].charts["implicit_spread"]
+    assert titles(["rankdpo", "gdro"])["implicit_spread"] == OBJECTIVES["rankdpo"].charts["implicit_spread"]
+    assert titles(["gone"]) == ours
 
 
 def test_a_rank_is_stated_for_a_lora_only() -> None:

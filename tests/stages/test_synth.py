@@ -21,12 +21,12 @@ from PIL import Image
 
 from diffalign.cli import app
 from diffalign.config import RewardSection, load_synth_config
-from diffalign.data import card, sample
+from diffalign.data import dataset_card, sample
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.stages import synth as stages_synth
+from diffalign.stages import synth as synth_stage
 from helpers.files import tree
 from helpers.processes import in_a_child
 
@@ -89,7 +89,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     def open_reward(section: RewardSection) -> Channel:
         return Channel(section.name)
 
-    monkeypatch.setattr(stages_synth, "open_reward", open_reward)
+    monkeypatch.setattr(synth_stage, "open_reward", open_reward)
 
     def make(folder: str, *overrides: str, pause: float = 0.0, dry_run: bool = False) -> Path:
         log = tmp_path / "log"
@@ -97,9 +97,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         def open_model(section: Any, device: str) -> tuple[Painter, dict[str, Any]]:
             return Painter(section.name, log, pause), {"model": section.model.path, "licence": section.licence}
 
-        monkeypatch.setattr(stages_synth, "_open", open_model)
+        monkeypatch.setattr(synth_stage, "_open", open_model)
         config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / folder / 'data'}", *overrides])
-        stages_synth.synth(config, dry_run=dry_run)
+        synth_stage.synth(config, dry_run=dry_run)
         return tmp_path / folder / "data"
 
     return make
@@ -142,8 +142,8 @@ def test_the_card_names_licences(world: Callable[..., Path]) -> None:
 def test_a_detector_stands_for_the_rewards_weights() -> None:
     """Every reward's section has a `detector`; only GenEval takes one."""
     known = {"weights": "w", "settings": {"detector": "shapes"}}
-    assert [card._weights(name, known) for name in ("geneval", "sharpness")] == ["the detector shapes", "w"]
-    assert card._weights("geneval", {"weights": "w", "settings": {"detector": None}}) == "w"
+    assert [dataset_card._weights(name, known) for name in ("geneval", "sharpness")] == ["the detector shapes", "w"]
+    assert dataset_card._weights("geneval", {"weights": "w", "settings": {"detector": None}}) == "w"
 
 
 def test_the_same_command_again_changes_nothing(world: Callable[..., Path], tmp_path: Path) -> None:
@@ -276,9 +276,9 @@ def test_another_plan_or_model_does_not_mix_in(
     (tmp_path / "whole" / "data" / "images" / "part-00000.parquet").unlink()
     changed = {"model": "m1", "revision": "new", "licence": None}
     config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / 'whole' / 'data'}"])
-    monkeypatch.setattr(stages_synth, "_open", lambda *_: (Painter("one"), changed))
+    monkeypatch.setattr(synth_stage, "_open", lambda *_: (Painter("one"), changed))
     with pytest.raises(DiffalignError, match="drawn with revision=None, now it is 'new'; pin model.revision"):
-        stages_synth.synth(config)
+        synth_stage.synth(config)
 
 
 def test_other_ranking_of_the_same_images(world: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from diffalign.config import load_synth_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.stages import synth as stages_synth
+from diffalign.stages import synth as synth_stage
 from helpers.files import tree
 from helpers.processes import in_a_child
 
@@ -41,7 +41,7 @@ def make(
 
     def run(folder: str) -> Path:
         out = tmp_path / folder / "data"
-        stages_synth.synth(load_synth_config(tmp_path / "config.yaml", [f"out={out}"]))
+        synth_stage.synth(load_synth_config(tmp_path / "config.yaml", [f"out={out}"]))
         return out
 
     return run
@@ -53,7 +53,7 @@ def test_killed_at_any_moment(make: Callable[[str], Path], tmp_path: Path, soak:
     out = make("whole")
     whole, lasted = tree(out), time.monotonic() - start
     dataset = PreferenceDataset(out)
-    assert len(dataset) == 6 and len(dataset.places) == 18 and all(dataset.column("preference"))
+    assert len(dataset) == 6 and len(dataset.image_index) == 18 and all(dataset.column("preference"))
     chance, kills, wholes = random.Random(0), 0, 0
     while kills < (20 if soak else 3):
         fresh = not (tmp_path / "cut").exists()
