@@ -13,19 +13,13 @@ import torch
 from PIL import Image
 
 from diffalign import files
-from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
 from diffalign.stages import data as data_stage
+from helpers.command_line import run
 
 EVIL = '<script>alert("x")</script> & "a dog"'
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        app([str(a) for a in arguments], prog_name="diffalign")
-    return int(left.value.code or 0)
 
 
 @pytest.fixture

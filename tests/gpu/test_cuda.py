@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffalign.cli import app
 from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
@@ -22,7 +21,7 @@ from diffalign.pipelines.attention import _xformers_computes
 from diffalign.pipelines.generator import load_generator
 from diffalign.rewards import load_reward
 from diffalign.training.preference.method import train
-from helpers import tiny_rewards
+from helpers import command_line, tiny_rewards
 from helpers.tiny_training import Source
 
 # Collected everywhere, so that an import of what no longer exists fails on any machine.
@@ -243,9 +242,7 @@ def test_rewards_are_the_cpus(name: str, tmp_path: Path) -> None:
 
 def run(*arguments: object) -> int:
     AcceleratorState._reset_state(True)
-    with pytest.raises(SystemExit) as left:
-        app([str(a) for a in arguments], prog_name="diffalign")
-    return int(left.value.code or 0)
+    return command_line.run(*arguments)
 
 
 @pytest.mark.parametrize(

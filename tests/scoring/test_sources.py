@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
@@ -29,6 +28,7 @@ from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse, parse_all
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures
+from helpers.command_line import run
 
 
 def prompts_of(sources: list[str], **options: Any) -> dict[str, str | None]:
@@ -247,12 +247,6 @@ def test_reward_specs() -> None:
             parse(text)
     with pytest.raises(DiffalignError, match="two are called 'ocr'"):
         parse_all(["ocr", "ocr:side=256"])
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        app(list(arguments), prog_name="diffalign")
-    return int(left.value.code or 0)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,12 @@ from diffalign.pipelines.quantize import Int8Linear, quantize_blocks
 from diffalign.training.offload import OffloadedAdamW
 from diffalign.training.preference.method import train
 from helpers import toy
+from helpers.files import rows
 from helpers.tiny_training import Source, config_for
 
 
 def first_two(source: Source) -> dict[str, torch.Tensor]:
     return {name: value[:2] for name, value in source.conditioning.items()}
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("kind", "far"), [("int8", 0.02), ("nf4", 0.25)])

@@ -1,7 +1,5 @@
 """The distillation loop on a toy: against DMD2 written out, and against ways of cutting up the work."""
 
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +21,7 @@ from diffalign.training.distillation.policy_gradient import policy_step
 from diffalign.training.distillation.step import fake_step, ratio_weight, student_step
 from helpers import toy_distill as toy
 from helpers.files import rows
+from helpers.processes import finish, torchrun
 from helpers.toy_distill import distilled, moved, network
 
 
@@ -412,17 +411,8 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [toy.__file__]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        line = [*launcher, *program, str(tmp_path / name), "6", "4", "2"]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun(29519))):
+        finish([*launcher, *program, str(tmp_path / name), "6", "4", "2"])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 6
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)

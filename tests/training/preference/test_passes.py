@@ -20,7 +20,7 @@ from diffalign.training.preference.gradient import StepGradient
 from diffalign.training.preference.method import train
 from diffalign.training.preference.step import make_draws, preference_step
 from helpers import toy
-from helpers.processes import TORCHRUN, command, finish
+from helpers.processes import command, finish, torchrun
 from helpers.tiny_training import Source, config_for
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -216,7 +216,7 @@ def test_two_processes_in_passes_keep_what_one_process_reads(tmp_path: Path) -> 
     sections = {"train": {"images_per_pass": 1}, "objective": {"name": "gdro", "beta": 20.0}}
     kept = sections | {"reference": {"store": str(tmp_path / "kept"), "keep": "predictions"}}
     line = [*command(tmp_path / "two", 10, 4, 1), "0", json.dumps(kept)]
-    finish([*TORCHRUN, *line])
+    finish([*torchrun(29517), *line])
     two = [json.loads(row) for row in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     config = toy.toy_config(
         tmp_path / "one", objective={"name": "dpo"}, train={"steps": 10, "groups_per_step": 4, "micro_batch": 1}
