@@ -14,6 +14,7 @@ from diffalign.config.data import DataSection, LabelSection, SelectionSection
 from diffalign.config.memory import check_memory
 from diffalign.config.objective import DEFAULT_OBJECTIVE, AnyObjective
 from diffalign.config.section import Betas, FilePath, Section
+from diffalign.plugins import load_class
 
 
 class ModelSection(Section):
@@ -213,11 +214,16 @@ class TrackingSection(Section):
 class RewardSection(Section):
     """What judges the images."""
 
-    name: str = Field("geneval", min_length=1, description="the reward's name")
+    name: str = Field("geneval", min_length=1, description="the reward's name, or module:Class of a package of yours")
     detector: str | None = Field(
         "shapes", description="the object detector that a GenEval reward looks through; null: its own"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the reward")
+
+    @property
+    def label(self) -> str:
+        """The name of the reward's columns and files: `name`, or for `module:Class` the class's own `name`."""
+        return str(load_class(self.name).name) if ":" in self.name else self.name
 
 
 class ValidationSection(Section):

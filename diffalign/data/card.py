@@ -6,7 +6,7 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import write_whole
-from diffalign.rewards import REWARDS, accepted
+from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 FORM_WORDS = {
@@ -100,7 +100,7 @@ def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
 def _weights(name: str, reward: dict[str, Any]) -> str:
     """What a reward looked through: a detector that it was given takes the place of its own weights."""
     detector = reward.get("settings", {}).get("detector")
-    given = detector is not None and name in REWARDS and "detector" in accepted(name)
+    given = detector is not None and takes(name, "detector")
     return f"the detector {detector}" if given else str(reward.get("weights", "?"))
 
 

@@ -73,8 +73,8 @@ def reward_judge(
         return None, None
     rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
     for term in terms:
-        if term.column is not None and term.column not in rewards[term.name].columns:
-            known = ", ".join(rewards[term.name].columns)
+        if term.column is not None and term.column not in rewards[term.label].columns:
+            known = ", ".join(rewards[term.label].columns)
             raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
 
     def decoded(latents: Tensor) -> Tensor:
@@ -91,11 +91,11 @@ def reward_judge(
         texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
         scores = {}
         for term in terms:
-            reward = rewards[term.name]
-            scores[term.name] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+            reward = rewards[term.label]
+            scores[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
         return scores
 
-    smooth = [term for term in terms if rewards[term.name].differentiable]
+    smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
         return judge, None
     if not smooth:
@@ -105,7 +105,7 @@ def reward_judge(
 
     def lean(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
-        scores = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
+        scores = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
         return torch.stack(scores).sum(dim=0)
 
     return judge, lean

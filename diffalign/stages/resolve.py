@@ -26,7 +26,7 @@ from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.rewards import REWARDS, Reward, accepted, load_reward
+from diffalign.rewards import Reward, load_reward, takes
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.prompts import prompts as testbed_prompts
 from diffalign.training.validation import Validation
@@ -73,10 +73,9 @@ def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow
 def open_reward(section: RewardSection, device: str = "cpu") -> Reward:
     """The reward, with its detector built and handed over where it takes one."""
     options = dict(section.options)
-    known = accepted(section.name) if section.name in REWARDS else set()
-    if "device" in known:
+    if takes(section.name, "device"):
         options.setdefault("device", device)
-    if section.detector is not None and "detector" in known:
+    if section.detector is not None and takes(section.name, "detector"):
         if section.detector not in DETECTORS:
             raise DiffalignError(f"reward.detector {section.detector!r}: unknown; there are {', '.join(DETECTORS)}")
         options["detector"] = DETECTORS[section.detector]()
@@ -87,7 +86,8 @@ def open_rewards(
     sections: Sequence[RewardSection], rows: list[PromptRow], device: str, key: str, prompts: str
 ) -> dict[str, Reward]:
     """Rewards by name, refused before any image is drawn where one of them cannot judge a prompt."""
-    rewards = {section.name: open_reward(section, device) for section in sections}
+    opened = [open_reward(section, device) for section in sections]
+    rewards = {section.label: reward for section, reward in zip(sections, opened, strict=True)}
     for name, reward in rewards.items():
         for row in rows:
             if reason := reward.unfit(row.prompt, row.metadata):

@@ -125,7 +125,7 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
     for section in given.rewards:
         scored = score_images(dataset, resolve.open_reward(section, resolve.resolve_device(training.device)))
         resolve.say(f"{section.name}: {scored} images scored")
-    rank_stage(PreferenceDataset(data), given.rank, [section.name for section in given.rewards])
+    rank_stage(PreferenceDataset(data), given.rank, [section.label for section in given.rewards])
     clean_up(data)
 
 

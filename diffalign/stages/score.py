@@ -17,7 +17,7 @@ from rich.text import Text
 from diffalign.data.schema import score_schema
 from diffalign.data.writer import replacing
 from diffalign.errors import DiffalignError
-from diffalign.rewards import REWARDS, Reward, accepted, load_reward
+from diffalign.rewards import REWARDS, Reward, foreign_rewards, load_reward, takes
 from diffalign.scoring import agreement
 from diffalign.scoring import compare_folders as versus
 from diffalign.scoring.allocator import keep_freed_memory
@@ -133,7 +133,7 @@ def _open(specs: list[RewardSpec], device: str) -> dict[str, Reward]:
             from diffalign.testbed.detector import ShapeDetector
 
             options["detector"] = ShapeDetector()
-        if spec.name in REWARDS and "device" in accepted(spec.name):
+        if takes(spec.name, "device"):
             options.setdefault("device", device)
         opened[spec.label] = load_reward(spec.name, **options)
     return opened
@@ -186,10 +186,12 @@ def _ticker(every: float = 10.0) -> Progress:
 
 def show_rewards() -> None:
     """`diffalign rewards`."""
-    shown = Table(title=f"{len(REWARDS)} rewards; higher is better", title_justify="left")
+    others, problems = foreign_rewards()
+    kinds = REWARDS | others
+    shown = Table(title=f"{len(kinds)} rewards; higher is better", title_justify="left")
     for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
         shown.add_column(name, overflow="fold")
-    for name, kind in REWARDS.items():
+    for name, kind in kinds.items():
         low, high = (f"{bound:.3g}" for bound in kind.range)
         reads = ", ".join(("image", *kind.reads))
         gradient = "yes" if kind.differentiable else ""
@@ -206,3 +208,5 @@ def show_rewards() -> None:
         )
         shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
     Console(width=None if sys.stdout.isatty() else 180).print(shown)
+    for problem in problems:
+        print(f"not listed: {problem}", file=sys.stderr)

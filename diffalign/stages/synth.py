@@ -83,7 +83,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         )
         say(f"{reward.name}: this process scored {scored} images")
     if config.rewards:
-        rank_stage(dataset, config.rank, [reward.name for reward in config.rewards])
+        rank_stage(dataset, config.rank, [reward.label for reward in config.rewards])
     _card(out)
     if config.contact_sheet:
         sheet = out / "contact.html"
