@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from diffalign.report.curves import titles
 from diffalign.rewards import foreign_rewards, load_reward, takes
 from diffalign.scoring.spec import parse
 
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PROJECT = """
 [build-system]
 requires = ["setuptools"]
@@ -209,6 +212,73 @@ def test_an_installed_package_trains_and_scores(tmp_path: Path, sd3_dir: Path) -
         assert row["brightness"] == pytest.approx(expected, abs=0.02)
         assert row["half"] == pytest.approx(row["brightness"] / 2, rel=1e-6)
     assert [path.name for path in (data / "scores").iterdir()] == ["brightness.parquet"]
+
+
+# --- CONTRIBUTING.md, to the letter ----------------------------------------------------------------------------------
+
+
+def checkout(folder: Path) -> Path:
+    """A checkout of links to this one, with copies of what a contributor changes."""
+    (folder / "diffalign").mkdir(parents=True)
+    shutil.copy(ROOT / "diffalign" / "__init__.py", folder / "diffalign")
+    shutil.copytree(ROOT / "diffalign" / "objectives", folder / "diffalign" / "objectives")
+    shutil.copytree(ROOT / "rewards", folder / "rewards")
+    for path in (
+        *(ROOT / "diffalign").iterdir(),
+        *(ROOT / name for name in ("pyproject.toml", "pipelines", "configs")),
+    ):
+        if not (folder / path.relative_to(ROOT)).exists():
+            (folder / path.relative_to(ROOT)).symlink_to(path)
+    return folder
+
+
+def follow(section: str, root: Path) -> dict[str, int]:
+    """Do what the code blocks of a section of CONTRIBUTING.md say. Returns file -> lines that were written."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    written: dict[str, int] = {}
+    for kind, name, body in re.findall(r"^```(python|diff)\n ?# (\S+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        path, block = root / name, body.splitlines()
+        if kind == "python":
+            assert not path.exists()
+            path.write_text(body)
+            written[name] = len(block)
+            continue
+        lines, place = path.read_text().splitlines(), 0
+        for line in block:
+            # What is there tells where; what follows it is added.
+            place = place + 1 if line.startswith("+") else lines.index(line[1:])
+            if line.startswith("+"):
+                lines.insert(place, line[1:])
+        path.write_text("\n".join(lines) + "\n")
+        written[name] = sum(line.startswith("+") for line in block)
+    return written
+
+
+def test_contributing_is_true_to_the_letter(tmp_path: Path, sd3_dir: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    for section, table in (
+        ("A new method", "diffalign/objectives/__init__.py"),
+        ("A new reward", "rewards/__init__.py"),
+    ):
+        written = follow(section, root)
+        assert len(written) == 2 and written[table] == 2 and max(written.values()) < 50, written
+    images, data, scores = write_images(tmp_path / "images"), tmp_path / "data", tmp_path / "scores.jsonl"
+    for n, colour in enumerate([(255, 0, 0), (70, 70, 70)]):
+        Image.new("RGB", (16, 16), colour).save(images / f"{n}.png")
+    said = run_verbs(
+        ["pairs", str(images / "w"), str(images / "l"), "--out", str(data)],
+        training(tmp_path / "run", "{name: hinge, target: 0.5}", data, sd3_dir),
+        ["rewards"],
+        ["score", f"{images}/*.png", "-r", "colourfulness", "-o", str(scores)],
+        first=root,
+        folder=tmp_path,
+    )
+    assert "colourfulness" in said
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 2 and rows[0]["loss"] == 0.5 and rows[0]["active"] == 1.0
+    assert "Pairs that pull" in (tmp_path / "run" / "report.html").read_text()
+    red, grey = (row["colourfulness"] for row in rows_of(scores))
+    assert red == pytest.approx(0.3 * (255**2 + 127.5**2) ** 0.5, rel=1e-6) and grey == 0.0
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
