@@ -120,6 +120,10 @@ class Tunable(ABC):
             )
         if init is not None:
             self.load_weights(init)
+        # Weights that were read from a file lie in memory as they lie in the file. Copies are aligned, and some CPUs sum
+        # those in another order: the untrained policy would differ from its own reference in the last bits.
+        for parameter in self.trunk.parameters():
+            parameter.data = parameter.data.clone()
         if keep_reference:
             self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
         self.trunk.float().requires_grad_(True)

@@ -96,11 +96,6 @@ def section_of(name: str) -> type[ObjectiveSection]:
     return FOREIGN_SECTIONS[name]
 
 
-def fields_of(name: str) -> set[str]:
-    """Return the keys of an objective's section, without `name`. Raises DiffalignError for a name that is no objective."""
-    return set(section_of(name).model_fields) - {"name"}
-
-
 def _of_another_package(value: Any, ours: ValidatorFunctionWrapHandler) -> ObjectiveSection:
     """Validate an objective of another package; the union validates ours, and refuses names that nobody offers."""
     if isinstance(value, ObjectiveSection):
