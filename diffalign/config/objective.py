@@ -6,6 +6,7 @@ dataclasses does not import torch. Objectives of other packages get their sectio
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, Field, fields
 from functools import reduce
 from operator import or_
@@ -61,7 +62,9 @@ def objective_section(name: str, kind: type[Objective]) -> type[ObjectiveSection
         if one.name in (*given, *dir(ObjectiveSection)):
             raise ValueError(f"the name {one.name!r} is taken; choose another")
         given[one.name] = (hints[one.name], _field(one))
-    made = create_model(f"{kind.__name__}Section", __base__=ObjectiveSection, __doc__=kind.title, **given)
+    # An objective is one file, whose first line names the paper.
+    meaning = (sys.modules[kind.__module__].__doc__ or kind.title or name).strip().splitlines()[0]
+    made = create_model(f"{kind.__name__}Section", __base__=ObjectiveSection, __doc__=meaning, **given)
     made.kind = kind
     return made
 
