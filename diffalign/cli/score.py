@@ -18,7 +18,11 @@ def score_images(
     ],
     reward: Annotated[
         list[str],
-        typer.Option("--reward", "-r", help="NAME, NAME:key=value,... or LABEL=NAME:...; repeat for several rewards."),
+        typer.Option(
+            "--reward",
+            "-r",
+            help="NAME, NAME:key=value,... or LABEL=NAME:...; NAME may be module:Class. Repeat for several.",
+        ),
     ],
     prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
     prompts: Annotated[
