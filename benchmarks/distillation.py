@@ -136,7 +136,7 @@ def draw_images(cell: Cell, config: Any, rows: list[Any], size: Size, folder: Pa
 
 
 def measure(images: list[Image.Image], teacher: list[Image.Image], rows: list[Any], seeds: int) -> dict[str, Any]:
-    reward = resolve.open_reward(REWARD)
+    reward = resolve.open_reward(REWARD, "cpu")
     texts = [row.prompt for row in rows for _ in range(seeds)]
     scores = reward.measure(images, texts, [row.metadata for row in rows for _ in range(seeds)])
     ours, theirs = thumbnails(images), thumbnails(teacher)

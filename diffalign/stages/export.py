@@ -1,15 +1,10 @@
 """`diffalign export`: a run's weights in a layout that others read, with a model card, and on the hub if asked."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from diffalign import testbed
 from diffalign.config import DistillConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
-from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
@@ -96,8 +91,9 @@ def export(
     config, weights = _config(run_dir), _weights(run_dir, best)
     if out.exists() and any(out.iterdir()) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and no export of before; choose another folder")
-    path = str(testbed.model_path(config.model.path)) if config.model.path in testbed.MODELS else config.model.path
-    family = BACKBONES[pipeline_class(path, config.model.revision, config.model.token, config.model.local_files_only)]
+    model = config.model
+    folder = resolve.model_folder(model.path)
+    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only)]
     full = config.tune.kind == "full"
     if full and form == "kohya":
         raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")
@@ -107,8 +103,7 @@ def export(
     elif form == "kohya":
         export_kohya(weights, family.family, out)
     else:
-        options: dict[str, Any] = config.model.model_dump(include={"revision", "variant", "token", "local_files_only"})
-        backbone = load_backbone(path, dtype=torch.float32, use_t5=config.model.use_t5, **options)
+        backbone = resolve.open_plain_backbone(config.model)
         backbone.load_weights(weights)
         export_merged(backbone, out)
     usage = _usage(form, config, out, family.trunk_name, full)

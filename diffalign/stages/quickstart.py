@@ -33,7 +33,7 @@ def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> Prefe
         SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP})
     )
     dataset = PreferenceDataset(folder)
-    scored = score_images(dataset, resolve.open_reward(RewardSection.model_validate(REWARD)))
+    scored = score_images(dataset, resolve.open_reward(RewardSection.model_validate(REWARD), SAMPLING["device"]))
     clean_up(folder)
     resolve.say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
     return dataset

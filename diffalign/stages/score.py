@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,7 @@ from rich.text import Text
 from diffalign.data.schema import score_schema
 from diffalign.data.writer import replacing
 from diffalign.errors import DiffalignError
-from diffalign.rewards import REWARDS, Reward, accepted, load_reward
+from diffalign.rewards import REWARDS
 from diffalign.scoring import agreement
 from diffalign.scoring import compare_folders as versus
 from diffalign.scoring.allocator import keep_freed_memory
@@ -26,9 +25,10 @@ from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Progress, Scores, score_items
 from diffalign.scoring.sources import Prompting, collect
-from diffalign.scoring.spec import RewardSpec, parse_all
+from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.scoring.summary import faults, table
+from diffalign.stages.resolve import build_reward, process_device
 
 UNSCORED = 3
 """Exit code of a run that ended, but left pictures without a score."""
@@ -67,7 +67,8 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
-    rewards = _open(parse_all(request.rewards), _device(request.device, processes))
+    device = process_device(request.device)
+    rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
     given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
@@ -123,28 +124,6 @@ def _split(both: Scores, first: int) -> list[Scores]:
     """A's and B's part of one run."""
     cuts = [slice(0, first), slice(first, None)] if len(both.rows) > first else [slice(None)]
     return [Scores(both.rows[c], both.columns, items=both.items[c]) for c in cuts]
-
-
-def _open(specs: list[RewardSpec], device: str) -> dict[str, Reward]:
-    opened = {}
-    for spec in specs:
-        options = dict(spec.options)
-        if options.get("detector") == "shapes":
-            from diffalign.testbed.detector import ShapeDetector
-
-            options["detector"] = ShapeDetector()
-        if spec.name in REWARDS and "device" in accepted(spec.name):
-            options.setdefault("device", device)
-        opened[spec.label] = load_reward(spec.name, **options)
-    return opened
-
-
-def _device(device: str, processes: Processes) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise DiffalignError(f"--device {device}: one of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DiffalignError("--device cuda: this machine has no usable CUDA device; use cpu or auto")
-    return processes.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:

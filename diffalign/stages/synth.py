@@ -17,23 +17,28 @@ from typing import Any
 
 import torch
 
-from diffalign import testbed
-from diffalign.config import GeneratorSection, PromptSection, RankConfig, RankSection, SynthConfig
+from diffalign.config import GeneratorSection, RankConfig, RankSection, SynthConfig
 from diffalign.data.card import write_own_card
 from diffalign.data.choose_members import Limit
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
-from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import Rules, generator_warning, rank
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import FOLDER, Task, finish, processes
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.generator import Generator, load_generator
-from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.pipelines.generator import Generator
 from diffalign.stages.data import write_sheet
-from diffalign.stages.resolve import Ticker, open_reward, resolve_device, resolve_prompts, say, weights_digest
+from diffalign.stages.resolve import (
+    Ticker,
+    open_generator,
+    open_reward,
+    process_device,
+    resolve_prompts,
+    say,
+    weights_digest,
+)
 
 PROBE_BATCHES = 2
 # As the models' pages name them.
@@ -51,11 +56,9 @@ LICENCES = {
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
     """`diffalign synth`: prompts, images, scores, preferences."""
-    number, world = processes()
-    device = resolve_device(config.device)
-    if device == "cuda" and world > 1:
-        device = f"cuda:{number}"
-        torch.cuda.set_device(number)
+    device = process_device(config.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
     plan = make_plan(config)
@@ -68,7 +71,8 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         if drawn_already(plan, part, out):
             say(f"{section.name}: all images are there")
             continue
-        generator, provenance = _open(section, device)
+        generator = open_generator(section, device)
+        provenance = provenance_of(section, generator)
         _same_model(out, section.name, provenance)
         draw = drawer(generator, section, config.latents)
         mine = draw_part(plan, part, out, draw, provenance, Ticker(section.name), config.latents)
@@ -79,7 +83,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     _say_failures(out)
     for reward in config.rewards:
         scored = score_images(
-            dataset, open_reward(reward), config.reward_batch, settings=reward.model_dump(exclude={"name"})
+            dataset, open_reward(reward, device), config.reward_batch, settings=reward.model_dump(exclude={"name"})
         )
         say(f"{reward.name}: this process scored {scored} images")
     if config.rewards:
@@ -96,19 +100,11 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
 def make_plan(config: SynthConfig) -> SynthPlan:
     """Prompts x generators, from the config alone."""
     parts = [Part(g.name, g.images_per_prompt, g.batch_size) for g in config.generators]
-    return SynthPlan(tuple(prompt_rows(config.prompts, config.seed)), tuple(parts), config.seed)
-
-
-def prompt_rows(section: PromptSection, seed: int) -> list[PromptRow]:
-    """The prompts that a config names."""
-    kind, _, rest = section.source.partition(":")
-    if kind == "hub":
-        rows = hub_prompts(rest, section.column, section.split)
-    elif kind == "testbed":
-        rows = resolve_prompts(section.source, section.n, seed)
-    else:
-        rows = read_prompts(section.source, section.column, section.split)
-    return (unique_prompts(rows) if section.unique else rows)[: section.n]
+    wanted = config.prompts
+    rows = resolve_prompts(
+        wanted.source, wanted.n, config.seed, column=wanted.column, split=wanted.split, unique=wanted.unique
+    )
+    return SynthPlan(tuple(rows), tuple(parts), config.seed)
 
 
 def drawer(generator: Generator, section: GeneratorSection, latents: bool) -> Draw:
@@ -193,7 +189,7 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
     seconds, size, images = 0.0, 0.0, []
     say(f"{len(plan.prompts)} prompts, {plan.images} images")
     for part, section in enumerate(config.generators):
-        generator, _ = _open(section, device)
+        generator = open_generator(section, device)
         draw = drawer(generator, section, config.latents)
         count = len(plan.prompts) * section.images_per_prompt
         batches = [batch for shard in plan.shards(part) for batch in shard.batches][:PROBE_BATCHES]
@@ -212,7 +208,9 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
     facts = {row.prompt: {**row.metadata, "prompt": row.prompt} for row in plan.prompts}
     prompts = [prompt for prompt, _ in images]
     for judge in config.rewards:
-        measure = partial(open_reward(judge).measure, [i for _, i in images], prompts, [facts[p] for p in prompts])
+        measure = partial(
+            open_reward(judge, device).measure, [i for _, i in images], prompts, [facts[p] for p in prompts]
+        )
         each = [timed(measure)[0] for _ in range(PROBE_BATCHES)][-1] / len(images)
         seconds += each * plan.images
         say(f"  {judge.name}: {each:.3g} s an image")
@@ -241,24 +239,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _open(section: GeneratorSection, device: str) -> tuple[Generator, dict[str, Any]]:
-    """The model of a section, and what is written beside each of its images."""
-    model = section.model
-    path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype", "compile"})
-    generator = load_generator(path, dtype=getattr(torch, model.dtype), device=device, prior=section.prior, **options)
-    if section.weights is not None:
-        generator.load_weights(section.weights)
-    if section.scheduler is not None:
-        replace_scheduler(generator.pipeline, section.scheduler.name, section.scheduler.options)
-    provenance: dict[str, Any] = {**generator.facts(), "model": model.path}
+def provenance_of(section: GeneratorSection, generator: Generator) -> dict[str, Any]:
+    """Return what is written beside each image of a generator."""
+    provenance: dict[str, Any] = {**generator.facts(), "model": section.model.path}
     provenance |= section.model_dump(
         mode="json", include={"steps", "guidance_scale", "negative_prompt", "height", "width", "options", "prior"}
     )
-    provenance["licence"] = section.licence or LICENCES.get(model.path)
+    provenance["licence"] = section.licence or LICENCES.get(section.model.path)
     provenance["scheduler_options"] = section.scheduler.options if section.scheduler else {}
-    provenance["weights"] = None if section.weights is None else folder_digest(section.weights)
-    return generator, provenance
+    provenance["weights"] = None if section.weights is None else weights_digest(section.weights)
+    return provenance
 
 
 def _same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
@@ -310,10 +300,3 @@ def _existing(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
-
-
-def folder_digest(weights: Path) -> str:
-    """Hash of the weights in a folder."""
-    if not any(weights.rglob("*.safetensors")):
-        raise DiffalignError(f"weights {weights}: no .safetensors file in it")
-    return weights_digest(weights)
