@@ -17,7 +17,7 @@ from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
-from diffalign.stages import data as stages_data
+from diffalign.stages import data
 
 EVIL = '<script>alert("x")</script> & "a dog"'
 
@@ -88,7 +88,7 @@ class Encoder:
 def test_the_cache_ahead_of_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stages_data, "open_backbone", lambda *_: Encoder())
+    monkeypatch.setattr(data, "open_backbone", lambda *_: Encoder())
     write_groups(folder, [PreferenceDataset(folder).group(0)])
     (tmp_path / "c.yaml").write_text(
         f"run_dir: {tmp_path / 'run'}\ndevice: cpu\nmodel: {{path: m}}\ndata: {{path: {folder}, resolution: 32}}\n"

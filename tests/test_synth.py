@@ -27,7 +27,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.stages import synth as stages_synth
+from diffalign.stages import synth
 
 CONFIG = """
 device: cpu
@@ -91,7 +91,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     def open_reward(section: RewardSection, device: str) -> Channel:
         return Channel(section.name)
 
-    monkeypatch.setattr(stages_synth, "open_reward", open_reward)
+    monkeypatch.setattr(synth, "open_reward", open_reward)
 
     def make(folder: str, *overrides: str, pause: float = 0.0, dry_run: bool = False) -> Path:
         log = tmp_path / "log"
@@ -99,9 +99,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         def open_generator(section: GeneratorSection, device: str) -> Painter:
             return Painter(section.name, log, pause)
 
-        monkeypatch.setattr(stages_synth, "open_generator", open_generator)
+        monkeypatch.setattr(synth, "open_generator", open_generator)
         config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / folder / 'data'}", *overrides])
-        stages_synth.synth(config, dry_run=dry_run)
+        synth.synth(config, dry_run=dry_run)
         return tmp_path / folder / "data"
 
     return make
@@ -147,14 +147,14 @@ def test_what_comes_out(world: Callable[..., Path]) -> None:
 
 def test_rewards_score_on_the_device_of_the_run(world: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[str] = []
-    open_channel = stages_synth.open_reward
+    open_channel = synth.open_reward
 
     def open_reward(section: RewardSection, device: str) -> Any:
         devices.append(device)
         return open_channel(section, device)
 
-    monkeypatch.setattr(stages_synth, "process_device", lambda device: f"{device} of this process")
-    monkeypatch.setattr(stages_synth, "open_reward", open_reward)
+    monkeypatch.setattr(synth, "process_device", lambda device: f"{device} of this process")
+    monkeypatch.setattr(synth, "open_reward", open_reward)
     world("whole")
     assert devices == ["cpu of this process"] * 2
 
@@ -308,9 +308,9 @@ def test_another_plan_or_model_does_not_mix_in(
         world("whole", "prompts.n=3")
     (tmp_path / "whole" / "data" / "images" / "part-00000.parquet").unlink()
     config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / 'whole' / 'data'}"])
-    monkeypatch.setattr(stages_synth, "open_generator", lambda *_: Painter("one", revision="new"))
+    monkeypatch.setattr(synth, "open_generator", lambda *_: Painter("one", revision="new"))
     with pytest.raises(DiffalignError, match="drawn with revision=None, now it is 'new'; pin model.revision"):
-        stages_synth.synth(config)
+        synth.synth(config)
 
 
 def test_other_ranking_of_the_same_images(world: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from test_synth import in_a_child, tree
 
 from diffalign.config import load_synth_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.stages import synth as stages_synth
+from diffalign.stages import synth
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green") for shape in ("square", "circle", "star")]
 
@@ -40,7 +40,7 @@ def make(
 
     def run(folder: str) -> Path:
         out = tmp_path / folder / "data"
-        stages_synth.synth(load_synth_config(tmp_path / "config.yaml", [f"out={out}"]))
+        synth.synth(load_synth_config(tmp_path / "config.yaml", [f"out={out}"]))
         return out
 
     return run

@@ -56,9 +56,9 @@ def synth(
         from diffalign.config import load_synth_config
 
         checked = load_synth_config(config, overrides or ())
-        from diffalign.stages import synth as stages_synth
+        from diffalign.stages.synth import synth
 
-        stages_synth.synth(checked, dry_run=dry_run)
+        synth(checked, dry_run=dry_run)
 
 
 @verbs.command("rank")
@@ -76,9 +76,9 @@ def rank_scores(
         from diffalign.config import load_rank_config
 
         checked = load_rank_config(source, overrides or ())
-        from diffalign.stages import synth as stages_synth
+        from diffalign.stages.rank import rank
 
-        stages_synth.rank_again(checked)
+        rank(checked)
 
 
 @verbs.command("cache")
@@ -94,9 +94,9 @@ def encode_cache(
         from diffalign.config import load_config
 
         checked = load_config(config, overrides or ())
-        from diffalign.stages import data as stages_data
+        from diffalign.stages.data import cache
 
-        stages_data.cache(checked, dry_run=dry_run)
+        cache(checked, dry_run=dry_run)
 
 
 @data.command("convert")
@@ -115,9 +115,9 @@ def data_convert(
 ) -> None:
     """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages.data import convert
 
-        stages_data.convert(sources, out, form)
+        convert(sources, out, form)
 
 
 @data.command("inspect")
@@ -128,9 +128,9 @@ def data_inspect(
 ) -> None:
     """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages.data import inspect
 
-        stages_data.inspect(dataset, html, groups)
+        inspect(dataset, html, groups)
 
 
 @data.command("export")
@@ -144,6 +144,6 @@ def data_export(
 ) -> None:
     """Write a dataset in a form that other code reads, with a card."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages.data import export_data
 
-        stages_data.export_data(dataset, out, form, pairs)
+        export_data(dataset, out, form, pairs)

@@ -55,13 +55,13 @@ def score_images(
 ) -> None:
     """Score pictures with one or more rewards. The same command again scores only what is new or changed."""
     with plain_errors(goes_on=output is not None):
-        from diffalign.stages import score as score_stage
+        from diffalign.stages.score import ScoreRequest, score
 
-        given = score_stage.ScoreRequest(
+        given = ScoreRequest(
             images, reward, prompt, prompts, prompt_from, prompt_column, output, html, against, labels, into_dataset,
             batch_size, workers, device,
         )  # fmt: skip
-        code = score_stage.score(given)
+        code = score(given)
     if code:
         raise typer.Exit(code)
 
@@ -70,6 +70,6 @@ def score_images(
 def list_rewards() -> None:
     """List the rewards: range, licence, weights and their size, what must be installed."""
     with plain_errors():
-        from diffalign.stages import score as score_stage
+        from diffalign.stages.score import show_rewards
 
-        score_stage.show_rewards()
+        show_rewards()

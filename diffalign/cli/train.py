@@ -27,9 +27,9 @@ def train(
         from diffalign.config import load_config
 
         checked = load_config(config, overrides or ())  # before torch is imported: a mistyped key is reported at once
-        from diffalign.stages import train as train_stage
+        from diffalign.stages.train import train
 
-        train_stage.train(checked, dry_run=dry_run)
+        train(checked, dry_run=dry_run)
 
 
 @verbs.command()
@@ -48,9 +48,9 @@ def distill(
         from diffalign.config import load_distill_config
 
         checked = load_distill_config(config, overrides or ())
-        from diffalign.stages import distill as stages_distill
+        from diffalign.stages.distill import distill
 
-        stages_distill.distill(checked, dry_run=dry_run)
+        distill(checked, dry_run=dry_run)
 
 
 @verbs.command("reward-gradient")
@@ -67,9 +67,9 @@ def reward_gradient(
         from diffalign.config import load_reward_gradient_config
 
         checked = load_reward_gradient_config(config, overrides or ())
-        from diffalign.stages import reward_gradient as stages_reward_gradient
+        from diffalign.stages.reward_gradient import reward_gradient
 
-        stages_reward_gradient.reward_gradient(checked, dry_run=dry_run)
+        reward_gradient(checked, dry_run=dry_run)
 
 
 @verbs.command()
@@ -79,9 +79,9 @@ def sample(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_sample_config
 
         checked = load_sample_config(config, overrides or ())
-        from diffalign.stages import sample as sample_stage
+        from diffalign.stages.sample import sample
 
-        sample_stage.sample(checked)
+        sample(checked)
 
 
 @verbs.command("eval")
@@ -102,9 +102,9 @@ def evaluate(
             checked = eval_config_of_run(Path(source), overrides or ())
         else:
             checked = load_eval_config(source, overrides or ())
-        from diffalign.stages import evaluate as evaluate_stage
+        from diffalign.stages.evaluate import evaluate
 
-        evaluate_stage.evaluate(checked)
+        evaluate(checked)
 
 
 @verbs.command("rounds")
@@ -114,9 +114,9 @@ def run_rounds(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_rounds_config
 
         checked = load_rounds_config(config, overrides or ())
-        from diffalign.stages import rounds as iterate
+        from diffalign.stages.rounds import rounds
 
-        iterate.rounds(checked)
+        rounds(checked)
 
 
 @verbs.command("recipes")

@@ -10,7 +10,7 @@ from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
 from diffalign.report.card import UNKNOWN, licence_of, write_card
 from diffalign.report.runs import read_run
-from diffalign.stages import resolve
+from diffalign.stages.resolve import model_folder, open_plain_backbone, say
 
 FORMATS = ("diffusers", "kohya", "merged")
 LOAD = 'pipeline = DiffusionPipeline.from_pretrained("{path}")\n'
@@ -92,7 +92,7 @@ def export(
     if out.exists() and any(out.iterdir()) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and no export of before; choose another folder")
     model = config.model
-    folder = resolve.model_folder(model.path)
+    folder = model_folder(model.path)
     family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only)]
     full = config.tune.kind == "full"
     if full and form == "kohya":
@@ -103,12 +103,12 @@ def export(
     elif form == "kohya":
         export_kohya(weights, family.family, out)
     else:
-        backbone = resolve.open_plain_backbone(config.model)
+        backbone = open_plain_backbone(config.model)
         backbone.load_weights(weights)
         export_merged(backbone, out)
     usage = _usage(form, config, out, family.trunk_name, full)
     write_card(read_run(run_dir), out, kind=form, usage=usage, generators=_generators(config), licence=licence)
-    resolve.say(f"exported: {out}")
+    say(f"exported: {out}")
     if push is not None:
         _push(out, push, private)
     return out
@@ -127,4 +127,4 @@ def _push(out: Path, name: str, private: bool) -> None:
         raise DiffalignError(
             f"--push {name}: the hub refused ({said}); log in with `hf auth login`. The export itself lies in {out}"
         ) from error
-    resolve.say(f"pushed: https://huggingface.co/{name}")
+    say(f"pushed: https://huggingface.co/{name}")

@@ -1,4 +1,4 @@
-"""Rounds: the loop over stages. Today one round, on the embedded world: sample, score, rank, train, evaluate, report."""
+"""`diffalign testbed quickstart`: one round on the embedded world: sample, score, rank, train, evaluate, report."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
-from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import resolve
-from diffalign.stages import sample as sample_stage
-from diffalign.stages import train as train_stage
+from diffalign.stages.evaluate import evaluate
+from diffalign.stages.resolve import open_reward, say
+from diffalign.stages.sample import sample
+from diffalign.stages.train import train
 
 RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
 # How the models are sampled, for training data and for evaluation alike.
@@ -29,13 +29,11 @@ def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> Prefe
     """Sample groups from `base` on training prompts and score them; what is there already is kept."""
     model = load_config(RECIPES[base], ()).model.model_dump()
     config = {"model": model, "prompts": "testbed:train", "n": groups, "out": str(folder), "seed": seed}
-    sample_stage.sample(
-        SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP})
-    )
+    sample(SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP}))
     dataset = PreferenceDataset(folder)
-    scored = score_images(dataset, resolve.open_reward(RewardSection.model_validate(REWARD), SAMPLING["device"]))
+    scored = score_images(dataset, open_reward(RewardSection.model_validate(REWARD), SAMPLING["device"]))
     clean_up(folder)
-    resolve.say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
+    say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
     return dataset
 
 
@@ -59,11 +57,11 @@ def quickstart(
     dataset = make_data(base, data, seed, groups)
     rank(dataset, ["geneval"], shuffle_seed=seed if shuffle else None)
     facts = PreferenceDataset(data).facts("train")
-    resolve.say(f"ranked {facts['groups']} groups; {facts['without_preference']} state no preference")
+    say(f"ranked {facts['groups']} groups; {facts['without_preference']} state no preference")
     run_dir = out / "run"
     given = [f"run_dir={run_dir}", f"data.path={data}", f"seed={seed}", *overrides]
     config = load_config(RECIPES[base], [*given, *([f"train.steps={steps}"] if steps else [])])
-    train_stage.train(config)
+    train(config)
     evaluation = {
         "model": config.model.model_dump(),
         "weights": str(run_dir / "weights"),
@@ -73,4 +71,4 @@ def quickstart(
         "reward": REWARD,
         "out": str(run_dir),
     }
-    return evaluate_stage.evaluate(EvalConfig.model_validate({**evaluation, **sampling(base)}), base_folder=base_images)
+    return evaluate(EvalConfig.model_validate({**evaluation, **sampling(base)}), base_folder=base_images)

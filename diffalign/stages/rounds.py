@@ -24,12 +24,12 @@ from diffalign.data.shared_tasks import processes
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.report.render import write_reports
-from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import resolve
-from diffalign.stages import sample as sample_stage
-from diffalign.stages import train as train_stage
+from diffalign.stages.evaluate import evaluate
+from diffalign.stages.rank import rank_dataset
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.stages.synth import rank_stage
+from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.sample import sample
+from diffalign.stages.train import train
 
 
 def round_folder(out: Path, number: int) -> Path:
@@ -78,12 +78,12 @@ def rounds(config: RoundsConfig) -> dict[str, Any]:
         if (folder / "round.json").is_file():
             done.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
         else:
-            resolve.say(f"round {number} of {config.rounds}")
+            say(f"round {number} of {config.rounds}")
             done.append(_round(config, number, init))
             write_whole(folder / "round.json", json.dumps(done[-1], indent=1) + "\n")
         scores = [done[0]["base"], *(one["tuned"] for one in done)]
         if stops(scores, config.patience):
-            resolve.say(f"the held-out reward has not risen in {config.patience} of the rounds: stopped after {number}")
+            say(f"the held-out reward has not risen in {config.patience} of the rounds: stopped after {number}")
             break
         init = _next_start(config, number)
     return _summary(config, done)
@@ -93,7 +93,7 @@ def _round(config: RoundsConfig, number: int, init: Path | None) -> dict[str, An
     training = train_config(config, number, init)
     data = round_folder(config.out, number) / "data"
     _make_data(config, number, init, training, data)
-    train_stage.train(training)
+    train(training)
     evaluation = _evaluate(config, training)
     column, comparison = next(iter(evaluation["scores"].items()))
     overall = comparison["all"]
@@ -117,15 +117,15 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
         "weights": init and str(init),
     }
     plan |= {"prompts": prompts, "n": n, "out": str(drawn), "seed": seed, "images_per_prompt": given.images_per_prompt}
-    sample_stage.sample(SampleConfig.model_validate({**plan, **images}))
+    sample(SampleConfig.model_validate({**plan, **images}))
     if real is not None:
         write_roles(real, PreferenceDataset(drawn), data)
         return
     dataset = PreferenceDataset(data)
     for section in given.rewards:
-        scored = score_images(dataset, resolve.open_reward(section, resolve.resolve_device(training.device)))
-        resolve.say(f"{section.name}: {scored} images scored")
-    rank_stage(PreferenceDataset(data), given.rank, [section.name for section in given.rewards])
+        scored = score_images(dataset, open_reward(section, resolve_device(training.device)))
+        say(f"{section.name}: {scored} images scored")
+    rank_dataset(PreferenceDataset(data), given.rank, [section.name for section in given.rewards])
     clean_up(data)
 
 
@@ -133,7 +133,7 @@ def _evaluate(config: RoundsConfig, training: TrainConfig) -> dict[str, Any]:
     plan: dict[str, Any] = {"model": training.model.model_dump(), "device": training.device, "seed": config.seed}
     plan |= {"weights": str(Path(training.run_dir) / "weights"), "out": str(training.run_dir)}
     checked = EvalConfig.model_validate({**plan, **config.images.model_dump(), **config.evaluate.model_dump()})
-    return evaluate_stage.evaluate(checked, base_folder=config.out / "base")
+    return evaluate(checked, base_folder=config.out / "base")
 
 
 def _next_start(config: RoundsConfig, number: int) -> Path:
@@ -151,12 +151,12 @@ def _next_start(config: RoundsConfig, number: int) -> Path:
 def _check_rewards(config: RoundsConfig, training: TrainConfig) -> None:
     """A reward that cannot be opened, or cannot judge a prompt, is named now and not after a round's training."""
     given, judged = config.data, config.evaluate
-    device = resolve.resolve_device(training.device)
-    held_out = resolve.resolve_prompts(judged.prompts, judged.n)
-    resolve.open_rewards([judged.reward, *judged.more_rewards], held_out, device, "evaluate.reward", judged.prompts)
+    device = resolve_device(training.device)
+    held_out = resolve_prompts(judged.prompts, judged.n)
+    open_rewards([judged.reward, *judged.more_rewards], held_out, device, "evaluate.reward", judged.prompts)
     if given.real is None:
-        prompts = resolve.resolve_prompts(given.prompts, given.n, config.seed)
-        resolve.open_rewards(given.rewards, prompts, device, "data.rewards", given.prompts)
+        prompts = resolve_prompts(given.prompts, given.n, config.seed)
+        open_rewards(given.rewards, prompts, device, "data.rewards", given.prompts)
         if not given.rewards:
             raise DiffalignError("data.rewards: empty, so nothing makes labels; name a reward, or set data.real")
 
@@ -186,10 +186,8 @@ def _summary(config: RoundsConfig, done: list[dict[str, Any]]) -> dict[str, Any]
     write_whole(config.out / "rounds.json", json.dumps(found, indent=1) + "\n")
     runs = [round_folder(config.out, one["round"]) / "run" for one in done]
     report = write_reports(runs, config.out / "report.html")
-    resolve.say(f"{found['column']} of the base: {done[0]['base']:.4f}")
+    say(f"{found['column']} of the base: {done[0]['base']:.4f}")
     for one in done:
-        resolve.say(
-            f"round {one['round']}: {one['tuned']:.4f} ({one['low']:+.3f} to {one['high']:+.3f} against the base)"
-        )
-    resolve.say(f"best: {best['weights']}\nreport: {report}")
+        say(f"round {one['round']}: {one['tuned']:.4f} ({one['low']:+.3f} to {one['high']:+.3f} against the base)")
+    say(f"best: {best['weights']}\nreport: {report}")
     return found

@@ -1,7 +1,7 @@
-"""`diffalign synth` and `diffalign rank` as functions of a checked config.
+"""`diffalign synth`: prompts to a ranked dataset.
 
 Phases: one generator in memory at a time, then one reward at a time, then the ranking. Every phase is work that any number of
-processes share (`data/work.py`), so each of them simply runs all phases.
+processes share (`data/shared_tasks.py`), so each of them simply runs all phases.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from typing import Any
 
 import torch
 
-from diffalign.config import GeneratorSection, RankConfig, RankSection, SynthConfig
-from diffalign.data.card import write_own_card
-from diffalign.data.choose_members import Limit
+from diffalign.config import GeneratorSection, SynthConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
-from diffalign.data.rank import Rules, generator_warning, rank
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import FOLDER, Task, finish, processes
@@ -30,6 +27,7 @@ from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.generator import Generator
 from diffalign.stages.data import write_sheet
+from diffalign.stages.rank import rank_dataset, write_card_once
 from diffalign.stages.resolve import (
     Ticker,
     open_generator,
@@ -80,15 +78,15 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         say(f"{section.name}: this process drew {mine} images")
     write_planned_groups(plan, out, config.split)
     dataset = PreferenceDataset(out)
-    _say_failures(out)
+    _print_failures(out)
     for reward in config.rewards:
         scored = score_images(
             dataset, open_reward(reward, device), config.reward_batch, settings=reward.model_dump(exclude={"name"})
         )
         say(f"{reward.name}: this process scored {scored} images")
     if config.rewards:
-        rank_stage(dataset, config.rank, [reward.name for reward in config.rewards])
-    _card(out)
+        rank_dataset(dataset, config.rank, [reward.name for reward in config.rewards])
+    write_card_once(out)
     if config.contact_sheet:
         sheet = out / "contact.html"
         make = lambda: write_sheet(PreferenceDataset(out), sheet, config.contact_sheet)  # noqa: E731
@@ -125,59 +123,6 @@ def drawer(generator: Generator, section: GeneratorSection, latents: bool) -> Dr
         return [Drawn(image, latent) for image, latent in found]
 
     return draw
-
-
-def rank_stage(dataset: PreferenceDataset, section: RankSection, rewards: list[str], shuffle: bool = False) -> None:
-    """Rank, and write what was done to ranking.json; once, whatever the number of processes. The same again does nothing."""
-    sources = section.sources or rewards
-    settings = {**section.model_dump(mode="json", include=set(RankSection.model_fields)), "sources": sources}
-    settings |= {"shuffle": shuffle, "scored_by": {name: dataset.scored_by(name) for name in _rewards_of(sources)}}
-    path = dataset.folder / "ranking.json"
-    rules = Rules(
-        aggregate=section.aggregate,
-        weights=section.weights,
-        min_gap=section.min_gap,
-        choose=section.choose,
-        k=section.k,
-        limits=tuple(Limit(limit.source, limit.min, limit.max) for limit in section.limits),
-        duplicates=section.duplicates,
-        splits=section.splits,
-        seed=section.seed,
-    )
-
-    def done() -> bool:
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings
-
-    def make() -> None:
-        report = rank(dataset, sources, section.seed if shuffle else None, rules)
-        (dataset.folder / "contact.html").unlink(missing_ok=True)  # it shows the old order
-        if (dataset.folder / "sampling.json").is_file():
-            (dataset.folder / "README.md").unlink(missing_ok=True)
-        write_whole(path, json.dumps({"settings": settings, "report": report}, indent=1) + "\n")
-
-    finish([Task("rank", done, make)], dataset.folder / FOLDER / "locks")
-    report = json.loads(path.read_text(encoding="utf-8"))["report"]
-    dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items())
-    say(f"ranked {report['groups']} groups by {', '.join(sources)}{dropped}; {report['images']} images count")
-    if report["without_preference"]:
-        say(f"{report['without_preference']} groups state no preference (all equal)")
-    if warning := generator_warning(report["generator_explains"]):
-        say(warning)
-
-
-def rank_again(config: RankConfig) -> None:
-    """`diffalign rank`."""
-    dataset = PreferenceDataset(config.data)
-    rank_stage(dataset, config, dataset.rewards(), config.shuffle)
-    if (config.data / "sampling.json").is_file():  # `diffalign synth` wrote the card; a folder of others keeps its own
-        _card(config.data)
-    clean_up(config.data)
-
-
-def _card(out: Path) -> None:
-    """README.md: what the dataset is, and under which licences of its generators it stands."""
-    make = lambda: write_own_card(PreferenceDataset(out))  # noqa: E731
-    finish([Task("card", (out / "README.md").is_file, make)], out / FOLDER / "locks")
 
 
 def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
@@ -284,11 +229,7 @@ def _settings(config: SynthConfig, plan: SynthPlan) -> dict[str, Any]:
     }
 
 
-def _rewards_of(sources: list[str]) -> list[str]:
-    return sorted({source.partition(".")[0] for source in sources})
-
-
-def _say_failures(out: Path) -> None:
+def _print_failures(out: Path) -> None:
     failures = out / "failed.jsonl"
     if failures.is_file():
         lines = failures.read_text(encoding="utf-8").splitlines()
