@@ -102,7 +102,7 @@ def test_the_cache_ahead_of_training(
     arrays += [path.stat().st_size for path in (folder / "cache").rglob("*.bf16")]
     assert sum(arrays) == pytest.approx(size, rel=0.01)
     capsys.readouterr()
-    assert run("cache", tmp_path / "c.yaml") == 0 and "it is there" in capsys.readouterr().out
+    assert run("cache", tmp_path / "c.yaml") == 0 and "complete" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage(1000, 999, 1))

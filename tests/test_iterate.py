@@ -124,7 +124,7 @@ def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: p
     with pytest.raises(DiffalignError, match=f"no real image of the prompt '{one.column('prompt')[1]}'"):
         write_roles([(row, image)], PreferenceDataset(first / "drawn"), tmp_path / "other")
     assert not (tmp_path / "other" / "groups.parquet").exists()
-    with pytest.raises(DiffalignError, match="says not what to draw"):
+    with pytest.raises(DiffalignError, match="does not describe scenes"):
         real_images("testbed", str(_prompts(tmp_path)), None, 0)
 
 

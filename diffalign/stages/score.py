@@ -1,4 +1,4 @@
-"""`diffalign score`: names are resolved here, and what comes out is shown, written and compared."""
+"""`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
 
 import os
 import sys
@@ -31,12 +31,12 @@ from diffalign.scoring.summary import faults, table
 from diffalign.stages.resolve import build_reward, process_device
 
 UNSCORED = 3
-"""Exit code of a run that ended, but left pictures without a score."""
+"""Exit code of a run that ended, but left images without a score."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The options of the verb, as the user gave them."""
+    """The options of `diffalign score` as the user gave them."""
 
     images: list[str]
     rewards: list[str]
@@ -55,11 +55,11 @@ class ScoreRequest:
 
 
 def score(request: ScoreRequest) -> int:
-    """Score the pictures; returns the exit code: 0, or 3 if some picture has no score."""
+    """Score images: `diffalign score`. Return the exit code: 0, or 3 if some image has no score."""
     processes = Processes.start()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has its own, firm limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has a limit of its own
             return _score(request, processes)
     finally:
         processes.stop()
@@ -67,6 +67,7 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
+    # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
     given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
@@ -77,6 +78,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
+    # Score the items of both sides in one run, so that each reward loads once.
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
         both = score_items(
@@ -121,13 +123,16 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
 
 
 def _split(both: Scores, first: int) -> list[Scores]:
-    """A's and B's part of one run."""
+    """Return the scores of A's and B's images, from those of one run; `first` images are A's."""
     cuts = [slice(0, first), slice(first, None)] if len(both.rows) > first else [slice(None)]
     return [Scores(both.rows[c], both.columns, items=both.items[c]) for c in cuts]
 
 
 def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
-    """`scores/<label>.parquet` of a dataset of ours, where `rank` and `train` find them. One file a label, replaced whole."""
+    """Write `scores/<label>.parquet` into the dataset that was scored, where `rank` and `train` find them.
+
+    One file per label, replaced whole. Return the files; raise DiffalignError if `sources` is no dataset folder.
+    """
     if len(sources) != 1 or any(item.group is None for item in scores.items):
         raise DiffalignError("--into-dataset: IMAGES must be one dataset folder (a folder with groups.parquet)")
     written = []
@@ -164,7 +169,7 @@ def _ticker(every: float = 10.0) -> Progress:
 
 
 def show_rewards() -> None:
-    """`diffalign rewards`."""
+    """Print a table of the rewards: `diffalign rewards`."""
     shown = Table(title=f"{len(REWARDS)} rewards; higher is better", title_justify="left")
     for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
         shown.add_column(name, overflow="fold")
