@@ -22,18 +22,19 @@ REWARD = {"name": "geneval", "detector": "shapes"}
 
 
 def sampling(base: str) -> dict[str, Any]:
+    """Return the keys of a config for drawing images of a base model."""
     return {**SAMPLING, "guidance_scale": GUIDANCE[base]}
 
 
 def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> PreferenceDataset:
-    """Sample groups from `base` on training prompts and score them; what is there already is kept."""
+    """Sample groups from `base` on training prompts and score them; complete parts are kept."""
     model = load_config(RECIPES[base], ()).model.model_dump()
     config = {"model": model, "prompts": "testbed:train", "n": groups, "out": str(folder), "seed": seed}
     sample(SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP}))
     dataset = PreferenceDataset(folder)
     scored = score_images(dataset, open_reward(RewardSection.model_validate(REWARD), SAMPLING["device"]))
     clean_up(folder)
-    say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
+    say(f"scored {scored} images with the GenEval reward" if scored else "the images are scored already")
     return dataset
 
 
@@ -49,19 +50,24 @@ def quickstart(
     base_images: Path | None = None,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """One round from prompts to a report; returns the evaluation. `shuffle` is the control with permuted labels.
+    """Run one round from prompts to a report: `diffalign testbed quickstart`. Return what eval.json holds.
 
-    `data` and `base_images` let several rounds share samples and the base model's evaluation images.
+    steps: training steps, None for those of the recipe. shuffle: permute the labels within each group, as a control.
+    groups: prompts with images to train on. prompts: what to evaluate on. data, base_images: folders in which several
+    rounds share the training images and the base's evaluation images. overrides: of the training config.
     """
+    # Draw and score the training data, and rank it.
     data = data or out / "data"
     dataset = make_data(base, data, seed, groups)
     rank(dataset, ["geneval"], shuffle_seed=seed if shuffle else None)
     facts = PreferenceDataset(data).facts("train")
     say(f"ranked {facts['groups']} groups; {facts['without_preference']} state no preference")
+    # Train with the shipped recipe.
     run_dir = out / "run"
     given = [f"run_dir={run_dir}", f"data.path={data}", f"seed={seed}", *overrides]
     config = load_config(RECIPES[base], [*given, *([f"train.steps={steps}"] if steps else [])])
     train(config)
+    # Compare with the base, and report.
     evaluation = {
         "model": config.model.model_dump(),
         "weights": str(run_dir / "weights"),

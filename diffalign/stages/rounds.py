@@ -1,10 +1,10 @@
-"""`diffalign rounds`: sample, score, rank, train, evaluate, again. A loop over the stages, each of which resumes by itself.
+"""`diffalign rounds`: sample, score, rank, train and evaluate in rounds, a loop over stages that each resume by themselves.
 
     <out>/base/                  the base model's evaluation images, drawn once
     <out>/round-01/data          what the round is trained on: a dataset
     <out>/round-01/run           its run directory, with evaluation and report
     <out>/round-01/next          with momentum: the weights that the next round starts from
-    <out>/round-01/round.json    written last: the round is done
+    <out>/round-01/round.json    written last: the round is complete
     <out>/rounds.json, report.html    over all rounds
 
 All weights are LoRAs relative to the published base, whatever the reference of a round was.
@@ -33,11 +33,12 @@ from diffalign.stages.train import train
 
 
 def round_folder(out: Path, number: int) -> Path:
+    """Return the folder of round `number`, from 1."""
     return out / f"round-{number:02d}"
 
 
 def train_config(config: RoundsConfig, number: int, init: Path | None) -> TrainConfig:
-    """The training config of round `number` (from 1), which starts from the LoRA in `init` (None: from the base)."""
+    """Return the training config of round `number` (from 1), which starts from the LoRA in `init` (None: from the base)."""
     folder, seed = round_folder(config.out, number), config.seed + number - 1
     given: dict[str, Any] = {"run_dir": folder / "run", "data.path": folder / "data", "seed": seed}
     if init is not None:
@@ -53,24 +54,30 @@ def train_config(config: RoundsConfig, number: int, init: Path | None) -> TrainC
 
 
 def stops(scores: list[float], patience: int | None) -> bool:
-    """Whether the last `patience` of the held-out rewards (the untrained model's first) are all not above the best before."""
+    """Return whether none of the last `patience` held-out rewards is above the best before them; the first is the base's."""
     if patience is None or len(scores) <= patience:
         return False
     return max(scores[-patience:]) <= max(scores[:-patience])
 
 
 def rounds(config: RoundsConfig) -> dict[str, Any]:
-    """`diffalign rounds`: returns what rounds.json holds. Raises DiffalignError where several processes were launched."""
+    """Run rounds of training: `diffalign rounds`. Return what rounds.json holds.
+
+    Raises DiffalignError where several processes were launched, for a reward that cannot score a prompt, and for a folder
+    that holds rounds of another config.
+    """
     if processes()[1] > 1:
         raise DiffalignError(
             "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
         )
+    # Check the whole config before the first round; later only that it is the same.
     begun = _remembered(config).is_file() and any(config.out.glob("round-*/*"))
     if begun:
         _same_config(config)
     else:
         _check_rewards(config, train_config(config, 1, None))
     write_whole(_remembered(config), json.dumps(_decisive(config), indent=1) + "\n")
+    # Each round starts from the weights of the round before.
     done: list[dict[str, Any]] = []
     init: Path | None = None
     for number in range(1, config.rounds + 1):
@@ -83,13 +90,14 @@ def rounds(config: RoundsConfig) -> dict[str, Any]:
             write_whole(folder / "round.json", json.dumps(done[-1], indent=1) + "\n")
         scores = [done[0]["base"], *(one["tuned"] for one in done)]
         if stops(scores, config.patience):
-            say(f"the held-out reward has not risen in {config.patience} of the rounds: stopped after {number}")
+            say(f"no better held-out reward in {config.patience} rounds in a row: stopped after round {number}")
             break
         init = _next_start(config, number)
     return _summary(config, done)
 
 
 def _round(config: RoundsConfig, number: int, init: Path | None) -> dict[str, Any]:
+    """Run one round and return what its round.json holds."""
     training = train_config(config, number, init)
     data = round_folder(config.out, number) / "data"
     _make_data(config, number, init, training, data)
@@ -101,7 +109,7 @@ def _round(config: RoundsConfig, number: int, init: Path | None) -> dict[str, An
 
 
 def _make_data(config: RoundsConfig, number: int, init: Path | None, training: TrainConfig, data: Path) -> None:
-    """Images of the model that the round starts from, with labels. What is there is kept."""
+    """Make the round's training data: images of the model that it starts from, with labels. Complete parts are kept."""
     given, images = config.data, config.images.model_dump()
     seed = config.seed + number - 1
     drawn, prompts, n = data, given.prompts, given.n
@@ -137,7 +145,7 @@ def _evaluate(config: RoundsConfig, training: TrainConfig) -> dict[str, Any]:
 
 
 def _next_start(config: RoundsConfig, number: int) -> Path:
-    """The weights that the round after `number` starts from, and that its images are drawn from."""
+    """Return the weights that the round after `number` starts from and draws its images from."""
     now = round_folder(config.out, number) / "run" / "weights"
     if config.momentum == 0:
         return now
@@ -149,7 +157,7 @@ def _next_start(config: RoundsConfig, number: int) -> Path:
 
 
 def _check_rewards(config: RoundsConfig, training: TrainConfig) -> None:
-    """A reward that cannot be opened, or cannot judge a prompt, is named now and not after a round's training."""
+    """Refuse a reward that cannot be built, or cannot score a prompt, before the first round is trained."""
     given, judged = config.data, config.evaluate
     device = resolve_device(training.device)
     held_out = resolve_prompts(judged.prompts, judged.n)
@@ -162,25 +170,28 @@ def _check_rewards(config: RoundsConfig, training: TrainConfig) -> None:
 
 
 def _remembered(config: RoundsConfig) -> Path:
+    """Return the file that keeps the settings under which the rounds were begun."""
     return config.out / "config.json"
 
 
 def _decisive(config: RoundsConfig) -> dict[str, Any]:
-    """What rounds that were begun go on under: all but how many there are and when they stop."""
+    """Return the settings that rounds must keep: all but how many there are and when they stop."""
     return config.model_dump(mode="json", exclude={"rounds", "patience", "out"})
 
 
 def _same_config(config: RoundsConfig) -> None:
+    """Refuse to continue rounds under other settings."""
     before, now = json.loads(_remembered(config).read_text(encoding="utf-8")), _decisive(config)
     changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if changed:
         raise DiffalignError(
             f"{config.out} holds rounds of another config: {changed[0]} was {before.get(changed[0])!r}, is now "
-            f"{now.get(changed[0])!r}; choose another out, or restore the old value to go on"
+            f"{now.get(changed[0])!r}; choose another out, or restore the old value to continue"
         )
 
 
 def _summary(config: RoundsConfig, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write rounds.json and the report over all rounds, print the outcome, and return what rounds.json holds."""
     best = max(done, key=lambda one: one["tuned"])
     found = {"column": done[0]["column"], "best": best["round"], "rounds": done}
     write_whole(config.out / "rounds.json", json.dumps(found, indent=1) + "\n")

@@ -16,10 +16,10 @@ from diffalign.stages.resolve import (
 
 
 def sample(config: SampleConfig) -> None:
-    """`diffalign sample`."""
+    """Draw groups of images for prompts into a dataset folder: `diffalign sample`."""
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config, backbone)
-    # By the name that the user gave: the shipped models lie elsewhere on every machine.
+    # Record the name that the user gave: the folder of a shipped model differs from machine to machine.
     origin: dict[str, str | None] = {"model": config.model.path}
     if config.weights is not None:
         backbone.load_weights(config.weights)

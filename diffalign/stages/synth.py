@@ -11,13 +11,15 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
-from diffalign.config import GeneratorSection, SynthConfig
+from diffalign.config import GeneratorSection, RewardSection, SynthConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
@@ -38,6 +40,8 @@ from diffalign.stages.resolve import (
     weights_digest,
 )
 
+Result = TypeVar("Result")
+
 PROBE_BATCHES = 2
 # As the models' pages name them.
 LICENCES = {
@@ -53,7 +57,7 @@ LICENCES = {
 
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
-    """`diffalign synth`: prompts, images, scores, preferences."""
+    """Make a ranked dataset from prompts: `diffalign synth`. dry_run: print time, disk and cost, and write nothing."""
     device = process_device(config.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
@@ -65,27 +69,23 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         return
     out = config.out
     remember(out, _settings(config, plan))
-    for part, section in enumerate(config.generators):
-        if drawn_already(plan, part, out):
-            say(f"{section.name}: all images are there")
-            continue
-        generator = open_generator(section, device)
-        provenance = provenance_of(section, generator)
-        _same_model(out, section.name, provenance)
-        draw = drawer(generator, section, config.latents)
-        mine = draw_part(plan, part, out, draw, provenance, Ticker(section.name), config.latents)
-        generator.close()
-        say(f"{section.name}: this process drew {mine} images")
+
+    # Draw, one generator in memory at a time.
+    for part in range(len(config.generators)):
+        _draw_part(config, plan, part, device)
     write_planned_groups(plan, out, config.split)
-    dataset = PreferenceDataset(out)
     _print_failures(out)
-    for reward in config.rewards:
-        scored = score_images(
-            dataset, open_reward(reward, device), config.reward_batch, settings=reward.model_dump(exclude={"name"})
-        )
-        say(f"{reward.name}: this process scored {scored} images")
+
+    # Score, one reward in memory at a time.
+    dataset = PreferenceDataset(out)
+    for section in config.rewards:
+        settings = section.model_dump(exclude={"name"})
+        scored = score_images(dataset, open_reward(section, device), config.reward_batch, settings=settings)
+        say(f"{section.name}: this process scored {scored} images")
+
+    # Rank, and describe what came out.
     if config.rewards:
-        rank_dataset(dataset, config.rank, [reward.name for reward in config.rewards])
+        rank_dataset(dataset, config.rank, [section.name for section in config.rewards])
     write_card_once(out)
     if config.contact_sheet:
         sheet = out / "contact.html"
@@ -95,8 +95,23 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     say(f"dataset: {out}")
 
 
+def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> None:
+    """Draw the images of one generator, as far as other processes or an earlier command have not."""
+    section, out = config.generators[part], config.out
+    if drawn_already(plan, part, out):
+        say(f"{section.name}: all images are drawn already")
+        return
+    generator = open_generator(section, device)
+    provenance = provenance_of(section, generator)
+    _check_same_model(out, section.name, provenance)
+    draw = drawer(generator, section, config.latents)
+    count = draw_part(plan, part, out, draw, provenance, Ticker(section.name), config.latents)
+    generator.close()
+    say(f"{section.name}: this process drew {count} images")
+
+
 def make_plan(config: SynthConfig) -> SynthPlan:
-    """Prompts x generators, from the config alone."""
+    """Return the plan of all images, prompts times generators."""
     parts = [Part(g.name, g.images_per_prompt, g.batch_size) for g in config.generators]
     wanted = config.prompts
     rows = resolve_prompts(
@@ -106,7 +121,7 @@ def make_plan(config: SynthConfig) -> SynthPlan:
 
 
 def drawer(generator: Generator, section: GeneratorSection, latents: bool) -> Draw:
-    """What `draw_part` calls, with the section's settings."""
+    """Return the function with which `draw_part` draws a batch."""
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Drawn]:
         found = generator.draw(
@@ -126,39 +141,17 @@ def drawer(generator: Generator, section: GeneratorSection, latents: bool) -> Dr
 
 
 def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
-    """`--dry-run`: draw and score a batch or two of each kind, and multiply. Nothing is written.
+    """Print the time, disk and cost of a run, from a batch or two of each generator and reward. Nothing is written.
 
-    The first batch of a model is not counted where there is a second one: it pays for what is set up once.
+    Raises DiffalignError where the images do not fit on the disk.
     """
     _, world = processes()
-    seconds, size, images = 0.0, 0.0, []
     say(f"{len(plan.prompts)} prompts, {plan.images} images")
-    for part, section in enumerate(config.generators):
-        generator = open_generator(section, device)
-        draw = drawer(generator, section, config.latents)
-        count = len(plan.prompts) * section.images_per_prompt
-        batches = [batch for shard in plan.shards(part) for batch in shard.batches][:PROBE_BATCHES]
-        taken: list[float] = []
-        drawn: list[Drawn] = []
-        for batch in batches:
-            each, drawn = timed(partial(draw, [c.prompt for c in batch], [c.seed for c in batch]))
-            taken.append(each / len(batch))
-        pictures = [png_bytes(d.image) for d in drawn]
-        latent = sum(2 * d.latent.size for d in drawn if d.latent is not None) / len(drawn)
-        each_size = sum(map(len, pictures)) / len(pictures) + latent
-        images += [(batches[-1][i].prompt, d.image) for i, d in enumerate(drawn)]
-        seconds, size = seconds + taken[-1] * count, size + each_size * count
-        say(f"  {section.name}: {count} images, {taken[-1]:.3g} s and {each_size / 1e6:.3g} MB each")
-        generator.close()
-    facts = {row.prompt: {**row.metadata, "prompt": row.prompt} for row in plan.prompts}
-    prompts = [prompt for prompt, _ in images]
-    for judge in config.rewards:
-        measure = partial(
-            open_reward(judge, device).measure, [i for _, i in images], prompts, [facts[p] for p in prompts]
-        )
-        each = [timed(measure)[0] for _ in range(PROBE_BATCHES)][-1] / len(images)
-        seconds += each * plan.images
-        say(f"  {judge.name}: {each:.3g} s an image")
+    probes = [_probe_generator(config, plan, part, device) for part in range(len(config.generators))]
+    seconds, size = sum(probe.seconds for probe in probes), sum(probe.bytes for probe in probes)
+    images = [image for probe in probes for image in probe.images]
+    seconds += sum(_probe_reward(section, plan, images, device) for section in config.rewards)
+
     free = shutil.disk_usage(_existing(config.out)).free
     say(f"time: {duration(seconds / world)} on {world} process{'es' if world > 1 else ''}, without loading the models")
     say(f"disk: {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
@@ -168,8 +161,45 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
         raise DiffalignError(f"out {config.out}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that an action takes, work on the GPU included, and its result."""
+@dataclass(frozen=True)
+class Probe:
+    """What all images of a generator cost, and the prompts and images of its last probed batch."""
+
+    seconds: float
+    bytes: float
+    images: list[tuple[str, Image.Image]]
+
+
+def _probe_generator(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> Probe:
+    """Draw the first batches of a generator. The last one counts: the first pays for what is set up once."""
+    section = config.generators[part]
+    generator = open_generator(section, device)
+    draw = drawer(generator, section, config.latents)
+    batches = [batch for shard in plan.shards(part) for batch in shard.batches][:PROBE_BATCHES]
+    timings = [timed(partial(draw, [c.prompt for c in batch], [c.seed for c in batch])) for batch in batches]
+    generator.close()
+    batch, (taken, drawn) = batches[-1], timings[-1]
+    seconds = taken / len(batch)
+    size = sum(len(png_bytes(d.image)) + (0 if d.latent is None else 2 * d.latent.size) for d in drawn) / len(drawn)
+    count = len(plan.prompts) * section.images_per_prompt
+    say(f"  {section.name}: {count} images, {seconds:.3g} s and {size / 1e6:.3g} MB each")
+    images = [(cell.prompt, d.image) for cell, d in zip(batch, drawn, strict=True)]
+    return Probe(seconds * count, size * count, images)
+
+
+def _probe_reward(section: RewardSection, plan: SynthPlan, images: list[tuple[str, Image.Image]], device: str) -> float:
+    """Return the seconds that a reward needs for all images of the plan."""
+    facts = {row.prompt: {**row.metadata, "prompt": row.prompt} for row in plan.prompts}
+    prompts = [prompt for prompt, _ in images]
+    reward = open_reward(section, device)
+    measure = partial(reward.measure, [image for _, image in images], prompts, [facts[p] for p in prompts])
+    seconds = [timed(measure)[0] for _ in range(PROBE_BATCHES)][-1] / len(images)
+    say(f"  {section.name}: {seconds:.3g} s an image")
+    return seconds * plan.images
+
+
+def timed(action: Callable[[], Result]) -> tuple[float, Result]:
+    """Return the seconds that an action takes, work on the GPU included, and its result."""
     start = time.perf_counter()
     result = action()
     if torch.cuda.is_available():
@@ -178,7 +208,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def duration(seconds: float) -> str:
-    """As a person says it."""
+    """Return a duration in words, such as `5 min`."""
     if seconds < 120:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -196,15 +226,15 @@ def provenance_of(section: GeneratorSection, generator: Generator) -> dict[str, 
     return provenance
 
 
-def _same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
-    """A model that has changed since the first image was drawn must not draw the rest."""
+def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
+    """Refuse to continue a dataset with a model that has changed since its first image."""
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     finish([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
     before = json.loads(path.read_text(encoding="utf-8"))
     # `vae` follows from the fingerprint, and older folders lack it.
-    judged = [key for key in provenance if key not in ("licence", "vae")]
-    changed = next((key for key in judged if before.get(key) != provenance[key]), None)
+    compared = [key for key in provenance if key not in ("licence", "vae")]
+    changed = next((key for key in compared if before.get(key) != provenance[key]), None)
     if changed:
         raise DiffalignError(
             f"generator {name}: images were drawn with {changed}={before.get(changed)!r}, now it is "
@@ -213,10 +243,10 @@ def _same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
 
 
 def _settings(config: SynthConfig, plan: SynthPlan) -> dict[str, Any]:
-    """What decides the images: written into sampling.json, and must stay the same."""
-    told = {"model", "prior", "weights", "scheduler", "steps", "guidance_scale", "negative_prompt", "height", "width"}
-    told |= {"images_per_prompt", "batch_size", "options", "name"}
-    generators = [section.model_dump(mode="json", include=told) for section in config.generators]
+    """Return what decides the images; sampling.json keeps it, and the same folder takes no other."""
+    keys = {"model", "prior", "weights", "scheduler", "steps", "guidance_scale", "negative_prompt", "height", "width"}
+    keys |= {"images_per_prompt", "batch_size", "options", "name"}
+    generators = [section.model_dump(mode="json", include=keys) for section in config.generators]
     for section in generators:
         section["model"] = {k: v for k, v in section["model"].items() if k not in ("token", "local_files_only")}
     return {
@@ -230,10 +260,11 @@ def _settings(config: SynthConfig, plan: SynthPlan) -> dict[str, Any]:
 
 
 def _print_failures(out: Path) -> None:
+    """Print how many images could not be drawn, and where the reasons are."""
     failures = out / "failed.jsonl"
     if failures.is_file():
         lines = failures.read_text(encoding="utf-8").splitlines()
-        say(f"{len(lines)} images could not be drawn, their prompts are set aside; reasons: {failures}")
+        say(f"{len(lines)} images could not be drawn, and their prompts are left out; reasons: {failures}")
 
 
 def _existing(path: Path) -> Path:
