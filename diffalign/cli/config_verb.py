@@ -38,18 +38,10 @@ def checked_config(kind: str, source: str, overrides: list[str] | None) -> Itera
     with plain_errors(resumes=True):
         from diffalign import config
 
-        loaders = {
-            "train": config.load_config,
-            "distill": config.load_distill_config,
-            "reward-gradient": config.load_reward_gradient_config,
-            "sample": config.load_sample_config,
-            "eval": config.load_eval_config,
-            "rounds": config.load_rounds_config,
-            "synth": config.load_synth_config,
-            "rank": config.load_rank_config,
-            "judge": config.load_judge_config,
-        }
-        if kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
-            yield config.eval_config_of_run(Path(source), overrides or ())
+        given = overrides or ()
+        if kind == "rank":  # also of a dataset's folder
+            yield config.load_rank_config(source, given)
+        elif kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
+            yield config.eval_config_of_run(Path(source), given)
         else:
-            yield loaders[kind](source, overrides or ())
+            yield config.load(kind, source, given)

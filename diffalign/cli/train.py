@@ -95,13 +95,29 @@ def rounds(config: Source, overrides: Overrides = None) -> None:
 
 
 @verbs.command("recipes")
-def list_recipes() -> None:
-    """List the shipped recipes and where their files are."""
-    with plain_errors():
-        from diffalign.config import recipes
+def show_recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe, or a config file: print it with every key.")
+    ] = None,
+) -> None:
+    """List the shipped recipes, or print one in full.
 
-        for name, path in recipes().items():
-            print(f"{name:20} {path}")
+    In full: with every key, its meaning and its default.
+    """
+    with plain_errors():
+        if name is not None:
+            from diffalign.config.commented import commented_recipe
+
+            print(commented_recipe(name), end="")
+            return
+        from diffalign.config import list_recipes
+
+        row = "{:27}{:24}{:15}{}"
+        print(row.format("name", "task", "model", "memory"))
+        for recipe in list_recipes():
+            print(row.format(recipe.name, recipe.task, recipe.model, recipe.memory))
+        print("\nmemory: of the GPU that the recipe is meant for.")
+        print("`diffalign recipes NAME` prints one with every key, its meaning and default.")
 
 
 @verbs.command("report")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import DistillConfig, RewardTerm, StudentValidationSection, ValidationSection, resolved_yaml
+from diffalign.config import DistillConfig, RewardTerm, SampledValidationSection, ValidationSection, resolved_yaml
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
@@ -137,7 +137,7 @@ def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | N
 
 
 def prompt_validation(
-    wanted: StudentValidationSection,
+    wanted: ValidationSection,
     backbone: Any,
     device: str,
     side: int,
@@ -158,8 +158,8 @@ def prompt_validation(
         for i in range(0, len(rows), wanted.batch_size)
     ]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    settings = ValidationSection(
-        **{name: getattr(wanted, name) for name in StudentValidationSection.model_fields}
+    settings = SampledValidationSection(
+        **{name: getattr(wanted, name) for name in ValidationSection.model_fields}
     ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
     return Validation(settings, rows, encoded, rewards, side, seed)
 
@@ -229,7 +229,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     explicit = call_options(scheduler, wanted.times)
     if explicit:
         options = {**explicit, "guidance_scale": 0.0}
-    length = config.model.max_sequence_length
+    length = config.model.options.get("max_sequence_length")
     if length is not None and "max_sequence_length" in backbone.sampling_options():
         options["max_sequence_length"] = length
     note = SD3_RENOISE if backbone.family == "sd3" and wanted.sampler == "renoise" else ""

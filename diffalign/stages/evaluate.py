@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from diffalign.config import EvalConfig, load_run_config
+from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import Plan, Sampler, table
@@ -163,7 +163,8 @@ def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None
     trained = config.weights.parent / "config.yaml"
     if not trained.is_file():
         return
-    validation = load_run_config(trained).validation
+    run = load_run_config(trained)
+    validation = run.validation if isinstance(run, BackboneRunConfig) else ValidationSection()
     if validation.every is None or validation.prompts is None:
         return
     chosen = {row.prompt for row in resolve_prompts(validation.prompts, validation.n)}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffalign.config import DistillConfig, RewardGradientConfig, TrainConfig, load_run_config
+from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
@@ -40,6 +40,8 @@ def _config(run_dir: Path) -> TrainConfig | RewardGradientConfig:
             f"{run_dir}: a distilled student, which samples in its own way; the same command with save_pipeline=true writes it "
             "as a whole pipeline"
         )
+    if isinstance(config, JudgeConfig):
+        raise DiffalignError(f"{run_dir}: a judge, whose weights/ is a transformers folder already; nothing to export")
     return config
 
 

@@ -94,7 +94,8 @@ def open_generator(section: GeneratorSection, device: str) -> Generator:
 
 def _loading(model: ModelSection) -> dict[str, Any]:
     """Return the keyword arguments of `load_backbone` that a `model` section states."""
-    return {"dtype": DTYPES[model.dtype], **model.model_dump(exclude={"path", "dtype", "compile"})}
+    stated = model.model_dump(exclude={"path", "dtype", "compile", "options"})
+    return {"dtype": DTYPES[model.dtype], **stated, **model.options}
 
 
 def resolve_prompts(
@@ -181,7 +182,7 @@ def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> No
     if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
         raise DiffalignError(
             f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.guidance={backbone.guidance:g}; set both to the same value"
+            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
 
 

@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
 from diffalign.training.sharding import placed, whole
 
 _NAME = re.compile(r"step-(\d{8})")
 # Keys that a run may change when it goes on; all others would make it another run.
 FREE_KEYS = (
+    "kind",
     "run_dir",
     "tracking",
     "checkpoint",
@@ -177,7 +179,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_run(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse to go on from a checkpoint of another config, naming what differs."""
-    before, now = flat(stored), flat(config)
+    before, now = flat(current_keys(stored)), flat(current_keys(config))
     different = [
         key
         for key in sorted(before.keys() | now.keys())
