@@ -123,6 +123,25 @@ def test_a_recipe_is_printed_with_every_key(capsys: pytest.CaptureFixture[str]) 
     assert "did you mean sdxl_dpo?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "recipe"),
+    [
+        ("train", "sdxl_dpo"),
+        ("distill", "sdxl_dmd2_4step"),
+        ("reward-gradient", "shapes_sd3_reward_gradient"),
+        ("rounds", "rounds_shapes_gdro"),
+        ("synth", "synth_shapes"),
+        ("cache", "sdxl_dpo"),
+        ("judge", "shapes_judge_risd"),
+    ],
+)
+def test_verbs_check_their_own_kind_of_config(verb: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, recipe, "nonsense=1") == 2
+    assert "argument 'nonsense=1': unknown key nonsense" in capsys.readouterr().err
+    other = "sdxl_dpo" if verb not in ("train", "cache") else "synth_shapes"
+    assert run(verb, other) == 2 and "this file is for" in capsys.readouterr().err
+
+
 # --- exit codes ------------------------------------------------------------------------------------------------
 
 
