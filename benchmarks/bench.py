@@ -61,7 +61,8 @@ def preference_steps(name: str, repeat: int, folder: Path) -> dict[str, float]:
     """A whole Diffusion-DPO step of 8 pairs (draws, reference, policy, backward) in forward passes of the same 16 images."""
     torch.manual_seed(0)
     BUILDERS[name](autoencoder(name)).save_pretrained(folder / name)
-    backbone = load_backbone(folder / name, max_sequence_length=12 if name == "shapes-sd3" else None)
+    options = {"max_sequence_length": 12} if name == "shapes-sd3" else {}
+    backbone = load_backbone(folder / name, **options)
     backbone.add_lora(rank=16, alpha=16.0)
     prompts = [f"{n} red circles" for n in range(8)]
     conditioning = backbone.encode_prompts(prompts)

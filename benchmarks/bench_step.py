@@ -63,7 +63,8 @@ def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, floa
     """Median seconds of all, and medians of their ratios in each turn."""
     torch.manual_seed(0)
     BUILDERS[name](autoencoder(name)).save_pretrained(folder / name)
-    backbone = load_backbone(folder / name, max_sequence_length=12 if name == "shapes-sd3" else None)
+    options = {"max_sequence_length": 12} if name == "shapes-sd3" else {}
+    backbone = load_backbone(folder / name, **options)
     backbone.add_lora(rank=16, alpha=16.0)
     optimizer = torch.optim.AdamW(backbone.trainable().values(), lr=1e-4)
     prompts = [f"{n} red circles" for n in range(groups)]

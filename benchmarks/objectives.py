@@ -32,7 +32,7 @@ from PIL import Image
 from diffalign.config import EvalConfig, SampleConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
-from diffalign.data.real_against_generated import write_roles
+from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
@@ -43,8 +43,8 @@ from diffalign.stages.quickstart import RECIPES, REWARD, SAMPLING, make_data, sa
 from diffalign.stages.real_images import prompts_file, real_images
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
-from diffalign.testbed.prompts import plural
 from diffalign.testbed.scenes import COLORS, SHAPES
+from diffalign.testbed.shape_prompts import plural
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = ("geneval.dense", "geneval.exact")
@@ -208,7 +208,7 @@ def prepare_roles(base: str, seed: int, out: Path, size: Size) -> Path:
         "seed": seed, "images_per_prompt": 1, **sampling(base), "guidance_scale": 1.0,
     }  # fmt: skip
     sample(SampleConfig.model_validate(plan))
-    write_roles(real, PreferenceDataset(folder / "drawn"), folder / "data")
+    write_real_against_generated(real, PreferenceDataset(folder / "drawn"), folder / "data")
     return folder / "data"
 
 

@@ -22,7 +22,7 @@ from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rounds import round_folder, rounds
-from diffalign.testbed.prompts import prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 
 MEASURE = "geneval.dense"
 ROUNDS = 3
@@ -35,7 +35,7 @@ def plan(name: str, seed: int, out: Path, tiny: bool) -> RoundsConfig:
     steps, groups, held_out = (2, 4, 4) if tiny else (130, 128, 128)
     source = out / f"train-{seed}.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text("".join(json.dumps(row) + "\n" for row in prompts("train", groups, seed)))
+    source.write_text("".join(json.dumps(row) + "\n" for row in draw_prompts("train", groups, seed)))
     # One thread: with two, each waits for the other wherever something else holds a core.
     training = [f"train.steps={steps * ROUNDS // count}", "train.threads=1", "tracking.trackers=[]"]
     given = {

@@ -7,7 +7,6 @@ import typer
 
 from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
-from diffalign.errors import DiffalignError
 
 data = typer.Typer(
     help="Convert, inspect and export datasets.",
@@ -19,7 +18,7 @@ verbs = typer.Typer()
 
 
 @verbs.command("pairs")
-def import_pairs(
+def pairs(
     sources: Annotated[
         list[Path],
         typer.Argument(
@@ -35,14 +34,9 @@ def import_pairs(
     `diffalign train` reads it as data.path.
     """
     with plain_errors():
-        from diffalign.data import pairs
+        from diffalign.data.convert import import_pairs
 
-        if len(sources) > 2:
-            raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
-        if len(sources) == 1 and sources[0].is_dir():
-            raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
-        found = pairs.pairs_from_folders(*sources) if len(sources) == 2 else pairs.pairs_from_csv(sources[0])
-        print(f"{pairs.import_pairs(found, out)} pairs in {out}; train on them with data.path={out}")
+        print(f"{import_pairs(sources, out).groups} pairs in {out}; train on them with data.path={out}")
 
 
 @verbs.command()

@@ -32,9 +32,9 @@ def testbed_prompts(
     """
     with plain_errors():
         _check_choice("split", split, SPLITS)
-        from diffalign.testbed.prompts import prompts
+        from diffalign.testbed.shape_prompts import draw_prompts
 
-        lines = "".join(json.dumps(row) + "\n" for row in prompts(split, n, seed))
+        lines = "".join(json.dumps(row) + "\n" for row in draw_prompts(split, n, seed))
         if out is None:
             sys.stdout.write(lines)
         else:

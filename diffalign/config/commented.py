@@ -24,7 +24,7 @@ from diffalign.config.run import StepSection
 from diffalign.config.section import Section
 from diffalign.errors import DiffalignError
 
-WIDTH = 100
+WIDTH = 80
 Notes = dict[Key, str]
 
 

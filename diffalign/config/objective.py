@@ -6,6 +6,7 @@ dataclasses does not import torch.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, Field, fields
 from functools import reduce
 from operator import or_
@@ -47,7 +48,9 @@ def objective_section(name: str, kind: type[Objective]) -> type[ObjectiveSection
     given: dict[str, Any] = {"name": (Literal[name], pydantic.Field(name, description=kind.title or name))}
     for one in fields(kind):  # type: ignore[arg-type]  # every objective is a dataclass
         given[one.name] = (hints[one.name], _field(one))
-    made = create_model(f"{kind.__name__}Section", __base__=ObjectiveSection, __doc__=kind.title, **given)
+    # An objective is one file, whose first line names the paper.
+    meaning = (sys.modules[kind.__module__].__doc__ or kind.title or name).strip().splitlines()[0]
+    made = create_model(f"{kind.__name__}Section", __base__=ObjectiveSection, __doc__=meaning, **given)
     made.kind = kind
     return made
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.evaluate import Plan, Sampler, table
+from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.progress import ImageProgress
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
-    Ticker,
     check_guidance_scale,
     open_backbone,
     open_rewards,
@@ -60,21 +60,20 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     }
     trained = _trained_samplers(backbone, weights, options)
     drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(options)}"
-    ticker = {name: Ticker(name) for name in ("base", *weights)}
     result = evaluate_models(
         base=_sampler(base, "policy" if full else "reference", options),
         tuned=trained.pop("tuned"),
         others=trained,
-        plan=Plan(rows, config.seeds, config.seed, config.batch_size),
+        plan=EvaluationPlan(rows, config.seeds, config.seed, config.batch_size),
         rewards=rewards,
         correction=config.corrected,
         out=config.out,
         identities={"base": drawn_by, **{name: f"{drawn_by} {weights_digest(path)}" for name, path in weights.items()}},
         base_folder=base_folder,
-        on_progress=lambda name, done, total: ticker[name](done, total),
+        on_progress=ImageProgress(),
     )
     # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
     say(f"report: {write_report(config.out, result)}")
     return result
 

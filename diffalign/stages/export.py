@@ -8,7 +8,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
-from diffalign.report.card import UNKNOWN, licence_of, write_card
+from diffalign.report.model_card import UNKNOWN, licence_of, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages.resolve import model_folder, open_plain_backbone, say
 

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import RankConfig, RankSection
-from diffalign.data.card import write_own_card
 from diffalign.data.choose_members import Limit
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
+from diffalign.data.dataset_card import write_own_card
 from diffalign.data.rank import Rules, generator_warning
 from diffalign.data.rank import rank as rank_groups
 from diffalign.data.sample import clean_up
-from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.stages.resolve import say
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
+from diffalign.files import write_whole
+from diffalign.progress import say
 
 
 def rank(config: RankConfig) -> None:
@@ -48,14 +48,14 @@ def rank_dataset(dataset: PreferenceDataset, section: RankSection, rewards: list
             (dataset.folder / "README.md").unlink(missing_ok=True)
         write_whole(path, json.dumps({"settings": settings, "report": report}, indent=1) + "\n")
 
-    finish([Task("rank", done, make)], dataset.folder / FOLDER / "locks")
+    complete_all([Task("rank", done, make)], dataset.folder / WORK_FOLDER / "locks")
     _print_report(json.loads(path.read_text(encoding="utf-8"))["report"], sources)
 
 
 def write_card_once(folder: Path) -> None:
     """Write a dataset's README.md, with the licences of its generators, unless it is there; in one of the processes."""
     make = lambda: write_own_card(PreferenceDataset(folder))  # noqa: E731
-    finish([Task("card", (folder / "README.md").is_file, make)], folder / FOLDER / "locks")
+    complete_all([Task("card", (folder / "README.md").is_file, make)], folder / WORK_FOLDER / "locks")
 
 
 def _rules(section: RankSection) -> Rules:

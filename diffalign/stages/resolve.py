@@ -5,8 +5,7 @@ reward, since rewards and pipelines know nothing of the embedded world.
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,23 @@ from diffalign.config import (
     TrainConfig,
 )
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
-from diffalign.data.shared_tasks import processes
+from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.progress import say as say
 from diffalign.rewards import REWARDS, Detector, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
-from diffalign.testbed.prompts import prompts as testbed_prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
-
-Say = Callable[[str], None]
-
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DETECTORS: dict[str, type[Detector]] = {"shapes": ShapeDetector}
 TESTBED_PROMPTS = 256
-
-
-def say(message: str) -> None:
-    """Print a message now, also where standard output is a file."""
-    print(message, flush=True)
 
 
 def resolve_device(device: str) -> str:
@@ -61,7 +53,7 @@ def resolve_device(device: str) -> str:
 
 def process_device(device: str) -> str:
     """Return what `resolve_device` returns; of several processes on CUDA each gets a GPU of its own, such as `cuda:1`."""
-    resolved, (number, world) = resolve_device(device), processes()
+    resolved, (number, world) = resolve_device(device), local_rank_and_world_size()
     return f"cuda:{number % torch.cuda.device_count()}" if resolved == "cuda" and world > 1 else resolved
 
 
@@ -118,7 +110,7 @@ def resolve_prompts(
         name, _, path = rest.partition(":")
         rows = read_hub_suite(name, path) if from_hub(path) else read_suite(name, Path(path))
     elif kind == "testbed":
-        drawn = testbed_prompts(rest, n or TESTBED_PROMPTS, seed)
+        drawn = draw_prompts(rest, n or TESTBED_PROMPTS, seed)
         rows = [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in drawn]
     elif kind == "hub":
         rows = hub_prompts(rest, column, split)
@@ -154,27 +146,12 @@ def open_rewards(
     rewards = {section.name: open_reward(section, device) for section in sections}
     for name, reward in rewards.items():
         for row in rows:
-            if reason := reward.unfit(row.prompt, row.metadata):
+            if reason := reward.reason_not_scorable(row.prompt, row.metadata):
                 raise DiffalignError(
                     f"{key}: {name} cannot judge {row.prompt!r} of {prompts}: {reason}; name another reward, such as "
                     "{name: pickscore}, or give prompts with what it needs"
                 )
     return rewards
-
-
-class Ticker:
-    """A plain line every few seconds: sampling has no loss to show. Time counts anew from a call with 0 done."""
-
-    def __init__(self, what: str, every: float = 15.0) -> None:
-        self.what, self.every, self.started, self.last = what, every, time.monotonic(), time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not done:
-            self.started = self.last = now
-        elif now - self.last >= self.every or done == total:
-            self.last = now
-            say(f"{self.what}: {done}/{total} images, {(now - self.started) / max(done, 1):.3f} s each")
 
 
 def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:

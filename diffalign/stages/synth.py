@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +20,18 @@ from PIL import Image
 
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
+from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images
-from diffalign.data.shared_tasks import FOLDER, Task, finish, processes
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
+from diffalign.files import free_bytes, write_whole
 from diffalign.pipelines.generator import Generator
+from diffalign.progress import ImageProgress
 from diffalign.stages.data import write_sheet
 from diffalign.stages.rank import rank_dataset, write_card_once
 from diffalign.stages.resolve import (
-    Ticker,
     open_generator,
     open_reward,
     process_device,
@@ -90,7 +90,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     if config.contact_sheet:
         sheet = out / "contact.html"
         make = lambda: write_sheet(PreferenceDataset(out), sheet, config.contact_sheet)  # noqa: E731
-        finish([Task("sheet", sheet.is_file, make)], out / FOLDER / "locks")
+        complete_all([Task("sheet", sheet.is_file, make)], out / WORK_FOLDER / "locks")
     clean_up(out)
     say(f"dataset: {out}")
 
@@ -105,7 +105,7 @@ def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> 
     provenance = provenance_of(section, generator)
     _check_same_model(out, section.name, provenance)
     draw = drawer(generator, section, config.latents)
-    count = draw_part(plan, part, out, draw, provenance, Ticker(section.name), config.latents)
+    count = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
     generator.close()
     say(f"{section.name}: this process drew {count} images")
 
@@ -145,14 +145,14 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
 
     Raises DiffalignError where the images do not fit on the disk.
     """
-    _, world = processes()
+    _, world = local_rank_and_world_size()
     say(f"{len(plan.prompts)} prompts, {plan.images} images")
     probes = [_probe_generator(config, plan, part, device) for part in range(len(config.generators))]
     seconds, size = sum(probe.seconds for probe in probes), sum(probe.bytes for probe in probes)
     images = [image for probe in probes for image in probe.images]
     seconds += sum(_probe_reward(section, plan, images, device) for section in config.rewards)
 
-    free = shutil.disk_usage(_existing(config.out)).free
+    free = free_bytes(config.out)
     say(f"time: {duration(seconds / world)} on {world} process{'es' if world > 1 else ''}, without loading the models")
     say(f"disk: {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
     if config.price_per_hour is not None:
@@ -230,7 +230,7 @@ def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     """Refuse to continue a dataset with a model that has changed since its first image."""
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
-    finish([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
+    complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     before = json.loads(path.read_text(encoding="utf-8"))
     # `vae` follows from the fingerprint, and older folders lack it.
     compared = [key for key in provenance if key not in ("licence", "vae")]
@@ -265,10 +265,3 @@ def _print_failures(out: Path) -> None:
     if failures.is_file():
         lines = failures.read_text(encoding="utf-8").splitlines()
         say(f"{len(lines)} images could not be drawn, and their prompts are left out; reasons: {failures}")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder around a path that is there."""
-    while not path.is_dir():
-        path = path.parent
-    return path

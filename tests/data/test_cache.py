@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign import files as space
+from diffalign import files
 from diffalign.config import TrainConfig
 from diffalign.data.cache import CachePlan, latent_key, plan_cache
 from diffalign.data.dataset import PreferenceDataset
@@ -129,7 +129,7 @@ def test_values_beyond_float16_are_refused(folder: Path) -> None:
 
 def test_a_full_disk_is_seen_before_anything_is_encoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder()
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(DiffalignError, match=r"data.cache_dir .*needed, 1e-07 GB are free; .*data.cache=off"):
         prepare_source(settings(), LABELS, PreferenceDataset(folder), encoder, quiet)
     assert encoder.encoded == 0 and prepare_source(

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from diffalign.cli import app
+from diffalign.data.convert import import_pairs
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.pairs import import_pairs, pairs_from_csv, pairs_from_folders
 from diffalign.errors import DiffalignError
 
 
@@ -28,8 +28,8 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_csv_and_folders_give_the_same_dataset(own: Path) -> None:
-    import_pairs(pairs_from_csv(own / "pairs.csv"), own / "one")
-    import_pairs(pairs_from_folders(own / "win", own / "lose"), own / "two")
+    import_pairs([own / "pairs.csv"], own / "one")
+    import_pairs([own / "win", own / "lose"], own / "two")
     for name in ("one", "two"):
         dataset = PreferenceDataset(own / name)
         group = dataset.group(0)
@@ -43,17 +43,17 @@ def test_csv_and_folders_give_the_same_dataset(own: Path) -> None:
     ("rows", "complaint"),
     [
         ("prompt,winner\na,b\n", "column loser is missing"),
-        ("prompt,winner,loser\na,win/x.png,\n", "pairs.csv:2: prompt, winner or loser is empty"),
+        ("prompt,winner,loser\na,win/x.png,\n", "pairs.csv:2: loser is empty"),
         ("prompt,winner,loser\na,win/x.png,../../etc/passwd\n", "leaves its folder"),
         ("prompt,winner,loser\na,win/x.png,win/x.txt\n", r"pairs.csv:2: x\.txt is no whole picture"),
-        ("prompt,winner,loser\na,win/x.png,win/none.png\n", r"none\.png is no whole picture \(No such file"),
-        ("prompt,winner,loser\n", "no pair to import"),
+        ("prompt,winner,loser\na,win/x.png,win/none.png\n", r"pairs.csv:2: none\.png: No such file"),
+        ("prompt,winner,loser\n", "no row gives a group"),
     ],
 )
 def test_bad_pairs(own: Path, rows: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "pairs.csv").write_text(rows)
     with pytest.raises(DiffalignError, match=complaint):
-        import_pairs(pairs_from_csv(own / "pairs.csv"), own / "out")
+        import_pairs([own / "pairs.csv"], own / "out")
     assert not (own / "out" / "groups.parquet").exists()
     with pytest.raises(SystemExit) as left:
         app(["pairs", str(own / "pairs.csv"), "--out", str(own / "out")])
@@ -65,13 +65,13 @@ def test_truncated_picture_and_missing_caption(own: Path) -> None:
     whole = (own / "lose" / "x.png").read_bytes()
     (own / "lose" / "x.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DiffalignError, match=r"x\.png is no whole picture"):
-        import_pairs(pairs_from_folders(own / "win", own / "lose"), own / "out")
+        import_pairs([own / "win", own / "lose"], own / "out")
     (own / "win" / "x.txt").unlink()
     with pytest.raises(DiffalignError, match=r"no caption; write it into x\.txt"):
-        list(pairs_from_folders(own / "win", own / "lose"))
+        import_pairs([own / "win", own / "lose"], own / "out")
     (own / "lose" / "x.png").unlink()
     with pytest.raises(DiffalignError, match="no picture of the same name"):
-        list(pairs_from_folders(own / "win", own / "lose"))
+        import_pairs([own / "win", own / "lose"], own / "out")
 
 
 def test_the_verb(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

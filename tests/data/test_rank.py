@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from diffalign.cli import app
-from diffalign.data.agreement import pair_agreement
 from diffalign.data.choose_members import Limit, choose_members, near_duplicates, split_of
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.export import export
+from diffalign.data.dataset_export import export
+from diffalign.data.dataset_summary import pair_agreement
 from diffalign.data.hashes import difference_hash
 from diffalign.data.labels import labels
 from diffalign.data.rank import Rules, generator_warning, rank
@@ -256,10 +256,10 @@ def test_webdataset(ranked: PreferenceDataset, tmp_path: Path) -> None:
 
 def test_the_round_trip_through_pickapic(ranked: PreferenceDataset, tmp_path: Path) -> None:
     from diffalign.data.convert import open_rows
-    from diffalign.data.imported import write_found
+    from diffalign.data.imported import write_imported
 
     export(ranked, tmp_path / "pap", "pickapic", "all")
-    report = write_found(open_rows([tmp_path / "pap" / "data"], None)[1], tmp_path / "back")
+    report = write_imported(open_rows([tmp_path / "pap" / "data"], None)[1], tmp_path / "back")
     assert report.groups == 5 and not report.faults
     with pytest.raises(DiffalignError, match="holds data already"):
         export(ranked, tmp_path / "pap", "rows")

@@ -15,7 +15,7 @@ from PIL import Image
 from diffalign.cli import app
 from diffalign.data.convert import guess_form, open_rows
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.imported import vote_shares_of_ranks, write_found
+from diffalign.data.imported import vote_shares_of_ranks, write_imported
 from diffalign.errors import DiffalignError
 
 
@@ -40,7 +40,7 @@ def put(path: Path, value: int) -> Path:
 def converted(tmp_path: Path, *sources: Path, form: str | None = None) -> tuple[Any, PreferenceDataset]:
     _, rows = open_rows(list(sources), form)
     out = tmp_path / "out"
-    report = write_found(rows, out)
+    report = write_imported(rows, out)
     return report, PreferenceDataset(out)
 
 
@@ -278,7 +278,7 @@ def test_what_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(
         DiffalignError, match=r"no row gives a group.*; the first: .*train\.json\[0\]: no\.jpg: No such"
     ):
-        write_found(open_rows([tmp_path / "train.json"], None)[1], tmp_path / "out")
+        write_imported(open_rows([tmp_path / "train.json"], None)[1], tmp_path / "out")
     (tmp_path / "p.csv").write_bytes(b"prompt,winner,loser\ncaf\xe9,a,b\n")
     with pytest.raises(DiffalignError, match=r"p\.csv: not UTF-8 at byte"):
         list(open_rows([tmp_path / "p.csv"], None)[1])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign import files as space
+from diffalign import files
 from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
@@ -105,6 +105,6 @@ def test_the_cache_ahead_of_training(
     assert run("cache", tmp_path / "c.yaml") == 0 and "complete" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage(1000, 999, 1))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(1000, 999, 1))
     assert run("cache", tmp_path / "c.yaml", "--dry-run") == 2
     assert "are needed, 1e-09 GB are free" in capsys.readouterr().err

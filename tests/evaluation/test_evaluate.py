@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from diffalign import progress
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare, pool
-from diffalign.evaluation.evaluate import Plan, Sampler, evaluate, load_scores, table
+from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_table, evaluate, load_scores
 from diffalign.evaluation.quality import corrected, diversity
-from diffalign.stages import resolve
 
 PROMPTS = [PromptRow(f"prompt {i}", {"tag": "counting" if i % 2 else "colors"}) for i in range(6)]
-PLAN = Plan(PROMPTS, seeds=3, seed=5, batch_size=4)
+PLAN = EvaluationPlan(PROMPTS, seeds=3, seed=5, batch_size=4)
 
 
 class Brightness:
@@ -130,7 +130,7 @@ def test_unscored_images_are_null_on_disk(tmp_path: Path) -> None:
 
 def test_the_table_fits_120_columns(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(run(tmp_path, Grey(0), Grey(10))))
+    console.print(comparison_table(run(tmp_path, Grey(0), Grey(10))))
     text = console.export_text()
     assert "+0.039 to +0.039" in text and "…" not in text and "100.0%" in text
 
@@ -147,7 +147,7 @@ def test_several_weights_against_one_base(tmp_path: Path) -> None:
         load_scores(tmp_path, "step-20", "brightness.mean") > load_scores(tmp_path, "base", "brightness.mean")
     ).all()
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(result))
+    console.print(comparison_table(result))
     assert "step-20: brightness.mean" in (text := console.export_text()) and "diversity" in text and "…" not in text
 
 
@@ -174,8 +174,7 @@ def test_time_per_image_counts_from_the_models_own_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(resolve.time, "monotonic", lambda: now[0])
-    tickers = {"base": resolve.Ticker("base"), "tuned": resolve.Ticker("tuned")}
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         now[0] += len(prompts)  # a second an image
@@ -188,7 +187,7 @@ def test_time_per_image_counts_from_the_models_own_start(
         rewards={"r": Brightness()},
         out=tmp_path,
         identities={"base": "a", "tuned": "b"},
-        on_progress=lambda model, done, total: tickers[model](done, total),
+        on_progress=progress.ImageProgress(),
     )
     told = capsys.readouterr().out
     assert "base: 18/18 images, 1.000 s each" in told and "tuned: 18/18 images, 1.000 s each" in told

@@ -14,9 +14,9 @@ from PIL import Image
 from diffalign.errors import DiffalignError
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught
 from diffalign.stages.judge import judge_data
-from diffalign.testbed import judge_data as judged
 from diffalign.testbed.detector import ShapeDetector
-from diffalign.testbed.prompts import prompts
+from diffalign.testbed.judge_data import DIMENSIONS, LEVELS, faulty_image
+from diffalign.testbed.shape_prompts import draw_prompts
 
 PAIR = {
     "prompt": "a red circle",
@@ -90,10 +90,10 @@ def test_the_world_makes_records_whose_truth_is_known(tmp_path: Path) -> None:
     judge_data(tmp_path / "data", "test", 30, 4, 5, seed=1)
     rated, pairs = read_ratings(tmp_path / "data/ratings.jsonl"), read_pairs(tmp_path / "data/pairs.jsonl")
     assert len(rated) == 120 and 40 < len(pairs) <= 60
-    assert {r.dimension for r in rated} == set(judged.DIMENSIONS)
+    assert {r.dimension for r in rated} == set(DIMENSIONS)
     assert all(pair.traces for pair in pairs)
     rows = [json.loads(line) for line in (tmp_path / "data/ratings.jsonl").read_text().splitlines()]
-    errors = np.array([np.mean(row["ratings"]) - np.dot(row["true_probabilities"], judged.LEVELS) for row in rows])
+    errors = np.array([np.mean(row["ratings"]) - np.dot(row["true_probabilities"], LEVELS) for row in rows])
     assert abs(errors.mean()) < 0.1 and 0.1 < errors.std() < 0.35  # five raters of spread 0.5
     before = (tmp_path / "data/pairs.jsonl").read_bytes()
     judge_data(tmp_path / "again", "test", 30, 4, 5, seed=1)
@@ -104,10 +104,10 @@ def test_the_world_makes_records_whose_truth_is_known(tmp_path: Path) -> None:
 
 def test_an_image_without_a_fault_shows_its_prompt_and_faults_cost_what_they_should() -> None:
     rng = np.random.default_rng(0)
-    for metadata in prompts("validation", 24):
-        found = [judged.judged(metadata, "alignment", degree, rng) for degree in range(4)]
-        assert found[0].score == 5.0 and found[0].seen.endswith("all right .")
-        assert all(one.score < 5 and "wrong" in one.seen for one in found[1:])
+    for metadata in draw_prompts("validation", 24):
+        found = [faulty_image(metadata, "alignment", degree, rng) for degree in range(4)]
+        assert found[0].score == 5.0 and found[0].reasons.endswith("all right .")
+        assert all(one.score < 5 and "wrong" in one.reasons for one in found[1:])
         expected = {c["class"]: c["count"] for c in metadata["include"]}
         seen = [one.label for one in ShapeDetector().detect([found[0].image])[0]]
         assert {name: seen.count(name) for name in expected} == expected
@@ -115,11 +115,11 @@ def test_an_image_without_a_fault_shows_its_prompt_and_faults_cost_what_they_sho
 
 @pytest.mark.parametrize("dimension", ["realism", "plausibility"])
 def test_damage_grows_with_its_degree(dimension: str) -> None:
-    metadata = prompts("train", 6)[0]
+    metadata = draw_prompts("train", 6)[0]
     shown = []
     for degree in range(5):
         rng = np.random.default_rng(3)
-        shown.append(np.asarray(judged.judged(metadata, dimension, degree, rng).image, float))
+        shown.append(np.asarray(faulty_image(metadata, dimension, degree, rng).image, float))
     away = [np.abs(image - shown[0]).mean() for image in shown]
     assert away[0] == 0 and away[1] > 0 and away[4] > away[1]
 

@@ -80,9 +80,9 @@ def test_a_perfect_judge_measures_as_one() -> None:
 def test_every_word_of_the_world_is_one_token() -> None:
     tokenizer = judge_tokenizer()
     for one in samples(0, 0, 60):
-        words = one.seen.split()
-        assert len(tokenizer(one.seen)["input_ids"]) == len(words), one.seen
-        assert tokenizer.decode(tokenizer(one.seen)["input_ids"]) == one.seen
+        words = one.reasons.split()
+        assert len(tokenizer(one.reasons)["input_ids"]) == len(words), one.reasons
+        assert tokenizer.decode(tokenizer(one.reasons)["input_ids"]) == one.reasons
 
 
 def test_a_base_has_scores_that_are_noise_in_the_share_that_was_said() -> None:

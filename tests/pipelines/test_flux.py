@@ -101,7 +101,9 @@ def test_guidance_is_an_input_of_the_network(flux_dir: Path) -> None:
 
 
 def test_other_families_have_none(sd15_dir: Path) -> None:
-    backbone = load_backbone(sd15_dir, guidance=7.0)
+    with pytest.raises(DiffalignError, match=r"model\.options\.guidance: .* is of family sd15, .*; it has none"):
+        load_backbone(sd15_dir, guidance=7.0)
+    backbone = load_backbone(sd15_dir)
     assert backbone.guidance is None and "guidance" not in backbone.facts()
 
 

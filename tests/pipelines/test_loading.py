@@ -85,7 +85,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
         (write("model_index.json", "{"), "is not valid JSON"),
         (write("model_index.json", "[]"), "names no _class_name"),
         (index(_class_name="KolorsPipeline"), f"KolorsPipeline is not supported; supported are {SUPPORTED}$"),
-        (index(text_encoder=[None, None]), "component text_encoder is absent; only T5"),
+        (index(text_encoder=[None, None]), "component text_encoder is absent; only text_encoder_3, tokenizer_3 may be"),
         (index(vae=["my_code", "MyVAE"]), r"component vae is code of the repository \(my_code\), which is never run"),
         (remove("vae"), r"vae/ is missing; model_index\.json asks for it \(AutoencoderKL\)"),
         (remove("scheduler/scheduler_config.json"), r"scheduler/scheduler_config\.json is missing"),

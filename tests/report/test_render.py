@@ -15,7 +15,7 @@ import diffalign.report
 from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES
 from diffalign.report.curves import number, series, smooth, static_svg, ticks, titles
-from diffalign.report.images import BYTES, data_uri
+from diffalign.report.images import BYTES, picture_uri
 from diffalign.report.render import write_report, write_reports
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 from helpers.run_directory import SCRIPT, make_run
@@ -140,7 +140,7 @@ def test_two_thousand_pictures_stay_under_60_mb() -> None:
     """Noise is the worst picture there is, and even then a picture is bounded: 2,000 x 20 kB x 4 / 3 in base64."""
     rng = np.random.default_rng(0)
     for side in (64, 200, 512, 1024):
-        uri = data_uri(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
+        uri = picture_uri(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
         assert len(uri) <= BYTES * 4 / 3 + 40
     assert 2000 * (BYTES * 4 / 3 + 40) < 60e6
 

@@ -14,19 +14,19 @@ import pytest
 
 from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.pairs import Pair, import_pairs
+from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
-from diffalign.scoring.agreement import agree, read_choices
 from diffalign.scoring.captions import PromptTable, from_name
-from diffalign.scoring.compare_folders import compare_scores, pair
+from diffalign.scoring.compare_folders import compare_scores, pair_up
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.gallery import choose
+from diffalign.scoring.human_agreement import agree, read_choices
 from diffalign.scoring.items import FileOrigin, Item
 from diffalign.scoring.run import Scores
+from diffalign.scoring.score_summary import summarise
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse, parse_all
-from diffalign.scoring.summary import summarise
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures
 
@@ -96,7 +96,7 @@ def test_metadata_may_not_leave_its_folder(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [('{"file_name": "a.png"', "metadata.jsonl:1: not JSON"), ("[1]", "one JSON object"),
+    [('{"file_name": "a.png"', "metadata.jsonl:1: not JSON"), ("[1]", "an object is expected"),
      ('{"file_name": "a.png"}\n{"text": "x"}', "metadata.jsonl:2: no file_name")],
 )  # fmt: skip
 def test_broken_metadata_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -131,8 +131,9 @@ def test_parquet_rows(tmp_path: Path) -> None:
 
 def test_a_dataset_of_ours(tmp_path: Path) -> None:
     files = pictures.folder(tmp_path / "in", 4)
-    pairs = [Pair(f"prompt {i}", files / f"00{2 * i}.png", files / f"00{2 * i + 1}.png", "here") for i in range(2)]
-    import_pairs(iter(pairs), tmp_path / "set")
+    images = [(files / f"00{2 * i}.png", files / f"00{2 * i + 1}.png") for i in range(2)]
+    pairs = [ImportedGroup(f"prompt {i}", two, (1.0, 0.0), "here") for i, two in enumerate(images)]
+    write_imported(pairs, tmp_path / "set")
     request = ScoreRequest([str(tmp_path / "set")], ["s=sharpness"], output=tmp_path / "o.csv", into_dataset=True)
     assert score(request) == 0
     dataset = PreferenceDataset(tmp_path / "set")
@@ -164,7 +165,7 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
     prompts: list[str | None] = ["p", "p", "q", None]
     a = made([1.0, 2.0, 3.0, math.nan], prompts)
     b = made([2.0, 2.0, 2.0, 9.0], prompts, side="b")
-    pairing = pair(a, b)
+    pairing = pair_up(a, b)
     assert pairing.how == "name" and pairing.prompts == [[(0, 0), (1, 1)], [(2, 2)], [(3, 3)]]
     found = compare_scores(a, b, pairing)["r"]
     # prompt p: one win and one tie, prompt q: a loss; the NaN leaves its prompt out
@@ -172,10 +173,10 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
     assert found.difference == pytest.approx((0.5 - 1) / 2)
     assert found.win_low <= found.win_rate <= found.win_high
     other = made([5.0, 0.0], ["q", "p"], ["x.png", "y.png"], "b")
-    by_prompt = pair(a, other)
+    by_prompt = pair_up(a, other)
     assert by_prompt.how == "prompt" and by_prompt.prompts == [[(0, 1)], [(2, 0)]] and by_prompt.unpaired == 2
     with pytest.raises(DiffalignError, match="same name or the same prompt"):
-        pair(a, made([1.0], ["z"], ["z.png"], "b"))
+        pair_up(a, made([1.0], ["z"], ["z.png"], "b"))
 
 
 def test_against_agrees_with_evaluation() -> None:
@@ -183,7 +184,7 @@ def test_against_agrees_with_evaluation() -> None:
     x, y = rng.normal(size=40), rng.normal(0.3, size=40)
     prompts: list[str | None] = [f"p{i}" for i in range(40)]
     a, b = made(x.tolist(), prompts), made(y.tolist(), prompts, side="b")
-    assert compare_scores(a, b, pair(a, b))["r"] == compare(x[:, None], y[:, None])
+    assert compare_scores(a, b, pair_up(a, b))["r"] == compare(x[:, None], y[:, None])
 
 
 def test_agreement_counts_ties(tmp_path: Path) -> None:

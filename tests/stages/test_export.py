@@ -17,7 +17,7 @@ from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import to_kohya
-from diffalign.report.card import front_matter, licence_of, plain
+from diffalign.report.model_card import front_matter, licence_of, plain
 from diffalign.stages.export import export
 from helpers.run_directory import SCRIPT, make_run
 
@@ -29,11 +29,11 @@ def tuned_run(folder: Path, model: Path, kind: str = "lora") -> np.ndarray:
     """A run directory whose weights differ clearly from the base; returns the image they draw, [64, 64, 3] in [0, 1]."""
     make_run(folder)
     plain_config = {
-        "run_dir": str(folder), "device": "cpu", "model": {"path": str(model), "max_sequence_length": 12},
+        "run_dir": str(folder), "device": "cpu", "model": {"path": str(model), **options_of(model)},
         "tune": {"kind": kind, "rank": 4, "alpha": 6.0}, "data": {"path": str(folder / "data")},
     }  # fmt: skip
     (folder / "config.yaml").write_text(resolved_yaml(TrainConfig.model_validate(plain_config)))
-    backbone = load_backbone(model, max_sequence_length=12)
+    backbone = load_backbone(model, **options_of(model))
     if kind == "lora":
         backbone.add_lora(4, 6.0)
     else:

@@ -13,7 +13,7 @@ from diffalign import testbed
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.stages import quickstart
 from diffalign.testbed.models import BUILDERS, autoencoder
-from diffalign.testbed.prompts import prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_one_round(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "overrides": ("train.threads=1", "train.groups_per_step=2", "train.micro_batch=2"),
     }
     result = quickstart.quickstart(out=tmp_path / "one", **given)
-    assert result["prompts"] == [row["prompt"] for row in prompts("test", 2)]
+    assert result["prompts"] == [row["prompt"] for row in draw_prompts("test", 2)]
     assert set(result["scores"]["geneval.dense"]) >= {"all"}
     run = tmp_path / "one" / "run"
     assert (run / "report.html").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) == 2
@@ -72,5 +72,5 @@ def test_the_control_differs_in_its_labels_alone(
 
 
 def test_held_out_prompts_share_nothing_with_training() -> None:
-    train, test = ({row["prompt"] for row in prompts(split, 256)} for split in ("train", "test"))
+    train, test = ({row["prompt"] for row in draw_prompts(split, 256)} for split in ("train", "test"))
     assert not train & test

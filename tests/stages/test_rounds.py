@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffalign import testbed
 from diffalign.config import RoundsConfig, load_config, load_rounds_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.real_against_generated import write_roles
+from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.momentum import extrapolate, extrapolate_lora
@@ -99,7 +99,7 @@ def test_two_rounds_killed_between_and_inside_stages_end_alike(tmp_path: Path, m
 
 def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDO: real scenes and the model's own images; the reference stays the base; round 2 starts beyond round 1."""
-    monkeypatch.setattr("diffalign.health.labels.PAIRS_NEEDED", 1)
+    monkeypatch.setattr("diffalign.health.label_checks.PAIRS_NEEDED", 1)
     given = ("reference=base", "momentum=0.5", "data.rewards=[]")
     rounds.rounds(config(tmp_path, *given, recipe="rounds_shapes_ddo"))
     first, second = tmp_path / "round-01", tmp_path / "round-02"
@@ -122,7 +122,7 @@ def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: p
     one = PreferenceDataset(first / "data")
     assert row.prompt == one.column("prompt")[0] and image() == one.images(one.column("group_id")[0])[0].data
     with pytest.raises(DiffalignError, match=f"no real image of the prompt '{one.column('prompt')[1]}'"):
-        write_roles([(row, image)], PreferenceDataset(first / "drawn"), tmp_path / "other")
+        write_real_against_generated([(row, image)], PreferenceDataset(first / "drawn"), tmp_path / "other")
     assert not (tmp_path / "other" / "groups.parquet").exists()
     with pytest.raises(DiffalignError, match="does not describe scenes"):
         real_images("testbed", str(_prompts(tmp_path)), None, 0)

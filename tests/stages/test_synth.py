@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffalign.cli import app
 from diffalign.config import GeneratorSection, RewardSection, load_synth_config
-from diffalign.data import card, sample
+from diffalign.data import dataset_card, sample
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
@@ -159,8 +159,8 @@ def test_the_card_names_licences(world: Callable[..., Path]) -> None:
 def test_a_detector_stands_for_the_rewards_weights() -> None:
     """Every reward's section has a `detector`; only GenEval takes one."""
     known = {"weights": "w", "settings": {"detector": "shapes"}}
-    assert [card._weights(name, known) for name in ("geneval", "sharpness")] == ["the detector shapes", "w"]
-    assert card._weights("geneval", {"weights": "w", "settings": {"detector": None}}) == "w"
+    assert [dataset_card._weights(name, known) for name in ("geneval", "sharpness")] == ["the detector shapes", "w"]
+    assert dataset_card._weights("geneval", {"weights": "w", "settings": {"detector": None}}) == "w"
 
 
 def test_the_same_command_again_changes_nothing(world: Callable[..., Path], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_killed_at_any_moment(make: Callable[[str], Path], tmp_path: Path, soak:
     out = make("whole")
     whole, lasted = tree(out), time.monotonic() - start
     dataset = PreferenceDataset(out)
-    assert len(dataset) == 6 and len(dataset.places) == 18 and all(dataset.column("preference"))
+    assert len(dataset) == 6 and len(dataset.image_index) == 18 and all(dataset.column("preference"))
     chance, kills, wholes = random.Random(0), 0, 0
     while kills < (20 if soak else 3):
         fresh = not (tmp_path / "cut").exists()

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffalign.cli import app
+from diffalign.data.convert import import_pairs
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.pairs import import_pairs, pairs_from_folders
 from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
 from diffalign.stages.resolve import weights_digest
@@ -37,7 +37,7 @@ def own_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(4):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / side / f"{n}.png")
             (folder / side / f"{n}.txt").write_text(f"picture number {n}")
-    import_pairs(pairs_from_folders(folder / "win", folder / "lose"), folder / "data")
+    import_pairs([folder / "win", folder / "lose"], folder / "data")
     return folder / "data"
 
 

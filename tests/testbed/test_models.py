@@ -15,7 +15,7 @@ from diffalign.rewards.geneval import GenEvalReward
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.models import LATENTS
 from diffalign.testbed.pretrain import PretrainSettings, main
-from diffalign.testbed.prompts import prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 
 
 @pytest.mark.parametrize("name", testbed.MODELS)
@@ -35,7 +35,7 @@ def test_loads_unaided_and_is_small(name: str) -> None:
 @pytest.mark.parametrize("name", testbed.MODELS)
 def test_follows_its_prompts(name: str) -> None:
     """Its images suit their own prompts better than each other's."""
-    rows = prompts("validation", 48)
+    rows = draw_prompts("validation", 48)
     texts = [row["prompt"] for row in rows]
     images = load_backbone(testbed.model_path(name)).sample(
         texts, list(range(48)), steps=10, guidance_scale=4.0, output_type="pil"

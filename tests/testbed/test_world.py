@@ -9,18 +9,18 @@ from PIL import Image, ImageFilter
 from diffalign.errors import DiffalignError
 from diffalign.rewards.geneval import GenEvalReward
 from diffalign.testbed.detector import ShapeDetector
-from diffalign.testbed.prompts import (
+from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, PlacedShape, render
+from diffalign.testbed.shape_prompts import (
     RELATIONS,
     SPLITS,
     TAGS,
     combinations,
     combinations_of,
+    draw_prompts,
     misdescribed,
-    prompts,
+    prompt_text,
     scene_for,
-    wording,
 )
-from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, Item, render
 
 
 def read_back(image: Image.Image) -> list[tuple[str, str | None]]:
@@ -29,20 +29,20 @@ def read_back(image: Image.Image) -> list[tuple[str, str | None]]:
 
 def test_detector_reads_ground_truth() -> None:
     rng = np.random.default_rng(0)
-    scenes = [scene_for(m, rng) for m in prompts("train", 600)]
+    scenes = [scene_for(m, rng) for m in draw_prompts("train", 600)]
     exact = [read_back(render(s)) == sorted((i.shape, i.color) for i in s) for s in scenes]
     assert np.mean(exact) >= 0.99
 
 
 def test_detector_finds_places() -> None:
-    scene = (Item("square", "blue", 20.0, 22.0, 9.0), Item("ring", "red", 44.0, 40.0, 8.0))
+    scene = (PlacedShape("square", "blue", 20.0, 22.0, 9.0), PlacedShape("ring", "red", 44.0, 40.0, 8.0))
     found = {d.label: d.box for d in ShapeDetector().detect([render(scene)])[0]}
     assert found["square"] == pytest.approx((11, 13, 29, 31), abs=0.8)
     assert found["ring"] == pytest.approx((36, 32, 52, 48), abs=0.8)
 
 
 def test_detector_confidence_falls_with_damage() -> None:
-    sharp = render((Item("cross", "green", 32.0, 32.0, 10.0),))
+    sharp = render((PlacedShape("cross", "green", 32.0, 32.0, 10.0),))
     scores = []
     for radius in (0, 1.2, 2.4):
         found = ShapeDetector().detect([sharp.filter(ImageFilter.GaussianBlur(radius))])[0]
@@ -67,7 +67,7 @@ def test_true_scenes_score_one(tag: str) -> None:
 
 def test_scenes_of_other_prompts_score_less() -> None:
     rng = np.random.default_rng(2)
-    wanted = prompts("train", 120)
+    wanted = draw_prompts("train", 120)
     images = [render(scene_for(m, rng)) for m in wanted[7:] + wanted[:7]]
     measured = GenEvalReward(detector=ShapeDetector()).measure(images, [m["prompt"] for m in wanted], wanted)
     assert measured["exact"].mean() < 0.1
@@ -94,13 +94,13 @@ def test_splits_share_neither_prompt_nor_combination() -> None:
 
 
 def test_prompts_are_distinct_and_repeatable() -> None:
-    test = prompts("test", 256)
+    test = draw_prompts("test", 256)
     assert len({m["prompt"] for m in test}) == 256 and {m["tag"] for m in test} == set(TAGS)
-    assert test == prompts("test", 256) and test != prompts("test", 256, seed=1)
+    assert test == draw_prompts("test", 256) and test != draw_prompts("test", 256, seed=1)
     with pytest.raises(DiffalignError, match="has .* prompts; 100000 were asked for"):
-        prompts("test", 100_000)
+        draw_prompts("test", 100_000)
     with pytest.raises(DiffalignError, match="use one of test, validation, train"):
-        prompts("tset", 1)
+        draw_prompts("tset", 1)
 
 
 def test_wordings() -> None:
@@ -108,12 +108,12 @@ def test_wordings() -> None:
         w["prompt"] for tag in TAGS for c in combinations(tag) for w in c
     }
     clauses = [{"class": "ring", "count": 1}, {"class": "star", "count": 1, "position": ["left of", 0]}]
-    assert wording(clauses) == "a star left of a ring"
+    assert prompt_text(clauses) == "a star left of a ring"
 
 
 def test_misdescribed_replaces_the_stated_share() -> None:
     rng = np.random.default_rng(3)
-    wanted = [m for m in prompts("train", 400) if m["tag"] == "colors"] * 100
+    wanted = [m for m in draw_prompts("train", 400) if m["tag"] == "colors"] * 100
     assert all(misdescribed(m, rng, 0.0) == m["prompt"] for m in wanted[:50])
     colors = [misdescribed(m, rng, 0.35).split()[1] == m["prompt"].split()[1] for m in wanted]
     # A replaced colour is the old one again once in seven.
@@ -122,6 +122,6 @@ def test_misdescribed_replaces_the_stated_share() -> None:
 
 
 def test_prompts_are_the_callers_own() -> None:
-    rows = prompts("test", 4)
+    rows = draw_prompts("test", 4)
     rows[0]["include"][0]["class"] = "changed"
-    assert prompts("test", 4)[0]["include"][0]["class"] != "changed"
+    assert draw_prompts("test", 4)[0]["include"][0]["class"] != "changed"

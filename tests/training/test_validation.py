@@ -84,7 +84,8 @@ def base_images(backbone: Any, config: Any, prompts: list[PromptRow]) -> list[fl
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_encoded_prompts_draw_the_same_image(family: str, request: pytest.FixtureRequest) -> None:
-    backbone = load_backbone(request.getfixturevalue(f"{family}_dir"), max_sequence_length=12)
+    length = {"max_sequence_length": 12} if family == "sd3" else {}
+    backbone = load_backbone(request.getfixturevalue(f"{family}_dir"), **length)
     options: dict[str, Any] = {"steps": 2, "guidance_scale": 2.0, "height": 64, "width": 64, "output_type": "pt"}
     plain = backbone.sample(["a red cube", "snow"], [1, 2], negative_prompt="blur", **options)
     encoded = backbone.encode_guided(["a red cube", "snow"], "blur")

@@ -15,7 +15,7 @@ SIZES_LOOKED_AT = 500
 
 def by_size(dataset: PreferenceDataset) -> Iterator[np.ndarray]:
     """Places of images as [groups, K], the groups of each size together."""
-    starts = dataset.places.starts
+    starts = dataset.image_index.starts
     sizes = np.diff(starts)
     for size in np.unique(sizes[sizes > 0]):
         yield starts[:-1][sizes == size][:, None] + np.arange(size)
@@ -48,17 +48,19 @@ def pair_agreement(dataset: PreferenceDataset, a: np.ndarray, b: np.ndarray) -> 
     }
 
 
-def summary(dataset: PreferenceDataset) -> dict[str, Any]:
+def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
     """What `diffalign data inspect` prints, from coarse to fine."""
     rows = [dataset.group(i) for i in range(len(dataset))]
     prompts = [row["prompt"] for row in rows]
-    sizes = np.diff(dataset.places.starts)
+    sizes = np.diff(dataset.image_index.starts)
     preferred = [row["preference"] or [] for row in rows]
     ranked = [p for p in preferred if p]
-    generators = Counter(str(name) for name in dataset.image_column("generator")) if len(dataset.places) else Counter()
+    generators = (
+        Counter(str(name) for name in dataset.image_column("generator")) if len(dataset.image_index) else Counter()
+    )
     facts: dict[str, Any] = {
         "groups": len(rows),
-        "images": len(dataset.places),
+        "images": len(dataset.image_index),
         "images per group": _counted(Counter(int(n) for n in sizes)),
         "prompts": f"{len(set(prompts))} different, {np.mean([len(p) for p in prompts]):.0f} characters on average",
         "splits": _counted(Counter(row["split"] for row in rows)),
@@ -106,8 +108,8 @@ def tied_pairs(preferences: list[list[float]]) -> float:
 def picture_sizes(dataset: PreferenceDataset) -> Counter[str]:
     """Widths and heights of up to 500 images, spread over the dataset."""
     sizes: Counter[str] = Counter()
-    for place in np.unique(np.linspace(0, len(dataset.places) - 1, SIZES_LOOKED_AT).astype(int)):
-        if len(dataset.places):
+    for place in np.unique(np.linspace(0, len(dataset.image_index) - 1, SIZES_LOOKED_AT).astype(int)):
+        if len(dataset.image_index):
             image = dataset.image_at(int(place))
             try:
                 sizes["{}x{}".format(*image.decode().size)] += 1

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
+from diffalign.files import write_whole
 from diffalign.rewards import REWARDS, accepted
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))

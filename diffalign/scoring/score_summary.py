@@ -69,7 +69,7 @@ def _summary(scores: Scores, column: str) -> Summary:
     )
 
 
-def table(scores: Scores) -> Table:
+def summary_table(scores: Scores) -> Table:
     """For a terminal. Names and prompts are text, never markup."""
     shown = Table(title=f"{len(scores.rows)} pictures", title_justify="left")
     shown.add_column("reward")

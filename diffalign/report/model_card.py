@@ -9,6 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffalign import __version__
+from diffalign.files import write_whole
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
 
@@ -94,7 +95,7 @@ def write_card(
         loader=PackageLoader("diffalign.report"), autoescape=False, undefined=StrictUndefined, trim_blocks=True
     )  # Markdown, not HTML: what comes from data goes through `plain`
     environment.filters["plain"] = plain
-    text = environment.get_template("card.md.j2").render(
+    text = environment.get_template("model_card.md.j2").render(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
         name=run.name,
         base=base,
@@ -108,5 +109,5 @@ def write_card(
         samples=samples(run, out),
     )
     path = out / "README.md"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path

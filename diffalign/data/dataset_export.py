@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, Image, List, Value
 
-from diffalign.data.card import write_card
 from diffalign.data.dataset import ImageRow, PreferenceDataset
-from diffalign.data.writer import replacing
+from diffalign.data.dataset_card import write_card
+from diffalign.data.writer import parquet_writer
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing
 
 GROUPS_PER_FILE = 1000
 ROWS_PER_GROUP = 50
@@ -36,7 +37,7 @@ def export(dataset: PreferenceDataset, out: Path, form: str, pairs: str = "best_
         raise DiffalignError(f"--pairs {pairs}: unknown; best_worst or all")
     if any(out.glob("data/*")):
         raise DiffalignError(f"{out} holds data already; choose another folder")
-    scores = Scores(dataset)
+    scores = StoredScores(dataset)
     splits, dropped = dataset.column("split"), dataset.column("dropped")
     counts = {}
     for split in sorted(set(splits)):
@@ -50,7 +51,7 @@ def export(dataset: PreferenceDataset, out: Path, form: str, pairs: str = "best_
     return counts
 
 
-class Scores:
+class StoredScores:
     """Every column of every reward, by image."""
 
     def __init__(self, dataset: PreferenceDataset) -> None:
@@ -61,11 +62,11 @@ class Scores:
     def of(self, group: int, members: list[int]) -> dict[str, list[float | None]]:
         """name -> values of these images of a group; None where there is none."""
         rows = np.full(len(members), group)
-        at = self.dataset.places.find(rows, np.array(members, dtype=np.int64))
+        at = self.dataset.image_index.find(rows, np.array(members, dtype=np.int64))
         return {name: [float(v) if math.isfinite(v) else None for v in all_[at]] for name, all_ in self.values.items()}
 
 
-def _rows(dataset: PreferenceDataset, scores: Scores, groups: list[int], out: Path, name: str, pairs: str) -> int:
+def _rows(dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str) -> int:
     """One row a prompt: images, preference, scores, generators, seeds as lists of equal length."""
     features = Features(
         {
@@ -98,7 +99,9 @@ def _rows(dataset: PreferenceDataset, scores: Scores, groups: list[int], out: Pa
     return _write_parquet(out / f"{name}.parquet", features.arrow_schema, rows())
 
 
-def _pickapic(dataset: PreferenceDataset, scores: Scores, groups: list[int], out: Path, name: str, pairs: str) -> int:
+def _pickapic(
+    dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str
+) -> int:
     """Pick-a-Pic's columns, one row a pair. Which image comes first is drawn, so that the label tells nothing."""
     schema = pa.schema(
         [
@@ -155,11 +158,11 @@ def _pair_row(
     }
 
 
-def _webdataset(dataset: PreferenceDataset, scores: Scores, groups: list[int], out: Path, name: str, pairs: str) -> int:
+def _webdataset(
+    dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str
+) -> int:
     """A tar of <group>.json and <group>.<index>.png, without times or owners, so that equal data give equal bytes."""
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / f"{name}.tar.part"
-    with tarfile.open(part, "w") as tar:
+    with replacing(out / f"{name}.tar") as part, tarfile.open(part, "w") as tar:
         for i in groups:
             row = dataset.group(i)
             images = dataset.images(row["group_id"])
@@ -175,7 +178,6 @@ def _webdataset(dataset: PreferenceDataset, scores: Scores, groups: list[int], o
             _add(tar, f"{row['group_id']}.json", json.dumps(told, sort_keys=True).encode())
             for image in images:
                 _add(tar, f"{row['group_id']}.{image.index}.{suffix(image.data)}", image.data)
-    part.replace(out / f"{name}.tar")
     return len(groups)
 
 
@@ -194,7 +196,7 @@ def _write_parquet(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]
     """Streams: memory holds 50 rows at most."""
     pending: list[dict[str, Any]] = []
     count = 0
-    with replacing(path, schema) as writer:
+    with parquet_writer(path, schema) as writer:
         for row in rows:
             pending.append(row)
             count += 1
@@ -205,5 +207,5 @@ def _write_parquet(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]
     return count
 
 
-Writer = Callable[[PreferenceDataset, Scores, list[int], Path, str, str], int]
+Writer = Callable[[PreferenceDataset, StoredScores, list[int], Path, str, str], int]
 FORMS: dict[str, Writer] = {"rows": _rows, "pickapic": _pickapic, "webdataset": _webdataset}

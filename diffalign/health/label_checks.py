@@ -5,7 +5,7 @@ from itertools import combinations
 from math import isfinite, sqrt
 
 from diffalign.health.findings import Finding
-from diffalign.health.rows import NEAR_COIN
+from diffalign.health.row_checks import NEAR_COIN
 
 # Fewer pairs decide nothing.
 PAIRS_NEEDED = 64

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.scoring.captions import read_rows
 from diffalign.scoring.run import Scores
-from diffalign.scoring.summary import columns_of
+from diffalign.scoring.score_summary import columns_of
 
 CHOICES = {"a": 1, "b": -1, "tie": 0}
 
@@ -145,7 +145,7 @@ def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -
     return float(low), float(high)
 
 
-def table(choices: list[Choice], scores: Scores) -> Table:
+def agreement_table(choices: list[Choice], scores: Scores) -> Table:
     """Every column's agreement for a terminal."""
     shown = Table(title=f"agreement with {len(choices)} human comparisons", title_justify="left")
     for name in ("reward", "pairs", "human ties", "predicted ties", "accuracy", "95% interval", "Kendall tau-b"):

@@ -37,7 +37,7 @@ def _clause(shape: str, count: int = 1, color: str | None = None) -> Metadata:
     return {"class": shape, "count": count} | ({"color": color} if color else {})
 
 
-def wording(include: list[Metadata]) -> str:
+def prompt_text(include: list[Metadata]) -> str:
     """The prompt that GenEval-style clauses amount to."""
     first, last = include[0], include[-1]
     if first["count"] > 1:
@@ -50,7 +50,7 @@ def wording(include: list[Metadata]) -> str:
 
 
 def _metadata(tag: str, include: list[Metadata], exclude: list[Metadata] | None = None) -> Metadata:
-    return {"tag": tag, "include": include, "prompt": wording(include)} | ({"exclude": exclude} if exclude else {})
+    return {"tag": tag, "include": include, "prompt": prompt_text(include)} | ({"exclude": exclude} if exclude else {})
 
 
 def _single(shape: str, color: str | None) -> Metadata:
@@ -116,7 +116,7 @@ def combinations_of(split: str, tag: str) -> list[list[Metadata]]:
     raise DiffalignError(f"split {split!r} of the embedded world does not exist; use one of {', '.join(SPLITS)}")
 
 
-def prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
+def draw_prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
     """`n` different prompts of a split, spread evenly over the six kinds as far as a kind has that many.
 
     Returns GenEval metadata: `{"tag", "include", "exclude", "prompt"}`.
@@ -163,4 +163,4 @@ def misdescribed(metadata: Metadata, rng: np.random.Generator, share: float) -> 
             clause["position"] = [list(RELATIONS)[rng.integers(len(RELATIONS))], 0]
         return clause
 
-    return wording([noisy(c) for c in metadata["include"]])
+    return prompt_text([noisy(c) for c in metadata["include"]])
