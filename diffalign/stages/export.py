@@ -8,7 +8,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
-from diffalign.report.model_card import UNKNOWN, licence_of, write_card
+from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages.resolve import model_folder, open_plain_backbone, say
 
@@ -61,9 +61,7 @@ def _generators(config: TrainConfig | RewardGradientConfig) -> dict[str, str]:
     if isinstance(config, RewardGradientConfig) or not (config.data.path / "groups.parquet").is_file():
         return {}
     names = sorted(set(PreferenceDataset(config.data.path).generators().values()) - {""})
-    return {
-        name: "licence unknown; check it" if licence_of(name)[0] == UNKNOWN else licence_of(name)[0] for name in names
-    }
+    return {name: licence_name(name) or "licence unknown; check it" for name in names}
 
 
 def _usage(form: str, config: TrainConfig | RewardGradientConfig, out: Path, trunk: str, full: bool) -> str:

@@ -29,6 +29,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes, write_whole
 from diffalign.pipelines.generator import Generator
 from diffalign.progress import ImageProgress
+from diffalign.report.model_card import licence_name
 from diffalign.stages.data import write_sheet
 from diffalign.stages.rank import rank_dataset, write_card_once
 from diffalign.stages.resolve import (
@@ -43,17 +44,6 @@ from diffalign.stages.resolve import (
 Result = TypeVar("Result")
 
 PROBE_BATCHES = 2
-# As the models' pages name them.
-LICENCES = {
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
-    "stabilityai/stable-diffusion-3-medium-diffusers": "stabilityai-ai-community",
-    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
-    "stabilityai/stable-cascade": "stable-cascade-nc-community",
-    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "openrail++",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "shapes-sd3": "apache-2.0",
-    "shapes-sdxl": "apache-2.0",
-}
 
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
@@ -220,7 +210,7 @@ def provenance_of(section: GeneratorSection, generator: Generator) -> dict[str, 
     provenance |= section.model_dump(
         mode="json", include={"steps", "guidance_scale", "negative_prompt", "height", "width", "options", "prior"}
     )
-    provenance["licence"] = section.licence or LICENCES.get(section.model.path)
+    provenance["licence"] = section.licence or licence_name(section.model.path)
     provenance["scheduler_options"] = section.scheduler.options if section.scheduler else {}
     provenance["weights"] = None if section.weights is None else weights_digest(section.weights)
     return provenance
