@@ -17,7 +17,7 @@ from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_ta
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
-from diffalign.progress import ImageProgress
+from diffalign.progress import ImageProgress, say
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -25,7 +25,6 @@ from diffalign.stages.resolve import (
     open_rewards,
     resolve_device,
     resolve_prompts,
-    say,
     weights_digest,
 )
 from diffalign.training.checkpoint import checkpoints

@@ -8,9 +8,10 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
+from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
-from diffalign.stages.resolve import model_folder, open_plain_backbone, say
+from diffalign.stages.resolve import model_folder, open_plain_backbone
 
 FORMATS = ("diffusers", "kohya", "merged")
 LOAD = 'pipeline = DiffusionPipeline.from_pretrained("{path}")\n'

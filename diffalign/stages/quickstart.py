@@ -8,8 +8,9 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
+from diffalign.progress import say
 from diffalign.stages.evaluate import evaluate
-from diffalign.stages.resolve import open_reward, say
+from diffalign.stages.resolve import open_reward
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
 
@@ -18,7 +19,7 @@ RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
 SAMPLING: dict[str, Any] = {"steps": 10, "batch_size": 64, "device": "cpu"}
 GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}
 GROUPS, IMAGES_PER_GROUP, TEST_PROMPTS, TEST_SEEDS = 256, 8, 256, 4
-REWARD = {"name": "geneval", "detector": "shapes"}
+REWARD: dict[str, Any] = {"name": "geneval", "detector": "shapes"}
 
 
 def sampling(base: str) -> dict[str, Any]:
@@ -28,11 +29,18 @@ def sampling(base: str) -> dict[str, Any]:
 
 def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> PreferenceDataset:
     """Sample groups from `base` on training prompts and score them; complete parts are kept."""
-    model = load_config(RECIPES[base], ()).model.model_dump()
-    config = {"model": model, "prompts": "testbed:train", "n": groups, "out": str(folder), "seed": seed}
-    sample(SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP}))
+    wanted = SampleConfig(
+        model=load_config(RECIPES[base]).model,
+        prompts="testbed:train",
+        n=groups,
+        out=folder,
+        seed=seed,
+        images_per_prompt=IMAGES_PER_GROUP,
+        **sampling(base),
+    )
+    sample(wanted)
     dataset = PreferenceDataset(folder)
-    scored = score_images(dataset, open_reward(RewardSection.model_validate(REWARD), SAMPLING["device"]))
+    scored = score_images(dataset, open_reward(RewardSection(**REWARD), SAMPLING["device"]))
     clean_up(folder)
     say(f"scored {scored} images with the GenEval reward" if scored else "the images are scored already")
     return dataset
@@ -68,13 +76,14 @@ def quickstart(
     config = load_config(RECIPES[base], [*given, *([f"train.steps={steps}"] if steps else [])])
     train(config)
     # Compare with the base, and report.
-    evaluation = {
-        "model": config.model.model_dump(),
-        "weights": str(run_dir / "weights"),
-        "prompts": prompts,
-        "n": TEST_PROMPTS if prompts == "testbed:test" else None,
-        "seeds": TEST_SEEDS,
-        "reward": REWARD,
-        "out": str(run_dir),
-    }
-    return evaluate(EvalConfig.model_validate({**evaluation, **sampling(base)}), base_folder=base_images)
+    evaluation = EvalConfig(
+        model=config.model,
+        weights=run_dir / "weights",
+        prompts=prompts,
+        n=TEST_PROMPTS if prompts == "testbed:test" else None,
+        seeds=TEST_SEEDS,
+        reward=RewardSection(**REWARD),
+        out=run_dir,
+        **sampling(base),
+    )
+    return evaluate(evaluation, base_folder=base_images)

@@ -23,11 +23,12 @@ from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
 from diffalign.pipelines.momentum import extrapolate_lora
+from diffalign.progress import say
 from diffalign.report.render import write_reports
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rank import rank_dataset
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
 
@@ -105,43 +106,63 @@ def _round(config: RoundsConfig, number: int, init: Path | None) -> dict[str, An
     evaluation = _evaluate(config, training)
     column, comparison = next(iter(evaluation["scores"].items()))
     overall = comparison["all"]
-    return {"round": number, "column": column, "weights": str(Path(training.run_dir) / "weights"), **overall}
+    return {"round": number, "column": column, "weights": str(training.run_dir / "weights"), **overall}
 
 
 def _make_data(config: RoundsConfig, number: int, init: Path | None, training: TrainConfig, data: Path) -> None:
     """Make the round's training data: images of the model that it starts from, with labels. Complete parts are kept."""
-    given, images = config.data, config.images.model_dump()
-    seed = config.seed + number - 1
-    drawn, prompts, n = data, given.prompts, given.n
-    real = None if given.real is None else real_images(given.real, given.prompts, given.n, seed)
-    if real is not None:
-        drawn, n = data.with_name("drawn"), None
-        prompts = str(prompts_file([row for row, _ in real], data.with_name("prompts.jsonl")))
-    if given.guidance_scale is not None:
-        images["guidance_scale"] = given.guidance_scale
-    plan: dict[str, Any] = {
-        "model": training.model.model_dump(),
-        "device": training.device,
-        "weights": init and str(init),
-    }
-    plan |= {"prompts": prompts, "n": n, "out": str(drawn), "seed": seed, "images_per_prompt": given.images_per_prompt}
-    sample(SampleConfig.model_validate({**plan, **images}))
-    if real is not None:
+    given, seed = config.data, config.seed + number - 1
+    if given.real is not None:
+        # Self-play: each prompt has a real image, and being real is the label.
+        real = real_images(given.real, given.prompts, given.n, seed)
+        prompts, drawn = (
+            prompts_file([row for row, _ in real], data.with_name("prompts.jsonl")),
+            data.with_name("drawn"),
+        )
+        _draw(config, training, init, str(prompts), None, drawn, seed)
         write_real_against_generated(real, PreferenceDataset(drawn), data)
         return
-    dataset = PreferenceDataset(data)
+    _draw(config, training, init, given.prompts, given.n, data, seed)
     for section in given.rewards:
-        scored = score_images(dataset, open_reward(section, resolve_device(training.device)))
+        scored = score_images(PreferenceDataset(data), open_reward(section, resolve_device(training.device)))
         say(f"{section.name}: {scored} images scored")
     rank_dataset(PreferenceDataset(data), given.rank, [section.name for section in given.rewards])
     clean_up(data)
 
 
+def _draw(
+    config: RoundsConfig, training: TrainConfig, init: Path | None, prompts: str, n: int | None, out: Path, seed: int
+) -> None:
+    """Draw groups of images of the model that the round starts from."""
+    images, scale = config.images, config.data.guidance_scale
+    if scale is not None:
+        images = images.model_copy(update={"guidance_scale": scale})
+    wanted = SampleConfig(
+        model=training.model,
+        device=training.device,
+        weights=init,
+        prompts=prompts,
+        n=n,
+        out=out,
+        seed=seed,
+        images_per_prompt=config.data.images_per_prompt,
+        **images.model_dump(),
+    )
+    sample(wanted)
+
+
 def _evaluate(config: RoundsConfig, training: TrainConfig) -> dict[str, Any]:
-    plan: dict[str, Any] = {"model": training.model.model_dump(), "device": training.device, "seed": config.seed}
-    plan |= {"weights": str(Path(training.run_dir) / "weights"), "out": str(training.run_dir)}
-    checked = EvalConfig.model_validate({**plan, **config.images.model_dump(), **config.evaluate.model_dump()})
-    return evaluate(checked, base_folder=config.out / "base")
+    """Compare the round's weights with the base; all rounds share the base's images."""
+    wanted = EvalConfig(
+        model=training.model,
+        device=training.device,
+        weights=training.run_dir / "weights",
+        out=training.run_dir,
+        seed=config.seed,
+        **config.images.model_dump(),
+        **config.evaluate.model_dump(),
+    )
+    return evaluate(wanted, base_folder=config.out / "base")
 
 
 def _next_start(config: RoundsConfig, number: int) -> Path:

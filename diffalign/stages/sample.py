@@ -4,13 +4,12 @@ from pathlib import Path
 
 from diffalign.config import SampleConfig
 from diffalign.data.sample import sample_groups
-from diffalign.progress import ImageProgress
+from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
     check_guidance_scale,
     open_backbone,
     resolve_device,
     resolve_prompts,
-    say,
     weights_digest,
 )
 

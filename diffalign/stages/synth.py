@@ -28,7 +28,7 @@ from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes, write_whole
 from diffalign.pipelines.generator import Generator
-from diffalign.progress import ImageProgress
+from diffalign.progress import ImageProgress, say
 from diffalign.report.model_card import licence_name
 from diffalign.stages.data import write_sheet
 from diffalign.stages.rank import rank_dataset, write_card_once
@@ -37,7 +37,6 @@ from diffalign.stages.resolve import (
     open_reward,
     process_device,
     resolve_prompts,
-    say,
     weights_digest,
 )
 
