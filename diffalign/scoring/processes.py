@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -30,11 +29,6 @@ class Processes:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-    def device(self, device: str) -> str:
-        """`cuda` with this process's own index."""
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        return f"cuda:{local % max(1, torch.cuda.device_count())}" if device == "cuda" and self.count > 1 else device
 
     def share(self, things: list[T]) -> list[T]:
         """Every count-th thing: each is taken by exactly one process."""

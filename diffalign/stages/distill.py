@@ -17,7 +17,14 @@ from diffalign.pipelines.few_step import FewStep, call_options, few_step, studen
 from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import (
+    open_backbone,
+    open_plain_backbone,
+    open_rewards,
+    resolve_device,
+    resolve_prompts,
+    say,
+)
 from diffalign.training.distillation.method import distill as distill_backbone
 from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.distillation.step import Judge, Lean
@@ -212,7 +219,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
     README says so.
     """
-    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32", "quantize": "none"}), "cpu")
+    backbone = open_plain_backbone(config.model)
     _, scheduler = open_student(config, backbone)
     backbone.load_weights(weights)
     backbone.pipeline.scheduler = scheduler

@@ -82,7 +82,7 @@ def test_pickapic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         app(["data", "convert", str(folder), "--out", str(tmp_path / "out")], prog_name="diffalign")
     said = capsys.readouterr().out
-    assert left.value.code == 0 and "1 rows left out: ties" in said and "1 rows left out: without a label" in said
+    assert left.value.code == 0 and "1 rows skipped: ties" in said and "1 rows skipped: without a label" in said
     assert "pickapic: 3 groups, 6 images" in said
     dataset = PreferenceDataset(tmp_path / "out")
     assert dataset.column("prompt") == ["a dog", "a bird", "a dog"]
