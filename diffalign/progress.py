@@ -11,6 +11,10 @@ OnImages = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
 
+OnNamedImages = Callable[[str, int, int], None]
+"""Called with (what is done, images done, images in all), as `ImageProgress` is."""
+
+
 def say(message: str) -> None:
     """Print a line at once, though the output may be a file or a pipe."""
     print(message, flush=True)

@@ -6,11 +6,11 @@ refused here.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 
-from diffalign.rewards.clip import L14, ClipReward, quick_gelu
+from diffalign.rewards.clip import L14, ClipOptions, ClipReward, quick_gelu
 from diffalign.rewards.published_weights import fetch, fill, fingerprint, load_state, pretrained
 
 HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -55,7 +55,7 @@ class Aesthetic(ClipReward):
     reads = ()
     rounding = "round"
 
-    def __init__(self, *, clip: str | Path | None = None, **shared: Any) -> None:
+    def __init__(self, *, clip: str | Path | None = None, **shared: Unpack[ClipOptions]) -> None:
         super().__init__(**shared)
         self.local_clip = clip
 

@@ -6,7 +6,7 @@ embedding already; projecting it again gives a number that looks like a score an
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from PIL import Image
@@ -14,12 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fingerprint, pretrained
 
 SIDE = 224
 TOKENS = 77
+
+
+class ClipOptions(LearnedOptions, total=False):
+    """Options that every reward on a CLIP takes. tokenizer: a local copy of its folder."""
+
+    tokenizer: str | Path | None
 
 
 class ClipReward(TensorReward):
@@ -30,7 +36,7 @@ class ClipReward(TensorReward):
     tokenizer_repo: str | None = None
     """Where the tokenizer is if it does not lie beside the weights."""
 
-    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Any) -> None:
+    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
         super().__init__(**shared)
         self.local_tokenizer = tokenizer
         self._tokenizer: Any = None
@@ -162,7 +168,7 @@ class CLIPScore(ClipReward):
     size = "0.6 GB or 1.7 GB"
     source = "arXiv 2104.08718"
 
-    def __init__(self, *, convention: str = "hessel", model: str | None = None, **shared: Any) -> None:
+    def __init__(self, *, convention: str = "hessel", model: str | None = None, **shared: Unpack[ClipOptions]) -> None:
         if convention not in CONVENTIONS:
             raise DiffalignError(f"reward clipscore: convention {convention!r}; one of {', '.join(CONVENTIONS)}")
         super().__init__(**shared)

@@ -14,7 +14,7 @@ Four scores, because the field uses four under one name:
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor
@@ -181,13 +181,13 @@ class GenEvalReward(Reward):
         revision: str = "main",
         device: str = "cpu",
         dtype: str = "float32",
-        **settings: Any,
+        **settings: float,
     ) -> None:
         self.detector = detector or Mask2FormerDetector(
             weights=weights, clip=clip, revision=revision, device=device, dtype=dtype
         )
         try:
-            self.settings = GenEvalSettings(**settings)
+            self.settings = GenEvalSettings(**cast("dict[str, Any]", settings))
         except TypeError as error:
             raise DiffalignError(
                 f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}"

@@ -5,7 +5,7 @@ score depends on and most ports miss: the picture is letterboxed in black, not c
 """
 
 import logging
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
 from diffalign.rewards.published_weights import fill, load_state
 
@@ -41,7 +41,12 @@ class HPSv2(TensorReward):
     preprocessing = "longer side to 224 bicubic on floats, black letterbox, CLIP normalisation"
 
     def __init__(
-        self, *, release: str | float = "2.1", antialias: bool = True, architecture: str = "ViT-H-14", **shared: Any
+        self,
+        *,
+        release: str | float = "2.1",
+        antialias: bool = True,
+        architecture: str = "ViT-H-14",
+        **shared: Unpack[LearnedOptions],
     ) -> None:
         super().__init__(**shared)
         if str(release) not in FILES:

@@ -6,7 +6,7 @@ picture is scaled to about 200,704 pixels with sides that are multiples of 28, w
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
-from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 TOKEN = "<|Reward|>"
@@ -80,7 +80,9 @@ class HPSv3(VisionLanguageReward):
     file = "HPSv3.safetensors"
     preprocessing = "RGB, Qwen2-VL's processor at 200704 pixels"
 
-    def __init__(self, *, base: str | Path | None = None, pixels: int = PIXELS, **shared: Any) -> None:
+    def __init__(
+        self, *, base: str | Path | None = None, pixels: int = PIXELS, **shared: Unpack[VisionLanguageOptions]
+    ) -> None:
         super().__init__(**shared)
         self.local_base, self.pixels = base, pixels
 

@@ -5,8 +5,10 @@ The processors of transformers take 8-bit pictures and cut the graph. Each funct
 levels, before normalisation) on pictures without pixel noise, since the original rounds to 8 bits after its resize.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +17,14 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.pixels import normalise, patches
 
-TensorProcessor = Callable[[Any, Tensor], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+TensorProcessor = Callable[["BaseImageProcessor", Tensor], dict[str, Tensor]]
 """(the processor's image processor, pixels [B, 3, H, W]) to the model's image inputs, float32."""
 
 
-def qwen_vl(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
+def qwen_vl(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
     """Qwen2-VL, 2.5-VL, 3-VL, 3.5: sides to multiples of patch * merge, an area within bounds, then rows of patches."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -39,7 +44,7 @@ def qwen_vl(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": rows, "image_grid_thw": grid}
 
 
-def fixed_size(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
+def fixed_size(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
     """Gemma 3 and other SigLIP towers: to one size, aspect lost. Pan-and-scan crops are refused."""
     if getattr(processor, "do_pan_and_scan", None):
         raise DiffalignError(
@@ -60,7 +65,7 @@ FAMILIES: dict[str, TensorProcessor] = {
 """By the class of the image processor that a model's folder names."""
 
 
-def tensor_inputs(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
+def tensor_inputs(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
     """The image inputs of float pixels [B, 3, H, W] in [0, 1], float32, with their gradient.
 
     Raises DiffalignError for an image processor that none of FAMILIES repeats.
@@ -73,7 +78,7 @@ def tensor_inputs(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
     return FAMILIES[kind](processor, pixels if pixels.dtype == torch.float64 else pixels.float())
 
 
-def _resized(processor: Any, pixels: Tensor, height: int, width: int) -> Tensor:
+def _resized(processor: BaseImageProcessor, pixels: Tensor, height: int, width: int) -> Tensor:
     """The processor's filter, clamped as 8 bits clamp what bicubic overshoots; untouched where the size is right already."""
     if pixels.shape[-2:] == (height, width):
         return pixels
@@ -85,7 +90,7 @@ def _resized(processor: Any, pixels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(pixels, (height, width), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
 
 
-def _normalised(processor: Any, pixels: Tensor) -> Tensor:
+def _normalised(processor: BaseImageProcessor, pixels: Tensor) -> Tensor:
     return (
         normalise(pixels, tuple(processor.image_mean), tuple(processor.image_std)) if processor.do_normalize else pixels
     )

@@ -6,14 +6,14 @@ first token gives the score, standardised by two constants of the training set. 
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.rewards.aesthetic import linear_head
-from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
@@ -115,7 +115,7 @@ class ImageReward(TensorReward):
     # The original resizes before it converts to RGB, so a palette picture is interpolated on palette indices there.
     preprocessing = "RGB, shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
 
-    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Any) -> None:
+    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
         super().__init__(**shared)
         self.local_tokenizer = tokenizer
         self._tokenizer: Any = None

@@ -7,10 +7,12 @@ The paper does not say which tokens carry the nine scores: "4.5" is three tokens
 digits 1 to 9, with score (k + 1) / 2, or the letters A to I. Nor does it print its instruction; the words here are ours.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -23,6 +25,9 @@ from diffalign.rewards.published_weights import pretrained
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
 from diffalign.rewards.shared_prefix import shareable, shared_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Pictures = Sequence[Image.Image] | Tensor
 """Pictures, or float pixels [B, 3, H, W] in [0, 1] whose gradient is wanted."""
@@ -41,8 +46,8 @@ class Judge:
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
         *,
         labels: str = "digits",
         rubrics: Mapping[str, str] | None = None,
@@ -241,7 +246,7 @@ def load_judge(
     return Judge(model.to(device).eval(), processor, **told)
 
 
-def load_processor(folder: Path) -> Any:
+def load_processor(folder: Path) -> ProcessorMixin:
     """The processor in a folder. Raises DiffalignError where there is none that can be loaded."""
     from transformers import AutoProcessor
 
@@ -257,7 +262,7 @@ def stand_ins(pixels: Tensor) -> list[Image.Image]:
     return [Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))] * len(pixels)
 
 
-def checked_tokenizer(processor: Any) -> Any:
+def checked_tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
     """The processor's tokenizer. Raises DiffalignError where tokenizer, image processor or chat template is missing."""
     kind = type(processor).__name__
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
@@ -272,7 +277,7 @@ def checked_tokenizer(processor: Any) -> Any:
     return processor.tokenizer
 
 
-def label_tokens(tokenizer: Any, labels: Sequence[str], marker: str) -> tuple[int, ...]:
+def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], marker: str) -> tuple[int, ...]:
     """The ids of labels as they follow the marker. Raises DiffalignError unless each is one token and no two are the same."""
     other = f"try the other labels ({', '.join(LABELS)})"
     start = tokenizer(marker, add_special_tokens=False)["input_ids"]

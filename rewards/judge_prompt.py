@@ -1,11 +1,16 @@
 """The words with which a judge is asked for a rating, and the file that keeps them beside a judge that was trained on them."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LABELS = {"digits": tuple("123456789"), "letters": tuple("ABCDEFGHI")}
 SETTINGS = "judge.json"
@@ -40,7 +45,7 @@ class Wording:
             raise DiffalignError("wording: marker is empty; the label needs something to follow")
 
 
-def escaped(text: str, tokenizer: Any) -> str:
+def escaped(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text with a blank inside whatever the tokenizer takes for a special token, such as <|im_end|> or an image's place.
 
     The words stay readable for the model, but end no turn and ask for no second picture.
@@ -76,6 +81,6 @@ def load_settings(folder: Path) -> dict[str, Any]:
     return {"labels": told["labels"], "rubrics": rubrics, "wording": Wording(**wording)}
 
 
-def texts(found: Any) -> dict[str, str]:
+def texts(found: object) -> dict[str, str]:
     """A dict of texts as it is, {} for anything else."""
     return found if isinstance(found, dict) and all(isinstance(v, str) for v in found.values()) else {}

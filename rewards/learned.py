@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -14,6 +14,15 @@ from diffalign.rewards.base import Metadata, Prepared, Reward
 from diffalign.rewards.published_weights import fetch, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LearnedOptions(TypedDict, total=False):
+    """Options that every reward on a network takes; `LearnedReward` says what they mean."""
+
+    weights: str | Path | None
+    revision: str
+    device: str
+    dtype: str
 
 
 class LearnedReward(Reward):

@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 FOLDER_FILES = (*SMALL_FILES, "*.safetensors")
 """All that a transformers folder needs; checkpoints in other formats stay on the hub, unless there is no other."""
 OLDER_FILES = (*SMALL_FILES, "pytorch_model*.bin")
+
+
+class Pretrained(Protocol):
+    """A class of transformers, such as CLIPModel or an Auto class."""
+
+    __name__: str
+
+    def from_pretrained(self, folder: Path, **options: object) -> tuple[torch.nn.Module, dict[str, Any]]: ...
 
 
 def fetch(
@@ -83,7 +91,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
+def pretrained(kind: Pretrained, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
     """`kind.from_pretrained(folder)`, tensors only. Raises DiffalignError where a parameter is missing, which transformers
     only warns of before it draws that at random."""
     avoid_cudnn_attention()  # judges train, and rewards are followed by their gradient

@@ -6,20 +6,24 @@ about 1e-5 in float32. It works for models that place pictures as Qwen2-VL does 
 unshared form.
 """
 
+from __future__ import annotations
+
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import Cache
+
     from diffalign.rewards.judge import Judge
 
 
-def shareable(judge: "Judge") -> bool:
+def shareable(judge: Judge) -> bool:
     """Whether this model's prefix can be shared, with a gradient if one is being recorded."""
     inner = getattr(judge.model, "model", None)
     if not hasattr(inner, "get_rope_index"):
@@ -29,7 +33,7 @@ def shareable(judge: "Judge") -> bool:
 
 
 def shared_logits(
-    judge: "Judge", images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
+    judge: Judge, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
 ) -> Tensor | None:
     """float32 [B, dimensions, labels]; None where the chat template does not write the question before the rubric."""
     from transformers import DynamicCache
@@ -66,7 +70,7 @@ def shared_logits(
     return torch.stack(found, 1)
 
 
-def branch(cache: Any) -> Any:
+def branch(cache: Cache) -> Cache:
     """A cache that goes on from this one and leaves it as it is.
 
     Keys and values are replaced, not written to, as they grow, so they need no copy, and the gradient flows into them. The

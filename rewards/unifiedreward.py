@@ -6,13 +6,13 @@ avoid whatever the judge fumbles.
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Prepared, by_column
-from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 AXES = ("alignment", "coherence", "style")
 # The words are the model's interface: those of the repository's point_score_ACS_image_generation.py for 2.0.
@@ -62,7 +62,7 @@ class UnifiedReward(VisionLanguageReward):
     source = "arXiv 2503.05236, github.com/CodeGoat24/UnifiedReward"
     repo = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 
-    def __init__(self, *, max_new_tokens: int = 256, **shared: Any) -> None:
+    def __init__(self, *, max_new_tokens: int = 256, **shared: Unpack[VisionLanguageOptions]) -> None:
         super().__init__(**shared)
         self.max_new_tokens = max_new_tokens
 

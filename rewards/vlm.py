@@ -7,7 +7,7 @@ position is the answer's for every sample of a batch.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -15,8 +15,14 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Prepared
-from diffalign.rewards.learned import LearnedReward
+from diffalign.rewards.learned import LearnedOptions, LearnedReward
 from diffalign.rewards.published_weights import pretrained
+
+
+class VisionLanguageOptions(LearnedOptions, total=False):
+    """Options that every reward on an image-text model takes."""
+
+    model: str | None
 
 
 class VisionLanguageReward(LearnedReward):
@@ -24,7 +30,7 @@ class VisionLanguageReward(LearnedReward):
 
     preprocessing = "RGB, the model's own processor"
 
-    def __init__(self, *, model: str | None = None, **shared: Any) -> None:
+    def __init__(self, *, model: str | None = None, **shared: Unpack[LearnedOptions]) -> None:
         shared.setdefault("dtype", "bfloat16" if str(shared.get("device", "cpu")).startswith("cuda") else "float32")
         super().__init__(**shared)
         if model is not None:
@@ -49,7 +55,7 @@ class VisionLanguageReward(LearnedReward):
     def processor_path(self) -> Path:
         return self.path
 
-    def encode(self, images: Sequence[Image.Image], texts: list[str], **image_options: Any) -> dict[str, Tensor]:
+    def encode(self, images: Sequence[Image.Image], texts: list[str], **image_options: bool) -> dict[str, Tensor]:
         """Model inputs for one picture and one question each, up to where the answer begins."""
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]

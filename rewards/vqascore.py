@@ -7,14 +7,14 @@ this. Scores of different models are not comparable.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Prepared
-from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
 
@@ -37,7 +37,7 @@ class VQAScore(VisionLanguageReward):
     source = "arXiv 2404.01291"
     repo = "Qwen/Qwen2.5-VL-7B-Instruct"
 
-    def __init__(self, *, question: str = QUESTION, **shared: Any) -> None:
+    def __init__(self, *, question: str = QUESTION, **shared: Unpack[VisionLanguageOptions]) -> None:
         super().__init__(**shared)
         if "{prompt}" not in question:
             raise DiffalignError(f"reward vqascore: question {question!r} has no {{prompt}} in it")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.published_weights import fingerprint
 from diffalign.rewards.rubric import DIMENSIONS, load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
-from diffalign.rewards.vlm import VisionLanguageReward, pictures
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures
 
 
 def columns_of(dimensions: Sequence[str]) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ class ZReward(VisionLanguageReward):
         dimensions: str | Sequence[str | Path] | None = None,
         mix: str | Mapping[str, float] | None = None,
         share: bool = True,
-        **shared: Any,
+        **shared: Unpack[VisionLanguageOptions],
     ) -> None:
         super().__init__(**shared)
         if labels is not None and labels not in LABELS:

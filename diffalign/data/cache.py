@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
@@ -23,12 +22,12 @@ from diffalign.data.buckets import bucket_sizes, group_sizes
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
+from diffalign.data.protocols import CacheMode, Encoder, GroupSettings
 from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.files import check_space
+from diffalign.progress import Say
 
 VERSION = "2"
-Mode = Literal["all", "latents", "off"]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class CachePlan:
 
     frames: Frames
     prompts: list[str]
-    backbone: Any
+    backbone: Encoder
     folder: Path
-    mode: Mode = "all"
+    mode: CacheMode = "all"
 
     def latents(self, say: Say = print) -> LatentStore | LiveLatents:
         """The latents, encoded first if they are wanted in the cache and not there."""
@@ -79,7 +78,9 @@ class CachePlan:
         check_space(self.folder, sum(self.missing().values()), "data.cache_dir")
 
 
-def plan_cache(data: Any, dataset: PreferenceDataset, groups: list[int], members: int, backbone: Any) -> CachePlan:
+def plan_cache(
+    data: GroupSettings, dataset: PreferenceDataset, groups: list[int], members: int, backbone: Encoder
+) -> CachePlan:
     """The plan that a config's `data` section describes, for chosen groups of at most `members` images."""
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
@@ -90,7 +91,7 @@ def plan_cache(data: Any, dataset: PreferenceDataset, groups: list[int], members
     return CachePlan(frames, [prompts[i] for i in groups], backbone, folder, data.cache)
 
 
-def latent_key(frames: Frames, backbone: Any) -> str:
+def latent_key(frames: Frames, backbone: Encoder) -> str:
     """Hash of everything that decides the latents."""
     dataset = frames.dataset
     digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread))

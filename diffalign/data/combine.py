@@ -1,16 +1,15 @@
 """Several rewards as one label: `labels.source: combined`. The arithmetic is in `diffalign.rewards.aggregate`."""
 
-from typing import Any
-
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import raw_labels
+from diffalign.data.protocols import CombineSettings
 from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import Calibration, dvao, gated, weighted_sum
 
 
-def calibrations(dataset: PreferenceDataset, groups: list[int], combine: Any) -> dict[str, float]:
+def calibrations(dataset: PreferenceDataset, groups: list[int], combine: CombineSettings) -> dict[str, float]:
     """{"NAME.mean", "NAME.std"} of every reward of `combine.weights` over these groups, to be stored with the run."""
     found: dict[str, float] = {}
     for name in combine.weights:
@@ -24,7 +23,7 @@ def calibrations(dataset: PreferenceDataset, groups: list[int], combine: Any) ->
 
 
 def combined_labels(
-    dataset: PreferenceDataset, groups: list[int], combine: Any, stats: dict[str, float]
+    dataset: PreferenceDataset, groups: list[int], combine: CombineSettings, stats: dict[str, float]
 ) -> list[np.ndarray]:
     """One array [K] a group from several rewards; NaN where one of weight above 0 could not score an image.
 

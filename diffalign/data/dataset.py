@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from diffalign.data.image_index import ImageIndex, row_numbers
-from diffalign.data.schema import GROUPS, GROUPS_FILE
+from diffalign.data.schema import GROUPS, GROUPS_FILE, GroupRow
 from diffalign.errors import DiffalignError
 
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
@@ -53,17 +54,25 @@ class PreferenceDataset:
     # --- groups --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _table(self) -> Any:
+    def _table(self) -> pa.Table:
         return pq.read_table(self.folder / GROUPS_FILE, memory_map=True)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def group(self, i: int) -> dict[str, Any]:
+    def group(self, i: int) -> GroupRow:
         """Row i of groups.parquet, its metadata as a dict."""
-        row = {name: self._table[name][i].as_py() for name in self._table.column_names}
-        row = {**dict.fromkeys(GROUPS.names), **row}
-        return {**row, "metadata": json.loads(row["metadata"] or "{}")}
+        stored = {name: self._table[name][i].as_py() for name in self._table.column_names}
+        return {
+            "group_id": stored["group_id"],
+            "prompt_id": stored["prompt_id"],
+            "prompt": stored["prompt"],
+            "preference": stored.get("preference"),
+            "split": stored["split"],
+            "metadata": json.loads(stored.get("metadata") or "{}"),
+            "members": stored.get("members"),  # older files lack this and the next
+            "dropped": stored.get("dropped"),
+        }
 
     def row(self, group_id: str) -> int | None:
         """Row of a group in groups.parquet; None where it is not there."""
@@ -191,7 +200,7 @@ class PreferenceDataset:
             raise DiffalignError(f"labels.source: {self.folder} has no scores of {reward!r}; scored by: {have}")
         return path
 
-    def _score_table(self, reward: str, column: str | None) -> tuple[Any, str]:
+    def _score_table(self, reward: str, column: str | None) -> tuple[pa.Table, str]:
         path, names = self._score_file(reward), self.score_columns(reward)
         if column is not None and column not in names:
             raise DiffalignError(f"labels.source: {path} has no column {column!r}; it has {', '.join(names)}")
@@ -225,6 +234,6 @@ class PreferenceDataset:
         }
 
 
-def _image_row(table: Any, row: int) -> ImageRow:
+def _image_row(table: pa.Table | pa.RecordBatch, row: int) -> ImageRow:
     values = {name: table[name][row].as_py() for name in IMAGE_COLUMNS}
     return ImageRow(values["group_id"], values["index"], values["image"]["bytes"], values["generator"], values["seed"])

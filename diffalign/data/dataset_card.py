@@ -104,7 +104,7 @@ def _weights(name: str, reward: dict[str, Any]) -> str:
     return f"the detector {detector}" if given else str(reward.get("weights", "?"))
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

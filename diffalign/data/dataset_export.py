@@ -15,6 +15,7 @@ from datasets import Features, Image, List, Value
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.dataset_card import write_card
+from diffalign.data.schema import GroupRow
 from diffalign.data.writer import parquet_writer
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
@@ -141,7 +142,7 @@ def strict_pairs(preference: list[float], pairs: str) -> Iterator[tuple[int, int
 
 
 def _pair_row(
-    row: dict[str, Any], images: tuple[ImageRow, ImageRow], swapped: bool, count: int, group: int
+    row: GroupRow, images: tuple[ImageRow, ImageRow], swapped: bool, count: int, group: int
 ) -> dict[str, Any]:
     uids = [f"{image.group_id}-{image.index}" for image in images]
     return {

@@ -14,20 +14,19 @@ A prompt is encoded alone, never in a batch, whose size would decide its last bi
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.protocols import PromptEncoder
 from diffalign.files import check_space
+from diffalign.progress import Say
 
-Say = Callable[[str], None]
 
-
-def encoded(backbone: Any, prompt: str) -> dict[str, Tensor]:
+def encoded(backbone: PromptEncoder, prompt: str) -> dict[str, Tensor]:
     """Everything that the model needs of one prompt, each [...] bfloat16 on the CPU."""
     return {name: values[0].to(torch.bfloat16) for name, values in backbone.encode_prompts([prompt]).items()}
 
@@ -35,7 +34,7 @@ def encoded(backbone: Any, prompt: str) -> dict[str, Tensor]:
 class LivePrompts:
     """Embeddings made when they are asked for (`data.cache: latents` or `off`): the text encoders stay in memory."""
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: PromptEncoder) -> None:
         self.backbone = backbone
         self.unconditional = {name: values[None].float() for name, values in encoded(backbone, "").items()}
 
@@ -64,7 +63,7 @@ class PromptStore:
         return {name: torch.stack([array.read(row) for row in rows]).float() for name, array in self._arrays.items()}
 
     @classmethod
-    def write(cls, folder: Path, prompts: Sequence[str], backbone: Any, say: Say) -> None:
+    def write(cls, folder: Path, prompts: Sequence[str], backbone: PromptEncoder, say: Say) -> None:
         """Encode the distinct ones of `prompts`, and the empty prompt, into `folder`."""
         distinct = list(dict.fromkeys([*prompts, ""]))
         check_space(folder, prompt_bytes(distinct, backbone), "the cache of prompt embeddings")
@@ -89,7 +88,7 @@ class PromptStore:
         say(f"cached embeddings of {len(distinct) - 1} prompts")
 
 
-def prompt_bytes(prompts: Sequence[str], backbone: Any) -> int:
+def prompt_bytes(prompts: Sequence[str], backbone: PromptEncoder) -> int:
     """Size of the cached embeddings; one prompt is encoded to learn it."""
     distinct = list(dict.fromkeys([*prompts, ""]))
     return 2 * len(distinct) * sum(trimmed(values).numel() for values in encoded(backbone, distinct[0]).values())

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +42,7 @@ class ImageIndex:
         self._row_groups = [(shard, i) for shard, i, _ in sizes]
         self._first_row = np.concatenate([[0], np.cumsum([n for *_, n in sizes], dtype=np.int64)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._last: tuple[Any, Any] = (None, None)
+        self._last: tuple[tuple[int, list[str]] | None, pa.Table | None] = (None, None)
         twice = np.flatnonzero(np.diff(self.keys) == 0)
         if len(twice):
             key = int(self.keys[twice[0]])
@@ -65,7 +64,7 @@ class ImageIndex:
         at = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
         return np.where((group >= 0) & (self.keys[at] == wanted), at, -1) if len(self.keys) else np.full(len(at), -1)
 
-    def read(self, place: int, columns: list[str]) -> tuple[Any, int]:
+    def read(self, place: int, columns: list[str]) -> tuple[pa.Table, int]:
         """The row group that holds an image, and the row in it. Of row groups the last read stays, as a group's images
         mostly lie in one; files stay open, the last `OPEN_FILES` used."""
         at, row = self._row(place)
@@ -102,6 +101,6 @@ def _open(path: Path) -> pq.ParquetFile:
         raise DiffalignError(f"{path} is no whole parquet file ({error}); delete it and make it again") from error
 
 
-def row_numbers(indices: Any) -> np.ndarray:
+def row_numbers(indices: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Arrow's answer of `index_in` as int64, -1 for what is not there."""
     return np.asarray(indices.fill_null(-1).to_numpy(), dtype=np.int64)

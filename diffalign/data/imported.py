@@ -8,7 +8,7 @@ from typing import Any
 
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 
@@ -55,7 +55,7 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
     if (out / GROUPS_FILE).exists():
         raise DiffalignError(f"{out} holds a dataset already; choose another folder")
     report = Report()
-    groups: list[dict[str, Any]] = []
+    groups: list[GroupRow] = []
     writer: ImageWriter | None = None
     in_file, files = 0, 0
     try:
@@ -114,7 +114,7 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 
 
-def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> dict[str, Any]:
+def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> GroupRow:
     prompt = PromptRow(row.prompt)
     group = f"{number:07d}-{prompt.prompt_id}"
     for index, image in enumerate(row.images):

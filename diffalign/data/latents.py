@@ -10,10 +10,8 @@ the size wanted, and all images of the group have one; a group half drawn and ha
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,15 +20,15 @@ from torch import Tensor
 
 from diffalign.data.buckets import Size, fit, header_size, to_pixels
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.protocols import ImageEncoder
 from diffalign.errors import DiffalignError
 from diffalign.files import check_space
+from diffalign.progress import Say
 
 BATCH = 8
 """Images encoded at once, of one group: a group's latents then hang on nothing but the group, to the last bit."""
 
 STORED = ["latent", "latent_shape", "provenance"]
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Frames:
 class Encoder:
     """From a group's pictures to float16 latents; the one way in which cached and uncached latents come about."""
 
-    def __init__(self, frames: Frames, backbone: Any) -> None:
+    def __init__(self, frames: Frames, backbone: ImageEncoder) -> None:
         self.frames, self.backbone = frames, backbone
         self.ids = frames.dataset.column("group_id")
         self.vae = backbone.vae_fingerprint() if has_latents(frames.dataset) else ""
@@ -120,7 +118,7 @@ def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) 
 class LiveLatents:
     """Latents encoded when they are asked for (`data.cache: off`): no disk, and the VAE stays in memory."""
 
-    def __init__(self, frames: Frames, backbone: Any) -> None:
+    def __init__(self, frames: Frames, backbone: ImageEncoder) -> None:
         self.frames, self._encoder = frames, Encoder(frames, backbone)
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
@@ -161,7 +159,7 @@ class LatentStore:
         return _wide(self.mean[size][at]), _wide(self.spread[size][at]) if self.spread else None
 
     @classmethod
-    def write(cls, folder: Path, frames: Frames, backbone: Any, say: Say) -> None:
+    def write(cls, folder: Path, frames: Frames, backbone: ImageEncoder, say: Say) -> None:
         """Encode all groups into `folder`."""
         encoder = Encoder(frames, backbone)
         done = 0
@@ -185,7 +183,7 @@ class LatentStore:
         say(f"cached latents of {len(frames.groups)} groups{encoder.said()}")
 
 
-def latent_bytes(frames: Frames, backbone: Any) -> int:
+def latent_bytes(frames: Frames, backbone: ImageEncoder) -> int:
     """Size of the cached latents, from the model's shapes."""
     side = backbone.vae_scale_factor
     pixels = sum((width // side) * (height // side) for width, height in frames.sizes)

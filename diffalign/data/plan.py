@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffalign.data.prompts import PromptRow
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
@@ -18,6 +18,7 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
 
+T = TypeVar("T")
 IMAGES_PER_SHARD = 256
 
 
@@ -123,6 +124,6 @@ def _count(items: int, size: int) -> int:
     return -(-items // size)
 
 
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -125,8 +125,8 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         yield where, {k: v for k, v in row.items() if v != ""}
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     try:
-        return None if isinstance(value, bool) or value is None else float(value)
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
     except (TypeError, ValueError):
         return None

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 
@@ -25,7 +24,7 @@ def write_real_against_generated(real: Sequence[RealImage], drawn: PreferenceDat
     waiting: dict[str, list[Callable[[], bytes]]] = {}
     for row, image in real:
         waiting.setdefault(row.prompt, []).append(image)
-    rows: list[dict[str, Any]] = []
+    rows: list[GroupRow] = []
     with ImageWriter(out) as writer:
         for i in range(len(drawn)):
             group = drawn.group(i)

@@ -19,11 +19,13 @@ from PIL import Image
 
 from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE, IMAGES, with_latents
+from diffalign.data.protocols import ImageSampler
+from diffalign.data.schema import GROUPS_FILE, IMAGES, GroupRow, with_latents
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.progress import OnImages
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
 
@@ -49,7 +51,7 @@ def draw_part(
     out: Path,
     draw: Draw,
     provenance: dict[str, Any],
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
     latents: bool = False,
 ) -> int:
     """Draw generator `number`'s images of `plan`; returns how many this process drew.
@@ -129,7 +131,7 @@ def clean_up(out: Path) -> None:
 
 
 def sample_groups(
-    backbone: Any,
+    backbone: ImageSampler,
     prompts: list[PromptRow],
     out: Path,
     *,
@@ -143,7 +145,7 @@ def sample_groups(
     width: int | None = None,
     split: str = "train",
     origin: dict[str, str | None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
 ) -> None:
     """Sample `images_per_prompt` images of every prompt from one model into dataset `out`.
 
@@ -152,14 +154,23 @@ def sample_groups(
     is more than the backbone's path and revision.
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
-    options = {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    provenance = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **options}
+    provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {})}
+    provenance |= {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
     settings = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}
     settings |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
     remember(out, settings)
 
     def draw(texts: list[str], seeds: list[int]) -> list[Drawn]:
-        return [Drawn(image) for image in backbone.sample(texts, seeds, height=height, width=width, **options)]
+        images = backbone.sample(
+            texts,
+            seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+        )
+        return [Drawn(image) for image in images]
 
     draw_part(plan, 0, out, draw, provenance, on_progress)
     write_planned_groups(plan, out, split)
@@ -213,7 +224,7 @@ def _piece(out: Path, shard: Shard, batch: int) -> Path:
     return out / WORK_FOLDER / "images" / shard.name / f"{batch:05d}.parquet"
 
 
-def _group(group: str, row: PromptRow, split: str) -> dict[str, Any]:
+def _group(group: str, row: PromptRow, split: str) -> GroupRow:
     return {
         "group_id": group,
         "prompt_id": row.prompt_id,

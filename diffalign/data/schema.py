@@ -9,7 +9,7 @@ Image columns carry the metadata with which `datasets.load_dataset("parquet", ..
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -54,6 +54,19 @@ GROUPS = pa.schema(
 )
 
 GROUPS_FILE = "groups.parquet"
+
+
+class GroupRow(TypedDict):
+    """A row of groups.parquet, its metadata as a dict. `preference` has a value for each image that counts."""
+
+    group_id: str
+    prompt_id: str
+    prompt: str
+    preference: list[float] | None
+    split: str
+    metadata: dict[str, Any]
+    members: NotRequired[list[int] | None]
+    dropped: NotRequired[str | None]
 
 
 def with_latents() -> pa.Schema:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from diffalign.data.schema import score_schema
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.progress import OnImages
+from diffalign.rewards import Reward
 
 
 def score_images(
     dataset: PreferenceDataset,
-    reward: Any,
+    reward: Reward,
     batch_size: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
     settings: dict[str, Any] | None = None,
 ) -> int:
     """Score every image, streaming; returns how many this process scored. What is complete is left as it is.
@@ -29,8 +30,13 @@ def score_images(
     An image that cannot be decoded or scored gets NaN and the reason. `settings` (what the reward was built with) are
     written beside its version, weights and licence; scores of another version or other settings are refused.
     """
-    made_by = {"reward": reward.name, "version": reward.version, "weights": reward.weights, "licence": reward.licence}
-    made_by |= {"settings": settings or {}}
+    made_by = {
+        "reward": reward.name,
+        "version": reward.version,
+        "weights": reward.weights,
+        "licence": reward.licence,
+        "settings": settings or {},
+    }
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
     schema = score_schema(reward.columns, made_by)
     work = dataset.folder / WORK_FOLDER
@@ -64,7 +70,7 @@ def score_images(
     return mine
 
 
-def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Any) -> list[dict[str, Any]]:
+def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> list[dict[str, Any]]:
     """Rows of the score file for these images."""
     images: list[Image.Image] = []
     broken: dict[int, str] = {}

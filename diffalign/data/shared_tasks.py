@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign.progress import OnImages
+
 WAIT = 0.2  # seconds between looks at what others are making
 WORK_FOLDER = ".work"
 
@@ -52,7 +54,7 @@ def _open(path: Path) -> int:
             continue
 
 
-def complete_all(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int], None] | None = None) -> int:
+def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None) -> int:
     """Return when every task is done, by this process or another; how much of the work (in `size`) this one did."""
     everything = list(tasks)
     total, mine = sum(task.size for task in everything), 0

@@ -1,9 +1,7 @@
 """What training reads: latents and embeddings, cached or made at once, with labels, by group."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +14,10 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
 from diffalign.data.latents import LatentStore, LiveLatents
+from diffalign.data.protocols import Encoder, GroupSettings, LabelSettings
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
+from diffalign.progress import Say
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TrainingSource:
         return labelled_groups(dataset, rows, values)
 
 
-def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int, int]:
+def choose_groups(data: GroupSettings, dataset: PreferenceDataset) -> tuple[list[int], int, int]:
     """Groups of the split (up to `limit`), K = the largest group, and how many groups are smaller."""
     chosen = dataset.split(data.split)[: data.limit]
     ids = dataset.column("group_id")
@@ -103,7 +103,7 @@ def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int
     return chosen, members, sum(s < members for s in sizes)
 
 
-def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None:
+def check_guidance(data: GroupSettings, dataset: PreferenceDataset, backbone: Encoder) -> None:
     """Refuse a guidance embedding other than the one that this model's images of the split were drawn with.
 
     A model that takes the guidance scale as an input is another model at another scale. Images of other origin say
@@ -129,13 +129,14 @@ def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None
 
 
 def prepare_source(
-    data: Any, label: Any, dataset: PreferenceDataset, backbone: Any, say: Callable[[str], None] = print
+    data: GroupSettings, label: LabelSettings, dataset: PreferenceDataset, backbone: Encoder, say: Say = print
 ) -> TrainingSource:
     """Encode what is not cached yet and pair it with labels. `data`, `label`: a config's `data` and `labels` sections."""
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
     if label.source == "combined":
+        assert label.combine is not None  # the config is checked
         stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
         raw = combined_labels(dataset, chosen, label.combine, stats)
     else:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES
+from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
 
@@ -110,7 +110,7 @@ class ImageWriter:
         self._file.__exit__(kind, error, trace)
 
 
-def write_groups(folder: Path, rows: Iterable[dict[str, Any]], batch: int = 4096) -> int:
+def write_groups(folder: Path, rows: Iterable[GroupRow], batch: int = 4096) -> int:
     """Write `groups.parquet` from rows with the columns of `schema.GROUPS` (metadata as a dict); returns how many.
 
     Raises DiffalignError if a group id comes twice.

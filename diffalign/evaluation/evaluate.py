@@ -10,7 +10,7 @@ Besides `tuned`, any number of further weights (`others`) can be compared with t
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,8 @@ from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
 from diffalign.files import read_json_lines, replacing, write_whole
+from diffalign.progress import OnImages, OnNamedImages
+from diffalign.rewards import Reward
 
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 
@@ -37,11 +39,24 @@ class Prompt(Protocol):
     def metadata(self) -> dict[str, Any]: ...
 
 
+class Correction(Protocol):
+    """Which scores become the corrected one (`quality.corrected`): a config's `corrected` section."""
+
+    @property
+    def reward(self) -> str: ...
+    @property
+    def quality(self) -> list[str]: ...
+    @property
+    def u0(self) -> float: ...
+    @property
+    def c(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class EvaluationPlan:
     """What is drawn: the same noise for both models, from (seed, prompt's place, k) alone."""
 
-    prompts: list[Any]
+    prompts: Sequence[Prompt]
     seeds: int
     seed: int = 0
     batch_size: int = 32
@@ -62,7 +77,7 @@ def sample_images(
     plan: EvaluationPlan,
     folder: Path,
     identity: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
 ) -> None:
     """Draw the plan's images into `folder`; whole batches that are there already are not drawn again.
 
@@ -93,7 +108,9 @@ def sample_images(
             on_progress(start + len(batch), len(cells))
 
 
-def score_folder(plan: EvaluationPlan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
+def score_folder(
+    plan: EvaluationPlan, rewards: dict[str, Reward], folder: Path, chunk: int = 64
+) -> dict[str, np.ndarray]:
     """ "reward.column" -> scores [P, S] of the images in `folder`."""
     cells = plan.cells()
     found: dict[str, list[float]] = {}
@@ -113,13 +130,13 @@ def evaluate(
     base: Sampler,
     tuned: Sampler,
     plan: EvaluationPlan,
-    rewards: dict[str, Any],
+    rewards: dict[str, Reward],
     out: Path,
     identities: dict[str, str],
     others: dict[str, Sampler] | None = None,
-    correction: Any = None,
+    correction: Correction | None = None,
     base_folder: Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnNamedImages | None = None,
 ) -> dict[str, Any]:
     """Compare models with the base; returns what `eval.json` holds.
 
@@ -160,7 +177,7 @@ def evaluate(
     return result
 
 
-def _named(on_progress: Callable[[str, int, int], None] | None, model: str) -> Callable[[int, int], None] | None:
+def _named(on_progress: OnNamedImages | None, model: str) -> OnImages | None:
     return None if on_progress is None else lambda done, total: on_progress(model, done, total)
 
 

@@ -61,7 +61,7 @@ class Run:
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value of a config; of a list of sections, their names with what they weigh."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
         return str(value)

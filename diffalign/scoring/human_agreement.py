@@ -71,10 +71,14 @@ def _index(scores: Scores) -> dict[str, int | None]:
     return index | exact
 
 
-def _row_of(name: Any, where: str, index: dict[str, int | None]) -> int:
+def _row_of(name: object, where: str, index: dict[str, int | None]) -> int:
     found = index.get(name) if isinstance(name, str) else None
     if found is None:
-        fault = "names more than one picture; give its path" if name in index else "is none of the scored pictures"
+        fault = (
+            "names more than one picture; give its path"
+            if isinstance(name, str) and name in index
+            else "is none of the scored pictures"
+        )
         raise DiffalignError(f"{where}: {name!r} {fault}")
     return found
 

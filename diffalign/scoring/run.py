@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
+from diffalign.rewards.base import Prepared
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item, digest
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.store import IDENTITY, REASON, Result, Store, key_of, with_facts
-
-Progress = Callable[[str, int, int], None]
-"""(label, done, total) of this process."""
 
 
 @dataclass
@@ -45,7 +44,7 @@ def score_items(
     batch_size: int = 32,
     workers: int = 4,
     processes: Processes | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnNamedImages | None = None,
 ) -> Scores:
     """Score every item with every reward (label -> reward) that has not scored it yet. Rows come back on all processes.
 
@@ -106,10 +105,10 @@ def _wanted(items: list[Item], hashes: list[str], reward: Reward, identity: dict
 
 def _ahead(
     items: list[Item], todo: list[tuple[str, int]], reward: Reward, pool: ThreadPoolExecutor, window: int
-) -> Iterator[tuple[str, int, Any]]:
+) -> Iterator[tuple[str, int, tuple[str, Prepared | Unreadable]]]:
     """(key, item, prepared picture or Unreadable) in order, at most `window` of them in memory."""
 
-    def one(i: int) -> tuple[str, Any]:
+    def one(i: int) -> tuple[str, Prepared | Unreadable]:
         sha256 = ""
         try:
             data = items[i].origin.read()
@@ -118,7 +117,7 @@ def _ahead(
         except Unreadable as error:
             return sha256, error
 
-    pending: list[tuple[str, int, Future[tuple[str, Any]]]] = []
+    pending: list[tuple[str, int, Future[tuple[str, Prepared | Unreadable]]]] = []
     for key, i in todo:
         pending.append((key, i, pool.submit(one, i)))
         if len(pending) > window:
@@ -137,12 +136,12 @@ def _score(
     batch_size: int,
     pool: ThreadPoolExecutor,
     label: str,
-    on_progress: Progress | None,
+    on_progress: OnNamedImages | None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """This process's share; (new results, reasons of pictures that could not be decoded)."""
     results: dict[str, Result] = {}
     broken: dict[str, str] = {}
-    batch: list[tuple[str, int, Any]] = []
+    batch: list[tuple[str, int, Prepared]] = []
 
     def flush() -> None:
         if batch:
@@ -168,7 +167,7 @@ def _score(
     return results, broken
 
 
-def _measure(items: list[Item], batch: list[tuple[str, int, Any]], reward: Reward) -> dict[str, Result]:
+def _measure(items: list[Item], batch: list[tuple[str, int, Prepared]], reward: Reward) -> dict[str, Result]:
     """Scores of a batch; where the GPU's memory does not hold it, of its halves."""
     prompts = [items[i].prompt or "" for _, i, _ in batch]
     facts = [{**items[i].metadata, "prompt": items[i].prompt or ""} for _, i, _ in batch]

@@ -46,7 +46,7 @@ def parse_all(texts: list[str]) -> list[RewardSpec]:
     return specs
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +66,7 @@ class Store:
         self.journal = None if path is None else path.with_name(path.name + ".journal")
         self._process = process
         self._journaled: set[str] = set()
-        self._stream: Any = None
+        self._stream: TextIO | None = None
         if path is not None:
             self._read_output(path)
             self._read_journal()

@@ -5,17 +5,19 @@ reasons that a rater would note and scores that are mostly noise, as a model tha
 row of a comparison, and where teachers and students start.
 """
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.progress import Say
 from diffalign.rewards.judge import Judge
 from diffalign.rewards.judge_prompt import LABELS, Wording
 from diffalign.testbed.judge_data import (
@@ -29,6 +31,9 @@ from diffalign.testbed.judge_data import (
 )
 from diffalign.testbed.pretrain import learning_rate
 from diffalign.testbed.tokenizers import WORDS, apply_merges, byte_symbols
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer, Qwen3VLProcessor
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (
@@ -70,7 +75,7 @@ class BaseSettings:
     """Share of samples that answer without reasons."""
 
 
-def judge_tokenizer() -> Any:
+def judge_tokenizer() -> Qwen2Tokenizer:
     """A genuine Qwen2 tokenizer in which each word of the world is one token, with or without a blank before it."""
     from transformers import Qwen2Tokenizer
 
@@ -104,7 +109,7 @@ def judge_tokenizer() -> Any:
     )
 
 
-def judge_processor(tokenizer: Any) -> Any:
+def judge_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
     """Qwen3-VL's processor for 64 x 64 pictures; larger ones are shrunk to about that."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
@@ -198,9 +203,7 @@ def base_loss(judge: Judge, shown: list[FaultyImage], settings: BaseSettings, rn
     return total / tokens
 
 
-def make_base(
-    out: Path, size: str, seed: int = 0, settings: BaseSettings | None = None, say: Callable[[str], None] = print
-) -> Judge:
+def make_base(out: Path, size: str, seed: int = 0, settings: BaseSettings | None = None, say: Say = print) -> Judge:
     """Teach a judge from nothing and save it in `out`; minutes on a CPU core."""
     settings = settings or BaseSettings()
     judge = untrained_judge(size, seed)

@@ -8,7 +8,6 @@ distribution around it. So the distribution that a judge should predict is known
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -135,7 +134,7 @@ def faulty_groups(
 
 def judge_records(
     groups: Iterator[list[FaultyImage]], raters: int, seed: int
-) -> Iterator[tuple[list[Image.Image], list[Any], list[Any]]]:
+) -> Iterator[tuple[list[Image.Image], list[Metadata], list[Metadata]]]:
     """Images, pair records and rating records of each group; images are named images/GROUP-INDEX.png.
 
     A pair's scores are those of the first rater, as one person annotates an image; images whose scores agree make no pair.

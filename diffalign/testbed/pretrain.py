@@ -9,26 +9,26 @@ to improve. Stops and goes on at its snapshots.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
+from diffalign.progress import Say
 from diffalign.testbed.models import BUILDERS, autoencoder
 from diffalign.testbed.scenes import render
 from diffalign.testbed.shape_prompts import TAGS, Metadata, combinations, misdescribed, scene_for
 from diffalign.testbed.tokenizers import T5_LENGTH
 
-Say = Callable[[str], None]
-Pipeline = Any  # StableDiffusion3Pipeline or StableDiffusionXLPipeline; diffusers does not type them
+Pipeline: TypeAlias = StableDiffusion3Pipeline | StableDiffusionXLPipeline
 
 
 @dataclass(frozen=True)
