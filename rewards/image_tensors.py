@@ -1,8 +1,8 @@
-"""Image processors of image-text models on float tensors, so that a score has a gradient to the pixels.
+"""Run image processors of image-text models on float tensors, so that a score has a gradient to the pixels.
 
-The processors of transformers take 8-bit pictures and cut the graph. Each function here does the same to float pixels
-[B, 3, H, W] in [0, 1]: exactly the same values where nothing is resized; where something is, within `pixels.BOUND` (1.25 8-bit
-levels, before normalisation) on pictures without pixel noise, since the original rounds to 8 bits after its resize.
+The processors of transformers take 8-bit images and cut the graph. Each function here does the same to float pixels [B,
+3, H, W] in [0, 1]. Values are equal where nothing is resized; where something is, they are within `pixels.BOUND` (1.25
+8-bit levels, before normalisation) on images without pixel noise, since the original rounds to 8 bits after its resize.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 TensorProcessor = Callable[["BaseImageProcessor", Tensor], dict[str, Tensor]]
-"""(the processor's image processor, pixels [B, 3, H, W]) to the model's image inputs, float32."""
+"""A function from (image processor, pixels [B, 3, H, W]) to the model's image inputs, float32."""
 
 
 def qwen_vl(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
-    """Qwen2-VL, 2.5-VL, 3-VL, 3.5: sides to multiples of patch * merge, an area within bounds, then rows of patches."""
+    """Prepare inputs for Qwen2-VL, 2.5-VL, 3-VL, 3.5: sides to multiples of patch * merge, area within bounds, patches."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     height, width = pixels.shape[-2:]
@@ -45,7 +45,10 @@ def qwen_vl(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def fixed_size(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
-    """Gemma 3 and other SigLIP towers: to one size, aspect lost. Pan-and-scan crops are refused."""
+    """Prepare inputs for Gemma 3 and other SigLIP towers: resize to one size without keeping the aspect.
+
+    Raises DiffalignError for pan-and-scan crops.
+    """
     if getattr(processor, "do_pan_and_scan", None):
         raise DiffalignError(
             "pan-and-scan makes several crops of a picture and has no gradient here; set do_pan_and_scan to false"
@@ -66,9 +69,9 @@ FAMILIES: dict[str, TensorProcessor] = {
 
 
 def tensor_inputs(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
-    """The image inputs of float pixels [B, 3, H, W] in [0, 1], float32, with their gradient.
+    """Return the image inputs of float pixels [B, 3, H, W] in [0, 1], float32, with their gradient.
 
-    Raises DiffalignError for an image processor that none of FAMILIES repeats.
+    Raises DiffalignError for an image processor that is not in FAMILIES.
     """
     kind = type(processor).__name__
     if kind not in FAMILIES:
@@ -79,7 +82,7 @@ def tensor_inputs(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Te
 
 
 def _resized(processor: BaseImageProcessor, pixels: Tensor, height: int, width: int) -> Tensor:
-    """The processor's filter, clamped as 8 bits clamp what bicubic overshoots; untouched where the size is right already."""
+    """Resize with the processor's filter, clamped as 8 bits clamp bicubic overshoot; unchanged if the size is right."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample))

@@ -1,9 +1,10 @@
-"""One pass over picture and question for all dimensions: their keys and values are kept, and each rubric continues from them.
+"""Run image and question through a judge once for all dimensions: each rubric continues from the cached keys and
+values.
 
-A picture is most of the tokens, so four dimensions cost little more than one. The numbers are those of the unshared form to
-about 1e-5 in float32. It works for models that place pictures as Qwen2-VL does (`get_rope_index`: Qwen2-VL, 2.5-VL, 3-VL,
-3.5); others, and models with linear attention whose gradient is wanted (their cache is overwritten in place), take the
-unshared form.
+An image is most of the tokens, so four dimensions cost little more than one. The numbers are those of the unshared form
+to about 1e-5 in float32. It works for models that place images as Qwen2-VL does (`get_rope_index`: Qwen2-VL, 2.5-VL,
+3-VL, 3.5); others, and models with linear attention whose gradient is wanted (their cache is overwritten in place), use
+the unshared form.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def shareable(judge: Judge) -> bool:
-    """Whether this model's prefix can be shared, with a gradient if one is being recorded."""
+    """Return whether this model's prefix can be shared, with a gradient if one is being recorded."""
     inner = getattr(judge.model, "model", None)
     if not hasattr(inner, "get_rope_index"):
         return False
@@ -35,7 +36,7 @@ def shareable(judge: Judge) -> bool:
 def shared_logits(
     judge: Judge, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
 ) -> Tensor | None:
-    """float32 [B, dimensions, labels]; None where the chat template does not write the question before the rubric."""
+    """Return float32 [B, dimensions, labels]; None if the chat template does not write the question before the rubric."""
     from transformers import DynamicCache
 
     chats = [[judge.chat(prompt, name) for name in names] for prompt in prompts]
@@ -52,7 +53,7 @@ def shared_logits(
         attention_mask=mask,
         mm_token_type_ids=batch["mm_token_type_ids"],
     )
-    # Text goes on behind the furthest position in any of the three directions; padding holds low ones.
+    # Text continues after the furthest position in any of the three directions; padding has low positions.
     start = positions.masked_fill(mask[None] == 0, -1).amax((0, 2))
     found = []
     for n in range(len(names)):
@@ -71,10 +72,10 @@ def shared_logits(
 
 
 def branch(cache: Cache) -> Cache:
-    """A cache that goes on from this one and leaves it as it is.
+    """Return a cache that continues from this one and leaves it unchanged.
 
-    Keys and values are replaced, not written to, as they grow, so they need no copy, and the gradient flows into them. The
-    states of linear attention are overwritten, so these are copied.
+    Keys and values are replaced, not overwritten, as they grow, so they need no copy, and the gradient flows into them.
+    The states of linear attention are overwritten, so these are copied.
     """
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]

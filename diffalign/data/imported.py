@@ -1,4 +1,4 @@
-"""What a reader of other people's data yields, and how it becomes a dataset folder."""
+"""Turn what a reader of other people's data yields into a dataset folder."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +17,9 @@ IMAGES_PER_FILE = 4096
 
 @dataclass(frozen=True)
 class ImportedGroup:
-    """A group as it stands in somebody's files. images: encoded bytes, or files that are read when it is written."""
+    """A group as it stands in somebody's files. images: encoded bytes, or files that are read when the group is
+    written.
+    """
 
     prompt: str
     images: tuple[bytes | Path, ...]
@@ -30,7 +32,7 @@ class ImportedGroup:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that gives no group. `fault`: it is broken, and its place is told; else only counted by its reason."""
+    """A skipped row. `fault`: report file and row; otherwise only count the reason."""
 
     where: str
     reason: str
@@ -48,7 +50,7 @@ class Report:
 
 
 def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False) -> Report:
-    """Write a dataset; images are kept byte for byte. A broken row is skipped; if `strict`, it is an error.
+    """Write a dataset; images are kept byte for byte. A broken row is skipped, or is an error if `strict`.
 
     Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
     """
@@ -92,13 +94,13 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
 
 
 def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
-    """Preferences from ranks, 1 the best: the share of the others that are ranked worse; equal ranks beat nobody."""
+    """Return preferences from ranks (1 is the best): the share of the others that are ranked worse."""
     others = max(len(ranks) - 1, 1)
     return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
 
 
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
-    """The row with its files read and looked at."""
+    """Return the row with its files read and checked, or why it is skipped."""
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
@@ -109,7 +111,7 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
         try:
             ImageRow("", n, data, "", 0).decode()
         except DiffalignError:
-            return SkippedRow(row.where, f"{name} is no whole picture")
+            return SkippedRow(row.where, f"{name} is not a complete image")
         loaded.append(data)
     return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 

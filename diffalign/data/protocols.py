@@ -1,6 +1,6 @@
-"""Say what this package needs of a model and of a config, so that neither pipelines nor config is imported here.
+"""Define what this package needs of a model and of a config, so that it imports neither pipelines nor config.
 
-`diffalign.pipelines.Backbone` and the sections of `diffalign.config` fit these; so does any stand-in with the same members.
+`diffalign.pipelines.Backbone` and the sections of `diffalign.config` have these members; so may any stand-in.
 """
 
 from collections.abc import Mapping, Sequence

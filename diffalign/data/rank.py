@@ -1,6 +1,6 @@
-"""From scores to preferences: Syn-Pic's vote shares (RankDPO, arXiv 2410.18013, section 3.2 and Algorithm 1).
+"""Turn scores into preferences: Syn-Pic's vote shares (RankDPO, arXiv 2410.18013, section 3.2 and Algorithm 1).
 
-Only groups.parquet is written, from images and scores that stay as they are, so a dataset can be ranked again at will.
+Only groups.parquet is written; images and scores stay as they are, so a dataset can be ranked again at any time.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +22,14 @@ GENERATOR_EXPLAINS = 0.5
 
 @dataclass(frozen=True)
 class Rules:
-    """How scores become preferences, besides which rewards vote. The defaults are Syn-Pic's.
+    """How scores become preferences. The defaults are Syn-Pic's.
 
-    aggregate: `votes`, or `mean`: each reward's scores are z-scored over the dataset and averaged, and the mean is the one
-    voter. weights: votes, or weight in the mean, of each reward (1). min_gap: groups whose best and worst differ by less,
-    in shares or in units of the mean, are dropped. choose, k: which k images of a larger group count. limits: images
-    outside are left out. duplicates: images that differ from a better one by at most so many of 64 bits are left out.
-    splits: share of the prompts in each split but `train`, which gets the rest; None: splits stay as they are.
+    aggregate: `votes`; or `mean`: each reward's scores are z-scored over the dataset and averaged, and the mean is the
+    one voter. weights: votes, or weight in the mean, of each reward (default 1). min_gap: groups whose best and worst
+    differ by less, in shares or in units of the mean, are dropped. choose, k: which k images of a larger group count.
+    limits: images outside them do not count. duplicates: an image does not count if it differs from a better one by at
+    most this many of 64 bits. splits: share of the prompts in each split except `train`, which gets the rest; None:
+    splits stay as they are.
     """
 
     aggregate: Literal["votes", "mean"] = "votes"
@@ -47,9 +48,9 @@ def rank(
 ) -> dict[str, Any]:
     """Write `preference` into groups.parquet from the named rewards ("geneval" or "geneval.exact").
 
-    `shuffle_seed` gives each group's shares to its images at random: the control that any honest result must beat.
-    Returns what was done: groups, how many were dropped for which reason, images that count, and `generator_explains`, the
-    share of the preferences' variance that the generators' means alone explain (None with one generator).
+    `shuffle_seed` permutes each group's shares at random: the control that any honest result must beat. Returns a
+    report: groups, how many were dropped for which reason, images that count, and `generator_explains`, the share of
+    the preferences' variance that the generators' means alone explain (None with one generator).
     """
     rules = rules or Rules()
     if not sources:
@@ -128,7 +129,7 @@ def _weights(sources: list[str], given: dict[str, float]) -> np.ndarray:
 
 
 def _mean_score(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of z-scores [images]; NaN where any reward has none."""
+    """Return the weighted mean of z-scores [images]; NaN where any reward has none."""
     mean = np.nanmean(scores, axis=1, keepdims=True)
     std = np.nanstd(scores, axis=1, keepdims=True)
     return np.asarray(np.average((scores - mean) / np.maximum(std, 1e-12), axis=0, weights=weights))
@@ -159,9 +160,10 @@ def _report(dataset: PreferenceDataset, rows: list[GroupRow]) -> dict[str, Any]:
 
 
 def generator_explains(dataset: PreferenceDataset, rows: list[GroupRow]) -> float | None:
-    """Share of the variance of preferences (within groups) that the generators' means explain; None with one generator.
+    """Return the share of the variance of preferences within groups that the generators' means explain.
 
-    Near 1, training mostly teaches the look of the better generator. By chance it is near generators / images.
+    None with one generator. Near 1, training mostly teaches the look of the better generator. By chance it is about
+    generators / images.
     """
     generators = dataset.image_column("generator")
     names: list[Any] = []
@@ -183,7 +185,7 @@ def generator_explains(dataset: PreferenceDataset, rows: list[GroupRow]) -> floa
 
 
 def generator_warning(explained: float | None) -> str | None:
-    """What to say when the generators decide the ranking (the control is one generator alone)."""
+    """Return a warning if the generators decide the ranking, else None (the control is one generator alone)."""
     if explained is None or explained < GENERATOR_EXPLAINS:
         return None
     return (

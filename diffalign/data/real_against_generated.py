@@ -1,4 +1,4 @@
-"""Real and generated images of the same prompts as one dataset, for objectives that tell the two apart (DDO)."""
+"""Make one dataset of real and generated images of the same prompts, for objectives that tell them apart (DDO)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ RealImage = tuple[PromptRow, Callable[[], bytes]]
 
 
 def write_real_against_generated(real: Sequence[RealImage], drawn: PreferenceDataset, out: Path) -> int:
-    """Write groups of one real image (preference 1) and the images of `drawn` of the same prompt (0); returns how many.
+    """Write groups of one real image (preference 1) and the images of `drawn` of the same prompt (0); return how many.
 
-    What is there already is kept. A prompt that comes several times takes its real images in turn. Raises DiffalignError
-    for a prompt of `drawn` that has no real image.
+    An existing dataset is kept. A prompt that occurs several times uses its real images in turn. Raises DiffalignError
+    for a prompt of `drawn` without a real image.
     """
     if (out / GROUPS_FILE).is_file():
         return len(PreferenceDataset(out))

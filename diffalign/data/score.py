@@ -1,4 +1,4 @@
-"""Scoring a dataset's images into `scores/<reward>.parquet`, one file of images at a time, by any number of processes."""
+"""Score a dataset's images into `scores/<reward>.parquet`, one image file at a time, with any number of processes."""
 
 import json
 import shutil
@@ -25,10 +25,11 @@ def score_images(
     on_progress: OnImages | None = None,
     settings: dict[str, Any] | None = None,
 ) -> int:
-    """Score every image, streaming; returns how many this process scored. What is complete is left as it is.
+    """Score every image as a stream; return how many this process scored. Complete scores are kept.
 
     An image that cannot be decoded or scored gets NaN and the reason. `settings` (what the reward was built with) are
-    written beside its version, weights and licence; scores of another version or other settings are refused.
+    stored with its version, weights and licence. Raises DiffalignError if the file holds scores of another version or
+    other settings.
     """
     made_by = {
         "reward": reward.name,
@@ -71,7 +72,7 @@ def score_images(
 
 
 def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> list[dict[str, Any]]:
-    """Rows of the score file for these images."""
+    """Return the rows of the score file for these images."""
     images: list[Image.Image] = []
     broken: dict[int, str] = {}
     for i, row in enumerate(rows):
@@ -97,12 +98,12 @@ def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> 
 
 
 def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
-    """Scores of another version of a reward must not be taken for this one's. Files without a note are accepted."""
+    """Refuse scores of another version of the reward. Files without a note are accepted."""
     note = (pq.read_schema(path).metadata or {}).get(b"diffalign")
     before = json.loads(note) if note else made_by
     changed = next((key for key in ("version", "weights", "settings") if before.get(key) != made_by[key]), None)
     if changed:
         raise DiffalignError(
             f"{path} was scored with {changed}={before.get(changed)!r}, now it is {made_by[changed]!r}; delete the file to "
-            "score anew"
+            "score again"
         )

@@ -1,4 +1,4 @@
-"""`--reward [LABEL=]NAME[:key=value,...]`: which reward, how it is called in the output, and its own options."""
+"""Parse `--reward [LABEL=]NAME[:key=value,...]`: the reward, its label in the output, and its options."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class RewardSpec:
 
 
 def parse(text: str) -> RewardSpec:
-    """Raises DiffalignError for a text of another shape."""
+    """Return the parts of one `--reward`. Raises DiffalignError if it has another form."""
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
     label, name = (label, name) if equals else (head, head)
@@ -29,20 +29,18 @@ def parse(text: str) -> RewardSpec:
     for pair in filter(None, tail.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise DiffalignError(f"--reward {text!r}: option {pair!r} is no key=value")
+            raise DiffalignError(f"--reward {text!r}: option {pair!r} is not key=value")
         options[key.strip()] = _value(value.strip())
     return RewardSpec(label, name, options)
 
 
 def parse_all(texts: list[str]) -> list[RewardSpec]:
-    """Specs with different labels. Raises DiffalignError where two would share a column."""
+    """Return specs with different labels. Raises DiffalignError if two would share a column."""
     specs = [parse(text) for text in texts]
     labels = [spec.label for spec in specs]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
-        raise DiffalignError(
-            f"--reward: two are called {twice!r}; give one a label of its own, as in other={twice}:..."
-        )
+        raise DiffalignError(f"--reward: two are called {twice!r}; give one another label, as in other={twice}:...")
     return specs
 
 
