@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 POLICY, REFERENCE, FAKE = "policy", "reference", "fake"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -119,7 +122,9 @@ def lora_file(folder: str | Path) -> Path:
     return path
 
 
-def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str | Path, adapter: str) -> None:
+def load_adapter(
+    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, folder: str | Path, adapter: str
+) -> None:
     """Load a LoRA in any format diffusers reads as `adapter`, in float32.
 
     Raises DiffalignError if it belongs to another model, touches text encoders, or does not fit in full.
@@ -164,7 +169,9 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
     set_peft_model_state_dict(trunk, plain, adapter_name=adapter)
 
 
-def _read(pipeline: Any, trunk: nn.Module, trunk_name: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(
+    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict with component prefixes and the options (alphas or metadata) that loading needs."""
     where = {"weight_name": path.name, "return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
     if trunk_name == "transformer":
