@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import NoiseProcess
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 Sampler = Literal["renoise", "euler", "cps"]
 
@@ -74,7 +77,9 @@ class FewStep:
         return mean if noise is None else mean + rho.view(-1, 1, 1, 1) * noise.float()
 
 
-def student_scheduler(scheduler: Any, steps: int, sampler: Sampler, times: list[float] | None = None) -> Any:
+def student_scheduler(
+    scheduler: SchedulerMixin, steps: int, sampler: Sampler, times: list[float] | None = None
+) -> SchedulerMixin:
     """The diffusers scheduler of a student, from the base model's: its config decides the student's times.
 
     With explicit `times` the pipeline must be given them (`call_options`). Raises DiffalignError for times out of order.
@@ -101,7 +106,7 @@ def student_scheduler(scheduler: Any, steps: int, sampler: Sampler, times: list[
     return diffusers.LCMScheduler.from_config(config, original_inference_steps=steps, clip_sample=False)
 
 
-def call_options(scheduler: Any, times: list[float] | None) -> dict[str, Any]:
+def call_options(scheduler: SchedulerMixin, times: list[float] | None) -> dict[str, object]:
     """What a pipeline's call needs besides the number of steps: nothing, unless the times were given one by one."""
     if times is None:
         return {}
@@ -111,7 +116,12 @@ def call_options(scheduler: Any, times: list[float] | None) -> dict[str, Any]:
 
 
 def few_step(
-    process: NoiseProcess, scheduler: Any, steps: int, sampler: Sampler, eta: float, times: list[float] | None
+    process: NoiseProcess,
+    scheduler: SchedulerMixin,
+    steps: int,
+    sampler: Sampler,
+    eta: float,
+    times: list[float] | None,
 ) -> FewStep:
     """The sampler that training rolls out, on the very times that `scheduler` (of `student_scheduler`) visits."""
     if times is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.process import Flow
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import FluxPipeline, SchedulerMixin
 
 DEFAULT_T5_TOKENS = 512
 PATCH = 2
@@ -85,6 +84,7 @@ class Flux(Backbone):
 
     family: ClassVar[str] = "flux"
     guided: ClassVar[bool] = True
+    scheduler_seeded: ClassVar[bool] = False
     trunk_name: ClassVar[str] = "transformer"
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -105,7 +105,7 @@ class Flux(Backbone):
     def guidance(self) -> float:
         return self.options.guidance
 
-    def build_process(self, scheduler: Any) -> FluxFlow:
+    def build_process(self, scheduler: SchedulerMixin) -> FluxFlow:
         config = scheduler.config
         name = type(scheduler).__name__
         if not self.pipeline.transformer.config.guidance_embeds:
@@ -158,8 +158,12 @@ class Flux(Backbone):
             return self.options.max_sequence_length
         return min(DEFAULT_T5_TOKENS, int(self.pipeline.tokenizer_2.model_max_length))
 
-    def sampling_options(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.prompt_tokens()}
+
+    def call_options(self) -> dict[str, object]:
+        length = self.options.max_sequence_length
+        return {} if length is None else {"max_sequence_length": length}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return pack(latents)
@@ -167,17 +171,12 @@ class Flux(Backbone):
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
 
-    def sample(self, prompts: Any, seeds: Any, *, negative_prompt: str | None = None, **options: Any) -> Any:
-        """As `Backbone.sample`, without a negative prompt."""
-        if negative_prompt is not None:
+    def negative_prompts(self, negative: str | None, count: int) -> None:
+        if negative is not None:
             raise DiffalignError(NO_NEGATIVE)
-        return super().sample(prompts, seeds, **options)
 
-    def encode_guided(self, prompts: Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
-        """As `Backbone.encode_guided`; there is nothing to steer away from."""
-        if negative_prompt is not None:
-            raise DiffalignError(NO_NEGATIVE)
-        return self.encode_prompts(prompts)
+    def encode_guided_prompts(self, prompts: list[str], negatives: list[str] | None) -> dict[str, Tensor]:
+        return self.encode(prompts)  # there is nothing to steer away from
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from torch import nn
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import adapters
 from diffalign.pipelines.quantize import is_quantized
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 ROLES = ("policy", "reference", "student", "teacher", "fake")
 SAME_AS = {"student": "policy", "teacher": "reference"}
@@ -52,11 +55,11 @@ class Tunable(ABC):
     blocks: ClassVar[tuple[str, ...]]
     """Class names of the layers that repeat and hold nearly all weights: what is quantised, compiled and sharded."""
 
-    pipeline: Any
+    pipeline: DiffusionPipeline
     trunk: nn.Module
     """The policy's trunk."""
-    _model: Any
-    """The same module, for what diffusers' ModelMixin adds to nn.Module."""
+    _model: ModelMixin
+    """The same module, for what diffusers adds to nn.Module."""
     tuning: str | None = None
     """None, "lora" or "full"."""
     _full_reference: nn.Module | None = None
@@ -72,7 +75,8 @@ class Tunable(ABC):
     def pipeline_trunk(self, module: nn.Module) -> None: ...
 
     @staticmethod
-    def _base_dtype(trunk: nn.Module) -> torch.dtype:
+    def base_dtype(trunk: nn.Module) -> torch.dtype:
+        """Return the dtype of the trunk's own weights, whatever that of an adapter in it."""
         return next(p.dtype for n, p in trunk.named_parameters() if ".lora_" not in n and p.is_floating_point())
 
     def add_lora(
@@ -252,7 +256,7 @@ class Tunable(ABC):
         else:
             self.save_trunk(self._model, folder)
 
-    def save_trunk(self, trunk: Any, folder: str | Path) -> None:
+    def save_trunk(self, trunk: ModelMixin, folder: str | Path) -> None:
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
         with quiet_progress():
             trunk.save_pretrained(Path(folder) / self.trunk_name)
@@ -278,7 +282,7 @@ class Tunable(ABC):
 
         kind: Any = type(self.trunk)
         try:
-            loaded = kind.from_pretrained(folder, dtype=self._base_dtype(self.trunk), use_safetensors=True)
+            loaded = kind.from_pretrained(folder, dtype=self.base_dtype(self.trunk), use_safetensors=True)
             self.trunk.load_state_dict(loaded.state_dict())
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise DiffalignError(f"{folder}: these weights do not fit the model ({adapters.brief(error)})") from error

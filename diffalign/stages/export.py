@@ -105,7 +105,7 @@ def export(
     if form == "diffusers":
         export_diffusers(weights, family.trunk_name, out)
     elif form == "kohya":
-        export_kohya(weights, family.family, out)
+        export_kohya(weights, family, out)
     else:
         options: dict[str, Any] = config.model.model_dump(include={"revision", "variant", "token", "local_files_only"})
         backbone = load_backbone(path, dtype=torch.float32, **options, **resolve.family_options(config.model))
