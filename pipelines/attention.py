@@ -68,7 +68,7 @@ def _require_xformers() -> None:
 
 @functools.cache
 def _xformers_computes() -> bool:
-    """A wheel for another torch imports with a warning, and every call of it fails."""
+    """Try xformers: a wheel for another torch imports with a warning, and every call of it fails."""
     from xformers.ops import memory_efficient_attention
 
     small = torch.zeros(1, 32, 1, 64, dtype=torch.float16, device="cuda")
@@ -80,7 +80,7 @@ def _xformers_computes() -> bool:
 
 
 def _processors(kind: str) -> tuple[type, type]:
-    """Processor classes for plain attention (UNet) and for joint attention (SD3)."""
+    """Return processor classes for plain attention (UNet) and for joint attention (SD3)."""
     from diffusers.models.attention_processor import (
         AttnProcessor2_0,
         JointAttnProcessor2_0,
@@ -97,7 +97,7 @@ def _processors(kind: str) -> tuple[type, type]:
 
 @functools.cache
 def _flash(processor: Any) -> type:
-    """A subclass that allows only the flash kernel while it runs.
+    """Return a subclass that allows only the flash kernel while it runs.
 
     The restriction sits in the processor rather than around the model, because gradient checkpointing runs the
     processor again during backward, outside any context the caller held open.

@@ -72,15 +72,15 @@ class Backbone(Sampling):
     # --- facts -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Short hash of what decides latents and embeddings: folder, commit, configs, weights, dtype, prompt length."""
+        """Hash what decides latents and embeddings: folder, commit, configs, weights, dtype, prompt length; 16 digits."""
         return self.source.fingerprint(str(self.dtype), str(self.prompt_tokens()), self.family)
 
     def vae_fingerprint(self) -> str:
-        """Short hash of the VAE: two models with the same one have the same latents."""
+        """Hash the VAE: two models with the same hash have the same latents."""
         return self.source.component_fingerprint("vae")
 
     def facts(self) -> dict[str, str | int]:
-        """What a dry run prints."""
+        """Return what a dry run prints about the model."""
         facts: dict[str, str | int] = {
             "family": self.family,
             "pipeline": type(self.pipeline).__name__,
@@ -102,7 +102,7 @@ class Backbone(Sampling):
     def predict(
         self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor], module: nn.Module | None = None
     ) -> Tensor:
-        """The network's native prediction (epsilon, v or velocity), [N, C, h, w] float32, differentiable.
+        """Return the network's native prediction (epsilon, v or velocity), [N, C, h, w] float32, differentiable.
 
         noisy [N, C, h, w]; t [N] in the process's units; conditioning from `encode_prompts`, each [N, ...]. Runs under
         the current role, inside torch.autocast or without. `module` stands in for the policy's trunk (a DDP wrapper of

@@ -23,7 +23,7 @@ class Encoding(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Everything `predict` needs that depends on the prompt: tensors [B, ...] on the CPU, float32, bfloat16 or masks."""
+        """Encode prompts to all that `predict` needs of them: tensors [B, ...] on the CPU, float32, bfloat16 or masks."""
         self._require("text_encoder")
         if isinstance(prompts, str) or not prompts:
             raise DiffalignError("encode_prompts: a non-empty list of prompts is needed")
@@ -33,19 +33,21 @@ class Encoding(Family):
 
     @torch.no_grad()
     def encode_guided(self, prompts: Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
-        """What `sample_encoded` needs in place of text encoders: the pipeline's own embeddings, also of what to steer
-        away from, each [B, ...] on the CPU under the pipeline's argument names."""
+        """Encode prompts to what `sample_encoded` needs in place of text encoders: the pipeline's own embeddings.
+
+        Those of the negative prompt are among them; each [B, ...] on the CPU under the pipeline's argument names.
+        """
         self._require("text_encoder")
         negatives = self.negative_prompts(negative_prompt, len(prompts))
         return {name: value.cpu() for name, value in self.encode_guided_prompts(list(prompts), negatives).items()}
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""
+        """Encode pixels [B, 3, H, W] in [0, 1] to latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""
         return self.encode_posterior(pixels)[0]
 
     @torch.no_grad()
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `encode_images`, with the posterior's standard deviation: mean + spread * normal noise is a sample.
+        """Encode as `encode_images`, with the posterior's standard deviation: mean + spread * normal noise is a sample.
 
         The spread is 0 where the VAE gives one latent and no distribution.
         """
@@ -59,7 +61,7 @@ class Encoding(Family):
         return self.vae.encode(self.pipeline.vae, pixels.to(self.device))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, H, W] float32 in [0, 1]; differentiable."""
+        """Decode latents [B, C, h, w] to pixels [B, 3, H, W] float32 in [0, 1]; differentiable."""
         self._require("vae")
         return self.vae.decode(self.pipeline.vae, latents.to(self.device))
 

@@ -24,7 +24,7 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a LoRA that `save_weights` wrote, and its adapter's config without the trunk's prefix (r, lora_alpha, ...).
+    """Read a LoRA that `save_weights` wrote: its tensors, and its config without the trunk's prefix (r, lora_alpha, ...).
 
     Raises DiffalignError where there is none, or where rank and alpha are not in its metadata.
     """
@@ -46,7 +46,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def export_diffusers(weights: Path, trunk_name: str, out: Path) -> None:
-    """The LoRA for `load_lora_weights`, rank and alpha also under plain names in the metadata; or the trunk's folder."""
+    """Write the LoRA for `load_lora_weights`, rank and alpha also under plain names in the metadata; or the trunk's folder."""
     if (weights / trunk_name).is_dir():
         shutil.copytree(weights / trunk_name, out / trunk_name, dirs_exist_ok=True)
         return
@@ -66,7 +66,7 @@ ATTENTION = re.compile(r"unet\.(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.at
 
 
 def sgm_modules(modules: Iterable[str]) -> dict[str, str] | None:
-    """diffusers' names of a UNet's attention layers -> those of Stability's code; None where a layer is no attention's.
+    """Map diffusers' names of a UNet's attention layers to those of Stability's code; None if a layer is no attention's.
 
     There the blocks are numbered through: n resnets, and the attention behind each, are n inputs, a downsampler is one more
     (block 0 is the first convolution), and an up block has n + 1 outputs. The attention stands second in its block.
@@ -126,7 +126,7 @@ def export_kohya(weights: Path, family: type[Family], out: Path) -> None:
 
 
 def export_merged(backbone: Backbone, out: Path) -> None:
-    """The whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
+    """Write the whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
 
     Load the backbone in float32: a LoRA added to half-precision weights is rounded to their last bits.
     """

@@ -112,7 +112,7 @@ class Family(Tunable):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Side of an image in pixels for each cell of the trunk's latents."""
+        """Pixels along a side of an image for each cell of the trunk's latents."""
         return int(self.pipeline.vae_scale_factor)
 
     @property
@@ -164,7 +164,7 @@ class Family(Tunable):
     """Whether the pipeline hands its generator to the scheduler; else a stochastic one draws from torch's global one."""
 
     def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
-        """[steps + 1] float32: the times that the pipeline visits for an image of this size in pixels, `clean` last."""
+        """Return the times that the pipeline visits for an image of this size in pixels: [steps + 1] float32, `clean` last."""
         return self.process.schedule(steps)
 
     def guidance_arguments(self, scale: float) -> dict[str, float]:

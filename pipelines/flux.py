@@ -24,14 +24,14 @@ SIZE = 1024
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h/2 w/2, 4 C]: a token holds a 2 x 2 patch, channel by channel."""
+    """Turn latents [B, C, h, w] into tokens [B, h/2 w/2, 4 C]: a token holds a 2 x 2 patch, channel by channel."""
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height * width // PATCH**2, channels * PATCH**2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, for latents of height x width."""
+    """Undo `pack`, for latents of height x width."""
     batch, _, channels = tokens.shape
     patches = tokens.view(batch, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // PATCH**2, height, width)
@@ -60,10 +60,11 @@ class FluxFlow(Flow):
         super().__init__(self.shift_of(tokens), timesteps=timesteps, shift_terminal=shift_terminal)
 
     def shift_of(self, tokens: int) -> float:
+        """Return the shift for an image of so many tokens."""
         return math.exp(self.base_shift + self.slope * (tokens - self.base_tokens))
 
     def schedule(self, steps: int, tokens: int | None = None) -> Tensor:
-        """As `NoiseProcess.schedule`; `tokens` of the image, if it is not of the model's own size."""
+        """Return the times as `NoiseProcess.schedule` does; `tokens`: those of the image, if not of the model's own size."""
         if steps < 1:
             raise DiffalignError(f"steps: {steps} sampling steps asked for; at least 1 is needed")
         shift = self.shift if tokens is None else self.shift_of(tokens)

@@ -1,4 +1,4 @@
-"""Drawing images from any model of this package, and from a few that it only draws from.
+"""Draw images from any model of this package, and from a few that it only draws from.
 
 A `Generator` has one method that matters, `draw`. Families with a backbone are drawn from through it, so that a LoRA or the
 weights of a run apply; PixArt-Sigma and Stable Cascade are plain diffusers pipelines.
@@ -83,10 +83,10 @@ class Generator(ABC):
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
-        """A LoRA in diffusers' layout; with a backbone, also a run's weights."""
+        """Load a LoRA in diffusers' layout; with a backbone, also a run's weights."""
 
     def facts(self) -> dict[str, str | None]:
-        """What decides the images besides the arguments of `draw`."""
+        """Return what decides the images besides the arguments of `draw`."""
         return {
             "model": self.source.path,
             "revision": self.source.revision,
@@ -176,7 +176,7 @@ class PlainGenerator(Generator):
             return [(image, None) for image in self._call(prompts, seeded(seeds), arguments)]
 
     def options(self) -> set[str]:
-        """Arguments that `options` may hold."""
+        """Return the names that `options` of `draw` may hold."""
         return set(inspect.signature(type(self.pipeline).__call__).parameters) - OURS
 
     def _call(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def replace_scheduler(pipeline: DiffusionPipeline, name: str, options: Mapping[str, object]) -> None:
-    """Give a diffusers pipeline another sampler, built from the settings of its own; `options` replace some of them.
+    """Give a diffusers pipeline another sampler with the settings of the one it has; `options` replace some of them.
 
     A rectified-flow model takes flow_euler or flow_heun and others do not: the wrong kind would draw noise without an
     error, so it is refused (DiffalignError).

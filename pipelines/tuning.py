@@ -91,8 +91,8 @@ class Tunable(ABC):
         """Train a LoRA: the policy is an adapter in float32, the reference the bare base.
 
         `targets`: names of layers (None: the family's attention projections). `init`: start from a saved LoRA, which
-        also becomes the frozen reference unless told otherwise; its rank and alpha must be those given. Raises
-        DiffalignError for targets that match nothing and for a LoRA that does not fit.
+        also becomes the frozen reference, unless `init_is_reference` is false; its rank and alpha must be those given.
+        Raises DiffalignError for targets that match nothing and for a LoRA that does not fit.
         """
         self._require_untuned()
         if init is None:
@@ -106,7 +106,7 @@ class Tunable(ABC):
         self.tuning = "lora"
 
     def _activate_policy(self) -> None:
-        """Only the policy adapter is active and trainable. Called outside any graph, so switching is safe here."""
+        """Activate the policy adapter and let it alone train. Called outside any graph, so switching is safe here."""
         self._model.set_adapter(adapters.POLICY)
         for name, parameter in self.trunk.named_parameters():
             parameter.requires_grad_(f".{adapters.POLICY}." in name and ".lora_" in name)
@@ -134,7 +134,7 @@ class Tunable(ABC):
         self.tuning = "full"
 
     def trunks(self) -> list[nn.Module]:
-        """The policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
+        """Return the policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
         return [trunk for trunk in (self.trunk, self._full_reference) if trunk is not None]
 
     def compile_blocks(self, dynamic: bool = False, backend: str = "inductor") -> None:
@@ -154,7 +154,7 @@ class Tunable(ABC):
                     module.compile(dynamic=dynamic, backend=backend)
 
     def add_fake(self, seed: int = 0) -> None:
-        """A second trained network beside the policy, equal to the reference at first: role "fake" of distillation.
+        """Add a second trained network beside the policy, equal to the reference at first: role "fake" of distillation.
 
         Of the policy's kind: an adapter of the same rank and targets, or a float32 copy of the trunk. Call it once, after
         `add_lora` or `enable_full` and before anything is trained.
@@ -208,7 +208,7 @@ class Tunable(ABC):
 
     @contextmanager
     def whole_graph(self) -> Iterator[None]:
-        """The trunk's own gradient checkpointing off inside the block, whose graph may then be followed back after it.
+        """Switch the trunk's gradient checkpointing off inside the block, so that backward may run after it.
 
         For a reference that passes a gradient on to its input: checkpointing would repeat its forward in the backward pass,
         when the policy's adapter is active again.
@@ -233,7 +233,7 @@ class Tunable(ABC):
         return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
 
     def trainable(self, role: str = "policy") -> dict[str, nn.Parameter]:
-        """The parameters of the policy (student) or of the fake network that train, float32, by stable name, sorted."""
+        """Return the parameters that train of the policy (student) or the fake network: float32, by stable name, sorted."""
         if role == "fake" and self._full_fake is not None:
             return dict(sorted(self._full_fake.named_parameters()))
         if role == "fake":
