@@ -6,7 +6,7 @@ layers, one file each: `tuning`, `family` (what differs between families), `enco
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,3 +122,18 @@ class Backbone(Sampling):
         }
         time = self.process.model_time(t).to(self.device)
         return self.forward(module, noisy.to(self.device, dtype), time, inputs).float()
+
+
+class TransformerBackbone(Backbone):
+    """A backbone whose trunk is the pipeline's `transformer`."""
+
+    trunk_name: ClassVar[str] = "transformer"
+
+    @property
+    def pipeline_trunk(self) -> nn.Module:
+        trunk: nn.Module = self.pipeline.transformer
+        return trunk
+
+    @pipeline_trunk.setter
+    def pipeline_trunk(self, module: nn.Module) -> None:
+        self.pipeline.transformer = module

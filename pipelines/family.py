@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Family(Tunable):
     """The declarations and hooks of a family; `Backbone` builds everything else on them.
 
-    Besides those here, a family declares `trunk_name`, `blocks` and `lora_targets` and defines `pipeline_trunk` (`Tunable`).
+    Besides those here, a family declares `blocks` and `lora_targets` (`Tunable`) and says where its trunk lies, as
+    `TransformerBackbone` does for the pipeline's `transformer`.
     """
 
     # --- loading -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.base import TransformerBackbone
 from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.process import Flow
 
@@ -76,7 +76,7 @@ class FluxFlow(Flow):
         return torch.cat([times.float(), torch.tensor([self.clean])])
 
 
-class Flux(Backbone):
+class Flux(TransformerBackbone):
     """FluxPipeline with guidance embedding. Conditioning: prompt_embeds [B, L_t5, D], pooled_prompt_embeds [B, P].
 
     The option `guidance` is what the embedding gets in `predict`. In `sample` it is `guidance_scale`, as in the pipeline, and
@@ -86,7 +86,6 @@ class Flux(Backbone):
     family: ClassVar[str] = "flux"
     guided: ClassVar[bool] = True
     scheduler_seeded: ClassVar[bool] = False
-    trunk_name: ClassVar[str] = "transformer"
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -130,15 +129,6 @@ class Flux(Backbone):
             timesteps=int(config.num_train_timesteps),
             shift_terminal=config.get("shift_terminal"),
         )
-
-    @property
-    def pipeline_trunk(self) -> nn.Module:
-        trunk: nn.Module = self.pipeline.transformer
-        return trunk
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        self.pipeline.transformer = module
 
     @property
     def default_resolution(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.base import TransformerBackbone
 from diffalign.pipelines.options import Options, SD3Options
 from diffalign.pipelines.process import Flow
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_T5_TOKENS = 256
 
 
-class StableDiffusion3(Backbone):
+class StableDiffusion3(TransformerBackbone):
     """StableDiffusion3Pipeline. Conditioning: prompt_embeds [B, L_clip + L_t5, D] and pooled_prompt_embeds [B, P].
 
     Without T5 its L_t5 positions are zeros, as diffusers has it. The option `max_sequence_length` is L_t5; unset, it is
@@ -26,7 +26,6 @@ class StableDiffusion3(Backbone):
 
     family: ClassVar[str] = "sd3"
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
-    trunk_name: ClassVar[str] = "transformer"
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -60,15 +59,6 @@ class StableDiffusion3(Backbone):
             timesteps=int(config.num_train_timesteps),
             shift_terminal=config.get("shift_terminal"),
         )
-
-    @property
-    def pipeline_trunk(self) -> nn.Module:
-        trunk: nn.Module = self.pipeline.transformer
-        return trunk
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        self.pipeline.transformer = module
 
     @property
     def max_side(self) -> int:

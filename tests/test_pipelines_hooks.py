@@ -23,8 +23,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines import Backbone
 from diffalign.pipelines.attention import set_attention
+from diffalign.pipelines.base import TransformerBackbone
 from diffalign.pipelines.family import padded
 from diffalign.pipelines.flux import FluxFlow, pack, unpack
 from diffalign.pipelines.loading import Source
@@ -70,26 +70,17 @@ class QwenToy(QwenImagePipeline):
         return self.text_encoder.encode([prompt] if isinstance(prompt, str) else prompt)
 
 
-class Transformer(Backbone):
+class Toy(TransformerBackbone):
     """What both toys share."""
 
     family = "toy"
-    trunk_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-
-    @property
-    def pipeline_trunk(self) -> nn.Module:
-        return self.pipeline.transformer
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        self.pipeline.transformer = module
 
     def prompt_tokens(self) -> int:
         return LONGEST
 
 
-class Sana(Transformer):
+class Sana(Toy):
     blocks = ("SanaTransformerBlock",)
     vae_kind = PlainVAE
     conditioning: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
@@ -124,7 +115,7 @@ class Sana(Transformer):
         )[0]  # fmt: skip
 
 
-class Qwen(Transformer):
+class Qwen(Toy):
     blocks = ("QwenImageTransformerBlock",)
     vae_kind = FrameVAE
     conditioning: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
