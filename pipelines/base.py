@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.attention import set_attention
+from diffalign.pipelines.options import OPTIONS, Options
 from diffalign.pipelines.process import NoiseProcess
 from diffalign.pipelines.quantize import number_of_weights, quantize_blocks
 from diffalign.pipelines.tuning import Tunable
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from diffalign.pipelines.loading import Source
 
 
@@ -33,6 +36,12 @@ class Backbone(Tunable):
     family: ClassVar[str]
     guided: ClassVar[bool] = False
     """Whether the guidance scale is an input of the network."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Components that a checkpoint may lack, all of them or none."""
+    loading_options: ClassVar[dict[str, bool]] = {}
+    """Further arguments of the pipeline's `from_pretrained`."""
+    options: Options
+    """The values of the family's own options (`diffalign.pipelines.options`)."""
 
     def __init__(
         self,
@@ -45,16 +54,14 @@ class Backbone(Tunable):
         gradient_checkpointing: bool = False,
         quantize: str = "none",
         channels_last: bool = False,
-        max_sequence_length: int | None = None,
-        guidance: float = 3.5,
+        options: Options | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.source = source
         self.path, self.revision = source.path, source.revision
         self.dtype, self.device = dtype, torch.device(device)
         self.attention = attention
-        self.max_sequence_length = max_sequence_length
-        self.guidance = guidance if self.guided else None
+        self.options = options or OPTIONS[self.family]()
         self.process: NoiseProcess = self.build_process(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         # Before the trunk goes to the device, which may not hold it whole.
@@ -80,6 +87,16 @@ class Backbone(Tunable):
         self._config: Any = self._model.config
 
     # --- what a family defines ---------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def pipeline_class(cls) -> type[DiffusionPipeline]:
+        """Return the diffusers class; importing it takes seconds."""
+
+    @classmethod
+    def left_out(cls, options: Options) -> tuple[str, ...]:
+        """Return the components that these options leave out."""
+        return ()
 
     @abstractmethod
     def build_process(self, scheduler: Any) -> NoiseProcess: ...
@@ -110,6 +127,11 @@ class Backbone(Tunable):
     def prompt_tokens(self) -> int: ...
 
     # --- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance scale that `predict` gives a network which takes it as an input; None for all others."""
+        return None
 
     @property
     def default_resolution(self) -> int:

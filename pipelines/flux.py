@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.process import Flow
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
 
 DEFAULT_T5_TOKENS = 512
 PATCH = 2
@@ -75,7 +79,7 @@ class FluxFlow(Flow):
 class Flux(Backbone):
     """FluxPipeline with guidance embedding. Conditioning: prompt_embeds [B, L_t5, D], pooled_prompt_embeds [B, P].
 
-    `guidance` is what the embedding gets in `predict`. In `sample` it is `guidance_scale`, as in the pipeline, and
+    The option `guidance` is what the embedding gets in `predict`. In `sample` it is `guidance_scale`, as in the pipeline, and
     there is no negative prompt: the guidance is distilled into the network. Image sides are multiples of 16.
     """
 
@@ -89,6 +93,17 @@ class Flux(Backbone):
     )  # fmt: skip
 
     process: FluxFlow
+    options: FluxOptions
+
+    @classmethod
+    def pipeline_class(cls) -> type[FluxPipeline]:
+        from diffusers import FluxPipeline
+
+        return FluxPipeline
+
+    @property
+    def guidance(self) -> float:
+        return self.options.guidance
 
     def build_process(self, scheduler: Any) -> FluxFlow:
         config = scheduler.config
@@ -139,8 +154,8 @@ class Flux(Backbone):
         return super().facts() | {"guidance": f"{self.guidance:g}"}
 
     def prompt_tokens(self) -> int:
-        if self.max_sequence_length is not None:
-            return self.max_sequence_length
+        if self.options.max_sequence_length is not None:
+            return self.options.max_sequence_length
         return min(DEFAULT_T5_TOKENS, int(self.pipeline.tokenizer_2.model_max_length))
 
     def sampling_options(self) -> dict[str, Any]:
@@ -179,7 +194,7 @@ class Flux(Backbone):
         tokens: Tensor = module(
             hidden_states=pack(noisy),
             timestep=time / 1000,  # the network multiplies by 1000 itself
-            guidance=torch.full((len(noisy),), float(self.guidance or 0.0), device=noisy.device),
+            guidance=torch.full((len(noisy),), float(self.guidance), device=noisy.device),
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=noisy.device, dtype=noisy.dtype),

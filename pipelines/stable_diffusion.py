@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.process import Diffusion
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 
 def diffusion_process(scheduler: Any) -> Diffusion:
@@ -66,6 +69,13 @@ class StableDiffusion15(_UNetBackbone):
     """StableDiffusionPipeline: one CLIP text encoder. Conditioning: prompt_embeds [B, L, D]."""
 
     family: ClassVar[str] = "sd15"
+    loading_options: ClassVar[dict[str, bool]] = {"requires_safety_checker": False}
+
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusionPipeline]:
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
@@ -84,6 +94,13 @@ class StableDiffusionXL(_UNetBackbone):
     """
 
     family: ClassVar[str] = "sdxl"
+    loading_options: ClassVar[dict[str, bool]] = {"add_watermarker": False}
+
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusionXLPipeline]:
+        from diffusers import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

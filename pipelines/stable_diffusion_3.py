@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.options import Options, SD3Options
 from diffalign.pipelines.process import Flow
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
 
 DEFAULT_T5_TOKENS = 256
 
@@ -16,17 +20,30 @@ DEFAULT_T5_TOKENS = 256
 class StableDiffusion3(Backbone):
     """StableDiffusion3Pipeline. Conditioning: prompt_embeds [B, L_clip + L_t5, D] and pooled_prompt_embeds [B, P].
 
-    Without T5 its L_t5 positions are zeros, as diffusers has it. `max_sequence_length` is L_t5; unset, it is the
-    tokenizer's own limit if that is shorter than diffusers' default of 256.
+    Without T5 its L_t5 positions are zeros, as diffusers has it. The option `max_sequence_length` is L_t5; unset, it is
+    the tokenizer's own limit if that is shorter than diffusers' default of 256.
     """
 
     family: ClassVar[str] = "sd3"
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     trunk_name: ClassVar[str] = "transformer"
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    options: SD3Options
+
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusion3Pipeline]:
+        from diffusers import StableDiffusion3Pipeline
+
+        return StableDiffusion3Pipeline
+
+    @classmethod
+    def left_out(cls, options: Options) -> tuple[str, ...]:
+        return () if isinstance(options, SD3Options) and options.use_t5 else cls.optional
 
     def build_process(self, scheduler: Any) -> Flow:
         config = scheduler.config
@@ -59,8 +76,8 @@ class StableDiffusion3(Backbone):
         return int(config.pos_embed_max_size) * int(config.patch_size) * self.vae_scale_factor
 
     def t5_tokens(self) -> int:
-        if self.max_sequence_length is not None:
-            return self.max_sequence_length
+        if self.options.max_sequence_length is not None:
+            return self.options.max_sequence_length
         tokenizer = self.pipeline.tokenizer_3
         return DEFAULT_T5_TOKENS if tokenizer is None else min(DEFAULT_T5_TOKENS, int(tokenizer.model_max_length))
 

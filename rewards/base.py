@@ -1,5 +1,6 @@
 """Define the interface of every reward."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 
+LABEL = re.compile(r"[A-Za-z0-9_-]+")
+"""The form of a reward's name: columns and files are called by it."""
 Metadata = dict[str, Any]
 """What a prompt file says of a prompt, such as GenEval's tag, include and exclude."""
 Prepared = Image.Image | Tensor
@@ -19,6 +22,7 @@ Prepared = Image.Image | Tensor
 class Reward(ABC):
     """Scores images against their prompts. Higher is better; NaN where an image cannot be scored.
 
+    name: what its columns and files are called, in letters, digits, - and _.
     columns: what `measure` returns, the score first; NAME@LEVEL is a bin of a distribution, which no summary shows.
     range: the score's bounds. usual: where most images lie, if the bounds do not say. licence, weights: of the model it
     runs. requires: what must be installed besides diffalign. version: changes whenever scores may. source: paper or

@@ -23,8 +23,10 @@ class Detection:
 class Detector(Protocol):
     """Finds objects and, if it can, names their colours."""
 
-    labels: tuple[str, ...]
-    colors: tuple[str, ...]
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def colors(self) -> tuple[str, ...]: ...
 
     def detect(self, images: list[Image.Image]) -> list[list[Detection]]:
         """Return the objects of each image, all classes together, in any order."""

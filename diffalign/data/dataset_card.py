@@ -7,7 +7,7 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.files import read_json, write_whole
-from diffalign.rewards import REWARDS, accepted
+from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 FORM_WORDS = {
@@ -109,7 +109,7 @@ def _ranking_section(ranking: Path) -> list[str]:
 def _weights(name: str, reward: dict[str, Any]) -> str:
     """Return the weights behind a reward: those of its detector, if it was given one."""
     detector = reward.get("settings", {}).get("detector")
-    given = detector is not None and name in REWARDS and "detector" in accepted(name)
+    given = detector is not None and takes(name, "detector")
     return f"the detector {detector}" if given else str(reward.get("weights", "?"))
 
 

@@ -24,6 +24,8 @@ LICENCES: dict[str, tuple[str, str | None]] = {
     "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community"),
     "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None),
+    "stabilityai/stable-cascade": ("other", "stable-cascade-nc-community"),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": ("openrail++", None),
 }
 UNKNOWN = "unknown"
 
@@ -46,6 +48,12 @@ def licence_of(base: str) -> tuple[str, str | None]:
     said = front_matter(Path(base) / "README.md")
     name = said.get("license_name")
     return str(said.get("license", UNKNOWN)), str(name) if name else None
+
+
+def licence_name(base: str) -> str | None:
+    """Return a model's licence in one word, such as `openrail++`; None where nobody says."""
+    licence, name = licence_of(base)
+    return None if licence == UNKNOWN else name or licence
 
 
 def plain(text: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from diffalign.files import write_whole
-from diffalign.report.curves import CHARTS, Series, series, static_svg
+from diffalign.report.curves import Series, series, static_svg, titles
 from diffalign.report.images import comparisons, strip, trials
 from diffalign.report.page import render_page
 from diffalign.report.runs import Run, differences, distinct_names, read_run
@@ -102,7 +102,8 @@ def _chart(name: str, title: str, note: str, lines: list[Series], marks: list[di
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """Return every chart that a run has values for: title, note, series, marks of findings, static SVG."""
     found = _over_optimisation(runs)
-    for name, (title, note) in CHARTS.items():
+    objectives = [str(run.config["objective.name"]) for run in runs if "objective.name" in run.config]
+    for name, (title, note) in titles(objectives).items():
         lines = [s for n, run in enumerate(runs) for s in [series(n, name, _rows(run, name))] if s is not None]
         if not lines:
             continue

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -31,11 +30,6 @@ class Processes:
     def main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
-
-    def device(self, device: str) -> str:
-        """Return `cuda` with this process's own index; any other device unchanged."""
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        return f"cuda:{local % max(1, torch.cuda.device_count())}" if device == "cuda" and self.count > 1 else device
 
     def share(self, things: list[T]) -> list[T]:
         """Return every count-th item: each is taken by exactly one process."""

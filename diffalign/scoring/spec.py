@@ -1,17 +1,20 @@
-"""Parse `--reward [LABEL=]NAME[:key=value,...]`: the reward, its label in the output, and its options."""
+"""Parse `--reward [LABEL=]NAME[:key=value,...]`: the reward, its label in the output, and its options.
 
-import re
+NAME may be `module:Class`. The part behind the first colon is a class if it is a plain word and the part before it is no
+reward of ours; options always hold an `=`.
+"""
+
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.errors import DiffalignError
-
-LABEL = re.compile(r"[A-Za-z0-9_-]+")
+from diffalign.rewards import REWARDS, find_reward
+from diffalign.rewards.base import LABEL
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """label: the column in the output. name: a key of REWARDS. options: arguments of the reward."""
+    """One reward to score with. label: its column in the output; name: of the reward; options: the reward's arguments."""
 
     label: str
     name: str
@@ -19,10 +22,17 @@ class RewardSpec:
 
 
 def parse(text: str) -> RewardSpec:
-    """Return the parts of one `--reward`. Raises DiffalignError if it has another form."""
+    """Return the parts of one `--reward`. The label of `module:Class` is the class's own name.
+
+    Raises DiffalignError if the text has another form, and for a class that is no reward.
+    """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
     label, name = (label, name) if equals else (head, head)
+    kind, _, options_of_kind = tail.partition(":")
+    if kind.isidentifier() and name not in REWARDS:
+        name, tail = f"{name}:{kind}", options_of_kind
+        label = label if equals else find_reward(name).name
     if not LABEL.fullmatch(label) or not name:
         raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     options: dict[str, Any] = {}

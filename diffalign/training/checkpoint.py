@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys
 from diffalign.training.sharding import placed, whole
@@ -25,6 +26,7 @@ from diffalign.training.sharding import placed, whole
 _NAME = re.compile(r"step-(\d{8})")
 # Keys that a run may change when it goes on; all others would make it another run.
 FREE_KEYS = (
+    "kind",
     "run_dir",
     "tracking",
     "checkpoint",
@@ -170,7 +172,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
 
 def check_same_run(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse to go on from a checkpoint of another config, naming what differs."""
-    before, now = dotted_keys(stored), dotted_keys(config)
+    before, now = dotted_keys(current_keys(stored)), dotted_keys(current_keys(config))
     different = [
         key
         for key in sorted(before.keys() | now.keys())
