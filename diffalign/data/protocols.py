@@ -3,12 +3,17 @@
 `diffalign.pipelines.Backbone` and the sections of `diffalign.config` have these members; so may any stand-in.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffalign.pipelines.settings import SamplingSettings
 
 CacheMode = Literal["all", "latents", "off"]
 """What is encoded before the first step: images and prompts, images only, or nothing."""
@@ -70,17 +75,7 @@ class ImageSampler(Protocol):
     @property
     def revision(self) -> str | None: ...
 
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance_scale: float,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> Sequence[Image.Image]:
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Sequence[Image.Image]:
         """Return one image per prompt and seed."""
         ...
 

@@ -5,11 +5,13 @@ images/part-00003.parquet               a shard
 sampling.json, failed.jsonl             the plan's settings; prompts that could not be drawn, and why
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,9 @@ from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, reg
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
 from diffalign.progress import OnImages
+
+if TYPE_CHECKING:
+    from diffalign.pipelines.settings import SamplingSettings
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
 
@@ -70,6 +75,7 @@ def draw_part(
         piece = _piece(out, shard, i)
 
         def make() -> None:
+            # A model that draws nothing for several batches is broken; going on would only fill failed.jsonl.
             drawn, failed = _attempt(draw, shard.batches[i], part.generator)
             lost.append(not drawn)
             if all(lost[-HOPELESS:]) and len(lost) >= HOPELESS:
@@ -78,6 +84,7 @@ def draw_part(
                 image_row(cell.group_id, cell.index, d.image, part.generator, cell.seed, provenance, d.latent)
                 for cell, d in drawn
             ]
+            # The report first: a batch counts as done once its file exists.
             if failed:
                 _report(out, shard, i, failed)
             with parquet_writer(piece, schema) as writer:
@@ -135,15 +142,11 @@ def sample_groups(
     backbone: ImageSampler,
     prompts: list[PromptRow],
     out: Path,
+    settings: SamplingSettings,
     *,
     images_per_prompt: int,
     seed: int,
-    steps: int,
-    guidance_scale: float,
     batch_size: int,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
     split: str = "train",
     origin: dict[str, str | None] | None = None,
     on_progress: OnImages | None = None,
@@ -155,22 +158,18 @@ def sample_groups(
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
     provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {})}
-    provenance |= {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    settings = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}
-    settings |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
-    remember(out, settings)
+    provenance |= {
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+    }
+    decisive = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt}
+    decisive |= {"height": settings.height, "width": settings.width}
+    decisive |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
+    remember(out, decisive)
 
     def draw(texts: list[str], seeds: list[int]) -> list[Drawn]:
-        images = backbone.sample(
-            texts,
-            seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-        )
-        return [Drawn(image) for image in images]
+        return [Drawn(image) for image in backbone.sample(texts, seeds, settings)]
 
     draw_part(plan, 0, out, draw, provenance, on_progress)
     write_planned_groups(plan, out, split)

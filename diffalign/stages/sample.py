@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffalign.config import SampleConfig
 from diffalign.data.sample import sample_groups
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -27,13 +28,11 @@ def sample(config: SampleConfig) -> None:
         backbone,
         resolve_prompts(config.prompts, config.n, config.seed),
         config.out,
+        SamplingSettings(
+            config.steps, config.guidance_scale, config.negative_prompt, height=config.height, width=config.width
+        ),
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        negative_prompt=config.negative_prompt,
-        height=config.height,
-        width=config.width,
         batch_size=config.batch_size,
         origin=origin,
         on_progress=ImageProgress().named("sampling"),
