@@ -1,11 +1,11 @@
-"""Few-step students of the embedded world against their teacher: DMD2, GNDM, and GNDMR with the GenEval reward.
+"""How good are few-step students beside their teacher: DMD2, GNDM, and GNDMR with the GenEval reward?
 
 python benchmarks/distillation.py [--bases shapes-sd3 shapes-sdxl] [--seeds 0 1 2] [--max-hours 8] [--tiny]
 python benchmarks/distillation.py --prompts testbed:validation      to choose settings; writes no table
 
-A cell is a base, a method and a seed; shapes-sdxl takes the first seed alone. All students draw the same number of images in
-training. The CPU-hours are estimated from a few timed passes and said first; more than --max-hours is refused. A finished
-cell leaves cell.json and is not run again, and a run within a cell goes on from its checkpoint.
+On the embedded world. A cell is a base, a method and a seed; shapes-sdxl takes the first seed alone. All students draw the
+same number of images in training. The CPU-hours are estimated from a few timed passes and said first; more than --max-hours
+is refused. A finished cell leaves cell.json and is not run again, and a run within a cell resumes from its checkpoint.
 
 The measures were fixed before any training: GenEval's dense and exact score; Frechet and kernel distance to the teacher's
 images and recall of them, on the features that are named, with the number of images; distance to the teacher's image of the

@@ -1,10 +1,10 @@
-"""Ten good runs and deliberately broken ones on the embedded world, and what the health lines say of each.
+"""Do the health findings leave ten good runs alone, and do they name eight broken ones?
 
 python benchmarks/healthy_curves.py [--out runs/healthy] [--only NAME ...] [--again]
 
-Every run is 200 steps of a shipped recipe on 256 groups of 8 images (about two minutes on one core, its validations
-included); a broken one changes a single thing of a good one. Health is a function of the logged rows, so --again
-examines the rows that are there without training. What is complete is kept: the same command goes on where it stopped.
+On the embedded world. Every run is 200 steps of a shipped recipe on 256 groups of 8 images (about two minutes on one core,
+its validations included); a broken one changes a single thing of a good one. Health is a function of the logged rows, so
+--again examines the rows that are there without training. What is complete is kept, so the same command resumes.
 
 Then the weights that validation chose are drawn against the last ones of the three DPO runs, on prompts that chose nothing.
 Writes benchmarks/results/healthy-curves.json, docs/images/healthy-curves.svg and prints the tables of docs/healthy-curves.md.
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from healthy_curves_picture import picture
 
 from diffalign.config import EvalConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
@@ -37,6 +36,7 @@ from diffalign.stages import resolve
 from diffalign.stages.evaluate import evaluate as evaluate_stage
 from diffalign.stages.quickstart import RECIPES, REWARD, make_data, sampling
 from diffalign.stages.train import train as train_stage
+from shared.healthy_curves_picture import picture
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, HALF, QUARTER, MEASURE = 200, 100, 50, "geneval.dense"

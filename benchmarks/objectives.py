@@ -1,12 +1,13 @@
-"""Objectives side by side on the embedded world: true and shuffled labels, at an equal budget of image-forwards.
+"""How do the objectives compare, with true and shuffled labels, at an equal budget of image-forwards?
 
 python benchmarks/objectives.py [--bases shapes-sdxl shapes-sd3] [--seeds 0 1 2] [--max-hours 8] [--tiny]
 python benchmarks/objectives.py --prompts testbed:validation --methods GDRO --out FOLDER optimizer.lr=0.002
                                                   to choose settings: prints the scores and writes no table
 
-A cell is a method, a base and a seed. Every cell may spend the same number of image-forwards: forward passes of one image
-through policy, reference or inversion (a backward goes with each pass of the policy). The CPU-hours are estimated from a
-few timed passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again.
+On the embedded world. A cell is a method, a base and a seed. Every cell may spend the same number of image-forwards: forward
+passes of one image through policy, reference or inversion (a backward goes with each pass of the policy). The CPU-hours are
+estimated from a few timed passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is
+not run again.
 
 The measures were fixed before any training: the dense and the exact GenEval score on held-out prompts and on prompts of
 kinds that no training caption has (three objects, a number and an object, five), drift from the reference in training,
@@ -26,7 +27,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from objectives_report import table, write_report
 from PIL import Image
 
 from diffalign.config import EvalConfig, SampleConfig, load_config
@@ -43,8 +43,8 @@ from diffalign.stages.quickstart import RECIPES, REWARD, SAMPLING, make_data, sa
 from diffalign.stages.real_images import prompts_file, real_images
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
-from diffalign.testbed.scenes import COLORS, SHAPES
-from diffalign.testbed.shape_prompts import plural
+from shared.objectives_report import table, write_report
+from shared.unseen_prompts import out_of_distribution
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = ("geneval.dense", "geneval.exact")
@@ -114,31 +114,6 @@ TINY = Size(groups=8, budget=128, prompts=6, out_of_distribution=6, seeds_per_pr
 
 def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-").strip("-")
-
-
-def out_of_distribution(n: int) -> list[dict[str, Any]]:
-    """Prompts of three kinds that no training caption has, with the metadata that the reward reads."""
-    rng = np.random.default_rng(7)
-    rows: list[dict[str, Any]] = []
-    while len(rows) < n:
-        shapes = [str(s) for s in rng.permutation(list(SHAPES))[:3]]
-        colors = [str(c) for c in rng.choice(list(COLORS), 3)]
-        kind = len(rows) % 3
-        if kind == 0:
-            include = [{"class": s, "count": 1, "color": c} for s, c in zip(shapes, colors, strict=True)]
-            text, tag = " and ".join(f"a {c} {s}" for s, c in zip(shapes, colors, strict=True)), "three_objects"
-        elif kind == 1:
-            include = [{"class": shapes[0], "count": 2, "color": colors[0]}, {"class": shapes[1], "count": 1}]
-            text, tag = f"two {colors[0]} {plural(shapes[0])} and a {shapes[1]}", "count_and_object"
-        else:
-            include = [{"class": shapes[0], "count": 5, "color": colors[0]}]
-            text, tag = f"five {colors[0]} {plural(shapes[0])}", "five"
-        row: dict[str, Any] = {"prompt": text, "tag": tag, "include": include}
-        if kind == 2:
-            row["exclude"] = [{"class": shapes[0], "count": 6}]
-        if text not in {r["prompt"] for r in rows}:
-            rows.append(row)
-    return rows
 
 
 def shuffle_scores(folder: Path, seed: int) -> None:

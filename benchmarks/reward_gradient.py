@@ -1,13 +1,13 @@
-"""Over-optimisation of a reward's gradient on the embedded world: the reward that is followed, GenEval which is not, and drift.
+"""Does following a reward's gradient over-optimise it: how do that reward, GenEval and drift move?
 
 python benchmarks/reward_gradient.py [--methods "DRaFT-2" ...] [--seeds 0 1 2] [--max-hours 4] [--tiny] [KEY=VALUE ...]
 python benchmarks/reward_gradient.py --prompts testbed:validation      to choose settings; writes no table
 python benchmarks/reward_gradient.py --name zreward 'rewards=[{name: zreward, options: {...}}]'      another reward
 
-A cell is a method and a seed on shapes-sd3. Every --every steps the policy draws images of the same held-out prompts, scored by
-what is trained on and by GenEval's dense score; nothing is chosen by them. The CPU-hours are estimated from a few timed passes
-and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again, and a run within a cell
-goes on from its checkpoint.
+A cell is a method and a seed on shapes-sd3. Every --every steps the policy draws images of the same held-out prompts, scored
+by what is trained on and by GenEval's dense score; nothing is chosen by them. The CPU-hours are estimated from a few timed
+passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again, and a run
+within a cell resumes from its checkpoint.
 
 Writes results/reward-gradient-NAME.json and docs/images/reward-gradient-NAME.svg.
 """

@@ -1,11 +1,12 @@
-"""Three rounds of GDRO against one run of the same length on fixed data, on the embedded world's flow model.
+"""Do three rounds of GDRO on new images gain more than one run of the same length on fixed data?
 
 python benchmarks/rounds.py [--seeds 0 1 2] [--out runs/bench-rounds] [--tiny]
 
-Both see the same training prompts, as many images in all, and as many steps: the rounds draw eight images a prompt from the
-last round's model, three times; the one run draws 24 from the base. Both stop when told, not by validation. The measure was
-fixed before any training: the dense GenEval score on held-out prompts and on prompts of kinds that no training caption has;
-intervals are bootstrapped over prompts. Whatever is complete is kept, so the same command goes on where it stopped.
+On the embedded world's flow model. Both see the same training prompts, as many images in all, and as many steps: the rounds
+draw eight images a prompt from the last round's model, three times; the one run draws 24 from the base. Both run for a fixed
+number of steps. The measure was fixed before any training: the dense GenEval score on held-out prompts and on prompts of
+kinds that no training caption has; intervals are bootstrapped over prompts. Whatever is complete is kept, so the same command
+resumes.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from objectives import out_of_distribution
 
 from diffalign.config import EvalConfig, RoundsConfig, load_config, load_rounds_config
 from diffalign.evaluation.compare import compare, pool
@@ -23,6 +23,7 @@ from diffalign.evaluation.evaluate import load_scores
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rounds import round_folder, rounds
 from diffalign.testbed.shape_prompts import draw_prompts
+from shared.unseen_prompts import out_of_distribution
 
 MEASURE = "geneval.dense"
 ROUNDS = 3

@@ -52,15 +52,15 @@ class Source:
     absent: dict[str, None] = field(default_factory=dict)
 
     def fingerprint(self, *more: str) -> str:
-        """16 hex digits over configs and weights.
+        """Hash configs and weights: 16 hex digits.
 
-        Weights enter by name, size and samples of their bytes: a model trained anew in the same folder is another one,
+        Weights enter by name, size and samples of their bytes: a model trained again in the same folder gets another hash,
         and a large one takes no minutes to read.
         """
         return self._hash(self.folder, self.path, str(self.revision), str(self.variant), *more)
 
     def component_fingerprint(self, component: str) -> str:
-        """As `fingerprint`, of one component alone, wherever it lies: two models that share a VAE share this."""
+        """Hash one component alone, wherever it lies: two models that share a VAE share this."""
         return self._hash(self.folder / component, str(self.variant))
 
     def _hash(self, folder: Path, *more: str) -> str:
@@ -135,7 +135,7 @@ def load_backbone(
 
 
 def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
-    """The pipeline's class name, from its model_index.json alone. Raises DiffalignError for one that is not supported."""
+    """Read the pipeline's class name from its model_index.json alone. Raises DiffalignError for an unsupported one."""
     index, _ = find_index(path, revision, token, local)
     components = read_index(path, index)
     _family(path, components)
@@ -150,6 +150,7 @@ def _family(path: str, components: dict[str, Any]) -> type[Backbone]:
 
 
 def read_index(path: str, index: Path) -> dict[str, Any]:
+    """Read a model_index.json; `path` names the model in messages."""
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`--reward [LABEL=]NAME[:key=value,...]`: which reward, how it is called in the output, and its own options.
+"""Parse `--reward [LABEL=]NAME[:key=value,...]`: the reward, its label in the output, and its options.
 
 NAME may be `module:Class`. The part behind the first colon is a class if it is a plain word and the part before it is no
 reward of ours; options always hold an `=`.
@@ -22,9 +22,9 @@ class RewardSpec:
 
 
 def parse(text: str) -> RewardSpec:
-    """Read one `--reward`. The label of `module:Class` is the class's own name.
+    """Return the parts of one `--reward`. The label of `module:Class` is the class's own name.
 
-    Raises DiffalignError for a text of another form, and for a class that is no reward.
+    Raises DiffalignError if the text has another form, and for a class that is no reward.
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
@@ -39,24 +39,22 @@ def parse(text: str) -> RewardSpec:
     for pair in filter(None, tail.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise DiffalignError(f"--reward {text!r}: option {pair!r} is no key=value")
+            raise DiffalignError(f"--reward {text!r}: option {pair!r} is not key=value")
         options[key.strip()] = _value(value.strip())
     return RewardSpec(label, name, options)
 
 
 def parse_all(texts: list[str]) -> list[RewardSpec]:
-    """Specs with different labels. Raises DiffalignError where two would share a column."""
+    """Return specs with different labels. Raises DiffalignError if two would share a column."""
     specs = [parse(text) for text in texts]
     labels = [spec.label for spec in specs]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
-        raise DiffalignError(
-            f"--reward: two are called {twice!r}; give one a label of its own, as in other={twice}:..."
-        )
+        raise DiffalignError(f"--reward: two are called {twice!r}; give one another label, as in other={twice}:...")
     return specs
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

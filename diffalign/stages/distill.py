@@ -46,7 +46,7 @@ image = pipeline("...", {call}).images[0]
 ```
 {note}"""
 
-SD3_RENOISE = """
+GLOBAL_NOISE = """
 The pipeline gives its scheduler no generator, so `generator=` fixes the first noise alone; call `torch.manual_seed` too.
 """
 
@@ -229,10 +229,8 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     explicit = call_options(scheduler, wanted.times)
     if explicit:
         options = {**explicit, "guidance_scale": 0.0}
-    length = config.model.options.get("max_sequence_length")
-    if length is not None and "max_sequence_length" in backbone.sampling_options():
-        options["max_sequence_length"] = length
-    note = SD3_RENOISE if backbone.family == "sd3" and wanted.sampler == "renoise" else ""
+    options |= backbone.call_options()
+    note = GLOBAL_NOISE if wanted.sampler == "renoise" and not backbone.scheduler_seeded else ""
     if wanted.sampler == "cps":
         note = CPS.format(eta=wanted.eta)
     call = ", ".join(f"{name}={value}" for name, value in options.items())

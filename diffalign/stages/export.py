@@ -109,7 +109,7 @@ def export(
     if form == "diffusers":
         export_diffusers(weights, family.trunk_name, out)
     elif form == "kohya":
-        export_kohya(weights, family.family, out)
+        export_kohya(weights, family, out)
     else:
         backbone = open_plain_backbone(config.model)
         backbone.load_weights(weights)

@@ -116,9 +116,9 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
         for path in write_into_dataset(parts[0], request.images):
             print(f"scores: {path}")
     if request.html:
-        print(f"gallery: {request.html} ({write_gallery(request.html, both)} pictures)")
+        print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
-        others = f", {kept} rows of other pictures kept" if kept else ""
+        others = f", {kept} rows of other images kept" if kept else ""
         print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
 
 

@@ -59,6 +59,9 @@ class ToyBackbone:
     def pipeline_trunk(self) -> nn.Module:
         return self.trunk
 
+    def middle_block(self) -> nn.Module:
+        return self.trunk.mid_block
+
     def add_lora(self, *args: Any, **kwargs: Any) -> None:
         pass
 

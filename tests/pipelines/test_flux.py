@@ -159,6 +159,8 @@ def test_refusals(flux_dir: Path, tmp_path: Path) -> None:
     backbone = load_backbone(flux_dir)
     with pytest.raises(DiffalignError, match="takes no negative prompt"):
         backbone.sample(PROMPTS, SEEDS, steps=1, guidance_scale=1.0, negative_prompt="x")
+    with pytest.raises(DiffalignError, match="takes no negative prompt"):
+        backbone.encode_guided(PROMPTS, "x")
     with pytest.raises(DiffalignError, match="72x64 pixels are not multiples of 16"):
         backbone.sample(PROMPTS, SEEDS, steps=1, guidance_scale=1.0, height=72, width=64)
     with pytest.raises(DiffalignError, match="multiples of 16 needed"):

@@ -150,16 +150,16 @@ def test_kohya_names() -> None:
     }  # fmt: skip
     shapes = {"A": (4, 8), "B": (16, 4)}
     state = {f"unet.{m}.lora_{x}.weight": torch.ones(shape) for m in modules for x, shape in shapes.items()}
-    made = to_kohya(state, 3.0, "sdxl")
+    made = to_kohya(state, 3.0, "sgm")
     stems = {f"lora_unet_{name}" for name in modules.values()}
     assert set(made) == {f"{s}.{end}" for s in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
     for stem in stems:
         assert made[f"{stem}.lora_down.weight"].shape == (4, 8) and made[f"{stem}.lora_up.weight"].shape == (16, 4)
         assert made[f"{stem}.alpha"].shape == () and made[f"{stem}.alpha"] == 3.0
     plain = {f"lora_unet_{m.replace('.', '_')}" for m in modules}
-    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sd15")} == plain
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "diffusers")} == plain
     state["unet.down_blocks.0.resnets.0.conv1.lora_A.weight"] = torch.ones(4, 8, 3, 3)
-    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sdxl")} > plain  # never both kinds of names in a file
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sgm")} > plain  # never both kinds of names in a file
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -153,7 +153,7 @@ def test_the_card_names_licences(world: Callable[..., Path]) -> None:
     assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", text) and re.search(
         r"\| two \| m2 \|.*\| unknown \|", text
     )
-    assert "| train | 21 |" in text and "By vote shares of bright, red. 21 groups" in text
+    assert "| train | 21 |" in text and "Preferences are vote shares of bright, red. 21 groups" in text
 
 
 def test_a_detector_stands_for_the_rewards_weights() -> None:

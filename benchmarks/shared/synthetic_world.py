@@ -1,6 +1,6 @@
 """The embedded world from prompts to a judged model: drawn by two models, scored, ranked, trained on, evaluated.
 
-Used by `bench_synth.py world`. Every stage keeps what is done, so the same command goes on where it stopped; the time of a
+Used by `synthetic_data.py world`. Every stage keeps what is done, so the same command resumes; the time of a
 stage is written down when it ends. One thread, so that CPU seconds are what the work costs.
 """
 
