@@ -1,4 +1,4 @@
-"""Define what this package needs of a model and of a config, so that it imports neither pipelines nor config.
+"""Define what this package needs of a model and of a config, so that it imports neither models nor config.
 
 `diffalign.pipelines.Backbone` and the sections of `diffalign.config` have these members; so may any stand-in.
 """
@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 
 from PIL import Image
 from torch import Tensor
+
+from diffalign.pipelines.settings import SamplingSettings
 
 CacheMode = Literal["all", "latents", "off"]
 """What is encoded before the first step: images and prompts, images only, or nothing."""
@@ -74,12 +76,7 @@ class ImageSampler(Protocol):
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance_scale: float,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        settings: SamplingSettings,
     ) -> Sequence[Image.Image]:
         """Return one image per prompt and seed."""
         ...

@@ -8,6 +8,7 @@ sampling.json, failed.jsonl             the plan's settings; prompts that could 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import OnImages
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
@@ -138,12 +140,8 @@ def sample_groups(
     *,
     images_per_prompt: int,
     seed: int,
-    steps: int,
-    guidance_scale: float,
+    settings: SamplingSettings,
     batch_size: int,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
     split: str = "train",
     origin: dict[str, str | None] | None = None,
     on_progress: OnImages | None = None,
@@ -154,23 +152,15 @@ def sample_groups(
     noise depends on its own seed alone. `origin`: replaces the model's path and revision in the provenance.
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
-    provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {})}
-    provenance |= {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    settings = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}
-    settings |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
-    remember(out, settings)
+    drawn_with = asdict(settings)
+    size = {side: drawn_with.pop(side) for side in ("height", "width")}
+    provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **drawn_with}
+    decisive = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, **size}
+    decisive |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
+    remember(out, decisive)
 
     def draw(texts: list[str], seeds: list[int]) -> list[Drawn]:
-        images = backbone.sample(
-            texts,
-            seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-        )
-        return [Drawn(image) for image in images]
+        return [Drawn(image) for image in backbone.sample(texts, seeds, settings)]
 
     draw_part(plan, 0, out, draw, provenance, on_progress)
     write_planned_groups(plan, out, split)

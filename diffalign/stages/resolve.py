@@ -19,6 +19,7 @@ from diffalign.config import (
     ModelSection,
     RewardSection,
     SampleConfig,
+    SizedSamplingSection,
     TrainConfig,
 )
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
@@ -29,6 +30,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say as say
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
 from diffalign.testbed.detector import ShapeDetector
@@ -155,6 +157,13 @@ def open_rewards(
                     "{name: pickscore}, or give prompts with what it needs"
                 )
     return rewards
+
+
+def sampling_settings(section: SizedSamplingSection) -> SamplingSettings:
+    """Return how a section wants its images drawn."""
+    return SamplingSettings(
+        section.steps, section.guidance_scale, section.negative_prompt, section.height, section.width
+    )
 
 
 def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:

@@ -10,6 +10,7 @@ from diffalign.stages.resolve import (
     open_backbone,
     resolve_device,
     resolve_prompts,
+    sampling_settings,
     weights_digest,
 )
 
@@ -29,11 +30,7 @@ def sample(config: SampleConfig) -> None:
         config.out,
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        negative_prompt=config.negative_prompt,
-        height=config.height,
-        width=config.width,
+        settings=sampling_settings(config),
         batch_size=config.batch_size,
         origin=origin,
         on_progress=ImageProgress().named("sampling"),

@@ -23,6 +23,7 @@ from diffalign.data.score import score_images
 from diffalign.data.training_source import choose_groups
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards.aggregate import vote_shares
 
 
@@ -214,7 +215,7 @@ class Painter:
     def __init__(self, fail_after: int | None = None) -> None:
         self.drawn, self.fail_after = 0, fail_after
 
-    def sample(self, prompts: list[str], seeds: list[int], **_: Any) -> list[Image.Image]:
+    def sample(self, prompts: list[str], seeds: list[int], settings: SamplingSettings) -> list[Image.Image]:
         if self.fail_after is not None and self.drawn >= self.fail_after:
             raise KeyboardInterrupt
         self.drawn += len(prompts)
@@ -228,8 +229,7 @@ def draw_dataset(painter: Painter, out: Path, seed: int = 0, batch_size: int = 7
         out,
         images_per_prompt=2,
         seed=seed,
-        steps=3,
-        guidance_scale=2.0,
+        settings=SamplingSettings(steps=3, guidance_scale=2.0),
         batch_size=batch_size,
     )
 
