@@ -1,4 +1,4 @@
-"""Define what this package needs of a model and of a config, so that it imports neither pipelines nor config.
+"""Define what this package needs of a model and of a config, so that it imports neither models nor config.
 
 `diffalign.pipelines.Backbone` and the sections of `diffalign.config` have these members; so may any stand-in.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from PIL import Image
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from diffalign.pipelines.settings import SamplingSettings
+from diffalign.pipelines.settings import SamplingSettings
 
 CacheMode = Literal["all", "latents", "off"]
 """What is encoded before the first step: images and prompts, images only, or nothing."""
@@ -75,7 +74,12 @@ class ImageSampler(Protocol):
     @property
     def revision(self) -> str | None: ...
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Sequence[Image.Image]:
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+    ) -> Sequence[Image.Image]:
         """Return one image per prompt and seed."""
         ...
 

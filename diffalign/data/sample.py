@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +28,8 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import OnImages
-
-if TYPE_CHECKING:
-    from diffalign.pipelines.settings import SamplingSettings
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
 
@@ -142,10 +141,10 @@ def sample_groups(
     backbone: ImageSampler,
     prompts: list[PromptRow],
     out: Path,
-    settings: SamplingSettings,
     *,
     images_per_prompt: int,
     seed: int,
+    settings: SamplingSettings,
     batch_size: int,
     split: str = "train",
     origin: dict[str, str | None] | None = None,
@@ -157,14 +156,10 @@ def sample_groups(
     noise depends on its own seed alone. `origin`: replaces the model's path and revision in the provenance.
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
-    provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {})}
-    provenance |= {
-        "steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "negative_prompt": settings.negative_prompt,
-    }
-    decisive = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt}
-    decisive |= {"height": settings.height, "width": settings.width}
+    drawn_with = asdict(settings)
+    size = {side: drawn_with.pop(side) for side in ("height", "width")}
+    provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **drawn_with}
+    decisive = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, **size}
     decisive |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
     remember(out, decisive)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_ta
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import ImageProgress, say
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
@@ -25,6 +27,7 @@ from diffalign.stages.resolve import (
     open_rewards,
     resolve_device,
     resolve_prompts,
+    sampling_settings,
     weights_digest,
 )
 from diffalign.training.checkpoint import checkpoints
@@ -50,17 +53,11 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     _refuse_selection_prompts(config, rows)
     rewards = open_rewards((config.reward, *config.more_rewards), rows, device, "reward", config.prompts)
 
-    options = {
-        "steps": config.steps,
-        "guidance_scale": config.guidance_scale,
-        "negative_prompt": config.negative_prompt,
-        "height": config.height,
-        "width": config.width,
-    }
-    trained = _trained_samplers(backbone, weights, options)
-    drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(options)}"
+    settings = sampling_settings(config)
+    trained = _trained_samplers(backbone, weights, settings)
+    drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(asdict(settings))}"
     result = evaluate_models(
-        base=_sampler(base, "policy" if full else "reference", options),
+        base=_sampler(base, "policy" if full else "reference", settings),
         tuned=trained.pop("tuned"),
         others=trained,
         plan=EvaluationPlan(rows, config.seeds, config.seed, config.batch_size),
@@ -92,20 +89,19 @@ def _weights_to_compare(config: EvalConfig) -> dict[str, Path]:
     return weights
 
 
-def _sampler(backbone: Backbone, role: str, options: dict[str, Any]) -> Sampler:
+def _sampler(backbone: Backbone, role: str, settings: SamplingSettings) -> Sampler:
     """Return a function that draws images of prompts at seeds under a role of the backbone."""
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         with backbone.role(role):
-            images: list[Image.Image] = backbone.sample(prompts, seeds, **options)
-        return images
+            return backbone.sample(prompts, seeds, settings)
 
     return draw
 
 
-def _trained_samplers(backbone: Backbone, weights: dict[str, Path], options: dict[str, Any]) -> dict[str, Sampler]:
+def _trained_samplers(backbone: Backbone, weights: dict[str, Path], settings: SamplingSettings) -> dict[str, Sampler]:
     """Return a sampler for each of the weights; they share the backbone, and each loads its weights at its first images."""
-    draw = _sampler(backbone, "policy", options)
+    draw = _sampler(backbone, "policy", settings)
     loaded: Path | None = None
 
     def sampler(path: Path) -> Sampler:

@@ -19,6 +19,7 @@ from diffalign.config import (
     ModelSection,
     RewardSection,
     SampleConfig,
+    SizedSamplingSection,
     TrainConfig,
 )
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
@@ -29,8 +30,9 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say as say
-from diffalign.rewards import Detector, Reward, load_reward, takes
+from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
@@ -126,15 +128,18 @@ def open_reward(section: RewardSection, device: str) -> Reward:
 
 
 def build_reward(name: str, options: Mapping[str, Any], device: str) -> Reward:
-    """Build a reward on `device`, unless its options name another; `detector: shapes` becomes the detector itself."""
+    """Build a reward on `device`, unless its options name another; `detector: shapes` becomes the detector itself.
+
+    Raises DiffalignError for a name, an option or a detector that does not exist.
+    """
     given = dict(options)
     if takes(name, "device"):
         given.setdefault("device", device)
     detector = given.get("detector")
-    if detector is not None:
-        if detector not in DETECTORS:
-            raise DiffalignError(f"reward {name}: unknown detector {detector!r}; there are {', '.join(DETECTORS)}")
+    if isinstance(detector, str) and detector in DETECTORS:
         given["detector"] = DETECTORS[detector]()
+    elif detector is not None and name in REWARDS:  # a reward of another package may have detectors of its own
+        raise DiffalignError(f"reward {name}: unknown detector {detector!r}; there are {', '.join(DETECTORS)}")
     return load_reward(name, **given)
 
 
@@ -152,6 +157,13 @@ def open_rewards(
                     "{name: pickscore}, or give prompts with what it needs"
                 )
     return rewards
+
+
+def sampling_settings(section: SizedSamplingSection) -> SamplingSettings:
+    """Return how a section wants its images drawn."""
+    return SamplingSettings(
+        section.steps, section.guidance_scale, section.negative_prompt, section.height, section.width
+    )
 
 
 def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:

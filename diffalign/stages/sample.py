@@ -4,13 +4,13 @@ from pathlib import Path
 
 from diffalign.config import SampleConfig
 from diffalign.data.sample import sample_groups
-from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
     check_guidance_scale,
     open_backbone,
     resolve_device,
     resolve_prompts,
+    sampling_settings,
     weights_digest,
 )
 
@@ -28,11 +28,9 @@ def sample(config: SampleConfig) -> None:
         backbone,
         resolve_prompts(config.prompts, config.n, config.seed),
         config.out,
-        SamplingSettings(
-            config.steps, config.guidance_scale, config.negative_prompt, height=config.height, width=config.width
-        ),
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,
+        settings=sampling_settings(config),
         batch_size=config.batch_size,
         origin=origin,
         on_progress=ImageProgress().named("sampling"),

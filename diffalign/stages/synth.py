@@ -37,6 +37,7 @@ from diffalign.stages.resolve import (
     open_reward,
     process_device,
     resolve_prompts,
+    sampling_settings,
     weights_digest,
 )
 
@@ -112,19 +113,11 @@ def make_plan(config: SynthConfig) -> SynthPlan:
 def drawer(generator: Generator, section: GeneratorSection, latents: bool) -> Draw:
     """Return the function with which `draw_part` draws a batch."""
 
+    settings = sampling_settings(section)
+
     def draw(prompts: list[str], seeds: list[int]) -> list[Drawn]:
-        found = generator.draw(
-            prompts,
-            seeds,
-            steps=section.steps,
-            guidance_scale=section.guidance_scale,
-            negative_prompt=section.negative_prompt,
-            height=section.height,
-            width=section.width,
-            options=section.options,
-            latents=latents,
-        )
-        return [Drawn(image, latent) for image, latent in found]
+        drawn = generator.draw(prompts, seeds, settings, options=section.options, latents=latents)
+        return [Drawn(image, latent) for image, latent in drawn]
 
     return draw
 

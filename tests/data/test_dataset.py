@@ -227,9 +227,9 @@ def draw_dataset(painter: Painter, out: Path, seed: int = 0, batch_size: int = 7
         painter,
         [PromptRow(f"prompt {i}") for i in range(n)],
         out,
-        SamplingSettings(steps=3, guidance_scale=2.0),
         images_per_prompt=2,
         seed=seed,
+        settings=SamplingSettings(steps=3, guidance_scale=2.0),
         batch_size=batch_size,
     )
 

@@ -26,6 +26,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.stages import synth
 from helpers.files import tree
 from helpers.processes import in_a_child
@@ -50,7 +51,9 @@ class Painter:
     def facts(self) -> dict[str, str]:
         return self.known
 
-    def draw(self, prompts: list[str], seeds: list[int], **given: Any) -> list[tuple[Image.Image, Any]]:
+    def draw(
+        self, prompts: list[str], seeds: list[int], settings: SamplingSettings | None = None, **given: Any
+    ) -> list[tuple[Image.Image, Any]]:
         time.sleep(self.pause)
         if self.log:
             with self.log.open("a") as stream:
