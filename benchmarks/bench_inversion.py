@@ -22,8 +22,8 @@ from diffalign.data.cache import to_pixels
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.inversion import renoise_step
 from diffalign.testbed import model_path
-from diffalign.testbed.prompts import prompts, scene_for
 from diffalign.testbed.scenes import render
+from diffalign.testbed.shape_prompts import draw_prompts, scene_for
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,7 +69,7 @@ def main() -> None:
     given = parser.parse_args()
     options = {"max_sequence_length": 12} if given.base == "shapes-sd3" else {}
     backbone = load_backbone(model_path(given.base), **options)
-    rows = prompts("test", given.images)
+    rows = draw_prompts("test", given.images)
     rng = np.random.default_rng(0)
     pixels = to_pixels([np.asarray(render(scene_for(row, rng))) for row in rows])
     x0 = backbone.encode_images(pixels)

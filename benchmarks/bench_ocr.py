@@ -2,7 +2,7 @@
 
 python benchmarks/bench_ocr.py [--images 160] [--sides 512 256]
 
-The pictures are those of tests/test_rewards_ocr.py. Milliseconds are CPU time of one thread, which other work on the machine
+The pictures are those of tests/rewards/test_ocr.py. Milliseconds are CPU time of one thread, which other work on the machine
 disturbs less than wall time.
 """
 
@@ -18,9 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import lettering
-
 from diffalign.rewards import load_reward
+from helpers import lettering
 
 RESULTS = Path(__file__).parent / "results"
 

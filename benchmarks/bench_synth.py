@@ -49,13 +49,13 @@ def generate(model: str, images: int, batch: int, rounds: int) -> dict[str, Any]
     from diffalign.data.prompts import PromptRow
     from diffalign.data.sample import Drawn, draw_part
     from diffalign.pipelines.generator import load_generator
-    from diffalign.testbed.prompts import prompts
+    from diffalign.testbed.shape_prompts import draw_prompts
 
     torch.set_num_threads(1)
     path = str(testbed.model_path(model)) if model in testbed.MODELS else model
     generator = load_generator(path)
     pipeline = generator.pipeline
-    texts = [row["prompt"] for row in prompts("train", images)]
+    texts = [row["prompt"] for row in draw_prompts("train", images)]
     plan = SynthPlan(tuple(PromptRow(t) for t in texts), (Part(model, 1, batch),), 0)
     batches = [b for shard in plan.shards(0) for b in shard.batches]
     given = {"steps": 10, "guidance_scale": 4.0}
@@ -128,7 +128,7 @@ def memory():
 
 before, start, cpu = memory(), time.perf_counter(), time.process_time()
 dataset = PreferenceDataset(sys.argv[1])
-places = len(dataset.places)
+places = len(dataset.image_index)
 chosen = dataset.split('train')
 opened, opened_cpu, after = time.perf_counter() - start, time.process_time() - cpu, memory()
 start = time.perf_counter()

@@ -29,7 +29,7 @@ from diffalign.config import RewardSection, load_distill_config
 from diffalign.draws import draw
 from diffalign.evaluation.distance import frechet_distance, kernel_distance, recall, thumbnails
 from diffalign.pipelines.few_step import student_scheduler
-from diffalign.stages import distill as stages_distill
+from diffalign.stages import distill as distill_stage
 from diffalign.stages import resolve
 
 RESULTS = Path(__file__).parent / "results"
@@ -168,7 +168,7 @@ def run_cell(cell: Cell, folder: Path, teacher: Path, size: Size, prompts: str, 
     rows = resolve.resolve_prompts(prompts, size.prompts)
     spent = time.process_time()
     if METHODS[cell.method].overrides is not None:
-        stages_distill.distill(config)
+        distill_stage.distill(config)
     spent = time.process_time() - spent
     images, seconds = draw_images(cell, config, rows, size, folder)
     pictures = folder / "images.npy"

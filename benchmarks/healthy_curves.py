@@ -31,8 +31,8 @@ from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare, pool
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.files import read_json_lines
 from diffalign.health import Finding, examine, examine_labels
-from diffalign.report.runs import read_lines
 from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
 from diffalign.stages import train as train_stage
@@ -152,7 +152,7 @@ def labels_of(out: Path, kind: Kind) -> list[Finding]:
 def judge(out: Path, name: str) -> dict[str, Any]:
     """Findings of a run's rows, and whether they are as they must be: none, or the right one in the first quarter."""
     kind, folder = RUNS[name], out / "runs" / name
-    rows, validations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "validation.jsonl")
+    rows, validations = read_json_lines(folder / "metrics.jsonl"), read_json_lines(folder / "validation.jsonl")
     found = examine(rows, validations, labels_of(out, kind))
     alarms = [f for f in found if f.words.level == "alarm"]
     first = min((f.step for f in alarms if f.name in kind.called), default=None)
@@ -225,7 +225,7 @@ def chosen_table(rows: dict[str, dict[str, Any]]) -> str:
 def keep_rows(out: Path, names: list[str], path: Path) -> None:
     """All rows in one compressed file, so that health can be examined again wherever the repository is."""
     runs = {
-        name: {part: read_lines(out / "runs" / name / f"{part}.jsonl") for part in ("metrics", "validation")}
+        name: {part: read_json_lines(out / "runs" / name / f"{part}.jsonl") for part in ("metrics", "validation")}
         for name in names
     }
     path.write_bytes(gzip.compress(json.dumps(runs).encode(), mtime=0))
@@ -256,7 +256,7 @@ def main() -> None:
     (RESULTS / "healthy-curves.json").write_text(json.dumps(document, indent=1) + "\n")
     keep_rows(given.out, there, RESULTS / "healthy-curves-rows.json.gz")
     drawing = Path(__file__).parent.parent / "docs" / "images" / "healthy-curves.svg"
-    drawing.write_text(picture({name: read_lines(given.out / "runs" / name / "metrics.jsonl") for name in there}))
+    drawing.write_text(picture({name: read_json_lines(given.out / "runs" / name / "metrics.jsonl") for name in there}))
 
 
 if __name__ == "__main__":

@@ -32,19 +32,19 @@ from PIL import Image
 from diffalign.config import EvalConfig, SampleConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
-from diffalign.data.real_against_generated import write_roles
+from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.stages import data as stages_data
+from diffalign.stages import data as data_stage
 from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
 from diffalign.stages import sample as sample_stage
 from diffalign.stages import train as train_stage
 from diffalign.stages.quickstart import RECIPES, REWARD, SAMPLING, make_data, sampling
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.testbed.prompts import plural
 from diffalign.testbed.scenes import COLORS, SHAPES
+from diffalign.testbed.shape_prompts import plural
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = ("geneval.dense", "geneval.exact")
@@ -208,7 +208,7 @@ def prepare_roles(base: str, seed: int, out: Path, size: Size) -> Path:
         "seed": seed, "images_per_prompt": 1, **sampling(base), "guidance_scale": 1.0,
     }  # fmt: skip
     sample_stage.sample(SampleConfig.model_validate(plan))
-    write_roles(real, PreferenceDataset(folder / "drawn"), folder / "data")
+    write_real_against_generated(real, PreferenceDataset(folder / "drawn"), folder / "data")
     return folder / "data"
 
 
@@ -242,7 +242,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     config = load_config(
         recipe, (*given, "train.threads=1", "tracking.trackers=[]", *method.settings(cell.base), *overrides)
     )
-    stages_data.cache(config)  # so that the time below is that of the steps
+    data_stage.cache(config)  # so that the time below is that of the steps
     started = time.process_time()
     train_stage.train(config)
     spent = time.process_time() - started

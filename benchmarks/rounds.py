@@ -21,8 +21,8 @@ from diffalign.config import EvalConfig, RoundsConfig, load_config, load_rounds_
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
 from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import rounds as iterate
-from diffalign.testbed.prompts import prompts
+from diffalign.stages import rounds as rounds_stage
+from diffalign.testbed.shape_prompts import draw_prompts
 
 MEASURE = "geneval.dense"
 ROUNDS = 3
@@ -35,7 +35,7 @@ def plan(name: str, seed: int, out: Path, tiny: bool) -> RoundsConfig:
     steps, groups, held_out = (2, 4, 4) if tiny else (130, 128, 128)
     source = out / f"train-{seed}.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text("".join(json.dumps(row) + "\n" for row in prompts("train", groups, seed)))
+    source.write_text("".join(json.dumps(row) + "\n" for row in draw_prompts("train", groups, seed)))
     # One thread: with two, each waits for the other wherever something else holds a core.
     training = [f"train.steps={steps * ROUNDS // rounds}", "train.threads=1", "tracking.trackers=[]"]
     given = {
@@ -49,7 +49,7 @@ def judge(config: RoundsConfig, out: Path, tiny: bool) -> dict[str, dict[str, np
     """Scores [prompts, seeds] of base and tuned model, on held-out prompts and on those of other kinds."""
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(6 if tiny else 96)))
-    run = iterate.round_folder(config.out, config.rounds) / "run"
+    run = rounds_stage.round_folder(config.out, config.rounds) / "run"
     model = load_config(run / "config.yaml").model.model_dump()
     found = {}
     for kind, source, n in (("held_out", "testbed:test", 6 if tiny else 256), ("other_kinds", str(other), None)):
@@ -71,7 +71,7 @@ def main() -> None:
     for seed in given.seeds:
         for name, found in scores.items():
             config = plan(name, seed, given.out, given.tiny)
-            iterate.rounds(config)
+            rounds_stage.rounds(config)
             found.append(judge(config, given.out, given.tiny))
     result: dict[str, Any] = {"seeds": given.seeds, "measure": MEASURE}
     for kind in ("held_out", "other_kinds"):

@@ -21,7 +21,7 @@ from speed_results import RESULTS, keep
 
 from diffalign import testbed
 from diffalign.pipelines.generator import load_generator
-from diffalign.testbed.prompts import prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 
 STEPS, GUIDANCE = 10, 4.0
 
@@ -38,7 +38,7 @@ def against_bare(model: str, images: int, batch: int, rounds: int) -> dict[str, 
     generator = load_generator(testbed.model_path(model), device=device)
     pipeline = generator.pipeline
     own = {"max_sequence_length": 32} if model == "shapes-sd3" else {}
-    texts = [row["prompt"] for row in prompts("train", images)]
+    texts = [row["prompt"] for row in draw_prompts("train", images)]
     batches = [
         (texts[first : first + batch], range(first, min(first + batch, images))) for first in range(0, images, batch)
     ]

@@ -12,7 +12,7 @@ python benchmarks/scoring.py [--images 10000] [--side 512] [--loop 200] [--netwo
    with its one load, reading and hashing, over all --loop pictures. How much the load weighs depends on the network, so there
    are two: a small one and ViT-B-32. `--network ViT-H-14` takes HPSv2's own, with 8 GB of memory and 4 GB of disk.
 
-`make oracles` installs the package; tests/oracles.py makes it import. Writes results/scoring.json.
+`make oracles` installs the package; tests/helpers/oracles.py makes it import. Writes results/scoring.json.
 """
 
 import argparse
@@ -38,8 +38,6 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import oracles
-
 from diffalign.rewards import Reward, load_reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.decode import decode
@@ -47,6 +45,7 @@ from diffalign.scoring.items import Item
 from diffalign.scoring.run import score_items
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.store import Store
+from helpers import oracles
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "a picture"

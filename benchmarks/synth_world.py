@@ -99,7 +99,7 @@ def _evaluate(run: Path, prompts: int, seeds: int, base: Path | None) -> None:
 def _outcome(out: Path, clock: dict[str, Any], steps: int | None, voters: list[str]) -> dict[str, Any]:
     dataset = PreferenceDataset(out / "data")
     ranking = json.loads((dataset.folder / "ranking.json").read_text())["report"]
-    images, drawing = len(dataset.places), clock["draw"]
+    images, drawing = len(dataset.image_index), clock["draw"]
     alone = not drawing["resumed"] and drawing["cpu_s"] > 0  # else others drew, or an earlier start did
     size = sum(path.stat().st_size for path in (dataset.folder / "images").iterdir())
     dense, generators = dataset.score_array(MEASURE), dataset.image_column("generator")

@@ -1,6 +1,7 @@
-"""Which of torch's kernels may be used at all."""
+"""Which of torch's kernels may be used at all, and what makes a kernel round the same way twice."""
 
 import torch
+from torch import nn
 
 
 def avoid_cudnn_attention() -> None:
@@ -11,3 +12,14 @@ def avoid_cudnn_attention() -> None:
     kernel: github.com/pytorch/pytorch/issues/196678. Flash and memory-efficient attention remain.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def align_weights(module: nn.Module) -> None:
+    """Copy a module's weights to memory of their own, in place.
+
+    Weights read from a file lie in memory as they lie in the file. Copies are aligned, and some CPUs sum aligned numbers in
+    another order. So equal weights could give results that differ in the last bits: a full copy of a model and the model, or
+    one checkpoint in two formats.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()

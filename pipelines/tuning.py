@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
 from diffalign.pipelines.quantize import is_quantized
 
@@ -124,10 +125,7 @@ class Tunable(ABC):
             )
         if init is not None:
             self.load_weights(init)
-        # Weights that were read from a file lie in memory as they lie in the file. Copies are aligned, and some CPUs sum
-        # those in another order: the untrained policy would differ from its own reference in the last bits.
-        for parameter in self.trunk.parameters():
-            parameter.data = parameter.data.clone()
+        align_weights(self.trunk)  # the untrained policy must equal its reference to the last bit
         if keep_reference:
             self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
         self.trunk.float().requires_grad_(True)

@@ -95,14 +95,14 @@ def gated(preferences: np.ndarray, passed: np.ndarray) -> np.ndarray:
     return np.where(known, np.asarray(passed, dtype=bool).sum(axis=0) + rank, np.nan)
 
 
-def corrected_score(task: np.ndarray, quality: np.ndarray, offset: float = 0.2) -> np.ndarray:
-    """GDRO's corrected score r (u - 3) + 0.2 (arXiv 2601.02036), elementwise, NaN where either is.
+def corrected_score(task: np.ndarray, quality: np.ndarray, centre: float = 3.0, offset: float = 0.2) -> np.ndarray:
+    """Return GDRO's corrected score r (u - centre) + offset (arXiv 2601.02036, section 5), elementwise, NaN where either is.
 
-    task: OCR or GenEval scores. quality: u, the mean of UnifiedReward 2.0's alignment, coherence and style, each 1 to 5. The
-    paper adds 0.2 for its plots only. It does not say whether a table averages before or after: mean(r (u - 3)) is not
-    mean(r) (mean(u) - 3), so say which one you print.
+    task: r, OCR or GenEval scores. quality: u, the mean of UnifiedReward 2.0's alignment, coherence and style, each 1 to 5 and
+    mostly 3 to 4. The paper has centre 3 and adds 0.2 for its plots only. It does not say whether a table averages before or
+    after: mean(r (u - 3)) is not mean(r) (mean(u) - 3), so say which one you print.
     """
-    return np.asarray(task) * (np.asarray(quality) - 3.0) + offset
+    return np.asarray(task) * (np.asarray(quality) - centre) + offset
 
 
 def _weights(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:

@@ -67,7 +67,7 @@ class Reward(ABC):
         """The score of float pixels [B, 3, H, W] in [0, 1], float32 [B], with its gradient to the pixels."""
         raise DiffalignError(f"reward {self.name} is not differentiable; `diffalign rewards` lists those that are")
 
-    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
+    def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
         """Why an image with this prompt cannot be scored, "" if it can: known before anything is decoded."""
         return "no prompt" if "prompt" in self.reads and not (prompt or "").strip() else ""
 

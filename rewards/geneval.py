@@ -194,8 +194,10 @@ class GenEvalReward(Reward):
             ) from error
         self.reasons: list[str] = []
 
-    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
-        return super().unfit(prompt, metadata) or ("" if metadata.get("include") else "no GenEval metadata (include)")
+    def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
+        return super().reason_not_scorable(prompt, metadata) or (
+            "" if metadata.get("include") else "no GenEval metadata (include)"
+        )
 
     def weights_id(self) -> str:
         return self.detector.weights_id() if isinstance(self.detector, Mask2FormerDetector) else "the detector's"

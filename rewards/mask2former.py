@@ -6,7 +6,7 @@ mask probability inside the mask; masks enlarged bilinearly, without padding, to
 
 Colours: each object is cut out by its box, what lies outside its mask is grey (#999), and CLIP chooses among ten colours with
 three prompts each. The evaluator asks open_clip's ViT-L/14 with OpenAI's weights. transformers' copy of them, which other
-rewards use as well, gives the same logits (tests/test_rewards_mask2former.py) as long as it computes with QuickGELU.
+rewards use as well, gives the same logits (tests/rewards/test_mask2former.py) as long as it computes with QuickGELU.
 """
 
 from pathlib import Path

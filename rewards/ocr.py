@@ -98,9 +98,9 @@ class OCRReward(Reward):
     def _missing() -> DiffalignError:
         return DiffalignError("reward ocr: rapidocr is not installed; pip install 'diffalign[ocr]'")
 
-    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
+    def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
         no_quotes = 'no text in straight double quotes in the prompt, as in: a sign that says "OPEN"'
-        return super().unfit(prompt, metadata) or ("" if target_of(prompt or "") else no_quotes)
+        return super().reason_not_scorable(prompt, metadata) or ("" if target_of(prompt or "") else no_quotes)
 
     def _load(self) -> Any:
         with self._lock:
@@ -133,7 +133,7 @@ class OCRReward(Reward):
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        self.reasons = [self.unfit(prompt, {}) for prompt in prompts]
+        self.reasons = [self.reason_not_scorable(prompt, {}) for prompt in prompts]
         if all(self.reasons) and prompts:
             raise DiffalignError(f"reward ocr: prompt {prompts[0]!r}: {self.reasons[0]}")
         rows = torch.full((len(images), 2), float("nan"))

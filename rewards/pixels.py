@@ -2,7 +2,7 @@
 
 The exact path repeats the published preprocessing, in 8-bit PIL where the original is. The tensor path does the same with
 float interpolation: on pictures without single-pixel noise it stays within 1.25 8-bit levels (`BOUND`, in units of
-[0, 1]) of the exact one, which tests/test_rewards_learned.py checks for several shapes.
+[0, 1]) of the exact one, which tests/rewards/test_learned.py checks for several shapes.
 """
 
 from typing import Literal

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.kernels import avoid_cudnn_attention
+from diffalign.kernels import align_weights, avoid_cudnn_attention
 
 EDGE = 1 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -98,6 +98,7 @@ def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torc
             f"reward {reward}: {folder} does not fit the model: {missing[0]} is missing ({len(missing)} missing)"
         )
     assert isinstance(model, torch.nn.Module)
+    align_weights(model)  # a checkpoint scores the same in either of its formats
     return model
 
 

@@ -7,7 +7,6 @@ import typer
 
 from diffalign.cli.errors import plain_errors
 from diffalign.cli.options import Overrides, Source
-from diffalign.errors import DiffalignError
 
 data = typer.Typer(
     help="Datasets: other people's to ours, what is in one, and ours to other forms.",
@@ -19,7 +18,7 @@ verbs = typer.Typer()
 
 
 @verbs.command("pairs")
-def import_pairs(
+def pairs(
     sources: Annotated[
         list[Path],
         typer.Argument(
@@ -32,14 +31,9 @@ def import_pairs(
 ) -> None:
     """Turn your own pairs into a dataset that `diffalign train` reads (data.path)."""
     with plain_errors():
-        from diffalign.data import pairs
+        from diffalign.data.convert import import_pairs
 
-        if len(sources) > 2:
-            raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
-        if len(sources) == 1 and sources[0].is_dir():
-            raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
-        found = pairs.pairs_from_folders(*sources) if len(sources) == 2 else pairs.pairs_from_csv(sources[0])
-        print(f"{pairs.import_pairs(found, out)} pairs in {out}; train on them with data.path={out}")
+        print(f"{import_pairs(sources, out).groups} pairs in {out}; train on them with data.path={out}")
 
 
 @verbs.command()
@@ -56,9 +50,9 @@ def synth(
         from diffalign.config import load_synth_config
 
         checked = load_synth_config(config, overrides or ())
-        from diffalign.stages import synth as stages_synth
+        from diffalign.stages import synth as synth_stage
 
-        stages_synth.synth(checked, dry_run=dry_run)
+        synth_stage.synth(checked, dry_run=dry_run)
 
 
 @verbs.command("rank")
@@ -76,9 +70,9 @@ def rank_scores(
         from diffalign.config import load_rank_config
 
         checked = load_rank_config(source, overrides or ())
-        from diffalign.stages import synth as stages_synth
+        from diffalign.stages import synth as synth_stage
 
-        stages_synth.rank_again(checked)
+        synth_stage.rank_again(checked)
 
 
 @verbs.command("cache")
@@ -94,9 +88,9 @@ def encode_cache(
         from diffalign.config import load_config
 
         checked = load_config(config, overrides or ())
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.cache(checked, dry_run=dry_run)
+        data_stage.cache(checked, dry_run=dry_run)
 
 
 @data.command("convert")
@@ -115,9 +109,9 @@ def data_convert(
 ) -> None:
     """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.convert(sources, out, form)
+        data_stage.convert(sources, out, form)
 
 
 @data.command("inspect")
@@ -128,9 +122,9 @@ def data_inspect(
 ) -> None:
     """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.inspect(dataset, html, groups)
+        data_stage.inspect(dataset, html, groups)
 
 
 @data.command("export")
@@ -144,6 +138,6 @@ def data_export(
 ) -> None:
     """Write a dataset in a form that other code reads, with a card."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages import data as data_stage
 
-        stages_data.export_data(dataset, out, form, pairs)
+        data_stage.export_data(dataset, out, form, pairs)

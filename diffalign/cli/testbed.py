@@ -31,9 +31,9 @@ def testbed_prompts(
     with plain_errors():
         if split not in ("train", "validation", "test"):
             raise DiffalignError(f"split {split}: unknown; one of train, validation, test")
-        from diffalign.testbed.prompts import prompts
+        from diffalign.testbed.shape_prompts import draw_prompts
 
-        lines = "".join(json.dumps(row) + "\n" for row in prompts(split, n, seed))
+        lines = "".join(json.dumps(row) + "\n" for row in draw_prompts(split, n, seed))
         if out is None:
             sys.stdout.write(lines)
         else:

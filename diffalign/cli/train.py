@@ -48,9 +48,9 @@ def distill(
         from diffalign.config import load_distill_config
 
         checked = load_distill_config(config, overrides or ())
-        from diffalign.stages import distill as stages_distill
+        from diffalign.stages import distill as distill_stage
 
-        stages_distill.distill(checked, dry_run=dry_run)
+        distill_stage.distill(checked, dry_run=dry_run)
 
 
 @verbs.command("reward-gradient")
@@ -67,9 +67,9 @@ def reward_gradient(
         from diffalign.config import load_reward_gradient_config
 
         checked = load_reward_gradient_config(config, overrides or ())
-        from diffalign.stages import reward_gradient as stages_reward_gradient
+        from diffalign.stages import reward_gradient as reward_gradient_stage
 
-        stages_reward_gradient.reward_gradient(checked, dry_run=dry_run)
+        reward_gradient_stage.reward_gradient(checked, dry_run=dry_run)
 
 
 @verbs.command()
@@ -114,19 +114,32 @@ def run_rounds(config: Source, overrides: Overrides = None) -> None:
         from diffalign.config import load_rounds_config
 
         checked = load_rounds_config(config, overrides or ())
-        from diffalign.stages import rounds as iterate
+        from diffalign.stages import rounds as rounds_stage
 
-        iterate.rounds(checked)
+        rounds_stage.rounds(checked)
 
 
 @verbs.command("recipes")
-def list_recipes() -> None:
-    """List the shipped recipes and where their files are."""
+def show_recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe, or a config file: print it with every key.")
+    ] = None,
+) -> None:
+    """List the shipped recipes, or print one with every key, its meaning and its default."""
     with plain_errors():
-        from diffalign.config import recipes
+        if name is not None:
+            from diffalign.config.commented import commented_recipe
 
-        for name, path in recipes().items():
-            print(f"{name:20} {path}")
+            print(commented_recipe(name), end="")
+            return
+        from diffalign.config import list_recipes
+
+        row = "{:27}{:24}{:15}{}"
+        print(row.format("name", "task", "model", "memory"))
+        for recipe in list_recipes():
+            print(row.format(recipe.name, recipe.task, recipe.model, recipe.memory))
+        print("\nmemory: of the GPU that the recipe is meant for.")
+        print("`diffalign recipes NAME` prints one with every key, its meaning and default.")
 
 
 @verbs.command("report")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from diffalign.config.checks import COMBINATION
 from diffalign.config.document import Document, Key
+from diffalign.config.section import COMBINATION, Section
 
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
@@ -30,14 +30,17 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
     key, owner = _way(one["loc"], kind)
     context = one.get("ctx", {})
     if one["type"] == COMBINATION:
-        keys: list[Key] = [tuple(dotted.split(".")) for dotted in context["keys"]]
+        # A check names keys relative to its own section, which stands at the error's location.
+        keys: list[Key] = [(*key, *dotted.split(".")) for dotted in context["keys"]]
         written = [k for k in keys if k in document.places]  # blame what was written, not a default
         key = (written or keys)[0]
         message = f"{_dotted(key)}: {context['message']}"
+    elif one["type"] == "value_error":
+        message = f"{_dotted(key)}: {context['error']}"
     elif one["type"] in ("union_tag_not_found", "union_tag_invalid"):
         key, message = (*key, "name"), _objective(one, key, owner)
     elif one["type"] == "extra_forbidden":
-        known = list(owner.model_fields) if owner else []
+        known = _keys(owner) if owner else []
         message = f"unknown key {_dotted(key)}{_meant(str(key[-1]), known, 'keys here')}"
     elif one["type"] == "missing" and isinstance(key[-1], int):
         message = f"{_dotted(key[:-1])} has too few entries"
@@ -75,7 +78,7 @@ def _hint(one: ErrorDetails) -> str:
 def _wanted(one: ErrorDetails) -> str:
     """ "should be ..." for a wrong type or value."""
     if one["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "should be a section with keys of its own"
+        return "should be a section with keys"
     if one["type"] == "string_pattern_mismatch" and one["loc"] == ("labels", "source"):
         return "should be preference, scores.NAME or scores.NAME.COLUMN"
     return re.sub("^(Input|String|List|Tuple) should", "should", one["msg"])
@@ -98,6 +101,10 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
         found = owner.model_fields.get(str(part)) if owner else None
         inside = list(_models(found.annotation)) if found else []
     return tuple(key), owner
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return model.reading_order() if issubclass(model, Section) else list(model.model_fields)
 
 
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:

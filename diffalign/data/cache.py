@@ -23,7 +23,7 @@ from diffalign.data.buckets import bucket_sizes, group_sizes
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
-from diffalign.data.shared_tasks import Task, finish
+from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.files import check_space
 
 VERSION = "2"
@@ -127,7 +127,7 @@ def _make(final: Path, write: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    finish([Task(final.name, (final / "index.json").is_file, make)], final.parent / ".locks")
+    complete_all([Task(final.name, (final / "index.json").is_file, make)], final.parent / ".locks")
 
 
 def _hash(*parts: str) -> hashlib.blake2b:

@@ -6,9 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.imported import Found, LeftOut
+from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
-from diffalign.data.read_json import entries
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
     read_csv,
@@ -18,9 +17,10 @@ from diffalign.data.read_pairs import (
     read_two_folders,
     read_w_l,
 )
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 
-READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
+READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
     "pickapic": read_pickapic,
     "hpdv2": read_hpdv2,
     "hpdv3": read_hpdv3,
@@ -31,7 +31,7 @@ READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
 }
 
 
-def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Found | LeftOut]]:
+def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[ImportedGroup | SkippedRow]]:
     """The form (found out if None) and the rows of one source, or of two folders (winners, losers)."""
     if len(sources) == 2 and form in (None, "two_folders"):
         return "two_folders", read_two_folders(*sources)
@@ -43,6 +43,19 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Foun
     if name not in READERS:
         raise DiffalignError(f"--format {name}: unknown; there are {', '.join([*READERS, 'two_folders'])}")
     return name, READERS[name](sources[0])
+
+
+def import_pairs(sources: list[Path], out: Path) -> Report:
+    """Write your own pairs as a dataset: from a csv, or from a folder of winners and one of losers.
+
+    Raises DiffalignError at the first row or file that is broken.
+    """
+    if len(sources) > 2:
+        raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
+    if len(sources) == 1 and sources[0].is_dir():
+        raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
+    rows = read_two_folders(*sources) if len(sources) == 2 else read_csv(sources[0])
+    return write_imported(rows, out, strict=True)
 
 
 def guess_form(path: Path) -> str:
@@ -70,7 +83,7 @@ def guess_form(path: Path) -> str:
 
 
 def _json_form(path: Path) -> str:
-    for _, row in entries(path):
+    for _, row in json_rows(path):
         if isinstance(row, dict):
             if "path1" in row:
                 return "hpdv3"

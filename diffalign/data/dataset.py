@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.image_index import ImagePlaces, row_numbers
+from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE
 from diffalign.errors import DiffalignError
 
@@ -86,9 +86,9 @@ class PreferenceDataset:
     # --- images --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def places(self) -> ImagePlaces:
+    def image_index(self) -> ImageIndex:
         """Where each image lies."""
-        return ImagePlaces(self.shards, self._table["group_id"])
+        return ImageIndex(self.shards, self._table["group_id"])
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -102,7 +102,7 @@ class PreferenceDataset:
     def all_members(self, group_id: str) -> list[int]:
         """Indices of a group's images, in order, whether they count or not."""
         row = self._row_of.get(group_id)
-        return [] if row is None else [int(i) for i in self.places.indices(row)]
+        return [] if row is None else [int(i) for i in self.image_index.indices(row)]
 
     def members(self, group_id: str) -> list[int]:
         """Indices of the images of a group that count, in order: `diffalign rank` may have chosen some of them."""
@@ -114,12 +114,12 @@ class PreferenceDataset:
         """A group's images that count, in order of their index."""
         row = self._row_of.get(group_id, -1)
         wanted = self.members(group_id)
-        found = self.places.find(np.full(len(wanted), row), np.array(wanted, dtype=np.int64))
+        found = self.image_index.find(np.full(len(wanted), row), np.array(wanted, dtype=np.int64))
         return [self.image_at(int(place)) for place in found]
 
     def image_at(self, place: int) -> ImageRow:
         """One image, by its position in `places`."""
-        return _image_row(*self.places.read(place, IMAGE_COLUMNS))
+        return _image_row(*self.image_index.read(place, IMAGE_COLUMNS))
 
     def iter_images(self, batch: int = 64) -> Iterator[list[ImageRow]]:
         """All images, streamed in the order of the shards."""
@@ -164,8 +164,8 @@ class PreferenceDataset:
         reward, _, column = source.partition(".")
         table, name = self._score_table(reward, column or None)
         group = pc.index_in(table["group_id"], value_set=self._table["group_id"].combine_chunks())
-        at = self.places.find(row_numbers(group), table["index"].to_numpy())
-        values = np.full(len(self.places), np.nan)
+        at = self.image_index.find(row_numbers(group), table["index"].to_numpy())
+        values = np.full(len(self.image_index), np.nan)
         scored = np.asarray(table[name].cast("float64").fill_null(float("nan")).to_numpy())
         values[at[at >= 0]] = scored[at >= 0]
         return values
@@ -173,7 +173,7 @@ class PreferenceDataset:
     def image_column(self, name: str) -> np.ndarray:
         """A column of the images that is no picture, such as generator, in the order of `places`."""
         parts = [pq.read_table(path, columns=[name])[name].to_pylist() for path in self.shards]
-        return np.array([value for part in parts for value in part], dtype=object)[self.places.positions]
+        return np.array([value for part in parts for value in part], dtype=object)[self.image_index.positions]
 
     def score_columns(self, reward: str) -> list[str]:
         """Names of a reward's columns, the score first."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.image_index import row_numbers
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
 _SCHEMA = pa.schema([("group_id", pa.string()), ("index", pa.int32()), ("hash", pa.uint64())])
@@ -24,10 +24,10 @@ def difference_hash(image: Image.Image) -> int:
 
 
 def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
-    """uint64 [images], in the order of `dataset.places`; an image that cannot be decoded has a hash of its own."""
+    """uint64 [images], in the order of `dataset.image_index`; an image that cannot be decoded has a hash of its own."""
     path = dataset.folder / "hashes.parquet"
     if not path.is_file():
-        with replacing(path, _SCHEMA) as writer:
+        with parquet_writer(path, _SCHEMA) as writer:
             for rows in dataset.iter_images():
                 table = []
                 for row in rows:
@@ -39,8 +39,8 @@ def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
                 writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
     table = pq.read_table(path)
     ids = pa.array(dataset.column("group_id"))
-    at = dataset.places.find(row_numbers(pc.index_in(table["group_id"], value_set=ids)), table["index"].to_numpy())
-    found = np.zeros(len(dataset.places), dtype=np.uint64)
+    at = dataset.image_index.find(row_numbers(pc.index_in(table["group_id"], value_set=ids)), table["index"].to_numpy())
+    found = np.zeros(len(dataset.image_index), dtype=np.uint64)
     found[at[at >= 0]] = table["hash"].to_numpy()[at >= 0]
     return found
 

@@ -15,7 +15,7 @@ INDEX_BITS = 20  # a group has fewer than a million images
 OPEN_FILES = 32
 
 
-class ImagePlaces:
+class ImageIndex:
     """Images sorted by (row of their group in groups.parquet, index). An image of no group is left out."""
 
     def __init__(self, shards: list[Path], group_ids: pa.ChunkedArray) -> None:

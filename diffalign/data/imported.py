@@ -16,7 +16,7 @@ IMAGES_PER_FILE = 4096
 
 
 @dataclass(frozen=True)
-class Found:
+class ImportedGroup:
     """A group as it stands in somebody's files. images: encoded bytes, or files that are read when it is written."""
 
     prompt: str
@@ -29,7 +29,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedRow:
     """A row that gives no group. `fault`: it is broken, and its place is told; else only counted by its reason."""
 
     where: str
@@ -44,11 +44,11 @@ class Report:
     groups: int = 0
     images: int = 0
     counted: Counter[str] = field(default_factory=Counter)
-    faults: list[LeftOut] = field(default_factory=list)
+    faults: list[SkippedRow] = field(default_factory=list)
 
 
-def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
-    """Write a dataset; pictures are kept byte for byte, and a broken row costs only itself.
+def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False) -> Report:
+    """Write a dataset; images are kept byte for byte. A broken row is skipped; if `strict`, it is an error.
 
     Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
     """
@@ -60,8 +60,10 @@ def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
     in_file, files = 0, 0
     try:
         for row in rows:
-            kept = row if isinstance(row, LeftOut) else _loaded(row)
-            if isinstance(kept, LeftOut):
+            kept = row if isinstance(row, SkippedRow) else _loaded(row)
+            if isinstance(kept, SkippedRow):
+                if kept.fault and strict:
+                    raise DiffalignError(f"{kept.where}: {kept.reason}")
                 if kept.fault:
                     report.faults.append(kept)
                 else:
@@ -95,7 +97,7 @@ def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
     return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
 
 
-def _loaded(row: Found) -> Found | LeftOut:
+def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """The row with its files read and looked at."""
     loaded = []
     for n, image in enumerate(row.images):
@@ -103,16 +105,16 @@ def _loaded(row: Found) -> Found | LeftOut:
         try:
             data = image.read_bytes() if isinstance(image, Path) else image
         except OSError as error:
-            return LeftOut(row.where, f"{name}: {error.strerror}")
+            return SkippedRow(row.where, f"{name}: {error.strerror}")
         try:
             ImageRow("", n, data, "", 0).decode()
         except DiffalignError:
-            return LeftOut(row.where, f"{name} is no whole picture")
+            return SkippedRow(row.where, f"{name} is no whole picture")
         loaded.append(data)
-    return Found(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
+    return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 
 
-def _write(writer: ImageWriter, row: Found, number: int) -> dict[str, Any]:
+def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> dict[str, Any]:
     prompt = PromptRow(row.prompt)
     group = f"{number:07d}-{prompt.prompt_id}"
     for index, image in enumerate(row.images):

@@ -91,7 +91,7 @@ class Encoder:
         dataset, group = self.frames.dataset, self.frames.groups[row]
         found: list[np.ndarray] = []
         for index in dataset.members(self.ids[group])[: self.frames.members]:
-            place = int(dataset.places.find(np.array([group]), np.array([index]))[0])
+            place = int(dataset.image_index.find(np.array([group]), np.array([index]))[0])
             latent = stored_latent(dataset, place, self.vae, self.frames.sizes[row])
             if latent is None:
                 return None
@@ -106,9 +106,9 @@ def has_latents(dataset: PreferenceDataset) -> bool:
 
 def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) -> np.ndarray | None:
     """The latent [C, h, w] float16 of the image at `place`, or None: none stored, another VAE's, or of another size."""
-    if "latent" not in dataset.places.names(place):
+    if "latent" not in dataset.image_index.names(place):
         return None
-    table, row = dataset.places.read(place, [*STORED, "image"])
+    table, row = dataset.image_index.read(place, [*STORED, "image"])
     told = {name: table[name][row].as_py() for name in STORED}
     if told["latent"] is None or json.loads(told["provenance"] or "{}").get("vae") != vae:
         return None

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.prompts import PromptRow
-from diffalign.data.shared_tasks import FOLDER, Task, finish
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 
 IMAGES_PER_SHARD = 256
 
@@ -105,21 +106,13 @@ def remember(out: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=1) + "\n"
     path = out / "sampling.json"
     out.mkdir(parents=True, exist_ok=True)
-    finish([Task("plan", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
+    complete_all([Task("plan", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     if path.read_text(encoding="utf-8") != text:
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         key = next((k for k in {**now, **before} if before.get(k) != now.get(k)), "other settings")
         raise DiffalignError(
             f"{out} holds images sampled with {key}={before.get(key)!r}, not {now.get(key)!r}; choose another folder"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file that appears under its name only when it is complete; one writer at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _groups_per_shard(part: Part) -> int:

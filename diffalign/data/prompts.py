@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
+from diffalign.files import reading
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,6 @@ class PromptRow:
         return hashlib.blake2b(self.prompt.encode(), digest_size=8).hexdigest()
 
 
-def _from_json(line: str, where: str) -> PromptRow:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DiffalignError(f'{where}: not JSON ({error}); every line must be one object with a "prompt"') from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise DiffalignError(f'{where}: no "prompt"; every line must be one object with a non-empty "prompt"')
-    return PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"})
-
-
 def read_prompts(path: Path | str, column: str = "prompt", split: str = "train") -> list[PromptRow]:
     """The prompts of a .txt, .jsonl, .csv or .parquet file, or of a folder with <split>.txt or <split>_metadata.jsonl.
 
@@ -45,17 +36,13 @@ def read_prompts(path: Path | str, column: str = "prompt", split: str = "train")
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path, split)
-    readers = {".txt": _lines, ".jsonl": _lines, ".csv": _csv, ".parquet": _parquet}
+    readers = {".txt": _lines, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DiffalignError(
             f"prompts {path}: unknown kind of file; use .txt (a prompt a line), .jsonl, .csv or .parquet"
         )
-    try:
+    with reading(path, "prompts "):
         rows = readers[path.suffix](path, column)
-    except OSError as error:
-        raise DiffalignError(f"prompts {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DiffalignError(f"prompts {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     if not rows:
         raise DiffalignError(f"prompts {path}: the file holds no prompt")
     return rows
@@ -91,11 +78,17 @@ def _in_folder(folder: Path, split: str) -> Path:
 
 
 def _lines(path: Path, column: str) -> list[PromptRow]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    return [PromptRow(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _jsonl(path: Path, column: str) -> list[PromptRow]:
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_from_json(line, f"{path}:{number}") if path.suffix == ".jsonl" else PromptRow(line.strip()))
+    for where, row in json_rows(path):
+        if isinstance(row, str):
+            raise DiffalignError(f'{where}: {row}; every line must be one object with a "prompt"')
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise DiffalignError(f'{where}: no "prompt"; every line must be one object with a non-empty "prompt"')
+        rows.append(PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
     return rows
 
 

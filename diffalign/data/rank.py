@@ -58,7 +58,7 @@ def rank(
     limits = [(limit, dataset.score_array(limit.source)) for limit in rules.limits]
     hashes = image_hashes(dataset) if rules.duplicates is not None else None
     combined = _mean_score(scores, weights) if rules.aggregate == "mean" else None
-    places, rows = dataset.places, []
+    places, rows = dataset.image_index, []
     for i in range(len(dataset)):
         row, here = dataset.group(i), slice(int(places.starts[i]), int(places.starts[i + 1]))
         members = places.indices(i)
@@ -140,7 +140,7 @@ def generator_explains(dataset: PreferenceDataset, rows: list[dict[str, Any]]) -
     names: list[Any] = []
     values: list[float] = []
     for i, row in enumerate(rows):
-        indices, start = dataset.places.indices(i), int(dataset.places.starts[i])
+        indices, start = dataset.image_index.indices(i), int(dataset.image_index.starts[i])
         chosen = set(row["members"]) if row["members"] is not None else None
         here = [start + n for n, index in enumerate(indices) if chosen is None or int(index) in chosen]
         if row["dropped"] or len(here) < 2 or len(here) != len(row["preference"]):

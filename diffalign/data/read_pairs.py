@@ -7,14 +7,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.imported import Found, LeftOut
-from diffalign.data.pairs import PICTURES
-from diffalign.data.read_json import csv_rows, entries
+from diffalign.data.imported import ImportedGroup, SkippedRow
 from diffalign.data.schema import inside
+from diffalign.data.tables import csv_rows, json_rows
 from diffalign.errors import DiffalignError
 
-Rows = Iterator[Found | LeftOut]
+Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "validation", "test")
 AXES = {"aes": "aesthetic", "tf": "text_following"}
 
@@ -32,12 +32,12 @@ def read_pickapic(path: Path) -> Rows:
         try:
             table = pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
-            yield LeftOut(str(file), f"no whole parquet file ({error})")
+            yield SkippedRow(str(file), f"no whole parquet file ({error})")
             continue
         names = set(table.schema_arrow.names)
         missing = [name for name in PICKAPIC if name not in names]
         if missing:
-            yield LeftOut(str(file), f"column {', '.join(missing)} is missing")
+            yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
         split = next((s for s in SPLITS if file.name.startswith(s)), "train")
@@ -48,25 +48,27 @@ def read_pickapic(path: Path) -> Rows:
                 number += 1
 
 
-def _pickapic_row(row: dict[str, Any], where: str, split: str) -> Found | LeftOut:
+def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup | SkippedRow:
     if row.get("has_label") is False:
-        return LeftOut(where, "without a label", fault=False)
+        return SkippedRow(where, "without a label", fault=False)
     labels = (row["label_0"], row["label_1"])
     if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
-        return LeftOut(where, f"labels {labels[0]} and {labels[1]}; 1 and 0, 0 and 1, or 0.5 each are known")
+        return SkippedRow(where, f"labels {labels[0]} and {labels[1]}; 1 and 0, 0 and 1, or 0.5 each are known")
     if labels == (0.5, 0.5):
-        return LeftOut(where, "ties", fault=False)
+        return SkippedRow(where, "ties", fault=False)
     if not isinstance(row["caption"], str) or not row["caption"].strip():
-        return LeftOut(where, "no caption")
+        return SkippedRow(where, "no caption")
     images = []
     for name in ("jpg_0", "jpg_1"):
         data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
         if not isinstance(data, bytes) or not data:
-            return LeftOut(where, f"{name} is empty")
+            return SkippedRow(where, f"{name} is empty")
         images.append(data)
     generators = tuple(str(row.get(f"model_{i}") or "unknown") for i in (0, 1))
     metadata = {"ranking_id": row["ranking_id"]} if row.get("ranking_id") is not None else {}
-    return Found(row["caption"].strip(), tuple(images), tuple(map(float, labels)), where, generators, split, metadata)
+    return ImportedGroup(
+        row["caption"].strip(), tuple(images), tuple(map(float, labels)), where, generators, split, metadata
+    )
 
 
 def read_hpdv3(path: Path) -> Rows:
@@ -109,21 +111,21 @@ def _axis(file: Path) -> str | None:
 
 
 def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Rows:
-    for where, row in entries(file):
+    for where, row in json_rows(file):
         if isinstance(row, str):
-            yield LeftOut(where, row)
+            yield SkippedRow(where, row)
             continue
         prompt = row.get("prompt") or row.get("caption")
         if not isinstance(prompt, str) or not prompt.strip():
-            yield LeftOut(where, "no prompt")
+            yield SkippedRow(where, "no prompt")
             continue
         paths = _paths(root, row, ("path1", "path2"))
         if isinstance(paths, str):
-            yield LeftOut(where, paths)
+            yield SkippedRow(where, paths)
             continue
         told = {k: v for k, v in row.items() if k not in ("prompt", "caption", "path1", "path2", "model1", "model2")}
         models = tuple(str(row.get(f"model{i}") or "unknown") for i in (1, 2))
-        yield Found(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**told, **facts})
+        yield ImportedGroup(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**told, **facts})
 
 
 def read_csv(path: Path) -> Rows:
@@ -131,11 +133,11 @@ def read_csv(path: Path) -> Rows:
     for where, row in csv_rows(path, {"prompt", "winner", "loser"}):
         paths = _paths(path.parent, row, ("winner", "loser"))
         if not row["prompt"]:
-            yield LeftOut(where, "no prompt")
+            yield SkippedRow(where, "no prompt")
         elif isinstance(paths, str):
-            yield LeftOut(where, paths)
+            yield SkippedRow(where, paths)
         else:
-            yield Found(row["prompt"], paths, (1.0, 0.0), where)
+            yield ImportedGroup(row["prompt"], paths, (1.0, 0.0), where)
 
 
 def read_two_folders(winners: Path, losers: Path) -> Rows:
@@ -149,13 +151,13 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
         caption = next((p.read_text(encoding="utf-8", errors="replace").strip() for p in beside if p.is_file()), "")
         loser = others.pop(winner.stem, None)
         if loser is None:
-            yield LeftOut(str(winner), f"no picture of the same name in {losers}")
+            yield SkippedRow(str(winner), f"no picture of the same name in {losers}")
         elif not caption:
-            yield LeftOut(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
+            yield SkippedRow(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
         else:
-            yield Found(caption, (winner, loser), (1.0, 0.0), str(winner))
+            yield ImportedGroup(caption, (winner, loser), (1.0, 0.0), str(winner))
     for stem in sorted(others):
-        yield LeftOut(str(others[stem]), f"no picture of the same name in {winners}")
+        yield SkippedRow(str(others[stem]), f"no picture of the same name in {winners}")
 
 
 def read_w_l(path: Path) -> Rows:

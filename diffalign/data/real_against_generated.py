@@ -10,11 +10,11 @@ from diffalign.data.schema import GROUPS_FILE
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 
-Real = tuple[PromptRow, Callable[[], bytes]]
+RealImage = tuple[PromptRow, Callable[[], bytes]]
 """A prompt and its real image, encoded; read only when it is written."""
 
 
-def write_roles(real: Sequence[Real], drawn: PreferenceDataset, out: Path) -> int:
+def write_real_against_generated(real: Sequence[RealImage], drawn: PreferenceDataset, out: Path) -> int:
     """Write groups of one real image (preference 1) and the images of `drawn` of the same prompt (0); returns how many.
 
     What is there already is kept. A prompt that comes several times takes its real images in turn. Raises DiffalignError

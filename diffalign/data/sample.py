@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember, write_whole
+from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, IMAGES, with_latents
-from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.data.writer import ROWS_PER_GROUP, image_row, regrouped, replacing, write_groups
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
+from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
 
@@ -59,7 +60,7 @@ def draw_part(
     part = plan.parts[number]
     shards = list(plan.shards(number))
     schema = with_latents() if latents else IMAGES
-    locks = out / FOLDER / "locks"
+    locks = out / WORK_FOLDER / "locks"
     lost: list[bool] = []
 
     def batch_task(shard: Shard, i: int) -> Task:
@@ -76,7 +77,7 @@ def draw_part(
             ]
             if failed:
                 _report(out, shard, i, failed)
-            with replacing(piece, schema) as writer:
+            with parquet_writer(piece, schema) as writer:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
         return Task(
@@ -88,7 +89,7 @@ def draw_part(
 
     def shard_task(shard: Shard) -> Task:
         def make() -> None:
-            with replacing(_file(out, shard), schema) as writer:
+            with parquet_writer(_file(out, shard), schema) as writer:
                 pieces = (pq.read_table(_piece(out, shard, i), schema=schema) for i in range(len(shard.batches)))
                 for table in regrouped(pieces, ROWS_PER_GROUP):
                     writer.write_table(table)
@@ -96,9 +97,9 @@ def draw_part(
 
         return Task(shard.name, _file(out, shard).is_file, make)
 
-    mine = finish([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
+    mine = complete_all([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
     # A shard's batches are deleted when it is whole, so no more than one shard a process is on disk twice.
-    finish([shard_task(s) for s in shards], locks)
+    complete_all([shard_task(s) for s in shards], locks)
     return mine
 
 
@@ -112,19 +113,19 @@ def write_planned_groups(plan: SynthPlan, out: Path, split: str = "train") -> No
     groups, failures = out / GROUPS_FILE, out / "failed.jsonl"
 
     def make() -> None:
-        reports = sorted((out / FOLDER / "failed").glob("*.jsonl"))
+        reports = sorted((out / WORK_FOLDER / "failed").glob("*.jsonl"))
         lines = [line for report in reports for line in report.read_text(encoding="utf-8").splitlines()]
         if lines:
             write_whole(failures, "\n".join(lines) + "\n")
         dead = {json.loads(line)["group_id"] for line in lines}
         write_groups(out, (_group(g, row, split) for g, row in plan.groups if g not in dead))
 
-    finish([Task("groups", groups.is_file, make)], out / FOLDER / "locks")
+    complete_all([Task("groups", groups.is_file, make)], out / WORK_FOLDER / "locks")
 
 
 def clean_up(out: Path) -> None:
     """Delete what only unfinished work needs."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
 
 
 def sample_groups(
@@ -201,7 +202,7 @@ def _attempt(
 
 def _report(out: Path, shard: Shard, batch: int, failures: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(failure) + "\n" for failure in failures)
-    write_whole(out / FOLDER / "failed" / f"{shard.name}-{batch:05d}.jsonl", text)
+    write_whole(out / WORK_FOLDER / "failed" / f"{shard.name}-{batch:05d}.jsonl", text)
 
 
 def _file(out: Path, shard: Shard) -> Path:
@@ -209,7 +210,7 @@ def _file(out: Path, shard: Shard) -> Path:
 
 
 def _piece(out: Path, shard: Shard, batch: int) -> Path:
-    return out / FOLDER / "images" / shard.name / f"{batch:05d}.parquet"
+    return out / WORK_FOLDER / "images" / shard.name / f"{batch:05d}.parquet"
 
 
 def _group(group: str, row: PromptRow, split: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
-from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.data.writer import replacing
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
 
@@ -33,12 +33,12 @@ def score_images(
     made_by |= {"settings": settings or {}}
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
     schema = score_schema(reward.columns, made_by)
-    work = dataset.folder / FOLDER
+    work = dataset.folder / WORK_FOLDER
     pieces = [work / "scores" / reward.name / shard.name for shard in dataset.shards]
 
     def piece_task(shard: int) -> Task:
         def make() -> None:
-            with replacing(pieces[shard], schema) as writer:
+            with parquet_writer(pieces[shard], schema) as writer:
                 for rows in dataset.iter_shard(shard, batch_size):
                     known = [row for row in rows if dataset.row(row.group_id) is not None]
                     if known:
@@ -49,7 +49,7 @@ def score_images(
         return Task(f"score-{reward.name}-{shard}", done, make, size)
 
     def merge() -> None:
-        with replacing(path, schema) as writer:
+        with parquet_writer(path, schema) as writer:
             for piece in pieces:
                 file = pq.ParquetFile(piece)
                 for i in range(file.num_row_groups):
@@ -59,8 +59,8 @@ def score_images(
     if path.is_file():
         _same_reward(path, made_by)
         return 0
-    mine = finish([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
-    finish([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WAIT = 0.2  # seconds between looks at what others are making
-FOLDER = ".work"
+WORK_FOLDER = ".work"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[bool]:
+def try_lock(path: Path) -> Iterator[bool]:
     """Whether this process has the lock `path`, until the block ends; never waits."""
     handle = _open(path)
     try:
@@ -52,16 +52,18 @@ def _open(path: Path) -> int:
             continue
 
 
-def finish(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int], None] | None = None) -> int:
+def complete_all(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int], None] | None = None) -> int:
     """Return when every task is done, by this process or another; how much of the work (in `size`) this one did."""
     everything = list(tasks)
     total, mine = sum(task.size for task in everything), 0
     missing = [task for task in everything if not task.done()]
     done = total - sum(task.size for task in missing)
+    if on_progress:
+        on_progress(done, total)
     while missing:
         others = []
         for task in missing:
-            with claim(locks / task.name) as free:
+            with try_lock(locks / task.name) as free:
                 # Another process may have made it between the look above and the lock.
                 if task.done():
                     done += task.size
@@ -79,6 +81,6 @@ def finish(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int],
     return mine
 
 
-def processes() -> tuple[int, int]:
+def local_rank_and_world_size() -> tuple[int, int]:
     """(this process's number on its machine, how many there are in all), as torchrun and accelerate say."""
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

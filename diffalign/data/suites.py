@@ -21,19 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.prompts import PromptRow, read_prompts
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
+from diffalign.files import reading
 
 csv.field_size_limit(1 << 20)
 STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def _text(path: Path) -> str:
-    try:
+    with reading(path, "suite file "):
         return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DiffalignError(f"suite file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DiffalignError(f"suite file {path}: not UTF-8 at byte {error.start}") from error
 
 
 def _column(rows: list[dict[str, Any]], name: str, path: Path) -> None:
@@ -93,10 +91,7 @@ def _pickapic(path: Path) -> list[PromptRow]:
             raise DiffalignError(f"suite file {path}: no column 'caption'")
         return [PromptRow(str(c).strip()) for c in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
     if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in _text(path).splitlines() if line.strip()]
-        except ValueError as error:
-            raise DiffalignError(f"suite file {path}: not JSON ({error})") from error
+        rows = [row for _, row in read_rows(path)]
         _column(rows, "caption", path)
         return [PromptRow(str(row["caption"]).strip()) for row in rows]
     return _table(path, ",", "caption", None)

@@ -121,9 +121,9 @@ def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None
     }
     if drawn - {backbone.guidance}:
         scales = ", ".join(f"{scale:g}" for scale in sorted(drawn))
-        remedy = f"set model.guidance={scales}" if len(drawn) == 1 else "train on those of one scale"
+        remedy = f"set model.options.guidance={scales}" if len(drawn) == 1 else "train on those of one scale"
         raise DiffalignError(
-            f"model.guidance={backbone.guidance:g}: the images in {dataset.folder} were drawn with guidance_scale="
+            f"model.options.guidance={backbone.guidance:g}: the images in {dataset.folder} were drawn with guidance_scale="
             f"{scales}; {remedy}"
         )
 

@@ -15,21 +15,16 @@ from PIL import Image
 
 from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing
 
 ROWS_PER_GROUP = 64  # images in a parquet row group: what one random access reads at most
 
 
 @contextmanager
-def replacing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """A parquet file that appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with pq.ParquetWriter(part, schema) as writer:
-            yield writer
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
+        yield writer
 
 
 def regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -84,7 +79,7 @@ class ImageWriter:
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "ImageWriter":
-        self._file = replacing(self.path, IMAGES)
+        self._file = parquet_writer(self.path, IMAGES)
         self._writer = self._file.__enter__()
         return self
 
@@ -122,7 +117,7 @@ def write_groups(folder: Path, rows: Iterable[dict[str, Any]], batch: int = 4096
     """
     seen: set[str] = set()
     pending: list[dict[str, Any]] = []
-    with replacing(Path(folder) / GROUPS_FILE, GROUPS) as writer:
+    with parquet_writer(Path(folder) / GROUPS_FILE, GROUPS) as writer:
         for row in rows:
             if row["group_id"] in seen:
                 raise DiffalignError(f"group id {row['group_id']!r} comes twice; group ids must be unique")

@@ -23,6 +23,7 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
+from diffalign.files import read_json_lines, replacing, write_whole
 
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 
@@ -37,7 +38,7 @@ class Prompt(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is drawn: the same noise for both models, from (seed, prompt's place, k) alone."""
 
     prompts: list[Any]
@@ -58,7 +59,7 @@ def image_path(folder: Path, prompt: int, k: int) -> Path:
 
 def sample_images(
     sampler: Sampler,
-    plan: Plan,
+    plan: EvaluationPlan,
     folder: Path,
     identity: str,
     on_progress: Callable[[int, int], None] | None = None,
@@ -86,14 +87,13 @@ def sample_images(
         if not all(image_path(folder, *cell).is_file() for cell in batch):
             prompts = [plan.prompts[p].prompt for p, _ in batch]
             for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
-                path = image_path(folder, *cell)
-                image.save(path.with_suffix(".part"), format="PNG")
-                path.with_suffix(".part").replace(path)
+                with replacing(image_path(folder, *cell)) as part:
+                    image.save(part, format="PNG")
         if on_progress:
             on_progress(start + len(batch), len(cells))
 
 
-def score_folder(plan: Plan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
+def score_folder(plan: EvaluationPlan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
     """ "reward.column" -> scores [P, S] of the images in `folder`."""
     cells = plan.cells()
     found: dict[str, list[float]] = {}
@@ -112,7 +112,7 @@ def evaluate(
     *,
     base: Sampler,
     tuned: Sampler,
-    plan: Plan,
+    plan: EvaluationPlan,
     rewards: dict[str, Any],
     out: Path,
     identities: dict[str, str],
@@ -155,10 +155,8 @@ def evaluate(
         for m in samplers
         for p, k in plan.cells()
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval").mkdir(exist_ok=True)
-    (out / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "eval.json").write_text(json.dumps(result, indent=1))
+    write_whole(out / "eval" / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(out / "eval.json", json.dumps(result, indent=1))
     return result
 
 
@@ -166,12 +164,12 @@ def _named(on_progress: Callable[[str, int, int], None] | None, model: str) -> C
     return None if on_progress is None else lambda done, total: on_progress(model, done, total)
 
 
-def _spread(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
+def _spread(folder: Path, plan: EvaluationPlan) -> dict[str, np.ndarray]:
     return {"diversity": diversity(lambda p, k: image_path(folder, p, k), len(plan.prompts), plan.seeds)}
 
 
 def summarise(
-    scores: dict[str, dict[str, np.ndarray]], plan: Plan, model: str = "tuned"
+    scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
 ) -> dict[str, dict[str, dict[str, float]]]:
     """score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
     tags = [p.metadata.get("tag", "") for p in plan.prompts]
@@ -188,8 +186,7 @@ def summarise(
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     """Scores [P, S] of an evaluation on disk."""
-    rows = [json.loads(line) for line in (out / "eval" / "scores.jsonl").read_text().splitlines()]
-    chosen = [row for row in rows if row["model"] == model]
+    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl") if row["model"] == model]
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:
@@ -197,7 +194,7 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     return values
 
 
-def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
+def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
     """The comparison for a terminal."""
     shown = Table(
         title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left"

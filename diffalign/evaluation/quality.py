@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 
 from diffalign.errors import DiffalignError
+from diffalign.rewards.aggregate import corrected_score
 
 SIDE = 32
-# GDRO (section 5): r (u - u0) + c, where u is the mean of UnifiedReward's axes (1 to 5, mostly 3 to 4); c only shifts the plot.
-CORRECTION = (3.0, 0.2)
 
 
 def diversity(path_of: Callable[[int, int], Path], prompts: int, seeds: int) -> np.ndarray:
@@ -32,11 +31,13 @@ def diversity(path_of: Callable[[int, int], Path], prompts: int, seeds: int) -> 
 
 
 def corrected(
-    scores: dict[str, np.ndarray], reward: str, quality: list[str], u0: float = CORRECTION[0], c: float = CORRECTION[1]
+    scores: dict[str, np.ndarray], reward: str, quality: list[str], u0: float = 3.0, c: float = 0.2
 ) -> np.ndarray:
-    """r (u - u0) + c for every image: `reward` is r, u the mean of the `quality` columns. Raises DiffalignError for a column
-    that is not there."""
+    """Return `rewards.aggregate.corrected_score` of every image: `reward` is r, u the mean of the `quality` columns.
+
+    Raises DiffalignError for a column that is not there.
+    """
     for name in (reward, *quality):
         if name not in scores:
             raise DiffalignError(f"corrected: no score {name!r}; there are {', '.join(scores)}")
-    return scores[reward] * (np.mean([scores[name] for name in quality], axis=0) - u0) + c
+    return corrected_score(scores[reward], np.mean([scores[name] for name in quality], axis=0), centre=u0, offset=c)

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from diffalign.health.findings import Finding
-from diffalign.health.rows import (
+from diffalign.health.row_checks import (
     CHECKS,
     WINDOW,
     Row,

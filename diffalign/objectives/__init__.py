@@ -1,8 +1,11 @@
-"""Objectives: pure functions of prediction errors, one file per paper. This package imports torch and nothing else."""
+"""Objectives: pure functions of prediction errors, one file per paper.
 
-from typing import Any
+They need torch and nothing else. Importing this package does not import torch: the config is built from these classes, and
+its errors must not wait for torch to load. Inside functions torch is imported where a tensor's own methods are not enough.
+"""
 
 from diffalign.objectives.base import (
+    Charts,
     GroupErrors,
     Objective,
     ObjectiveOutput,
@@ -23,7 +26,7 @@ from diffalign.objectives.sft import SFT
 from diffalign.objectives.simpo import SimPO
 from diffalign.objectives.smpo import SmPO
 
-OBJECTIVES: dict[str, type[Any]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DiffusionDPO,
     "sft": SFT,
     "rankdpo": RankDPO,
@@ -44,6 +47,7 @@ __all__ = [
     "MADPO",
     "OBJECTIVES",
     "SFT",
+    "Charts",
     "ConstrainedDPO",
     "DiffusionDPO",
     "DisCO",

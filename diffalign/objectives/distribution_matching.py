@@ -10,7 +10,7 @@ statistics". What is implemented is a *reading* of that: the images of one promp
 mean|x - mu| is averaged over the group (`scale="group_mean"`), so that the group's direction stays proportional to the
 gradient of the divergence. Other readings are options: re-noisings of one image as the group (`axis="renoise"`), no scale
 at all, a scalar advantage (`density_ratio.py`). The group's mean *direction* is never subtracted: that would stop the mean
-image of a prompt from moving at all (`tests/test_distribution_matching.py` shows it on a toy).
+image of a prompt from moving at all (`tests/objectives/test_distribution_matching.py` shows it on a toy).
 
 Shapes: x and predictions [N, ...], N = groups x members, a group's members side by side. mu are x0-predictions; all
 directions point *up* the teacher's likelihood (DMD2's `grad` is their negative).

@@ -1,7 +1,5 @@
 """Pictures in a report: small, inside the file, the largest changes first."""
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.report.runs import Run, read_lines
+from diffalign.files import read_json_lines
+from diffalign.report.page import data_uri, encoded
+from diffalign.report.runs import Run
 
 # (side in pixels, JPEG quality), tried in turn until a picture fits: 2,000 of them stay below 60 MB in base64.
 SIZES = ((256, 82), (256, 65), (192, 60), (128, 50), (96, 40))
@@ -27,27 +27,20 @@ class Candidate:
     model: str
 
 
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def data_uri(image: Image.Image, wide: bool = False) -> str:
+def picture_uri(image: Image.Image, wide: bool = False) -> str:
     """At most 256 px (a strip of pictures: 1024 px wide) and 20 kB (a strip: 80 kB); small ones stay lossless."""
     scale = 4 if wide else 1
     if max(image.size) <= SIZES[0][0] * scale:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG", optimize=True)
-        if len(buffer.getvalue()) <= BYTES * scale:
-            return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        data = encoded(image, "PNG", optimize=True)
+        if len(data) <= BYTES * scale:
+            return data_uri(data, "png")
     for side, quality in SIZES:
         small = image.copy()
         small.thumbnail((side * scale, side * scale))
-        data = _jpeg(small, quality)
+        data = encoded(small, "JPEG", quality=quality)
         if len(data) <= BYTES * scale:
             break
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return data_uri(data, "jpeg")
 
 
 def thumbnail(path: Path, wide: bool = False) -> str | None:
@@ -55,7 +48,7 @@ def thumbnail(path: Path, wide: bool = False) -> str | None:
     if not path.is_file():
         return None
     with Image.open(path) as opened:
-        return data_uri(opened.convert("RGB"), wide)
+        return picture_uri(opened.convert("RGB"), wide)
 
 
 def candidates(run: Run, name: str) -> list[Candidate]:
@@ -90,7 +83,7 @@ def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]
 def _scores(run: Run, column: str) -> dict[tuple[int, int], dict[str, Any]]:
     """(prompt, seed) -> {"prompt", model: score}."""
     scores: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in read_lines(run.folder / "eval" / "scores.jsonl"):
+    for row in read_json_lines(run.folder / "eval" / "scores.jsonl"):
         scores.setdefault((row["index"][0], row["index"][1]), {"prompt": row["prompt"]})[row["model"]] = row.get(column)
     return scores
 

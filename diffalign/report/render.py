@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffalign import __version__
-from diffalign.report.curves import CHARTS, Series, series, static_svg
+from diffalign.files import write_whole
+from diffalign.report.curves import Series, series, static_svg, titles
 from diffalign.report.images import comparisons, strip, trials
+from diffalign.report.page import render_page
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 
 PAIRS_SHOWN = 12
@@ -102,7 +102,8 @@ def _chart(name: str, title: str, note: str, lines: list[Series], marks: list[di
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """Every chart that a run has values for: title, note, series, marks of findings, static SVG."""
     found = _over_optimisation(runs)
-    for name, (title, note) in CHARTS.items():
+    objectives = [str(run.config["objective.name"]) for run in runs if "objective.name" in run.config]
+    for name, (title, note) in titles(objectives).items():
         lines = [s for n, run in enumerate(runs) for s in [series(n, name, _rows(run, name))] if s is not None]
         if not lines:
             continue
@@ -129,17 +130,11 @@ def write_reports(
     runs = [read_run(Path(folder), result) for folder in folders]
     names = distinct_names(runs)
     made = [{"members": members, "pictures": comparisons(members, shown)} for members in trials(runs, names)]
-    environment = Environment(
-        loader=PackageLoader("diffalign.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = charts(runs)
-    html = environment.get_template("report.html.j2").render(
+    html = render_page(
+        "diffalign.report",
+        "report.html.j2",
         title=" · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
-        version=__version__,
         runs=list(zip(names, runs, strict=True)),
         trials=made,
         charts=drawn,
@@ -147,10 +142,7 @@ def write_reports(
         strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],
         differences=differences(runs) if len(runs) > 1 else [],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(out)
+    write_whole(out, html)
     return out
 
 

@@ -1,6 +1,5 @@
 """What a report knows of a run: read from its folder, nothing computed but health where it was not written."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from diffalign.errors import DiffalignError
+from diffalign.files import dotted_keys, read_json, read_json_lines
 from diffalign.health import examine
 
 # The facts that tell what was run and on what, and how they are called.
@@ -68,43 +68,14 @@ def _shown(value: Any) -> str:
     return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file; none where there is no file, and none for a line that a kill left unfinished."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def read_json(path: Path) -> Any:
-    """A .json file, None where there is none. Raises DiffalignError where it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DiffalignError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
-
-
 def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     """Raises DiffalignError if the folder holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = read_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
+    rows, result = read_json_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
-    validations = read_lines(folder / "validation.jsonl")
+    validations = read_json_lines(folder / "validation.jsonl")
     findings = read_json(folder / "health.json")
     if findings is None:
         findings = [f.as_dict() for f in examine(rows, validations)]
@@ -114,7 +85,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise DiffalignError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
-    config = flat(loaded) if isinstance(loaded, dict) else {}
+    config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
 
 

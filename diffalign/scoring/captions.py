@@ -1,17 +1,13 @@
 """Where prompts come from: metadata files, a sidecar .txt, the file's own name, or a table given by hand."""
 
-import csv
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from diffalign.data.schema import inside
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -26,42 +22,6 @@ class Caption:
 
     prompt: str | None
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a .jsonl, .csv or .parquet file. Raises DiffalignError with file and line."""
-    try:
-        if path.suffix == ".parquet":
-            for number, row in enumerate(pq.read_table(path).to_pylist()):
-                yield f"{path} row {number}", row
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(stream, strict=True)
-                for row in reader:
-                    yield f"{path}:{reader.line_num}", dict(row)
-        elif path.suffix == ".jsonl":
-            # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
-        else:
-            raise DiffalignError(f"{path}: unknown kind of table; use .jsonl, .csv or .parquet")
-    except OSError as error:
-        raise DiffalignError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DiffalignError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except (csv.Error, pa.ArrowInvalid) as error:
-        raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DiffalignError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DiffalignError(f"{where}: every line must be one JSON object")
-    return row
 
 
 def caption_of(row: dict[str, Any], where: str, column: str | None) -> Caption:

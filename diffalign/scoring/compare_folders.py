@@ -8,7 +8,7 @@ from rich.table import Table
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare
 from diffalign.scoring.run import Scores
-from diffalign.scoring.summary import columns_of
+from diffalign.scoring.score_summary import columns_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Pairing:
     unpaired: int
 
 
-def pair(a: Scores, b: Scores) -> Pairing:
+def pair_up(a: Scores, b: Scores) -> Pairing:
     """Pictures of equal names below their folders; where no name agrees, those of equal prompts in the order of their names.
 
     Raises DiffalignError where nothing can be paired.
@@ -67,7 +67,7 @@ def heading(pairing: Pairing, names: tuple[str, str]) -> str:
     return f"A {names[0]} against B {names[1]}: {pairs} pairs by {pairing.how}{alone}"
 
 
-def table(found: dict[str, Comparison]) -> Table:
+def comparison_table(found: dict[str, Comparison]) -> Table:
     """B against A for a terminal."""
     shown = Table()
     for name in ("reward", "prompts", "A", "B", "difference", "95% interval", "B wins", "95% interval"):

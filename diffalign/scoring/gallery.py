@@ -1,7 +1,5 @@
 """One HTML file of pictures and scores: sorts by any reward, needs no network, shows no text as markup."""
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from diffalign import __version__
+from diffalign.files import write_whole
+from diffalign.report.page import data_uri, encoded, render_page
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
-from diffalign.scoring.summary import Summary, columns_of, summarise
+from diffalign.scoring.score_summary import Summary, columns_of, summarise
 
 THUMBNAIL = 256
 MOST = 400
@@ -39,25 +37,16 @@ def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
     columns = columns_of(scores)
     chosen = choose(scores, columns, most)
     cards = [_card(scores.items[i], scores.rows[i], scores, columns) for i in chosen]
-    environment = Environment(
-        loader=PackageLoader("diffalign.scoring"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("gallery.html.j2").render(
+    html = render_page(
+        "diffalign.scoring",
+        "gallery.html.j2",
         cards=cards,
         columns=columns,
         total=len(scores.rows),
         unscored=scores.failed,
         charts=[(s, bars(s)) for s in summarise(scores)],
-        version=__version__,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, html)
     return len(cards)
 
 
@@ -90,9 +79,7 @@ def thumbnail(item: Item) -> str:
     except Unreadable:
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(encoded(picture, "JPEG", quality=82), "jpeg")
 
 
 def bars(summary: Summary, width: int = 240, height: int = 56) -> list[dict[str, float]]:

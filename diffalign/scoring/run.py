@@ -99,7 +99,7 @@ def _wanted(items: list[Item], hashes: list[str], reward: Reward, identity: dict
     """key -> an item that has it. Copies of a picture with the same prompt share their key and are scored once."""
     wanted: dict[str, int] = {}
     for i, item in enumerate(items):
-        if not reward.unfit(item.prompt, item.metadata):
+        if not reward.reason_not_scorable(item.prompt, item.metadata):
             wanted.setdefault(key_of(hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
     return wanted
 
@@ -151,6 +151,8 @@ def _score(
             results.update(fresh)
             batch.clear()
 
+    if on_progress:
+        on_progress(label, 0, len(todo))
     for done, (key, i, (sha256, prepared)) in enumerate(_ahead(items, todo, reward, pool, 2 * batch_size), start=1):
         if isinstance(prepared, Unreadable):
             broken[hashes[i]] = str(prepared)
@@ -202,13 +204,13 @@ def _row(
     for label, reward in rewards.items():
         identity = with_facts(identities[label], item.metadata)
         result = store.known.get(key_of(sha256, item.prompt, identity))
-        unfit = reward.unfit(item.prompt, item.metadata)
-        values = result.values if result and not unfit else {}
+        not_scorable = reward.reason_not_scorable(item.prompt, item.metadata)
+        values = result.values if result and not not_scorable else {}
         for k, name in enumerate(reward.columns):
             row[label if k == 0 else f"{label}.{name}"] = values.get("" if k == 0 else name, math.nan)
-        row[label + REASON] = unfit or (result.reason if result else "")
+        row[label + REASON] = not_scorable or (result.reason if result else "")
         # Without an identity the row is tried again next time.
-        row[label + IDENTITY] = identity if result and not unfit else None
+        row[label + IDENTITY] = identity if result and not not_scorable else None
     return row
 
 

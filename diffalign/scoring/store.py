@@ -22,8 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.scoring.captions import read_rows
+from diffalign.files import replacing, write_whole
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
@@ -179,14 +180,13 @@ def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Rows to jsonl, csv or parquet, complete or not at all. NaN is null, or empty in csv."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in plain for name in row))
     if path.suffix == ".jsonl":
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
-    else:
-        flat = [{n: _packed(row.get(n)) for n in names} for row in plain]
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain))
+        return
+    flat = [{n: _packed(row.get(n)) for n in names} for row in plain]
+    with replacing(path) as part:
         if path.suffix == ".csv":
             with part.open("w", newline="", encoding="utf-8") as stream:
                 writer = csv.DictWriter(stream, names)
@@ -194,7 +194,6 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 writer.writerows(flat)
         else:
             pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part)
-    part.replace(path)
 
 
 def _packed(value: Any) -> Any:

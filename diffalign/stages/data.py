@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from diffalign.config import TrainConfig
-from diffalign.data.agreement import summary
 from diffalign.data.buckets import describe
 from diffalign.data.cache import plan_cache
 from diffalign.data.convert import open_rows
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.export import export
-from diffalign.data.imported import Report, write_found
+from diffalign.data.dataset_export import export
+from diffalign.data.dataset_summary import summarise_dataset
+from diffalign.data.imported import Report, write_imported
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
-from diffalign.report.contact import data_uri, write_contact_sheet
+from diffalign.report.contact_sheet import small_picture, write_contact_sheet
 from diffalign.stages.resolve import open_backbone, resolve_device
 
 FAULTS_SHOWN = 20
@@ -30,13 +30,13 @@ def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict
     rewards = {name: dataset.score_array(name) for name in dataset.rewards()}
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int))
     shown = [_group(dataset, int(i), rewards) for i in chosen]
-    write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summary(dataset), shown)
+    write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summarise_dataset(dataset), shown)
 
 
 def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[str, Any]:
     """`diffalign data inspect`: what a dataset holds."""
     dataset = PreferenceDataset(folder)
-    facts = summary(dataset)
+    facts = summarise_dataset(dataset)
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:{width}}  {value}")
@@ -49,7 +49,7 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
 def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
     """`diffalign data convert`."""
     name, rows = open_rows(sources, form)
-    report = write_found(rows, out)
+    report = write_imported(rows, out)
     for fault in report.faults[:FAULTS_SHOWN]:
         print(f"{fault.where}: {fault.reason}", file=sys.stderr)
     if report.faults:
@@ -97,11 +97,11 @@ def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -
     ranked = row["preference"] if row["preference"] and len(row["preference"]) == len(members) else []
     shares = dict(zip(members, ranked, strict=False))
     images = []
-    for place in range(int(dataset.places.starts[i]), int(dataset.places.starts[i + 1])):
+    for place in range(int(dataset.image_index.starts[i]), int(dataset.image_index.starts[i + 1])):
         image = dataset.image_at(place)
         shown: dict[str, Any] = {"image": None, "reason": "", "generator": image.generator, "seed": image.seed}
         try:
-            shown["image"] = data_uri(image.decode())
+            shown["image"] = small_picture(image.decode())
         except DiffalignError:
             shown["reason"] = "unreadable"
         scores = {name: _number(values[place]) for name, values in rewards.items()}

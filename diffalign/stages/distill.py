@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import DistillConfig, RewardTerm, StudentValidationSection, ValidationSection, resolved_yaml
+from diffalign.config import DistillConfig, RewardTerm, SampledValidationSection, ValidationSection, resolved_yaml
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
@@ -130,7 +130,7 @@ def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | N
 
 
 def prompt_validation(
-    wanted: StudentValidationSection,
+    wanted: ValidationSection,
     backbone: Any,
     device: str,
     side: int,
@@ -151,8 +151,8 @@ def prompt_validation(
         for i in range(0, len(rows), wanted.batch_size)
     ]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    settings = ValidationSection(
-        **{name: getattr(wanted, name) for name in StudentValidationSection.model_fields}
+    settings = SampledValidationSection(
+        **{name: getattr(wanted, name) for name in ValidationSection.model_fields}
     ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
     return Validation(settings, rows, encoded, rewards, side, seed)
 

@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from diffalign.config import EvalConfig, load_run_config
+from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.evaluate import Plan, table
+from diffalign.evaluation.evaluate import EvaluationPlan, comparison_table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.progress import ImageProgress
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
-    Ticker,
     check_guidance_scale,
     open_backbone,
     open_rewards,
@@ -60,7 +60,8 @@ def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None
     trained = config.weights.parent / "config.yaml"
     if not trained.is_file():
         return
-    validation = load_run_config(trained).validation
+    run = load_run_config(trained)
+    validation = run.validation if isinstance(run, BackboneRunConfig) else ValidationSection()
     if validation.every is None or validation.prompts is None:
         return
     chosen = {row.prompt for row in resolve_prompts(validation.prompts, validation.n)}
@@ -113,21 +114,20 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         return draw_images
 
     drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(options)}"
-    ticker = {name: Ticker(name) for name in ("base", *models)}
     result = evaluate_models(
         base=sampler(base, "policy" if full else "reference"),
         tuned=sampler(backbone, "policy", config.weights),
         others={name: sampler(backbone, "policy", path) for name, path in models.items() if name != "tuned"},
-        plan=Plan(rows, config.seeds, config.seed, config.batch_size),
+        plan=EvaluationPlan(rows, config.seeds, config.seed, config.batch_size),
         rewards=rewards,
         correction=config.corrected,
         out=config.out,
         identities={"base": drawn_by, **{name: f"{drawn_by} {weights_digest(path)}" for name, path in models.items()}},
         base_folder=base_folder,
-        on_progress=lambda name, done, total: ticker[name](done, total),
+        on_progress=ImageProgress(),
     )
     # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
     report = write_report(config.out, result)
     say(f"report: {report}")
     return result

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from diffalign import testbed
-from diffalign.config import DistillConfig, RewardGradientConfig, TrainConfig, load_run_config
+from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
-from diffalign.report.card import UNKNOWN, licence_of, write_card
+from diffalign.report.model_card import UNKNOWN, licence_of, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages import resolve
 
@@ -44,6 +44,8 @@ def _config(run_dir: Path) -> TrainConfig | RewardGradientConfig:
             f"{run_dir}: a distilled student, which samples in its own way; the same command with save_pipeline=true writes it "
             "as a whole pipeline"
         )
+    if isinstance(config, JudgeConfig):
+        raise DiffalignError(f"{run_dir}: a judge, whose weights/ is a transformers folder already; nothing to export")
     return config
 
 
@@ -108,7 +110,7 @@ def export(
         export_kohya(weights, family, out)
     else:
         options: dict[str, Any] = config.model.model_dump(include={"revision", "variant", "token", "local_files_only"})
-        backbone = load_backbone(path, dtype=torch.float32, **options, **resolve.family_options(config.model))
+        backbone = load_backbone(path, dtype=torch.float32, **config.model.options, **options)
         backbone.load_weights(weights)
         export_merged(backbone, out)
     usage = _usage(form, config, out, family.trunk_name, full)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from diffalign.judge.loop import train_judge
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pipelines.tuning import quiet_progress
+from diffalign.progress import ImageProgress
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.stages.resolve import resolve_device, say
-from diffalign.testbed import judge_data as judged
 from diffalign.testbed.judge_base import BaseSettings, make_base
+from diffalign.testbed.judge_data import faulty_groups, judge_records
 from diffalign.training.optim import check_installed
 
 
@@ -38,9 +38,7 @@ def judge_data(out: Path, split: str, groups: int, images: int, raters: int, see
         raise DiffalignError(f"{out}: is not empty; choose another folder")
     (out / "images").mkdir(parents=True, exist_ok=True)
     pairs, rated = [], []
-    for pictures, own_pairs, own_rated in judged.records(
-        judged.judged_groups(split, groups, images, seed), raters, seed
-    ):
+    for pictures, own_pairs, own_rated in judge_records(faulty_groups(split, groups, images, seed), raters, seed):
         for picture, row in zip(pictures, own_rated, strict=True):
             picture.save(out / row["image"])
         pairs += own_pairs
@@ -167,13 +165,7 @@ def _beside_images(source: Path, out: Path) -> None:
 
 
 def _counter(total: int) -> Callable[[int], None]:
-    """A plain line every few seconds."""
-    last = time.monotonic()
-
-    def tell(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            say(f"{done}/{total} images")
-
-    return tell
+    """A callback that shows how many images are judged."""
+    show = ImageProgress().named("judge")
+    show(0, total)
+    return lambda done: show(done, total)

@@ -5,18 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
 from diffalign.data.prompts import PromptRow
-from diffalign.data.real_against_generated import Real
+from diffalign.data.real_against_generated import RealImage
 from diffalign.data.writer import png_bytes
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 from diffalign.stages.resolve import resolve_prompts
-from diffalign.testbed.prompts import scene_for
 from diffalign.testbed.scenes import render
+from diffalign.testbed.shape_prompts import scene_for
 
 
-def real_images(source: str, prompts: str, n: int | None, seed: int) -> list[Real]:
+def real_images(source: str, prompts: str, n: int | None, seed: int) -> list[RealImage]:
     """Prompts with a real image each: scenes of `prompts` for source "testbed", else the first image of every group of the
     training split of the dataset in folder `source`, up to n."""
     if source == "testbed":
@@ -38,6 +38,6 @@ def _scene(row: PromptRow, place: int, seed: int) -> Callable[[], bytes]:
     return lambda: png_bytes(render(scene_for(row.metadata, draw(seed, "scene", inner=place))))
 
 
-def _stored(dataset: PreferenceDataset, i: int) -> Real:
+def _stored(dataset: PreferenceDataset, i: int) -> RealImage:
     group = dataset.group(i)
     return PromptRow(group["prompt"], group["metadata"]), lambda: dataset.images(group["group_id"])[0].data

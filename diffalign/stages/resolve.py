@@ -5,8 +5,7 @@ reward, since rewards and pipelines know nothing of the embedded world.
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,17 @@ from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
+from diffalign.progress import Say as Say
+from diffalign.progress import say as say
 from diffalign.rewards import REWARDS, Reward, accepted, load_reward
 from diffalign.testbed.detector import ShapeDetector
-from diffalign.testbed.prompts import prompts as testbed_prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
-
-Say = Callable[[str], None]
-
 
 DETECTORS: dict[str, type] = {"shapes": ShapeDetector}
 
 
 TESTBED_PROMPTS = 256
-
-
-FAMILY_KEYS = {"max_sequence_length", "use_t5", "guidance"}
-"""Keys of `model` that are options of one family or another."""
-
-
-def say(message: str) -> None:
-    print(message, flush=True)
 
 
 def resolve_device(device: str) -> str:
@@ -62,13 +52,8 @@ def open_backbone(model: ModelSection, device: str) -> Any:
 
 
 def loading_options(model: ModelSection) -> dict[str, Any]:
-    """Return the section's keys as `load_backbone` and `load_generator` take them."""
-    return model.model_dump(exclude={"path", "dtype", "compile", *FAMILY_KEYS}) | family_options(model)
-
-
-def family_options(model: ModelSection) -> dict[str, Any]:
-    """Return the options of the model's family that the section sets."""
-    return model.model_dump(include=FAMILY_KEYS, exclude_defaults=True)
+    """Return the section's keys as `load_backbone` and `load_generator` take them, with the options of its family."""
+    return {**model.model_dump(exclude={"path", "dtype", "compile", "options"}), **model.options}
 
 
 def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:
@@ -78,7 +63,7 @@ def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow
         name, _, path = split.partition(":")
         return (read_hub_suite(name, path) if from_hub(path) else read_suite(name, Path(path)))[:n]
     if kind == "testbed":
-        rows = testbed_prompts(split, n or TESTBED_PROMPTS, seed)
+        rows = draw_prompts(split, n or TESTBED_PROMPTS, seed)
         return [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
     return read_prompts(source)[:n]
 
@@ -103,7 +88,7 @@ def open_rewards(
     rewards = {section.name: open_reward(section, device) for section in sections}
     for name, reward in rewards.items():
         for row in rows:
-            if reason := reward.unfit(row.prompt, row.metadata):
+            if reason := reward.reason_not_scorable(row.prompt, row.metadata):
                 raise DiffalignError(
                     f"{key}: {name} cannot judge {row.prompt!r} of {prompts}: {reason}; name another reward, such as "
                     "{name: pickscore}, or give prompts with what it needs"
@@ -111,27 +96,12 @@ def open_rewards(
     return rewards
 
 
-class Ticker:
-    """A plain line every few seconds: sampling has no loss to show. Time counts anew from a call with 0 done."""
-
-    def __init__(self, what: str, every: float = 15.0) -> None:
-        self.what, self.every, self.started, self.last = what, every, time.monotonic(), time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not done:
-            self.started = self.last = now
-        elif now - self.last >= self.every or done == total:
-            self.last = now
-            say(f"{self.what}: {done}/{total} images, {(now - self.started) / max(done, 1):.3f} s each")
-
-
 def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:
     """Where the guidance scale is an input of the network, images are drawn at the one that it is trained under."""
     if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
         raise DiffalignError(
             f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.guidance={backbone.guidance:g}; set both to the same value"
+            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
 
 

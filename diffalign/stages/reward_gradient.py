@@ -59,7 +59,7 @@ def check_sampler(config: RewardGradientConfig, backbone: Any) -> int:
     if backbone.guidance is not None and backbone.guidance != scale:
         raise DiffalignError(
             f"sampler.guidance_scale={scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.guidance={backbone.guidance:g}; set both to the same value"
+            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
     return side
 

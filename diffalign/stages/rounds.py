@@ -16,12 +16,12 @@ from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
-from diffalign.data.real_against_generated import write_roles
+from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
-from diffalign.data.shared_tasks import processes
+from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.report.render import write_reports
 from diffalign.stages import evaluate as evaluate_stage
@@ -61,7 +61,7 @@ def stops(scores: list[float], patience: int | None) -> bool:
 
 def rounds(config: RoundsConfig) -> dict[str, Any]:
     """`diffalign rounds`: returns what rounds.json holds. Raises DiffalignError where several processes were launched."""
-    if processes()[1] > 1:
+    if local_rank_and_world_size()[1] > 1:
         raise DiffalignError(
             "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
         )
@@ -119,7 +119,7 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
     plan |= {"prompts": prompts, "n": n, "out": str(drawn), "seed": seed, "images_per_prompt": given.images_per_prompt}
     sample_stage.sample(SampleConfig.model_validate({**plan, **images}))
     if real is not None:
-        write_roles(real, PreferenceDataset(drawn), data)
+        write_real_against_generated(real, PreferenceDataset(drawn), data)
         return
     dataset = PreferenceDataset(data)
     for section in given.rewards:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from diffalign.config import SampleConfig
 from diffalign.data.sample import sample_groups
+from diffalign.progress import ImageProgress
 from diffalign.stages.resolve import (
-    Ticker,
     check_guidance_scale,
     open_backbone,
     resolve_device,
@@ -37,6 +37,6 @@ def sample(config: SampleConfig) -> None:
         width=config.width,
         batch_size=config.batch_size,
         origin=origin,
-        on_progress=Ticker("sampling"),
+        on_progress=ImageProgress().named("sampling"),
     )
     say(f"dataset: {config.out}")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from diffalign.data.schema import score_schema
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.progress import ImageProgress, say_aside
 from diffalign.rewards import REWARDS, Reward, accepted, load_reward
-from diffalign.scoring import agreement
-from diffalign.scoring import compare_folders as versus
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
+from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
 from diffalign.scoring.gallery import write_gallery
+from diffalign.scoring.human_agreement import agreement_table, read_choices
 from diffalign.scoring.processes import Processes
-from diffalign.scoring.run import Progress, Scores, score_items
+from diffalign.scoring.run import Scores, score_items
+from diffalign.scoring.score_summary import faults, summary_table
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import RewardSpec, parse_all
 from diffalign.scoring.store import Store
-from diffalign.scoring.summary import faults, table
 
 UNSCORED = 3
 """Exit code of a run that ended, but left pictures without a score."""
@@ -85,7 +85,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
             batch_size=request.batch_size,
             workers=workers,
             processes=processes,
-            on_progress=_ticker() if processes.main else None,
+            on_progress=ImageProgress(say_aside) if processes.main else None,
         )
         if not processes.main:
             return 0
@@ -98,15 +98,15 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
 def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for part in parts:
-        console.print(table(part))
+        console.print(summary_table(part))
     if len(parts) == 2:
         a, b = parts
-        pairing = versus.pair(a, b)
+        pairing = pair_up(a, b)
         names = (" ".join(request.images), " ".join(request.against or []))
-        print(versus.heading(pairing, names))
-        console.print(versus.table(versus.compare_scores(a, b, pairing)))
+        print(heading(pairing, names))
+        console.print(comparison_table(compare_scores(a, b, pairing)))
     if request.labels:
-        console.print(agreement.table(agreement.read_choices(request.labels, both), both))
+        console.print(agreement_table(read_choices(request.labels, both), both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
     if request.into_dataset:
@@ -164,24 +164,10 @@ def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
             }
             for item, row in zip(scores.items, scores.rows, strict=True)
         ]
-        with replacing(path, schema) as writer:
+        with parquet_writer(path, schema) as writer:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         written.append(path)
     return written
-
-
-def _ticker(every: float = 10.0) -> Progress:
-    """A plain line every few seconds."""
-    started = last = time.monotonic()
-
-    def tick(label: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            print(f"{label}: {done}/{total} pictures, {now - started:.0f} s", file=sys.stderr, flush=True)
-
-    return tick
 
 
 def show_rewards() -> None:

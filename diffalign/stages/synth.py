@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,22 +18,23 @@ import torch
 
 from diffalign import testbed
 from diffalign.config import GeneratorSection, PromptSection, RankConfig, RankSection, SynthConfig
-from diffalign.data.card import write_own_card
 from diffalign.data.choose_members import Limit
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember, write_whole
+from diffalign.data.dataset_card import write_own_card
+from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import Rules, generator_warning, rank
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images
-from diffalign.data.shared_tasks import FOLDER, Task, finish, processes
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
+from diffalign.files import free_bytes, write_whole
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.progress import ImageProgress
 from diffalign.stages.data import write_sheet
 from diffalign.stages.resolve import (
-    Ticker,
     loading_options,
     open_reward,
     resolve_device,
@@ -59,7 +59,7 @@ LICENCES = {
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
     """`diffalign synth`: prompts, images, scores, preferences."""
-    number, world = processes()
+    number, world = local_rank_and_world_size()
     device = resolve_device(config.device)
     if device == "cuda" and world > 1:
         device = f"cuda:{number}"
@@ -79,7 +79,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         generator, provenance = _open(section, device)
         _same_model(out, section.name, provenance)
         draw = drawer(generator, section, config.latents)
-        mine = draw_part(plan, part, out, draw, provenance, Ticker(section.name), config.latents)
+        mine = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
         generator.close()
         say(f"{section.name}: this process drew {mine} images")
     write_planned_groups(plan, out, config.split)
@@ -96,7 +96,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     if config.contact_sheet:
         sheet = out / "contact.html"
         make = lambda: write_sheet(PreferenceDataset(out), sheet, config.contact_sheet)  # noqa: E731
-        finish([Task("sheet", sheet.is_file, make)], out / FOLDER / "locks")
+        complete_all([Task("sheet", sheet.is_file, make)], out / WORK_FOLDER / "locks")
     clean_up(out)
     say(f"dataset: {out}")
 
@@ -167,7 +167,7 @@ def rank_stage(dataset: PreferenceDataset, section: RankSection, rewards: list[s
             (dataset.folder / "README.md").unlink(missing_ok=True)
         write_whole(path, json.dumps({"settings": settings, "report": report}, indent=1) + "\n")
 
-    finish([Task("rank", done, make)], dataset.folder / FOLDER / "locks")
+    complete_all([Task("rank", done, make)], dataset.folder / WORK_FOLDER / "locks")
     report = json.loads(path.read_text(encoding="utf-8"))["report"]
     dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items())
     say(f"ranked {report['groups']} groups by {', '.join(sources)}{dropped}; {report['images']} images count")
@@ -189,7 +189,7 @@ def rank_again(config: RankConfig) -> None:
 def _card(out: Path) -> None:
     """README.md: what the dataset is, and under which licences of its generators it stands."""
     make = lambda: write_own_card(PreferenceDataset(out))  # noqa: E731
-    finish([Task("card", (out / "README.md").is_file, make)], out / FOLDER / "locks")
+    complete_all([Task("card", (out / "README.md").is_file, make)], out / WORK_FOLDER / "locks")
 
 
 def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
@@ -197,7 +197,7 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
 
     The first batch of a model is not counted where there is a second one: it pays for what is set up once.
     """
-    _, world = processes()
+    _, world = local_rank_and_world_size()
     seconds, size, images = 0.0, 0.0, []
     say(f"{len(plan.prompts)} prompts, {plan.images} images")
     for part, section in enumerate(config.generators):
@@ -224,7 +224,7 @@ def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
         each = [timed(measure)[0] for _ in range(PROBE_BATCHES)][-1] / len(images)
         seconds += each * plan.images
         say(f"  {judge.name}: {each:.3g} s an image")
-    free = shutil.disk_usage(_existing(config.out)).free
+    free = free_bytes(config.out)
     say(f"time: {duration(seconds / world)} on {world} process{'es' if world > 1 else ''}, without loading the models")
     say(f"disk: {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
     if config.price_per_hour is not None:
@@ -273,7 +273,7 @@ def _same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     """A model that has changed since the first image was drawn must not draw the rest."""
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
-    finish([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
+    complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     before = json.loads(path.read_text(encoding="utf-8"))
     # `vae` follows from the fingerprint, and older folders lack it.
     judged = [key for key in provenance if key not in ("licence", "vae")]
@@ -311,13 +311,6 @@ def _say_failures(out: Path) -> None:
     if failures.is_file():
         lines = failures.read_text(encoding="utf-8").splitlines()
         say(f"{len(lines)} images could not be drawn, their prompts are set aside; reasons: {failures}")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder around a path that is there."""
-    while not path.is_dir():
-        path = path.parent
-    return path
 
 
 def folder_digest(weights: Path) -> str:

@@ -10,7 +10,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.health import examine_labels
-from diffalign.objectives import OBJECTIVES, has_preference
+from diffalign.objectives import has_preference
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import open_backbone, prepare_validation, resolve_device, say
 from diffalign.training.memory import described
@@ -35,7 +35,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     # The first process fills the cache; the others then find it.
     with accelerator.main_process_first():
         source = prepare_source(config.data, config.labels, dataset, backbone, say)
-    if OBJECTIVES[config.objective.name].label_kind != "none" and not has_preference(source.rewards, source.mask).any():
+    if config.objective.kind.label_kind != "none" and not has_preference(source.rewards, source.mask).any():
         raise DiffalignError(
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
             "its scores may all be equal, or the groups may have one image each"
@@ -45,7 +45,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     # Roles say who made an image: that its maker explains them is no finding.
-    roles = OBJECTIVES[config.objective.name].label_kind == "role"
+    roles = config.objective.kind.label_kind == "role"
     known = [] if roles else examine_labels(source.labelled(dataset))
     validation = prepare_validation(config, backbone)
     if config.data.cache != "off":

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from diffalign.rewards.detection import Detection
-from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, Item, draw_item
+from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, PlacedShape, draw_shape
 
 _PALETTE = np.array([GROUND, *COLORS.values()], dtype=np.float32)
 _TEMPLATE_SIDE = 24
@@ -25,7 +25,7 @@ def template(shape: str) -> np.ndarray:
     side = _TEMPLATE_SIDE * scale
     canvas = Image.new("L", (side, side), 0)
     half = _TEMPLATE_SIDE / 2
-    draw_item(ImageDraw.Draw(canvas), Item(shape, "", half, half, half), (255,), (0,), scale)
+    draw_shape(ImageDraw.Draw(canvas), PlacedShape(shape, "", half, half, half), (255,), (0,), scale)
     return np.asarray(canvas.resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
 
 

@@ -18,9 +18,17 @@ from torch.nn import functional as F
 
 from diffalign.rewards.judge import Judge
 from diffalign.rewards.judge_prompt import LABELS, Wording
-from diffalign.testbed.judge_data import CUTS, DEGREES, DIMENSIONS, Judged, any_prompt, judged, rating_distribution
+from diffalign.testbed.judge_data import (
+    CUTS,
+    DEGREES,
+    DIMENSIONS,
+    FaultyImage,
+    faulty_image,
+    random_prompt,
+    rating_distribution,
+)
 from diffalign.testbed.pretrain import learning_rate
-from diffalign.testbed.tokenizers import WORDS, _apply, _byte_symbols
+from diffalign.testbed.tokenizers import WORDS, apply_merges, byte_symbols
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (
@@ -83,11 +91,11 @@ def judge_tokenizer() -> Any:
     words = [*WORDS, *DIMENSIONS, *DEGREES, *CUTS, *extra, "noise", "cut", "cuts", "one"]
     merges: list[tuple[str, str]] = []
     for word in sorted({form for w in words for form in (w, "Ġ" + w)} | {":Ċ", "Ġ."}, key=lambda w: (len(w), w)):
-        symbols = _apply(merges, list(word))
+        symbols = apply_merges(merges, list(word))
         while len(symbols) > 1:
             merges.append((symbols[0], symbols[1]))
             symbols = [symbols[0] + symbols[1], *symbols[2:]]
-    tokens = [*_byte_symbols(), *dict.fromkeys(a + b for a, b in merges), "<|endoftext|>"]
+    tokens = [*byte_symbols(), *dict.fromkeys(a + b for a, b in merges), "<|endoftext|>"]
     return Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -150,10 +158,13 @@ def untrained_judge(size: str, seed: int = 0) -> Judge:
     return Judge(model.eval(), judge_processor(tokenizer), rubrics=RUBRICS, wording=WORDING)
 
 
-def samples(seed: int, step: int, batch: int) -> list[Judged]:
+def samples(seed: int, step: int, batch: int) -> list[FaultyImage]:
     """A batch of images of training prompts with their faults, the dimensions of `TAUGHT` in turn."""
     rng = np.random.default_rng([seed, step, 11])
-    return [judged(any_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng) for i in range(batch)]
+    return [
+        faulty_image(random_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng)
+        for i in range(batch)
+    ]
 
 
 def noisy_level(score: float, noise: float, rng: np.random.Generator) -> int:
@@ -162,7 +173,7 @@ def noisy_level(score: float, noise: float, rng: np.random.Generator) -> int:
     return int(rng.choice(len(flat), p=noise * flat + (1 - noise) * rating_distribution(score)))
 
 
-def base_loss(judge: Judge, shown: list[Judged], settings: BaseSettings, rng: np.random.Generator) -> Tensor:
+def base_loss(judge: Judge, shown: list[FaultyImage], settings: BaseSettings, rng: np.random.Generator) -> Tensor:
     """Cross-entropy of reasons, marker and label, mean over tokens; a share of the batch answers at once."""
     cut = round(settings.direct * len(shown))
     total = torch.zeros(())
@@ -170,7 +181,9 @@ def base_loss(judge: Judge, shown: list[Judged], settings: BaseSettings, rng: np
     for part, reasons in ((shown[:cut], False), (shown[cut:], True)):
         if not part:
             continue
-        traces = [judge.tokenizer(one.seen, add_special_tokens=False)["input_ids"] for one in part] if reasons else None
+        traces = (
+            [judge.tokenizer(one.reasons, add_special_tokens=False)["input_ids"] for one in part] if reasons else None
+        )
         inputs = judge.inputs([o.image for o in part], [o.prompt for o in part], [o.dimension for o in part], traces)
         levels = [noisy_level(one.score, settings.noise, rng) for one in part]
         labels = torch.tensor([judge.token_ids[level] for level in levels])

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from diffalign.testbed.prompts import NUMBERS, RELATIONS, TAGS, Metadata, combinations_of, scene_for, wording
 from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, Scene, render
+from diffalign.testbed.shape_prompts import NUMBERS, RELATIONS, TAGS, Metadata, combinations_of, prompt_text, scene_for
 
 DIMENSIONS: tuple[str, ...] = ("alignment", "realism", "plausibility")
 LEVELS = np.linspace(1.0, 5.0, 9)
@@ -29,13 +29,13 @@ CUTS = ("no", "one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """seen: what a rater would note. score: on what raters agree in the mean, 1 to 5, anywhere between the levels."""
+class FaultyImage:
+    """reasons: what a rater would note. score: on what raters agree in the mean, 1 to 5, anywhere between the levels."""
 
     prompt: str
     dimension: str
     image: Image.Image
-    seen: str
+    reasons: str
     score: float
 
 
@@ -86,23 +86,23 @@ def broken(scene: Scene, cuts: int, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def judged(metadata: Metadata, dimension: str, degree: int, rng: np.random.Generator) -> Judged:
+def faulty_image(metadata: Metadata, dimension: str, degree: int, rng: np.random.Generator) -> FaultyImage:
     """One image of a prompt whose fault in `dimension` has a degree from 0 (none) to 4, less where alignment allows less."""
     if dimension == "alignment":
         found, cost = misaligned(metadata, degree, rng)
         verdict = " ".join(f"wrong {kind} ." for kind in COSTS if kind in cost) or "all right ."
         image = render(scene_for(found, rng))
-        return Judged(
+        return FaultyImage(
             metadata["prompt"],
             dimension,
             image,
-            f"{wording(found['include'])} . {verdict}",
+            f"{prompt_text(found['include'])} . {verdict}",
             max(1.0, 5.0 - sum(cost.values())),
         )
     scene = scene_for(metadata, rng)
     if dimension == "plausibility":
         noun = "cut" if degree == 1 else "cuts"
-        return Judged(
+        return FaultyImage(
             metadata["prompt"], dimension, broken(scene, degree, rng), f"{CUTS[degree]} {noun} .", 5.0 - degree
         )
     image = render(scene)
@@ -112,29 +112,29 @@ def judged(metadata: Metadata, dimension: str, degree: int, rng: np.random.Gener
     else:
         pixels = np.asarray(image, float) + rng.normal(0, NOISE[degree], (*image.size[::-1], 3))
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    return Judged(metadata["prompt"], dimension, image, f"{DEGREES[degree]} {kind} .", 5.0 - degree)
+    return FaultyImage(metadata["prompt"], dimension, image, f"{DEGREES[degree]} {kind} .", 5.0 - degree)
 
 
-def any_prompt(split: str, rng: np.random.Generator) -> Metadata:
+def random_prompt(split: str, rng: np.random.Generator) -> Metadata:
     """A prompt of a split, all six kinds equally often, as many times as one likes."""
     options = combinations_of(split, TAGS[rng.integers(len(TAGS))])
     wordings = options[rng.integers(len(options))]
     return wordings[rng.integers(len(wordings))]
 
 
-def judged_groups(
+def faulty_groups(
     split: str, n: int, images: int, seed: int, dimensions: tuple[str, ...] = DIMENSIONS
-) -> Iterator[list[Judged]]:
+) -> Iterator[list[FaultyImage]]:
     """`n` groups of `images` images of one prompt and dimension, each with a fault of another degree; dimensions take turns."""
     for index in range(n):
         rng = np.random.default_rng([seed, index, sum(split.encode())])
-        metadata, dimension = any_prompt(split, rng), dimensions[index % len(dimensions)]
+        metadata, dimension = random_prompt(split, rng), dimensions[index % len(dimensions)]
         degrees = rng.permutation(5)[:images]
-        yield [judged(metadata, dimension, int(degree), rng) for degree in degrees]
+        yield [faulty_image(metadata, dimension, int(degree), rng) for degree in degrees]
 
 
-def records(
-    groups: Iterator[list[Judged]], raters: int, seed: int
+def judge_records(
+    groups: Iterator[list[FaultyImage]], raters: int, seed: int
 ) -> Iterator[tuple[list[Image.Image], list[Any], list[Any]]]:
     """Images, pair records and rating records of each group; images are named images/GROUP-INDEX.png.
 
@@ -159,7 +159,7 @@ def records(
                     {
                         "prompt": group[w].prompt, "dimension": group[w].dimension,
                         "image_w": names[w], "image_l": names[l], "score_w": ratings[w][0], "score_l": ratings[l][0],
-                        "trace_w": group[w].seen, "trace_l": group[l].seen,
+                        "trace_w": group[w].reasons, "trace_l": group[l].reasons,
                     }
                 )  # fmt: skip
         yield [one.image for one in group], pairs, rated

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
 from diffalign.testbed.models import BUILDERS, autoencoder
-from diffalign.testbed.prompts import TAGS, Metadata, combinations, misdescribed, scene_for
 from diffalign.testbed.scenes import render
+from diffalign.testbed.shape_prompts import TAGS, Metadata, combinations, misdescribed, scene_for
 from diffalign.testbed.tokenizers import T5_LENGTH
 
 Say = Callable[[str], None]

@@ -27,7 +27,7 @@ _OVERSAMPLING = 4
 
 
 @dataclass(frozen=True)
-class Item:
+class PlacedShape:
     """One object: `x` and `y` are its centre, `radius` half the side of its bounding box, all in pixels."""
 
     shape: str
@@ -37,7 +37,7 @@ class Item:
     radius: float
 
 
-Scene = tuple[Item, ...]
+Scene = tuple[PlacedShape, ...]
 
 
 def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
@@ -65,8 +65,8 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
     ]
 
 
-def draw_item(
-    draw: ImageDraw.ImageDraw, item: Item, fill: tuple[int, ...], ground: tuple[int, ...], scale: int
+def draw_shape(
+    draw: ImageDraw.ImageDraw, item: PlacedShape, fill: tuple[int, ...], ground: tuple[int, ...], scale: int
 ) -> None:
     """Draw one object on a canvas `scale` times the scene."""
     x, y, r = item.x * scale, item.y * scale, item.radius * scale
@@ -84,11 +84,11 @@ def render(scene: Scene) -> Image.Image:
     canvas = Image.new("RGB", (SIZE * _OVERSAMPLING, SIZE * _OVERSAMPLING), GROUND)
     draw = ImageDraw.Draw(canvas)
     for item in scene:
-        draw_item(draw, item, COLORS[item.color], GROUND, _OVERSAMPLING)
+        draw_shape(draw, item, COLORS[item.color], GROUND, _OVERSAMPLING)
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def free_of(item: Item, others: list[Item]) -> bool:
+def is_apart_from(item: PlacedShape, others: list[PlacedShape]) -> bool:
     """Whether `item` keeps its distance from the others' bounding boxes."""
     return all(
         max(abs(item.x - other.x), abs(item.y - other.y)) >= item.radius + other.radius + GAP for other in others
@@ -103,13 +103,13 @@ def place(kinds: list[tuple[str, str]], rng: np.random.Generator, relation: str 
     """
     dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}.get(relation or "", (0, 0))
     while True:
-        placed: list[Item] = []
+        placed: list[PlacedShape] = []
         for shape, color in kinds:
             radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
             for _ in range(40):
                 x, y = rng.uniform(radius + 2, SIZE - radius - 2, size=2)
-                item = Item(shape, color, float(x), float(y), float(radius))
-                if not free_of(item, placed):
+                item = PlacedShape(shape, color, float(x), float(y), float(radius))
+                if not is_apart_from(item, placed):
                     continue
                 if relation and placed:
                     ox, oy = item.x - placed[0].x, item.y - placed[0].y

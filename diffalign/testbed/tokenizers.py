@@ -4,8 +4,8 @@ import itertools
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from diffalign.testbed.prompts import NUMBERS, RELATIONS, plural
 from diffalign.testbed.scenes import COLORS, SHAPES
+from diffalign.testbed.shape_prompts import NUMBERS, RELATIONS, plural
 
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
@@ -17,14 +17,14 @@ CLIP_LENGTH = 16
 T5_LENGTH = 12
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The 256 printable stand-ins for bytes of byte-level BPE, in GPT-2's order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def _apply(merges: list[tuple[str, str]], symbols: list[str]) -> list[str]:
+def apply_merges(merges: list[tuple[str, str]], symbols: list[str]) -> list[str]:
     """Byte-pair encoding: the earliest learnt merge that fits goes first."""
     for pair in merges:
         i = 0
@@ -39,11 +39,11 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """Byte-level BPE whose merges build each word of the world from its left end."""
     merges: list[tuple[str, str]] = []
     for word in sorted(WORDS, key=len):
-        symbols = _apply(merges, [*word[:-1], word[-1] + "</w>"])
+        symbols = apply_merges(merges, [*word[:-1], word[-1] + "</w>"])
         while len(symbols) > 1:
             merges.append((symbols[0], symbols[1]))
             symbols = [symbols[0] + symbols[1], *symbols[2:]]
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys(a + b for a, b in merges)]
     vocab = {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH, pad_token=pad_token)

@@ -18,12 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
+from diffalign.files import dotted_keys
 from diffalign.training.sharding import placed, whole
 
 _NAME = re.compile(r"step-(\d{8})")
 # Keys that a run may change when it goes on; all others would make it another run.
 FREE_KEYS = (
+    "kind",
     "run_dir",
     "tracking",
     "checkpoint",
@@ -167,17 +170,9 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
     return final
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
 def check_same_run(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse to go on from a checkpoint of another config, naming what differs."""
-    before, now = flat(stored), flat(config)
+    before, now = dotted_keys(current_keys(stored)), dotted_keys(current_keys(config))
     different = [
         key
         for key in sorted(before.keys() | now.keys())

@@ -6,20 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.files import read_json_lines
 from diffalign.health import Finding, Watch, describe
-from diffalign.training.validation import read_validations
-
-
-def read_rows(run_dir: Path, step: int | None = None) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl up to `step`; a line that a kill left unfinished is no row."""
-    path = run_dir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if step is None or row["step"] <= step]
 
 
 class Oversight:
@@ -38,7 +26,8 @@ class Oversight:
         self.watch = Watch(known)
         self._announce(list(self.watch.findings.values()))
         if first:  # a resumed run sees its past as the first one did
-            self.watch.replay(read_rows(run_dir, first), read_validations(run_dir, first))
+            rows = (read_json_lines(run_dir / name, first) for name in ("metrics.jsonl", "validation.jsonl"))
+            self.watch.replay(*rows)
         if self.stops:
             self._write()
             raise DiffalignError(self.reason())

@@ -24,8 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from diffalign.objectives import OBJECTIVES
-
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
 
@@ -309,7 +307,7 @@ def described(config: Any, backbone: Any, members: int, *, cuda: bool, processes
     conditioning = backbone.encode_prompts([""])
     used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
     groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))
-    images = groups * used[OBJECTIVES[config.objective.name].members]
+    images = groups * used[config.objective.kind.members]
     images = min(images, config.train.images_per_pass or images)
     side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
     shape = (images, backbone.latent_channels, side, side)

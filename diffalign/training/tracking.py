@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from diffalign.errors import DiffalignError
+from diffalign.files import read_json_lines, write_whole
 
 
 class Tracker(Protocol):
@@ -75,19 +76,8 @@ TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "tracki
 
 def cut_rows(path: Path, step: int) -> None:
     """Drop rows written after `step` steps were done, and a last line that a kill left unfinished."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    if path.exists():
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path, step)))
 
 
 class Metrics:

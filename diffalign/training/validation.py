@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import read_json_lines
 from diffalign.training.tracking import cut_rows
 
 SHOWN_PROMPTS = 8
@@ -104,25 +105,13 @@ def best_of(rows: Sequence[Row]) -> tuple[int, int]:
     return int(trained[best]["step"]), len(trained) - 1 - best
 
 
-def read_validations(run_dir: Path, step: int | None = None) -> list[Row]:
-    """Rows of validation.jsonl up to `step`; a line that a kill left unfinished is no row."""
-    path = run_dir / "validation.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if step is None or row["step"] <= step]
-
-
 class ValidationLog:
     """validation.jsonl, cut to what a resumed run has reached (nothing, where no step is done yet)."""
 
     def __init__(self, run_dir: Path, step: int, write: bool) -> None:
         self.path, self.write = run_dir / "validation.jsonl", write
         step = step or -1
-        self.rows = read_validations(run_dir, step)
+        self.rows = read_json_lines(self.path, step)
         if write:
             cut_rows(self.path, step)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.health import Finding
-from diffalign.objectives import OBJECTIVES, Objective
+from diffalign.objectives import Objective
 from diffalign.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from diffalign.training.finite import Reading
 from diffalign.training.health import Oversight
@@ -53,8 +53,8 @@ class TrainResult:
 
 def build_objective(section: Any) -> Objective:
     """The objective that a config's `objective` section names."""
-    fields = section.model_dump()
-    return OBJECTIVES[fields.pop("name")](**fields)
+    objective: Objective = section.build()
+    return objective
 
 
 def start_accelerator(config: Any) -> Accelerator:
