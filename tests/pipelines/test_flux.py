@@ -176,7 +176,7 @@ def test_refusals(flux_dir: Path, tmp_path: Path) -> None:
 def test_images_are_drawn_at_the_scale_to_train_under(flux_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     config = SampleConfig.model_validate(
-        {"model": {"path": str(flux_dir), "guidance": 2.0}, "prompts": str(tmp_path / "p.txt"), "device": "cpu",
+        {"model": {"path": str(flux_dir), "options": {"guidance": 2.0}}, "prompts": str(tmp_path / "p.txt"), "device": "cpu",
          "out": str(tmp_path / "data"), "steps": 1, "height": 64, "width": 64, "images_per_prompt": 2}
     )  # fmt: skip
     with pytest.raises(
