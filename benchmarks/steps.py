@@ -18,7 +18,8 @@ from diffalign.config import TrainConfig
 from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
 from diffalign.training.memory import predict_memory
-from diffalign.training.preference.method import build_objective, train
+from diffalign.training.preference.method import train
+from diffalign.training.preference.policy import build_objective
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def distilled(run_dir: Path, judge: Any = None, **sections: Any) -> list[dict[str, float]]:
-    toy.run(toy.toy_config(run_dir, **sections), judge=judge)
+    toy.run(toy.toy_config(run_dir, **sections), scores=judge)
     return rows(run_dir)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,27 +74,37 @@ class Trackio:
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def cut_rows(path: Path, step: int) -> None:
-    """Drop rows written after `step` steps were done, and a last line that a kill left unfinished."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def _lines(path: Path, step: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """Lines and their rows up to `step`, all where it is None, without a last line that a kill left unfinished."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
+        if step is None or row["step"] <= step:
+            found.append((line, row))
+    return found
+
+
+def read_rows(path: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """Read the rows of a .jsonl file up to `step`; none where there is no file."""
+    return [row for _, row in _lines(path, step)]
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drop rows written after `step` steps were done, and a last line that a kill left unfinished."""
+    if not path.exists():
+        return
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(line + "\n" for line, _ in _lines(path, step)))
     part.replace(path)
 
 
 class Metrics:
     """Rows to files and trackers. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
 
-    def __init__(self, run_dir: Path, trackers: list[str], project: str, config: dict[str, Any], step: int) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[str], project: str, config: dict[str, Any], step: int) -> None:
         for name in ("metrics.jsonl", "timing.jsonl"):
             cut_rows(run_dir / name, step)
         # Line by line: a checkpoint must never be ahead of its metrics.
