@@ -26,6 +26,8 @@ from torch import Tensor
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
+from diffalign.training.protocols import Say
+from diffalign.training.protocols import ValidationRow as Row
 from diffalign.training.tracking import cut_rows
 
 if TYPE_CHECKING:
@@ -34,10 +36,8 @@ if TYPE_CHECKING:
     from diffalign.pipelines import Backbone
     from diffalign.rewards import Reward
     from diffalign.training.health import HealthMonitor
-    from diffalign.training.protocols import Say
 
 SHOWN_PROMPTS = 8
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
