@@ -6,14 +6,7 @@
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
-#   make bench-step     a step beside its bare parts, with a kept reference and in passes; steps among a million groups
-#   make bench-speed    training beside the common script, the bare arithmetic and the hardware's limit: docs/speed.md
-#   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
-#   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
-#   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
-#   make bench-objectives   objectives side by side on the embedded world (hours);  make bench-rounds: rounds against one run
-#   make bench-reward-gradient over-optimisation of a reward whose gradient is followed (an hour)
-#   make bench-distillation few-step students against their teacher on the embedded world (hours)
+#   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -26,7 +19,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: quickstart test test-gpu lint view wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
+.PHONY: setup oracles quickstart test test-gpu lint view wheel wheel-test soak bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -84,47 +77,8 @@ wheel-test: $(SITE)/.built
 soak: $(STAMP) oracles
 	DIFFALIGN_SOAK=1 $(BIN)/pytest -q -m soak -o timeout=0
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/bench.py
-
-.PHONY: bench-step
-bench-step: $(STAMP)
-	$(BIN)/python benchmarks/bench_step.py
-	$(BIN)/python benchmarks/dataset_size.py --large 1000000 --steps 10000 --whole 20
-
-.PHONY: bench-speed
-bench-speed: $(STAMP)
-	$(BIN)/python benchmarks/compare.py
-	$(BIN)/python benchmarks/start.py
-	$(BIN)/python benchmarks/sampling.py
-	$(BIN)/python benchmarks/throughput.py
-
-bench-quickstart: $(STAMP)
-	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
-	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
-
-bench-ocr: $(STAMP)
-	$(BIN)/python benchmarks/bench_ocr.py
-
-bench-scoring: $(STAMP) oracles
-	$(BIN)/python benchmarks/scoring.py
-
-bench-synth: $(STAMP)
-	$(BIN)/python benchmarks/bench_synth.py world
-	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sdxl
-	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sd3
-
-bench-objectives: $(STAMP)
-	$(BIN)/python benchmarks/objectives.py
-
-bench-distillation: $(STAMP)
-	$(BIN)/python benchmarks/distillation.py
-
-bench-reward-gradient: $(STAMP)
-	$(BIN)/python benchmarks/reward_gradient.py
-
-bench-rounds: $(STAMP)
-	$(BIN)/python benchmarks/rounds.py
+bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
+	@$(BIN)/python benchmarks $(NAME) $(ARGS)
 
 # The page of all config keys, from the schema; a test compares them.
 .PHONY: docs

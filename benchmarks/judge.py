@@ -1,12 +1,12 @@
-"""Judges of the embedded world side by side, in the form of Table 2 of Z-Reward (arXiv 2606.09076).
+"""How do the ways to train a judge compare, in the form of Table 2 of Z-Reward (arXiv 2606.09076)?
 
     python benchmarks/judge.py
 
-Teachers (base, SFT, GRPO, GDSO) reason before they score; students (base, SFT, OPD, RISD) learn from the same pairs or from
-a teacher, and answer in one token, OPD with reasons. All are measured on prompts of another split. A cell is a method and a
-seed; a finished cell leaves cell.json and is not run again, and a run within a cell goes on from its checkpoint. The CPU-hours
-are estimated from a timed pass of either model and said first; more than --max-hours is refused. Settings are chosen with
---split validation.
+On the embedded world. Teachers (base, SFT, GRPO, GDSO) reason before they score; students (base, SFT, OPD, RISD) learn from
+the same pairs or from a teacher, and answer in one token, OPD with reasons. All are measured on prompts of another split. A
+cell is a method and a seed; a finished cell leaves cell.json and is not run again, and a run within a cell resumes from its
+checkpoint. The CPU-hours are estimated from a timed pass of either model and said first; more than --max-hours is refused.
+Settings are chosen with --split validation.
 
 Fixed before any training: the measures of `diffalign judge-eval`, and for RISD's student the share of images without a
 fault whose alignment score falls when the image is blanked, and when the prompt is exchanged for one that it does not show.

@@ -1,4 +1,4 @@
-"""A dataset's card: what it is, what drew and judged it, under which licences. README.md in the hub's form."""
+"""Write a dataset's card (README.md as the hub reads it): content, generators, rewards and licences."""
 
 import json
 from pathlib import Path
@@ -6,23 +6,25 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.files import write_whole
-from diffalign.rewards import REWARDS, accepted
+from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 FORM_WORDS = {
     "rows": "One row a prompt: `images`, `preference` (share of won comparisons, higher is better), `scores`, `generators` and "
     "`seeds` are lists of equal length.",
-    "pickapic": "Pick-a-Pic's columns, one row a pair: `caption`, `jpg_0`, `jpg_1` (encoded pictures), `label_0`, `label_1` "
+    "pickapic": "Pick-a-Pic's columns, one row a pair: `caption`, `jpg_0`, `jpg_1` (encoded images), `label_0`, `label_1` "
     "(1 for the preferred).",
-    "folder": "`images/` holds one row an image, `scores/` what each reward gave it, `groups.parquet` one row a prompt with "
+    "folder": "`images/` holds one row an image, `scores/` the scores of each reward, `groups.parquet` one row a prompt with "
     "its `preference` (share of won comparisons, higher is better). `diffalign data export` writes it as one row a prompt.",
     "webdataset": "Tar files for webdataset: `<group>.json` and `<group>.<index>.png` for each prompt.",
 }
 
 
 def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[str, int]) -> None:
-    """README.md of an export, or (form `folder`) of a dataset folder itself. Licences that are not known are said to be
-    unknown. Equal data give equal bytes: no time or host enters."""
+    """Write README.md of an export, or (form `folder`) of a dataset folder itself.
+
+    A licence that is not known is stated as unknown. Equal data give equal bytes: the card holds neither time nor host.
+    """
     generators = _generators(dataset)
     rewards = {name: dataset.scored_by(name) for name in dataset.rewards()}
     licences = sorted({str(g.get("licence") or "unknown") for g in generators.values()})
@@ -55,18 +57,18 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
     ]
     if generators:
         lines += [
-            "## What drew the images",
+            "## Generators",
             "",
             "| generator | model | revision | sampler | licence |",
             "|---|---|---|---|---|",
         ]
         for name, g in generators.items():
             sampler = f"{g.get('scheduler', '?')}, {g.get('steps', '?')} steps, guidance {g.get('guidance_scale', '?')}"
-            told = (name, g.get("model", "?"), g.get("revision") or "local", sampler, g.get("licence") or "unknown")
-            lines.append("| " + " | ".join(_cell(value) for value in told) + " |")
+            cells = (name, g.get("model", "?"), g.get("revision") or "local", sampler, g.get("licence") or "unknown")
+            lines.append("| " + " | ".join(_cell(value) for value in cells) + " |")
         lines += ["", "The images may be used as far as these models' licences allow.", ""]
     if rewards:
-        lines += ["## What judged them", "", "| reward | version | weights | licence |", "|---|---|---|---|"]
+        lines += ["## Rewards", "", "| reward | version | weights | licence |", "|---|---|---|---|"]
         for name, r in rewards.items():
             about = (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown"))
             lines.append("| " + " | ".join(_cell(value) for value in about) + " |")
@@ -76,35 +78,35 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
         done = json.loads(ranking.read_text(encoding="utf-8"))
         settings, report = done["settings"], done["report"]
         how = "vote shares" if settings["aggregate"] == "votes" else "the mean of z-scores"
-        lines += ["## How they were ranked", "", f"By {how} of {', '.join(settings['sources'])}. "]
+        lines += ["## Ranking", "", f"Preferences are {how} of {', '.join(settings['sources'])}. "]
         lines[-1] += f"{report['groups']} groups, of which {sum(report['dropped'].values())} were dropped."
         if report["generator_explains"] is not None:
-            lines[-1] += f" The generators alone explain {report['generator_explains']:.0%} of the preferences."
+            lines[-1] += f" The generators' means alone explain {report['generator_explains']:.0%} of the preferences."
         lines.append("")
     write_whole(out / "README.md", "\n".join(lines))
 
 
 def write_own_card(dataset: PreferenceDataset) -> None:
-    """README.md of a dataset folder."""
+    """Write README.md of a dataset folder."""
     splits, dropped = dataset.column("split"), dataset.column("dropped")
     used = [split for split, reason in zip(splits, dropped, strict=True) if not reason]
     write_card(dataset, dataset.folder, "folder", {split: used.count(split) for split in sorted(set(used))})
 
 
 def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
-    """name -> how it drew. Imported data say nothing of that."""
+    """Return name -> settings of the generators that drew the images; {} for imported data."""
     files = sorted((dataset.folder / "generators").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def _weights(name: str, reward: dict[str, Any]) -> str:
-    """What a reward looked through: a detector that it was given takes the place of its own weights."""
+    """Return the weights behind a reward: those of its detector, if it was given one."""
     detector = reward.get("settings", {}).get("detector")
-    given = detector is not None and name in REWARDS and "detector" in accepted(name)
+    given = detector is not None and takes(name, "detector")
     return f"the detector {detector}" if given else str(reward.get("weights", "?"))
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

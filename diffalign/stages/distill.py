@@ -17,7 +17,14 @@ from diffalign.pipelines.few_step import FewStep, call_options, few_step, studen
 from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import (
+    open_backbone,
+    open_plain_backbone,
+    open_rewards,
+    resolve_device,
+    resolve_prompts,
+    say,
+)
 from diffalign.training.distillation.method import distill as distill_backbone
 from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.distillation.step import Judge, Lean
@@ -73,8 +80,8 @@ def reward_judge(
         return None, None
     rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
     for term in terms:
-        if term.column is not None and term.column not in rewards[term.name].columns:
-            known = ", ".join(rewards[term.name].columns)
+        if term.column is not None and term.column not in rewards[term.label].columns:
+            known = ", ".join(rewards[term.label].columns)
             raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
 
     def decoded(latents: Tensor) -> Tensor:
@@ -91,11 +98,11 @@ def reward_judge(
         texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
         scores = {}
         for term in terms:
-            reward = rewards[term.name]
-            scores[term.name] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+            reward = rewards[term.label]
+            scores[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
         return scores
 
-    smooth = [term for term in terms if rewards[term.name].differentiable]
+    smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
         return judge, None
     if not smooth:
@@ -105,7 +112,7 @@ def reward_judge(
 
     def lean(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
-        scores = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
+        scores = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
         return torch.stack(scores).sum(dim=0)
 
     return judge, lean
@@ -212,7 +219,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
     README says so.
     """
-    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32", "quantize": "none"}), "cpu")
+    backbone = open_plain_backbone(config.model)
     _, scheduler = open_student(config, backbone)
     backbone.load_weights(weights)
     backbone.pipeline.scheduler = scheduler

@@ -17,8 +17,8 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Benchmarks are scripts, not a package: their folder is on the path for the time of a test."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("models", "phases", "steps", "speed_results", "throughput"):
-        sys.modules.pop(name, None)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("shared", "training_throughput")]:
+        del sys.modules[name]
 
 
 def _shape(*sizes: int) -> torch.Tensor:
@@ -27,8 +27,8 @@ def _shape(*sizes: int) -> torch.Tensor:
 
 def test_a_forward_at_1024_px_has_the_known_flops() -> None:
     """6.76 TFLOP for SDXL and 11.25 for SD3.5-Medium, as others report; 2.57 and 2.24 thousand million weights."""
-    from models import trunk
-    from phases import counted
+    from shared.random_models import trunk
+    from shared.step_phases import counted
 
     unet, transformer = (trunk(name, "meta", torch.bfloat16) for name in ("sdxl", "sd35"))
     added = {"text_embeds": _shape(1, 1280), "time_ids": _shape(1, 6)}
@@ -43,7 +43,7 @@ def test_a_forward_at_1024_px_has_the_known_flops() -> None:
 
 def test_attention_is_counted_on_a_cpu() -> None:
     """Two products of [L, D] and [D, L] a head, two FLOPs a multiply-add; backward has four of them and computes one anew."""
-    from phases import counted
+    from shared.step_phases import counted
 
     batch, heads, length, width = 2, 3, 16, 8
     q, k, v = (torch.randn(batch, heads, length, width, requires_grad=True) for _ in range(3))
@@ -54,7 +54,7 @@ def test_attention_is_counted_on_a_cpu() -> None:
 
 
 def test_a_step_is_cut_into_phases() -> None:
-    from phases import flops_by_phase, peaks_by_phase
+    from shared.step_phases import flops_by_phase, peaks_by_phase
 
     trunk = nn.Linear(32, 16, bias=False)
     optimizer = torch.optim.SGD(trunk.parameters(), lr=0.1)
@@ -82,8 +82,9 @@ def test_a_step_is_cut_into_phases() -> None:
 
 
 def test_what_the_counter_missed_is_counted_with_one_group() -> None:
-    from steps import Cell, measured
-    from throughput import counted_flops
+    from training_throughput import counted_flops
+
+    from shared.timed_training import Cell, measured
 
     cell = Cell("small-sd35", "dpo", "lora", 256, 2, 2, {})
     whole = measured(cell, "cpu", 0, 0)["flops"]

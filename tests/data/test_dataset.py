@@ -121,7 +121,7 @@ def _with_group(folder: Path) -> PreferenceDataset:
 
 
 def test_group_ids_are_unique(tmp_path: Path) -> None:
-    with pytest.raises(DiffalignError, match="'a' comes twice"):
+    with pytest.raises(DiffalignError, match="'a' occurs twice"):
         write_groups(tmp_path, [group_row("a", "p", []), group_row("a", "q", [])])
     assert not (tmp_path / "groups.parquet").exists()
 
@@ -158,7 +158,7 @@ def _png(image: Image.Image) -> bytes:
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.xml", b"a", "unknown kind of file"),
         ("p.csv", b"caption,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has caption, n"),
-        ("p.parquet", b"a", "no whole parquet file"),
+        ("p.parquet", b"a", "not a complete parquet file"),
         ("p.jsonl", b'{"prompt": "a"}\n{"x": 1}\n', r'p\.jsonl:2: no "prompt"'),
         ("p.jsonl", b"{nonsense\n", r"p\.jsonl:1: not JSON"),
         ("p.txt", b"caf\xe9", "not UTF-8 at byte 3"),

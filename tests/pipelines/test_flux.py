@@ -19,7 +19,7 @@ from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Flow, load_backbone
 from diffalign.pipelines.flux import FluxFlow, pack, unpack
-from diffalign.stages import sample as sample_stage
+from diffalign.stages.sample import sample
 from diffalign.training.preference.method import train
 from helpers import tiny
 from helpers.tiny_training import Source, config_for
@@ -182,8 +182,8 @@ def test_images_are_drawn_at_the_scale_to_train_under(flux_dir: Path, tmp_path: 
     with pytest.raises(
         DiffalignError, match=r"guidance_scale=5: .* trained under model\.options\.guidance=2; set both"
     ):
-        sample_stage.sample(config)
-    sample_stage.sample(config.model_copy(update={"guidance_scale": 2.0}))
+        sample(config)
+    sample(config.model_copy(update={"guidance_scale": 2.0}))
     drawn, section = PreferenceDataset(tmp_path / "data"), SimpleNamespace(split="train", limit=None)
     check_guidance(section, drawn, load_backbone(flux_dir, guidance=2.0))
     with pytest.raises(DiffalignError, match=r"set model\.options\.guidance=2"):

@@ -17,7 +17,7 @@ from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import to_kohya
-from diffalign.report.model_card import front_matter, licence_of, plain
+from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
 from diffalign.stages.export import export
 from helpers.run_directory import SCRIPT, make_run
 
@@ -227,9 +227,10 @@ def test_text_from_data_is_inert_in_a_card(tmp_path: Path, sdxl_dir: Path, monke
 def test_the_licence_is_the_bases(tmp_path: Path) -> None:
     assert licence_of("stabilityai/stable-diffusion-xl-base-1.0") == ("openrail++", None)
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n# A model\n")
-    assert licence_of(str(tmp_path)) == ("other", "my-terms")
+    assert licence_of(str(tmp_path)) == ("other", "my-terms") and licence_name(str(tmp_path)) == "my-terms"
     (tmp_path / "README.md").write_text("---\n[broken\n---\n")
     assert licence_of(str(tmp_path)) == licence_of("some/model") == ("unknown", None)
+    assert licence_name("shapes-sd3") == "apache-2.0" and licence_name("some/model") is None
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------

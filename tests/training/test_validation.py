@@ -171,12 +171,12 @@ def test_the_average_is_put_in_and_out_bit_for_bit() -> None:
 
 def test_selection_prompts_are_refused_in_an_evaluation(tmp_path: Path) -> None:
     from diffalign.config import resolved_yaml
-    from diffalign.stages import evaluate as evaluate_stage
+    from diffalign.stages import evaluate
 
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     config = toy.toy_config(tmp_path, validation={**SECTION, "prompts": str(tmp_path / "p.txt")})
     (tmp_path / "config.yaml").write_text(resolved_yaml(config))
     wanted: Any = SimpleNamespace(weights=tmp_path / "weights", prompts="q.txt")
     with pytest.raises(DiffalignError, match="1 of 2 prompts chose this run's weights by validation, such as 'a cat'"):
-        evaluate_stage._refuse_selection_prompts(wanted, [PromptRow("a cat"), PromptRow("a cow")])
-    evaluate_stage._refuse_selection_prompts(wanted, [PromptRow("a cow")])
+        evaluate._refuse_selection_prompts(wanted, [PromptRow("a cat"), PromptRow("a cow")])
+    evaluate._refuse_selection_prompts(wanted, [PromptRow("a cow")])

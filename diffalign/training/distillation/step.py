@@ -170,7 +170,7 @@ def _advantages(config: Any, scores: dict[str, Tensor], gap: Tensor, images: int
     Images of a prompt share the level, so that R_dm's weight, the same for all of them, falls out when it is standardised.
     """
     rewards = {name: values.view(-1, images) for name, values in scores.items()}
-    weights = {term.name: term.weight for term in config.reward.terms if term.name in rewards}
+    weights = {term.label: term.weight for term in config.reward.terms if term.label in rewards}
     if config.group.advantage == "scalar_rdm":
         rewards["scalar_rdm"], weights["scalar_rdm"] = gap.view(-1, images), config.group.advantage_weight
     if not rewards:

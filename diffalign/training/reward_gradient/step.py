@@ -172,7 +172,7 @@ def reward_gradient_step(
                 f"rewards: the score of {name} carries no gradient to the image, so there is nothing to learn from it; "
                 "something in it detaches, rounds to 8 bits or runs without gradients"
             )
-    terms = {term.name: RewardTerm(term.weight, term.form, term.threshold) for term in config.rewards}
+    terms = {term.label: RewardTerm(term.weight, term.form, term.threshold) for term in config.rewards}
     loss = reward_loss(values, terms)
     moved = torch.stack(gaps).mean(dim=0)
     metrics = {"reward": mean_score(values, terms)}

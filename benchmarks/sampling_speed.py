@@ -1,35 +1,28 @@
-"""Images a second of our generator beside a bare diffusers pipeline loop, on the two embedded base models.
+"""How many images a second does our generator draw beside a bare diffusers pipeline?
 
-python benchmarks/sampling.py [--images 64] [--batch 16] [--rounds 3]
+python benchmarks/sampling_speed.py [--images 64] [--batch 16] [--rounds 3]
 
-Both draw the same prompts with the same seeds, steps and guidance in the same batches, to PIL images, in turn. Ours makes the
-starting noise itself and decodes in float32; the ratio says what its interface costs. `bench_synth.py generate` adds files.
-Writes the part `sampling` of results/speed-cpu.json and .md. Use a quiet machine.
+On the two embedded base models. Both draw the same prompts with the same seeds, steps and guidance in the same batches, to
+PIL images, in turn. Ours makes the starting noise itself and decodes in float32; the ratio says what its interface costs.
+`synthetic_data.py generate` adds files. Writes the part `sampling` of results/speed-cpu.json and .md. Use a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed_results import RESULTS, keep
 
 from diffalign import testbed
 from diffalign.pipelines.generator import load_generator
 from diffalign.testbed.shape_prompts import draw_prompts
+from shared.speed_results import RESULTS, keep
+from shared.timing import seconds
 
 STEPS, GUIDANCE = 10, 4.0
-
-
-def seconds(what: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    what()
-    return time.perf_counter() - started
 
 
 def against_bare(model: str, images: int, batch: int, rounds: int) -> dict[str, Any]:

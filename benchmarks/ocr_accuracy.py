@@ -1,9 +1,9 @@
-"""How well and how fast the OCR reward reads rendered text: 160 pictures of drawn fonts, sizes and grounds, none left out.
+"""How well and how fast does the OCR reward read rendered text?
 
-python benchmarks/bench_ocr.py [--images 160] [--sides 512 256]
+python benchmarks/ocr_accuracy.py [--images 160] [--sides 512 256]
 
-The pictures are those of tests/rewards/test_ocr.py. Milliseconds are CPU time of one thread, which other work on the machine
-disturbs less than wall time.
+160 pictures of drawn fonts, sizes and grounds, none left out: those of tests/rewards/test_ocr.py. Milliseconds are CPU time
+of one thread, which other work on the machine disturbs less than wall time. Writes results/ocr.json.
 """
 
 import argparse

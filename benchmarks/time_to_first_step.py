@@ -1,6 +1,6 @@
-"""Seconds until something happens: `diffalign --help`, and the first step of `diffalign train` on the embedded world.
+"""How long does it take until `diffalign --help` prints, and until `diffalign train` makes its first step?
 
-python benchmarks/start.py [--repeat 5]
+python benchmarks/time_to_first_step.py [--repeat 5]
 
 Aims: 0.5 s and 12 s, imports included. Writes the part `start` of results/speed-cpu.json and .md. Use a quiet machine.
 """
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from speed_results import RESULTS, keep
+
+from shared.speed_results import RESULTS, keep
 
 DIFFALIGN = [sys.executable, "-m", "diffalign"]
 

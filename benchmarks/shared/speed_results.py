@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 AIMS = {
     "common / ours": "at least 1.2",
     "ours / bare": "at most 1.10",

@@ -1,9 +1,9 @@
-"""torch's attention kernels on a GPU: how far their gradients lie apart, and how long forward and backward take.
+"""How far apart are the gradients of torch's attention kernels on a GPU, and how long do forward and backward take?
 
-python benchmarks/attention.py
+python benchmarks/attention_kernels.py
 
-diffalign takes cuDNN's kernel away (diffalign/kernels.py). This shows what that costs at the shapes of large models, and where
-gradients of random inputs differ from those of the memory-efficient kernel. bfloat16, milliseconds of the best of four.
+diffalign takes cuDNN's kernel away (diffalign/kernels.py). This shows what that costs at the shapes of large models, and
+where gradients of random inputs differ from those of the memory-efficient kernel. bfloat16, milliseconds of the best of four.
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""The quickstart with several seeds, and each of them again with shuffled labels, which must not help.
+"""Does the quickstart gain with every seed, and does it gain nothing from shuffled labels?
 
-python benchmarks/bench_quickstart.py [--base shapes-sdxl] [--seeds 0 1 2] [--out runs/bench] [KEY=VALUE ...]
+python benchmarks/quickstart_seeds.py [--base shapes-sdxl] [--seeds 0 1 2] [--out runs/bench-quickstart] [KEY=VALUE ...]
 
-The measure was fixed before any training: the dense GenEval score on 256 held-out prompts x 4 seeds; intervals are
-bootstrapped over prompts. Rounds that are complete are kept, so the same command goes on where it stopped.
+Each seed runs twice on the same images, with true and with shuffled labels. The measure was fixed before any training: the
+dense GenEval score on 256 held-out prompts x 4 seeds; intervals are bootstrapped over prompts. Rounds that are complete are
+kept, so the same command resumes.
 """
 
 import argparse

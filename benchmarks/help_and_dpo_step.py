@@ -1,8 +1,8 @@
-"""Times of the everyday path: `diffalign --help`, and what a preference step costs in forward passes.
+"""How long does `diffalign --help` take, and how many forward passes does a Diffusion-DPO step cost?
 
-python benchmarks/bench.py [--repeat 20]
+python benchmarks/help_and_dpo_step.py [--repeat 20]
 
-Times of one machine mean little elsewhere; the ratios do.
+Times of one machine mean little elsewhere; the ratios do. Writes results/help-and-dpo-step.json.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
         print(f"{name:32} {value:.3f}")
     RESULTS.mkdir(exist_ok=True)
     facts = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    (RESULTS / "bench.json").write_text(json.dumps({**facts, "seconds": times}, indent=1) + "\n")
+    (RESULTS / "help-and-dpo-step.json").write_text(json.dumps({**facts, "seconds": times}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

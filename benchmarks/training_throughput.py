@@ -1,12 +1,12 @@
-"""How fast training is beside the hardware's limit, and what memory it takes: the tables of docs/speed.md.
+"""How fast is training beside the hardware's limit, and how much memory does it take?
 
-python benchmarks/throughput.py [--steps 10] [--only TEXT] [--small]
+python benchmarks/training_throughput.py [--steps 10] [--only TEXT] [--small]
 
-Objective x model x LoRA or full x resolution x batch, and the memory ladder: steps, images and model-FLOPs a second, the
-fraction of the matrix product's speed measured on the same device in the same run, peak memory by phase beside what `--dry-run`
-predicts. On CUDA the full-size SDXL, SD3.5-Medium and FLUX.1-dev from their configs, randomly initialised; on a CPU, or with
---small, reduced ones. The real training loop runs, on random latents. Model-FLOPs are those of forwards, backward and
-inversion, without what gradient checkpointing computes twice.
+Makes the tables of docs/speed.md: objective x model x LoRA or full x resolution x batch, and the memory ladder: steps, images
+and model-FLOPs a second, the fraction of the matrix product's speed measured on the same device in the same run, peak memory
+by phase beside what `--dry-run` predicts. On CUDA the full-size SDXL, SD3.5-Medium and FLUX.1-dev from their configs,
+randomly initialised; on a CPU, or with --small, reduced ones. The real training loop runs, on random latents. Model-FLOPs are
+those of forwards, backward and inversion, without what gradient checkpointing computes twice.
 
 Writes the part `grid` of results/speed-DEVICE.json and .md. Use a quiet machine.
 """
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_results import RESULTS, keep
-from steps import Cell, matmul_ceiling, measured, model_flops
 
 from diffalign.errors import DiffalignError
+from shared.speed_results import RESULTS, keep
+from shared.timed_training import Cell, matmul_ceiling, measured, model_flops
 
 LADDER: dict[str, dict[str, Any]] = {
     "plain": {},

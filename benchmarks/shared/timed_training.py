@@ -10,15 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
-from phases import flops_by_phase, peaks_by_phase
 
 from diffalign.config import TrainConfig
 from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
 from diffalign.training.memory import predict_memory
 from diffalign.training.preference.method import build_objective, train
+from shared import random_models
+from shared.step_phases import flops_by_phase, peaks_by_phase
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Cell:
         return TrainConfig.model_validate(plain)
 
     def backbone(self, config: TrainConfig, device: str) -> Any:
-        return models.backbone(
+        return random_models.backbone(
             self.model,
             device,
             torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32,
@@ -72,10 +72,10 @@ class RandomGroups:
     """Groups of random latents whose first image is the best. Each call of `batch` begins a step; `watch` learns of it."""
 
     def __init__(self, cell: Cell, watch: Any = None, count: int = 8) -> None:
-        shape = models.latent_shape(cell.model, cell.side)
+        shape = random_models.latent_shape(cell.model, cell.side)
         self.latents = torch.from_numpy(normal(draw(0, "latents"), (count, cell.images, *shape)))
-        self.conditioning = models.embeddings(cell.model, count)
-        self.unconditional = models.embeddings(cell.model)
+        self.conditioning = random_models.embeddings(cell.model, count)
+        self.unconditional = random_models.embeddings(cell.model)
         self.rewards = torch.linspace(1.0, 0.0, cell.images).repeat(count, 1)
         self.mask = torch.ones(count, dtype=torch.bool)
         self.group_ids = self.prompts = [f"g{i}" for i in range(count)]
@@ -136,9 +136,9 @@ def measured(cell: Cell, device: str, steps: int, warm: int) -> dict[str, Any]:
     cuda = device == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         config = cell.config(Path(folder), 10**6, device)
-        shape = (cell.groups * cell.images, *models.latent_shape(cell.model, cell.side))
+        shape = (cell.groups * cell.images, *random_models.latent_shape(cell.model, cell.side))
         predicted = predict_memory(
-            config, cell.backbone(config, device), shape, models.embeddings(cell.model), cuda=cuda
+            config, cell.backbone(config, device), shape, random_models.embeddings(cell.model), cuda=cuda
         )
         backbone = cell.backbone(config, device)
         watch = Watch(backbone, cuda, warm, steps, int(build_objective(config.objective).needs_reference))

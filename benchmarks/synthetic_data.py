@@ -1,13 +1,13 @@
-"""Synthetic data on this machine: images/s of `diffalign synth` against a bare pipeline loop, disk, and a large dataset.
+"""How fast are drawing and opening synthetic data, and what does training on them gain?
 
-    python benchmarks/bench_synth.py generate [--model shapes-sdxl] [--images 256] [--batch 32]
-    python benchmarks/bench_synth.py open [--rows 1000000]
-    python benchmarks/bench_synth.py world [--out runs/bench-synth]
+    python benchmarks/synthetic_data.py generate [--model shapes-sdxl] [--images 256] [--batch 32]
+    python benchmarks/synthetic_data.py open [--rows 1000000]
+    python benchmarks/synthetic_data.py world [--out runs/bench-synth]
 
 `generate` draws the same images at the same batch in a bare loop and through `draw_part`, several times in turn, with one
 thread, and compares the medians of CPU seconds (other work on the machine moves them less than the clock). `open` writes a
 dataset of that many tiny images, then opens it in a fresh process and reads groups at random and in order. `world` goes
-from prompts to a judged model (`synth_world.py`; half an hour of CPU) and keeps what is done.
+from prompts to a judged model (`shared/synthetic_world.py`; half an hour of CPU) and keeps what is done.
 
 Each at its full size writes its part of results/synth.json.
 """
@@ -172,7 +172,8 @@ def open_large(rows: int) -> dict[str, Any]:
 
 def through_the_world(given: argparse.Namespace) -> None:
     import torch
-    from synth_world import show, world
+
+    from shared.synthetic_world import show, world
 
     torch.set_num_threads(1)
     found = world(given.out, given.prompts, given.steps, given.test_prompts, given.test_seeds)

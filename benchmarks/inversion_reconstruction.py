@@ -1,6 +1,6 @@
-"""Reconstruction by inversion: how well an image comes back, at an equal number of model calls.
+"""How well does inversion reconstruct an image, at an equal number of model calls?
 
-python benchmarks/bench_inversion.py [--base shapes-sdxl] [--images 32] [--calls 60]
+python benchmarks/inversion_reconstruction.py [--base shapes-sdxl] [--images 32] [--calls 60]
 
 Real scenes of the embedded world are inverted along the sampler's own times under their caption, without guidance, and
 sampled back from the latent that was found. PSNR is that of the decoded pixels against the decoded latent, so the VAE's
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.cache import to_pixels
+from diffalign.data.buckets import to_pixels
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.inversion import renoise_step
 from diffalign.testbed import model_path

@@ -1,6 +1,6 @@
-"""What a RankDPO step costs beside its bare forwards, backward and optimiser, and with what an earlier run has kept.
+"""What does a RankDPO step cost beyond its forwards, backward and update, and what does a stored reference save?
 
-python benchmarks/bench_step.py [--repeat 20] [--groups 4]
+python benchmarks/rankdpo_step_overhead.py [--repeat 20] [--groups 4]
 
 All run on the same groups of four images, in turn, so that a busy machine slows all. The step is the whole of what the
 training loop does for one: choosing groups, draws, both forwards, loss, backward, clipping, update, and the row of metrics
@@ -15,19 +15,19 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from one_step import stepping
 
 from diffalign.config import load_config
 from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
+from shared.step_call import stepping
+from shared.timing import seconds
 
 RESULTS = Path(__file__).parent / "results"
 K = 4
@@ -51,12 +51,6 @@ class InMemory:
         conditioning = {name: values[indices] for name, values in self.all.conditioning.items()}
         names = [self.group_ids[i] for i in indices]
         return Batch(self.all.latents[indices], conditioning, self.rewards[indices], self.mask[indices], names, names)
-
-
-def seconds(what: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    what()
-    return time.perf_counter() - started
 
 
 def compare(name: str, groups: int, repeat: int, folder: Path) -> dict[str, float]:
@@ -136,7 +130,7 @@ def main() -> None:
         "repeat": given.repeat, "groups": given.groups, "images": K, "machine": platform.machine(),
         "threads": torch.get_num_threads(), "seconds": found,
     }  # fmt: skip
-    (RESULTS / "step.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "rankdpo-step-overhead.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What `diffalign score` costs, and what the hpsv2 package costs for the same: the two tables of docs/score.md.
+"""What does `diffalign score` cost, and what does the hpsv2 package cost for the same?
 
-python benchmarks/scoring.py [--images 10000] [--side 512] [--loop 200] [--network ViT-B-32] [--network-loop 20]
+python benchmarks/scoring_speed.py [--images 10000] [--side 512] [--loop 200] [--network ViT-B-32] [--network-loop 20]
+
+Makes the two tables of docs/score.md.
 
 1. The command on a folder. Decoding (read, decode, prepare) and the model are timed alone first, in CPU-seconds of one thread
    on a part of the pictures; then the real command runs on all of them in a process of its own, whose memory is watched. The

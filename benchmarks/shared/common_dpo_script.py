@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
-from models import BETAS, VAE
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.pipelines.adapters import use_adapter
+from shared.random_models import BETAS, VAE
 
 VAE_SHARE, TEXT_SHARE = 0.722, 0.0164
 """FLOPs of SDXL's VAE encoder an image, and of both text encoders a caption, in UNet forwards of one image at 1024 px."""

@@ -1,7 +1,7 @@
 """The models that speed is measured on: SDXL, SD3.5-Medium and FLUX.1-dev from their configs alone, randomly initialised.
 
 No weights are needed for a speed. `sdxl`, `sd35` and `flux` have the published sizes; the `small-` ones are what a CPU can step
-through. Text encoders are left out, since training reads embeddings; `common_script.py` builds its own.
+through. Text encoders are left out, since training reads embeddings; `common_dpo_script.py` builds its own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Our step, the common script's and the bare one, turn by turn in one run, on a reduced SDXL with SDXL's shares of FLOPs.
+"""How fast is our training step beside a common script's and beside the bare arithmetic?
 
-python benchmarks/compare.py [--rounds 8] [--pairs 2]
+python benchmarks/step_against_common_script.py [--rounds 8] [--pairs 2]
 
-In each round, one after the other:
-common   Diffusion-DPO as scripts commonly write it (common_script.py): VAE and text encoders in every step
+On a reduced SDXL with SDXL's shares of FLOPs. In each round, one after the other:
+common   Diffusion-DPO as scripts commonly write it (shared/common_dpo_script.py): VAE and text encoders in every step
 bare     the reference's forward, the policy's, mean squared error, backward, update; everything else is at hand
-step     a step of ours as a call (one_step.py)
+step     a step of ours as a call (shared/step_call.py)
 stored   the same with `reference.store`, filled by an earlier run: no forward of the reference
 ours     a step of `diffalign.training.preference.method.train` itself, from the beginning of one to the beginning of the next
 
@@ -27,25 +27,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from accelerate import Accelerator
-from common_script import TEXT_SHARE, VAE_SHARE, CommonScript
-from one_step import stepping
-from phases import counted
-from speed_results import RESULTS, keep
-from steps import Cell, Enough, RandomGroups
 
 from diffalign.training.optim import build_optimizer
 from diffalign.training.preference.method import train
+from shared import random_models
+from shared.common_dpo_script import TEXT_SHARE, VAE_SHARE, CommonScript
+from shared.speed_results import RESULTS, keep
+from shared.step_call import stepping
+from shared.step_phases import counted
+from shared.timed_training import Cell, Enough, RandomGroups
+from shared.timing import seconds
 
 MODEL, SIDE = "small-sdxl", 256
-
-
-def timed(what: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    what()
-    return time.perf_counter() - started
 
 
 class Turns:
@@ -63,7 +58,7 @@ class Turns:
         number = len(self.rounds)
         if number == self.wanted:
             raise Enough
-        self.rounds.append({name: timed(lambda one=step: one(number)) for name, step in self.others.items()})
+        self.rounds.append({name: seconds(lambda one=step: one(number)) for name, step in self.others.items()})
         self.left = time.perf_counter()
 
 
@@ -109,7 +104,7 @@ def compare(rounds: int, pairs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = cell.config(folder / "run", 10**6, "cpu")
-        ours = models.backbone(MODEL)
+        ours = random_models.backbone(MODEL)
         theirs, plain, called = (copy.deepcopy(ours) for _ in range(3))
         optimizers = []
         for backbone in (theirs, plain, called):
