@@ -29,8 +29,8 @@ from diffalign.config import RewardSection, load_distill_config
 from diffalign.draws import draw
 from diffalign.evaluation.distance import frechet_distance, kernel_distance, recall, thumbnails
 from diffalign.pipelines.few_step import student_scheduler
-from diffalign.stages import distill as distill_stage
 from diffalign.stages import resolve
+from diffalign.stages.distill import distill
 
 RESULTS = Path(__file__).parent / "results"
 GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}  # those of docs/embedded-world.md
@@ -136,7 +136,7 @@ def draw_images(cell: Cell, config: Any, rows: list[Any], size: Size, folder: Pa
 
 
 def measure(images: list[Image.Image], teacher: list[Image.Image], rows: list[Any], seeds: int) -> dict[str, Any]:
-    reward = resolve.open_reward(REWARD)
+    reward = resolve.open_reward(REWARD, "cpu")
     texts = [row.prompt for row in rows for _ in range(seeds)]
     scores = reward.measure(images, texts, [row.metadata for row in rows for _ in range(seeds)])
     ours, theirs = thumbnails(images), thumbnails(teacher)
@@ -168,7 +168,7 @@ def run_cell(cell: Cell, folder: Path, teacher: Path, size: Size, prompts: str, 
     rows = resolve.resolve_prompts(prompts, size.prompts)
     spent = time.process_time()
     if METHODS[cell.method].overrides is not None:
-        distill_stage.distill(config)
+        distill(config)
     spent = time.process_time() - spent
     images, seconds = draw_images(cell, config, rows, size, folder)
     pictures = folder / "images.npy"

@@ -32,10 +32,10 @@ from diffalign.evaluation.compare import Comparison, compare, pool
 from diffalign.evaluation.evaluate import load_scores
 from diffalign.files import read_json_lines
 from diffalign.health import Finding, examine, examine_labels
-from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
-from diffalign.stages import train as train_stage
+from diffalign.stages.evaluate import evaluate as evaluate_stage
 from diffalign.stages.quickstart import RECIPES, REWARD, make_data, sampling
+from diffalign.stages.train import train as train_stage
 from shared.healthy_curves_picture import picture
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,7 +132,7 @@ def train(out: Path, name: str) -> None:
     recipe = RECIPES[kind.base].replace("dpo", kind.recipe)
     config = load_config(recipe, [*given, "tracking.trackers=[]", *draws, *kind.changes])
     try:
-        train_stage.train(config)
+        train_stage(config)
     except DiffalignError as error:  # a broken run may well end early; that is a result
         (folder / "ended.txt").write_text(f"{error}\n")
 
@@ -182,7 +182,7 @@ def best_against_last(out: Path, name: str) -> dict[str, np.ndarray]:
             "reward": REWARD, "out": str(place),
         }  # fmt: skip
         config = EvalConfig.model_validate({**plan, **sampling(kind.base)})
-        evaluate_stage.evaluate(config, base_folder=out / "evaluated" / f"base-{kind.base}")
+        evaluate_stage(config, base_folder=out / "evaluated" / f"base-{kind.base}")
     models = {"base": "base", "tuned": "tuned", "best": "tuned" if same else "best"}
     return {model: load_scores(place, drawn, MEASURE) for model, drawn in models.items()}
 

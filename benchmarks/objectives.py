@@ -36,13 +36,13 @@ from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.stages import data as data_stage
-from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
-from diffalign.stages import sample as sample_stage
-from diffalign.stages import train as train_stage
+from diffalign.stages.data import cache
+from diffalign.stages.evaluate import evaluate
 from diffalign.stages.quickstart import RECIPES, REWARD, SAMPLING, make_data, sampling
 from diffalign.stages.real_images import prompts_file, real_images
+from diffalign.stages.sample import sample
+from diffalign.stages.train import train
 from shared.objectives_report import table, write_report
 from shared.unseen_prompts import out_of_distribution
 
@@ -182,7 +182,7 @@ def prepare_roles(base: str, seed: int, out: Path, size: Size) -> Path:
         "model": load_config(RECIPES[base]).model.model_dump(), "prompts": str(prompts), "out": str(folder / "drawn"),
         "seed": seed, "images_per_prompt": 1, **sampling(base), "guidance_scale": 1.0,
     }  # fmt: skip
-    sample_stage.sample(SampleConfig.model_validate(plan))
+    sample(SampleConfig.model_validate(plan))
     write_real_against_generated(real, PreferenceDataset(folder / "drawn"), folder / "data")
     return folder / "data"
 
@@ -217,9 +217,9 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     config = load_config(
         recipe, (*given, "train.threads=1", "tracking.trackers=[]", *method.settings(cell.base), *overrides)
     )
-    data_stage.cache(config)  # so that the time below is that of the steps
+    cache(config)  # so that the time below is that of the steps
     started = time.process_time()
-    train_stage.train(config)
+    train(config)
     spent = time.process_time() - started
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(size.out_of_distribution)))
@@ -231,7 +231,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
             "model": config.model.model_dump(), "weights": str(folder / "weights"), "prompts": source, "n": n,
             "seeds": size.seeds_per_prompt, "reward": REWARD, "out": str(place),
         }  # fmt: skip
-        evaluate_stage.evaluate(
+        evaluate(
             EvalConfig.model_validate({**plan, **sampling(cell.base)}), base_folder=out / cell.base / f"base-{kind}"
         )
         scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in MEASURES} for m in ("base", "tuned")}

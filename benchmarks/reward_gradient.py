@@ -26,7 +26,7 @@ import torch
 from diffalign.config import RewardGradientConfig, RewardSection, load_reward_gradient_config
 from diffalign.report.curves import HEIGHT, WIDTH, Series, static_svg
 from diffalign.stages import resolve
-from diffalign.stages import reward_gradient as reward_gradient_stage
+from diffalign.stages.reward_gradient import reward_gradient
 from diffalign.training.reward_gradient.draws import span_of
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def read_cell(cell: Cell, config: RewardGradientConfig, seconds: float) -> dict[
 def run_cell(cell: Cell, folder: Path, config: RewardGradientConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    reward_gradient_stage.reward_gradient(config)
+    reward_gradient(config)
     facts = read_cell(cell, config, time.process_time() - started)
     part = folder / "cell.part"
     part.write_text(json.dumps(facts, indent=1))

@@ -20,8 +20,8 @@ import numpy as np
 from diffalign.config import EvalConfig, RoundsConfig, load_config, load_rounds_config
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import rounds as rounds_stage
+from diffalign.stages.evaluate import evaluate
+from diffalign.stages.rounds import round_folder, rounds
 from diffalign.testbed.shape_prompts import draw_prompts
 from shared.unseen_prompts import out_of_distribution
 
@@ -32,15 +32,15 @@ RESULT = Path(__file__).parent / "results" / "rounds.json"
 
 def plan(name: str, seed: int, out: Path, tiny: bool) -> RoundsConfig:
     """The rounds, or the one run, of a seed."""
-    rounds, images = (ROUNDS, 8) if name == "rounds" else (1, 8 * ROUNDS)
+    count, images = (ROUNDS, 8) if name == "rounds" else (1, 8 * ROUNDS)
     steps, groups, held_out = (2, 4, 4) if tiny else (130, 128, 128)
     source = out / f"train-{seed}.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps(row) + "\n" for row in draw_prompts("train", groups, seed)))
     # One thread: with two, each waits for the other wherever something else holds a core.
-    training = [f"train.steps={steps * ROUNDS // rounds}", "train.threads=1", "tracking.trackers=[]"]
+    training = [f"train.steps={steps * ROUNDS // count}", "train.threads=1", "tracking.trackers=[]"]
     given = {
-        "out": str(out / f"{name}-{seed}"), "rounds": rounds, "seed": 10 * seed, "patience": None, "overrides": training,
+        "out": str(out / f"{name}-{seed}"), "rounds": count, "seed": 10 * seed, "patience": None, "overrides": training,
         "data.prompts": str(source), "data.n": None, "data.images_per_prompt": images, "evaluate.n": held_out,
     }  # fmt: skip
     return load_rounds_config("rounds_shapes_gdro", [f"{key}={json.dumps(value)}" for key, value in given.items()])
@@ -50,14 +50,14 @@ def judge(config: RoundsConfig, out: Path, tiny: bool) -> dict[str, dict[str, np
     """Scores [prompts, seeds] of base and tuned model, on held-out prompts and on those of other kinds."""
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(6 if tiny else 96)))
-    run = rounds_stage.round_folder(config.out, config.rounds) / "run"
+    run = round_folder(config.out, config.rounds) / "run"
     model = load_config(run / "config.yaml").model.model_dump()
     found = {}
     for kind, source, n in (("held_out", "testbed:test", 6 if tiny else 256), ("other_kinds", str(other), None)):
         wanted: dict[str, Any] = {"model": model, "device": "cpu", "weights": str(run / "weights"), "prompts": source}
         wanted |= {"n": n, "seeds": 1 if tiny else 4, "reward": config.evaluate.reward.model_dump()}
         wanted |= {"out": str(config.out / kind), **config.images.model_dump()}
-        evaluate_stage.evaluate(EvalConfig.model_validate(wanted), base_folder=out / f"base-{kind}")
+        evaluate(EvalConfig.model_validate(wanted), base_folder=out / f"base-{kind}")
         found[kind] = {name: load_scores(config.out / kind, name, MEASURE) for name in ("base", "tuned")}
     return found
 
@@ -72,7 +72,7 @@ def main() -> None:
     for seed in given.seeds:
         for name, found in scores.items():
             config = plan(name, seed, given.out, given.tiny)
-            rounds_stage.rounds(config)
+            rounds(config)
             found.append(judge(config, given.out, given.tiny))
     result: dict[str, Any] = {"seeds": given.seeds, "measure": MEASURE}
     for kind in ("held_out", "other_kinds"):

@@ -1,4 +1,4 @@
-"""Read and write small files: JSON, JSON lines and text; complete or not at all; checks for free space on a disk."""
+"""Read and write small files (text, JSON, JSON lines) and check free disk space."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from diffalign.errors import DiffalignError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path `<name>.part` to write to; when the block ends, rename it to `path`.
 
-    So a reader, or a run after a kill, sees the old file or the whole new one. A block that fails leaves the old file and
-    deletes the part. One writer at a time.
+    A reader, or a run after a kill, sees either the old file or the complete new one. If the block fails, the old file
+    stays and the part is deleted. Only one process may write a path at a time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -27,14 +27,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, complete or not at all."""
+    """Write a UTF-8 text file; it appears under its name only when it is complete."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Turn the errors of reading a text file into one DiffalignError: `what`, the path, and the reason."""
+    """Turn errors of reading a text file into a DiffalignError of one line: `what`, the path and the reason."""
     try:
         yield
     except OSError as error:
@@ -44,7 +44,7 @@ def reading(path: Path, what: str = "") -> Iterator[None]:
 
 
 def read_json_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a .jsonl file, those with `step` above `last_step` left out; none where there is no file.
+    """Return the rows of a .jsonl file, without those whose `step` is above `last_step`; [] if there is no file.
 
     A line that a kill left unfinished is skipped.
     """
@@ -61,7 +61,10 @@ def read_json_lines(path: Path, last_step: int | None = None) -> list[dict[str, 
 
 
 def read_json(path: Path) -> Any:
-    """Return what a .json file holds, None where there is no file. Raise DiffalignError where it is damaged."""
+    """Return the content of a .json file; None if there is no file.
+
+    Raises DiffalignError if it is not valid JSON.
+    """
     if not path.is_file():
         return None
     try:
@@ -71,7 +74,7 @@ def read_json(path: Path) -> Any:
 
 
 def dotted_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with keys such as `train.steps`; an empty mapping leaves no key."""
+    """Return nested mappings as one flat mapping with keys such as `train.steps`; an empty mapping leaves no key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

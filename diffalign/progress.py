@@ -1,31 +1,35 @@
-"""Tell a person how work proceeds: messages, and a plain line every few seconds while images are drawn or scored."""
+"""Show how work proceeds: messages, and a plain line every few seconds while images are drawn or scored."""
 
 import sys
 import time
 from collections.abc import Callable
 
 Say = Callable[[str], None]
-"""Shows one line to the user."""
+"""A function that shows one line to the user."""
 
 OnImages = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
+"""A callback: (images done, images in all)."""
+
+
+OnNamedImages = Callable[[str, int, int], None]
+"""A callback: (name of the work, images done, images in all); `ImageProgress` is one."""
 
 
 def say(message: str) -> None:
-    """Print a line at once, though the output may be a file or a pipe."""
+    """Print a line and flush it, so that it appears at once in a file or a pipe too."""
     print(message, flush=True)
 
 
 def say_aside(message: str) -> None:
-    """Print a line to the error stream, where it does not mix with a command's results."""
+    """Print a line to standard error, apart from a command's results."""
     print(message, file=sys.stderr, flush=True)
 
 
 class ImageProgress:
     """Prints `what: 64/256 images, 0.120 s each` at most every `every` seconds, and at the end.
 
-    The first call for a name is the start: it says how many images were there already, and prints nothing. So does a call
-    with fewer images done than before.
+    The first call for a name starts the clock: it gives the number of images that existed already, and prints nothing.
+    A call with fewer images done than before starts the clock again.
     """
 
     def __init__(self, say: Say = say, every: float = 15.0) -> None:
@@ -44,5 +48,5 @@ class ImageProgress:
         self.done = done
 
     def named(self, what: str) -> OnImages:
-        """Return a callback for work that has one name: called with (done, total)."""
+        """Return a callback for one kind of work: called with (images done, images in all)."""
         return lambda done, total: self(what, done, total)

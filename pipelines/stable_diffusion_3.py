@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.base import TransformerBackbone
 from diffalign.pipelines.options import Options, SD3Options
 from diffalign.pipelines.process import Flow
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SchedulerMixin, StableDiffusion3Pipeline
 
 DEFAULT_T5_TOKENS = 256
 
 
-class StableDiffusion3(Backbone):
+class StableDiffusion3(TransformerBackbone):
     """StableDiffusion3Pipeline. Conditioning: prompt_embeds [B, L_clip + L_t5, D] and pooled_prompt_embeds [B, P].
 
     Without T5 its L_t5 positions are zeros, as diffusers has it. The option `max_sequence_length` is L_t5; unset, it is
@@ -26,7 +26,7 @@ class StableDiffusion3(Backbone):
 
     family: ClassVar[str] = "sd3"
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
-    trunk_name: ClassVar[str] = "transformer"
+    scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -45,7 +45,7 @@ class StableDiffusion3(Backbone):
     def left_out(cls, options: Options) -> tuple[str, ...]:
         return () if isinstance(options, SD3Options) and options.use_t5 else cls.optional
 
-    def build_process(self, scheduler: Any) -> Flow:
+    def build_process(self, scheduler: SchedulerMixin) -> Flow:
         config = scheduler.config
         name = type(scheduler).__name__
         if "FlowMatch" not in name:
@@ -59,15 +59,6 @@ class StableDiffusion3(Backbone):
             timesteps=int(config.num_train_timesteps),
             shift_terminal=config.get("shift_terminal"),
         )
-
-    @property
-    def pipeline_trunk(self) -> nn.Module:
-        trunk: nn.Module = self.pipeline.transformer
-        return trunk
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        self.pipeline.transformer = module
 
     @property
     def max_side(self) -> int:
@@ -84,23 +75,15 @@ class StableDiffusion3(Backbone):
     def prompt_tokens(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length) + self.t5_tokens()
 
-    def sampling_options(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.t5_tokens()}
 
-    def encoding_options(self) -> dict[str, Any]:
-        return {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.t5_tokens()}
+    def call_options(self) -> dict[str, object]:
+        length = self.options.max_sequence_length
+        return {} if length is None else {"max_sequence_length": length}
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_tokens(),
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    def encoding_options(self) -> dict[str, object]:
+        return {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.t5_tokens()}
 
     def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         output: Tensor = module(

@@ -19,10 +19,11 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import generator_warning
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import train as train_stage
+from diffalign.stages.evaluate import evaluate
 from diffalign.stages.quickstart import REWARD, sampling
-from diffalign.stages.synth import rank_stage, synth
+from diffalign.stages.rank import rank_dataset
+from diffalign.stages.synth import synth
+from diffalign.stages.train import train
 
 MEASURE = "geneval.dense"
 BASE = "shapes-sdxl"
@@ -74,12 +75,12 @@ def _shuffled(data: Path, copy: Path, config: Any) -> None:
     """The same images and scores, each group's preferences permuted."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(data, copy)
-    rank_stage(PreferenceDataset(copy), config.rank, [reward.name for reward in config.rewards], shuffle=True)
+    rank_dataset(PreferenceDataset(copy), config.rank, [reward.name for reward in config.rewards], shuffle=True)
 
 
 def _train(run: Path, data: Path, steps: int | None) -> None:
     given = [f"run_dir={run}", f"data.path={data}", "train.threads=1", "tracking.trackers=[]"]
-    train_stage.train(load_config("shapes_sdxl_dpo", [*given, *([f"train.steps={steps}"] if steps else [])]))
+    train(load_config("shapes_sdxl_dpo", [*given, *([f"train.steps={steps}"] if steps else [])]))
 
 
 def _evaluate(run: Path, prompts: int, seeds: int, base: Path | None) -> None:
@@ -93,7 +94,7 @@ def _evaluate(run: Path, prompts: int, seeds: int, base: Path | None) -> None:
         "reward": REWARD,
         "out": str(run),
     }
-    evaluate_stage.evaluate(EvalConfig.model_validate({**evaluation, **sampling(BASE)}), base_folder=base)
+    evaluate(EvalConfig.model_validate({**evaluation, **sampling(BASE)}), base_folder=base)
 
 
 def _outcome(out: Path, clock: dict[str, Any], steps: int | None, voters: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from diffalign.config.document import Document, Key
+from diffalign.config.objective import FOREIGN_SECTIONS
 from diffalign.config.section import COMBINATION, Section
 
 
@@ -90,7 +91,7 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
     owner: type[BaseModel] | None = kind
     inside: list[type[BaseModel]] = [kind]
     for part in loc:
-        tagged = [model for model in inside if len(inside) > 1 and _tag(model) == part]
+        tagged = [model for model in (*inside, *FOREIGN_SECTIONS.values()) if len(inside) > 1 and _tag(model) == part]
         if tagged:
             inside = tagged
             continue

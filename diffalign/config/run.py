@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from diffalign.config.model import DEVICE, Device, ModelSection, TuneSection, check_device
 from diffalign.config.section import Betas, FilePath, Section, refuse, refuse_twice
+from diffalign.plugins import load_class
 
 PRECISION = "auto: bf16 on CUDA, no on CPU"
 PROMPT_COUNT = "use only the first n prompts; null: all of a file, 256 of the testbed"
@@ -140,11 +141,16 @@ class TrackingSection(Section):
 class RewardSection(Section):
     """What scores the images."""
 
-    name: str = Field("geneval", min_length=1, description="the reward's name")
+    name: str = Field("geneval", min_length=1, description="the reward's name, or module:Class from another package")
     detector: str | None = Field(
         "shapes", description="the object detector that a GenEval reward looks through; null: its own"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the reward")
+
+    @property
+    def label(self) -> str:
+        """The name of the reward's columns and files: `name`, or for `module:Class` the class's own `name`."""
+        return str(load_class(self.name).name) if ":" in self.name else self.name
 
 
 class ValidationSection(Section):

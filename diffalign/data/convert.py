@@ -1,4 +1,4 @@
-"""Which reader a source asks for, and the readers by name."""
+"""Find the reader for other people's data, and import your own pairs."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +32,7 @@ READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
 
 
 def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[ImportedGroup | SkippedRow]]:
-    """The form (found out if None) and the rows of one source, or of two folders (winners, losers)."""
+    """Return the format (guessed if `form` is None) and the rows of one source, or of two folders (winners, losers)."""
     if len(sources) == 2 and form in (None, "two_folders"):
         return "two_folders", read_two_folders(*sources)
     if len(sources) != 1:
@@ -46,7 +46,7 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Impo
 
 
 def import_pairs(sources: list[Path], out: Path) -> Report:
-    """Write your own pairs as a dataset: from a csv, or from a folder of winners and one of losers.
+    """Write your own pairs as a dataset: from a csv, or from a folder of winners and a folder of losers.
 
     Raises DiffalignError at the first row or file that is broken.
     """
@@ -59,7 +59,7 @@ def import_pairs(sources: list[Path], out: Path) -> Report:
 
 
 def guess_form(path: Path) -> str:
-    """The form that a file or folder seems to have. DiffalignError where it has none of those known."""
+    """Return the format that a file or folder seems to have. Raises DiffalignError if it is none of those known."""
     if is_hpdv3pp(path):
         return "hpdv3pp"
     if path.is_dir():
@@ -79,7 +79,7 @@ def guess_form(path: Path) -> str:
         return _parquet_form(path)
     elif path.suffix in (".json", ".jsonl"):
         return "imagefolder" if path.stem == "metadata" else _json_form(path)
-    raise DiffalignError(f"{path}: not a form that is known; say which with --format: {', '.join(READERS)}")
+    raise DiffalignError(f"{path}: not in a known format; name it with --format: {', '.join(READERS)}")
 
 
 def _json_form(path: Path) -> str:
@@ -89,7 +89,7 @@ def _json_form(path: Path) -> str:
                 return "hpdv3"
             if "human_preference" in row or "rank" in row:
                 return "hpdv2"
-            raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} are of no form that is known")
+            raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} fit no known format")
     raise DiffalignError(f"{path}: holds no row")
 
 
@@ -97,7 +97,7 @@ def _parquet_form(path: Path) -> str:
     try:
         names = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: no whole parquet file ({error})") from error
+        raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
     if "jpg_0" in names:
         return "pickapic"
-    raise DiffalignError(f"{path}: columns {', '.join(names[:8])} are of no form that is known; pickapic has jpg_0")
+    raise DiffalignError(f"{path}: columns {', '.join(names[:8])} fit no known format; pickapic has jpg_0")

@@ -1,4 +1,4 @@
-"""Writing a dataset in the forms that other code reads: one row a prompt, Pick-a-Pic's columns, webdataset."""
+"""Export a dataset in formats that other code reads: one row a prompt, Pick-a-Pic's columns, webdataset."""
 
 import io
 import json
@@ -15,6 +15,7 @@ from datasets import Features, Image, List, Value
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.dataset_card import write_card
+from diffalign.data.schema import GroupRow
 from diffalign.data.writer import parquet_writer
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
@@ -26,10 +27,10 @@ SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 
 
 def export(dataset: PreferenceDataset, out: Path, form: str, pairs: str = "best_worst") -> dict[str, int]:
-    """Write `dataset` in another form below `out`, with a card; returns how many rows each split has.
+    """Write `dataset` in another format below `out`, with a card; return how many rows each split has.
 
-    form: `rows`, `pickapic` or `webdataset`. pairs (pickapic): `best_worst`, one pair a group, or `all` with a strict
-    preference. Groups that ranking dropped, and images that do not count, are left out.
+    form: `rows`, `pickapic` or `webdataset`. pairs (pickapic only): `best_worst`, one pair a group, or `all` pairs with
+    a strict preference. Groups that ranking dropped and images that do not count are left out.
     """
     if form not in FORMS:
         raise DiffalignError(f"--format {form}: unknown; there are {', '.join(FORMS)}")
@@ -60,14 +61,14 @@ class StoredScores:
         self.values = {name: dataset.score_array(name) for name in names}
 
     def of(self, group: int, members: list[int]) -> dict[str, list[float | None]]:
-        """name -> values of these images of a group; None where there is none."""
+        """Return column -> values of these images of a group; None where there is no score."""
         rows = np.full(len(members), group)
         at = self.dataset.image_index.find(rows, np.array(members, dtype=np.int64))
         return {name: [float(v) if math.isfinite(v) else None for v in all_[at]] for name, all_ in self.values.items()}
 
 
 def _rows(dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str) -> int:
-    """One row a prompt: images, preference, scores, generators, seeds as lists of equal length."""
+    """Write one row a prompt; images, preference, scores, generators and seeds are lists of equal length."""
     features = Features(
         {
             "group_id": Value("string"),
@@ -102,7 +103,9 @@ def _rows(dataset: PreferenceDataset, scores: StoredScores, groups: list[int], o
 def _pickapic(
     dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str
 ) -> int:
-    """Pick-a-Pic's columns, one row a pair. Which image comes first is drawn, so that the label tells nothing."""
+    """Write Pick-a-Pic's columns, one row a pair. The order of the two images is random, so the label gives nothing
+    away.
+    """
     schema = pa.schema(
         [
             ("are_different", pa.bool_()), ("best_image_uid", pa.string()), ("caption", pa.string()),
@@ -119,6 +122,7 @@ def _pickapic(
             images = dataset.images(row["group_id"])
             found = list(strict_pairs(row["preference"] or [], pairs))
             for number, pair in enumerate(found):
+                # Seeded by group and pair, so that an export can be repeated.
                 swap = bool(draw(0, "export", group=row["group_id"], member=number).integers(2))
                 winner, loser = (images[k] for k in pair)
                 yield _pair_row(row, (loser, winner) if swap else (winner, loser), swap, len(found), i)
@@ -127,7 +131,7 @@ def _pickapic(
 
 
 def strict_pairs(preference: list[float], pairs: str) -> Iterator[tuple[int, int]]:
-    """(better, worse) positions: of the best and the worst, or of all pairs; none that are tied."""
+    """Yield (better, worse) positions: of the best and the worst image, or of all pairs; none that are tied."""
     if len(preference) < 2:
         return
     if pairs == "best_worst":
@@ -141,7 +145,7 @@ def strict_pairs(preference: list[float], pairs: str) -> Iterator[tuple[int, int
 
 
 def _pair_row(
-    row: dict[str, Any], images: tuple[ImageRow, ImageRow], swapped: bool, count: int, group: int
+    row: GroupRow, images: tuple[ImageRow, ImageRow], swapped: bool, count: int, group: int
 ) -> dict[str, Any]:
     uids = [f"{image.group_id}-{image.index}" for image in images]
     return {
@@ -161,12 +165,12 @@ def _pair_row(
 def _webdataset(
     dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str
 ) -> int:
-    """A tar of <group>.json and <group>.<index>.png, without times or owners, so that equal data give equal bytes."""
+    """Write a tar of <group>.json and <group>.<index>.png, without times or owners: equal data give equal bytes."""
     with replacing(out / f"{name}.tar") as part, tarfile.open(part, "w") as tar:
         for i in groups:
             row = dataset.group(i)
             images = dataset.images(row["group_id"])
-            told = {
+            record = {
                 "prompt": row["prompt"],
                 "preference": row["preference"] or [],
                 "scores": scores.of(i, [image.index for image in images]),
@@ -175,14 +179,14 @@ def _webdataset(
                 "seeds": [image.seed for image in images],
                 "metadata": row["metadata"],
             }
-            _add(tar, f"{row['group_id']}.json", json.dumps(told, sort_keys=True).encode())
+            _add(tar, f"{row['group_id']}.json", json.dumps(record, sort_keys=True).encode())
             for image in images:
                 _add(tar, f"{row['group_id']}.{image.index}.{suffix(image.data)}", image.data)
     return len(groups)
 
 
 def suffix(data: bytes) -> str:
-    """Of an encoded picture."""
+    """Return the file suffix of an encoded image, by its first bytes."""
     return next((name for start, name in SUFFIXES.items() if data.startswith(start)), "img")
 
 
@@ -193,7 +197,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _write_parquet(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
-    """Streams: memory holds 50 rows at most."""
+    """Write rows as a stream; at most 50 are in memory."""
     pending: list[dict[str, Any]] = []
     count = 0
     with parquet_writer(path, schema) as writer:

@@ -1,4 +1,4 @@
-"""What a dataset holds, in numbers: sizes, ties, scores, and how far its rewards agree."""
+"""Describe a dataset in numbers: sizes, ties, scores, and how far its rewards agree."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ SIZES_LOOKED_AT = 500
 
 
 def by_size(dataset: PreferenceDataset) -> Iterator[np.ndarray]:
-    """Places of images as [groups, K], the groups of each size together."""
+    """Yield positions in the image index as [groups, K], one array for each group size K."""
     starts = dataset.image_index.starts
     sizes = np.diff(starts)
     for size in np.unique(sizes[sizes > 0]):
@@ -22,10 +22,10 @@ def by_size(dataset: PreferenceDataset) -> Iterator[np.ndarray]:
 
 
 def pair_agreement(dataset: PreferenceDataset, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Do two scores order the pairs within groups alike? a, b: [images], in the order of the places.
+    """Compare how two scores order the pairs within groups. a, b: [images], in the order of the image index.
 
-    agree: share among pairs on which neither is tied. tau: Kendall's tau-b over all pairs with both scores. tied: share of
-    pairs on which at least one is tied. NaN where there is no pair.
+    agree: share of the pairs that both order, of which they order alike. tau: Kendall's tau-b over all pairs with both
+    scores. tied: share of pairs that at least one score ties. NaN where there is no pair.
     """
     same = other = tied_a = tied_b = both = 0
     for place in by_size(dataset):
@@ -49,7 +49,7 @@ def pair_agreement(dataset: PreferenceDataset, a: np.ndarray, b: np.ndarray) -> 
 
 
 def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
-    """What `diffalign data inspect` prints, from coarse to fine."""
+    """Return the lines that `diffalign data inspect` prints, as name to value, from coarse to fine."""
     rows = [dataset.group(i) for i in range(len(dataset))]
     prompts = [row["prompt"] for row in rows]
     sizes = np.diff(dataset.image_index.starts)
@@ -96,7 +96,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
 
 
 def tied_pairs(preferences: list[list[float]]) -> float:
-    """Share of pairs within groups that have equal preferences."""
+    """Return the share of pairs within groups whose preferences are equal."""
     tied = pairs = 0
     for values in preferences:
         counts = Counter(values)
@@ -106,7 +106,7 @@ def tied_pairs(preferences: list[list[float]]) -> float:
 
 
 def picture_sizes(dataset: PreferenceDataset) -> Counter[str]:
-    """Widths and heights of up to 500 images, spread over the dataset."""
+    """Count widths and heights of up to 500 images, spread evenly over the dataset."""
     sizes: Counter[str] = Counter()
     for place in np.unique(np.linspace(0, len(dataset.image_index) - 1, SIZES_LOOKED_AT).astype(int)):
         if len(dataset.image_index):
@@ -124,7 +124,7 @@ def _counted(counts: Counter[Any]) -> str:
 
 
 def _bytes(size: float) -> str:
-    """As a person says it."""
+    """Return a number of bytes in the unit that reads best."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

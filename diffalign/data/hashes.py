@@ -1,4 +1,4 @@
-"""Perceptual hashes of a dataset's images, computed once and kept beside them."""
+"""Compute perceptual hashes of a dataset's images once, and keep them in hashes.parquet."""
 
 import hashlib
 
@@ -17,14 +17,17 @@ _SCHEMA = pa.schema([("group_id", pa.string()), ("index", pa.int32()), ("hash", 
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 x 8 points is brighter than its right neighbour. Survives scaling and recompression."""
+    """Return 64 bits: whether each of 8 x 8 points is brighter than its right neighbour.
+
+    It survives scaling and recompression.
+    """
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = (grey[:, :-1] > grey[:, 1:]).ravel()
     return int(np.packbits(bits).view(">u8")[0])
 
 
 def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
-    """uint64 [images], in the order of `dataset.image_index`; an image that cannot be decoded has a hash of its own."""
+    """Return uint64 [images], in the order of `dataset.image_index`; an image that cannot be decoded matches no other."""
     path = dataset.folder / "hashes.parquet"
     if not path.is_file():
         with parquet_writer(path, _SCHEMA) as writer:
@@ -46,6 +49,6 @@ def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
 
 
 def hash_of_nothing(group_id: str, index: int) -> int:
-    """A hash that no other image shares but by chance."""
+    """Return a hash that no other image has, except by chance."""
 
     return int.from_bytes(hashlib.blake2b(f"{group_id}\0{index}".encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Prompts: one a line (.txt), one JSON object a line (.jsonl) with a "prompt" and, for GenEval, its facts, or a table."""
+"""Read prompts: one a line (.txt), one JSON object a line (.jsonl, with GenEval's metadata if wanted), or a table."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ from diffalign.files import reading
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt and whatever a reward may need to know about it."""
+    """A prompt and the metadata that a reward may need."""
 
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class PromptRow:
 
 
 def read_prompts(path: Path | str, column: str = "prompt", split: str = "train") -> list[PromptRow]:
-    """The prompts of a .txt, .jsonl, .csv or .parquet file, or of a folder with <split>.txt or <split>_metadata.jsonl.
+    """Return the prompts of a .txt, .jsonl, .csv or .parquet file, or of a folder as flow_grpo keeps its prompts.
 
-    Blank lines are skipped. Of csv and parquet, `column` is the prompt; the other columns of a csv are its facts. Such a
-    folder is how flow_grpo keeps its prompts. Raises DiffalignError with file and line.
+    Such a folder holds <split>.txt or <split>_metadata.jsonl. Blank lines are skipped. In a csv or parquet file,
+    `column` holds the prompt; the other columns of a csv become its metadata. Raises DiffalignError with file and line.
     """
     path = Path(path)
     if path.is_dir():
@@ -49,7 +49,7 @@ def read_prompts(path: Path | str, column: str = "prompt", split: str = "train")
 
 
 def hub_prompts(name: str, column: str, split: str) -> list[PromptRow]:
-    """The prompts of a hub dataset (or a local folder that `datasets` opens); only `column` is read."""
+    """Return the prompts of a hub dataset (or a local folder that `datasets` opens); only `column` is read."""
     import datasets
 
     try:
@@ -63,7 +63,7 @@ def hub_prompts(name: str, column: str, split: str) -> list[PromptRow]:
 
 
 def unique_prompts(rows: list[PromptRow]) -> list[PromptRow]:
-    """Each text once, where it came first."""
+    """Return each text once, in the order of first occurrence."""
     first: dict[str, PromptRow] = {}
     for row in rows:
         first.setdefault(row.prompt, row)
@@ -110,7 +110,7 @@ def _parquet(path: Path, column: str) -> list[PromptRow]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise DiffalignError(f"prompts {path}: no whole parquet file ({error})") from error
+        raise DiffalignError(f"prompts {path}: not a complete parquet file ({error})") from error
     if column not in file.schema_arrow.names:
         raise DiffalignError(f"prompts {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
     texts = file.read(columns=[column])[column].to_pylist()

@@ -1,4 +1,4 @@
-"""Readers of data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
+"""Read data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +16,10 @@ OWN |= {"chosen_file_name", "rejected_file_name"}
 
 
 def read_hpdv2(path: Path) -> Rows:
-    """HPDv2: train.json (file_path, human_preference: 1 for the preferred) and test.json (image_path, rank: 1 the best).
+    """Read HPDv2: train.json (file_path, human_preference: 1 for the preferred) and test.json (image_path, rank).
 
-    Images lie in train/ and test/ beside the JSON, or straight beside it. A tie of a pair (no image, or both, preferred) is
-    counted and not kept.
+    Rank 1 is the best. Images lie in train/ and test/ beside the JSON, or directly beside it. A tied pair (no image, or
+    both, preferred) is counted and not kept.
     """
     files = [path / f"{s}.json" for s in ("train", "test")] if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
@@ -58,11 +58,11 @@ def _hpdv2_row(row: dict[str, Any], where: str, file: Path) -> ImportedGroup | S
 
 
 def read_imagefolder(path: Path) -> Rows:
-    """A folder of pictures with metadata.jsonl (or .csv): file_name and text or prompt, one row a picture.
+    """Read a folder of images with metadata.jsonl (or .csv): file_name and text or prompt, one row an image.
 
-    Rows of one group_id, or else of one prompt, are a group. `preference` in [0, 1], `rank` (1 the best) or `score` (higher
-    is better) orders them; a group with none of these is kept without a preference. Or one row a pair: chosen_file_name and
-    rejected_file_name.
+    Rows with one group_id, or else with one prompt, are a group. `preference` in [0, 1], `rank` (1 is the best) or
+    `score` (higher is better) orders them; a group with none of these is kept without a preference. Or one row a pair:
+    chosen_file_name and rejected_file_name.
     """
     files = [p for p in (path / "metadata.jsonl", path / "metadata.csv") if p.is_file()] if path.is_dir() else [path]
     if not files:
@@ -112,9 +112,9 @@ def _folder_group(
             ranks = known if name == "rank" else [-v for v in known]
             preference = tuple(known) if name == "preference" else vote_shares_of_ranks(ranks)
             break
-    told = {k: v for k, v in facts.items() if k not in OWN}
+    metadata = {k: v for k, v in facts.items() if k not in OWN}
     models = tuple(str(row.get("model") or "imported") for _, row in rows)
-    return ImportedGroup(prompt, tuple(images), preference, where, models, str(facts.get("split") or "train"), told)
+    return ImportedGroup(prompt, tuple(images), preference, where, models, str(facts.get("split") or "train"), metadata)
 
 
 def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -125,8 +125,8 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         yield where, {k: v for k, v in row.items() if v != ""}
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     try:
-        return None if isinstance(value, bool) or value is None else float(value)
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
     except (TypeError, ValueError):
         return None

@@ -1,8 +1,7 @@
-"""Prompt suites of the field by name, read from where the user has them: `suite:NAME:PATH`. None is shipped.
+"""Read the field's prompt suites by name from where the user keeps them: `suite:NAME:PATH`. None is shipped.
 
-Those that the hub has come from there, too (`diffalign.data.suites_hub`).
-
-Each reader keeps the suite's own kinds of prompts as `metadata["tag"]`, by which evaluation breaks scores down.
+`diffalign.data.suites_hub` reads those that the hub has. Each reader keeps the suite's own categories as
+`metadata["tag"]`, by which evaluation breaks scores down.
 
     geneval       evaluation_metadata.jsonl (Ghosh et al. 2023)
     hpsv2         folder with anime.json, concept-art.json, paintings.json, photo.json (Wu et al. 2023)
@@ -55,7 +54,7 @@ def _folder(path: Path, pattern: str) -> list[Path]:
 
 
 def _hpsv2(path: Path) -> list[PromptRow]:
-    """The four styles are the benchmark; the folder that they are published in holds DrawBench's prompts beside them."""
+    """Read the benchmark's four styles; the folder in which they are published also holds DrawBench's prompts."""
     rows = []
     for style in STYLES:
         file = path / f"{style}.json"
@@ -109,7 +108,7 @@ SUITES: dict[str, Callable[[Path], list[PromptRow]]] = {
 
 
 def read_suite(name: str, path: Path) -> list[PromptRow]:
-    """The suite's prompts in its own order; a prompt that occurs again is dropped. Raises DiffalignError with the file."""
+    """Return the suite's prompts in its own order, without repetitions. Raises DiffalignError with the file."""
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise DiffalignError(

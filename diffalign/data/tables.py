@@ -1,4 +1,4 @@
-"""Read rows of tables that others wrote: a JSON list, JSON lines, csv or parquet, each row with the place where it stands."""
+"""Read tables that others wrote (a JSON list, JSON lines, csv, parquet), each row with its place in the file."""
 
 import csv
 import json
@@ -16,9 +16,10 @@ Row = dict[str, Any]
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    """Yield (place, row) of a JSON list or of JSON lines; for a row that is no JSON object, what is wrong with it instead.
+    """Yield (place, row) of a JSON list or JSON lines; for a row that is no JSON object, what is wrong instead of the
+    row.
 
-    Raises DiffalignError for a file that cannot be read or is no JSON as a whole.
+    Raises DiffalignError for a file that cannot be read or is not JSON as a whole.
     """
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")
@@ -44,7 +45,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 
 def csv_rows(path: Path, needed: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (file:line, row) of a csv, its cells without blanks around them, "" where they are empty.
+    """Yield (file:line, row) of a csv; cells are stripped, empty ones are "".
 
     Raises DiffalignError for a file that cannot be read, is not UTF-8, or lacks one of the columns `needed`.
     """
@@ -53,7 +54,7 @@ def csv_rows(path: Path, needed: set[str]) -> Iterator[tuple[str, dict[str, str]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a .jsonl, .csv or .parquet file, cells as they are.
+    """Yield (place, row) of a .jsonl, .csv or .parquet file, with cells unchanged.
 
     Raises DiffalignError with file and line for the first row that cannot be read.
     """

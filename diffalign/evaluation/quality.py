@@ -1,4 +1,4 @@
-"""What a reward alone does not show: diversity within a prompt, and a score corrected for what over-optimisation costs."""
+"""Measure what a reward alone does not show: diversity within a prompt, and a score corrected for lost quality."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -14,8 +14,10 @@ SIDE = 32
 
 
 def diversity(path_of: Callable[[int, int], Path], prompts: int, seeds: int) -> np.ndarray:
-    """Mean distance between a prompt's images, [prompts, 1]: root mean square over the pixels of 32 x 32 thumbnails, in
-    [0, 1]. It needs no network and sees layout and colour, not style; a fall says that seeds no longer make a difference.
+    """Return the mean distance between a prompt's images, [prompts, 1] in [0, 1].
+
+    The distance is the root mean square over the pixels of 32 x 32 thumbnails. It needs no network and represents
+    layout and colour, not style; a fall means that seeds no longer make a difference.
     """
     found = np.full((prompts, 1), np.nan)
     for p in range(prompts):

@@ -1,4 +1,4 @@
-"""Health of a run: pure functions from logged rows to findings in words. Standard library only; everything may read it."""
+"""Health of a run: pure functions from logged rows to findings in words. Only the standard library is used."""
 
 from diffalign.health.findings import FINDINGS, Finding, describe
 from diffalign.health.label_checks import LabelledGroup, examine_labels

@@ -1,23 +1,23 @@
-"""What can be said of labels before a single step: do they agree with stored scores, does the generator explain them?"""
+"""Check labels before training: do they agree with stored scores, and does the generator explain them?"""
 
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import isfinite, sqrt
 
 from diffalign.health.findings import Finding
-from diffalign.health.row_checks import NEAR_COIN
+from diffalign.health.row_checks import NEAR_CHANCE
 
-# Fewer pairs decide nothing.
+# Fewer pairs are not judged.
 PAIRS_NEEDED = 64
 OPPOSED, SURE = 0.35, 2.5
 GENERATOR_WINS = 0.8
-# Of two generators that meet once, one always wins all: only pairs that met often tell.
+# If two generators meet once, one of them wins every time: only those that met often are counted.
 MEETINGS_NEEDED = 16
 
 
 @dataclass(frozen=True)
 class LabelledGroup:
-    """A group's labels, the stored scores of the same images by reward, and who made them."""
+    """A group's labels, the stored scores of the same images by reward, and their generators."""
 
     labels: list[float]
     scores: dict[str, list[float]] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class LabelledGroup:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Pairs that both order strictly, the share that they order alike, and its standard error."""
+    """Pairs that both label and score order strictly, the share ordered alike, and its standard error."""
 
     pairs: int
     share: float
@@ -34,7 +34,10 @@ class Agreement:
 
 
 def _agreement(groups: list[LabelledGroup], reward: str) -> Agreement:
-    """The error is that between groups: the pairs of one group share its images, so they are no independent draws."""
+    """Compare labels with a reward's scores.
+
+    The error is that between groups: the pairs of one group share its images, so they are not independent.
+    """
     counts: list[tuple[int, int]] = []
     for group in groups:
         scores = group.scores.get(reward, [])
@@ -53,7 +56,7 @@ def _agreement(groups: list[LabelledGroup], reward: str) -> Agreement:
 
 
 def _generators(groups: list[LabelledGroup]) -> Finding | None:
-    """Pairs of two generators: how often does the one that wins more win?"""
+    """Measure how often the better of two generators wins."""
     wins: dict[tuple[str, str], list[int]] = {}
     for group in groups:
         for i, j in combinations(range(len(group.generators)), 2):
@@ -74,7 +77,7 @@ def _generators(groups: list[LabelledGroup]) -> Finding | None:
 
 
 def examine_labels(groups: list[LabelledGroup]) -> list[Finding]:
-    """Findings on labels alone; the scores are those of rewards that the labels may or may not come from."""
+    """Return findings on labels alone. The labels need not come from the rewards whose scores are stored."""
     found = []
     rewards = sorted({name for group in groups for name in group.scores})
     agreements = {reward: _agreement(groups, reward) for reward in rewards}
@@ -86,7 +89,7 @@ def examine_labels(groups: list[LabelledGroup]) -> list[Finding]:
         highest = best.share + SURE * best.error
         if best.share < OPPOSED and highest < 0.5:
             found.append(Finding("labels_oppose_scores", 0, measured))
-        elif highest < NEAR_COIN:
+        elif highest < NEAR_CHANCE:
             found.append(Finding("labels_ignore_scores", 0, measured))
     by_generator = _generators(groups)
     return [*found, by_generator] if by_generator else found

@@ -1,9 +1,9 @@
-"""Checks of the newest logged rows. Each takes rows (oldest first) and says what it measured, or None if all is well.
+"""Check the newest logged rows. Each check takes rows (oldest first) and returns what it measured, or None.
 
-What is judged is relative, so that it carries over to other models, objectives and strengths of beta: errors as shares of
-the reference's, the pull of the sigmoid against how far the errors moved, a loss against the spread of the first losses,
-and an accuracy only where there are enough groups to tell it from a coin's. Single steps never decide: with a large beta
-one group of eight can carry a loss of 12 in a run that is going well.
+Checks are relative, so that they carry over to other models, objectives and values of beta: errors as shares of the
+reference's, the sigmoid's pull against how far the errors moved, a loss against the spread of the first losses, an
+accuracy only if there are enough groups to tell it from chance. A single step never decides: with a large beta one
+group of eight can have a loss of 12 in a run that goes well.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,28 +15,30 @@ Row = dict[str, float]
 Check = Callable[[Sequence[Row]], str | None]
 
 WINDOW = 20
-"""Single steps only flicker: what is judged is the mean, or the middle, of this many logged rows."""
-NEAR_COIN = 0.55
-"""An accuracy or agreement that is surely below this is no better than a coin's for any use."""
+"""Single steps are noise: checks use the mean or median of this many logged rows."""
+NEAR_CHANCE = 0.55
+"""An accuracy or agreement that is clearly below this is useless, since chance gives 0.5."""
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
+    """Return the mean of a metric's finite values; NaN if there is none."""
     values = [row[name] for row in rows if isfinite(row[name])]
     return fmean(values) if values else float("nan")
 
 
 def share(rows: Sequence[Row], name: str) -> float:
-    """The middle of name / reference_error, row by row: the groups and times of a row are the same in both."""
+    """Return the median of name / reference_error over rows; both come from the same groups and times."""
     values = [row[name] / row["reference_error"] for row in rows if row["reference_error"] > 0 and isfinite(row[name])]
     return median(values) if values else 0.0
 
 
 def has(rows: Sequence[Row], *names: str, count: int = WINDOW) -> bool:
-    """Whether there are enough rows, with these metrics in them."""
+    """Return whether there are enough rows, with these metrics in them."""
     return len(rows) >= count and all(name in rows[-1] for name in names)
 
 
 def no_spread(rows: Sequence[Row]) -> str | None:
+    """Detect that more than half of the groups state no preference."""
     if not has(rows, "share_without_preference"):
         return None
     without = mean(list(rows)[-WINDOW:], "share_without_preference")
@@ -48,7 +50,7 @@ ACCURACY_ROWS, ACCURACY_SKIPPED = 80, 40
 
 @dataclass
 class Tally:
-    """Mean and standard error of all values so far but the first `skipped`, without keeping them: runs may be long."""
+    """Mean and standard error of all values but the first `skipped`, without storing them: runs may be long."""
 
     skipped: int = ACCURACY_SKIPPED
     seen: int = 0
@@ -56,6 +58,7 @@ class Tally:
     squares: float = 0.0
 
     def add(self, value: float) -> None:
+        """Add a value."""
         self.seen += 1
         if self.seen > self.skipped:
             self.total += value
@@ -63,39 +66,48 @@ class Tally:
 
     @property
     def count(self) -> int:
+        """How many values count."""
         return max(self.seen - self.skipped, 0)
 
     @property
     def mean(self) -> float:
+        """The mean of the values that count."""
         return self.total / self.count
 
     @property
     def error(self) -> float:
+        """The standard error of the mean."""
         variance = (self.squares - self.total**2 / self.count) / (self.count - 1)
         return sqrt(max(variance, 0.0) / self.count)
 
 
 def accuracy_stuck(accuracies: Tally) -> str | None:
-    """All accuracies since the learning rate has been up; the first ones are left out, when a good run, too, has hardly
-    moved. "Not told from a coin" is no finding while the groups are too few to tell: what must be sure is that it is near.
+    """Detect an accuracy near chance, over all rows since the learning rate reached its peak.
+
+    The first rows are left out, since a good run has hardly moved there either. Do not report chance accuracy before
+    there are enough groups to tell.
     """
-    if accuracies.count < ACCURACY_ROWS or accuracies.mean + 2 * accuracies.error >= NEAR_COIN:
+    if accuracies.count < ACCURACY_ROWS or accuracies.mean + 2 * accuracies.error >= NEAR_CHANCE:
         return None
     return f"accuracy {accuracies.mean:.2f} ± {accuracies.error:.2f} over {accuracies.count} rows"
 
 
 def beta_too_small(rows: Sequence[Row]) -> str | None:
-    """Near the reference, the sigmoid's pull grows in proportion to how far the errors move. Where it would still be
-    nothing once they had moved by the whole of the reference's error, beta does nothing.
+    """Detect a beta that has no effect.
+
+    Near the reference, the sigmoid's pull grows in proportion to how far the errors move. If it would still be nothing
+    once they had moved by the whole of the reference's error, beta does nothing.
     """
     if not has(rows, "winner_gap", "loser_gap", "reference_error"):
         return None
     last = rows[-WINDOW:]
     moved = abs(share(last, "winner_gap")) + abs(share(last, "loser_gap"))
-    # Step by step: over many steps margins of both signs would cancel.
+    # Row by row: over many rows margins of both signs would cancel.
     if "gradient_factor" in last[-1]:
         pull = fmean(abs(row["gradient_factor"] - 0.5) for row in last)
-    elif "implicit_spread" in last[-1]:  # listwise and pairwise losses: a softmax's slope in a margin is 1/4 at most
+    elif (
+        "implicit_spread" in last[-1]
+    ):  # listwise and pairwise losses: the slope of a softmax in a margin is at most 1/4
         pull = 0.25 * mean(last, "implicit_spread")
     else:
         return None
@@ -105,6 +117,7 @@ def beta_too_small(rows: Sequence[Row]) -> str | None:
 
 
 def winner_rises(rows: Sequence[Row]) -> str | None:
+    """Detect that the winner's error is far above the reference's."""
     if not has(rows, "winner_gap", "reference_error"):
         return None
     winner = share(rows[-WINDOW:], "winner_gap")
@@ -112,7 +125,9 @@ def winner_rises(rows: Sequence[Row]) -> str | None:
 
 
 def loser_dominates(rows: Sequence[Row]) -> str | None:
-    """Both errors rise in a good run, the loser's faster; it is its doubling that says that images are being unlearnt."""
+    """Detect that only the loser's error moved. Both errors rise in a good run, the loser's faster; a doubled loser's
+    error means that images are being unlearnt.
+    """
     if not has(rows, "winner_gap", "loser_gap", "reference_error"):
         return None
     winner, loser = share(rows[-WINDOW:], "winner_gap"), share(rows[-WINDOW:], "loser_gap")
@@ -120,8 +135,10 @@ def loser_dominates(rows: Sequence[Row]) -> str | None:
 
 
 def margin_saturated(rows: Sequence[Row]) -> str | None:
-    """With a large beta the factor is 0 or 1 group by group, its mean the share ordered wrongly: twice the usual rows, and
-    surely below, since twenty groups in a row may be right by luck.
+    """Detect that the gradient factor is near 0.
+
+    With a large beta the factor of each group is 0 or 1, and its mean is the share ordered wrongly. So twice the usual
+    rows are needed, and a mean clearly below, since twenty groups in a row may be right by chance.
     """
     if not has(rows, "gradient_factor", count=2 * WINDOW):
         return None
@@ -131,7 +148,7 @@ def margin_saturated(rows: Sequence[Row]) -> str | None:
 
 
 def gradient_jumps(rows: Sequence[Row]) -> str | None:
-    """Five rows in a row against the ordinary size before them."""
+    """Detect five rows in a row whose gradient norm is far above the usual one before them."""
     if not has(rows, "grad_norm", count=WINDOW + 5):
         return None
     usual = median(row["grad_norm"] for row in rows[-WINDOW - 5 : -5])
@@ -140,24 +157,24 @@ def gradient_jumps(rows: Sequence[Row]) -> str | None:
 
 
 def loss_per_group(row: Row) -> float:
-    """Of the groups that state a preference; the logged loss counts the others as 0."""
+    """Return the loss of the groups that state a preference; the logged loss counts the others as 0."""
     return row["loss"] / max(1 - row.get("share_without_preference", 0.0), 1e-12)
 
 
-def above_coin(rows: Sequence[Row]) -> bool:
-    """Whether the policy surely orders groups better than a coin, over all rows given."""
+def above_chance(rows: Sequence[Row]) -> bool:
+    """Return whether the policy clearly orders groups better than chance, over all rows given."""
     values = [row["accuracy"] for row in rows if "accuracy" in row]
     return len(values) > 1 and fmean(values) - 2 * stdev(values) / sqrt(len(values)) > 0.5
 
 
 def loss_diverges(rows: Sequence[Row], first: Sequence[float]) -> str | None:
-    """Against the run's first losses: their middle is left far behind, and the two hardly overlap any more.
+    """Detect that the loss has left the run's first losses far behind, with hardly any overlap.
 
-    Middles and quarters, not means: with a large beta a margin is far from 0 in both directions, and the loss of one
-    wrongly ordered group is as large as all others together. For the same reason the loss may stand above log 2 while the
-    order is being learnt: then it is beta that is large, and no step was too large.
+    Medians and quartiles are used, not means: with a large beta a margin is far from 0 in both directions, and the loss
+    of one wrongly ordered group is as large as all others together. For the same reason the loss may be above log 2
+    while the order is being learnt; then beta is large, and no step was too large.
     """
-    if len(first) < WINDOW or not has(rows, "loss") or above_coin(rows):
+    if len(first) < WINDOW or not has(rows, "loss") or above_chance(rows):
         return None
     now = [loss_per_group(row) for row in rows[-WINDOW:]]
     before, middle = median(first), median(now)
@@ -167,8 +184,10 @@ def loss_diverges(rows: Sequence[Row], first: Sequence[float]) -> str | None:
 
 
 def drift_explodes(rows: Sequence[Row]) -> str | None:
-    """Far away, and worse at its task there. Drift alone would not do: under inverted noise the reference's own error is
-    small by construction, and a policy may move by as much without harm.
+    """Detect a policy that is far from the reference and worse at denoising.
+
+    Drift alone is not enough: under inverted noise the reference's own error is small by construction, and a policy may
+    move by as much without harm.
     """
     if not has(rows, "drift", "policy_error", "reference_error"):
         return None
@@ -179,7 +198,7 @@ def drift_explodes(rows: Sequence[Row]) -> str | None:
 
 
 def diversity_falls(rows: Sequence[Row]) -> str | None:
-    """Distillation: the newest rows against the oldest that are kept (120 rows)."""
+    """Detect falling diversity in distillation: the newest rows against the oldest that are kept (120 rows)."""
     if not has(rows, "diversity", count=3 * WINDOW):
         return None
     every = list(rows)
@@ -188,7 +207,7 @@ def diversity_falls(rows: Sequence[Row]) -> str | None:
 
 
 def gradient_vanished(rows: Sequence[Row]) -> str | None:
-    """Exactly 0: what is near it may be all that a small model has."""
+    """Detect a gradient that is exactly 0; a value near 0 may be all that a small model has."""
     if not has(rows, "grad_norm"):
         return None
     return f"gradient norm 0 in {WINDOW} rows" if all(row["grad_norm"] == 0 for row in rows[-WINDOW:]) else None

@@ -1,4 +1,4 @@
-"""`contact.html`: groups of images from best to worst, with their scores. One file, no network."""
+"""Write `contact.html`: groups of images from best to worst, with their scores. One file, no network."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ THUMBNAIL = 224
 
 
 def small_picture(image: Image.Image) -> str:
-    """A picture as a data URI, at most 224 px wide; small ones stay lossless."""
+    """Return an image as a data URI, at most 224 px wide; small ones stay lossless."""
     image = image.convert("RGB")
     if max(image.size) <= THUMBNAIL:
         return data_uri(encoded(image, "PNG"), "png")
@@ -23,8 +23,8 @@ def small_picture(image: Image.Image) -> str:
 def write_contact_sheet(path: Path, name: str, facts: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Write the page.
 
-    facts: shown as a table of two columns. groups: {"prompt", "split", "dropped" (a reason or None), "images"}, the images
-    in the order in which they are shown, each {"image" (a data URI, or None with "reason"), "preference" (or None),
-    "generator", "seed", "index", "counts" (False: left out), "scores": {name: number or None}}.
+    facts: shown as a table of two columns. groups: {"prompt", "split", "dropped" (a reason or None), "images"}, the
+    images in the order in which they are shown, each {"image" (a data URI, or None with "reason"), "preference" (or
+    None), "generator", "seed", "index", "counts" (False: it does not count), "scores": {name: number or None}}.
     """
     write_whole(path, render_page("diffalign.report", "contact_sheet.html.j2", name=name, facts=facts, groups=groups))

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
-from diffalign.objectives import OBJECTIVES, Charts
+from diffalign.errors import DiffalignError
+from diffalign.objectives import OBJECTIVES, Charts, Objective, find_objective
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 190, 52, 26, 10
 POINTS = 1500
@@ -43,7 +45,11 @@ def titles(objectives: Iterable[str]) -> Charts:
 
     Where two objectives share a metric, the first one named decides; ours follow after those named.
     """
-    named = [OBJECTIVES[name] for name in objectives if name in OBJECTIVES]
+    named: list[type[Objective]] = []
+    for name in objectives:
+        # The package of a run's objective may be gone by now: its own metrics then have no chart.
+        with suppress(DiffalignError):
+            named.append(find_objective(name))
     found = dict(FIRST)
     for kind in (*named, *OBJECTIVES.values()):
         found |= {metric: text for metric, text in kind.charts.items() if metric not in found and metric not in LAST}

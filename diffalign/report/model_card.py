@@ -1,4 +1,4 @@
-"""The model card: README.md in the hub's form, with licence, training, evaluation, health and samples."""
+"""Write the model card: README.md as the hub reads it, with licence, training, evaluation, health and samples."""
 
 import re
 import shutil
@@ -14,8 +14,8 @@ from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
 
 SAMPLES = 4
-# Licences of the models that recipes name, in the hub's words: (license, license_name or None). Others are read from the base's
-# own README.md where it lies on disk, or given by the user.
+# (license, license_name or None) of the models that recipes name, as the hub writes them. Those of other models are read
+# from the base's README.md if it is on disk, or given by the user.
 LICENCES: dict[str, tuple[str, str | None]] = {
     "shapes-sd3": ("apache-2.0", None),
     "shapes-sdxl": ("apache-2.0", None),
@@ -24,12 +24,14 @@ LICENCES: dict[str, tuple[str, str | None]] = {
     "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community"),
     "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None),
+    "stabilityai/stable-cascade": ("other", "stable-cascade-nc-community"),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": ("openrail++", None),
 }
 UNKNOWN = "unknown"
 
 
 def front_matter(path: Path) -> dict[str, Any]:
-    """The YAML between the first two lines of three dashes of a README.md; empty where there is none."""
+    """Return the YAML between the first two lines of three dashes of a README.md; {} if there is none."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
@@ -40,7 +42,7 @@ def front_matter(path: Path) -> dict[str, Any]:
 
 
 def licence_of(base: str) -> tuple[str, str | None]:
-    """(license, license_name) of a model, as the hub names them; ("unknown", None) where nobody says."""
+    """Return (license, license_name) of a model, as the hub names them; ("unknown", None) if nothing states it."""
     if base in LICENCES:
         return LICENCES[base]
     said = front_matter(Path(base) / "README.md")
@@ -48,14 +50,20 @@ def licence_of(base: str) -> tuple[str, str | None]:
     return str(said.get("license", UNKNOWN)), str(name) if name else None
 
 
+def licence_name(base: str) -> str | None:
+    """Return a model's licence in one word, such as `openrail++`; None where nobody says."""
+    licence, name = licence_of(base)
+    return None if licence == UNKNOWN else name or licence
+
+
 def plain(text: object) -> str:
-    """Text from data as Markdown that shows it and does nothing else."""
+    """Return text from data as Markdown that shows it and has no other effect."""
     escaped = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", " ".join(escaped.split()))
 
 
 def samples(run: Run, out: Path) -> list[dict[str, Any]]:
-    """Copies the pictures with the largest gains and losses into `out`/samples; an honest card shows both."""
+    """Copy the images with the largest gains and losses into `out`/samples; an honest card shows both."""
     found = candidates(run, "tuned")
     if run.result is None or not found:
         return []
@@ -76,8 +84,10 @@ def samples(run: Run, out: Path) -> list[dict[str, Any]]:
 def write_card(
     run: Run, out: Path, *, kind: str, usage: str, generators: dict[str, str], licence: str | None = None
 ) -> Path:
-    """`out`/README.md. kind: diffusers, kohya or merged. usage: a Python snippet. generators: who made the training images
-    -> their licence. licence: instead of the base's.
+    """Write `out`/README.md and return its path.
+
+    kind: diffusers, kohya or merged. usage: a Python snippet. generators: who made the training images -> their
+    licence. licence: replaces the base's.
     """
     base = str(run.config["model.path"])
     name, title = (licence, None) if licence else licence_of(base)

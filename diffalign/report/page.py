@@ -1,4 +1,4 @@
-"""Make self-contained HTML pages and Markdown from templates, with pictures inside the file."""
+"""Render HTML pages from templates, with images inside the file."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from diffalign import __version__
 
 
 def render_page(package: str, template: str, **values: object) -> str:
-    """Return a template of `package` filled in. Text from data is escaped; a name that has no value is an error."""
+    """Return a template of `package` with its values. Text is escaped; a name without a value is an error."""
     environment = Environment(
         loader=PackageLoader(package),
         autoescape=True,
@@ -22,7 +22,7 @@ def render_page(package: str, template: str, **values: object) -> str:
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """Return the bytes of an image file of `kind`, such as "PNG"; `options` are those of Pillow's writer."""
+    """Return the bytes of an image file; kind: Pillow's format name, options: those of its writer."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One HTML file of pictures and scores: sorts by any reward, needs no network, shows no text as markup."""
+"""Write one HTML file of images and scores that sorts by any reward, needs no network and shows no text as markup."""
 
 import math
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from diffalign.scoring.score_summary import Summary, columns_of, summarise
 
 THUMBNAIL = 256
 MOST = 400
-"""Pictures in one page; of more, every reward's ranking is shown at even steps from best to worst."""
+"""Images in one page; of more, every reward's ranking is shown at even steps from best to worst."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A picture in the page. values: in the order of the columns, None where not scored."""
+    """An image in the page. values: in the order of the columns, None where not scored."""
 
     image: str
     prompt: str
@@ -33,7 +33,7 @@ class Card:
 
 
 def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
-    """Write the page, complete or not at all; returns how many pictures it shows."""
+    """Write the page; return how many images it shows."""
     columns = columns_of(scores)
     chosen = choose(scores, columns, most)
     cards = [_card(scores.items[i], scores.rows[i], scores, columns) for i in chosen]
@@ -51,7 +51,7 @@ def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
 
 
 def choose(scores: Scores, columns: list[str], most: int) -> list[int]:
-    """Rows to show, best first by the first column. All of them if they are few enough."""
+    """Return the rows to show, best first by the first column: all, or `most` at even steps of every column's ranking."""
     values = np.array([[row[c] for c in columns] for row in scores.rows], dtype=np.float64).reshape(-1, len(columns))
     order = [np.argsort(-np.nan_to_num(values[:, k], nan=-math.inf), kind="stable") for k in range(len(columns))]
     if len(values) <= most:
@@ -73,7 +73,7 @@ def _card(item: Item, row: dict[str, Any], scores: Scores, columns: Sequence[str
 
 
 def thumbnail(item: Item) -> str:
-    """The picture as a data URI, at most 256 px; "" where it cannot be read."""
+    """Return the image as a data URI of at most 256 px; "" if it cannot be read."""
     try:
         picture = decode(item.origin.read())
     except Unreadable:
@@ -83,7 +83,7 @@ def thumbnail(item: Item) -> str:
 
 
 def bars(summary: Summary, width: int = 240, height: int = 56) -> list[dict[str, float]]:
-    """Rectangles of a histogram."""
+    """Return the rectangles of a histogram."""
     tallest = max(1, *summary.counts)
     step = width / len(summary.counts)
     return [

@@ -1,8 +1,10 @@
-"""How often a reward and people choose the same picture.
+"""Measure how often a reward and people choose the same image.
 
 Labels are a .jsonl, .csv or .parquet file with either
+
     image_a, image_b, choice     choice: a, b or tie
-    image, rating                any numbers; pictures of equal `group` (without that column, of equal prompt) are compared
+    image, rating                any numbers; images of equal `group` (without that column, of equal prompt) are compared
+
 Images are named as for `--prompts`: by path, by path below the source, by name or by stem.
 """
 
@@ -25,7 +27,7 @@ CHOICES = {"a": 1, "b": -1, "tie": 0}
 
 @dataclass(frozen=True)
 class Choice:
-    """People preferred row a to row b (1), b to a (-1), or neither (0). group: what is resampled together."""
+    """What people preferred: row a to row b (1), b to a (-1), or neither (0). group: what is resampled together."""
 
     a: int
     b: int
@@ -35,8 +37,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Agreement:
-    """pairs: with a human preference and both scores. accuracy: right ones, a predicted tie counting half; [low, high] its 95%
-    interval over groups. kendall: tau-b, in which ties of either side shrink the denominator."""
+    """How far a reward agrees with people.
+
+    pairs: those with a human preference and both scores. accuracy: share of correct ones, a predicted tie counts half;
+    [low, high] is its 95% interval over groups. kendall: tau-b, in which ties of either side reduce the denominator.
+    """
 
     pairs: int
     human_ties: int
@@ -48,7 +53,10 @@ class Agreement:
 
 
 def read_choices(path: Path, scores: Scores) -> list[Choice]:
-    """Raises DiffalignError for a table of another shape, an unknown picture or a choice that is none."""
+    """Read the human choices of a labels file.
+
+    Raises DiffalignError for a table with other columns, an unknown image or an unknown choice.
+    """
     index = _index(scores)
     rows = list(read_rows(path))
     if not rows:
@@ -61,7 +69,7 @@ def read_choices(path: Path, scores: Scores) -> list[Choice]:
 
 
 def _index(scores: Scores) -> dict[str, int | None]:
-    """Every way to name a picture; None where a short name fits two."""
+    """Return every way to name an image; None where a short name fits two."""
     index: dict[str, int | None] = {}
     exact: dict[str, int | None] = {}
     for i, item in enumerate(scores.items):
@@ -71,10 +79,14 @@ def _index(scores: Scores) -> dict[str, int | None]:
     return index | exact
 
 
-def _row_of(name: Any, where: str, index: dict[str, int | None]) -> int:
+def _row_of(name: object, where: str, index: dict[str, int | None]) -> int:
     found = index.get(name) if isinstance(name, str) else None
     if found is None:
-        fault = "names more than one picture; give its path" if name in index else "is none of the scored pictures"
+        fault = (
+            "names more than one image; give its path"
+            if isinstance(name, str) and name in index
+            else "is none of the scored images"
+        )
         raise DiffalignError(f"{where}: {name!r} {fault}")
     return found
 
@@ -95,7 +107,7 @@ def _rated(rows: list[tuple[str, dict[str, Any]]], index: dict[str, int | None],
         except (TypeError, ValueError):
             rating = math.nan
         if not math.isfinite(rating):
-            raise DiffalignError(f"{where}: rating {row['rating']!r} is no number")
+            raise DiffalignError(f"{where}: rating {row['rating']!r} is not a number")
         i = _row_of(row["image"], where, index)
         groups.setdefault(str(row.get("group") or scores.items[i].prompt or ""), []).append((i, rating))
     return [
@@ -106,7 +118,7 @@ def _rated(rows: list[tuple[str, dict[str, Any]]], index: dict[str, int | None],
 
 
 def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, resamples: int = 10_000) -> Agreement:
-    """Agreement of one column; pairs without both scores are left out."""
+    """Return the agreement of one column; pairs without both scores are left out."""
     found = []
     for c in choices:
         a, b = scores.rows[c.a][column], scores.rows[c.b][column]
@@ -134,7 +146,7 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
 
 
 def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -> tuple[float, float]:
-    """95% bootstrap interval of the mean, whole groups resampled: pairs of one prompt share their pictures."""
+    """Return the 95% bootstrap interval of the mean, resampling whole groups: pairs of one prompt share their images."""
     names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
     place = np.array([names[g] for g in groups])
     sums, sizes = np.bincount(place, right), np.bincount(place)
@@ -146,7 +158,7 @@ def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:
-    """Every column's agreement for a terminal."""
+    """Return every column's agreement as a table for a terminal."""
     shown = Table(title=f"agreement with {len(choices)} human comparisons", title_justify="left")
     for name in ("reward", "pairs", "human ties", "predicted ties", "accuracy", "95% interval", "Kendall tau-b"):
         shown.add_column(name, justify="left" if name == "reward" else "right")

@@ -1,4 +1,4 @@
-"""What scores look like at a glance: mean, spread, best and worst, counts for a histogram."""
+"""Summarise scores: mean, spread, best and worst, counts for a histogram."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BINS = 24
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one column. spread: standard deviation over pictures. best, worst: (score, name)."""
+    """The summary of one column. spread: standard deviation over images. best, worst: (score, name)."""
 
     column: str
     scored: int
@@ -28,7 +28,7 @@ class Summary:
 
 
 def columns_of(scores: Scores) -> list[str]:
-    """Every column of the rows to be summarised, each label's score before its others.
+    """Return every column to be summarised, each label's score before its others.
 
     Bins of a distribution (`alignment@4.5`) are in the output only: a reward may have dozens.
     """
@@ -41,7 +41,7 @@ def columns_of(scores: Scores) -> list[str]:
 
 
 def summarise(scores: Scores) -> list[Summary]:
-    """A summary for every column; NaN and empty names where nothing was scored."""
+    """Return a summary of every column; NaN and empty names where nothing was scored."""
     return [_summary(scores, column) for column in columns_of(scores)]
 
 
@@ -70,8 +70,8 @@ def _summary(scores: Scores, column: str) -> Summary:
 
 
 def summary_table(scores: Scores) -> Table:
-    """For a terminal. Names and prompts are text, never markup."""
-    shown = Table(title=f"{len(scores.rows)} pictures", title_justify="left")
+    """Return the summaries as a table for a terminal. Names and prompts are text, never markup."""
+    shown = Table(title=f"{len(scores.rows)} images", title_justify="left")
     shown.add_column("reward")
     for name in ("scored", "not", "mean", "spread"):
         shown.add_column(name, justify="right")
@@ -90,7 +90,7 @@ def _short(name: str, longest: int = 40) -> str:
 
 
 def faults(scores: Scores, most: int = 10) -> list[str]:
-    """A line for each picture that has no score, the first `most` of them."""
+    """Return a line for each image without a score, the first `most` of them."""
     lines = []
     for row in scores.rows:
         reasons = {row["reason"]} if row["reason"] else {row[f"{label}.reason"] for label in scores.columns}

@@ -1,4 +1,4 @@
-"""`diffalign data convert | inspect | export` and `diffalign cache` as functions, and the contact sheet."""
+"""`diffalign data convert | inspect | export` and `diffalign cache`, and the contact sheet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAULTS_SHOWN = 20
 
 
 def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict[str, Any] | None = None) -> None:
-    """The contact sheet of `groups` groups spread over the dataset, each from best to worst."""
+    """Write a contact sheet of `groups` groups spread evenly over the dataset, each from best to worst."""
     rewards = {name: dataset.score_array(name) for name in dataset.rewards()}
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int))
     shown = [_group(dataset, int(i), rewards) for i in chosen]
@@ -34,7 +34,7 @@ def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict
 
 
 def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[str, Any]:
-    """`diffalign data inspect`: what a dataset holds."""
+    """Print what a dataset holds, and return it: `diffalign data inspect`. html: also write a contact sheet there."""
     dataset = PreferenceDataset(folder)
     facts = summarise_dataset(dataset)
     width = max(map(len, facts))
@@ -47,22 +47,22 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
 
 
 def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
-    """`diffalign data convert`."""
+    """Convert another dataset into `out`: `diffalign data convert`. Broken rows are reported and skipped."""
     name, rows = open_rows(sources, form)
     report = write_imported(rows, out)
     for fault in report.faults[:FAULTS_SHOWN]:
         print(f"{fault.where}: {fault.reason}", file=sys.stderr)
     if report.faults:
         more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
-        print(f"{len(report.faults)} broken rows were left out{more}", file=sys.stderr)
+        print(f"{len(report.faults)} broken rows were skipped{more}", file=sys.stderr)
     for reason, count in report.counted.items():
-        print(f"{count} rows left out: {reason}")
+        print(f"{count} rows skipped: {reason}")
     print(f"{name}: {report.groups} groups, {report.images} images in {out}; train on them with data.path={out}")
     return report
 
 
 def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int]:
-    """`diffalign data export`."""
+    """Export a dataset and return the rows of each split: `diffalign data export`."""
     counts = export(PreferenceDataset(folder), out, form, pairs)
     for split, count in counts.items():
         print(f"{split}: {count} rows")
@@ -71,7 +71,7 @@ def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int
 
 
 def cache(config: TrainConfig, dry_run: bool = False) -> None:
-    """`diffalign cache`: what `diffalign train` would encode before its first step, now; or only how large it is."""
+    """Encode what `diffalign train` would encode before its first step: `diffalign cache`. dry_run: print its size only."""
     dataset = PreferenceDataset(config.data.path)
     chosen, members, _ = choose_groups(config.data, dataset)
     backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
@@ -80,7 +80,7 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
         raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
     missing = plan.missing()
     if not missing:
-        print(f"cache: it is there, in {plan.folder}")
+        print(f"cache: complete, in {plan.folder}")
         return
     sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
     needed = sum(missing.values()) / 1e9
@@ -92,6 +92,7 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return group `i` as the contact sheet shows it, best image first; `rewards`: scores of all images, by name."""
     row = dataset.group(i)
     members = dataset.members(row["group_id"])
     ranked = row["preference"] if row["preference"] and len(row["preference"]) == len(members) else []

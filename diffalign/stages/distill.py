@@ -17,13 +17,20 @@ from diffalign.pipelines.few_step import FewStep, call_options, few_step, studen
 from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import (
+    open_backbone,
+    open_plain_backbone,
+    open_rewards,
+    resolve_device,
+    resolve_prompts,
+    say,
+)
+from diffalign.training.device import start_accelerator
 from diffalign.training.distillation.method import distill as distill_backbone
 from diffalign.training.distillation.real_images import RealImages
-from diffalign.training.distillation.step import Judge, Lean
 from diffalign.training.optim import check_installed
-from diffalign.training.preference.method import start_accelerator
 from diffalign.training.prompt_source import PromptSource
+from diffalign.training.protocols import DifferentiableScore, LatentScores
 from diffalign.training.validation import Validation
 
 HOW = """# A student with {steps} steps
@@ -39,7 +46,7 @@ image = pipeline("...", {call}).images[0]
 ```
 {note}"""
 
-SD3_RENOISE = """
+GLOBAL_NOISE = """
 The pipeline gives its scheduler no generator, so `generator=` fixes the first noise alone; call `torch.manual_seed` too.
 """
 
@@ -66,15 +73,15 @@ def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
 
 def reward_judge(
     config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str
-) -> tuple[Judge | None, Lean | None]:
+) -> tuple[LatentScores | None, DifferentiableScore | None]:
     """What decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
     terms: list[RewardTerm] = list(config.reward.terms)
     if not terms:
         return None, None
     rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
     for term in terms:
-        if term.column is not None and term.column not in rewards[term.name].columns:
-            known = ", ".join(rewards[term.name].columns)
+        if term.column is not None and term.column not in rewards[term.label].columns:
+            known = ", ".join(rewards[term.label].columns)
             raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
 
     def decoded(latents: Tensor) -> Tensor:
@@ -91,11 +98,11 @@ def reward_judge(
         texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
         scores = {}
         for term in terms:
-            reward = rewards[term.name]
-            scores[term.name] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+            reward = rewards[term.label]
+            scores[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
         return scores
 
-    smooth = [term for term in terms if rewards[term.name].differentiable]
+    smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
         return judge, None
     if not smooth:
@@ -105,7 +112,7 @@ def reward_judge(
 
     def lean(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
-        scores = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
+        scores = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
         return torch.stack(scores).sum(dim=0)
 
     return judge, lean
@@ -154,7 +161,7 @@ def prompt_validation(
     settings = SampledValidationSection(
         **{name: getattr(wanted, name) for name in ValidationSection.model_fields}
     ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
-    return Validation(settings, rows, encoded, rewards, side, seed)
+    return Validation(backbone, settings, rows, encoded, rewards, side, seed)
 
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
@@ -189,8 +196,8 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
             student=student,
             source=source,
             shape=(backbone.latent_channels, places, places),
-            judge=judge,
-            lean=lean,
+            scores=judge,
+            differentiable_score=lean,
             real=real,
             say=say,
             accelerator=accelerator,
@@ -212,7 +219,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
     README says so.
     """
-    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32", "quantize": "none"}), "cpu")
+    backbone = open_plain_backbone(config.model)
     _, scheduler = open_student(config, backbone)
     backbone.load_weights(weights)
     backbone.pipeline.scheduler = scheduler
@@ -222,10 +229,8 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     explicit = call_options(scheduler, wanted.times)
     if explicit:
         options = {**explicit, "guidance_scale": 0.0}
-    length = config.model.options.get("max_sequence_length")
-    if length is not None and "max_sequence_length" in backbone.sampling_options():
-        options["max_sequence_length"] = length
-    note = SD3_RENOISE if backbone.family == "sd3" and wanted.sampler == "renoise" else ""
+    options |= backbone.call_options()
+    note = GLOBAL_NOISE if wanted.sampler == "renoise" and not backbone.scheduler_seeded else ""
     if wanted.sampler == "cps":
         note = CPS.format(eta=wanted.eta)
     call = ", ".join(f"{name}={value}" for name, value in options.items())

@@ -10,23 +10,22 @@ from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.report.render import write_report
-from diffalign.rewards import REWARDS, Reward
+from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.distill import prompt_validation
 from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
-from diffalign.training.preference.method import start_accelerator
 from diffalign.training.prompt_source import PromptSource
+from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import late_steps
 from diffalign.training.reward_gradient.method import reward_gradient as train_backbone
-from diffalign.training.reward_gradient.step import Scores
 
 
 def check_differentiable(config: RewardGradientConfig) -> None:
     """Raises DiffalignError for a reward without a gradient, before a model is loaded."""
     for term in config.rewards:
-        # A name that does not exist is refused where the reward is built, with what was perhaps meant.
-        if term.name in REWARDS and not REWARDS[term.name].differentiable:
-            known = ", ".join(name for name, kind in REWARDS.items() if kind.differentiable)
+        if not find_reward(term.name).differentiable:
+            known = ", ".join(name for name, kind in (REWARDS | foreign_rewards()[0]).items() if kind.differentiable)
             raise DiffalignError(
                 f"rewards: {term.name} is not differentiable, so it has no gradient to follow; these are: {known}. Rewards "
                 "without one can rank images for `diffalign train`, or steer `diffalign distill`"
@@ -35,7 +34,7 @@ def check_differentiable(config: RewardGradientConfig) -> None:
 
 def gradient_scores(
     config: RewardGradientConfig, backbone: Any, rows: list[PromptRow], rewards: dict[str, Reward]
-) -> Scores:
+) -> LatentScores:
     """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
     vae = backbone.pipeline.vae.float()
     if config.decoder.checkpointing:
@@ -87,7 +86,7 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     if validation is not None:
         # What is followed as well need not be in memory twice.
         same = [
-            s.name
+            s.label
             for s in config.validation.rewards
             for r in config.rewards
             if (s.name, s.options) == (r.name, r.options)

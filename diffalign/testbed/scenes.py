@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes on a plain ground, and how they are drawn.
+"""Define scenes of coloured shapes on a plain ground, and draw them.
 
-A scene is the ground truth: a list of objects with shape, colour, centre and radius in pixels. `render` draws it at four
-times the size and shrinks it, so edges are smooth as in a photograph.
+A scene is the ground truth: a list of objects with shape, colour, centre and radius in pixels. `render` draws it at
+four times the size and shrinks it, so edges are smooth as in a photograph.
 """
 
 import math
@@ -41,7 +41,7 @@ Scene = tuple[PlacedShape, ...]
 
 
 def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
-    """Polygon of a straight-edged shape whose bounding box is [x - r, x + r] x [y - r, y + r]."""
+    """Return the polygon of a straight-edged shape with bounding box [x - r, x + r] x [y - r, y + r]."""
     if shape == "square":
         return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
     if shape == "triangle":
@@ -80,7 +80,7 @@ def draw_shape(
 
 
 def render(scene: Scene) -> Image.Image:
-    """RGB image, 64 x 64."""
+    """Return the scene as an RGB image, 64 x 64."""
     canvas = Image.new("RGB", (SIZE * _OVERSAMPLING, SIZE * _OVERSAMPLING), GROUND)
     draw = ImageDraw.Draw(canvas)
     for item in scene:
@@ -89,7 +89,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def is_apart_from(item: PlacedShape, others: list[PlacedShape]) -> bool:
-    """Whether `item` keeps its distance from the others' bounding boxes."""
+    """Return whether `item` keeps its distance from the others' bounding boxes."""
     return all(
         max(abs(item.x - other.x), abs(item.y - other.y)) >= item.radius + other.radius + GAP for other in others
     )
@@ -99,7 +99,7 @@ def place(kinds: list[tuple[str, str]], rng: np.random.Generator, relation: str 
     """Put (shape, colour) pairs at random free places.
 
     With a `relation` ("left of", "right of", "above", "below") the second object stands so to the first, clearly enough
-    for GenEval's rule (components of the shrunk, normalised centre offset above 0.5).
+    for GenEval's rule (components of the shrunk, normalised offset of centres above 0.5).
     """
     dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}.get(relation or "", (0, 0))
     while True:

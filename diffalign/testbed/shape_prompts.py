@@ -1,8 +1,8 @@
-"""Prompts of GenEval's six kinds about the world of shapes, with the metadata that decides whether an image obeys them.
+"""Make prompts of GenEval's six kinds about the world of shapes, with the metadata that decides whether an image obeys.
 
 Every prompt states a *combination* (which objects, how many, which colours, which relation). Combinations, not strings,
-are split into train, validation and test, kind by kind, so a held-out prompt shares neither its words nor what it asks
-for with any training prompt. `a circle left of a square` and `a square right of a circle` are one combination.
+are split into train, validation and test, kind by kind, so a held-out prompt shares neither its words nor its meaning
+with any training prompt. `a circle left of a square` and `a square right of a circle` are one combination.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ Metadata = dict[str, Any]
 
 
 def plural(shape: str) -> str:
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
@@ -38,7 +39,7 @@ def _clause(shape: str, count: int = 1, color: str | None = None) -> Metadata:
 
 
 def prompt_text(include: list[Metadata]) -> str:
-    """The prompt that GenEval-style clauses amount to."""
+    """Return the prompt that GenEval-style clauses stand for."""
     first, last = include[0], include[-1]
     if first["count"] > 1:
         color = first["color"] + " " if "color" in first else ""
@@ -73,7 +74,7 @@ def _position(subject: tuple[str, str | None], relation: str, target: tuple[str,
 
 
 def combinations(tag: str) -> list[list[Metadata]]:
-    """Every combination of a kind, each as the list of its wordings."""
+    """Return every combination of a kind, each as the list of its wordings."""
     colors, pairs = list(COLORS), list(itertools.combinations(SHAPES, 2))
     two_colors = list(itertools.permutations(colors, 2))
     none: list[tuple[str | None, str | None]] = [(None, None)]
@@ -100,12 +101,15 @@ def _rank(combination: list[Metadata]) -> bytes:
 
 @cache
 def _ordered(tag: str) -> list[list[Metadata]]:
-    # Kept: a judge's training draws prompts one by one, and making them anew took more time than the model.
+    # Cached: a judge's training draws prompts one by one, and making them each time took longer than the model.
     return sorted(combinations(tag), key=_rank)
 
 
 def combinations_of(split: str, tag: str) -> list[list[Metadata]]:
-    """A kind's combinations in one split, in an order that depends on nothing but their words. Not to be changed."""
+    """Return a kind's combinations in one split, in an order that depends only on their words.
+
+    The order must not change: the splits depend on it. Raises DiffalignError for another split.
+    """
     ordered = _ordered(tag)
     start = 0
     for name, share in SPLITS.items():
@@ -117,9 +121,10 @@ def combinations_of(split: str, tag: str) -> list[list[Metadata]]:
 
 
 def draw_prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
-    """`n` different prompts of a split, spread evenly over the six kinds as far as a kind has that many.
+    """Return `n` different prompts of a split, spread evenly over the six kinds as far as a kind has enough.
 
-    Returns GenEval metadata: `{"tag", "include", "exclude", "prompt"}`.
+    They are GenEval metadata: `{"tag", "include", "exclude", "prompt"}`. Raises DiffalignError if the split has fewer
+    than `n`.
     """
     rng = np.random.default_rng([seed, list(SPLITS).index(split) if split in SPLITS else 99])
     wordings = {tag: [w for c in combinations_of(split, tag) for w in c] for tag in TAGS}
@@ -137,7 +142,7 @@ def draw_prompts(split: str, n: int, seed: int = 0) -> list[Metadata]:
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
-    """A random scene that obeys a prompt; colours that the prompt leaves open are drawn."""
+    """Return a random scene that obeys a prompt; colours that the prompt leaves open are random."""
 
     def color() -> str:
         return str(rng.choice(list(COLORS)))
@@ -149,7 +154,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def misdescribed(metadata: Metadata, rng: np.random.Generator, share: float) -> str:
-    """A caption in which each attribute is replaced by a random one with probability `share`, as web captions are."""
+    """Return a caption in which each attribute is random with probability `share`, as in web captions."""
 
     def noisy(clause: Metadata) -> Metadata:
         clause = dict(clause)

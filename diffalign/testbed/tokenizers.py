@@ -1,4 +1,4 @@
-"""Small genuine CLIP and T5 tokenizers in which every word of the world is one token and any other text still encodes."""
+"""Make small genuine CLIP and T5 tokenizers in which every word of the world is one token; other text encodes too."""
 
 import itertools
 
@@ -18,14 +18,14 @@ T5_LENGTH = 12
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes of byte-level BPE, in GPT-2's order."""
+    """Return the 256 printable stand-ins for bytes of byte-level BPE, in GPT-2's order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def apply_merges(merges: list[tuple[str, str]], symbols: list[str]) -> list[str]:
-    """Byte-pair encoding: the earliest learnt merge that fits goes first."""
+    """Apply byte-pair encoding: of the merges that fit, the one learnt first comes first."""
     for pair in merges:
         i = 0
         while i < len(symbols) - 1:
@@ -36,7 +36,7 @@ def apply_merges(merges: list[tuple[str, str]], symbols: list[str]) -> list[str]
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """Byte-level BPE whose merges build each word of the world from its left end."""
+    """Return byte-level BPE whose merges build each word of the world from its left end."""
     merges: list[tuple[str, str]] = []
     for word in sorted(WORDS, key=len):
         symbols = apply_merges(merges, [*word[:-1], word[-1] + "</w>"])
@@ -50,7 +50,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """Unigram over the world's words and single characters."""
+    """Return a unigram tokenizer of the world's words and single characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     words = [("▁" + w, -1.0) for w in WORDS]
     characters = [(chr(c), -10.0) for c in range(33, 127)] + [("▁", -10.0)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import diffalign.stages
 from diffalign.cli import app
@@ -74,7 +75,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "quickstart", quickstart=lambda **given: calls.append(given))
     assert run("testbed", "quickstart", "--out", str(tmp_path)) == 0
     assert run("testbed", "quickstart", "--base", "shapes-sdxl", "--seed", "2", "--steps", "5", "--shuffle") == 0
-    assert calls[0] == {"base": "shapes-sd3", "out": tmp_path, "seed": 0, "shuffle": False}
+    assert calls[0] == {"base": "shapes-sd3", "out": tmp_path, "seed": 0, "steps": None, "shuffle": False}
     assert calls[1] == {
         "base": "shapes-sdxl",
         "out": Path("runs/quickstart-shapes-sdxl"),
@@ -117,6 +118,25 @@ def test_a_recipe_is_printed_with_every_key(capsys: pytest.CaptureFixture[str]) 
     assert "did you mean sdxl_dpo?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "recipe"),
+    [
+        ("train", "sdxl_dpo"),
+        ("distill", "sdxl_dmd2_4step"),
+        ("reward-gradient", "shapes_sd3_reward_gradient"),
+        ("rounds", "rounds_shapes_gdro"),
+        ("synth", "synth_shapes"),
+        ("cache", "sdxl_dpo"),
+        ("judge", "shapes_judge_risd"),
+    ],
+)
+def test_verbs_check_their_own_kind_of_config(verb: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, recipe, "nonsense=1") == 2
+    assert "argument 'nonsense=1': unknown key nonsense" in capsys.readouterr().err
+    other = "sdxl_dpo" if verb not in ("train", "cache") else "synth_shapes"
+    assert run(verb, other) == 2 and "this file is for" in capsys.readouterr().err
+
+
 # --- exit codes ------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +158,7 @@ def test_users_mistakes_are_one_line(
 def test_ctrl_c(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     install(monkeypatch, "train", train=fail_with(KeyboardInterrupt()))
     assert run("train", config) == 130
-    assert capsys.readouterr().err == "stopped by Ctrl-C; the same command goes on where it stopped\n"
+    assert capsys.readouterr().err == "stopped by Ctrl-C; the same command resumes where it stopped\n"
 
 
 def wrapped(text: str) -> RuntimeError:
@@ -203,6 +223,25 @@ def test_help_and_config_import_nothing_heavy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for verb in ("train", "sample", "eval", "testbed", "--dry-run", "--shuffle"):
         assert verb in done.stdout
+
+
+def command_paths(command: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The group itself, its verbs, and those of the groups in it."""
+    below = getattr(command, "commands", {})
+    return [path, *(found for name, one in below.items() for found in command_paths(one, (*path, name)))]
+
+
+@pytest.mark.parametrize("path", command_paths(typer.main.get_command(app)), ids=" ".join)
+def test_help_fits_80_columns(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a list of verbs shows the first sentence of each whole."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*path, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    verbs = lines[lines.index("Commands:") + 1 :] if "Commands:" in lines else []
+    assert all(line.startswith("  ") and line.endswith(".") and "..." not in line for line in verbs)
 
 
 def test_objectives_are_imported_without_torch(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from diffalign.data.sample import Drawn, draw_part, write_planned_groups
 from diffalign.data.training_source import TrainingSource, prepare_source
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
-from diffalign.stages import train as train_stage
+from diffalign.stages.train import train
 from helpers import tiny
 from helpers.small_datasets import LABELS, Encoder, group_rows, picture, quiet, settings, write_images
 
@@ -205,7 +205,7 @@ def test_a_run_is_the_same_in_every_mode(folder: Path, tmp_path: Path, sdxl_dir:
             "data": {"path": str(folder), "resolution": 64, "cache": mode, "latent_sampling": "posterior"},
             "train": {"steps": 2, "groups_per_step": 2, "threads": 1}, "tracking": {"trackers": []},
         }  # fmt: skip
-        train_stage.train(TrainConfig.model_validate(config))
+        train(TrainConfig.model_validate(config))
         found[mode] = (tmp_path / mode / "metrics.jsonl").read_bytes()
     assert found["all"] == found["latents"] == found["off"]
 

@@ -23,6 +23,7 @@ from diffalign.data.score import score_images
 from diffalign.data.training_source import choose_groups
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards.aggregate import vote_shares
 from helpers.small_datasets import picture
 
@@ -118,7 +119,7 @@ def _with_group(folder: Path) -> PreferenceDataset:
 
 
 def test_group_ids_are_unique(tmp_path: Path) -> None:
-    with pytest.raises(DiffalignError, match="'a' comes twice"):
+    with pytest.raises(DiffalignError, match="'a' occurs twice"):
         write_groups(tmp_path, [group_row("a", "p", []), group_row("a", "q", [])])
     assert not (tmp_path / "groups.parquet").exists()
 
@@ -155,7 +156,7 @@ def _png(image: Image.Image) -> bytes:
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.xml", b"a", "unknown kind of file"),
         ("p.csv", b"caption,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has caption, n"),
-        ("p.parquet", b"a", "no whole parquet file"),
+        ("p.parquet", b"a", "not a complete parquet file"),
         ("p.jsonl", b'{"prompt": "a"}\n{"x": 1}\n', r'p\.jsonl:2: no "prompt"'),
         ("p.jsonl", b"{nonsense\n", r"p\.jsonl:1: not JSON"),
         ("p.txt", b"caf\xe9", "not UTF-8 at byte 3"),
@@ -211,7 +212,7 @@ class Painter:
     def __init__(self, fail_after: int | None = None) -> None:
         self.drawn, self.fail_after = 0, fail_after
 
-    def sample(self, prompts: list[str], seeds: list[int], **_: Any) -> list[Image.Image]:
+    def sample(self, prompts: list[str], seeds: list[int], settings: SamplingSettings) -> list[Image.Image]:
         if self.fail_after is not None and self.drawn >= self.fail_after:
             raise KeyboardInterrupt
         self.drawn += len(prompts)
@@ -225,8 +226,7 @@ def draw_dataset(painter: Painter, out: Path, seed: int = 0, batch_size: int = 7
         out,
         images_per_prompt=2,
         seed=seed,
-        steps=3,
-        guidance_scale=2.0,
+        settings=SamplingSettings(steps=3, guidance_scale=2.0),
         batch_size=batch_size,
     )
 

@@ -45,7 +45,7 @@ def test_csv_and_folders_give_the_same_dataset(own: Path) -> None:
         ("prompt,winner\na,b\n", "column loser is missing"),
         ("prompt,winner,loser\na,win/x.png,\n", "pairs.csv:2: loser is empty"),
         ("prompt,winner,loser\na,win/x.png,../../etc/passwd\n", "leaves its folder"),
-        ("prompt,winner,loser\na,win/x.png,win/x.txt\n", r"pairs.csv:2: x\.txt is no whole picture"),
+        ("prompt,winner,loser\na,win/x.png,win/x.txt\n", r"pairs.csv:2: x\.txt is not a complete image"),
         ("prompt,winner,loser\na,win/x.png,win/none.png\n", r"pairs.csv:2: none\.png: No such file"),
         ("prompt,winner,loser\n", "no row gives a group"),
     ],
@@ -64,13 +64,13 @@ def test_bad_pairs(own: Path, rows: str, complaint: str, capsys: pytest.CaptureF
 def test_truncated_picture_and_missing_caption(own: Path) -> None:
     whole = (own / "lose" / "x.png").read_bytes()
     (own / "lose" / "x.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DiffalignError, match=r"x\.png is no whole picture"):
+    with pytest.raises(DiffalignError, match=r"x\.png is not a complete image"):
         import_pairs([own / "win", own / "lose"], own / "out")
     (own / "win" / "x.txt").unlink()
     with pytest.raises(DiffalignError, match=r"no caption; write it into x\.txt"):
         import_pairs([own / "win", own / "lose"], own / "out")
     (own / "lose" / "x.png").unlink()
-    with pytest.raises(DiffalignError, match="no picture of the same name"):
+    with pytest.raises(DiffalignError, match="no image of the same name"):
         import_pairs([own / "win", own / "lose"], own / "out")
 
 

@@ -82,7 +82,7 @@ def test_pickapic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         app(["data", "convert", str(folder), "--out", str(tmp_path / "out")], prog_name="diffalign")
     said = capsys.readouterr().out
-    assert left.value.code == 0 and "1 rows left out: ties" in said and "1 rows left out: without a label" in said
+    assert left.value.code == 0 and "1 rows skipped: ties" in said and "1 rows skipped: without a label" in said
     assert "pickapic: 3 groups, 6 images" in said
     dataset = PreferenceDataset(tmp_path / "out")
     assert dataset.column("prompt") == ["a dog", "a bird", "a dog"]
@@ -105,11 +105,11 @@ def test_broken_pickapic(tmp_path: Path) -> None:
     assert told[:5] == [
         "a.parquet:4: labels 2.0 and 0.0; 1 and 0, 0 and 1, or 0.5 each are known",
         "a.parquet:5: jpg_1 is empty",
-        "a.parquet:6: image 0 is no whole picture",
+        "a.parquet:6: image 0 is not a complete image",
         "a.parquet:7: no caption",
         "b.parquet: column jpg_1, label_0, label_1 is missing",
     ]
-    assert told[5].startswith("c.parquet: no whole parquet file")
+    assert told[5].startswith("c.parquet: not a complete parquet file")
     assert report.groups == len(dataset) == 2 and report.counted == {"ties": 1, "without a label": 1}
 
 
@@ -247,7 +247,7 @@ def test_folders_of_winners_and_losers(tmp_path: Path) -> None:
     assert dataset.column("prompt") == ["a dog", "a cat"] and pictures(dataset, 1) == [jpg(1), jpg(11)]
     told = [f"{Path(f.where).name}: {f.reason}" for f in report.faults]
     assert told[0] == "2.jpg: no caption; write it into 2.txt beside it"
-    assert told[1].startswith("9.jpg: no picture of the same name in")
+    assert told[1].startswith("9.jpg: no image of the same name in")
     again = [r for r in open_rows([folder / "w", folder / "l"], None)[1] if not hasattr(r, "fault")]
     assert len(again) == 2
 
@@ -266,10 +266,10 @@ def test_csv_goes_on_after_a_broken_row(tmp_path: Path) -> None:
 def test_what_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="no such file or folder"):
         open_rows([tmp_path / "nowhere"], None)
-    with pytest.raises(DiffalignError, match="not a form that is known; say which with --format"):
+    with pytest.raises(DiffalignError, match="not in a known format; name it with --format"):
         open_rows([tmp_path], None)
     (tmp_path / "x.json").write_text('{"a": 1}\n{"a": 2}\n')
-    with pytest.raises(DiffalignError, match="rows with a are of no form that is known"):
+    with pytest.raises(DiffalignError, match="rows with a fit no known format"):
         open_rows([tmp_path / "x.json"], None)
     (tmp_path / "y.json").write_text("nonsense")
     with pytest.raises(DiffalignError, match=r"y\.json: not JSON"):

@@ -16,7 +16,7 @@ from diffalign import files
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
-from diffalign.stages import data as data_stage
+from diffalign.stages import data
 from helpers.command_line import run
 
 EVIL = '<script>alert("x")</script> & "a dog"'
@@ -82,7 +82,7 @@ class Encoder:
 def test_the_cache_ahead_of_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data_stage, "open_backbone", lambda *_: Encoder())
+    monkeypatch.setattr(data, "open_backbone", lambda *_: Encoder())
     write_groups(folder, [PreferenceDataset(folder).group(0)])
     (tmp_path / "c.yaml").write_text(
         f"run_dir: {tmp_path / 'run'}\ndevice: cpu\nmodel: {{path: m}}\ndata: {{path: {folder}, resolution: 32}}\n"
@@ -96,7 +96,7 @@ def test_the_cache_ahead_of_training(
     arrays += [path.stat().st_size for path in (folder / "cache").rglob("*.bf16")]
     assert sum(arrays) == pytest.approx(size, rel=0.01)
     capsys.readouterr()
-    assert run("cache", tmp_path / "c.yaml") == 0 and "it is there" in capsys.readouterr().out
+    assert run("cache", tmp_path / "c.yaml") == 0 and "complete" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(1000, 999, 1))

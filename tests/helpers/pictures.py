@@ -95,8 +95,8 @@ def hostile(path: Path) -> tuple[set[str], dict[str, str]]:
         "empty.png": "empty file",
         "truncated.jpg": "truncated",
         "bomb.png": "pixels",
-        "text.png": "no picture",
-        "vector.png": "no picture",
+        "text.png": "not an image",
+        "vector.png": "not an image",
         "loop.png": "symbolic link",
         "pipe.png": "not a regular file",
     }

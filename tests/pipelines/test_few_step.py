@@ -95,7 +95,7 @@ def test_the_saved_pipeline_samples_as_training_rolls_out(
     generator, later = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
     conditioning = backbone.encode_prompts(["a red cube"])
     x = torch.randn(found.shape, generator=generator)
-    later = generator if family == "sdxl" else later
+    later = generator if backbone.scheduler_seeded else later
     with torch.no_grad():
         for index in range(4):
             prediction = backbone.predict(x, student.at(index, x), conditioning)

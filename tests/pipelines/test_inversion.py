@@ -53,16 +53,16 @@ def test_official_targets(tau: float, target: float) -> None:
     assert official(proportional, tau) == pytest.approx(target, abs=1e-6)
 
 
-def test_official_tells_the_model_where_a_step_starts() -> None:
+def test_official_predicts_at_the_time_where_a_step_starts() -> None:
     assert official(by_time, 601.0) == pytest.approx(0.1660391119, abs=1e-6)
 
 
-def walk(model: Any, times: list[float], told_start: bool = False, **options: Any) -> list[float]:
+def walk(model: Any, times: list[float], at_start: bool = False, **options: Any) -> list[float]:
     """Values of the image 1 along a list of levels."""
     x, found = ONE, []
     for start, stop in pairwise(times):
-        told = torch.tensor([start]) if told_start else None
-        x = renoise_step(diffusion(), model, x, torch.tensor([max(start, 0.0)]), torch.tensor([stop]), told=told,
+        at = torch.tensor([start]) if at_start else None
+        x = renoise_step(diffusion(), model, x, torch.tensor([max(start, 0.0)]), torch.tensor([stop]), predict_at=at,
                          **options)  # fmt: skip
         found.append(x.item())
     return found
@@ -77,7 +77,7 @@ def test_levels_of_the_official_walk() -> None:
     plain = [1.0032136294, 1.0098431905, 0.8742597076, 0.6553740250, 0.4202071885]
     assert walk(proportional, GRID, iterations=0) == pytest.approx(plain, abs=1e-6)
     started = [0.9971607491, 0.8659677899, 0.7107753743, 0.5519644672]
-    assert walk(by_time, GRID[:5], told_start=True) == pytest.approx(started, abs=1e-6)
+    assert walk(by_time, GRID[:5], at_start=True) == pytest.approx(started, abs=1e-6)
 
 
 def test_renoise_proper_tells_the_model_where_a_step_goes() -> None:
@@ -139,7 +139,7 @@ def test_consistent_steps_are_equal_and_end_at_the_drawn_time(kind: str) -> None
     assert route.counts.tolist() == [1, 2, 3, 5, 1]
     for i, n in enumerate(route.counts.tolist()):
         stops = route.stop[i, :n]
-        assert stops[-1] == t[i] and torch.equal(route.told, route.stop)
+        assert stops[-1] == t[i] and torch.equal(route.predict_at, route.stop)
         torch.testing.assert_close(stops, t[i] * torch.arange(1, n + 1) / n)
         assert route.start[i, 0] == process.noiseless and torch.equal(route.start[i, 1:n], stops[:-1])
 

@@ -16,6 +16,7 @@ from diffalign.pipelines.options import OPTIONS, FluxOptions, Options, SD3Option
 WITHOUT_TORCH = """
 import sys
 from diffalign.pipelines.options import OPTIONS, read_options
+from diffalign.pipelines.settings import SamplingSettings
 assert read_options("flux", {"guidance": 2.0}, "m").guidance == 2.0
 assert not {"torch", "numpy", "diffusers"} & set(sys.modules)
 from diffalign.pipelines import Backbone, Flow, load_backbone
@@ -79,3 +80,10 @@ def test_a_backbone_carries_its_options(sd3_dir: Path, flux_dir: Path) -> None:
     backbone = load_backbone(sd3_dir, use_t5=False, max_sequence_length=5)
     assert backbone.options == SD3Options(False, 5) and backbone.guidance is None
     assert load_backbone(flux_dir, guidance=2.0).guidance == 2.0 and load_backbone(flux_dir).guidance == 3.5
+
+
+def test_a_plain_call_needs_the_length_that_was_chosen(sd3_dir: Path, sdxl_dir: Path, flux_dir: Path) -> None:
+    for folder in (sd3_dir, flux_dir):
+        assert load_backbone(folder).call_options() == {}
+        assert load_backbone(folder, max_sequence_length=5).call_options() == {"max_sequence_length": 5}
+    assert load_backbone(sdxl_dir).call_options() == {}

@@ -9,6 +9,7 @@ import torch
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
+from diffalign.pipelines.settings import SamplingSettings
 from helpers import tiny
 
 PROMPTS, SEEDS = ["a red circle", "Zwei blaue Quadrate, 二"], [3, 4]
@@ -111,6 +112,21 @@ def test_output_types_agree_and_size_is_free(sd15_dir: Path) -> None:
     assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
     image = backbone.sample(PROMPTS, SEEDS, **options)[0]
     assert image.size == (48, 80)
+
+
+def test_settings_are_their_fields_one_by_one(sdxl_dir: Path) -> None:
+    backbone = load_backbone(sdxl_dir)
+    single: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0, "negative_prompt": "x", "height": 64, "width": 80}
+    expected = backbone.sample(PROMPTS, SEEDS, output_type="latent", **single)
+    settings = SamplingSettings(**single)
+    assert torch.equal(backbone.sample(PROMPTS, SEEDS, settings, output_type="latent"), expected)
+    other = SamplingSettings(steps=1, guidance_scale=3.0, negative_prompt="x")
+    found = backbone.sample(PROMPTS, SEEDS, other, steps=2, height=64, width=80, output_type="latent")
+    assert torch.equal(found, expected)
+    encoded = backbone.encode_guided(PROMPTS, "x")
+    assert torch.equal(backbone.sample_encoded(encoded, SEEDS, settings, output_type="latent"), expected)
+    with pytest.raises(TypeError, match="guidance_scale"):
+        backbone.sample(PROMPTS, SEEDS, steps=2)
 
 
 def test_a_seed_means_the_same_image_in_any_place(sd3_dir: Path) -> None:

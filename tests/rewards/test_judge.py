@@ -293,7 +293,7 @@ def test_models_that_cannot_be_asked(tmp_path: Path) -> None:
 
     tiny_vlm.qwen_folder(tmp_path / "untold", template=None)
     with pytest.raises(
-        DiffalignError, match="Qwen2VLProcessor has no chat template, so a question cannot be put"
+        DiffalignError, match="Qwen2VLProcessor has no chat template, so no question can be asked"
     ) as told:
         load_reward("zreward", weights=tmp_path / "untold").score(IMAGES, PROMPTS)
     one_line(told)
@@ -328,7 +328,7 @@ def test_rubrics(tmp_path: Path) -> None:
         (["beauty"], "neither one of alignment"),
         (["alignment", "alignment"], "given twice"),
         ([tmp_path / "empty.txt"], "0 characters"),
-        ([tmp_path / "latin.txt"], "no UTF-8 text"),
+        ([tmp_path / "latin.txt"], "not UTF-8 text"),
         ([f"a b={tmp_path / 'colour.txt'}"], "letters, digits"),
         ([], "no dimension"),
     ):

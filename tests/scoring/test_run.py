@@ -237,7 +237,7 @@ def test_a_foreign_output_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="not a file of `diffalign score`"):
         run([tmp_path / "in"], tmp_path / "mine.csv")
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
-    with pytest.raises(DiffalignError, match=r"o\.txt: unknown ending"):
+    with pytest.raises(DiffalignError, match=r"o\.txt: unknown suffix"):
         Store(tmp_path / "o.txt")
 
 

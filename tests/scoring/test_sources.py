@@ -79,7 +79,7 @@ def test_globs_files_and_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert collect(["[odd] name?.png"])[0].name == "[odd] name?.png"  # a file that is there is no pattern
     for sources, words in (
         (["nowhere"], "nowhere: no such file or folder"),
-        (["a/*.tiff"], "no picture in it"),
+        (["a/*.tiff"], "no image in it"),
         (["a", "a/000.png"], "'a/000.png' is given twice"),
     ):
         with pytest.raises(DiffalignError, match=words):
@@ -122,7 +122,7 @@ def test_parquet_rows(tmp_path: Path) -> None:
     items = collect([str(tmp_path / "p.parquet")])
     assert [item.prompt for item in items] == ["p0", "p1", "p2", "p3", "p4"]
     assert items[2].origin.read() == images[2] and items[3].origin.read() == images[3]
-    with pytest.raises(Unreadable, match="no picture"):
+    with pytest.raises(Unreadable, match="not an image"):
         decode(items[1].origin.read())
     with pytest.raises(Unreadable, match="holds no image bytes"):
         items[4].origin.read()
@@ -215,7 +215,7 @@ def test_agreement_with_ratings_is_kendalls_tau_b(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [("image_a,image_b,choice\n0,1,c\n", "c.csv:2: choice 'c'"), ("image_a,image_b,choice\n0,9,a\n", "none of the scored"),
-     ("image,rating\n0,x\n", "rating 'x' is no number"), ("a,b\n1,2\n", "columns image_a"), ("a,b\n", "empty")],
+     ("image,rating\n0,x\n", "rating 'x' is not a number"), ("a,b\n1,2\n", "columns image_a"), ("a,b\n", "empty")],
 )  # fmt: skip
 def test_broken_labels_are_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "c.csv").write_text(text)

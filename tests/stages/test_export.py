@@ -17,7 +17,7 @@ from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import to_kohya
-from diffalign.report.model_card import front_matter, licence_of, plain
+from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
 from diffalign.stages.export import export
 from helpers.run_directory import SCRIPT, make_run
 
@@ -150,16 +150,16 @@ def test_kohya_names() -> None:
     }  # fmt: skip
     shapes = {"A": (4, 8), "B": (16, 4)}
     state = {f"unet.{m}.lora_{x}.weight": torch.ones(shape) for m in modules for x, shape in shapes.items()}
-    made = to_kohya(state, 3.0, "sdxl")
+    made = to_kohya(state, 3.0, "sgm")
     stems = {f"lora_unet_{name}" for name in modules.values()}
     assert set(made) == {f"{s}.{end}" for s in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
     for stem in stems:
         assert made[f"{stem}.lora_down.weight"].shape == (4, 8) and made[f"{stem}.lora_up.weight"].shape == (16, 4)
         assert made[f"{stem}.alpha"].shape == () and made[f"{stem}.alpha"] == 3.0
     plain = {f"lora_unet_{m.replace('.', '_')}" for m in modules}
-    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sd15")} == plain
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "diffusers")} == plain
     state["unet.down_blocks.0.resnets.0.conv1.lora_A.weight"] = torch.ones(4, 8, 3, 3)
-    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sdxl")} > plain  # never both kinds of names in a file
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sgm")} > plain  # never both kinds of names in a file
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -227,9 +227,10 @@ def test_text_from_data_is_inert_in_a_card(tmp_path: Path, sdxl_dir: Path, monke
 def test_the_licence_is_the_bases(tmp_path: Path) -> None:
     assert licence_of("stabilityai/stable-diffusion-xl-base-1.0") == ("openrail++", None)
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n# A model\n")
-    assert licence_of(str(tmp_path)) == ("other", "my-terms")
+    assert licence_of(str(tmp_path)) == ("other", "my-terms") and licence_name(str(tmp_path)) == "my-terms"
     (tmp_path / "README.md").write_text("---\n[broken\n---\n")
     assert licence_of(str(tmp_path)) == licence_of("some/model") == ("unknown", None)
+    assert licence_name("shapes-sd3") == "apache-2.0" and licence_name("some/model") is None
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from diffalign import testbed
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.stages import quickstart as quickstart_stage
+from diffalign.stages import quickstart
 from diffalign.testbed.models import BUILDERS, autoencoder
 from diffalign.testbed.shape_prompts import draw_prompts
 
@@ -23,11 +23,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shapes-sd3"
     BUILDERS["shapes-sd3"](autoencoder("shapes-sd3")).save_pretrained(folder)
     monkeypatch.setattr(testbed, "model_path", lambda name: folder)
-    monkeypatch.setattr(
-        quickstart_stage, "SAMPLING", {"steps": 2, "guidance_scale": 2.0, "batch_size": 8, "device": "cpu"}
-    )
-    monkeypatch.setattr(quickstart_stage, "IMAGES_PER_GROUP", 2)
-    monkeypatch.setattr(quickstart_stage, "TEST_PROMPTS", 2)
+    monkeypatch.setattr(quickstart, "SAMPLING", {"steps": 2, "guidance_scale": 2.0, "batch_size": 8, "device": "cpu"})
+    monkeypatch.setattr(quickstart, "IMAGES_PER_GROUP", 2)
+    monkeypatch.setattr(quickstart, "TEST_PROMPTS", 2)
     return folder
 
 
@@ -42,7 +40,7 @@ def random_scores(dataset: PreferenceDataset, reward: Any) -> int:
 
 
 def test_one_round(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart_stage, "score_images", random_scores)
+    monkeypatch.setattr(quickstart, "score_images", random_scores)
     given: dict[str, Any] = {
         "base": "shapes-sd3",
         "seed": 3,
@@ -50,24 +48,22 @@ def test_one_round(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "groups": 4,
         "overrides": ("train.threads=1", "train.groups_per_step=2", "train.micro_batch=2"),
     }
-    result = quickstart_stage.quickstart(out=tmp_path / "one", **given)
+    result = quickstart.quickstart(out=tmp_path / "one", **given)
     assert result["prompts"] == [row["prompt"] for row in draw_prompts("test", 2)]
     assert set(result["scores"]["geneval.dense"]) >= {"all"}
     run = tmp_path / "one" / "run"
     assert (run / "report.html").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) == 2
     # Again: nothing is drawn, scored or trained anew, and the result is the same.
-    assert quickstart_stage.quickstart(out=tmp_path / "one", **given)["scores"] == result["scores"]
+    assert quickstart.quickstart(out=tmp_path / "one", **given)["scores"] == result["scores"]
 
 
 def test_the_control_differs_in_its_labels_alone(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quickstart_stage, "score_images", random_scores)
+    monkeypatch.setattr(quickstart, "score_images", random_scores)
     given: dict[str, Any] = {"base": "shapes-sd3", "steps": 1, "groups": 8, "overrides": ("train.threads=1",)}
     for shuffle in (False, True):
-        quickstart_stage.quickstart(
-            out=tmp_path / str(shuffle), shuffle=shuffle, base_images=tmp_path / "base", **given
-        )
+        quickstart.quickstart(out=tmp_path / str(shuffle), shuffle=shuffle, base_images=tmp_path / "base", **given)
     true, control = (PreferenceDataset(tmp_path / str(s) / "data") for s in (False, True))
     assert [i.data for r in true.iter_images() for i in r] == [i.data for r in control.iter_images() for i in r]
     assert true.column("preference") != control.column("preference")

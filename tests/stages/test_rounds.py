@@ -18,10 +18,7 @@ from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.momentum import extrapolate, extrapolate_lora
-from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import rounds as rounds_stage
-from diffalign.stages import sample as sample_stage
-from diffalign.stages import train as train_stage
+from diffalign.stages import rounds
 from diffalign.stages.real_images import real_images
 from diffalign.testbed.models import BUILDERS, autoencoder
 
@@ -59,7 +56,7 @@ def lora(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_rounds_killed_between_and_inside_stages_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = rounds_stage.rounds(config(tmp_path / "whole"))
+    whole = rounds.rounds(config(tmp_path / "whole"))
     assert [one["round"] for one in whole["rounds"]] == [1, 2] and whole["column"] == "sharpness.sharpness"
     first, second = (tmp_path / "whole" / f"round-0{n}" for n in (1, 2))
     assert (tmp_path / "whole" / "report.html").is_file() and (second / "run" / "report.html").is_file()
@@ -78,40 +75,33 @@ def test_two_rounds_killed_between_and_inside_stages_end_alike(tmp_path: Path, m
     assert any(not torch.equal(v, lora(second / "run")[k]) for k, v in lora(first / "run").items())
 
     # Killed before every stage in turn; each time the same command goes on.
-    kills = [
-        (sample_stage, "sample"),
-        (rounds_stage, "score_images"),
-        (rounds_stage, "rank_stage"),
-        (train_stage, "train"),
-        (evaluate_stage, "evaluate"),
-    ]
-    for place, (module, name) in enumerate(kills):
+    for place, name in enumerate(("sample", "score_images", "rank_dataset", "train", "evaluate")):
         with monkeypatch.context() as patch:
-            real = getattr(module, name)
+            real = getattr(rounds, name)
 
             def dies(*args: Any, after: int = place % 2, real: Any = real, **kwargs: Any) -> Any:
                 if after:  # inside: the stage's work is done, but nobody has heard of it
                     real(*args, **kwargs)
                 raise KeyboardInterrupt
 
-            patch.setattr(module, name, dies)
+            patch.setattr(rounds, name, dies)
             with pytest.raises(KeyboardInterrupt):
-                rounds_stage.rounds(config(tmp_path / "killed"))
-    found = rounds_stage.rounds(config(tmp_path / "killed"))
+                rounds.rounds(config(tmp_path / "killed"))
+    found = rounds.rounds(config(tmp_path / "killed"))
     for one, other in zip(found["rounds"], whole["rounds"], strict=True):
         assert {k: v for k, v in one.items() if k != "weights"} == {k: v for k, v in other.items() if k != "weights"}
     for name, value in lora(second / "run").items():
         assert torch.equal(value, lora(tmp_path / "killed" / "round-02" / "run")[name])
 
     with pytest.raises(DiffalignError, match="holds rounds of another config: momentum was 0.0, is now 0.5"):
-        rounds_stage.rounds(config(tmp_path / "killed", "momentum=0.5"))
+        rounds.rounds(config(tmp_path / "killed", "momentum=0.5"))
 
 
 def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDO: real scenes and the model's own images; the reference stays the base; round 2 starts beyond round 1."""
     monkeypatch.setattr("diffalign.health.label_checks.PAIRS_NEEDED", 1)
     given = ("reference=base", "momentum=0.5", "data.rewards=[]")
-    rounds_stage.rounds(config(tmp_path, *given, recipe="rounds_shapes_ddo"))
+    rounds.rounds(config(tmp_path, *given, recipe="rounds_shapes_ddo"))
     first, second = tmp_path / "round-01", tmp_path / "round-02"
     data = PreferenceDataset(second / "data")
     assert data.column("preference") == [[1.0, 0.0, 0.0]] * 2
@@ -134,7 +124,7 @@ def test_self_play_against_the_base_with_momentum(tmp_path: Path, monkeypatch: p
     with pytest.raises(DiffalignError, match=f"no real image of the prompt '{one.column('prompt')[1]}'"):
         write_real_against_generated([(row, image)], PreferenceDataset(first / "drawn"), tmp_path / "other")
     assert not (tmp_path / "other" / "groups.parquet").exists()
-    with pytest.raises(DiffalignError, match="says not what to draw"):
+    with pytest.raises(DiffalignError, match="does not describe scenes"):
         real_images("testbed", str(_prompts(tmp_path)), None, 0)
 
 
@@ -155,14 +145,14 @@ def _prompts(folder: Path) -> Path:
     ],
 )
 def test_when_rounds_stop(scores: list[float], patience: int | None, expected: bool) -> None:
-    assert rounds_stage.stops(scores, patience) is expected
+    assert rounds.stops(scores, patience) is expected
 
 
 def test_rounds_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(DiffalignError, match="rounds run in one process"):
-        rounds_stage.rounds(config(tmp_path))
+        rounds.rounds(config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -178,13 +168,13 @@ def test_mistakes_are_found_before_anything_is_drawn_and_can_be_mended(
     override: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DiffalignError, match=message):
-        rounds_stage.rounds(config(tmp_path / "out", override))
+        rounds.rounds(config(tmp_path / "out", override))
     assert not (tmp_path / "out").exists()
 
 
 def test_rounds_train_a_lora(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="set tune.kind=lora"):
-        rounds_stage.train_config(config(tmp_path, "overrides=[tune.kind=full]"), 1, None)
+        rounds.train_config(config(tmp_path, "overrides=[tune.kind=full]"), 1, None)
 
 
 # --- momentum ----------------------------------------------------------------------------------------------------

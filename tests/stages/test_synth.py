@@ -20,13 +20,14 @@ import yaml
 from PIL import Image
 
 from diffalign.cli import app
-from diffalign.config import RewardSection, load_synth_config
+from diffalign.config import GeneratorSection, RewardSection, load_synth_config
 from diffalign.data import dataset_card, sample
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.stages import synth as synth_stage
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.stages import synth
 from helpers.files import tree
 from helpers.processes import in_a_child
 
@@ -44,10 +45,15 @@ contact_sheet: 3
 class Painter:
     """Pictures that depend on the prompt, the seed and, as a real model's last bits do, on the batch."""
 
-    def __init__(self, name: str, log: Path | None = None, pause: float = 0.0) -> None:
-        self.name, self.log, self.pause = name, log, pause
+    def __init__(self, name: str, log: Path | None = None, pause: float = 0.0, **facts: str) -> None:
+        self.name, self.log, self.pause, self.known = name, log, pause, facts
 
-    def draw(self, prompts: list[str], seeds: list[int], **given: Any) -> list[tuple[Image.Image, Any]]:
+    def facts(self) -> dict[str, str]:
+        return self.known
+
+    def draw(
+        self, prompts: list[str], seeds: list[int], settings: SamplingSettings | None = None, **given: Any
+    ) -> list[tuple[Image.Image, Any]]:
         time.sleep(self.pause)
         if self.log:
             with self.log.open("a") as stream:
@@ -86,20 +92,20 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     (tmp_path / "config.yaml").write_text(CONFIG.replace("PROMPTS", str(tmp_path / "prompts.txt")))
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(21)))
 
-    def open_reward(section: RewardSection) -> Channel:
+    def open_reward(section: RewardSection, device: str) -> Channel:
         return Channel(section.name)
 
-    monkeypatch.setattr(synth_stage, "open_reward", open_reward)
+    monkeypatch.setattr(synth, "open_reward", open_reward)
 
     def make(folder: str, *overrides: str, pause: float = 0.0, dry_run: bool = False) -> Path:
         log = tmp_path / "log"
 
-        def open_model(section: Any, device: str) -> tuple[Painter, dict[str, Any]]:
-            return Painter(section.name, log, pause), {"model": section.model.path, "licence": section.licence}
+        def open_generator(section: GeneratorSection, device: str) -> Painter:
+            return Painter(section.name, log, pause)
 
-        monkeypatch.setattr(synth_stage, "_open", open_model)
+        monkeypatch.setattr(synth, "open_generator", open_generator)
         config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / folder / 'data'}", *overrides])
-        synth_stage.synth(config, dry_run=dry_run)
+        synth.synth(config, dry_run=dry_run)
         return tmp_path / folder / "data"
 
     return make
@@ -126,6 +132,20 @@ def test_what_comes_out(world: Callable[..., Path]) -> None:
         assert row["preference"] == pytest.approx(by_hand)
 
 
+def test_rewards_score_on_the_device_of_the_run(world: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+    open_channel = synth.open_reward
+
+    def open_reward(section: RewardSection, device: str) -> Any:
+        devices.append(device)
+        return open_channel(section, device)
+
+    monkeypatch.setattr(synth, "process_device", lambda device: f"{device} of this process")
+    monkeypatch.setattr(synth, "open_reward", open_reward)
+    world("whole")
+    assert devices == ["cpu of this process"] * 2
+
+
 def test_the_card_names_licences(world: Callable[..., Path]) -> None:
     out = world(
         "whole", "generators=[{name: one, model: {path: m1}, licence: openrail++}, {name: two, model: {path: m2}}]"
@@ -136,7 +156,7 @@ def test_the_card_names_licences(world: Callable[..., Path]) -> None:
     assert re.search(r"\| one \| m1 \|.*\| openrail\+\+ \|", text) and re.search(
         r"\| two \| m2 \|.*\| unknown \|", text
     )
-    assert "| train | 21 |" in text and "By vote shares of bright, red. 21 groups" in text
+    assert "| train | 21 |" in text and "Preferences are vote shares of bright, red. 21 groups" in text
 
 
 def test_a_detector_stands_for_the_rewards_weights() -> None:
@@ -274,11 +294,10 @@ def test_another_plan_or_model_does_not_mix_in(
     with pytest.raises(DiffalignError, match="sampled with prompts="):
         world("whole", "prompts.n=3")
     (tmp_path / "whole" / "data" / "images" / "part-00000.parquet").unlink()
-    changed = {"model": "m1", "revision": "new", "licence": None}
     config = load_synth_config(tmp_path / "config.yaml", [f"out={tmp_path / 'whole' / 'data'}"])
-    monkeypatch.setattr(synth_stage, "_open", lambda *_: (Painter("one"), changed))
+    monkeypatch.setattr(synth, "open_generator", lambda *_: Painter("one", revision="new"))
     with pytest.raises(DiffalignError, match="drawn with revision=None, now it is 'new'; pin model.revision"):
-        synth_stage.synth(config)
+        synth.synth(config)
 
 
 def test_other_ranking_of_the_same_images(world: Callable[..., Path], tmp_path: Path) -> None:

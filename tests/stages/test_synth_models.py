@@ -17,7 +17,7 @@ import pytest
 
 from diffalign.config import load_synth_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.stages import synth as synth_stage
+from diffalign.stages import synth
 from helpers.files import tree
 from helpers.processes import in_a_child
 
@@ -41,7 +41,7 @@ def make(
 
     def run(folder: str) -> Path:
         out = tmp_path / folder / "data"
-        synth_stage.synth(load_synth_config(tmp_path / "config.yaml", [f"out={out}"]))
+        synth.synth(load_synth_config(tmp_path / "config.yaml", [f"out={out}"]))
         return out
 
     return run

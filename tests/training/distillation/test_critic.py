@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.objectives.adversarial import critic_loss, generator_loss
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.features import feature_width, middle, predict_with_features
+from diffalign.pipelines.features import feature_width, predict_with_features
 from diffalign.training.distillation.critic import Critic, adversarial_step, critic_step, make_critic_draws
 from helpers import toy_distill as toy
 from helpers.command_line import run
@@ -140,7 +140,7 @@ def test_features_of_genuine_trunks(family: str, request: pytest.FixtureRequest)
             prediction, features = predict_with_features(backbone, x, time, seen)
             assert torch.equal(prediction, backbone.predict(x, time, seen))
             slopes.append(torch.autograd.grad(features.square().sum(), x)[0])
-        assert len(middle(backbone.trunk)._forward_hooks) == 0
+        assert len(backbone.middle_block()._forward_hooks) == 0
         width = feature_width(backbone, x.detach(), seen)
         assert features.shape[0] == 1 and features.shape[2] == width
         if family == "sd3":
