@@ -368,9 +368,12 @@ def test_zreward(folders: dict[str, Path], tmp_path: Path) -> None:
     }
     reward = load_reward("zreward", mix="alignment=3+colour=1", **options)
     measured = reward.measure(IMAGES, PROMPTS)
-    assert tuple(measured) == reward.columns and all(v.shape == (3,) for v in measured.values())
+    assert tuple(measured) == reward.columns
+    assert all(v.shape == (3,) for v in measured.values())
     assert reward.columns[:5] == ("zreward", "alignment", "alignment_spread", "colour", "colour_spread")
-    assert len(reward.columns) == 5 + 18 and reward.columns[5] == "alignment@1.0" and reward.columns[-1] == "colour@5.0"
+    assert len(reward.columns) == 5 + 18
+    assert reward.columns[5] == "alignment@1.0"
+    assert reward.columns[-1] == "colour@5.0"
     for name in ("alignment", "colour"):
         bins = torch.stack([measured[f"{name}@{level:.1f}"] for level in LEVELS], 1)
         assert torch.allclose(bins.sum(1), torch.ones(3), atol=1e-6)
@@ -382,9 +385,11 @@ def test_zreward(folders: dict[str, Path], tmp_path: Path) -> None:
     image = pictures.smooth(4, 56, 56)
     pixels = to_tensor(image)[None].requires_grad_()
     found = reward.score_tensors(pixels, ["a cat"])
-    assert found.shape == (1,) and found.item() == pytest.approx(reward.score([image], ["a cat"]).item(), abs=1e-5)
+    assert found.shape == (1,)
+    assert found.item() == pytest.approx(reward.score([image], ["a cat"]).item(), abs=1e-5)
     found.sum().backward()
-    assert pixels.grad is not None and (pixels.grad != 0).float().mean() > 0.9
+    assert pixels.grad is not None
+    assert (pixels.grad != 0).float().mean() > 0.9
     assert all(p.grad is None and not p.requires_grad for p in reward.network.parameters())
     with pytest.raises(DiffalignError, match=r"float \[B, 3, H, W\]"):
         reward.score_tensors(torch.rand(1, 3, 8, 8), ["a", "b"])
