@@ -367,7 +367,7 @@ def test_a_reward_on_the_command_line(package: Path) -> None:
     assert (spec.label, spec.name, spec.options) == ("brightness", "another_package.judges:Brightness", {})
     spec = parse("b=another_package.judges:Brightness:scale=2,x=a:b")
     assert (spec.label, spec.name, spec.options) == ("b", "another_package.judges:Brightness", {"scale": 2, "x": "a:b"})
-    with pytest.raises(DiffalignError, match="option 'threshold' is no key=value"):
+    with pytest.raises(DiffalignError, match="option 'threshold' is not key=value"):
         parse("geneval:threshold")  # a reward of ours has no classes
     with pytest.raises(DiffalignError, match="has no class Darkness"):
         parse("another_package.judges:Darkness:scale=2")
