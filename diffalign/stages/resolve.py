@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 
 from diffalign import testbed
 from diffalign.config import (
-    EvalConfig,
     GeneratorSection,
     ModelSection,
     RewardSection,
-    SampleConfig,
     SizedSamplingSection,
     TrainConfig,
 )
@@ -166,11 +164,11 @@ def sampling_settings(section: SizedSamplingSection) -> SamplingSettings:
     )
 
 
-def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:
-    """Where the guidance scale is an input of the network, images are drawn at the one that it is trained under."""
-    if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
+def check_guidance_scale(scale: float, backbone: Backbone, key: str = "guidance_scale") -> None:
+    """Refuse to draw at another guidance scale than the network is trained under, where the scale is its input."""
+    if backbone.guidance is not None and backbone.guidance != scale:
         raise DiffalignError(
-            f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
+            f"{key}={scale:g}: {backbone.path} takes the scale as an input and is trained under "
             f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
 
