@@ -20,7 +20,7 @@ from diffalign.pipelines.sampling import Sampling
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from diffalign.pipelines.loading import Source
+    from diffalign.pipelines.source import Source
 
 
 class Backbone(Sampling):

@@ -21,11 +21,12 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import brief
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import find_index
-from diffalign.pipelines.loading import BACKBONES, Source, load_backbone, read_index
+from diffalign.pipelines.loading import BACKBONES, load_backbone, read_index
 from diffalign.pipelines.options import Value
 from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline, pixart
 from diffalign.pipelines.sampling import seeded
 from diffalign.pipelines.settings import SamplingKeywords, SamplingSettings, merged
+from diffalign.pipelines.source import Source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -11,7 +11,8 @@ import torch
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import brief
 from diffalign.pipelines.hub import download, hub_errors
-from diffalign.pipelines.loading import Source, check_files, read_index
+from diffalign.pipelines.loading import check_files, read_index
+from diffalign.pipelines.source import Source
 from diffalign.pipelines.tuning import quiet_progress
 
 if TYPE_CHECKING:

@@ -121,6 +121,7 @@ def _graded(
     exact = True
     for clause in metadata["include"]:
         found, count = objects.get(clause["class"], []), clause["count"]
+        # The count comes first: colours and places are graded only if it is right.
         term = 1 - abs(len(found) - count) / count
         dense.append(max(0.0, term))
         server.append(term)

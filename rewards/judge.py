@@ -98,6 +98,7 @@ class Judge:
         # Some templates open a thought in any case; an answer inside it would be read at the wrong place.
         if written.rfind("<think>") > written.rfind("</think>"):
             written += "\n</think>\n\n"
+        # The template may strip or wrap the text, so the cut is found in what it wrote.
         at = written.rfind(ask)
         return (written[:at], written[at:]) if at >= 0 else (written, "")
 
@@ -216,6 +217,7 @@ class Judge:
         for name, value in batch.items():
             if value.shape != ids.shape or value.is_floating_point():
                 continue  # pixels and grids have no row a token
+            # Appended tokens are attended to; any other row a token, such as Qwen's token types, gets 0.
             pad, after = {"input_ids": (self.tokenizer.pad_token_id, None), "attention_mask": (0, 1)}.get(name, (0, 0))
             rows = [
                 torch.cat([value[i][mask[i]], value.new_tensor(tail if after is None else [after] * len(tail))])

@@ -12,19 +12,34 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
-    from diffalign.rewards.judge import Judge
+    from transformers import Cache, PreTrainedModel
 
 
-def shareable(judge: Judge) -> bool:
+class ChatJudge(Protocol):
+    """What is needed of a judge, whose methods explain themselves in `judge.py`."""
+
+    model: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def chat(self, prompt: str, dimension: str) -> tuple[str, str]: ...
+
+    def encode(self, images: Sequence[Image.Image] | Tensor, heads: Sequence[str]) -> dict[str, Tensor]: ...
+
+    def tail(self, text: str) -> list[int]: ...
+
+    def closed(self, logits: Tensor) -> Tensor: ...
+
+
+def shareable(judge: ChatJudge) -> bool:
     """Return whether this model's prefix can be shared, with a gradient if one is being recorded."""
     inner = getattr(judge.model, "model", None)
     if not hasattr(inner, "get_rope_index"):
@@ -34,7 +49,7 @@ def shareable(judge: Judge) -> bool:
 
 
 def shared_logits(
-    judge: Judge, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
+    judge: ChatJudge, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
 ) -> Tensor | None:
     """Return float32 [B, dimensions, labels]; None if the chat template does not write the question before the rubric."""
     from transformers import DynamicCache

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.flux import Flux
-from diffalign.pipelines.loading import Source
+from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
 from diffalign.testbed.tokenizers import clip_tokenizer

@@ -101,7 +101,7 @@ def latent_key(frames: Frames, backbone: Encoder) -> str:
     for i, size in zip(frames.groups, frames.sizes, strict=True):
         digest.update(f"{ids[i]}\0{size}\0".encode())
     wanted = {ids[i]: set(dataset.members(ids[i])) for i in frames.groups}
-    # Images are hashed one by one: the order of the shards is the order of the files, which is fixed.
+    # The order of the images is that of the files and so is fixed. Stored latents count too, since they may be used.
     for path in dataset.shards:
         file = pq.ParquetFile(path)
         stored = [name for name in ("latent", "provenance") if "latent" in file.schema_arrow.names]

@@ -1,11 +1,12 @@
 """Write a dataset's card (README.md as the hub reads it): content, generators, rewards and licences."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.files import write_whole
+from diffalign.files import read_json, write_whole
 from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -26,63 +27,18 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
     A licence that is not known is stated as unknown. Equal data give equal bytes: the card holds neither time nor host.
     """
     generators = _generators(dataset)
-    rewards = {name: dataset.scored_by(name) for name in dataset.rewards()}
-    licences = sorted({str(g.get("licence") or "unknown") for g in generators.values()})
-    total = sum(counts.values())
-    size = next((name for limit, name in SIZES if total < limit), "n>1M")
-    lines = ["---", "license: other", f"license_name: {_yaml(', '.join(licences) or 'unknown')}"]
-    lines += [
-        "task_categories:",
-        "- text-to-image",
-        "tags:",
-        "- preference",
-        "- diffalign",
-        "size_categories:",
-        f"- {size}",
-    ]
-    if form == "folder":
-        lines += ["configs:", "- config_name: images", '  data_files: "images/*.parquet"']
-        lines += ["- config_name: groups", '  data_files: "groups.parquet"']
-    elif form != "webdataset":
-        lines += ["configs:", "- config_name: default", "  data_files:"]
-        for split in counts:
-            if counts[split]:
-                lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.parquet"']
-    lines += ["---", "", f"# {dataset.folder.name}", "", FORM_WORDS[form], ""]
-    lines += [
-        f"| split | {'groups' if form == 'folder' else 'rows'} |",
-        "|---|---|",
-        *(f"| {split} | {n} |" for split, n in counts.items()),
+    lines = [
+        *_front_matter(generators, form, counts),
         "",
+        f"# {dataset.folder.name}",
+        "",
+        FORM_WORDS[form],
+        "",
+        *_table(("split", "groups" if form == "folder" else "rows"), list(counts.items())),
+        *_generator_section(generators),
+        *_reward_section({name: dataset.scored_by(name) for name in dataset.rewards()}),
+        *_ranking_section(dataset.folder / "ranking.json"),
     ]
-    if generators:
-        lines += [
-            "## Generators",
-            "",
-            "| generator | model | revision | sampler | licence |",
-            "|---|---|---|---|---|",
-        ]
-        for name, g in generators.items():
-            sampler = f"{g.get('scheduler', '?')}, {g.get('steps', '?')} steps, guidance {g.get('guidance_scale', '?')}"
-            cells = (name, g.get("model", "?"), g.get("revision") or "local", sampler, g.get("licence") or "unknown")
-            lines.append("| " + " | ".join(_cell(value) for value in cells) + " |")
-        lines += ["", "The images may be used as far as these models' licences allow.", ""]
-    if rewards:
-        lines += ["## Rewards", "", "| reward | version | weights | licence |", "|---|---|---|---|"]
-        for name, r in rewards.items():
-            about = (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown"))
-            lines.append("| " + " | ".join(_cell(value) for value in about) + " |")
-        lines += ["", "Scores are those of models, not of people.", ""]
-    ranking = dataset.folder / "ranking.json"
-    if ranking.is_file():
-        done = json.loads(ranking.read_text(encoding="utf-8"))
-        settings, report = done["settings"], done["report"]
-        how = "vote shares" if settings["aggregate"] == "votes" else "the mean of z-scores"
-        lines += ["## Ranking", "", f"Preferences are {how} of {', '.join(settings['sources'])}. "]
-        lines[-1] += f"{report['groups']} groups, of which {sum(report['dropped'].values())} were dropped."
-        if report["generator_explains"] is not None:
-            lines[-1] += f" The generators' means alone explain {report['generator_explains']:.0%} of the preferences."
-        lines.append("")
     write_whole(out / "README.md", "\n".join(lines))
 
 
@@ -99,11 +55,68 @@ def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
+def _front_matter(generators: dict[str, dict[str, Any]], form: str, counts: dict[str, int]) -> list[str]:
+    """Return the YAML that the hub reads: licence, tags, size, and where the data files are."""
+    licences = sorted({str(g.get("licence") or "unknown") for g in generators.values()})
+    size = next((name for limit, name in SIZES if sum(counts.values()) < limit), "n>1M")
+    lines = ["---", "license: other", f"license_name: {_yaml(', '.join(licences) or 'unknown')}"]
+    lines += ["task_categories:", "- text-to-image", "tags:", "- preference", "- diffalign"]
+    lines += ["size_categories:", f"- {size}"]
+    if form == "folder":
+        lines += ["configs:", "- config_name: images", '  data_files: "images/*.parquet"']
+        lines += ["- config_name: groups", '  data_files: "groups.parquet"']
+    elif form != "webdataset":
+        lines += ["configs:", "- config_name: default", "  data_files:"]
+        for split in (split for split, count in counts.items() if count):
+            lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.parquet"']
+    return [*lines, "---"]
+
+
+def _generator_section(generators: dict[str, dict[str, Any]]) -> list[str]:
+    if not generators:
+        return []
+    rows = []
+    for name, g in generators.items():
+        sampler = f"{g.get('scheduler', '?')}, {g.get('steps', '?')} steps, guidance {g.get('guidance_scale', '?')}"
+        rows.append((name, g.get("model", "?"), g.get("revision") or "local", sampler, g.get("licence") or "unknown"))
+    table = _table(("generator", "model", "revision", "sampler", "licence"), rows)
+    return ["## Generators", "", *table, "The images may be used as far as these models' licences allow.", ""]
+
+
+def _reward_section(rewards: dict[str, dict[str, Any]]) -> list[str]:
+    if not rewards:
+        return []
+    rows = [
+        (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown")) for name, r in rewards.items()
+    ]
+    table = _table(("reward", "version", "weights", "licence"), rows)
+    return ["## Rewards", "", *table, "Scores are those of models, not of people.", ""]
+
+
+def _ranking_section(ranking: Path) -> list[str]:
+    done = read_json(ranking)
+    if done is None:
+        return []
+    settings, report = done["settings"], done["report"]
+    how = "vote shares" if settings["aggregate"] == "votes" else "the mean of z-scores"
+    text = f"Preferences are {how} of {', '.join(settings['sources'])}. "
+    text += f"{report['groups']} groups, of which {sum(report['dropped'].values())} were dropped."
+    if report["generator_explains"] is not None:
+        text += f" The generators' means alone explain {report['generator_explains']:.0%} of the preferences."
+    return ["## Ranking", "", text, ""]
+
+
 def _weights(name: str, reward: dict[str, Any]) -> str:
     """Return the weights behind a reward: those of its detector, if it was given one."""
     detector = reward.get("settings", {}).get("detector")
     given = detector is not None and takes(name, "detector")
     return f"the detector {detector}" if given else str(reward.get("weights", "?"))
+
+
+def _table(names: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
+    """Return the lines of a Markdown table and an empty one."""
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
 
 
 def _cell(value: object) -> str:

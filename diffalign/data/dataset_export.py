@@ -122,6 +122,7 @@ def _pickapic(
             images = dataset.images(row["group_id"])
             found = list(strict_pairs(row["preference"] or [], pairs))
             for number, pair in enumerate(found):
+                # Seeded by group and pair, so that an export can be repeated.
                 swap = bool(draw(0, "export", group=row["group_id"], member=number).integers(2))
                 winner, loser = (images[k] for k in pair)
                 yield _pair_row(row, (loser, winner) if swap else (winner, loser), swap, len(found), i)

@@ -29,6 +29,7 @@ class ImageIndex:
             groups += keys["group_id"].chunks
             indices.append(keys["index"].to_numpy())
             rows_of.append([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        # One sortable number for each image: its group's row and its index.
         named = pa.chunked_array(groups, type=pa.string())
         group = row_numbers(pc.index_in(named, value_set=group_ids.combine_chunks()))
         index = np.concatenate(indices).astype(np.int64) if indices else np.zeros(0, np.int64)
@@ -41,6 +42,7 @@ class ImageIndex:
         """Position of each among all rows of all shards."""
         self.starts = np.searchsorted(self.keys, np.arange(len(group_ids) + 1, dtype=np.int64) << INDEX_BITS)
         """The images of group i are starts[i]:starts[i + 1]."""
+        # Which row group of which file holds each row, counted through all files.
         sizes = [(shard, i, n) for shard, counts in enumerate(rows_of) for i, n in enumerate(counts)]
         self._row_groups = [(shard, i) for shard, i, _ in sizes]
         self._first_row = np.concatenate([[0], np.cumsum([n for *_, n in sizes], dtype=np.int64)])

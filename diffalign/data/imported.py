@@ -71,6 +71,7 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
                 else:
                     report.counted[kept.reason] += 1
                 continue
+            # A new file after IMAGES_PER_FILE images, so that none grows without bound.
             if writer is not None and in_file >= IMAGES_PER_FILE:
                 writer.__exit__(None, None, None)
                 writer = None

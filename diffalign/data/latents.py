@@ -169,7 +169,7 @@ class LatentStore:
             files: list[np.memmap] = []
             for n, row in enumerate(rows):
                 values = [v for v in encoder.group(row) if v is not None]
-                if not files:
+                if not files:  # the latents' shape is known from the first group of this size
                     shape = (len(rows), frames.members, *values[0].shape[1:])
                     check_space(folder, 2 * len(values) * int(np.prod(shape)), "the latent cache")
                     names = [_name(size), f"{_name(size)}-spread"][: len(values)]

@@ -3,6 +3,8 @@
 `diffalign.pipelines.Backbone` and the sections of `diffalign.config` have these members; so may any stand-in.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol

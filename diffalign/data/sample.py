@@ -5,6 +5,8 @@ images/part-00003.parquet               a shard
 sampling.json, failed.jsonl             the plan's settings; prompts that could not be drawn, and why
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable
@@ -72,6 +74,7 @@ def draw_part(
         piece = _piece(out, shard, i)
 
         def make() -> None:
+            # A model that draws nothing for several batches is broken; going on would only fill failed.jsonl.
             drawn, failed = _attempt(draw, shard.batches[i], part.generator)
             lost.append(not drawn)
             if all(lost[-HOPELESS:]) and len(lost) >= HOPELESS:
@@ -80,6 +83,7 @@ def draw_part(
                 image_row(cell.group_id, cell.index, d.image, part.generator, cell.seed, provenance, d.latent)
                 for cell, d in drawn
             ]
+            # The report first: a batch counts as done once its file exists.
             if failed:
                 _report(out, shard, i, failed)
             with parquet_writer(piece, schema) as writer:

@@ -66,6 +66,7 @@ def score_images(
     if path.is_file():
         _same_reward(path, made_by)
         return 0
+    # Shard by shard, so that several processes share the work and a kill costs one shard at most; then one file.
     mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
     complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine

@@ -81,6 +81,7 @@ def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | Non
                     continue
             if on_progress:
                 on_progress(done, total)
+        # Wait only if every missing task is in another process's hands.
         if len(others) == len(missing):
             time.sleep(WAIT)
         missing = others

@@ -148,6 +148,7 @@ def prepare_source(
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
+    # Labels: from stored preferences or scores, scaled over the chosen groups unless a scale is given.
     if label.source == "combined":
         assert label.combine is not None  # the config is checked
         stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
@@ -159,6 +160,7 @@ def prepare_source(
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
+    # Latents and embeddings: refused before anything is encoded if the cache does not fit on the disk.
     ids = dataset.column("group_id")
     plan = plan_cache(data, dataset, chosen, members, backbone)
     sizes = sorted(set(plan.frames.sizes))

@@ -153,6 +153,7 @@ def evaluate(
     samplers = {"base": base, "tuned": tuned, **(others or {})}
     folders = {model: out / "eval" / "images" / model for model in samplers}
     folders["base"] = base_folder or folders["base"]
+    # Model by model, so that the weights of only one are loaded; scores are cheap beside drawing and not cached.
     scores, spreads = {}, {}
     for model, sampler in samplers.items():
         sample_images(sampler, plan, folders[model], identities[model], _named(on_progress, model))
@@ -162,6 +163,7 @@ def evaluate(
             scores[model]["corrected"] = corrected(scores[model], *columns)
         if plan.seeds > 1:
             spreads[model] = _spread(folders[model], plan)
+    # What eval.json holds: the comparison of `tuned`, then what is there only for some evaluations.
     result = {"seed": plan.seed, "seeds": plan.seeds, "prompts": [p.prompt for p in plan.prompts]}
     result |= {"images": {m: str(f) for m, f in folders.items()}, "scores": summarise(scores, plan)}
     if suites := sorted({p.metadata["suite"] for p in plan.prompts if "suite" in p.metadata}):

@@ -63,6 +63,7 @@ class Watch:
         # A step in which no group states a preference has no loss, accuracy, margin or gaps to judge.
         if row.get("share_without_preference", 0.0) < 1.0:
             self._remember(row)
+        # Checks of losses and margins see the newest rows that have them; the other checks have their own window.
         telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0][-JUDGED_ROWS:]
         measured = {name: check(telling) for name, check in CHECKS.items() if name not in self.findings}
         measured["labels_without_spread"] = no_spread(self._rows)

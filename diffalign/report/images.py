@@ -105,6 +105,7 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
         values = [tables[id(run)].get(key, {}).get(candidate.model) for candidate, run in members]
         if scored.get("base") is not None and all(v is not None for v in values):
             changes[key] = sum(v - scored["base"] for v in values) / len(values)
+    # Sorted by key too, so that equal changes keep their order; an image is shown once even if there are few.
     order = sorted(changes, key=lambda k: (-changes[k], k))
     best = order[:shown]
     worst = [k for k in order[::-1][:shown] if k not in set(best)]

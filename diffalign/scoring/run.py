@@ -59,16 +59,19 @@ def score_items(
         hashes, broken = _scan(items, pool, processes)
         computed = known = 0
         for label, reward in rewards.items():
+            # This process scores its share of what nobody has scored yet.
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
             known += sum(key in store.known for key in wanted)
             found, bad = _score(
                 items, processes.share(todo), hashes, reward, store, batch_size, pool, label, on_progress
             )
+            # All processes learn all results, so that each could write the rows.
             for results, reasons in processes.gather((found, bad)):
                 store.known |= results
                 broken |= reasons
                 computed += len(results)
+            # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
     rows = [_row(item, hashes[i], broken, rewards, identities, store) for i, item in enumerate(items)]

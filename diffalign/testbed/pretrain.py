@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
+from diffalign.files import replacing
 from diffalign.progress import Say
 from diffalign.testbed.models import BUILDERS, autoencoder
 from diffalign.testbed.scenes import render
@@ -195,6 +196,24 @@ def save(pipeline: Pipeline, averages: dict[str, Tensor], folder: Path) -> None:
     pipeline.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
 
 
+def _captions(settings: PretrainSettings, step: int, described: list[Metadata]) -> list[str]:
+    """Return the captions of a step's images: some dropped and, in the last part of the run, some attributes wrong."""
+    rng = np.random.default_rng([settings.seed, 3, step])
+    noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
+    return ["" if rng.random() < settings.caption_dropout else misdescribed(one, rng, noise) for one in described]
+
+
+def _restore(
+    snapshot: Path, modules: torch.nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
+) -> int:
+    """Load a snapshot in place; return how many steps were done."""
+    state = torch.load(snapshot, weights_only=True)
+    modules.load_state_dict(state["modules"])
+    optimizer.load_state_dict(state["optimizer"])
+    averages.update(state["averages"])
+    return int(state["step"])
+
+
 def main(
     name: str, out: Path, settings: PretrainSettings | None = None, say: Say = print, until: int | None = None
 ) -> None:
@@ -218,21 +237,14 @@ def main(
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
     snapshot, first = out / f"{name}-snapshot.pt", 0
     if snapshot.is_file():
-        state = torch.load(snapshot, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        averages, first = state["averages"], state["step"]
+        first = _restore(snapshot, modules, optimizer, averages)
     log, started, running = out / f"{name}-log.jsonl", time.monotonic(), 0.0
     batches = list(_batches(len(latents), settings.batch, settings.steps, settings.seed))
     last = settings.steps if until is None else min(until, settings.steps)
     for step in range(first, last):
+        # Seeded by the step, so that a resumed run draws what an uninterrupted one would.
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        rng = np.random.default_rng([settings.seed, 3, step])
-        noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
-        captions = [
-            "" if rng.random() < settings.caption_dropout else misdescribed(described[i], rng, noise)
-            for i in batches[step]
-        ]
+        captions = _captions(settings, step, [described[i] for i in batches[step]])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr, settings.warmup)
         loss = denoising_loss(pipeline, latents[batches[step]], captions, generator, settings.bf16)
@@ -250,8 +262,8 @@ def main(
             say(f"{name} step {step}/{settings.steps} loss {running:.4f} {time.monotonic() - started:.0f} s")
         if (step + 1) % settings.snapshot_every == 0 or step + 1 == last:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages}
-            torch.save(state | {"step": step + 1}, snapshot.with_suffix(".part"))
-            snapshot.with_suffix(".part").replace(snapshot)
+            with replacing(snapshot) as part:
+                torch.save(state | {"step": step + 1}, part)
     if last < settings.steps:
         return
     save(pipeline, averages, out / name)

@@ -14,7 +14,7 @@ from PIL import Image
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import score_schema
-from diffalign.data.writer import ImageWriter, replacing, write_groups
+from diffalign.data.writer import ImageWriter, parquet_writer, write_groups
 
 SIZES = {"a": 3, "b": 3, "c": 2}
 
@@ -99,6 +99,6 @@ def scored(
             for k, v in enumerate(values)
         ]
         schema = score_schema(("score",), {"version": "1", "weights": "none", "licence": "MIT", "settings": {}})
-        with replacing(folder / "scores" / f"{reward}.parquet", schema) as writer_:
+        with parquet_writer(folder / "scores" / f"{reward}.parquet", schema) as writer_:
             writer_.write_table(pa.Table.from_pylist(table, schema=schema))
     return PreferenceDataset(folder)

@@ -147,7 +147,9 @@ def test_guidance_of_the_data_is_the_one_to_train_under(tmp_path: Path) -> None:
     data = dataset(tmp_path / "a", origin, {"file": "mine.png"}, {**origin, "guidance_scale": 9.0})
     check(data, 2.5)
     check(data, None)  # not a model that takes it
-    with pytest.raises(DiffalignError, match=r"model\.guidance=3\.5: .*guidance_scale=2\.5; set model\.guidance=2\.5"):
+    with pytest.raises(
+        DiffalignError, match=r"model\.options\.guidance=3\.5: .*guidance_scale=2\.5; set model\.options\.guidance=2\.5"
+    ):
         check(data, 3.5)
     mixed = dataset(tmp_path / "b", origin, {**origin, "guidance_scale": 4.0})
     with pytest.raises(DiffalignError, match="guidance_scale=2.5, 4; train on those of one scale"):
@@ -174,15 +176,17 @@ def test_refusals(flux_dir: Path, tmp_path: Path) -> None:
 def test_images_are_drawn_at_the_scale_to_train_under(flux_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     config = SampleConfig.model_validate(
-        {"model": {"path": str(flux_dir), "guidance": 2.0}, "prompts": str(tmp_path / "p.txt"), "device": "cpu",
+        {"model": {"path": str(flux_dir), "options": {"guidance": 2.0}}, "prompts": str(tmp_path / "p.txt"), "device": "cpu",
          "out": str(tmp_path / "data"), "steps": 1, "height": 64, "width": 64, "images_per_prompt": 2}
     )  # fmt: skip
-    with pytest.raises(DiffalignError, match=r"guidance_scale=5: .* trained under model\.guidance=2; set both"):
+    with pytest.raises(
+        DiffalignError, match=r"guidance_scale=5: .* trained under model\.options\.guidance=2; set both"
+    ):
         sample(config)
     sample(config.model_copy(update={"guidance_scale": 2.0}))
     drawn, section = PreferenceDataset(tmp_path / "data"), SimpleNamespace(split="train", limit=None)
     check_guidance(section, drawn, load_backbone(flux_dir, guidance=2.0))
-    with pytest.raises(DiffalignError, match=r"set model\.guidance=2"):
+    with pytest.raises(DiffalignError, match=r"set model\.options\.guidance=2"):
         check_guidance(section, drawn, load_backbone(flux_dir))
 
 

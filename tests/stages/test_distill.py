@@ -113,8 +113,8 @@ def test_prompts_are_encoded_once_or_as_they_come_up(sdxl_dir: Path, sd3_dir: Pa
         ("student: {sampler: euler}\nreward: {terms: [{name: sharpness}], policy_weight: 1.0}\n", "a stochastic step"),
         ("reward: {terms: [{name: sharpness}], policy_reuse: 1}\n", "further updates are PPO's"),
         ("reward: {gradient_weight: 1.0}\n", "no reward to take a gradient of"),
-        ("tune: {kind: full, targets: [to_q]}\n", "belong to a LoRA"),
-        ("optimizer: {warmup_steps: 5}\n", "warm-up does not end"),
+        ("tune: {kind: full, targets: [to_q]}\n", "targets choose where a LoRA goes"),
+        ("optimizer: {warmup_steps: 5}\n", "does not end within train.steps=2"),
         ("studnet: {steps: 2}\n", "did you mean student"),
     ],
 )

@@ -238,8 +238,8 @@ def test_a_run_on_every_family(
         ("rewards: []", "rewards"),
         ("validation: {every: 1}", "none are given"),
         ("train: {images_per_step: 4, micro_batch: 3}", "does not divide train.images_per_step=4"),
-        ("tune: {kind: full, targets: [to_q]}", "belong to a LoRA"),
-        ("optimizer: {warmup_steps: 400}", "warm-up does not end"),
+        ("tune: {kind: full, targets: [to_q]}", "targets choose where a LoRA goes"),
+        ("optimizer: {warmup_steps: 400}", "does not end within train.steps=2"),
         ("drift: {wieght: 1.0}", "did you mean weight"),
     ],
 )

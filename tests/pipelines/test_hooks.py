@@ -27,10 +27,10 @@ from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.base import TransformerBackbone
 from diffalign.pipelines.family import padded
 from diffalign.pipelines.flux import FluxFlow, pack, unpack
-from diffalign.pipelines.loading import Source
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.process import Flow
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.pipelines.source import Source
 from diffalign.pipelines.vae import FrameVAE, PlainVAE
 
 WIDTH, LONGEST = 16, 12
