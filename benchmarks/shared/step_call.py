@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffalign.training.finite import Reading
+from diffalign.training.device import Share
+from diffalign.training.finite import FiniteGuard
 from diffalign.training.preference.gradient import StepGradient, logged
-from diffalign.training.preference.method import build_objective
+from diffalign.training.preference.policy import build_objective
 from diffalign.training.preference.reference_key import open_store
 from diffalign.training.preference.selection import Selection
 
@@ -23,11 +24,11 @@ def stepping(
     that are not finite."""
     groups, micro = config.train.groups_per_step, config.train.micro_batch
     objective, parameters = build_objective(config.objective), backbone.trainable()
-    store = open_store(config, source, backbone, objective, accelerator, micro)
+    store = open_store(config, source, backbone, objective, accelerator, micro, print)
     selection = Selection.of(config, source)
     gradient = StepGradient(
-        config, backbone, source, selection, accelerator, backbone.trunk, parameters, range(groups), micro,
-        Reading(backbone.device, folder), store, False, print, config.train.images_per_pass,
+        config, backbone, source, selection, accelerator, backbone.trunk, parameters, Share(range(groups), micro),
+        FiniteGuard(backbone.device, folder, "groups", "lower optimizer.lr"), store, False, print, config.train.images_per_pass,
     )  # fmt: skip
 
     def step(number: int) -> None:

@@ -16,7 +16,8 @@ from diffalign.config import TrainConfig
 from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
 from diffalign.training.memory import predict_memory
-from diffalign.training.preference.method import build_objective, train
+from diffalign.training.preference.method import train
+from diffalign.training.preference.policy import build_objective
 from shared import random_models
 from shared.step_phases import flops_by_phase, peaks_by_phase
 

@@ -12,7 +12,7 @@ from diffalign.judge.forward import read, right_aligned
 from diffalign.judge.method import Metrics, Weights, pair_metrics, sampled_traces, scores_of, sides
 from diffalign.judge.records import Pair
 from diffalign.rewards.judge import Judge
-from diffalign.training.validation import averaged
+from diffalign.training.average import averaged
 
 
 @dataclass(frozen=True)

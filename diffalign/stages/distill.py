@@ -25,12 +25,12 @@ from diffalign.stages.resolve import (
     resolve_prompts,
     say,
 )
+from diffalign.training.device import start_accelerator
 from diffalign.training.distillation.method import distill as distill_backbone
 from diffalign.training.distillation.real_images import RealImages
-from diffalign.training.distillation.step import Judge, Lean
 from diffalign.training.optim import check_installed
-from diffalign.training.preference.method import start_accelerator
 from diffalign.training.prompt_source import PromptSource
+from diffalign.training.protocols import DifferentiableScore, LatentScores
 from diffalign.training.validation import Validation
 
 HOW = """# A student with {steps} steps
@@ -73,7 +73,7 @@ def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
 
 def reward_judge(
     config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str
-) -> tuple[Judge | None, Lean | None]:
+) -> tuple[LatentScores | None, DifferentiableScore | None]:
     """What decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
     terms: list[RewardTerm] = list(config.reward.terms)
     if not terms:
@@ -161,7 +161,7 @@ def prompt_validation(
     settings = SampledValidationSection(
         **{name: getattr(wanted, name) for name in ValidationSection.model_fields}
     ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
-    return Validation(settings, rows, encoded, rewards, side, seed)
+    return Validation(backbone, settings, rows, encoded, rewards, side, seed)
 
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
@@ -196,8 +196,8 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
             student=student,
             source=source,
             shape=(backbone.latent_channels, places, places),
-            judge=judge,
-            lean=lean,
+            scores=judge,
+            differentiable_score=lean,
             real=real,
             say=say,
             accelerator=accelerator,

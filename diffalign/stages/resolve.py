@@ -200,4 +200,4 @@ def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
     parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     side = config.data.resolution or backbone.default_resolution
-    return Validation(wanted, rows, encoded, rewards, side, config.seed)
+    return Validation(backbone, wanted, rows, encoded, rewards, side, config.seed)

@@ -20,12 +20,12 @@ from diffalign.stages.resolve import (
     resolve_prompts,
     say,
 )
+from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
-from diffalign.training.preference.method import start_accelerator
 from diffalign.training.prompt_source import PromptSource
+from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import late_steps
 from diffalign.training.reward_gradient.method import reward_gradient as train_backbone
-from diffalign.training.reward_gradient.step import Scores
 
 
 def check_differentiable(config: RewardGradientConfig) -> None:
@@ -41,7 +41,7 @@ def check_differentiable(config: RewardGradientConfig) -> None:
 
 def gradient_scores(
     config: RewardGradientConfig, backbone: Any, rows: list[PromptRow], rewards: dict[str, Reward]
-) -> Scores:
+) -> LatentScores:
     """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
     vae = backbone.pipeline.vae.float()
     if config.decoder.checkpointing:

@@ -13,9 +13,9 @@ from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import open_backbone, prepare_validation, resolve_device, say
+from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
 from diffalign.training.optim import check_installed
-from diffalign.training.preference.method import start_accelerator
 from diffalign.training.preference.method import train as train_backbone
 
 
@@ -46,7 +46,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
-    known = [] if roles else examine_labels(source.labelled(dataset))
+    findings = [] if roles else examine_labels(source.labelled(dataset))
     validation = prepare_validation(config, backbone)
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
@@ -58,7 +58,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
             say=say,
             accelerator=accelerator,
             validation=validation,
-            known=known,
+            findings=findings,
         )
     finally:
         # Also of a run that an alarm has stopped: the report is where one sees why.

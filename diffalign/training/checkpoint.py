@@ -11,22 +11,23 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys
+from diffalign.training.protocols import Parameters, Weights
 from diffalign.training.sharding import placed, whole
 
 _NAME = re.compile(r"step-(\d{8})")
 # Keys that a run may change when it goes on; all others would make it another run.
 FREE_KEYS = (
-    "kind",
+    "kind",  # runs from before there was this key have none
     "run_dir",
     "tracking",
     "checkpoint",
@@ -45,22 +46,41 @@ FREE_KEYS = (
 class Partner:
     """A further network that trains, and its optimiser."""
 
-    parameters: dict[str, nn.Parameter]
+    parameters: Parameters
     optimizer: torch.optim.Optimizer
+
+
+class Store(Protocol):
+    """Something that a run fills beside its checkpoints, and that may not lag behind them."""
+
+    def flush(self) -> None:
+        """Write what has gathered since the last time."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What is saved: `step` optimiser steps are done."""
+    """Everything that training changes, and so what a checkpoint holds.
 
-    step: int
-    policy: dict[str, nn.Parameter]
+    ema: a second set of the policy's weights: their moving average where `ema_decay` is set; a judge keeps the policy of its
+    outer iteration there. sharded: weights are cut over the processes, so all of them take part in saving. store: written
+    before a checkpoint is.
+    """
+
+    policy: Parameters
     optimizer: torch.optim.Optimizer
-    ema: dict[str, Tensor] | None
-    scaler: Any = None
+    ema: Weights | None = None
+    ema_decay: float | None = None
+    scaler: torch.amp.GradScaler | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    """Plain numbers that the loop remembers (`steady.py`)."""
+    """Plain numbers that a method remembers from step to step (`preference/stabilise.py`)."""
     partners: dict[str, Partner] = field(default_factory=dict)
+    sharded: bool = False
+    store: Store | None = None
+
+    @property
+    def average(self) -> Weights | None:
+        """The moving average of the policy's weights, None where none is kept."""
+        return self.ema if self.ema_decay else None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -114,13 +134,20 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], keep: int, write: bool = True) -> Path:
+def save_checkpoint(
+    run_dir: Path, step: int, state: TrainState, config: dict[str, Any], keep: int, write: bool = True
+) -> Path:
     """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were.
 
-    Where weights are cut over processes all call this, since all give their parts, and one of them has `write`.
+    All processes call this, since each has its part of sharded weights; one of them has `write`. Raises DiffalignError for a
+    full disk.
     """
     folder = run_dir / "checkpoints"
-    final, part = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.part"
+    final, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.part"
+    if state.store is not None:
+        state.store.flush()
+    if not (write or state.sharded):
+        return final
     tensors, optimizer = _optimizer_record(state.optimizer)
     partners = {name: _optimizer_record(partner.optimizer) for name, partner in state.partners.items()}
     policy = {k: whole(v).detach().cpu().contiguous() for k, v in state.policy.items()}
@@ -128,7 +155,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
     if not write:
         return final
     record = {
-        "step": state.step,
+        "step": step,
         "config": config,
         "optimizer": optimizer,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
@@ -162,7 +189,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: dict[str, Any], ke
             raise
         last = checkpoints(run_dir)
         raise DiffalignError(
-            f"no space left on the disk of {run_dir} at step {state.step}; the last complete checkpoint is "
+            f"no space left on the disk of {run_dir} at step {step}; the last complete checkpoint is "
             f"{last[-1] if last else 'none'}: free some space and run the same command again"
         ) from error
     for old in checkpoints(run_dir)[:-keep]:
@@ -224,3 +251,17 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
     return int(record["step"])
+
+
+def resume(run_dir: Path, state: TrainState, config: dict[str, Any], steps: int) -> int:
+    """Load the newest complete checkpoint into `state`; return how many steps are done, 0 without one.
+
+    Raises DiffalignError for a checkpoint of another config, for one that cannot be read, and for more than `steps` steps.
+    """
+    saved = checkpoints(run_dir)
+    done = load_checkpoint(saved[-1], state, config) if saved else 0
+    if done > steps:
+        raise DiffalignError(
+            f"{run_dir} has {done} steps already; train.steps={steps} would go back: choose another run_dir"
+        )
+    return done

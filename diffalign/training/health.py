@@ -1,52 +1,67 @@
-"""The health of a run while it goes: what is found is said at once, kept in `health.json`, and may end the run."""
+"""Watch a running job: print each finding once, write `health.json`, stop on an alarm if asked."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
 from diffalign.health import Finding, Watch, describe
+from diffalign.training.protocols import Say
+from diffalign.training.validation import Row as ValidationRow
+
+OnAlarm = Literal["warn", "stop"]
+Row = dict[str, float]
 
 
-class Oversight:
-    """Every process has one and feeds it the same rows, so all stop together; only the main one speaks and writes."""
+class HealthMonitor:
+    """Watches a run's rows. Every process has one and feeds it the same rows, so all stop together; only the main one
+    prints and writes."""
 
     def __init__(
         self,
         run_dir: Path,
-        on_alarm: str,
-        known: Iterable[Finding],
+        on_alarm: OnAlarm,
+        findings: Iterable[Finding],
         first: int,
-        say: Callable[[str], None],
+        say: Say,
         main: bool,
     ) -> None:
+        """Begin with the `findings` about the data, and with the rows up to step `first` of a resumed run.
+
+        Raises DiffalignError where these hold an alarm and on_alarm is "stop".
+        """
         self.run_dir, self.stop_on_alarm, self.say, self.main = run_dir, on_alarm == "stop", say, main
-        self.watch = Watch(known)
+        self.watch = Watch(findings)
         self._announce(list(self.watch.findings.values()))
         if first:  # a resumed run sees its past as the first one did
-            rows = (read_json_lines(run_dir / name, first) for name in ("metrics.jsonl", "validation.jsonl"))
-            self.watch.replay(*rows)
+            rows, validations = (
+                read_json_lines(run_dir / f"{name}.jsonl", first) for name in ("metrics", "validation")
+            )
+            self.watch.replay(rows, validations)
         if self.stops:
             self._write()
             raise DiffalignError(self.reason())
 
     @property
     def stops(self) -> bool:
+        """Whether an alarm ends the run."""
         return self.stop_on_alarm and bool(self.watch.alarms)
 
     def reason(self) -> str:
-        """Why a run with on_alarm=stop ends."""
+        """Say why a run with on_alarm=stop ends."""
         return (
             f"{self.run_dir} stops, as on_alarm=stop says. {describe(self.watch.alarms[0])} Set on_alarm=warn to go on; "
             "nothing that was trained is lost"
         )
 
-    def row(self, row: dict[str, float]) -> None:
+    def row(self, row: Row) -> None:
+        """Examine a row of metrics.jsonl."""
         self._announce(self.watch.row(row))
 
-    def validation(self, row: dict[str, Any]) -> None:
+    def validation(self, row: ValidationRow) -> None:
+        """Examine a row of validation.jsonl."""
         self._announce(self.watch.validation(row))
 
     def _announce(self, new: list[Finding]) -> None:
@@ -56,11 +71,13 @@ class Oversight:
             self._write()
 
     def close(self) -> None:
-        """Say once more what was found, since a long run scrolls it away."""
+        """Print once more what was found, since a long run scrolls it away; raise DiffalignError where an alarm ended it."""
         if self.main:
             self._write()
             found = self.watch.in_order()
             self.say("health: " + ("; ".join(f"{f.words.title} (step {f.step})" for f in found) or "nothing found"))
+        if self.stops:
+            raise DiffalignError(self.reason())
 
     def _write(self) -> None:
         if self.main:

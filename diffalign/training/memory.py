@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from diffalign.training.preference.policy import build_objective, prepare_policy
+
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
 
@@ -254,8 +256,6 @@ def predict_memory(
     `backbone` is untuned, on the CPU, and unusable afterwards. latents: [images of a micro-batch, C, h, w]. processes: over
     how many the weights are cut where train.shard is fsdp2.
     """
-    from diffalign.training.preference.method import build_objective, prepare_policy
-
     objective, tune = build_objective(config.objective), config.tune
     frozen = stored_bytes(backbone.trunk)
     to_meta(backbone)
@@ -266,7 +266,6 @@ def predict_memory(
         "tune": tune.model_copy(update={"init": None, "reference": "init"}),
     }
     prepare_policy(config.model_copy(update=plain), backbone, objective)
-    backbone.trunk.train()
     trained = list(backbone.trainable().values())
     numbers = sum(p.numel() for p in trained)
     full = tune.kind == "full"

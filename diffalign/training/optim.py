@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffalign.config import OptimizerSection
 from diffalign.errors import DiffalignError
 from diffalign.training.offload import OffloadedAdamW
 
 
-def check_installed(settings: Any) -> None:
+def check_installed(settings: OptimizerSection) -> None:
     """Raise DiffalignError where the optimiser needs a package that is absent: known before anything is loaded."""
     if settings.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'")
 
 
-def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """`settings`: the `optimizer` section of a config. The learning rate is set anew before every step."""
+def build_optimizer(settings: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimiser that a config's `optimizer` section names. Its learning rate is set before every step."""
     parameters = list(parameters)
-    adam = {
+    adam: dict[str, Any] = {
         "lr": settings.lr,
         "betas": tuple(settings.betas),
         "eps": settings.eps,
@@ -51,8 +52,15 @@ def build_optimizer(settings: Any, parameters: Iterable[nn.Parameter]) -> torch.
     )
 
 
-def learning_rate(settings: Any, step: int, steps: int) -> float:
-    """Rate of step 0..steps-1: linear warm-up, then constant, or linear or cosine to 0 at `steps`."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Set the learning rate of all parameters, and return it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def learning_rate(settings: OptimizerSection, step: int, steps: int) -> float:
+    """Return the rate of step 0..steps-1: linear warm-up, then constant, or linear or cosine to 0 at `steps`."""
     warmup = settings.warmup_steps
     if step < warmup:
         return float(settings.lr * (step + 1) / warmup)

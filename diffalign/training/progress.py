@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar on a terminal, a plain line now and then elsewhere."""
+"""How a run proceeds: a bar on a terminal, a plain line now and then elsewhere; seconds a step, and waiting for data."""
 
 import resource
 import sys
@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+ALLOWED_WAITING = 0.02
 # Preference steps have the first, distillation the others.
 SHOWN = ("loss", "student_loss", "fake_loss", "reward")
 
@@ -77,3 +78,42 @@ class TrainProgress:
         elif done == self.steps or done - self.first == 1 or done % max(1, self.steps // 10) == 0:
             left = seconds * (self.steps - done)
             self.say(f"step {done}/{self.steps}  {text}  ETA {int(left // 60)}:{int(left % 60):02d}")
+
+
+class Pace:
+    """Seconds of steps since the last row and since the start, and the share of them in which a run only waited for data.
+
+    On a GPU a step's own seconds say little, since the host runs ahead; those between two rows, each of which waits for the
+    GPU, do. remedy: what shortens the waiting; None where a method does not measure it.
+    """
+
+    def __init__(self, remedy: str | None) -> None:
+        self.remedy = remedy
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._all_seconds = self._all_waited = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        """Count a step, and how much of it was spent on reading and drawing its data and on nothing else."""
+        self._steps += 1
+        self._seconds += seconds
+        self._waited += waited
+        self._all_seconds += seconds
+        self._all_waited += waited
+
+    def row(self) -> dict[str, float]:
+        """Return seconds a step and the share of waiting since the last row, and peak memory in GiB."""
+        row = {"seconds": self._seconds / self._steps}
+        if self.remedy is not None:
+            row["waiting"] = self._waited / self._seconds
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        return row | {"peak_gib": peak_memory()}
+
+    def waiting_warning(self) -> str | None:
+        """Return a line to print where more than 2% of the run was waiting."""
+        share = self._all_waited / self._all_seconds if self._all_seconds else 0.0
+        if self.remedy is None or share <= ALLOWED_WAITING:
+            return None
+        return (
+            f"{share:.1%} of the steps' time went into reading and drawing their data (more than {ALLOWED_WAITING:.0%}); "
+            f"{self.remedy}"
+        )

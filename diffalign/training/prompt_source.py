@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 ENCODED_AT_ONCE = 32
+WAITING_REMEDY = "train.cache_prompts=true shortens it"
 
 
 class PromptSource:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ def cut_rows(path: Path, step: int) -> None:
 class Metrics:
     """Rows to files and trackers. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
 
-    def __init__(self, run_dir: Path, trackers: list[str], project: str, config: dict[str, Any], step: int) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[str], project: str, config: dict[str, Any], step: int) -> None:
         for name in ("metrics.jsonl", "timing.jsonl"):
             cut_rows(run_dir / name, step)
         # Line by line: a checkpoint must never be ahead of its metrics.

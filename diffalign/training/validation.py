@@ -8,15 +8,18 @@ Nothing here touches what training reads: noise is keyed by (seed, prompt, image
 average of the weights, if one is kept, is put in and taken out again bit for bit.
 """
 
+from __future__ import annotations
+
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
@@ -25,47 +28,65 @@ from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
 from diffalign.training.tracking import cut_rows
 
+if TYPE_CHECKING:
+    from diffalign.config import SampledValidationSection
+    from diffalign.data.prompts import PromptRow
+    from diffalign.pipelines import Backbone
+    from diffalign.rewards import Reward
+    from diffalign.training.health import HealthMonitor
+    from diffalign.training.protocols import Say
+
 SHOWN_PROMPTS = 8
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is drawn and what judges it. `encoded`: `Backbone.encode_guided` of the prompts, since training frees the text
-    encoders; `prompts` carry `prompt` and `metadata`; the first column of the first reward decides what is best."""
+    """What draws validation images, and what judges them.
 
-    settings: Any
-    prompts: Sequence[Any]
+    encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; side: of an image, in pixels.
+    The first column of the first reward decides which weights are best.
+    """
+
+    backbone: Backbone
+    settings: SampledValidationSection
+    prompts: Sequence[PromptRow]
     encoded: dict[str, Tensor]
-    rewards: dict[str, Any]
+    rewards: dict[str, Reward]
     side: int
     seed: int = 0
 
-    def due(self, done: int, steps: int) -> bool:
-        """At step 0 for the untrained model, then every so many steps and at the end."""
-        return done % self.settings.every == 0 or done == steps
+    def run(self, run_dir: Path, done: int) -> Row:
+        """Draw and score with the policy's weights as they are; write the grid and return the row (not yet written)."""
+        device = self.backbone.device
+        # Some pipelines give their scheduler no generator, and it then draws from the global one.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            cells = [(p, k) for p in range(len(self.prompts)) for k in range(self.settings.seeds)]
+            images = self._draw(cells)
+            self._save_grid(images, run_dir / "samples" / f"step-{done:08d}.png")
+            return {"step": done, "scores": self._scores(images, cells)}
 
-    def run(self, backbone: Any, run_dir: Path, done: int) -> Row:
-        """Draw and score with the policy's weights as they are; writes the grid and returns the row (not yet written)."""
-        cells = [(p, k) for p in range(len(self.prompts)) for k in range(self.settings.seeds)]
+    def _draw(self, cells: list[tuple[int, int]]) -> list[Image.Image]:
+        """Images of (prompt, number among its images)."""
+        backbone, settings = self.backbone, self.settings
         images: list[Image.Image] = []
         training = backbone.trunk.training
         backbone.trunk.eval()
         with backbone.borrowed_vae(), backbone.role("policy"):
-            for start in range(0, len(cells), self.settings.batch_size):
-                batch = cells[start : start + self.settings.batch_size]
+            for start in range(0, len(cells), settings.batch_size):
+                batch = cells[start : start + settings.batch_size]
                 rows = [p for p, _ in batch]
                 images += backbone.sample_encoded(
                     {name: values[rows] for name, values in self.encoded.items()},
                     [int(draw(self.seed, "validation", inner=p, member=k).integers(2**32)) for p, k in batch],
-                    steps=self.settings.steps,
-                    guidance_scale=self.settings.guidance_scale,
+                    steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
                     height=self.side,
                     width=self.side,
                 )
         backbone.trunk.train(training)
-        self._save_grid(images, run_dir / "samples" / f"step-{done:08d}.png")
-        return {"step": done, "scores": self._scores(images, cells)}
+        return images
 
     def _scores(self, images: list[Image.Image], cells: list[tuple[int, int]]) -> dict[str, list[float | None]]:
         texts = [self.prompts[p].prompt for p, _ in cells]
@@ -105,33 +126,65 @@ def best_of(rows: Sequence[Row]) -> tuple[int, int]:
     return int(trained[best]["step"]), len(trained) - 1 - best
 
 
-class ValidationLog:
-    """validation.jsonl, cut to what a resumed run has reached (nothing, where no step is done yet)."""
+class Validations:
+    """The validations of a run, in validation.jsonl: cut to what a resumed run has reached (nothing before its first step)."""
 
-    def __init__(self, run_dir: Path, step: int, write: bool) -> None:
-        self.path, self.write = run_dir / "validation.jsonl", write
-        step = step or -1
-        self.rows = read_json_lines(self.path, step)
-        if write:
+    def __init__(
+        self,
+        validation: Validation,
+        run_dir: Path,
+        first: int,
+        accelerator: Accelerator,
+        health: HealthMonitor | None,
+        say: Say,
+    ) -> None:
+        self.validation, self.run_dir = validation, run_dir
+        self.accelerator, self.health, self.say = accelerator, health, say
+        self.path, step = run_dir / "validation.jsonl", first or -1
+        self.rows: list[Row] = read_json_lines(self.path, step)
+        if accelerator.is_main_process:
             cut_rows(self.path, step)
 
-    def add(self, row: Row) -> None:
+    def due(self, done: int, steps: int) -> bool:
+        """Return whether to validate after `done` of `steps` steps: every so many, and at the end."""
+        every = self.validation.settings.every
+        return every is not None and (done % every == 0 or done == steps)
+
+    def run(self, done: int) -> dict[str, float]:
+        """Validate the weights as they are after `done` steps; return the mean score by name, for trackers.
+
+        The main process draws and scores; all learn the outcome, since it may end the run.
+        """
+        main = self.accelerator.is_main_process
+        message: list[Any] = [self.validation.run(self.run_dir, done) if main else None]
+        row: Row = broadcast_object_list(message)[0]
         self.rows.append(row)
-        if self.write:
+        if main:
             with self.path.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+        if self.health:
+            self.health.validation(row)
+        column = next(iter(row["scores"]))
+        if main:
+            self.say(f"validation at step {done}: {column} {score_of(row):.4f}")
+        return {f"validation/{column}": score_of(row)}
 
+    @property
+    def best(self) -> int:
+        """Step of the best trained weights so far, 0 before there are any."""
+        return best_of(self.rows)[0]
 
-@contextmanager
-def averaged(policy: dict[str, Any], ema: dict[str, Tensor] | None) -> Iterator[None]:
-    """The averaged weights in the policy's place for the time of the block."""
-    kept = {name: policy[name].detach().clone() for name in ema or {}}
-    with torch.no_grad():
-        for name, average in (ema or {}).items():
-            policy[name].copy_(average)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                policy[name].copy_(value)
+    @property
+    def idle(self) -> int:
+        """How many validations came after the best one."""
+        return best_of(self.rows)[1]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many validations in a row were no better as the run's patience allows."""
+        patience = self.validation.settings.patience
+        return patience is not None and self.idle >= patience
+
+    def why_stopped(self, step: int) -> str:
+        """Say why a run whose patience is used up ended at `step`."""
+        return f"no better validation in {self.idle} of them: stopped at step {step}; best/ is step {self.best}"

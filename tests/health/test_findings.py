@@ -15,7 +15,7 @@ from diffalign.errors import DiffalignError
 from diffalign.health import FINDINGS, Finding, LabelledGroup, describe, examine, examine_labels
 from diffalign.objectives import DiffusionDPO, GroupErrors, SmPO
 from diffalign.training.preference.method import train
-from diffalign.training.preference.stabilise import is_freak, remember_margin, with_auto_beta
+from diffalign.training.preference.stabilise import is_outlier, remember_margin, with_auto_beta
 from helpers import toy
 
 RNG = np.random.default_rng(0)
@@ -233,10 +233,10 @@ def test_generators_that_explain_the_ranking() -> None:
 
 
 def run(run_dir: Path, said: list[str] | None = None, **sections: Any) -> list[dict[str, float]]:
-    known = sections.pop("known", ())
+    findings = sections.pop("findings", ())
     config = toy.toy_config(run_dir, **sections)
     say = (lambda _: None) if said is None else said.append
-    train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=say, known=known)
+    train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=say, findings=findings)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -273,7 +273,7 @@ def test_stop_keeps_what_was_trained_and_warn_goes_on(tmp_path: Path) -> None:
 
 def test_what_is_wrong_before_training_stops_it(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="before training: the labels oppose"):
-        run(tmp_path, on_alarm="stop", known=[Finding("labels_oppose_scores", 0, "3% of 400 pairs")])
+        run(tmp_path, on_alarm="stop", findings=[Finding("labels_oppose_scores", 0, "3% of 400 pairs")])
     assert not (tmp_path / "checkpoints").exists()
     assert json.loads((tmp_path / "health.json").read_text())[0]["name"] == "labels_oppose_scores"
 
@@ -283,9 +283,9 @@ def test_what_is_wrong_before_training_stops_it(tmp_path: Path) -> None:
 
 def test_freak_gradients_are_skipped_and_not_remembered() -> None:
     state: dict[str, Any] = {}
-    assert not any(is_freak(1.0 + 0.01 * i, 5.0, state) for i in range(20))
-    assert is_freak(50.0, 5.0, state) and is_freak(float("nan"), 5.0, state) and max(state["usual_norms"]) < 2
-    assert not is_freak(5.0, 5.0, state) and not is_freak(50.0, None, {})
+    assert not any(is_outlier(1.0 + 0.01 * i, 5.0, state) for i in range(20))
+    assert is_outlier(50.0, 5.0, state) and is_outlier(float("nan"), 5.0, state) and max(state["usual_norms"]) < 2
+    assert not is_outlier(5.0, 5.0, state) and not is_outlier(50.0, None, {})
 
 
 def test_a_skipped_step_changes_no_weight(tmp_path: Path) -> None:

@@ -142,20 +142,23 @@ class ToyImages:
 def run(
     config: DistillConfig,
     backbone: ToyBackbone | None = None,
-    judge: Any = None,
+    scores: Any = None,
     times: Tensor = TIMES,
     real: Any = None,
+    source: Any = None,
+    **given: Any,
 ) -> None:
+    """`given`: further arguments of `distill`."""
     backbone = backbone or ToyBackbone()
     student = FewStep(backbone.process, times, config.student.sampler, config.student.eta)
     distill(
-        config, backbone=backbone, student=student, source=ToyPrompts(), shape=SHAPE, judge=judge,
-        real=real or ToyImages(), say=lambda _: None,
+        config, backbone=backbone, student=student, source=source or ToyPrompts(), shape=SHAPE, scores=scores,
+        real=real or ToyImages(), **{"say": lambda _: None, **given},
     )  # fmt: skip
 
 
 def distilled(run_dir: Path, judge: Any = None, **sections: Any) -> list[dict[str, float]]:
-    run(toy_config(run_dir, **sections), judge=judge)
+    run(toy_config(run_dir, **sections), scores=judge)
     return rows(run_dir)
 
 
@@ -180,4 +183,4 @@ if __name__ == "__main__":
     run_dir, steps, groups, micro = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     settings = {"steps": steps, "groups_per_step": groups, "micro_batch": micro}
     gan = {"weight": float(sys.argv[5]), "real": "toy"} if len(sys.argv) > 5 else {}
-    run(toy_config(run_dir, train=settings, reward={"terms": [{"name": "mean"}]}, gan=gan), judge=brightness)
+    run(toy_config(run_dir, train=settings, reward={"terms": [{"name": "mean"}]}, gan=gan), scores=brightness)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from diffalign.config import RewardGradientConfig
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
+from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
 from diffalign.training.reward_gradient.method import reward_gradient
-from diffalign.training.reward_gradient.step import Scores, StepOutput, reward_gradient_step
+from diffalign.training.reward_gradient.step import StepOutput, reward_gradient_step
 from helpers import toy
 from helpers.toy_distill import ToyPrompts
 
@@ -69,19 +70,26 @@ def toy_config(run_dir: Path, **sections: Any) -> RewardGradientConfig:
     return RewardGradientConfig.model_validate(plain)
 
 
-def run(config: RewardGradientConfig, backbone: ToyBackbone | None = None, scores: Scores = bright) -> None:
+def run(
+    config: RewardGradientConfig,
+    backbone: ToyBackbone | None = None,
+    scores: LatentScores = bright,
+    source: Any = None,
+    **given: Any,
+) -> None:
+    """`given`: further arguments of `reward_gradient`."""
     reward_gradient(
         config,
         backbone=backbone or ToyBackbone(),
-        source=ToyPrompts(),
+        source=source or ToyPrompts(),
         shape=toy.SHAPE,
         scores=scores,
-        say=lambda _: None,
+        **{"say": lambda _: None, **given},
     )
 
 
 def one_step(
-    config: RewardGradientConfig, backbone: ToyBackbone, step: int = 0, scores: Scores = bright
+    config: RewardGradientConfig, backbone: ToyBackbone, step: int = 0, scores: LatentScores = bright
 ) -> tuple[StepOutput, dict[str, Tensor]]:
     """Output of a step on prompts 0 and 1, and the gradients of the mean loss by name."""
     prompts = ToyPrompts()

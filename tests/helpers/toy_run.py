@@ -34,8 +34,8 @@ class SlowSource(toy.ToySource):
 class Weighed(Validation):
     """Falls and rises with the weights, so the best one is neither the first nor the last."""
 
-    def run(self, backbone: Any, run_dir: Path, done: int) -> dict[str, Any]:
-        size = float(backbone.trainable()["up"].detach().abs().mean())
+    def run(self, run_dir: Path, done: int) -> dict[str, Any]:
+        size = float(self.backbone.trainable()["up"].detach().abs().mean())
         return {"step": done, "scores": {"weights.size": [round(-((size - 0.02) ** 2), 6), 0.0]}}
 
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         sections["validation"] = {"every": int(sys.argv[6]), "prompts": "p.txt"}
     for name, values in json.loads(sys.argv[7]).items() if len(sys.argv) > 7 else ():
         sections[name] = {**sections.get(name, {}), **values}
-    config = toy.toy_config(run_dir, **sections)
+    config, backbone = toy.toy_config(run_dir, **sections), toy.ToyBackbone()
     if config.validation.every:
-        options["validation"] = Weighed(config.validation, [], {}, {}, 8)
-    train(config, backbone=toy.ToyBackbone(), source=SlowSource(float(sys.argv[5])), **options)
+        options["validation"] = Weighed(backbone, config.validation, [], {}, {}, 8)
+    train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)

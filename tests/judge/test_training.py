@@ -26,6 +26,7 @@ from diffalign.judge.tune import make_trainable
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.stages.judge import judge_data, train_from_config
 from diffalign.testbed.judge_base import untrained_judge
+from diffalign.training import finite
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,41 @@ def test_every_method_resumes_exactly(
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], base[name]) for name in one)
     load_judge(tmp_path / "whole/weights")
+
+
+def test_a_judge_is_asked_for_numbers_when_a_row_is_due(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. A row has no `waiting`, which is not measured, and there are no health checks of a judge."""
+    more = ("train.steps=3", "loss.inner_updates=2")
+    train_from_config(config(world, tmp_path / "every", *more))
+    monkeypatch.setattr(finite, "runs_ahead", lambda device: True)
+    train_from_config(config(world, tmp_path / "seldom", *more, "train.log_every=2"))
+    every, seldom = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("every", "seldom")
+    )
+    assert seldom == [row for row in every if row["step"] in (2, 3)]
+    one, two = (load_file(tmp_path / run / "weights/model.safetensors") for run in ("every", "seldom"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert set(json.loads((tmp_path / "every/timing.jsonl").read_text().splitlines()[0])) == {
+        "step",
+        "seconds",
+        "peak_gib",
+    }
+    assert not (tmp_path / "every/health.json").exists()
+
+
+def test_a_judges_loss_that_is_not_finite_is_named(world: Path, tmp_path: Path, judge: Judge) -> None:
+    with torch.no_grad():
+        judge.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(DiffalignError, match=r"the loss is nan at step 1, records \d+; .* none: lower optimizer\.lr"):
+        train_judge(
+            config(world, tmp_path, method="sft"),
+            judge=judge,
+            records=read_pairs(world / "data/pairs.jsonl"),
+            say=str,
+        )
 
 
 def test_before_the_first_update_the_ratio_is_one_and_the_reference_is_the_policy(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffalign.pipelines import load_backbone
 from diffalign.training.memory import LiveBytes, optimizer_bytes, predict_memory
 from diffalign.training.optim import build_optimizer
-from diffalign.training.preference.method import build_objective, prepare_policy
+from diffalign.training.preference.policy import build_objective, prepare_policy
 from helpers import toy
 from helpers.tiny_training import Source, config_for
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +16,9 @@ from safetensors.torch import load_file
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
+from diffalign.training.average import averaged
 from diffalign.training.preference.method import train
-from diffalign.training.validation import Validation, averaged, best_of, score_of
+from diffalign.training.validation import Validation, best_of, score_of
 from helpers import toy
 from helpers.tiny_training import Source, config_for
 
@@ -52,7 +52,9 @@ def test_on_a_genuine_model_training_is_the_same_with_and_without(tmp_path: Path
         encoded = backbone.encode_guided([p.prompt for p in prompts])
         expected = base_images(backbone, config, prompts) if name == "with" else None
         backbone.drop_encoders(keep_vae=True)
-        validation = Validation(config.validation, prompts, encoded, {"brightness": Brightness()}, 64, config.seed)
+        validation = Validation(
+            backbone, config.validation, prompts, encoded, {"brightness": Brightness()}, 64, config.seed
+        )
         given = {"validation": validation} if name == "with" else {}
         train(config, backbone=backbone, source=source, say=lambda _: None, **given)
         if expected is not None:
@@ -97,21 +99,12 @@ def test_encoded_prompts_draw_the_same_image(family: str, request: pytest.Fixtur
         pass
 
 
-@dataclass(frozen=True)
-class Scripted(Validation):
-    """Scores by step instead of images."""
-
-    script: dict[int, float] = field(default_factory=dict)
-
-    def run(self, backbone: Any, run_dir: Path, done: int) -> dict[str, Any]:
-        return {"step": done, "scores": {"r.c": [self.script.get(done, 0.0), self.script.get(done, 0.0)]}}
-
-
 def run(run_dir: Path, script: dict[int, float], said: list[str] | None = None, **sections: Any) -> None:
     config = toy.toy_config(run_dir, **sections)
-    validation = Scripted(config.validation, [], {}, {}, 8, 0, script)
+    backbone = toy.ToyBackbone()
+    validation = toy.Scripted(backbone, config.validation, [], {}, {}, 8, 0, script)
     say = (lambda _: None) if said is None else said.append
-    train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=say, validation=validation)
+    train(config, backbone=backbone, source=toy.ToySource(), say=say, validation=validation)
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:

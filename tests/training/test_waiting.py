@@ -16,12 +16,12 @@ from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES
 from diffalign.training import finite as reading
-from diffalign.training.device import sent
+from diffalign.training.device import to_device
 from diffalign.training.order import BucketOrder
-from diffalign.training.pace import Pace
 from diffalign.training.preference import method as loop
 from diffalign.training.preference.method import train
 from diffalign.training.preference.step import make_draws, preference_step
+from diffalign.training.progress import Pace
 from helpers import toy
 
 
@@ -52,8 +52,8 @@ def test_no_number_is_read_inside_a_step(name: str, images: int | None, tmp_path
     result = preference_step(
         config, objective, backbone, batch, draws, source.unconditional, None, images_per_pass=images
     )
-    share = (sent(torch.ones(3), backbone.device) * result.weight * result.output.loss).sum()
-    watched = reading.Reading(torch.device("cuda"), tmp_path)
+    share = (to_device(torch.ones(3), backbone.device) * result.weight * result.output.loss).sum()
+    watched = reading.FiniteGuard(torch.device("cuda"), tmp_path, "groups", "lower optimizer.lr")
     watched.loss(0, batch.group_ids, result.output.loss, share)
     share.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -118,7 +118,7 @@ def test_what_is_not_finite_is_found_before_anything_is_written(
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    watched = reading.Reading(torch.device("cuda"), tmp_path)
+    watched = reading.FiniteGuard(torch.device("cuda"), tmp_path, "groups", "lower optimizer.lr")
     for step, value in enumerate((1.0, float("inf"), float("nan"))):
         watched.loss(step, ["a"], torch.tensor([1.0]), torch.tensor(1.0))
         watched.norm(step, ["a", "b"], torch.tensor(value))
@@ -144,19 +144,19 @@ def test_waiting_is_logged_and_said(tmp_path: Path) -> None:
     rows = read(tmp_path / "timing.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(0.3 < row["waiting"] < 1.0 and row["seconds"] > 0.02 and row["peak_gib"] > 0 for row in rows)
-    assert sum("of the steps' time went into reading and drawing groups" in line for line in said) == 1
+    assert sum("of the steps' time went into reading and drawing their data" in line for line in said) == 1
 
 
 def test_pace_is_the_mean_since_the_last_row() -> None:
-    pace = Pace()
+    pace = Pace("a fast disk shortens it")
     for seconds, waited in ((1.0, 0.0), (3.0, 0.04)):
         pace.add(seconds, waited)
     row = pace.row()
     assert (row["seconds"], row["waiting"]) == (2.0, 0.01)
-    assert pace.verdict() is None
+    assert pace.waiting_warning() is None
     pace.add(1.0, 0.07)
     assert pace.row()["waiting"] == 0.07
-    assert (pace.verdict() or "").startswith("2.2% of the steps' time")
+    assert (pace.waiting_warning() or "").startswith("2.2% of the steps' time")
 
 
 # --- the dataset's size ----------------------------------------------------------------------------------------

@@ -15,9 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffalign.config import DistillConfig
 from diffalign.draws import draw, normal
+from diffalign.errors import DiffalignError
 from diffalign.objectives.adversarial import critic_loss, generator_loss
-from diffalign.pipelines.features import predict_with_features
+from diffalign.pipelines import Backbone
+from diffalign.pipelines.features import feature_width, predict_with_features
+from diffalign.training.device import to_device
+from diffalign.training.protocols import RealBatches
 
 
 class Critic(nn.Module):
@@ -78,12 +83,21 @@ def make_critic_draws(
     return CriticDraws(times(level), stacked(noise), times(real_level), stacked(real_noise), real)
 
 
+def make_critic(config: DistillConfig, backbone: Backbone, real: RealBatches | None) -> Critic:
+    """Make a head for features as wide as this backbone's, on its device. Raises DiffalignError without real images."""
+    if real is None:
+        raise DiffalignError("gan.weight: the critic compares with real images, and none are given; set gan.real")
+    latents, conditioning = real.batch([0])
+    width = feature_width(backbone, latents.to(backbone.device), conditioning)
+    return Critic(width, config.gan.hidden, config.seed + 2).to(backbone.device)
+
+
 def look(
     backbone: Any, critic: nn.Module, x: Tensor, noise: Tensor, t: Tensor, conditioning: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The fake network's prediction at a noised x, and the logits [N]. Call it, and backward, inside `role("fake")`."""
-    noisy = backbone.process.add_noise(x, noise.to(x.device), t.to(x.device))
-    prediction, features = predict_with_features(backbone, noisy, t.to(x.device), conditioning)
+    noise, t = to_device(noise, x.device), to_device(t, x.device)
+    prediction, features = predict_with_features(backbone, backbone.process.add_noise(x, noise, t), t, conditioning)
     return prediction, critic(features)
 
 
@@ -118,9 +132,9 @@ def critic_step(
     `real`: latents and conditioning, as `RealImages.batch` gives them. Call it, and backward, inside `role("fake")`.
     """
     prediction, drawn = look(backbone, critic, x, noise, t, conditioning)
-    target = backbone.process.target(x, noise.to(x.device), t.to(x.device))
+    target = backbone.process.target(x, to_device(noise, x.device), to_device(t, x.device))
     error = (prediction - target).square().flatten(1).mean(dim=1)
-    beside, seen = real[0].to(x.device), real[1]
+    beside, seen = to_device(real[0], x.device), real[1]
     _, judged = look(backbone, critic, beside, draws.real_noise, draws.real_times, seen)
     right = 0.5 * ((drawn < 0).float() + (judged > 0).float())
     return error, critic_loss(drawn, judged), {"critic_accuracy": right.detach()}

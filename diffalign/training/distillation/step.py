@@ -24,6 +24,7 @@ from diffalign.objectives.distribution_matching import guided, matching_loss, me
 from diffalign.objectives.few_step_policy import log_probability, ppo_loss
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.training.device import to_device
 from diffalign.training.distillation.draws import DistillDraws, group_shape
 from diffalign.training.distillation.policy_gradient import Transition, kept_transition
 
@@ -61,7 +62,7 @@ def roll_out(
     so that training sees what inference sees. `finish`: go on to the end, for rewards.
     """
     device = backbone.device
-    x = draws.noise[:, 0].to(device).float()  # unit noise, whatever the base's own sampler starts from
+    x = to_device(draws.noise[:, 0], device).float()  # unit noise, whatever the base's own sampler starts from
 
     def predict(x: Tensor, index: int) -> Tensor:
         with backbone.role("student"):
@@ -73,7 +74,7 @@ def roll_out(
         mean, rho = student.transition(x, prediction, index)
         if not student.stochastic or index == student.steps - 1:
             return mean, rho, mean
-        return mean, rho, student.advance(x, prediction, index, draws.noise[:, index + 1].to(device))
+        return mean, rho, student.advance(x, prediction, index, to_device(draws.noise[:, index + 1], device))
 
     with torch.no_grad():
         for index in range(draws.stop):
@@ -106,12 +107,12 @@ class Compared:
 
 
 def ratio_weight(process: NoiseProcess, match: Any, t: Tensor) -> Tensor:
-    """What an epsilon error at time t counts in R_dm, [N]: 1/2 |dlambda/du| (high - low), u being drawn uniformly.
+    """What an epsilon error at time t counts in R_dm, [N]: 1/2 |dlambda/du| (high - low), u being drawn uniformly. On the CPU.
 
     u is the share of the time axis before the shift; lambda = log(a^2 / s^2) is differentiated over a thousandth of the
     axis. R_dm is then an integral from `match.low` to `match.high` alone.
     """
-    span, times = process.span, t.detach().cpu()
+    span, times = process.span, t
     h = span / 1000
 
     def snr(at: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def ratio_weight(process: NoiseProcess, match: Any, t: Tensor) -> Tensor:
     shift = process.shift if match.shift is None else match.shift
     fraction = times.double() / span
     by_share = span * (shift - (shift - 1.0) * fraction) ** 2 / shift  # dt/du
-    return (0.5 * slope * by_share * (match.high - match.low)).float().to(t.device)
+    return (0.5 * slope * by_share * (match.high - match.low)).float()
 
 
 def compare(
@@ -140,15 +141,15 @@ def compare(
         return process.x0(noisy, prediction, t), process.epsilon(noisy, prediction, t)
 
     with torch.no_grad():
-        t, noise = draws.times.to(device), draws.renoise.to(device)
+        t, noise = to_device(draws.times, device), to_device(draws.renoise, device)
         noisy = process.add_noise(x, noise, t)
         fake, fake_epsilon = look("fake", noisy, t, conditioning)
         teacher, teacher_epsilon = look("teacher", noisy, t, conditioning)
         errors = [(e - noise).square().flatten(1).mean(dim=1) for e in (fake_epsilon, teacher_epsilon)]
         gap = errors[0] - errors[1]
         if config.match.decoupled and w != 1.0:
-            t_ca = draws.guidance_times.to(device)
-            noisy_ca = process.add_noise(x, draws.guidance_noise.to(device), t_ca)
+            t_ca = to_device(draws.guidance_times, device)
+            noisy_ca = process.add_noise(x, to_device(draws.guidance_noise, device), t_ca)
             with_prompt, _ = look("teacher", noisy_ca, t_ca, conditioning)
             without, _ = look("teacher", noisy_ca, t_ca, empty)
             _, ca = split_direction(with_prompt, without, with_prompt, w)
@@ -236,7 +237,7 @@ def student_step(
 
     # ---- What rewards make of it ----
     scores = judge(rolled.final, indices) if judge is not None else {}
-    scores = {name: values.to(x.device) for name, values in scores.items()}
+    scores = {name: to_device(values, x.device) for name, values in scores.items()}
     direction = found.guided
     advantage = torch.zeros(len(x), device=x.device)
     if config.reward.use == "exponential" and scores:
@@ -268,7 +269,7 @@ def student_step(
     metrics = {name: v.abs().flatten(1).mean(1).view(-1, renoisings).mean(1) for name, v in per_image.items()}
     metrics["size"] = found.size.view(-1, renoisings).mean(1)
     # A prompt's images share their draw's level, so the prompt is what the error of the mean is over.
-    weight = ratio_weight(student.process, config.match, draws.times.to(x.device)) * x[0].numel()
+    weight = to_device(ratio_weight(student.process, config.match, draws.times), x.device) * x[0].numel()
     metrics["r_dm"] = (weight * found.gap).view(-1, group.size).mean(1).repeat_interleave(images)
     if against is not None:
         metrics["adversarial_loss"] = adversarial
@@ -288,6 +289,6 @@ def fake_step(backbone: Any, x: Tensor, conditioning: Conditioning, draws: Disti
     Call it and its backward inside `backbone.role("fake")`.
     """
     process = backbone.process
-    t, noise = draws.fake_times.to(backbone.device), draws.fake_noise.to(backbone.device)
+    t, noise = to_device(draws.fake_times, backbone.device), to_device(draws.fake_noise, backbone.device)
     prediction = backbone.predict(process.add_noise(x, noise, t), t, conditioning)
     return (prediction - process.target(x, noise, t)).square().flatten(1).mean(dim=1)

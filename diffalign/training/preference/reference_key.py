@@ -14,8 +14,12 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
+from diffalign.objectives import Objective
+from diffalign.pipelines import Backbone
 from diffalign.training.preference.reference_store import ReferenceStore
+from diffalign.training.protocols import GroupSource, Say
 
 ROWS = 65536
 ELSEWHERE = {"path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing"}
@@ -23,9 +27,15 @@ ELSEWHERE = {"path", "revision", "variant", "token", "local_files_only", "gradie
 
 
 def open_store(
-    config: Any, source: Any, backbone: Any, objective: Any, accelerator: Accelerator, micro: int
+    config: TrainConfig,
+    source: GroupSource,
+    backbone: Backbone,
+    objective: Objective,
+    accelerator: Accelerator,
+    micro: int,
+    say: Say,
 ) -> ReferenceStore | None:
-    """The store that `config.reference` names, if any; raises DiffalignError where it belongs to other draws."""
+    """Open the store that `config.reference` names, if any; raise DiffalignError where it belongs to other draws."""
     folder = config.reference.store
     if folder is None:
         return None
@@ -36,23 +46,28 @@ def open_store(
     key = reference_key(config, source, backbone, objective, micro=micro, precision=accelerator.mixed_precision)
     store = ReferenceStore(Path(folder), key, accelerator.process_index)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        lacks = "; the drift metric needs reference.keep=predictions" if config.reference.errors_only else ""
+        say(
+            f"reference.store {store.folder}: {store.count()} micro-batches are there, others are computed and kept{lacks}"
+        )
     return store
 
 
 def reference_key(
-    config: Any, source: Any, backbone: Any, objective: Any, *, micro: int, precision: str
+    config: TrainConfig, source: GroupSource, backbone: Backbone, objective: Objective, *, micro: int, precision: str
 ) -> dict[str, Any]:
-    """Dotted fields of a TrainConfig, and hashes of what they stand for; in the order in which a difference is named.
+    """Return dotted fields of the config, and hashes of what they stand for; in the order in which a difference is named.
 
     `micro`: groups in one forward pass; `precision`: accelerate's, since `auto` is another on another machine.
     """
     tune, data, train, selection = config.tune, config.data, config.train, config.selection
-    own = tune.init is not None and tune.reference == "init"
+    own = tune.init if tune.reference == "init" else None
     chosen = selection.groups != "all" or selection.images != "all"
     return {
         **{f"model.{name}": value for name, value in config.model.model_dump(exclude=ELSEWHERE).items()},
         "model": backbone.fingerprint(),
-        "tune.init": _files(tune.init) if own else None,
+        "tune.init": _files(own) if own is not None else None,
         "train.mixed_precision": precision,
         "device": backbone.device.type,
         "seed": config.seed,

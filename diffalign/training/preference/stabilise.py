@@ -19,7 +19,7 @@ AUTO_BETA_MEMORY = 0.95
 AUTO_BETA_REACH = 100.0
 
 
-def is_freak(norm: float | Tensor, factor: float | None, state: MutableMapping[str, Any]) -> bool:
+def is_outlier(norm: float | Tensor, factor: float | None, state: MutableMapping[str, Any]) -> bool:
     """Whether a gradient norm is `factor` times the median of recent ones; ordinary norms are remembered in `state`."""
     if factor is None:
         return False

@@ -16,7 +16,7 @@ from diffalign.errors import DiffalignError
 from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, check_labels, has_preference, ranking
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.pipelines.inversion import inverted_noise
-from diffalign.training.device import sent
+from diffalign.training.device import to_device
 from diffalign.training.preference.reference_store import Recall, live
 
 
@@ -103,7 +103,7 @@ def _inverted(config: Any, backbone: Any, latents: Tensor, times: Tensor, condit
 
 
 @dataclass(frozen=True)
-class StepOutput:
+class PreferenceOutput:
     """output: the objective's; weight [B]: 0 for groups that state no preference; errors and drift for the log."""
 
     output: ObjectiveOutput
@@ -123,7 +123,7 @@ def preference_step(
     *,
     recall: Recall = live,
     images_per_pass: int | None = None,
-) -> StepOutput:
+) -> PreferenceOutput:
     """Loss and metrics of B groups, each of [B], with gradient to the policy.
 
     `module` stands in for the policy's trunk (None: the trunk itself). `recall` gives what an earlier run has kept of the
@@ -136,16 +136,18 @@ def preference_step(
     chosen = used_members(objective, batch.rewards, draws)  # [B, k]
     groups, k = chosen.shape
     pick = chosen[:, :, None, None, None].expand(-1, -1, *batch.latents.shape[2:])
-    latents = sent(batch.latents.gather(1, pick).flatten(0, 1), device)  # [B k, C, h, w]
-    times = sent(draws.times.repeat_interleave(k), device)
+    latents = to_device(batch.latents.gather(1, pick).flatten(0, 1), device)  # [B k, C, h, w]
+    times = to_device(draws.times.repeat_interleave(k), device)
     conditioning = {}
     for name, value in batch.conditioning.items():
         kept = torch.where(draws.dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value.dtype), value)
-        conditioning[name] = sent(kept, device).repeat_interleave(k, dim=0)
+        conditioning[name] = to_device(kept, device).repeat_interleave(k, dim=0)
     if draws.noise is None:
-        noise = sent(recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning)), device)
+        noise = to_device(
+            recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning)), device
+        )
     else:
-        noise = sent(draws.noise.gather(1, pick).flatten(0, 1), device)
+        noise = to_device(draws.noise.gather(1, pick).flatten(0, 1), device)
     noisy, target = process.add_noise(latents, noise, times), process.target(latents, noise, times)
 
     def predicted(role: str) -> Tensor:
@@ -166,24 +168,26 @@ def preference_step(
     target = target.view(groups, k, *target.shape[1:])
     reference = reference_error = None
     if objective.needs_reference and config.reference.errors_only:
-        reference_error = sent(recall("error", chosen, lambda: squared_error(reference_prediction(), target)), device)
+        reference_error = to_device(
+            recall("error", chosen, lambda: squared_error(reference_prediction(), target)), device
+        )
     elif objective.needs_reference:
-        reference = sent(recall("prediction", chosen, reference_prediction), device)
+        reference = to_device(recall("prediction", chosen, reference_prediction), device)
         reference_error = squared_error(reference, target)
     policy = predicted("policy")
-    scale = sent(process.error_scale(draws.times, config.error_space), device)[:, None]
+    scale = to_device(process.error_scale(draws.times, config.error_space), device)[:, None]
     gap = None if reference is None else squared_error(policy, reference)
     # A group with an image without label has no weight, but 0 times NaN would still be NaN.
-    labels = sent(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
+    labels = to_device(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
     errors = GroupErrors(
         policy_error=scale * squared_error(policy, target),
         reference_error=None if reference_error is None else scale * reference_error,
         rewards=labels,
-        mask=sent(batch.mask, device),
-        order=sent(draws.order.gather(1, chosen), device),
+        mask=to_device(batch.mask, device),
+        order=to_device(draws.order.gather(1, chosen), device),
         prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
         role=labels if objective.label_kind == "role" else None,
-        time=sent(draws.times, device),
+        time=to_device(draws.times, device),
     )
     output = objective(errors)
     weight = torch.ones(groups)
@@ -194,4 +198,4 @@ def preference_step(
         metrics["reference_error"] = errors.reference_error.mean(1)
     if gap is not None:
         metrics["drift"] = gap.mean(1)
-    return StepOutput(output, sent(weight, device), errors, {k: v.detach() for k, v in metrics.items()})
+    return PreferenceOutput(output, to_device(weight, device), errors, {k: v.detach() for k, v in metrics.items()})

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from diffalign.errors import DiffalignError
 from diffalign.objectives.distribution_matching import guided
 from diffalign.objectives.reward_gradient import RewardTerm, drift, mean_score, reward_loss
+from diffalign.training.device import to_device
 from diffalign.training.reward_gradient.draws import GradientDraws, Span
 
 Conditioning = dict[str, Tensor]
@@ -136,11 +137,11 @@ def reward_gradient_step(
         return Sampler(backbone, times, seen, empty, config.sampler.guidance_scale)
 
     # ---- To the first step with a gradient ----
-    x = backbone.process.initial(draws.noise.to(device))
+    x = backbone.process.initial(to_device(draws.noise, device))
     if draws.renoise is not None:
         image = sampler(1).roll(x, len(times) - 1).repeat_interleave(copies, dim=0)
         t = times[span.first].expand(len(image)).to(device)
-        x = backbone.process.add_noise(image, draws.renoise.to(device), t)
+        x = backbone.process.add_noise(image, to_device(draws.renoise, device), t)
     else:
         x = sampler(1).roll(x, span.first)
 

@@ -16,6 +16,7 @@ from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, DisCO, RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.image_passes import in_passes
+from diffalign.training.device import Share
 from diffalign.training.preference.gradient import StepGradient
 from diffalign.training.preference.method import train
 from diffalign.training.preference.step import make_draws, preference_step
@@ -205,7 +206,7 @@ def test_where_not_even_one_image_fits(tmp_path: Path) -> None:
 def test_several_processes_are_told_the_key() -> None:
     """One process cannot begin its step anew while the others wait for its gradients."""
     fields = dict.fromkeys(StepGradient.__dataclass_fields__, None)
-    fields |= {"micro": 2, "accelerator": SimpleNamespace(num_processes=2)}
+    fields |= {"share": Share(range(2), 2), "accelerator": SimpleNamespace(num_processes=2)}
     gradient = StepGradient(**fields)
     with pytest.raises(DiffalignError, match="step 5: the images of 2 groups .*set train.images_per_pass=1 and run"):
         gradient._make_room(4, "CUDA out of memory")

@@ -1,0 +1,43 @@
+"""The moving average of a policy's weights, which is validated and saved in their place."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from diffalign.training.checkpoint import TrainState
+from diffalign.training.protocols import Parameters, Weights
+
+
+def start_average(policy: Parameters, decay: float | None) -> Weights | None:
+    """Return copies of the weights, for an average that begins with them; None where no average is wanted."""
+    return {name: p.detach().clone() for name, p in policy.items()} if decay else None
+
+
+def update_average(state: TrainState) -> None:
+    """Move the average towards the weights as they are after a step."""
+    if state.ema_decay and state.average is not None:
+        weights = [p.detach() for p in state.policy.values()]
+        torch._foreach_lerp_(list(state.average.values()), weights, 1 - state.ema_decay)
+
+
+@torch.no_grad()
+def keep_average(state: TrainState) -> None:
+    """Put the average, if there is one, in the weights' place for good. Nothing trains after it, so no copy is kept."""
+    for name, average in (state.average or {}).items():
+        state.policy[name].copy_(average)
+
+
+@contextmanager
+def averaged(policy: Parameters, ema: Weights | None) -> Iterator[None]:
+    """Put `ema` in the policy's place for the time of the block, and its weights back bit for bit."""
+    kept = {name: policy[name].detach().clone() for name in ema or {}}
+    with torch.no_grad():
+        for name, average in (ema or {}).items():
+            policy[name].copy_(average)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                policy[name].copy_(value)

@@ -1,0 +1,31 @@
+"""What a preference run trains, and towards what: the objective and the policy that a config names."""
+
+import torch
+
+from diffalign.config import ObjectiveSection, TrainConfig
+from diffalign.objectives import Objective
+from diffalign.pipelines import Backbone
+from diffalign.training.sharding import shard
+from diffalign.training.tune import make_trainable
+
+
+def build_objective(section: ObjectiveSection) -> Objective:
+    """Build the objective that a config's `objective` section names."""
+    return section.build()
+
+
+def prepare_policy(config: TrainConfig, backbone: Backbone, objective: Objective) -> bool:
+    """Make the policy trainable; return whether it equals the reference by construction."""
+    tune = config.tune
+    own = tune.reference == "init"
+    make_trainable(backbone, tune, config.seed, keep_reference=objective.needs_reference, init_is_reference=own)
+    if config.train.shard == "fsdp2":
+        shard(backbone)
+    if config.model.compile:
+        backbone.compile_blocks(dynamic=config.data.buckets != "none")
+        # Graphs with and without gradient may round differently in 16 bits.
+        return False
+    if tune.kind == "full":
+        # The policy trains in float32; a reference kept in half precision rounds differently.
+        return backbone.dtype == torch.float32
+    return own or tune.init is None
