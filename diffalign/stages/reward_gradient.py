@@ -9,13 +9,14 @@ from torch import Tensor
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.report.render import write_report
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
-from diffalign.stages.distill import prompt_validation
 from diffalign.stages.resolve import (
     check_guidance_scale,
     open_backbone,
     open_rewards,
+    open_validation,
     resolve_device,
     resolve_prompts,
     say,
@@ -82,9 +83,8 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
     scores = gradient_scores(config, backbone, rows, rewards)
     sampler = config.sampler
-    validation = prompt_validation(
-        config.validation, backbone, device, side, config.seed, sampler.steps, sampler.guidance_scale
-    )
+    drawn = SamplingSettings(sampler.steps, sampler.guidance_scale, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     if validation is not None:
         # What is followed as well need not be in memory twice.
         same = [
