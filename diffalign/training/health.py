@@ -8,8 +8,7 @@ from typing import Literal
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
 from diffalign.health import Finding, Watch, describe
-from diffalign.training.protocols import Say
-from diffalign.training.validation import Row as ValidationRow
+from diffalign.training.protocols import Say, ValidationRow
 
 OnAlarm = Literal["warn", "stop"]
 Row = dict[str, float]

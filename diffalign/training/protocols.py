@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ RunConfig = TrainerConfig | JudgeConfig
 """Configs of all runs."""
 
 Say = Callable[[str], None]
+ValidationRow = dict[str, Any]
+"""A row of validation.jsonl: the step, means by score, and the images that were drawn."""
 Parameters = dict[str, nn.Parameter]
 """Trained parameters by stable name."""
 Weights = dict[str, Tensor]

@@ -26,6 +26,8 @@ from torch import Tensor
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
+from diffalign.training.protocols import Say
+from diffalign.training.protocols import ValidationRow as Row
 from diffalign.training.tracking import cut_rows
 
 if TYPE_CHECKING:
@@ -35,10 +37,8 @@ if TYPE_CHECKING:
     from diffalign.pipelines.settings import SamplingSettings
     from diffalign.rewards import Reward
     from diffalign.training.health import HealthMonitor
-    from diffalign.training.protocols import Say
 
 SHOWN_PROMPTS = 8
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
