@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import DistillConfig, RewardTerm, SampledValidationSection, ValidationSection, resolved_yaml
+from diffalign.config import DistillConfig, RewardTerm, resolved_yaml
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
@@ -21,6 +22,7 @@ from diffalign.stages.resolve import (
     open_backbone,
     open_plain_backbone,
     open_rewards,
+    open_validation,
     resolve_device,
     resolve_prompts,
     say,
@@ -31,7 +33,6 @@ from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import DifferentiableScore, LatentScores
-from diffalign.training.validation import Validation
 
 HOW = """# A student with {steps} steps
 
@@ -136,34 +137,6 @@ def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | N
     return images
 
 
-def prompt_validation(
-    wanted: ValidationSection,
-    backbone: Any,
-    device: str,
-    side: int,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-) -> Validation | None:
-    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted.
-
-    `side` in pixels; `steps` and `guidance_scale` are those of the trained sampler.
-    """
-    if wanted.every is None or wanted.prompts is None:
-        return None
-    rows = resolve_prompts(wanted.prompts, wanted.n)
-    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
-    parts = [
-        backbone.encode_guided([row.prompt for row in rows[i : i + wanted.batch_size]])
-        for i in range(0, len(rows), wanted.batch_size)
-    ]
-    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    settings = SampledValidationSection(
-        **{name: getattr(wanted, name) for name in ValidationSection.model_fields}
-    ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
-    return Validation(backbone, settings, rows, encoded, rewards, side, seed)
-
-
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
     """`diffalign distill`. The same command again goes on where it stopped."""
     device = resolve_device(config.device)
@@ -181,7 +154,8 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
     judge, lean = reward_judge(config, backbone, rows, str(accelerator.device))
     side = config.resolution or backbone.default_resolution
-    validation = prompt_validation(config.validation, backbone, device, side, config.seed, config.student.steps, 0.0)
+    drawn = SamplingSettings(config.student.steps, 0.0, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")

@@ -9,10 +9,18 @@ from torch import Tensor
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.report.render import write_report
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
-from diffalign.stages.distill import prompt_validation
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import (
+    check_guidance_scale,
+    open_backbone,
+    open_rewards,
+    open_validation,
+    resolve_device,
+    resolve_prompts,
+    say,
+)
 from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
@@ -54,12 +62,7 @@ def check_sampler(config: RewardGradientConfig, backbone: Any) -> int:
     side = config.resolution or int(backbone.default_resolution)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
-    scale = config.sampler.guidance_scale
-    if backbone.guidance is not None and backbone.guidance != scale:
-        raise DiffalignError(
-            f"sampler.guidance_scale={scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
-        )
+    check_guidance_scale(config.sampler.guidance_scale, backbone, "sampler.guidance_scale")
     return side
 
 
@@ -80,9 +83,8 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
     scores = gradient_scores(config, backbone, rows, rewards)
     sampler = config.sampler
-    validation = prompt_validation(
-        config.validation, backbone, device, side, config.seed, sampler.steps, sampler.guidance_scale
-    )
+    drawn = SamplingSettings(sampler.steps, sampler.guidance_scale, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     if validation is not None:
         # What is followed as well need not be in memory twice.
         same = [

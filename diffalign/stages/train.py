@@ -11,8 +11,9 @@ from diffalign.data.training_source import check_guidance, choose_groups, prepar
 from diffalign.errors import DiffalignError
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.report.render import write_report
-from diffalign.stages.resolve import open_backbone, prepare_validation, resolve_device, say
+from diffalign.stages.resolve import open_backbone, open_validation, resolve_device, say
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
 from diffalign.training.optim import check_installed
@@ -47,7 +48,9 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
     findings = [] if roles else examine_labels(source.labelled(dataset))
-    validation = prepare_validation(config, backbone)
+    wanted, side = config.validation, config.data.resolution or backbone.default_resolution
+    drawn = SamplingSettings(wanted.steps, wanted.guidance_scale, wanted.negative_prompt, side, side)
+    validation = open_validation(wanted, backbone, device, config.seed, drawn)
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     try:
