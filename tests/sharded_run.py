@@ -8,10 +8,10 @@ Trains to each of STEPS in turn, each time from a model loaded anew, so that the
 import sys
 from pathlib import Path
 
+import toy
 from test_training_models import Source, config_for
 
 from diffalign.pipelines import load_backbone
-from diffalign.training.preference.method import train
 
 if __name__ == "__main__":
     model, run_dir, shard, *steps = sys.argv[1:]
@@ -20,4 +20,4 @@ if __name__ == "__main__":
         config = config_for(Path(model), Path(run_dir), goal, optimizer={"lr": 1e-3})
         tuned = {"tune": config.tune.model_copy(update={"kind": "full"})}
         trained = {"train": config.train.model_copy(update={"shard": shard, "micro_batch": 1, "ema_decay": 0.5})}
-        train(config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone))
+        toy.train(config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone))

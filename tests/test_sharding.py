@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import toy
 from safetensors.torch import load_file
 from test_training_models import Source, config_for
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.training.preference.method import train
 
 
 def test_two_processes_with_cut_weights_equal_one(sd3_dir: Path, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_two_processes_with_cut_weights_equal_one(sd3_dir: Path, tmp_path: Path)
     tuned = {"tune": config.tune.model_copy(update={"kind": "full"})}
     trained = {"train": config.train.model_copy(update={"micro_batch": 1, "ema_decay": 0.5})}
     backbone = load_backbone(sd3_dir)
-    train(
+    toy.train(
         config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone), say=lambda _: None
     )
 
@@ -67,6 +67,6 @@ def test_one_process_alone_is_refused(sd3_dir: Path, tmp_path: Path) -> None:
     cut = {"train": config.train.model_copy(update={"shard": "fsdp2"})}
     backbone = load_backbone(sd3_dir)
     with pytest.raises(DiffalignError, match="one process has nothing to cut its weights over"):
-        train(
+        toy.train(
             config.model_copy(update={**tuned, **cut}), backbone=backbone, source=Source(backbone), say=lambda _: None
         )

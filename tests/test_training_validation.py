@@ -19,7 +19,6 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.training.average import averaged
-from diffalign.training.preference.method import train
 from diffalign.training.validation import Validation, best_of, score_of
 
 SECTION: dict[str, Any] = {
@@ -56,7 +55,7 @@ def test_on_a_genuine_model_training_is_the_same_with_and_without(tmp_path: Path
             backbone, config.validation, prompts, encoded, {"brightness": Brightness()}, 64, config.seed
         )
         given = {"validation": validation} if name == "with" else {}
-        train(config, backbone=backbone, source=source, say=lambda _: None, **given)
+        toy.train(config, backbone=backbone, source=source, say=lambda _: None, **given)
         if expected is not None:
             assert rows(tmp_path / "with/validation.jsonl")[0]["scores"]["brightness.mean"] == expected
     assert (tmp_path / "with/metrics.jsonl").read_bytes() == (tmp_path / "without/metrics.jsonl").read_bytes()
@@ -103,7 +102,7 @@ def run(run_dir: Path, script: dict[int, float], said: list[str] | None = None, 
     backbone = toy.ToyBackbone()
     validation = toy.Scripted(backbone, config.validation, [], {}, {}, 8, 0, script)
     say = (lambda _: None) if said is None else said.append
-    train(config, backbone=backbone, source=toy.ToySource(), say=say, validation=validation)
+    toy.train(config, backbone=backbone, source=toy.ToySource(), say=say, validation=validation)
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import toy
 
-from diffalign.training.preference.method import train
 from diffalign.training.validation import Validation
 
 
@@ -52,4 +51,4 @@ if __name__ == "__main__":
     config, backbone = toy.toy_config(run_dir, **sections), toy.ToyBackbone()
     if config.validation.every:
         options["validation"] = Weighed(backbone, config.validation, [], {}, {}, 8)
-    train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)
+    toy.train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)

@@ -14,12 +14,12 @@ from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
-from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
-from diffalign.training.distillation.method import distill as distill_backbone
+from diffalign.training.distillation.method import Distillation
 from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
@@ -182,28 +182,11 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=judge is not None or validation is not None)
     places = side // backbone.vae_scale_factor
-    try:
-        result = distill_backbone(
-            config,
-            backbone=backbone,
-            student=student,
-            source=source,
-            shape=(backbone.latent_channels, places, places),
-            scores=judge,
-            differentiable_score=lean,
-            real=real,
-            say=say,
-            accelerator=accelerator,
-            validation=validation,
-        )
-    finally:
-        # Also of a run that an alarm has stopped: the report is where one sees why.
-        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
-            write_report(Path(config.run_dir))
-    if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
-        if config.save_pipeline:
-            say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
+    shape = (backbone.latent_channels, places, places)
+    method = Distillation(config, backbone, student, source, shape, accelerator, judge, lean, real)
+    result = run_and_report(config, method, validation=validation)
+    if accelerator.is_main_process and config.save_pipeline:
+        say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 
 
 def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:

@@ -24,7 +24,7 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.average import start_average
 from diffalign.training.checkpoint import Partner, TrainState
-from diffalign.training.device import share_of_step, start_accelerator
+from diffalign.training.device import share_of_step
 from diffalign.training.distillation.batch import Batch, make_batch
 from diffalign.training.distillation.critic import adversarial_step, critic_step, make_critic
 from diffalign.training.distillation.draws import group_shape
@@ -32,13 +32,12 @@ from diffalign.training.distillation.policy_gradient import Transition, policy_s
 from diffalign.training.distillation.step import fake_step, roll_out, student_step
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.gradient_sum import MetricSums, Network
+from diffalign.training.health import OnAlarm
 from diffalign.training.order import groups_for_step
 from diffalign.training.prompt_source import WAITING_REMEDY
-from diffalign.training.protocols import DifferentiableScore, LatentScores, Prompts, RealBatches, Say
+from diffalign.training.protocols import DifferentiableScore, LatentScores, Prompts, RealBatches
 from diffalign.training.readme import distill_readme
-from diffalign.training.run import TrainResult, run
 from diffalign.training.tune import make_trainable
-from diffalign.training.validation import Validation
 
 REMEDY = "lower optimizer.lr or fake.optimizer.lr, or match.guidance"
 
@@ -50,6 +49,7 @@ class Distillation:
     compares the student's images with, needed where `config.gan` has a weight. shape: (C, h, w) of a latent.
     """
 
+    on_alarm: OnAlarm | None
     waiting_remedy: str | None = WAITING_REMEDY
 
     def __init__(
@@ -67,7 +67,7 @@ class Distillation:
         self.config, self.backbone, self.student, self.source = config, backbone, student, source
         self.shape, self.accelerator, self.real = shape, accelerator, real
         self.scores, self.differentiable_score = scores, differentiable_score
-        train, self.readme = config.train, distill_readme(config)
+        train, self.readme, self.on_alarm = config.train, distill_readme(config), config.on_alarm
         self.finite = FiniteGuard(accelerator.device, config.run_dir, "prompts", REMEDY)
         self.share = share_of_step(train.groups_per_step, train.micro_batch, accelerator, "groups")
         self.update_images = train.groups_per_step * group_shape(config.group)[0]
@@ -199,29 +199,3 @@ class Distillation:
         """Write the student in diffusers' format."""
         if self.accelerator.is_main_process:
             self.backbone.save_weights(folder)
-
-
-def distill(
-    config: DistillConfig,
-    *,
-    backbone: Backbone,
-    student: FewStep,
-    source: Prompts,
-    shape: tuple[int, int, int],
-    scores: LatentScores | None = None,
-    differentiable_score: DifferentiableScore | None = None,
-    real: RealBatches | None = None,
-    say: Say = print,
-    accelerator: Accelerator | None = None,
-    validation: Validation | None = None,
-) -> TrainResult:
-    """Distil `backbone` into the few-step `student` as `config` says; everything is written into `config.run_dir`.
-
-    The other arguments are those of `Distillation` and `run`. Raises DiffalignError for a checkpoint of another config, for
-    losses that are not finite, for a full disk, and for an alarm where on_alarm is "stop".
-    """
-    method = Distillation(
-        config, backbone, student, source, shape, accelerator or start_accelerator(config), scores,
-        differentiable_score, real,
-    )  # fmt: skip
-    return run(config, method, say=say, validation=validation, on_alarm=config.on_alarm)
