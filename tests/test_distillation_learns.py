@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.distillation.draws import make_distill_draws
-from diffalign.training.distillation.step import roll_out
+from diffalign.training.distillation.roll_out import roll_out
 
 MEAN, STD = 1.0, 0.5
 ONE_STEP = torch.tensor([1.0, 0.0])

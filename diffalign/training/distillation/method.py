@@ -29,7 +29,8 @@ from diffalign.training.distillation.batch import Batch, make_batch
 from diffalign.training.distillation.critic import adversarial_step, critic_step, make_critic
 from diffalign.training.distillation.draws import group_shape
 from diffalign.training.distillation.policy_gradient import Transition, policy_step
-from diffalign.training.distillation.step import fake_step, roll_out, student_step
+from diffalign.training.distillation.roll_out import roll_out
+from diffalign.training.distillation.step import fake_step, student_step
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.gradient_sum import MetricSums, Network
 from diffalign.training.health import OnAlarm
@@ -70,7 +71,7 @@ class Distillation:
         train, self.readme, self.on_alarm = config.train, distill_readme(config), config.on_alarm
         self.finite = FiniteGuard(accelerator.device, config.run_dir, "prompts", REMEDY)
         self.share = share_of_step(train.groups_per_step, train.micro_batch, accelerator, "groups")
-        self.update_images = train.groups_per_step * group_shape(config.group)[0]
+        self.update_images = train.groups_per_step * group_shape(config)[0]
         self.waited, self.sums = 0.0, MetricSums()
         self.plain: dict[str, float | Tensor] = {}
 
@@ -146,8 +147,8 @@ class Distillation:
             squared = {"r_dm_squared": output.metrics["r_dm"].square()}
             self.sums.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
             rolled_out.append((batch, output.x))
-            if output.kept is not None:
-                transitions.append((batch, output.kept))
+            if output.transition is not None:
+                transitions.append((batch, output.transition))
         self.plain["grad_norm"] = self.learner.update(step)
 
         # ---- The same roll-outs again, by importance ratios ----
