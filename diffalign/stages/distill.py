@@ -12,10 +12,10 @@ from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.report.render import write_report
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
@@ -27,8 +27,9 @@ from diffalign.stages.resolve import (
     resolve_prompts,
     say,
 )
+from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
-from diffalign.training.distillation.method import distill as distill_backbone
+from diffalign.training.distillation.method import Distillation
 from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
@@ -72,10 +73,13 @@ def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
     return student, scheduler
 
 
-def reward_judge(
-    config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str
+def latent_scores(
+    config: DistillConfig, backbone: Backbone, rows: list[PromptRow], device: str
 ) -> tuple[LatentScores | None, DifferentiableScore | None]:
-    """What decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
+    """Return what decodes finished latents and scores them with every reward of the mix, and what does so with a gradient.
+
+    Raises DiffalignError for a column that a reward lacks, and where reward.gradient_weight finds no differentiable reward.
+    """
     terms: list[RewardTerm] = list(config.reward.terms)
     if not terms:
         return None, None
@@ -90,33 +94,33 @@ def reward_judge(
         pixels: Tensor = backbone.decode_latents(latents)
         return pixels
 
-    def judge(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
+    def scores(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
         with torch.no_grad():
             pixels = decoded(latents)
         pictures = backbone.pipeline.image_processor.postprocess(
             pixels, output_type="pil", do_denormalize=[False] * len(pixels)
         )
         texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
-        scores = {}
+        found = {}
         for term in terms:
             reward = rewards[term.label]
-            scores[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
-        return scores
+            found[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+        return found
 
     smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
-        return judge, None
+        return scores, None
     if not smooth:
         raise DiffalignError(
             "reward.gradient_weight: none of reward.terms is differentiable; `diffalign rewards` lists those"
         )
 
-    def lean(latents: Tensor, indices: list[int]) -> Tensor:
+    def differentiable_score(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
-        scores = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
-        return torch.stack(scores).sum(dim=0)
+        parts = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
+        return torch.stack(parts).sum(dim=0)
 
-    return judge, lean
+    return scores, differentiable_score
 
 
 def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | None:
@@ -152,7 +156,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
-    judge, lean = reward_judge(config, backbone, rows, str(accelerator.device))
+    scores, differentiable_score = latent_scores(config, backbone, rows, str(accelerator.device))
     side = config.resolution or backbone.default_resolution
     drawn = SamplingSettings(config.student.steps, 0.0, height=side, width=side)
     validation = open_validation(config.validation, backbone, device, config.seed, drawn)
@@ -161,30 +165,13 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
     real = open_real(config, backbone, side)
     if config.train.cache_prompts:
-        backbone.drop_encoders(keep_vae=judge is not None or validation is not None)
+        backbone.drop_encoders(keep_vae=scores is not None or validation is not None)
     places = side // backbone.vae_scale_factor
-    try:
-        result = distill_backbone(
-            config,
-            backbone=backbone,
-            student=student,
-            source=source,
-            shape=(backbone.latent_channels, places, places),
-            scores=judge,
-            differentiable_score=lean,
-            real=real,
-            say=say,
-            accelerator=accelerator,
-            validation=validation,
-        )
-    finally:
-        # Also of a run that an alarm has stopped: the report is where one sees why.
-        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
-            write_report(Path(config.run_dir))
-    if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
-        if config.save_pipeline:
-            say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
+    shape = (backbone.latent_channels, places, places)
+    method = Distillation(config, backbone, student, source, shape, accelerator, scores, differentiable_score, real)
+    result = run_and_report(config, method, validation=validation)
+    if accelerator.is_main_process and config.save_pipeline:
+        say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 
 
 def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:

@@ -12,7 +12,7 @@ from diffalign.config import JudgeConfig
 from diffalign.errors import DiffalignError
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
-from diffalign.judge.loop import train_judge
+from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pipelines.tuning import quiet_progress
@@ -20,6 +20,7 @@ from diffalign.progress import ImageProgress
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.stages.resolve import resolve_device, say
+from diffalign.stages.trainer import run_and_report
 from diffalign.testbed.judge_base import BaseSettings, make_base
 from diffalign.testbed.judge_data import faulty_groups, judge_records
 from diffalign.training.optim import check_installed
@@ -86,9 +87,8 @@ def train_from_config(config: JudgeConfig) -> Path:
         teacher.model.requires_grad_(False)
         check_dimensions(teacher, {one.dimension for one in records}, source)
     with quiet_progress():
-        weights = train_judge(config, judge=judge, records=records, teacher=teacher, say=say)
-    say(f"judge: {weights}")
-    return weights
+        result = run_and_report(config, JudgeTraining(config, judge, records, teacher), report=False)
+    return result.run_dir / "weights"
 
 
 def open_judge(folder: Path, **options: Any) -> Judge:

@@ -1,6 +1,5 @@
 """`diffalign reward-gradient`: prompts, a model and differentiable rewards to a model that scores higher."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.report.render import write_report
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -19,14 +17,14 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
-    say,
 )
+from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import late_steps
-from diffalign.training.reward_gradient.method import reward_gradient as train_backbone
+from diffalign.training.reward_gradient.method import RewardGradient
 
 
 def check_differentiable(config: RewardGradientConfig) -> None:
@@ -98,23 +96,8 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)
     places = side // backbone.vae_scale_factor
-    try:
-        result = train_backbone(
-            config,
-            backbone=backbone,
-            source=source,
-            shape=(backbone.latent_channels, places, places),
-            scores=scores,
-            say=say,
-            accelerator=accelerator,
-            validation=validation,
-        )
-    finally:
-        # Also of a run that an alarm has stopped: the report is where one sees why.
-        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
-            write_report(Path(config.run_dir))
-    if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+    method = RewardGradient(config, backbone, source, (backbone.latent_channels, places, places), scores, accelerator)
+    run_and_report(config, method, validation=validation)
 
 
 def describe_steps(config: RewardGradientConfig) -> str:

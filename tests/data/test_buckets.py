@@ -16,7 +16,6 @@ from diffalign.data.training_source import prepare_source
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.training.order import BucketOrder, check_units, groups_for_step
-from diffalign.training.preference.method import train
 from diffalign.training.preference.posterior import with_samples
 from helpers import toy
 from helpers.small_datasets import LABELS, Encoder, group_rows, quiet, settings, write_images
@@ -163,11 +162,11 @@ class Shaped(toy.ToySource):
 def test_training_over_buckets_resumes_bit_for_bit(tmp_path: Path) -> None:
     shape = {"groups_per_step": 4, "micro_batch": 2, "threads": 1}
     for steps in (5, 12):
-        train(
+        toy.train(
             toy.toy_config(tmp_path / "cut", train={**shape, "steps": steps}, checkpoint={"every": 5}),
             backbone=toy.ToyBackbone(), source=Shaped(), say=quiet,
         )  # fmt: skip
-    train(
+    toy.train(
         toy.toy_config(tmp_path / "whole", train={**shape, "steps": 12}),
         backbone=toy.ToyBackbone(), source=Shaped(), say=quiet,
     )  # fmt: skip

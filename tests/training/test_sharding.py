@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.training.preference.method import train
-from helpers import sharded_run
+from helpers import sharded_run, toy
 from helpers.processes import finish, torchrun
 from helpers.tiny_training import Source, config_for
 
@@ -24,7 +23,7 @@ def test_two_processes_with_cut_weights_equal_one(sd3_dir: Path, tmp_path: Path)
     tuned = {"tune": config.tune.model_copy(update={"kind": "full"})}
     trained = {"train": config.train.model_copy(update={"micro_batch": 1, "ema_decay": 0.5})}
     backbone = load_backbone(sd3_dir)
-    train(
+    toy.train(
         config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone), say=lambda _: None
     )
 
@@ -53,6 +52,6 @@ def test_one_process_alone_is_refused(sd3_dir: Path, tmp_path: Path) -> None:
     cut = {"train": config.train.model_copy(update={"shard": "fsdp2"})}
     backbone = load_backbone(sd3_dir)
     with pytest.raises(DiffalignError, match="one process has nothing to cut its weights over"):
-        train(
+        toy.train(
             config.model_copy(update={**tuned, **cut}), backbone=backbone, source=Source(backbone), say=lambda _: None
         )
