@@ -110,7 +110,7 @@ def test_vqascore(qwen: Path) -> None:
     assert reward.identity()["options"]["question"].startswith("Does this figure")
     with pytest.raises(DiffalignError, match="no {prompt} in it"):
         load_reward("vqascore", weights=qwen, question="Is it good?")
-    with pytest.raises(DiffalignError, match="writes 'Maybe' as 5 tokens"):
+    with pytest.raises(DiffalignError, match=f"{qwen} writes 'Maybe' as 5 tokens"):
         reward.one_token("Maybe")
 
 
@@ -129,6 +129,10 @@ PUBLISHED = (
 """The example answer of the model's repository."""
 
 
+GOOD = "Alignment Score (1-5): 4\nCoherence Score (1-5): 2\nStyle Score (1-5): 3"
+FAIR = "Alignment Score (1-5): 1\nCoherence Score (1-5): 1\nStyle Score (1-5): 1"
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -141,6 +145,14 @@ PUBLISHED = (
         ("Alignment Score (1-5): 6\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
         ("Alignment Score (1-5): 4\nAlignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
         ("", None),
+        (f"<think>\n{FAIR}, no: 2.</think>\n\n{GOOD}", (4.0, 2.0, 3.0)),  # with other scores in the thought
+        (f"Let me see: {FAIR}\n</think>\n\n{GOOD}", (4.0, 2.0, 3.0)),  # the template opened the thought
+        (f"<think></think><think>{FAIR}</think>{GOOD}", (4.0, 2.0, 3.0)),
+        (f"<think>\n{GOOD}", None),  # cut before the thought ended
+        (f"{GOOD}\n</think>", None),  # nothing after it
+        ("Alignment Score (1-5): 0.9947\nCoherence Score (1-5): 5.02\nStyle Score (1-5): 3", (0.9947, 5.02, 3.0)),
+        ("Alignment Score (1-5): 0.4\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
+        ("Alignment Score (1-5): 8/10\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
     ],
 )
 def test_answers(answer: str, expected: tuple[float, ...] | None) -> None:
@@ -157,10 +169,52 @@ def test_unifiedreward(qwen: Path) -> None:
     reward = UnifiedReward(weights=qwen, max_new_tokens=4)
     measured = reward.measure(IMAGES[:2], PROMPTS[:2])  # random weights answer with noise
     assert torch.isnan(measured["mean"]).all() and all("no three scores" in reason for reason in reward.reasons)
-    good = "Alignment Score (1-5): 4\nCoherence Score (1-5): 2\nStyle Score (1-5): 3"
-    read = reward.read([good, "I cannot"])
+    read = reward.read([GOOD, "I cannot", f"<think>{GOOD}", GOOD.replace("4", "9")])
     assert [read[c][0].item() for c in reward.columns] == [3.0, 4.0, 2.0, 3.0]
-    assert math.isnan(read["mean"][1]) and reward.reasons[0] == ""
+    assert read["mean"][1:].isnan().all() and reward.reasons[0] == ""
+    assert [reason.split(":")[0].split(" in ")[0] for reason in reward.reasons[1:]] == [
+        "no three scores", "the model's thought did not end within max_new_tokens=4", "a score outside 1 to 5",
+    ]  # fmt: skip
+    assert (
+        reward.identity()["options"] == {"max_new_tokens": 4}
+        and "options" not in UnifiedReward(weights=qwen).identity()
+    )
+
+
+# --- thoughts ---------------------------------------------------------------------------------------------------
+
+OPENED = {
+    # Qwen3.5: open unless thinking is off. DeepSeek's and others: open in any case. Qwen2-VL: none.
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}": (
+        "<think>\n\n</think>\n\n"
+    ),
+    "<think>\n": "<think>\n\n</think>\n\n",
+    "{% if enable_thinking %}<think>\n{% endif %}": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("opening", OPENED)
+@pytest.mark.parametrize("name", ["vqascore", "unifiedreward"])
+@pytest.mark.parametrize("prompt", ["a cat", "a cat that says <think>", "a </think> cat"])
+def test_no_thought_is_left_open(qwen: Path, name: str, opening: str, prompt: str) -> None:
+    reward = load_reward(name, weights=qwen)
+    reward.processor.chat_template = TEMPLATE.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif")
+    batch = reward.encode(IMAGES[:1], [f"Is it {prompt}?"])
+    written = reward.processor.tokenizer.decode(batch["input_ids"][0])
+    assert written.endswith(f"Is it {prompt}?<|im_end|>\n<|im_start|>assistant\n{OPENED[opening]}")
+
+
+def test_a_generated_thought_is_left_out(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = UnifiedReward(weights=qwen)
+    tokenizer = reward.processor.tokenizer
+    answers = [f"<think>{FAIR}</think>\n{GOOD}<|im_end|>", f"{GOOD}<|im_end|>", f"<think>{GOOD}"]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})  # as some models have them
+    rows = tokenizer(answers, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    monkeypatch.setattr(reward.network, "generate", lambda input_ids, **_: torch.cat([input_ids, rows], 1))
+    measured = reward.measure(IMAGES, PROMPTS)
+    assert measured["alignment"][:2].tolist() == [4.0, 4.0] and measured["alignment"][2].isnan()
+    assert reward.reasons[:2] == ["", ""] and "did not end" in reward.reasons[2]
 
 
 # --- HPSv3 ------------------------------------------------------------------------------------------------------
