@@ -26,8 +26,8 @@ class Reward(ABC):
     columns: what `measure` returns, the score first; NAME@LEVEL is a bin of a distribution, which no summary shows.
     range: the score's bounds. usual: where most images lie, if the bounds do not say. licence, weights: of the model it
     runs. requires: what must be installed besides diffalign. version: changes whenever scores may. source: paper or
-    code that defines it. size: size of the weights. reads: what a score depends on besides the image. preprocessing:
-    how pixels become the model's input. reasons: after a call, why image i was not scored ("" if it was).
+    code that defines it. size: size of the weights. reads: what a score depends on besides the image.
+    preprocessing: how pixels become the model's input. reasons: after a call, why image i was not scored ("" if it was).
 
     Building a reward loads nothing: weights are loaded with the first image, or by `identity`, which names them.
     """
@@ -86,6 +86,21 @@ class Reward(ABC):
     def weights_id(self) -> str:
         """Return which weights these are, with revision or fingerprint."""
         return self.weights
+
+    def licence_id(self) -> str:
+        """Return the licence of these weights."""
+        return self.licence
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a score file says of the reward that judged: name, version, weights, licence and settings."""
+        return {
+            "reward": self.name,
+            "version": self.version,
+            "weights": self.weights_id(),
+            "licence": self.licence_id(),
+            "settings": self.options(),
+            "format": 2,  # 1, without this key: weights of the class, and settings as the user gave them
+        }
 
     def identity(self) -> dict[str, Any]:
         """Return what a score depends on besides image, prompt and metadata: equal identities give equal scores."""

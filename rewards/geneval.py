@@ -207,7 +207,13 @@ class GenEvalReward(Reward):
         )
 
     def weights_id(self) -> str:
-        return self.detector.weights_id() if isinstance(self.detector, Mask2FormerDetector) else "the detector's"
+        if isinstance(self.detector, Mask2FormerDetector):
+            return self.detector.weights_id()
+        return f"the detector {type(self.detector).__name__}"
+
+    def licence_id(self) -> str:
+        ours = isinstance(self.detector, Mask2FormerDetector)
+        return self.licence if ours else "MIT (the decisions), the detector's own"
 
     def free(self) -> None:
         if isinstance(self.detector, Mask2FormerDetector):
