@@ -25,7 +25,7 @@ from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import agreement_table, read_choices
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import faults, summary_table
+from diffalign.scoring.score_summary import cut_lines, faults, summary_table
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
@@ -113,6 +113,8 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int, r
         console.print(agreement_table(read_choices(request.labels, both), both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
+    for line in cut_lines(rewards, [item.prompt for item in both.items]):
+        print(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
             print(f"scores: {path}")
