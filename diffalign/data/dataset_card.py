@@ -101,6 +101,8 @@ def _ranking_section(ranking: Path) -> list[str]:
     how = "vote shares" if settings["aggregate"] == "votes" else "the mean of z-scores"
     text = f"Preferences are {how} of {', '.join(settings['sources'])}. "
     text += f"{report['groups']} groups, of which {sum(report['dropped'].values())} were dropped."
+    if absent := report.get("without_score"):  # older files lack it
+        text += f" {absent} images without a score are left out: they are neither better nor worse than others."
     if report["generator_explains"] is not None:
         text += f" The generators' means alone explain {report['generator_explains']:.0%} of the preferences."
     return ["## Ranking", "", text, ""]

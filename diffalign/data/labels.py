@@ -68,7 +68,7 @@ def scaled(raw: list[np.ndarray], transform: str, stats: dict[str, float]) -> li
     if transform == "none":
         return raw
     if transform == "votes":
-        return [np.where(np.isfinite(r), vote_shares(r[None]), float("nan")) for r in raw]
+        return [vote_shares(r[None]) for r in raw]
     if transform == "balanced":
         return [balanced(r) for r in raw]
     if transform == "minmax":

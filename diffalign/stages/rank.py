@@ -15,6 +15,9 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.files import write_whole
 from diffalign.progress import say
 
+RULES = 2
+"""Part of a ranking's settings. A ranking made under older rules, by which an unscored image was the worst, is made again."""
+
 
 def rank(config: RankConfig) -> None:
     """Rank a scored dataset again: `diffalign rank`."""
@@ -34,7 +37,7 @@ def rank_dataset(dataset: PreferenceDataset, section: RankSection, rewards: list
     sources = section.sources or rewards
     scored_by = {name: dataset.scored_by(name) for name in sorted({source.partition(".")[0] for source in sources})}
     settings = {**section.model_dump(mode="json", include=set(RankSection.model_fields)), "sources": sources}
-    settings |= {"shuffle": shuffle, "scored_by": scored_by}
+    settings |= {"shuffle": shuffle, "scored_by": scored_by, "rules": RULES}
     path = dataset.folder / "ranking.json"
 
     def done() -> bool:
@@ -75,6 +78,8 @@ def _rules(section: RankSection) -> Rules:
 def _print_report(report: dict[str, Any], sources: list[str]) -> None:
     dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items())
     say(f"ranked {report['groups']} groups by {', '.join(sources)}{dropped}; {report['images']} images count")
+    if report["without_score"]:
+        say(f"{report['without_score']} images without a score are left out of the ranking")
     if report["without_preference"]:
         say(f"{report['without_preference']} groups state no preference (all equal)")
     if warning := generator_warning(report["generator_explains"]):

@@ -19,6 +19,7 @@ from diffalign.data.combine import calibrations, combined_labels
 from diffalign.data.labels import balanced
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import Flow
+from diffalign.rewards.aggregate import dvao
 from diffalign.training.order import groups_for_step
 from diffalign.training.preference.selection import (
     Selection,
@@ -307,3 +308,22 @@ def test_a_reward_without_spread_cannot_be_combined(tmp_path: Path) -> None:
     dataset = scored(tmp_path, {"a": [[1.0, 1.0], [1.0, 1.0]]})
     with pytest.raises(DiffalignError, match="labels.combine.weights: a: 4 scores without any spread"):
         calibrations(dataset, [0, 1], combine("sum", {"a": 1.0}))
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_an_image_without_a_gates_score_has_no_label(place: int, tmp_path: Path) -> None:
+    """Whether it passes is unknown; the others are ranked as if it were not there."""
+    gate, values = [1.0, 0.0, 1.0], [0.1, 0.9, 0.5]
+    gate[place] = float("nan")
+    dataset = scored(tmp_path, {"a": [gate], "b": [values]})
+    alone = combine("gated", {"b": 1.0}, {"a": 1.0})
+    (found,) = combined_labels(dataset, [0], alone, calibrations(dataset, [0], alone))
+    others = [k for k in range(3) if k != place]
+    assert np.isnan(found[place]) and np.isfinite(found[others]).all()
+    assert max(others, key=lambda k: found[k]) == max(others, key=lambda k: (gate[k], values[k]))
+
+
+def test_a_reward_of_weight_0_may_lack_scores() -> None:
+    scores = np.array([[np.nan, 1.0], [0.5, 0.5]])
+    advantages, _ = dvao(scores, [0.0, 1.0])
+    assert advantages.tolist() == [0.0, 0.0]
