@@ -16,6 +16,7 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
@@ -25,7 +26,6 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
-    say,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
@@ -57,7 +57,7 @@ It was trained with CPS, eta {eta:g}, which no scheduler of diffusers has: Euler
 """
 
 
-def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
+def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, Any]:
     """The student's sampler, and the diffusers scheduler that it is saved with."""
     if backbone.guided:
         raise DiffalignError(
@@ -123,7 +123,7 @@ def latent_scores(
     return scores, differentiable_score
 
 
-def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | None:
+def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImages | None:
     """The real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
     if config.gan.real is None:
         return None

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diffalign import testbed
 from diffalign.config import (
     GeneratorSection,
+    JudgeModelSection,
     ModelSection,
     RewardSection,
     SizedSamplingSection,
@@ -29,8 +30,10 @@ from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say as say
+from diffalign.pipelines.tuning import quiet_progress
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
+from diffalign.rewards.judge import Judge, load_judge
+from diffalign.rewards.rubric import load_rubrics
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
@@ -82,6 +85,13 @@ def open_generator(section: GeneratorSection, device: str) -> Generator:
     if section.scheduler is not None:
         replace_scheduler(generator.pipeline, section.scheduler.name, section.scheduler.options)
     return generator
+
+
+def open_judge(model: JudgeModelSection, device: str) -> Judge:
+    """Load the judge that a `model` section names; what the section leaves open is as the judge's folder states it."""
+    rubrics = None if model.rubrics is None else load_rubrics(model.rubrics)
+    with quiet_progress():
+        return load_judge(model.path, labels=model.labels, rubrics=rubrics, dtype=DTYPES[model.dtype], device=device)
 
 
 def _loading(model: ModelSection) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """`diffalign reward-gradient`: prompts, a model and differentiable rewards to a model that scores higher."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.pipelines import Backbone
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
@@ -39,7 +38,7 @@ def check_differentiable(config: RewardGradientConfig) -> None:
 
 
 def gradient_scores(
-    config: RewardGradientConfig, backbone: Any, rows: list[PromptRow], rewards: dict[str, Reward]
+    config: RewardGradientConfig, backbone: Backbone, rows: list[PromptRow], rewards: dict[str, Reward]
 ) -> LatentScores:
     """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
     vae = backbone.pipeline.vae.float()
@@ -55,7 +54,7 @@ def gradient_scores(
     return scores
 
 
-def check_sampler(config: RewardGradientConfig, backbone: Any) -> int:
+def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
     """Side of the images in pixels. Raises DiffalignError for one that the model cannot draw, or another guidance."""
     side = config.resolution or int(backbone.default_resolution)
     if side % backbone.pixel_multiple:

@@ -11,7 +11,8 @@ from diffalign.errors import DiffalignError
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.stages.resolve import open_backbone, open_validation, resolve_device, say
+from diffalign.progress import say
+from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
