@@ -12,7 +12,7 @@ import numpy as np
 from diffalign.data.choose_members import Limit, choose_members, near_duplicates, split_of
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.hashes import image_hashes
-from diffalign.data.schema import GroupRow
+from diffalign.data.schema import HUMAN, GroupRow
 from diffalign.data.writer import write_groups
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
@@ -47,8 +47,9 @@ class Rules:
 def rank(
     dataset: PreferenceDataset, sources: list[str], shuffle_seed: int | None = None, rules: Rules | None = None
 ) -> dict[str, Any]:
-    """Write `preference` into groups.parquet from the named rewards ("geneval" or "geneval.exact").
+    """Write `preference` into groups.parquet from the named rewards ("geneval" or "geneval.exact") or `human`.
 
+    `human` alone puts back the preferences that people gave, to the last bit; beside rewards it is one more voter.
     `shuffle_seed` permutes each group's shares at random: the control that any honest result must beat. Returns a
     report: groups, how many were dropped for which reason, images that count, `without_score`, the images that are left
     out because no voter has scored them (with `mean`: because one has not), and `generator_explains`, the share of the
@@ -64,7 +65,7 @@ def rank(
         row, members, start = dataset.group(i), index.indices(i), int(index.starts[i])
         kept = _kept(evidence, rules, start, len(members), draw(rules.seed, "choose", group=row["group_id"]))
         values = evidence.values(start + kept)
-        shares = values if evidence.combined is None else vote_shares(values[None])
+        shares = vote_shares(values[None]) if evidence.reduced else values
         if shuffle_seed is not None:
             shares = draw(shuffle_seed, "shuffle", group=row["group_id"]).permutation(shares)
         row["preference"] = [float(s) for s in shares]
@@ -86,7 +87,9 @@ class _Evidence:
     weights: np.ndarray
     """[R] votes of each reward, above 0."""
     combined: np.ndarray | None
-    """[images] the one voter of `aggregate: mean`."""
+    """[images] the one voter of `aggregate: mean`, or the preferences of people where nobody else votes."""
+    reduced: bool
+    """Whether `combined` is still to be turned into vote shares."""
     limits: list[tuple[Limit, np.ndarray]]
     """Each with the scores [images] that it bounds."""
     hashes: np.ndarray | None
@@ -116,10 +119,13 @@ def _gather(dataset: PreferenceDataset, sources: list[str], rules: Rules) -> _Ev
         raise DiffalignError("rank.weights: no voter has a weight above 0; give one to at least one of them")
     scores = np.stack([dataset.score_array(source) for source, say in zip(sources, has_say, strict=True) if say])
     weights = weights[has_say]
+    as_given = sources == [HUMAN]
+    mean = _mean_score(scores, weights) if rules.aggregate == "mean" and not as_given else None
     return _Evidence(
         scores,
         weights,
-        _mean_score(scores, weights) if rules.aggregate == "mean" else None,
+        scores[0] if as_given else mean,
+        mean is not None,
         [(limit, dataset.score_array(limit.source)) for limit in rules.limits],
         image_hashes(dataset) if rules.duplicates is not None else None,
     )
@@ -164,6 +170,18 @@ def _dropped(values: np.ndarray, members: int, min_gap: float) -> str | None:
         if len(values) < 2 or not np.ptp(values) >= min_gap:
             return "near tie"
     return None
+
+
+def write_splits(dataset: PreferenceDataset, shares: dict[str, float], seed: int) -> None:
+    """Write the splits into groups.parquet, by each group's prompt; no label is touched."""
+    rows = [dataset.group(i) for i in range(len(dataset))]
+    write_groups(dataset.folder, [{**row, "split": split_of(row["prompt"], shares, seed)} for row in rows])
+
+
+def is_split(dataset: PreferenceDataset, shares: dict[str, float], seed: int) -> bool:
+    """Return whether the groups lie in these splits already."""
+    prompts, splits = dataset.column("prompt"), dataset.column("split")
+    return all(split_of(prompt, shares, seed) == name for prompt, name in zip(prompts, splits, strict=True))
 
 
 def _report(dataset: PreferenceDataset, rows: list[GroupRow]) -> dict[str, Any]:
