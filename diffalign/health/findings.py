@@ -47,7 +47,8 @@ FINDINGS: dict[str, Words] = {
     "labels_without_spread": Words(
         "alarm",
         "most groups state no preference",
-        "groups whose labels are all equal get no weight, so most of every step is wasted",
+        "groups whose labels are all equal, or of which fewer than two images have one, get no weight, so most of every step "
+        "is wasted",
         "use a finer score (labels.source=scores.NAME.COLUMN), more images per prompt, or harder prompts",
     ),
     "accuracy_stuck": Words(

@@ -32,7 +32,7 @@ class GroupErrors:
     policy_error: squared error of the policy's prediction, mean over the latent's elements.
     reference_error: the same for the reference; None where the objective has `needs_reference = False`.
     rewards: labels, higher is better.
-    mask: [B], False where a group has fewer than K images.
+    mask: [B], False where a group has fewer than two images.
     order: a seeded random permutation of 0..K-1 in each group, used only to break ties.
     prediction_gap: mean squared difference of policy and reference predictions, where `needs_gap`.
     role: 1 for a real image, 0 for a generated one, where `label_kind` is "role".
@@ -145,6 +145,12 @@ def labelled_count(rewards: Tensor) -> Tensor:
     return rewards.isfinite().sum(dim=1)
 
 
+def label_range(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest and the lowest label of each group, [B] each; -inf and inf for a group without labels."""
+    unknown = ~rewards.isfinite()
+    return rewards.masked_fill(unknown, -math.inf).amax(dim=1), rewards.masked_fill(unknown, math.inf).amin(dim=1)
+
+
 def all_labels(group: GroupErrors) -> Tensor:
     """Return the labels, [B, K], for a loss that needs one of every image.
 
@@ -157,10 +163,12 @@ def all_labels(group: GroupErrors) -> Tensor:
 
 
 def has_preference(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return which groups state a strict preference, [B]; a group that has a NaN label or is masked out does not."""
-    spread = rewards.amax(dim=1) > rewards.amin(dim=1)
-    known = rewards.isfinite().all(dim=1) & spread
-    return known if mask is None else known & mask
+    """Return which groups state a strict preference, [B]: two of their labels differ, and they are not masked out.
+
+    Images without a label (NaN) are no members of their group.
+    """
+    high, low = label_range(rewards)
+    return high > low if mask is None else (high > low) & mask
 
 
 def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:

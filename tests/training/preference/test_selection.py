@@ -208,7 +208,7 @@ def test_weights_count_in_the_loss_and_leave_the_shares_alone(tmp_path: Path) ->
 
 def test_groups_without_preference_come_last_and_nan_labels_harm_nothing(tmp_path: Path) -> None:
     source = toy.ToySource()
-    source.rewards[0], source.rewards[1, 0] = 0.5, float("nan")
+    source.rewards[0], source.rewards[1, 1:], source.rewards[2, 0] = 0.5, float("nan"), float("nan")
     for number, selection in enumerate(
         ({"groups": "curriculum"}, {"images": "variance", "sizes": [2, 3]}, {"images": "score_gap"})
     ):
@@ -219,6 +219,10 @@ def test_groups_without_preference_come_last_and_nan_labels_harm_nothing(tmp_pat
         for pool, _ in Selection.of(toy.toy_config(tmp_path, selection={"groups": "curriculum"}), source).pools
     ]
     assert all(not pool & {0, 1} for pool in pools[:-1]) and pools[-1] >= {0, 1}
+    # A group that lacks a label has its place by those it has.
+    gap = (source.rewards[2, 1:].max() - source.rewards[2, 1:].min()).item()
+    wider = [i for i in range(3, 13) if source.rewards[i].max() - source.rewards[i].min() > gap]
+    assert (2 in pools[0]) == (len(wider) < len(pools[0]))
 
 
 def test_a_schedule_cannot_go_on_with_another_length(tmp_path: Path) -> None:
