@@ -88,9 +88,10 @@ def _reward_section(rewards: dict[str, dict[str, Any]]) -> list[str]:
     if not rewards:
         return []
     rows = [
-        (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown")) for name, r in rewards.items()
+        (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown"), _settings(r))
+        for name, r in rewards.items()
     ]
-    table = _table(("reward", "version", "weights", "licence"), rows)
+    table = _table(("reward", "version", "weights", "licence", "settings"), rows)
     return ["## Rewards", "", *table, "Scores are those of models, not of people.", ""]
 
 
@@ -118,10 +119,13 @@ def shuffled_words(settings: dict[str, Any]) -> str:
 
 
 def _weights(name: str, reward: dict[str, Any]) -> str:
-    """Return the weights behind a reward: those of its detector, if it was given one."""
-    detector = reward.get("settings", {}).get("detector")
-    given = detector is not None and takes(name, "detector")
-    return f"the detector {detector}" if given else str(reward.get("weights", "?"))
+    """Return the weights behind a reward. Files of older versions name the class's; `shapes` is their detector's name."""
+    shapes = reward.get("settings", {}).get("detector") == "shapes" and takes(name, "detector")
+    return "the detector shapes" if shapes else str(reward.get("weights", "?"))
+
+
+def _settings(reward: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(reward.get("settings", {}).items())) or "-"
 
 
 def _table(names: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:

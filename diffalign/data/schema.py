@@ -90,12 +90,12 @@ def with_latents() -> pa.Schema:
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def score_schema(columns: tuple[str, ...], made_by: dict[str, Any] | None = None) -> pa.Schema:
+def score_schema(columns: tuple[str, ...], made_by: dict[str, Any]) -> pa.Schema:
     """Return the columns of a score file: group_id, index, a float32 for every reward column, and why a value is NaN.
 
-    made_by: what identifies the reward, kept in the schema's metadata.
+    made_by: the `provenance` of the reward, kept in the schema's metadata.
     """
-    metadata = {"diffalign": json.dumps(made_by, sort_keys=True)} if made_by else None
+    metadata = {"diffalign": json.dumps(made_by, sort_keys=True)}
     return pa.schema(
         [
             ("group_id", pa.string()),

@@ -23,21 +23,13 @@ def score_images(
     reward: Reward,
     batch_size: int = 64,
     on_progress: OnImages | None = None,
-    settings: dict[str, Any] | None = None,
 ) -> int:
     """Score every image as a stream; return how many this process scored. Complete scores are kept.
 
-    An image that cannot be decoded or scored gets NaN and the reason. `settings` (what the reward was built with) are
-    stored with its version, weights and licence. Raises DiffalignError if the file holds scores of another version or
-    other settings.
+    An image that cannot be decoded or scored gets NaN and the reason. The file says which reward judged. Raises
+    DiffalignError if it holds scores of another version, of other weights or of other settings.
     """
-    made_by = {
-        "reward": reward.name,
-        "version": reward.version,
-        "weights": reward.weights,
-        "licence": reward.licence,
-        "settings": settings or {},
-    }
+    made_by = reward.provenance()
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
     schema = score_schema(reward.columns, made_by)
     work = dataset.folder / WORK_FOLDER
@@ -99,10 +91,12 @@ def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> 
 
 
 def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuse scores of another version of the reward. Files without a note are accepted."""
+    """Refuse scores of another version, other weights or other settings. Files without a note are accepted."""
     note = (pq.read_schema(path).metadata or {}).get(b"diffalign")
     before = json.loads(note) if note else made_by
-    changed = next((key for key in ("version", "weights", "settings") if before.get(key) != made_by[key]), None)
+    # An older note does not say what really judged, so only its version can be compared.
+    compared = ("version", "weights", "settings") if before.get("format") == made_by["format"] else ("version",)
+    changed = next((key for key in compared if before.get(key) != made_by[key]), None)
     if changed:
         raise DiffalignError(
             f"{path} was scored with {changed}={before.get(changed)!r}, now it is {made_by[changed]!r}; delete the file to "

@@ -1,12 +1,14 @@
 """Summarise scores: mean, spread, best and worst, counts for a histogram."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from diffalign.rewards import Reward
 from diffalign.scoring.run import Scores
 
 BINS = 24
@@ -87,6 +89,17 @@ def summary_table(scores: Scores) -> Table:
 def _short(name: str, longest: int = 40) -> str:
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     return clean if len(clean) <= longest else "…" + clean[1 - longest :]
+
+
+def cut_lines(rewards: Mapping[str, Reward], prompts: Sequence[str | None]) -> list[str]:
+    """Return a line for each reward (label -> reward) that reads some of the prompts in part only."""
+    given = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+    counts = {label: reward.count_cut(given) for label, reward in rewards.items()}
+    return [
+        f"{label} reads {rewards[label].longest} tokens of a prompt: {count} of {len(given)} prompts are longer and were cut"
+        for label, count in counts.items()
+        if count
+    ]
 
 
 def faults(scores: Scores, most: int = 10) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diffalign.data.schema import score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.progress import ImageProgress, say_aside
-from diffalign.rewards import REWARDS, foreign_rewards
+from diffalign.rewards import REWARDS, Reward, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
@@ -24,7 +25,7 @@ from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import agreement_table, read_choices
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import faults, summary_table
+from diffalign.scoring.score_summary import cut_lines, faults, summary_table
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
@@ -94,11 +95,11 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
             return 0
         kept = store.finish(both.rows, [Path(s).as_posix() for paths in sources.values() for s in paths])
     parts = _split(both, len(items["A"]))
-    _show(request, both, parts, kept)
+    _show(request, both, parts, kept, rewards)
     return UNSCORED if both.failed else 0
 
 
-def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -> None:
+def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int, rewards: Mapping[str, Reward]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for part in parts:
         console.print(summary_table(part))
@@ -112,8 +113,10 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
         console.print(agreement_table(read_choices(request.labels, both), both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
+    for line in cut_lines(rewards, [item.prompt for item in both.items]):
+        print(line)
     if request.into_dataset:
-        for path in write_into_dataset(parts[0], request.images):
+        for path in write_into_dataset(parts[0], request.images, rewards):
             print(f"scores: {path}")
     if request.html:
         print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
@@ -128,17 +131,18 @@ def _split(both: Scores, first: int) -> list[Scores]:
     return [Scores(both.rows[c], both.columns, items=both.items[c]) for c in cuts]
 
 
-def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
+def write_into_dataset(scores: Scores, sources: list[str], rewards: Mapping[str, Reward]) -> list[Path]:
     """Write `scores/<label>.parquet` into the dataset that was scored, where `rank` and `train` find them.
 
-    One file per label, replaced whole. Return the files; raise DiffalignError if `sources` is no dataset folder.
+    One file per label, replaced whole, with a note of the reward that judged. Return the files; raise DiffalignError if
+    `sources` is no dataset folder.
     """
     if len(sources) != 1 or any(item.group is None for item in scores.items):
         raise DiffalignError("--into-dataset: IMAGES must be one dataset folder (a folder with groups.parquet)")
     written = []
     for label, columns in scores.columns.items():
         path = Path(sources[0]) / "scores" / f"{label}.parquet"
-        schema = score_schema(columns)
+        schema = score_schema(columns, rewards[label].provenance())
         rows = [
             {
                 "group_id": item.group[0] if item.group else "",

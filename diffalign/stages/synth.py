@@ -69,8 +69,7 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     # Score, one reward in memory at a time.
     dataset = PreferenceDataset(out)
     for section in config.rewards:
-        settings = section.model_dump(exclude={"name"})
-        scored = score_images(dataset, open_reward(section, device), config.reward_batch, settings=settings)
+        scored = score_images(dataset, open_reward(section, device), config.reward_batch)
         say(f"{section.name}: this process scored {scored} images")
 
     # Rank, and describe what came out.

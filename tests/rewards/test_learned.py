@@ -6,6 +6,7 @@ HPSv2 and ImageReward beside their packages' own code: test_published_packages.p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, Reward, load_reward
 from diffalign.rewards.pixels import BOUND, CLIP_MEAN, CLIP_STD, crop_square, crop_square_tensor, letterbox, to_tensor
+from diffalign.scoring.score_summary import cut_lines
 from helpers import pictures, tiny_rewards
 
 PROMPTS = ["a red cat", "two dogs and a very long story " * 12, "a red cat", ""]
@@ -338,3 +340,35 @@ def test_not_differentiable_is_said() -> None:
         if not kind.differentiable and name not in ("geneval",):
             with pytest.raises(DiffalignError, match="is not differentiable"):
                 load_reward(name).score_tensors(torch.rand(1, 3, 8, 8), ["x"])
+
+
+# --- prompts that are cut ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("pickscore", 75), ("clipscore", None), ("hpsv2", 75), ("imagereward", 33), ("sharpness", 999)]
+)
+def test_prompts_that_are_cut_are_counted(name: str, most: int | None, rewards: dict[str, Reward]) -> None:
+    """A prompt is cut if its last word does not move the score. `most`: letters that fit beside beginning and end."""
+    reward = rewards[name]
+    prompts = [" ".join("abcdefg"[i % 7] for i in range(n)) for n in range(20, 84)]
+    scores = reward.score([IMAGES[0]] * len(prompts), prompts).tolist()
+    unmoved = [abs(a - b) < 1e-6 for a, b in pairwise(scores)] if reward.longest else [False] * (len(prompts) - 1)
+    assert [reward.count_cut([prompt]) for prompt in prompts[1:]] == [int(cut) for cut in unmoved]
+    assert any(unmoved) == bool(reward.longest)
+    if most is not None:
+        assert [reward.count_cut(["a " * n]) for n in (most, most + 1)] == [0, int(most < 999)]
+    # Each prompt counts once, and one that is read in full not at all.
+    assert reward.count_cut([prompts[-1]] * 3 + prompts[:1] * 2) == int(bool(reward.longest)) and not reward.count_cut(
+        []
+    )
+
+
+def test_one_line_for_each_reward_that_cuts(rewards: dict[str, Reward]) -> None:
+    long = "very " * 50 + "red"
+    given = {"p": rewards["pickscore"], "i": rewards["imagereward"], "aesthetic": rewards["aesthetic"]}
+    assert cut_lines(given, ["a cat", long, long, None]) == [
+        "p reads 77 tokens of a prompt: 1 of 2 prompts are longer and were cut",
+        "i reads 35 tokens of a prompt: 1 of 2 prompts are longer and were cut",
+    ]
+    assert cut_lines(given, ["a cat"]) == cut_lines(given, []) == []

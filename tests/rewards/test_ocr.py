@@ -61,6 +61,14 @@ def test_targets() -> None:
     assert target_of('"OPEN" beside "CLOSED"') == "OPEN"
     assert target_of("no quotes") is None and target_of('"  "') is None and target_of("“curly”") is None
     assert target_of('one " alone') is None
+    # Quotes that hold nothing are no text, and a sign of two lines is one text.
+    assert (
+        target_of('"" and "OPEN"') == "OPEN" and target_of('" \n" or "A" or "B"') == "A" and target_of('"" ""') is None
+    )
+    for between in ("\n", "\r\n", "\n\n", "\t", "\u2028"):
+        target = target_of(f'a sign "Hello{between}World"')
+        assert target == HELLO
+        assert similarity(target, [("HELLO", 0.9), ("WORLD", 0.9)]) == exact_match(target, [(HELLO, 0.9)]) == 1.0
 
 
 @pytest.mark.soak

@@ -16,6 +16,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
+from diffalign.rewards import load_reward
 from diffalign.scoring.captions import PromptTable, from_name
 from diffalign.scoring.compare_folders import compare_scores, pair_up
 from diffalign.scoring.decode import Unreadable, decode
@@ -138,6 +139,7 @@ def test_a_dataset_of_ours(tmp_path: Path) -> None:
     assert score(request) == 0
     dataset = PreferenceDataset(tmp_path / "set")
     found = dataset.scores("s")
+    assert dataset.scored_by("s") == load_reward("sharpness").provenance()
     assert dataset.rewards() == ["s"]
     assert len(found) == 4
     assert all(map(math.isfinite, found.values()))

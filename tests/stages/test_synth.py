@@ -27,6 +27,7 @@ from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.rewards import Reward
 from diffalign.stages import synth
 from helpers.files import tree
 from helpers.processes import in_a_child
@@ -71,15 +72,15 @@ class Painter:
         pass
 
 
-class Channel:
+class Channel(Reward):
     """Mean of one colour channel."""
 
-    columns, version, weights, licence = ("mean",), "1", "none", "none"
+    columns, version, weights, licence, range = ("mean",), "1", "none", "none", (0.0, 255.0)
 
     def __init__(self, name: str) -> None:
         self.name, self.reasons = name, [""]
 
-    def measure(self, images: list[Image.Image], prompts: list[str], facts: Any) -> dict[str, Any]:
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: Any = None) -> dict[str, Any]:
         self.reasons = [""] * len(images)
         channel = {"bright": slice(None), "red": 0}[self.name]
         return {"mean": torch.tensor([float(np.asarray(i)[..., channel].mean()) for i in images])}
