@@ -45,17 +45,17 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Impo
     return name, READERS[name](sources[0])
 
 
-def import_pairs(sources: list[Path], out: Path) -> Report:
+def import_pairs(sources: list[Path], out: Path, splits: dict[str, float] | None = None) -> Report:
     """Write your own pairs as a dataset: from a csv, or from a folder of winners and a folder of losers.
 
-    Raises DiffalignError at the first row or file that is broken.
+    splits: as `write_imported` takes them. Raises DiffalignError at the first row or file that is broken.
     """
     if len(sources) > 2:
         raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
     if len(sources) == 1 and sources[0].is_dir():
         raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
     rows = read_two_folders(*sources) if len(sources) == 2 else read_csv(sources[0])
-    return write_imported(rows, out, strict=True)
+    return write_imported(rows, out, strict=True, splits=splits)
 
 
 def guess_form(path: Path) -> str:

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.choose_members import split_of
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, GroupRow
@@ -18,7 +20,7 @@ IMAGES_PER_FILE = 4096
 @dataclass(frozen=True)
 class ImportedGroup:
     """A group as it stands in somebody's files. images: encoded bytes, or files that are read when the group is
-    written.
+    written. preference: a value an image, NaN for one without a label, or () where nobody gave any.
     """
 
     prompt: str
@@ -44,13 +46,19 @@ class Report:
     """What became of the rows."""
 
     groups: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
     images: int = 0
     counted: Counter[str] = field(default_factory=Counter)
     faults: list[SkippedRow] = field(default_factory=list)
 
 
-def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False) -> Report:
+def write_imported(
+    rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False, splits: dict[str, float] | None = None
+) -> Report:
     """Write a dataset; images are kept byte for byte. A broken row is skipped, or is an error if `strict`.
+
+    splits: share of the prompts in each split except `train`, which gets the rest. Groups that the files themselves put
+    into another split than `train` stay there.
 
     Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
     """
@@ -78,7 +86,10 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
             if writer is None:
                 writer, in_file = ImageWriter(out, f"part-{files:05d}").__enter__(), 0
                 files += 1
+            if splits and kept.split == "train":
+                kept = replace(kept, split=split_of(kept.prompt, splits, 0))
             groups.append(_write(writer, kept, len(groups)))
+            report.splits[kept.split] += 1
             in_file += len(kept.images)
             report.images += len(kept.images)
     except BaseException as error:
@@ -95,13 +106,18 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
 
 
 def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
-    """Return preferences from ranks (1 is the best): the share of the others that are ranked worse."""
-    others = max(len(ranks) - 1, 1)
-    return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
+    """Return preferences from ranks (1 is the best): the share of the others that are ranked worse.
+
+    An image without a rank (NaN) gets none and is nobody's other.
+    """
+    others = max(sum(map(isfinite, ranks)) - 1, 1)
+    return tuple(sum(other > rank for other in ranks) / others if isfinite(rank) else nan for rank in ranks)
 
 
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """Return the row with its files read and checked, or why it is skipped."""
+    if row.preference and sum(map(isfinite, row.preference)) < 2:
+        return SkippedRow(row.where, "fewer than two images have a label", fault=False)
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
@@ -124,11 +140,14 @@ def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> GroupRow:
         generator = row.generators[index] if row.generators else "imported"
         assert isinstance(image, bytes)
         writer.write(group, index, image, generator, 0, {"from": Path(row.where).name})
+    labelled = [index for index, value in enumerate(row.preference) if isfinite(value)]
     return {
         "group_id": group,
         "prompt_id": prompt.prompt_id,
         "prompt": row.prompt,
-        "preference": list(row.preference),
+        "preference": [row.preference[index] for index in labelled],
         "split": row.split,
         "metadata": row.metadata,
+        "members": labelled if len(labelled) < len(row.preference) else None,
+        "human": list(row.preference) or None,
     }

@@ -50,14 +50,23 @@ GROUPS = pa.schema(
             pa.list_(pa.int32()),
         ),  # which images of the group count, where not all do: `preference` is of these
         ("dropped", pa.string()),  # why `diffalign rank` leaves the group out; null: it does not
+        # The preference that people gave, a value for every image of the group, NaN for one that they did not judge.
+        # Ranking keeps it, whatever it writes into `preference`; null: nobody gave one.
+        ("human", pa.list_(pa.float32())),
     ]
 )
 
 GROUPS_FILE = "groups.parquet"
+HUMAN = "human"
+"""The source, beside the rewards, by which a dataset can be ranked where people gave preferences."""
 
 
 class GroupRow(TypedDict):
-    """A row of groups.parquet, its metadata as a dict. `preference` has a value for each image that counts."""
+    """A row of groups.parquet, its metadata as a dict. `preference` has a value for each image that counts.
+
+    human: the preference that people gave, with a value for each image. `write_groups` takes `preference` where a row lacks
+    the key.
+    """
 
     group_id: str
     prompt_id: str
@@ -67,6 +76,7 @@ class GroupRow(TypedDict):
     metadata: dict[str, Any]
     members: NotRequired[list[int] | None]
     dropped: NotRequired[str | None]
+    human: NotRequired[list[float] | None]
 
 
 def with_latents() -> pa.Schema:

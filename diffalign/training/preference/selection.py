@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign.data.choose_members import choose_members
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.objectives import GroupErrors, has_preference, ranking
+from diffalign.objectives import GroupErrors, has_preference, label_range, labelled_count, ranking
 from diffalign.training.order import BucketOrder
 from diffalign.training.preference.step import Draws
 
@@ -42,26 +42,38 @@ def relaxed(first: int, last: int, step: int, steps: int) -> int:
     return round((1 - progress) * first + progress * last)
 
 
-def loser_by_rank(ranked: Tensor, phase: int, phases: int) -> Tensor:
+def filled(chosen: np.ndarray, size: int, members: int) -> np.ndarray:
+    """Return the positions `chosen` and, where they are fewer than `size`, others below `members`, ascending.
+
+    Groups of a micro-batch have equally many; the others have no label, so no objective gets to see them.
+    """
+    others = np.setdiff1d(np.arange(members), chosen)
+    return np.sort(np.concatenate([chosen, others[: size - len(chosen)]]))
+
+
+def loser_by_rank(ranked: Tensor, phase: int, phases: int, counts: Tensor | None = None) -> Tensor:
     """[B, 1]: the image that stands against the best one, by its place: the last in the first phase, then closer ones.
 
-    ranked [B, K]: images from best to worst. Curry-DPO's curriculum by rank; its pairs, too, all hold the best image.
+    ranked [B, K]: images from best to worst. counts [B]: how many of each group have a label, the first ones; None: all.
+    Curry-DPO's curriculum by rank; its pairs, too, all hold the best image.
     """
-    k = ranked.shape[1]
-    place = k - 1 - round((k - 2) * phase / max(phases - 1, 1))
-    return ranked[:, place : place + 1]
+    k = torch.full((len(ranked),), ranked.shape[1]) if counts is None else counts
+    place = k - 1 - ((k - 2).double() * phase / max(phases - 1, 1)).round().long()
+    return ranked.gather(1, place.clamp_min(0)[:, None])
 
 
 def loser_by_score(ranked: Tensor, labels: Tensor, phase: int, phases: int) -> Tensor:
     """[B, 1]: as `loser_by_rank`, by the difference of the labels: that nearest to a falling share of the group's gap.
 
-    Only images strictly below the best one come into question; where there is none, the last one.
+    Only images strictly below the best one come into question; where there is none, the last one with a label.
     """
     ordered = labels.gather(1, ranked)
     gap = ordered[:, :1] - ordered
-    wanted = (1 - phase / max(phases - 1, 1)) * gap[:, -1:]
-    distance = (gap - wanted).abs().masked_fill(gap <= 0, math.inf)
-    distance[:, -1] = distance[:, -1].clamp(max=torch.finfo(distance.dtype).max)
+    last = (labelled_count(labels) - 1).clamp_min(0)[:, None]
+    wanted = (1 - phase / max(phases - 1, 1)) * gap.gather(1, last)
+    distance = (gap - wanted).abs().masked_fill(~(gap > 0), math.inf)
+    largest = torch.finfo(distance.dtype).max
+    distance = distance.scatter(1, last, distance.gather(1, last).clamp(max=largest))
     return ranked.gather(1, distance.argmin(dim=1, keepdim=True))
 
 
@@ -102,7 +114,7 @@ class Selection:
     def of(cls, config: Any, source: Any) -> "Selection":
         """For a TrainConfig and a source of groups, whose `rewards` and `mask` are read only where something is chosen.
 
-        Raises DiffalignError where groups have too few images.
+        Raises DiffalignError where all groups have too few images.
         """
         section, train, buckets = config.selection, config.train, np.asarray(source.buckets)
 
@@ -113,21 +125,23 @@ class Selection:
         everything = [ordered(np.arange(len(source)))]
         if section.groups == "all" and section.weight == "none" and section.sizes is None:
             return cls(section, train.steps, config.seed, everything, torch.ones(len(source)))
-        # gap: best less worst label of each group, -1 where a group states no preference
+        # gap: best less worst label of each group, -1 where a group states no preference; without a label, no member
         labels = source.rewards.double()
+        labels = labels.masked_fill(~labels.isfinite(), math.nan)
         if section.sizes is not None and max(section.sizes) > labels.shape[1]:
             raise DiffalignError(
                 f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most so many"
             )
         known = has_preference(labels, source.mask)
-        gaps = torch.where(known, labels.amax(1) - labels.amin(1), torch.tensor(-1.0, dtype=labels.dtype)).numpy()
+        high, low = label_range(labels)
+        gaps = torch.where(known, high - low, torch.tensor(-1.0, dtype=labels.dtype)).numpy()
         weights = np.ones(len(gaps))
         if section.weight != "none" and known.any():
             telling = known.numpy()
             if section.weight == "gap":
                 weights[telling] = weights_by_gap(gaps[telling], section.strength)
             else:
-                weights[telling] = weights_by_mean(labels.mean(1).numpy()[telling], section.temperature)
+                weights[telling] = weights_by_mean(labels.nanmean(1).numpy()[telling], section.temperature)
         pools = everything
         if section.groups != "all":
             pools = [ordered(easiest(gaps, phase, section.phases)) for phase in range(section.phases)]
@@ -148,15 +162,20 @@ class Selection:
             first, last = self.section.sizes
             size = relaxed(first, last, step, self.steps)
             chosen = [
-                choose_members(row, "variance", size, draw(self.seed, "selection", step=step, inner=slot, group=group))
+                filled(
+                    choose_members(
+                        row, "variance", size, draw(self.seed, "selection", step=step, inner=slot, group=group)
+                    ),
+                    size,
+                    len(row),
+                )
                 for row, slot, group in zip(labels.double().numpy(), slots, group_ids, strict=True)
             ]
             return replace(draws, members=torch.from_numpy(np.stack(chosen)))
-        values = labels.nan_to_num(-math.inf)
-        ranked = ranking(GroupErrors(values, rewards=values, order=draws.order))
+        ranked = ranking(GroupErrors(labels, rewards=labels, order=draws.order))
         phase, _ = phase_of(step, self.steps, self.section.phases)
         if how == "rank_gap":
-            loser = loser_by_rank(ranked, phase, self.section.phases)
+            loser = loser_by_rank(ranked, phase, self.section.phases, labelled_count(labels))
         else:
-            loser = loser_by_score(ranked, labels.nan_to_num(0.0), phase, self.section.phases)
+            loser = loser_by_score(ranked, labels, phase, self.section.phases)
         return replace(draws, members=torch.cat([ranked[:, :1], loser], dim=1).sort(dim=1).values)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from diffalign.draws import draw, normal
 from diffalign.errors import DiffalignError
-from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, check_labels, has_preference, ranking
+from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, best_and_worst, check_labels, has_preference
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.pipelines.inversion import inverted_noise
 from diffalign.training.device import to_device
+from diffalign.training.preference.mixed_sizes import by_size, labelled_first, member_means, sizes_of
 from diffalign.training.preference.reference_store import Recall, live
 
 
@@ -37,10 +38,17 @@ class Draws:
 
 
 def make_draws(
-    config: Any, process: Any, step: int, slots: list[int], group_ids: list[str], shape: torch.Size
+    config: Any,
+    process: Any,
+    step: int,
+    slots: list[int],
+    group_ids: list[str],
+    shape: torch.Size,
+    labelled: Tensor | None = None,
 ) -> Draws:
     """Draws for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
 
+    labelled: bool [B, K], which images `data.group_size` draws from first; None: all.
     The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
     """
     _, members, *latent = shape
@@ -50,7 +58,7 @@ def make_draws(
         return draw(config.seed, stream, step=step, inner=slot, group=group, member=member)
 
     noise, uniform, order, dropped, chosen = [], [], [], [], []
-    for slot, group in zip(slots, group_ids, strict=True):
+    for row, (slot, group) in enumerate(zip(slots, group_ids, strict=True)):
         if config.noise == "shared":
             noise.append(normal(one("noise", slot, group), (1, *latent)).repeat(members, axis=0))
         elif config.noise == "independent":
@@ -59,6 +67,8 @@ def make_draws(
         uniform.append(one("time", slot, group).random())
         order.append(one("order", slot, group).permutation(members))
         every = np.arange(members) if size == members else one("members", slot, group).permutation(members)
+        if labelled is not None and size < members:
+            every = every[np.argsort(~labelled[row].numpy()[every], kind="stable")]
         chosen.append(np.sort(every[:size]))
         dropped.append(bool(one("prompt_dropout", slot, group).random() < config.train.prompt_dropout))
     times = process.draw_times(torch.tensor(uniform, dtype=torch.float64), **config.times.model_dump())
@@ -74,12 +84,15 @@ def make_draws(
 
 
 def used_members(objective: Objective, rewards: Tensor, draws: Draws) -> Tensor:
-    """Indices [B, k] of those among `draws.members` that the objective's loss depends on."""
-    if objective.members == "all":
-        return draws.members
+    """Indices [B, k] of those among `draws.members` that the objective's loss depends on.
+
+    Images without a label are none of them, unless a group has fewer of the others than the rest of the micro-batch.
+    """
     labels, order = rewards.gather(1, draws.members), draws.order.gather(1, draws.members)
-    ranked = ranking(GroupErrors(policy_error=labels, rewards=labels.nan_to_num(float("-inf")), order=order))
-    return draws.members.gather(1, ranked[:, :1] if objective.members == "best" else ranked[:, [0, -1]])
+    if objective.members == "all":
+        return labelled_first(draws.members, labels)
+    best, worst = best_and_worst(GroupErrors(policy_error=labels, rewards=labels, order=order))
+    return draws.members.gather(1, best if objective.members == "best" else torch.cat([best, worst], dim=1))
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -177,8 +190,9 @@ def preference_step(
     policy = predicted("policy")
     scale = to_device(process.error_scale(draws.times, config.error_space), device)[:, None]
     gap = None if reference is None else squared_error(policy, reference)
-    # A group with an image without label has no weight, but 0 times NaN would still be NaN.
-    labels = to_device(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
+    # A group without two labels has no weight, but 0 times NaN would still be NaN.
+    given = batch.rewards.gather(1, chosen)
+    sizes, labels = sizes_of(given), to_device(given.nan_to_num(0.0, 0.0, 0.0), device)
     errors = GroupErrors(
         policy_error=scale * squared_error(policy, target),
         reference_error=None if reference_error is None else scale * reference_error,
@@ -189,13 +203,13 @@ def preference_step(
         role=labels if objective.label_kind == "role" else None,
         time=to_device(draws.times, device),
     )
-    output = objective(errors)
+    output = by_size(objective, errors, sizes)
     weight = torch.ones(groups)
     if objective.label_kind != "none":
         weight = has_preference(batch.rewards.gather(1, draws.members), batch.mask).float()
-    metrics = {"policy_error": errors.policy_error.mean(1), **output.metrics}
+    metrics = {"policy_error": member_means(errors.policy_error, sizes), **output.metrics}
     if errors.reference_error is not None:
-        metrics["reference_error"] = errors.reference_error.mean(1)
+        metrics["reference_error"] = member_means(errors.reference_error, sizes)
     if gap is not None:
-        metrics["drift"] = gap.mean(1)
+        metrics["drift"] = member_means(gap, sizes)
     return PreferenceOutput(output, to_device(weight, device), errors, {k: v.detach() for k, v in metrics.items()})
