@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image
 from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE, GroupRow
 from diffalign.errors import DiffalignError
+from diffalign.images import Unreadable, decode
 
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
 
@@ -34,8 +34,8 @@ class ImageRow:
     def decode(self) -> Image.Image:
         """Return the image in RGB. Raises DiffalignError if the bytes are not a complete image."""
         try:
-            return Image.open(io.BytesIO(self.data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode(self.data)
+        except Unreadable as error:
             raise DiffalignError(f"image {self.index} of group {self.group_id} cannot be decoded: {error}") from error
 
 

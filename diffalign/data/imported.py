@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.images import Unreadable, decode, read_file
 
 IMAGES_PER_FILE = 4096
 
@@ -106,13 +106,13 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
         try:
-            data = image.read_bytes() if isinstance(image, Path) else image
-        except OSError as error:
-            return SkippedRow(row.where, f"{name}: {error.strerror}")
+            data = read_file(image) if isinstance(image, Path) else image
+        except Unreadable as error:
+            return SkippedRow(row.where, f"{name}: {error}")
         try:
-            ImageRow("", n, data, "", 0).decode()
-        except DiffalignError:
-            return SkippedRow(row.where, f"{name} is not a complete image")
+            decode(data)
+        except Unreadable as error:
+            return SkippedRow(row.where, f"{name} is not a complete image ({error})")
         loaded.append(data)
     return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 

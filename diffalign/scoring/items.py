@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 
-from diffalign.scoring.decode import Unreadable, read_file
+from diffalign.images import Unreadable, read_file
 
 
 class Origin(Protocol):

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from diffalign.images import Unreadable, decode
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
-from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item, digest
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.store import IDENTITY, REASON, Result, Store, key_of, with_facts

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.errors import DiffalignError
+from diffalign.images import SUFFIXES
 from diffalign.scoring.captions import (
     SOURCES,
     Caption,
@@ -22,7 +23,6 @@ from diffalign.scoring.captions import (
     from_name,
     sidecar,
 )
-from diffalign.scoring.decode import SUFFIXES
 from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin, printable
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "bytes")

@@ -59,7 +59,7 @@ def score(request: ScoreRequest) -> int:
     processes = Processes.start()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has a limit of its own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
             return _score(request, processes)
     finally:
         processes.stop()

@@ -16,9 +16,9 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
+from diffalign.images import Unreadable, decode
 from diffalign.scoring.captions import PromptTable, from_name
 from diffalign.scoring.compare_folders import compare_scores, pair_up
-from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.gallery import choose
 from diffalign.scoring.human_agreement import agree, read_choices
 from diffalign.scoring.items import FileOrigin, Item
