@@ -147,6 +147,6 @@ def _on_ground(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
-    if layer.getextrema()[3] == (255, 255):
+    if layer.getchannel("A").getextrema() == (255, 255):
         return layer.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", layer.size, (*GROUND, 255)), layer).convert("RGB")
