@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
-from diffalign.data.read_groups import read_hpdv2, read_imagefolder
+from diffalign.data.read_groups import metadata_files, read_hpdv2, read_imagefolder
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
     read_csv,
@@ -17,7 +17,7 @@ from diffalign.data.read_pairs import (
     read_two_folders,
     read_w_l,
 )
-from diffalign.data.tables import json_rows
+from diffalign.data.tables import column_for, json_rows, table_kind
 from diffalign.errors import DiffalignError
 
 READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
@@ -65,7 +65,7 @@ def guess_form(path: Path) -> str:
     if path.is_dir():
         if (path / "w").is_dir() and (path / "l").is_dir():
             return "w_l"
-        if (path / "metadata.jsonl").is_file() or (path / "metadata.csv").is_file():
+        if any(file.is_file() for file in metadata_files(path)):
             return "imagefolder"
         named = [path / f"{split}.json" for split in ("train", "test") if (path / f"{split}.json").is_file()]
         for file in named or sorted([*path.glob("*.json"), *path.glob("*.jsonl")]):
@@ -73,7 +73,7 @@ def guess_form(path: Path) -> str:
         parquet = next(iter(sorted(path.rglob("*.parquet"))), None)
         if parquet is not None:
             return _parquet_form(parquet)
-    elif path.suffix == ".csv":
+    elif table_kind(path) in (".csv", ".tsv"):
         return "csv"
     elif path.suffix == ".parquet":
         return _parquet_form(path)
@@ -89,6 +89,8 @@ def _json_form(path: Path) -> str:
                 return "hpdv3"
             if "human_preference" in row or "rank" in row:
                 return "hpdv2"
+            if column_for("winner", row) and column_for("loser", row):
+                return "imagefolder"
             raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} fit no known format")
     raise DiffalignError(f"{path}: holds no row")
 

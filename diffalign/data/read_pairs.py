@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.imported import ImportedGroup, SkippedRow
+from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import inside
 from diffalign.data.tables import csv_rows, json_rows
 from diffalign.errors import DiffalignError
+from diffalign.images import SUFFIXES
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "validation", "test")
 AXES = {"aes": "aesthetic", "tf": "text_following"}
 
@@ -132,7 +133,10 @@ def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Ro
 
 def read_csv(path: Path) -> Rows:
     """Read a csv with columns prompt, winner and loser; files are relative to it and below its folder."""
-    for where, row in csv_rows(path, {"prompt", "winner", "loser"}):
+    for where, row in csv_rows(path, ("prompt", "winner", "loser")):
+        if isinstance(row, str):
+            yield SkippedRow(where, row)
+            continue
         paths = _paths(path.parent, row, ("winner", "loser"))
         if not row["prompt"]:
             yield SkippedRow(where, "no prompt")
@@ -149,15 +153,16 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
     for folder in (winners, losers):
         if not folder.is_dir():
             raise DiffalignError(f"{folder}: no such folder")
-    others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in PICTURES}
-    for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in PICTURES):
-        beside = [folder / f"{winner.stem}.txt" for folder in (winners, losers, winners.parent)]
-        caption = next((p.read_text(encoding="utf-8", errors="replace").strip() for p in beside if p.is_file()), "")
+    others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in SUFFIXES}
+    for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in SUFFIXES):
+        beside = [prompt_beside(folder / winner.name) for folder in (winners, losers, winners.parent)]
+        caption = next((prompt for prompt, _ in beside if prompt), None) or prompt_within(winner)
+        fault = next((fault for _, fault in beside if fault), f"write it into {winner.stem}.txt beside it")
         loser = others.pop(winner.stem, None)
         if loser is None:
             yield SkippedRow(str(winner), f"no image of the same name in {losers}")
         elif not caption:
-            yield SkippedRow(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
+            yield SkippedRow(str(winner), f"no caption; {fault}")
         else:
             yield ImportedGroup(caption, (winner, loser), (1.0, 0.0), str(winner))
     for stem in sorted(others):

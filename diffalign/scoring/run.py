@@ -240,6 +240,8 @@ def _row(
         key = key_of(sha256, item.prompt, identity)
         result, failure = known.get(key), failures[label].get(key)
         not_scorable = reward.reason_not_scorable(item.prompt, item.metadata)
+        if not_scorable and item.fault and not item.prompt:
+            not_scorable = f"{not_scorable} ({item.fault})"
         values = result.values if result and not not_scorable else {}
         for k, name in enumerate(reward.columns):
             row[label if k == 0 else f"{label}.{name}"] = values.get("" if k == 0 else name, math.nan)

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.tables import printable
 from diffalign.errors import DiffalignError
 from diffalign.images import SUFFIXES
 from diffalign.scoring.captions import (
@@ -21,10 +23,11 @@ from diffalign.scoring.captions import (
     caption_of,
     folder_metadata,
     from_name,
-    sidecar,
 )
-from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin, printable
+from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin
 
+BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
+"""Suffixes of files that are expected beside images; they are not reported as skipped."""
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "bytes")
 
 
@@ -45,21 +48,23 @@ class Prompting:
         """Return the item with the prompt given by the user, which takes precedence over what stands beside the image."""
         if self.one is not None:
             return replace(item, prompt=self.one)
-        caption = self.table.find(item.name, item.key) if self.table else None
+        caption = self.table.find(item.name, item.key, item.path) if self.table else None
         if caption is None:
             return item
         return replace(item, prompt=caption.prompt or item.prompt, metadata=item.metadata | caption.facts)
 
 
-def collect(sources: list[str], prompting: Prompting | None = None) -> list[Item]:
+def collect(sources: list[str], prompting: Prompting | None = None, skipped: Counter[str] | None = None) -> list[Item]:
     """Return the items of folders, files, globs, parquet files and datasets.
 
-    Raises DiffalignError if a source holds no image, or an image is given twice.
+    skipped: counts, by suffix, the files of folders that are no images of a known kind. Raises DiffalignError if a
+    source holds no image, or an image is given twice.
     """
     prompting = prompting or Prompting()
+    skipped = Counter() if skipped is None else skipped
     items: list[Item] = []
     for source in sources:
-        found = [item for path in _expand(source) for item in _items(path, prompting)]
+        found = [item for path in _expand(source) for item in _items(path, prompting, skipped)]
         if not found:
             raise DiffalignError(f"{source}: no image in it; known are {', '.join(SUFFIXES)}, and parquet files")
         items += found
@@ -81,47 +86,64 @@ def _expand(source: str) -> list[Path]:
     return sorted(root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
 
 
-def _items(path: Path, prompting: Prompting) -> Iterator[Item]:
+def _items(path: Path, prompting: Prompting, skipped: Counter[str]) -> Iterator[Item]:
     if path.is_dir() and (path / GROUPS_FILE).is_file():
         yield from _dataset(path)
     elif path.is_dir():
-        yield from _folder(path, prompting)
+        yield from _folder(path, prompting, skipped)
     elif path.suffix == ".parquet":
         yield from _parquet(path, prompting)
     else:
         listed, above = folder_metadata(path.parent, prompting.column)
-        yield _file(path, path.name, listed, above, prompting)
+        yield _file(path, path.name, listed.get(path) or above, prompting)
 
 
-def _folder(folder: Path, prompting: Prompting) -> Iterator[Item]:
-    """Yield the images below a folder. Linked folders are not entered, so links cannot make a cycle."""
+def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterator[Item]:
+    """Yield the images below a folder. Linked folders are not entered, so links cannot make a cycle.
+
+    A metadata file may name images in folders below; the one nearest to an image counts.
+    """
     above: dict[Path, Caption] = {}
+    listed: dict[Path, Caption] = {}
+    found: list[tuple[Path, Caption | None]] = []
     for place, folders, files in os.walk(folder, followlinks=False):
         folders.sort()
         here = Path(place)
-        listed, one = folder_metadata(here, prompting.column)
+        named, one = folder_metadata(here, prompting.column)
+        listed |= named
         inherited = one or above.get(here.parent)
         if inherited is not None:
             above[here] = inherited
-        pictures = {here / name for name in files if Path(name).suffix.lower() in SUFFIXES}
-        # An image that metadata.jsonl names but that does not exist gets a row too.
-        for path in sorted(pictures | set(listed)):
-            yield _file(path, path.relative_to(folder).as_posix(), listed, inherited, prompting)
+        found += [(here / name, inherited) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES]
+        suffixes = (Path(name).suffix.lower() or "without a suffix" for name in files)
+        skipped.update(s for s in suffixes if s not in SUFFIXES and s not in BESIDE)
+        skipped.update("linked folders" for name in folders if (here / name).is_symlink())
+    # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
+    for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
+        yield _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
 
 
-def _file(path: Path, key: str, listed: dict[Path, Caption], above: Caption | None, prompting: Prompting) -> Item:
-    caption = listed.get(path) or above
-    prompt = _prompt(path, caption, prompting.source)
+def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
+    """Sort images by folder, a folder's own images before those of folders below."""
+    return found[0].parent.parts, found[0].name
+
+
+def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting) -> Item:
+    prompt, fault = _prompt(path, caption, prompting.source)
     facts = caption.facts if caption else {}
-    return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts)
+    return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts, fault=fault)
 
 
-def _prompt(path: Path, caption: Caption | None, source: str) -> str | None:
+def _prompt(path: Path, caption: Caption | None, source: str) -> tuple[str | None, str]:
+    """Return the prompt, and why a file that should hold it cannot be read."""
     if source in ("auto", "metadata") and caption is not None and caption.prompt:
-        return caption.prompt
-    if source in ("auto", "txt"):
-        return sidecar(path)
-    return from_name(path) if source == "name" else None
+        return caption.prompt, ""
+    if source == "name":
+        return from_name(path), ""
+    prompt, fault = prompt_beside(path) if source in ("auto", "txt") else (None, "")
+    if prompt is None and source in ("auto", "image"):
+        prompt = prompt_within(path)
+    return prompt, fault
 
 
 def _parquet(path: Path, prompting: Prompting) -> Iterator[Item]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,15 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
-    items = {side: collect(paths, prompting) for side, paths in sources.items() if paths}
+    skipped: Counter[str] = Counter()
+    items = {side: collect(paths, prompting, skipped) for side, paths in sources.items() if paths}
+    if processes.main and skipped:
+        print(
+            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}",
+            file=sys.stderr,
+        )
+    if given and (unused := given.unused()) and processes.main:
+        print(f"prompts: {unused}", file=sys.stderr)
     if "B" in items:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:

@@ -282,8 +282,8 @@ def test_what_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_bytes(b"prompt,winner,loser\ncaf\xe9,a,b\n")
     with pytest.raises(DiffalignError, match=r"p\.csv: not UTF-8 at byte"):
         list(open_rows([tmp_path / "p.csv"], None)[1])
-    (tmp_path / "p.csv").write_text("prompt,chosen\na,b\n")
-    with pytest.raises(DiffalignError, match=r"p\.csv:1: column loser, winner is missing"):
+    (tmp_path / "p.csv").write_text("prompt,best\na,b\n")
+    with pytest.raises(DiffalignError, match=r"p\.csv:1: column winner is missing .*; there are prompt, best"):
         list(open_rows([tmp_path / "p.csv"], None)[1])
     with pytest.raises(DiffalignError, match="--format x: unknown; there are pickapic"):
         open_rows([tmp_path], "x")
