@@ -1,5 +1,6 @@
 """Turn what a reader of other people's data yields into a dataset folder."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -98,6 +99,16 @@ def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
     """Return preferences from ranks (1 is the best): the share of the others that are ranked worse."""
     others = max(len(ranks) - 1, 1)
     return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
+
+
+def finite_number(value: object) -> float | None:
+    """Return a finite number, also from text such as "8,5"; None for anything else."""
+    try:
+        text = value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 else value
+        number = float(text) if isinstance(text, int | float | str) and not isinstance(text, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:

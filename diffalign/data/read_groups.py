@@ -1,11 +1,10 @@
 """Read data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.imported import ImportedGroup, SkippedRow, vote_shares_of_ranks
+from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
 from diffalign.data.schema import inside
 from diffalign.data.tables import column_for, json_rows, table_rows
 from diffalign.errors import DiffalignError
@@ -89,7 +88,9 @@ def read_imagefolder(path: Path) -> Rows:
             yield SkippedRow(where, "no file_name")
         else:
             row["prompt"] = prompt.strip()
-            groups.setdefault(str(row.get("group_id") or row["prompt"]), []).append((where, row))
+            groups.setdefault(str(row.get("group_id") or row.get("prompt_id") or row["prompt"]), []).append(
+                (where, row)
+            )
     for rows in groups.values():
         if len({row["prompt"] for _, row in rows}) > 1:
             yield SkippedRow(rows[0][0], "the rows of this group_id have different prompts")
@@ -109,7 +110,7 @@ def _folder_group(
     where = rows[0][0]
     preference: tuple[float, ...] = ()
     for name in ("preference", "rank", "score"):
-        values = [_number(row.get(name)) for _, row in rows]
+        values = [finite_number(row.get(name)) for _, row in rows]
         known = [v for v in values if v is not None]
         if known and len(known) < len(values):
             return SkippedRow(where, f"{name} is missing, or no number, for some images of the group")
@@ -135,13 +136,3 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
             where,
             {names.get(k, k): v.strip() if isinstance(v, str) else v for k, v in row.items() if v not in ("", None)},
         )
-
-
-def _number(value: object) -> float | None:
-    """Return a finite number, also from text such as "8,5"; None for anything else."""
-    try:
-        text = value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 else value
-        number = float(text) if isinstance(text, int | float | str) and not isinstance(text, bool) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

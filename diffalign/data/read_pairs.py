@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from diffalign.data.imported import ImportedGroup, SkippedRow
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import inside
-from diffalign.data.tables import csv_rows, json_rows
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 from diffalign.images import SUFFIXES
 
@@ -18,6 +18,11 @@ Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 SPLITS = ("train", "validation", "test")
 AXES = {"aes": "aesthetic", "tf": "text_following"}
+
+
+def split_of(file: Path) -> str:
+    """Return the split that a file's name begins with, as in validation-00000.parquet; train if it names none."""
+    return next((split for split in SPLITS if file.name.startswith(split)), "train")
 
 
 def read_pickapic(path: Path) -> Rows:
@@ -41,7 +46,7 @@ def read_pickapic(path: Path) -> Rows:
             yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
-        split = next((s for s in SPLITS if file.name.startswith(s)), "train")
+        split = split_of(file)
         number = 0
         for batch in table.iter_batches(batch_size=64, columns=[*PICKAPIC, *more]):
             for row in batch.to_pylist():
@@ -78,7 +83,7 @@ def read_hpdv3(path: Path) -> Rows:
     Everything else in a row (confidence, choice_dist) becomes its metadata.
     """
     for file in _json_files(path):
-        split = next((s for s in SPLITS if file.stem.startswith(s)), "train")
+        split = split_of(file)
         yield from _hpdv3_rows(file, file.parent, split, {})
 
 
@@ -129,21 +134,6 @@ def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Ro
         }
         models = tuple(str(row.get(f"model{i}") or "unknown") for i in (1, 2))
         yield ImportedGroup(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**metadata, **facts})
-
-
-def read_csv(path: Path) -> Rows:
-    """Read a csv with columns prompt, winner and loser; files are relative to it and below its folder."""
-    for where, row in csv_rows(path, ("prompt", "winner", "loser")):
-        if isinstance(row, str):
-            yield SkippedRow(where, row)
-            continue
-        paths = _paths(path.parent, row, ("winner", "loser"))
-        if not row["prompt"]:
-            yield SkippedRow(where, "no prompt")
-        elif isinstance(paths, str):
-            yield SkippedRow(where, paths)
-        else:
-            yield ImportedGroup(row["prompt"], paths, (1.0, 0.0), where)
 
 
 def read_two_folders(winners: Path, losers: Path) -> Rows:

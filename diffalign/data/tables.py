@@ -117,7 +117,7 @@ def json_rows(path: Path) -> Rows:
         # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield f"{path}:{number}", _object(line)
+                yield f"{path}:{number}", json_object(line)
         return
     if isinstance(rows, dict):
         rows = [rows]
@@ -126,20 +126,6 @@ def json_rows(path: Path) -> Rows:
     for number, row in enumerate(rows):
         fits = isinstance(row, dict)
         yield f"{path}[{number}]", _valid(row) if fits else f"an object is expected, not {type(row).__name__}"
-
-
-def csv_rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[str, dict[str, str] | str]]:
-    """Yield (file:line, row) of a csv; cells are stripped, empty ones are "", columns get the names in `needed`.
-
-    needed: meanings in `COLUMNS`. Raises DiffalignError for a file that cannot be read, or lacks one of them.
-    """
-    names: dict[str, str] = {}
-    for where, row in _csv(path, needed):
-        if isinstance(row, str):
-            yield where, row
-            continue
-        names = names or {n: m for m in needed if (n := column_for(m, row))}
-        yield where, {names.get(k, k): (v or "").strip() for k, v in row.items()}
 
 
 def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
@@ -172,7 +158,7 @@ def _bytes(path: Path) -> bytes:
         raise OSError(f"not a complete gzip file ({error})") from error
 
 
-def _csv(path: Path, needed: Iterable[str] = ()) -> Rows:
+def _csv(path: Path) -> Rows:
     text = read_text(path)
     head = text.lstrip().split("\n", 1)[0]
     delimiter = "\t" if table_kind(path) == ".tsv" else max(DELIMITERS, key=head.count)
@@ -192,16 +178,14 @@ def _csv(path: Path, needed: Iterable[str] = ()) -> Rows:
         where = f"{path}:{reader.line_num}"
         if names is None:
             names = [name.strip() for name in cells]
-            for meaning in needed:
-                if column_for(meaning, names) is None:
-                    raise DiffalignError(f"{path}:1: {no_column(meaning, names)}")
         elif len(cells) > len(names):
             yield where, f"{len(cells)} cells for {len(names)} columns; write text that holds {delimiter!r} in quotes"
         elif cells:
             yield where, dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
 
 
-def _object(line: str) -> Row | str:
+def json_object(line: str) -> Row | str:
+    """Return the object that a line of JSON holds, or what is wrong with it."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
