@@ -66,7 +66,7 @@ def _below(folder: Path, name: str, where: str) -> Path:
         raise DiffalignError(f"{where}: file_name {name!r} leaves its folder {folder}") from error
 
 
-def _plain(path: Path) -> str:
+def plain_path(path: Path) -> str:
     """Return an absolute path without `.` and `..`; links are not followed."""
     return os.path.normpath(path.absolute())
 
@@ -98,7 +98,7 @@ class PromptTable:
             caption = caption_of(row, where, column)
             if self.by_name.setdefault(name, caption).prompt != caption.prompt:
                 raise DiffalignError(f"{where}: {name!r} has another prompt above; name each image once")
-            self.by_path.setdefault(_plain(path.parent / name), name)
+            self.by_path.setdefault(plain_path(path.parent / name), name)
         if not self.by_name:
             raise DiffalignError(f"{path}: the table is empty")
         first = next(iter(self.by_name.values()))
@@ -110,7 +110,7 @@ class PromptTable:
 
         None if the table does not name it.
         """
-        by_path = self.by_path.get(_plain(path)) if path is not None else None
+        by_path = self.by_path.get(plain_path(path)) if path is not None else None
         for candidate in (by_path, name, key, os.path.normpath(key), f"./{key}", Path(key).name, Path(key).stem):
             if candidate in self.by_name:
                 self.used.add(candidate)

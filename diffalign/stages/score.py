@@ -22,7 +22,7 @@ from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
 from diffalign.scoring.gallery import write_gallery
-from diffalign.scoring.human_agreement import agreement_table, read_choices
+from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summary_table
@@ -87,11 +87,16 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
+    # Labels and pairs are checked before hours are spent on scores.
+    every = [item for side in items.values() for item in side]
+    choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
+    if "B" in items:
+        pair_up(*(Scores([], {}, items=side) for side in items.values()))
     # Score the items of both sides in one run, so that each reward loads once.
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
         both = score_items(
-            [item for side in items.values() for item in side],
+            every,
             rewards,
             store,
             batch_size=request.batch_size,
@@ -103,11 +108,11 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
             return 0
         kept = store.finish(both.rows, [Path(s).as_posix() for paths in sources.values() for s in paths])
     parts = _split(both, len(items["A"]))
-    _show(request, both, parts, kept)
+    _show(request, both, parts, choices, kept)
     return UNSCORED if both.failed else 0
 
 
-def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -> None:
+def _show(request: ScoreRequest, both: Scores, parts: list[Scores], choices: list[Choice], kept: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for part in parts:
         console.print(summary_table(part))
@@ -118,7 +123,7 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
         print(heading(pairing, names))
         console.print(comparison_table(compare_scores(a, b, pairing)))
     if request.labels:
-        console.print(agreement_table(read_choices(request.labels, both), both))
+        console.print(agreement_table(choices, both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
     if request.into_dataset:

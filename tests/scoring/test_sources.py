@@ -18,7 +18,7 @@ from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.images import Unreadable, decode
 from diffalign.scoring.captions import PromptTable, from_name
-from diffalign.scoring.compare_folders import compare_scores, pair_up
+from diffalign.scoring.compare_folders import compare_scores, heading, pair_up
 from diffalign.scoring.gallery import choose
 from diffalign.scoring.human_agreement import agree, read_choices
 from diffalign.scoring.items import FileOrigin, Item
@@ -185,6 +185,26 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
         pair_up(a, made([1.0], ["z"], ["z.png"], "b"))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "how", "pairs", "other"),
+    [
+        (["p0", "p1", "p2"], "name", [(0, 0), (1, 1), (2, 2)], 0),
+        (["p2", "p0", "p1"], "prompt", [(0, 1), (1, 2), (2, 0)], 3),
+        (["p0", "p2", "p1"], "name or prompt", [(0, 0), (1, 2), (2, 1)], 2),
+        ([None, None, "p2"], "name", [(0, 0), (1, 1), (2, 2)], 0),
+        (["x", "p1", "p2"], "name or prompt", [(1, 1), (2, 2)], 1),
+    ],
+)
+def test_equal_names_with_other_prompts(
+    theirs: list[str | None], how: str, pairs: list[tuple[int, int]], other: int
+) -> None:
+    a, b = made([1.0] * 3, ["p0", "p1", "p2"]), made([1.0] * 3, theirs, side="b")
+    pairing = pair_up(a, b)
+    assert pairing.how == how and pairing.other_prompt == other
+    assert sorted(pair for group in pairing.prompts for pair in group) == pairs
+    assert ("equal names with different prompts" in heading(pairing, ("A", "B"))) == bool(other)
+
+
 def test_against_agrees_with_evaluation() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=40), rng.normal(0.3, size=40)
@@ -227,6 +247,36 @@ def test_broken_labels_are_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "c.csv").write_text(text)
     with pytest.raises(DiffalignError, match=words):
         read_choices(tmp_path / "c.csv", made([1.0, 2.0], ["p", "p"]))
+
+
+@pytest.mark.parametrize(
+    "head", ["image_a,image_b,choice", "winner,loser,note", "chosen;rejected;note", "image1,image2,label"]
+)
+def test_labels_name_images_as_pairs_do(tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures.folder(tmp_path / "set" / "in", 3)
+    monkeypatch.chdir(tmp_path)
+    mark = ";" if ";" in head else ","
+    full = str(tmp_path / "set" / "in" / "002.png")
+    rows = [("in/000.png", "./in/001.png", "a"), (full, "in/000.png", "a")]
+    (tmp_path / "set" / "c.csv").write_text("\n".join([head, *map(mark.join, rows)]))
+    items = collect(["set/in"])
+    choices = read_choices(Path("set/c.csv"), Scores([], {}, items=items))
+    assert [(c.a, c.b, c.human) for c in choices] == [(0, 1, 1), (2, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["000.png,001.png,left", "000.png,nowhere.png,a", "000.png,,a", "000.png"],
+    ids=["choice", "image", "empty", "short"],
+)
+def test_labels_are_checked_before_anything_is_scored(
+    tmp_path: Path, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures.folder(tmp_path / "in", 3)
+    (tmp_path / "c.csv").write_text(f"image_a,image_b,choice\n{row}\n")
+    monkeypatch.setattr("diffalign.stages.score.score_items", lambda *a, **k: pytest.fail("scored"))
+    with pytest.raises(DiffalignError, match=r"c\.csv:2"):
+        score(ScoreRequest([str(tmp_path / "in")], ["sharpness"], labels=tmp_path / "c.csv"))
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
