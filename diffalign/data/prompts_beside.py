@@ -43,8 +43,7 @@ def prompt_beside(path: Path) -> tuple[str | None, str]:
         try:
             if not file.is_file():
                 continue
-            text = decoded_text(file.read_bytes())
-            prompt = text.strip() if suffix in TEXTS else _of_json(text)
+            prompt = prompt_in_text(file.read_bytes(), suffix)
         except UnicodeDecodeError as error:
             fault = fault or f"{file.name}: not UTF-8 at byte {error.start}; save it as UTF-8"
         except (OSError, ValueError) as error:
@@ -53,6 +52,12 @@ def prompt_beside(path: Path) -> tuple[str | None, str]:
             if prompt:
                 return prompt, ""
     return None, fault
+
+
+def prompt_in_text(data: bytes, suffix: str) -> str | None:
+    """Return the prompt in the bytes of a .txt, .caption or .json file. Raises ValueError."""
+    text = decoded_text(data)
+    return text.strip() or None if suffix in TEXTS else _of_json(text)
 
 
 def prompt_within(path: Path) -> str | None:

@@ -79,7 +79,7 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
     row: Row | str = {}
     missing: list[str] = []
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             for member in tar:
                 data = tar.extractfile(member) if member.isfile() else None
                 if data is None:

@@ -60,18 +60,26 @@ class ParquetImages:
                 while len(self._kept) > self.KEEP:
                     self._kept.popitem(last=False)
             value = self._kept[row_group][row]
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(data, bytes):
-            return data
-        path = value.get("path") if isinstance(value, dict) else None
-        # The path was written by somebody else, so only files beside the parquet file are opened.
-        try:
-            file = inside(self.path.parent, path) if isinstance(path, str) else None
-        except DiffalignError:
-            file = None
-        if file is None:
-            raise Unreadable("the row holds no image bytes")
-        return read_file(file)
+        return image_bytes(value, self.path.parent)
+
+
+def image_bytes(value: Any, folder: Path) -> bytes:
+    """Return the encoded bytes in a table's cell: bytes, a struct with bytes, or the path of a file below `folder`.
+
+    Raises Unreadable if the cell holds none.
+    """
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, bytes):
+        return data
+    path = value.get("path") if isinstance(value, dict) else None
+    # The path was written by somebody else, so only files beside the table are opened.
+    try:
+        file = inside(folder, path) if isinstance(path, str) else None
+    except DiffalignError:
+        file = None
+    if file is None:
+        raise Unreadable("the row holds no image bytes")
+    return read_file(file)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from diffalign.scoring.captions import (
     folder_metadata,
     from_name,
 )
+from diffalign.scoring.containers import ArrowImages, CellOrigin, archive_members
 from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin
 
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
 """Suffixes of files that are expected beside images; they are not reported as skipped."""
+CONTAINERS = (".parquet", ".arrow", ".tar", ".zip")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "bytes")
 
 
@@ -66,7 +68,7 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
     for source in sources:
         found = [item for path in _expand(source) for item in _items(path, prompting, skipped)]
         if not found:
-            raise DiffalignError(f"{source}: no image in it; known are {', '.join(SUFFIXES)}, and parquet files")
+            raise DiffalignError(f"{source}: no image in it; known are {', '.join(SUFFIXES + CONTAINERS)}")
         items += found
     twice = [name for name, n in Counter(item.name for item in items).items() if n > 1]
     if twice:
@@ -91,8 +93,8 @@ def _items(path: Path, prompting: Prompting, skipped: Counter[str]) -> Iterator[
         yield from _dataset(path)
     elif path.is_dir():
         yield from _folder(path, prompting, skipped)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path, prompting)
+    elif path.suffix.lower() in CONTAINERS:
+        yield from _contained(path, "", prompting)
     else:
         listed, above = folder_metadata(path.parent, prompting.column)
         yield _file(path, path.name, listed.get(path) or above, prompting)
@@ -118,6 +120,16 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         suffixes = (Path(name).suffix.lower() or "without a suffix" for name in files)
         skipped.update(s for s in suffixes if s not in SUFFIXES and s not in BESIDE)
         skipped.update("linked folders" for name in folders if (here / name).is_symlink())
+    if not found and not listed:
+        # Shards are read where nothing else is there: img2dataset, for one, writes a parquet file beside its images.
+        shards = sorted(
+            p for p in folder.rglob("*") if p.suffix.lower() in CONTAINERS and not p.name.startswith("cache-")
+        )
+        for shard in shards:
+            skipped[shard.suffix.lower()] -= shard.suffix.lower() not in BESIDE
+            yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting)
+        for suffix in [s for s, n in skipped.items() if n <= 0]:
+            del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
         yield _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
@@ -146,17 +158,49 @@ def _prompt(path: Path, caption: Caption | None, source: str) -> tuple[str | Non
     return prompt, fault
 
 
-def _parquet(path: Path, prompting: Prompting) -> Iterator[Item]:
-    """Yield the rows of a parquet file with an image column and possibly a prompt column."""
-    try:
-        names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: not a parquet file: {error}") from error
+def _contained(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+    """Yield the images of a parquet, arrow, tar or zip file. below: its path in the folder that is scored."""
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet(path, below, prompting)
+    elif path.suffix.lower() == ".arrow":
+        yield from _arrow(path, below, prompting)
+    else:
+        for member in archive_members(path):
+            name = f"{path.as_posix()}#{member.origin.name}"
+            prompt = None if prompting.source in ("name", "none", "metadata") else member.prompt
+            prompt = from_name(Path(member.origin.name)) if prompting.source == "name" else prompt
+            key = printable(f"{below}#{member.origin.name}" if below else member.origin.name)
+            yield Item(printable(name), key, member.origin, prompt, member.facts, fault=member.fault)
+
+
+def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+    """Yield the rows of an arrow file, as `datasets` saves them to disk."""
+    images = ArrowImages(path)
+    if not images.names:
+        return
+    column = _image_column(images.names, path)
+    for number, (batch, row, facts) in enumerate(images.rows(column)):
+        caption = caption_of(facts, f"{path} row {number}", prompting.column)
+        name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
+        yield Item(printable(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
+
+
+def _image_column(names: list[str], path: Path) -> str:
     column = next((c for c in IMAGE_COLUMNS if c in names), None)
     if column is None:
         raise DiffalignError(
             f"{path}: no image column; one of {', '.join(IMAGE_COLUMNS)} is needed, not {', '.join(names)}"
         )
+    return column
+
+
+def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+    """Yield the rows of a parquet file with an image column and possibly a prompt column."""
+    try:
+        names = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DiffalignError(f"{path}: not a parquet file: {error}") from error
+    column = _image_column(names, path)
     images = ParquetImages(path, column)
     others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
     number = 0
@@ -166,7 +210,9 @@ def _parquet(path: Path, prompting: Prompting) -> Iterator[Item]:
             facts: dict[str, Any] = others[number] if number < len(others) else {}
             caption = caption_of(facts, f"{path} row {number}", prompting.column)
             name = f"{path.as_posix()}#{number}"
-            yield Item(printable(name), f"#{number}", RowOrigin(images, row_group, row), caption.prompt, caption.facts)
+            yield Item(
+                printable(name), f"{below}#{number}", RowOrigin(images, row_group, row), caption.prompt, caption.facts
+            )
             number += 1
 
 
