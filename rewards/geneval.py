@@ -24,6 +24,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Reward, by_column
 from diffalign.rewards.detection import Detection, Detector
+from diffalign.rewards.facts import fault_of_facts, geneval_facts
 from diffalign.rewards.mask2former import Mask2FormerDetector
 
 Box = tuple[float, float, float, float]
@@ -202,9 +203,7 @@ class GenEvalReward(Reward):
         self.reasons: list[str] = []
 
     def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
-        return super().reason_not_scorable(prompt, metadata) or (
-            "" if metadata.get("include") else "no GenEval metadata (include)"
-        )
+        return super().reason_not_scorable(prompt, metadata) or fault_of_facts(geneval_facts(metadata))
 
     def weights_id(self) -> str:
         if isinstance(self.detector, Mask2FormerDetector):
@@ -225,12 +224,15 @@ class GenEvalReward(Reward):
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        for prompt, facts in zip(prompts, metadata or [{}] * len(prompts), strict=True):
+        metadata = [geneval_facts(facts) for facts in metadata or [{}] * len(prompts)]
+        for prompt, facts in zip(prompts, metadata, strict=True):
             if not facts.get("include"):
                 raise DiffalignError(
                     f"reward geneval: prompt {prompt!r} has no GenEval metadata; give prompts as jsonl rows with "
                     '"tag", "include" and "prompt"'
                 )
+            if fault := fault_of_facts(facts):
+                raise DiffalignError(f"reward geneval: prompt {prompt!r}: {fault}")
         readable, self.reasons = [], []
         for image in images:
             try:
@@ -241,7 +243,7 @@ class GenEvalReward(Reward):
                 self.reasons.append(f"unreadable image: {error}")
         detections = iter(self.detector.detect(readable))
         rows = []
-        for reason, facts in zip(self.reasons, metadata or [], strict=True):
+        for reason, facts in zip(self.reasons, metadata, strict=True):
             if reason:
                 rows.append((float("nan"),) * len(self.columns))
             else:

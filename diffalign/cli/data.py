@@ -104,7 +104,7 @@ def data_convert(
         str | None,
         typer.Option(
             "--format",
-            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, csv or two_folders; without it, guessed.",
+            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, table or two_folders; without it, guessed.",
         ),
     ] = None,
     split: Split = None,

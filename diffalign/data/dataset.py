@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
+from diffalign.images import Unreadable, decode
 
 RANKING_FILE = "ranking.json"
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
@@ -36,8 +36,8 @@ class ImageRow:
     def decode(self) -> Image.Image:
         """Return the image in RGB. Raises DiffalignError if the bytes are not a complete image."""
         try:
-            return Image.open(io.BytesIO(self.data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode(self.data)
+        except Unreadable as error:
             raise DiffalignError(f"image {self.index} of group {self.group_id} cannot be decoded: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """Turn what a reader of other people's data yields into a dataset folder."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -8,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.choose_members import split_of
-from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.images import Unreadable, decode, read_file
 
 IMAGES_PER_FILE = 4096
 
@@ -114,6 +115,16 @@ def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
     return tuple(sum(other > rank for other in ranks) / others if isfinite(rank) else nan for rank in ranks)
 
 
+def finite_number(value: object) -> float | None:
+    """Return a finite number, also from text such as "8,5"; None for anything else."""
+    try:
+        text = value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 else value
+        number = float(text) if isinstance(text, int | float | str) and not isinstance(text, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """Return the row with its files read and checked, or why it is skipped."""
     if row.preference and sum(map(isfinite, row.preference)) < 2:
@@ -122,13 +133,13 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
         try:
-            data = image.read_bytes() if isinstance(image, Path) else image
-        except OSError as error:
-            return SkippedRow(row.where, f"{name}: {error.strerror}")
+            data = read_file(image) if isinstance(image, Path) else image
+        except Unreadable as error:
+            return SkippedRow(row.where, f"{name}: {error}")
         try:
-            ImageRow("", n, data, "", 0).decode()
-        except DiffalignError:
-            return SkippedRow(row.where, f"{name} is not a complete image")
+            decode(data)
+        except Unreadable as error:
+            return SkippedRow(row.where, f"{name} is not a complete image ({error})")
         loaded.append(data)
     return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 

@@ -163,7 +163,7 @@ def _png(image: Image.Image) -> bytes:
     [
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.xml", b"a", "unknown kind of file"),
-        ("p.csv", b"caption,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has caption, n"),
+        ("p.csv", b"words,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has words, n"),
         ("p.parquet", b"a", "not a complete parquet file"),
         ("p.jsonl", b'{"prompt": "a"}\n{"x": 1}\n', r'p\.jsonl:2: no "prompt"'),
         ("p.jsonl", b"{nonsense\n", r"p\.jsonl:1: not JSON"),
