@@ -7,7 +7,7 @@ common   Diffusion-DPO as scripts commonly write it (shared/common_dpo_script.py
 bare     the reference's forward, the policy's, mean squared error, backward, update; everything else is at hand
 step     a step of ours as a call (shared/step_call.py)
 stored   the same with `reference.store`, filled by an earlier run: no forward of the reference
-ours     a step of `diffalign.training.preference.method.train` itself, from the beginning of one to the beginning of the next
+ours     a step of `diffalign.training.run.run` itself, from the beginning of one to the beginning of the next
 
 All train a LoRA of rank 16 at the same places with the same optimiser on the same shapes, in float32. Aims: common / ours at
 least 1.2, ours / bare at most 1.10, stored / step at most 0.80. FLOPs are counted as well: where a CPU runs the narrow
@@ -31,7 +31,8 @@ import torch
 from accelerate import Accelerator
 
 from diffalign.training.optim import build_optimizer
-from diffalign.training.preference.method import train
+from diffalign.training.preference.method import Preference
+from diffalign.training.run import run
 from shared import random_models
 from shared.common_dpo_script import TEXT_SHARE, VAE_SHARE, CommonScript
 from shared.speed_results import RESULTS, keep
@@ -133,7 +134,7 @@ def compare(rounds: int, pairs: int) -> dict[str, Any]:
             rounds + 1,
         )
         with suppress(Enough):
-            train(config, backbone=ours, source=RandomGroups(cell, turns), say=lambda _: None)
+            run(config, Preference(config, ours, RandomGroups(cell, turns), accelerator, print), say=lambda _: None)
     found = turns.rounds[1:]
 
     def ratio(above: str, below: str) -> float:

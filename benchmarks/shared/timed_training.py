@@ -15,9 +15,11 @@ import torch
 from diffalign.config import TrainConfig
 from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
+from diffalign.training.device import start_accelerator
 from diffalign.training.memory import predict_memory
-from diffalign.training.preference.method import train
+from diffalign.training.preference.method import Preference
 from diffalign.training.preference.policy import build_objective
+from diffalign.training.run import run
 from shared import random_models
 from shared.step_phases import flops_by_phase, peaks_by_phase
 
@@ -144,7 +146,8 @@ def measured(cell: Cell, device: str, steps: int, warm: int) -> dict[str, Any]:
         backbone = cell.backbone(config, device)
         watch = Watch(backbone, cuda, warm, steps, int(build_objective(config.objective).needs_reference))
         with suppress(Enough):
-            train(config, backbone=backbone, source=RandomGroups(cell, watch), say=lambda _: None)
+            method = Preference(config, backbone, RandomGroups(cell, watch), start_accelerator(config), print)
+            run(config, method, say=lambda _: None)
         return {"seconds": watch.seconds(), "flops": watch.flops, "peaks": watch.peaks, "predicted": predicted}
 
 

@@ -8,7 +8,7 @@ Nothing here imports torch.
 from diffalign.config.data import DataSection, LabelSection
 from diffalign.config.distill import DistillConfig, RewardTerm
 from diffalign.config.images import EvalConfig, SampleConfig, SamplingSection, SizedSamplingSection
-from diffalign.config.judge import JudgeConfig, JudgeTuneSection
+from diffalign.config.judge import JudgeConfig, JudgeModelSection, JudgeTuneSection
 from diffalign.config.load import (
     KINDS,
     eval_config_of_run,
@@ -55,6 +55,7 @@ __all__ = [
     "EvalConfig",
     "GeneratorSection",
     "JudgeConfig",
+    "JudgeModelSection",
     "JudgeTuneSection",
     "LabelSection",
     "ModelSection",

@@ -13,7 +13,7 @@ STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
 
 
 def _buckets(value: Any) -> str | list[list[int]]:
-    """One message for a value that is of neither form, where a union would have one for each."""
+    """Check `buckets`, with one message for a value of neither form, where a union would have one for each."""
     whole = isinstance(value, list) and value and all(isinstance(size, list) and len(size) == 2 for size in value)
     if value in ("none", "auto") or (whole and all(type(side) is int and side > 0 for size in value for side in size)):
         return cast("str | list[list[int]]", value)

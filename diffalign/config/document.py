@@ -80,7 +80,7 @@ class Document:
     """The file as it was read, for its comments."""
 
     def place(self, key: Key) -> str:
-        """The place of the key, or of the nearest section around it, or the file."""
+        """Return the place of the key, or of the nearest section around it, or the file."""
         for end in range(len(key), 0, -1):
             if key[:end] in self.places:
                 return self.places[key[:end]]
@@ -88,7 +88,7 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """A config file. Raises DiffalignError: unreadable, not YAML, no mapping, a key twice."""
+    """Read a config file. Raises DiffalignError: unreadable, not YAML, no mapping, a key twice."""
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -177,7 +177,7 @@ def _plain(
     by_line: bool,
     above: tuple[int, ...] = (),
 ) -> Any:
-    """The node's value in Python; notes the place of everything in it on the way."""
+    """Return the node's value in Python, and note the place of everything in it."""
     here = f"{source}:{_line(node)}" if by_line else source
     if id(node) in above:
         raise DiffalignError(f"{here}: the anchor contains itself")

@@ -17,7 +17,7 @@ from diffalign.config.section import COMBINATION, Section
 
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
-    """One line for the first error, and the keys of the others. Unknown keys go first: they explain missing ones."""
+    """Return one line for the first error, and the keys of the others. Unknown keys go first: they explain missing ones."""
     details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
     details.sort(key=lambda one: one["type"] != "extra_forbidden")
     lines = [_line(one, document, kind) for one in details]
@@ -55,7 +55,7 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
 
 
 def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> str:
-    """The objective's name is missing or unknown."""
+    """Explain an objective whose name is missing or unknown."""
     annotation = owner.model_fields[str(key[-1])].annotation if owner else None
     known = [tag for tag in map(_tag, _models(annotation)) if tag]
     if one["type"] == "union_tag_not_found":
@@ -65,7 +65,7 @@ def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> st
 
 
 def _hint(one: ErrorDetails) -> str:
-    """The likely remedy for a wrong type or value, or ""."""
+    """Return the likely remedy for a wrong type or value, or ""."""
     given = one["input"]
     if one["type"] == "literal_error":
         return _meant(str(given), re.findall(r"'([^']+)'", one["ctx"]["expected"]), None)
@@ -77,7 +77,7 @@ def _hint(one: ErrorDetails) -> str:
 
 
 def _wanted(one: ErrorDetails) -> str:
-    """ "should be ..." for a wrong type or value."""
+    """Return "should be ..." for a wrong type or value."""
     if one["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "should be a section with keys"
     if one["type"] == "string_pattern_mismatch" and one["loc"] == ("labels", "source"):
@@ -86,7 +86,7 @@ def _wanted(one: ErrorDetails) -> str:
 
 
 def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[BaseModel] | None]:
-    """pydantic's location without the tags that it puts in for unions, and the section that owns the last key."""
+    """Return pydantic's location without its tags for unions, and the section that owns the last key."""
     key: list[str | int] = []
     owner: type[BaseModel] | None = kind
     inside: list[type[BaseModel]] = [kind]
@@ -117,7 +117,7 @@ def _models(annotation: Any) -> Iterable[type[BaseModel]]:
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """The value of `name` that chooses this model among the objectives."""
+    """Return the value of `name` that chooses this model among the objectives."""
     return str(model.model_fields["name"].default) if "name" in model.model_fields else None
 
 

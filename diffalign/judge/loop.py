@@ -23,10 +23,9 @@ from diffalign.rewards.judge import Judge
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.gradient_sum import Network
+from diffalign.training.health import OnAlarm
 from diffalign.training.order import groups_for_step
-from diffalign.training.protocols import Say
 from diffalign.training.readme import judge_readme
-from diffalign.training.run import run
 
 REMEDY = "lower optimizer.lr"
 
@@ -34,6 +33,7 @@ REMEDY = "lower optimizer.lr"
 class JudgeTraining:
     """A judge that learns from pairs, or from a teacher's distributions, in one process."""
 
+    on_alarm: OnAlarm | None = None  # health checks know the curves of diffusion models
     waiting_remedy: str | None = None  # images are read within the passes, so waiting for them is not measured
 
     def __init__(
@@ -108,18 +108,3 @@ class JudgeTraining:
     def save_weights(self, folder: Path) -> None:
         """Write model, processor and read-out. Adapters are merged into the weights, and gone afterwards."""
         merged(self.judge).save(folder)
-
-
-def train_judge(
-    config: JudgeConfig,
-    *,
-    judge: Judge,
-    records: Sequence[Pair | Taught],
-    teacher: Judge | None = None,
-    say: Say = print,
-) -> Path:
-    """Train `judge` as `config` says, on pairs or on a teacher's distributions; return run_dir/weights.
-
-    Raises DiffalignError for a checkpoint of another config, a loss that is not finite, a full disk, several processes.
-    """
-    return run(config, JudgeTraining(config, judge, records, teacher), say=say).run_dir / "weights"

@@ -7,31 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import DistillConfig, RewardTerm, SampledValidationSection, ValidationSection, resolved_yaml
+from diffalign.config import DistillConfig, RewardTerm, resolved_yaml
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
-from diffalign.report.render import write_report
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
     open_backbone,
     open_plain_backbone,
     open_rewards,
+    open_validation,
     resolve_device,
     resolve_prompts,
-    say,
 )
+from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
-from diffalign.training.distillation.method import distill as distill_backbone
+from diffalign.training.distillation.method import Distillation
 from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import DifferentiableScore, LatentScores
-from diffalign.training.validation import Validation
 
 HOW = """# A student with {steps} steps
 
@@ -55,7 +57,7 @@ It was trained with CPS, eta {eta:g}, which no scheduler of diffusers has: Euler
 """
 
 
-def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
+def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, Any]:
     """The student's sampler, and the diffusers scheduler that it is saved with."""
     if backbone.guided:
         raise DiffalignError(
@@ -71,10 +73,13 @@ def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
     return student, scheduler
 
 
-def reward_judge(
-    config: DistillConfig, backbone: Any, rows: list[PromptRow], device: str
+def latent_scores(
+    config: DistillConfig, backbone: Backbone, rows: list[PromptRow], device: str
 ) -> tuple[LatentScores | None, DifferentiableScore | None]:
-    """What decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
+    """Return what decodes finished latents and scores them with every reward of the mix, and what does so with a gradient.
+
+    Raises DiffalignError for a column that a reward lacks, and where reward.gradient_weight finds no differentiable reward.
+    """
     terms: list[RewardTerm] = list(config.reward.terms)
     if not terms:
         return None, None
@@ -89,36 +94,36 @@ def reward_judge(
         pixels: Tensor = backbone.decode_latents(latents)
         return pixels
 
-    def judge(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
+    def scores(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:
         with torch.no_grad():
             pixels = decoded(latents)
         pictures = backbone.pipeline.image_processor.postprocess(
             pixels, output_type="pil", do_denormalize=[False] * len(pixels)
         )
         texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
-        scores = {}
+        found = {}
         for term in terms:
             reward = rewards[term.label]
-            scores[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
-        return scores
+            found[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+        return found
 
     smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
-        return judge, None
+        return scores, None
     if not smooth:
         raise DiffalignError(
             "reward.gradient_weight: none of reward.terms is differentiable; `diffalign rewards` lists those"
         )
 
-    def lean(latents: Tensor, indices: list[int]) -> Tensor:
+    def differentiable_score(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
-        scores = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
-        return torch.stack(scores).sum(dim=0)
+        parts = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
+        return torch.stack(parts).sum(dim=0)
 
-    return judge, lean
+    return scores, differentiable_score
 
 
-def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | None:
+def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImages | None:
     """The real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
     if config.gan.real is None:
         return None
@@ -136,34 +141,6 @@ def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | N
     return images
 
 
-def prompt_validation(
-    wanted: ValidationSection,
-    backbone: Any,
-    device: str,
-    side: int,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-) -> Validation | None:
-    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted.
-
-    `side` in pixels; `steps` and `guidance_scale` are those of the trained sampler.
-    """
-    if wanted.every is None or wanted.prompts is None:
-        return None
-    rows = resolve_prompts(wanted.prompts, wanted.n)
-    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
-    parts = [
-        backbone.encode_guided([row.prompt for row in rows[i : i + wanted.batch_size]])
-        for i in range(0, len(rows), wanted.batch_size)
-    ]
-    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    settings = SampledValidationSection(
-        **{name: getattr(wanted, name) for name in ValidationSection.model_fields}
-    ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
-    return Validation(backbone, settings, rows, encoded, rewards, side, seed)
-
-
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
     """`diffalign distill`. The same command again goes on where it stopped."""
     device = resolve_device(config.device)
@@ -179,38 +156,22 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
-    judge, lean = reward_judge(config, backbone, rows, str(accelerator.device))
+    scores, differentiable_score = latent_scores(config, backbone, rows, str(accelerator.device))
     side = config.resolution or backbone.default_resolution
-    validation = prompt_validation(config.validation, backbone, device, side, config.seed, config.student.steps, 0.0)
+    drawn = SamplingSettings(config.student.steps, 0.0, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
     real = open_real(config, backbone, side)
     if config.train.cache_prompts:
-        backbone.drop_encoders(keep_vae=judge is not None or validation is not None)
+        backbone.drop_encoders(keep_vae=scores is not None or validation is not None)
     places = side // backbone.vae_scale_factor
-    try:
-        result = distill_backbone(
-            config,
-            backbone=backbone,
-            student=student,
-            source=source,
-            shape=(backbone.latent_channels, places, places),
-            scores=judge,
-            differentiable_score=lean,
-            real=real,
-            say=say,
-            accelerator=accelerator,
-            validation=validation,
-        )
-    finally:
-        # Also of a run that an alarm has stopped: the report is where one sees why.
-        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
-            write_report(Path(config.run_dir))
-    if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
-        if config.save_pipeline:
-            say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
+    shape = (backbone.latent_channels, places, places)
+    method = Distillation(config, backbone, student, source, shape, accelerator, scores, differentiable_score, real)
+    result = run_and_report(config, method, validation=validation)
+    if accelerator.is_main_process and config.save_pipeline:
+        say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 
 
 def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:

@@ -42,7 +42,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     weights = _weights_to_compare(config)
     device = resolve_device(config.device)
     backbone = open_backbone(config.model, device)
-    check_guidance_scale(config, backbone)
+    check_guidance_scale(config.guidance_scale, backbone)
 
     # Under a LoRA, one backbone is both models, since its policy can be switched off; full weights replace the base's.
     full = any(_trains_all(path, backbone.trunk_name) for path in weights.values())

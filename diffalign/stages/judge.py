@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from diffalign.config import JudgeConfig
+from diffalign.config import JudgeConfig, JudgeModelSection
 from diffalign.errors import DiffalignError
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
-from diffalign.judge.loop import train_judge
+from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pipelines.tuning import quiet_progress
-from diffalign.progress import ImageProgress
-from diffalign.rewards.judge import Judge, load_judge
-from diffalign.rewards.rubric import load_rubrics
-from diffalign.stages.resolve import resolve_device, say
+from diffalign.progress import ImageProgress, say
+from diffalign.rewards.judge import Judge
+from diffalign.stages.resolve import open_judge, resolve_device
+from diffalign.stages.trainer import run_and_report
 from diffalign.testbed.judge_base import BaseSettings, make_base
 from diffalign.testbed.judge_data import faulty_groups, judge_records
 from diffalign.training.optim import check_installed
@@ -62,19 +62,12 @@ def train_from_config(config: JudgeConfig) -> Path:
     """`diffalign judge`. The same command again goes on where it stopped; returns the folder of the trained judge."""
     check_installed(config.optimizer)
     device = resolve_device(config.device)
-    model = config.model
     source = config.data.distributions if config.method == "risd" else config.data.pairs
     assert source is not None  # the config is checked
     records: list[Any] = [*(read_taught(source) if config.method == "risd" else read_pairs(source))][
         : config.data.limit
     ]
-    judge = open_judge(
-        model.path,
-        labels=model.labels,
-        rubrics=None if model.rubrics is None else load_rubrics(model.rubrics),
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype],
-        device=device,
-    )
+    judge = open_judge(config.model, device)
     check_dimensions(judge, {one.dimension for one in records}, source)
     if config.method == "sft" and config.role == "teacher" and len({one.traces is None for one in records}) == 2:
         raise DiffalignError(
@@ -82,19 +75,12 @@ def train_from_config(config: JudgeConfig) -> Path:
         )
     teacher = None
     if config.teacher is not None:
-        teacher = open_judge(config.teacher, device=device)
+        teacher = open_judge(JudgeModelSection(path=config.teacher), device)
         teacher.model.requires_grad_(False)
         check_dimensions(teacher, {one.dimension for one in records}, source)
     with quiet_progress():
-        weights = train_judge(config, judge=judge, records=records, teacher=teacher, say=say)
-    say(f"judge: {weights}")
-    return weights
-
-
-def open_judge(folder: Path, **options: Any) -> Judge:
-    """`load_judge` without transformers' bars."""
-    with quiet_progress():
-        return load_judge(folder, **options)
+        result = run_and_report(config, JudgeTraining(config, judge, records, teacher), report=False)
+    return result.run_dir / "weights"
 
 
 def check_dimensions(judge: Judge, wanted: set[str], source: Path) -> None:
@@ -111,7 +97,7 @@ def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, de
     _beside_images(source, out)
     if out.exists():
         raise DiffalignError(f"{out}: is there already; a teacher is asked once, delete it to ask again")
-    rated, judge = _rated(source), open_judge(teacher, device=resolve_device(device))
+    rated, judge = _rated(source), open_judge(JudgeModelSection(path=teacher), resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     mean = found.probabilities.double() @ torch.linspace(1, 5, 9, dtype=torch.float64)
@@ -130,7 +116,7 @@ def evaluate_judge(
     folder: Path, source: Path, out: Path | None, thinking: Thinking, device: str, seed: int
 ) -> dict[str, Any]:
     """`diffalign judge-eval`: the measures of all images and of each dimension; `out` gets them as JSON."""
-    rated, judge = _rated(source), open_judge(folder, device=resolve_device(device))
+    rated, judge = _rated(source), open_judge(JudgeModelSection(path=folder), resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     rows = by_dimension(rated, found.probabilities.double().numpy())

@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 
 from diffalign import testbed
 from diffalign.config import (
-    EvalConfig,
     GeneratorSection,
+    JudgeModelSection,
     ModelSection,
     RewardSection,
-    SampleConfig,
     SizedSamplingSection,
-    TrainConfig,
+    ValidationSection,
 )
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.shared_tasks import local_rank_and_world_size
@@ -31,8 +30,10 @@ from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say as say
+from diffalign.pipelines.tuning import quiet_progress
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
+from diffalign.rewards.judge import Judge, load_judge
+from diffalign.rewards.rubric import load_rubrics
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
@@ -84,6 +85,13 @@ def open_generator(section: GeneratorSection, device: str) -> Generator:
     if section.scheduler is not None:
         replace_scheduler(generator.pipeline, section.scheduler.name, section.scheduler.options)
     return generator
+
+
+def open_judge(model: JudgeModelSection, device: str) -> Judge:
+    """Load the judge that a `model` section names; what the section leaves open is as the judge's folder states it."""
+    rubrics = None if model.rubrics is None else load_rubrics(model.rubrics)
+    with quiet_progress():
+        return load_judge(model.path, labels=model.labels, rubrics=rubrics, dtype=DTYPES[model.dtype], device=device)
 
 
 def _loading(model: ModelSection) -> dict[str, Any]:
@@ -166,11 +174,11 @@ def sampling_settings(section: SizedSamplingSection) -> SamplingSettings:
     )
 
 
-def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:
-    """Where the guidance scale is an input of the network, images are drawn at the one that it is trained under."""
-    if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
+def check_guidance_scale(scale: float, backbone: Backbone, key: str = "guidance_scale") -> None:
+    """Refuse to draw at another guidance scale than the network is trained under, where the scale is its input."""
+    if backbone.guidance is not None and backbone.guidance != scale:
         raise DiffalignError(
-            f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
+            f"{key}={scale:g}: {backbone.path} takes the scale as an input and is trained under "
             f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
 
@@ -189,17 +197,19 @@ def weights_digest(weights: Path) -> str:
     return digest.hexdigest()
 
 
-def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
-    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted."""
-    wanted = config.validation
-    if wanted.every is None or wanted.prompts is None:
+def open_validation(
+    section: ValidationSection, backbone: Backbone, device: str, seed: int, sampling: SamplingSettings
+) -> Validation | None:
+    """Encode prompts and build rewards, while the text encoders are in memory; None where no validation is wanted.
+
+    sampling: how the images are drawn, of which the negative prompt is encoded here.
+    """
+    if section.every is None or section.prompts is None:
         return None
-    rows = resolve_prompts(wanted.prompts, wanted.n)
-    device = resolve_device(config.device)
-    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
+    rows = resolve_prompts(section.prompts, section.n)
+    rewards = open_rewards(section.rewards, rows, device, "validation.rewards", section.prompts)
     texts = [row.prompt for row in rows]
-    chunks = [texts[i : i + wanted.batch_size] for i in range(0, len(texts), wanted.batch_size)]
-    parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
+    chunks = [texts[i : i + section.batch_size] for i in range(0, len(texts), section.batch_size)]
+    parts = [backbone.encode_guided(chunk, sampling.negative_prompt) for chunk in chunks]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    side = config.data.resolution or backbone.default_resolution
-    return Validation(backbone, wanted, rows, encoded, rewards, side, config.seed)
+    return Validation(backbone, section, rows, encoded, rewards, sampling, seed)

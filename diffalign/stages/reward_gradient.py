@@ -1,24 +1,29 @@
 """`diffalign reward-gradient`: prompts, a model and differentiable rewards to a model that scores higher."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
-from diffalign.report.render import write_report
+from diffalign.pipelines import Backbone
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
-from diffalign.stages.distill import prompt_validation
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import (
+    check_guidance_scale,
+    open_backbone,
+    open_rewards,
+    open_validation,
+    resolve_device,
+    resolve_prompts,
+)
+from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import late_steps
-from diffalign.training.reward_gradient.method import reward_gradient as train_backbone
+from diffalign.training.reward_gradient.method import RewardGradient
 
 
 def check_differentiable(config: RewardGradientConfig) -> None:
@@ -33,7 +38,7 @@ def check_differentiable(config: RewardGradientConfig) -> None:
 
 
 def gradient_scores(
-    config: RewardGradientConfig, backbone: Any, rows: list[PromptRow], rewards: dict[str, Reward]
+    config: RewardGradientConfig, backbone: Backbone, rows: list[PromptRow], rewards: dict[str, Reward]
 ) -> LatentScores:
     """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
     vae = backbone.pipeline.vae.float()
@@ -49,17 +54,12 @@ def gradient_scores(
     return scores
 
 
-def check_sampler(config: RewardGradientConfig, backbone: Any) -> int:
+def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
     """Side of the images in pixels. Raises DiffalignError for one that the model cannot draw, or another guidance."""
     side = config.resolution or int(backbone.default_resolution)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
-    scale = config.sampler.guidance_scale
-    if backbone.guidance is not None and backbone.guidance != scale:
-        raise DiffalignError(
-            f"sampler.guidance_scale={scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
-        )
+    check_guidance_scale(config.sampler.guidance_scale, backbone, "sampler.guidance_scale")
     return side
 
 
@@ -80,9 +80,8 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
     scores = gradient_scores(config, backbone, rows, rewards)
     sampler = config.sampler
-    validation = prompt_validation(
-        config.validation, backbone, device, side, config.seed, sampler.steps, sampler.guidance_scale
-    )
+    drawn = SamplingSettings(sampler.steps, sampler.guidance_scale, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     if validation is not None:
         # What is followed as well need not be in memory twice.
         same = [
@@ -96,23 +95,8 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)
     places = side // backbone.vae_scale_factor
-    try:
-        result = train_backbone(
-            config,
-            backbone=backbone,
-            source=source,
-            shape=(backbone.latent_channels, places, places),
-            scores=scores,
-            say=say,
-            accelerator=accelerator,
-            validation=validation,
-        )
-    finally:
-        # Also of a run that an alarm has stopped: the report is where one sees why.
-        if accelerator.is_main_process and (Path(config.run_dir) / "metrics.jsonl").is_file():
-            write_report(Path(config.run_dir))
-    if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+    method = RewardGradient(config, backbone, source, (backbone.latent_channels, places, places), scores, accelerator)
+    run_and_report(config, method, validation=validation)
 
 
 def describe_steps(config: RewardGradientConfig) -> str:

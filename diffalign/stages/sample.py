@@ -18,7 +18,7 @@ from diffalign.stages.resolve import (
 def sample(config: SampleConfig) -> None:
     """Draw groups of images for prompts into a dataset folder: `diffalign sample`."""
     backbone = open_backbone(config.model, resolve_device(config.device))
-    check_guidance_scale(config, backbone)
+    check_guidance_scale(config.guidance_scale, backbone)
     # Record the name that the user gave: the folder of a shipped model differs from machine to machine.
     origin: dict[str, str | None] = {"model": config.model.path}
     if config.weights is not None:

@@ -1,7 +1,6 @@
 """`diffalign train`: a preference dataset and a model to trained weights."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -11,12 +10,14 @@ from diffalign.data.training_source import check_guidance, choose_groups, prepar
 from diffalign.errors import DiffalignError
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
-from diffalign.report.render import write_report
-from diffalign.stages.resolve import open_backbone, prepare_validation, resolve_device, say
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say
+from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
+from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
 from diffalign.training.optim import check_installed
-from diffalign.training.preference.method import train as train_backbone
+from diffalign.training.preference.method import Preference
 
 
 def train(config: TrainConfig, dry_run: bool = False) -> None:
@@ -47,26 +48,13 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
     findings = [] if roles else examine_labels(source.labelled(dataset))
-    validation = prepare_validation(config, backbone)
+    wanted, side = config.validation, config.data.resolution or backbone.default_resolution
+    drawn = SamplingSettings(wanted.steps, wanted.guidance_scale, wanted.negative_prompt, side, side)
+    validation = open_validation(wanted, backbone, device, config.seed, drawn)
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
-    try:
-        result = train_backbone(
-            config,
-            backbone=backbone,
-            source=source,
-            say=say,
-            accelerator=accelerator,
-            validation=validation,
-            findings=findings,
-        )
-    finally:
-        # Also of a run that an alarm has stopped: the report is where one sees why.
-        metrics = Path(config.run_dir) / "metrics.jsonl"
-        if accelerator.is_main_process and metrics.is_file() and metrics.stat().st_size:
-            write_report(Path(config.run_dir))
-    if accelerator.is_main_process:
-        say(f"weights: {result.run_dir / 'weights'}\nreport:  {result.run_dir / 'report.html'}")
+    method = Preference(config, backbone, source, accelerator, say)
+    run_and_report(config, method, validation=validation, findings=findings)
 
 
 def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:

@@ -30,13 +30,15 @@ class Method(Protocol):
     """A way of training: what `run` needs of it, ready to take its first step.
 
     state: what a checkpoint holds, restored in place; finite: where steps note numbers that must be finite; readme: the text
-    of the run directory's README; waiting_remedy: what shortens waiting for data, None where steps do not measure it.
+    of the run directory's README; on_alarm: what a health alarm does, None without health checks; waiting_remedy: what
+    shortens waiting for data, None where steps do not measure it.
     """
 
     accelerator: Accelerator
     state: TrainState
     finite: FiniteGuard
     readme: str
+    on_alarm: OnAlarm | None
     waiting_remedy: str | None
 
     def step(self, step: int) -> float:
@@ -67,13 +69,12 @@ def run(
     *,
     say: Say = print,
     validation: Validation | None = None,
-    on_alarm: OnAlarm | None = None,
     findings: Sequence[Finding] = (),
 ) -> TrainResult:
     """Train `method` for `config.train.steps` steps; everything is written into `config.run_dir`.
 
-    on_alarm: what a health alarm does, None without health checks; findings: those of the data, before training. Raises
-    DiffalignError for a checkpoint of another config, numbers that are not finite, a full disk, an alarm with "stop".
+    findings: of the health checks about the data, before training. Raises DiffalignError for a checkpoint of another config,
+    numbers that are not finite, a full disk, and an alarm where it stops the run.
     """
     # ---- Set-up: the number of threads changes the last bits of sums, so fixing it makes runs repeatable -------------
     if config.train.threads:
@@ -92,7 +93,8 @@ def run(
             say(f"resuming after step {first}")
         open_run_dir(run_dir, plain_config, method.readme)
         log = Metrics(run_dir, config.tracking.trackers, config.tracking.project, plain_config, first)
-    health = HealthMonitor(run_dir, on_alarm, findings, first, say, main) if on_alarm else None
+    alarm = method.on_alarm
+    health = HealthMonitor(run_dir, alarm, findings, first, say, main) if alarm else None
     validations = Validations(validation, run_dir, first, accelerator, health, say) if validation else None
 
     # ---- Validation before the first step: what all later ones are compared with -------------------------------------

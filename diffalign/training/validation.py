@@ -31,9 +31,10 @@ from diffalign.training.protocols import ValidationRow as Row
 from diffalign.training.tracking import cut_rows
 
 if TYPE_CHECKING:
-    from diffalign.config import SampledValidationSection
+    from diffalign.config import ValidationSection
     from diffalign.data.prompts import PromptRow
     from diffalign.pipelines import Backbone
+    from diffalign.pipelines.settings import SamplingSettings
     from diffalign.rewards import Reward
     from diffalign.training.health import HealthMonitor
 
@@ -44,16 +45,16 @@ SHOWN_PROMPTS = 8
 class Validation:
     """What draws validation images, and what judges them.
 
-    encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; side: of an image, in pixels.
+    encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; sampling: how images are drawn.
     The first column of the first reward decides which weights are best.
     """
 
     backbone: Backbone
-    settings: SampledValidationSection
+    settings: ValidationSection
     prompts: Sequence[PromptRow]
     encoded: dict[str, Tensor]
     rewards: dict[str, Reward]
-    side: int
+    sampling: SamplingSettings
     seed: int = 0
 
     def run(self, run_dir: Path, done: int) -> Row:
@@ -80,10 +81,7 @@ class Validation:
                 images += backbone.sample_encoded(
                     {name: values[rows] for name, values in self.encoded.items()},
                     [int(draw(self.seed, "validation", inner=p, member=k).integers(2**32)) for p, k in batch],
-                    steps=settings.steps,
-                    guidance_scale=settings.guidance_scale,
-                    height=self.side,
-                    width=self.side,
+                    self.sampling,
                 )
         backbone.trunk.train(training)
         return images

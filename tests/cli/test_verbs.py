@@ -17,6 +17,7 @@ import typer
 import diffalign.stages
 from diffalign.cli import app
 from diffalign.errors import DiffalignError
+from helpers.command_line import run
 
 CONFIG = "run_dir: runs/x\nmodel: {path: m}\ndata: {path: d}\n"
 IMAGES = "model: {path: m}\nprompts: p.txt\nout: o\nweights: w\n"
@@ -35,12 +36,6 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> Non
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(diffalign.stages, name, module, raising=False)
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        app(list(arguments), prog_name="diffalign")
-    return int(left.value.code or 0)
 
 
 def fail_with(error: BaseException) -> Any:

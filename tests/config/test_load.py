@@ -58,8 +58,11 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
         path,
         ["train.steps=7", "train.steps=9", "tune.targets=[to_q, to_k]", "objective={name: sft}", "tune.rank=4"],
     )
-    assert config.train.steps == 9 and config.tune.targets == ["to_q", "to_k"] and config.tune.rank == 4
-    assert config.objective.name == "sft" and config.objective.arguments() == {}
+    assert config.train.steps == 9
+    assert config.tune.targets == ["to_q", "to_k"]
+    assert config.tune.rank == 4
+    assert config.objective.name == "sft"
+    assert config.objective.arguments() == {}
     assert load_config(path, ["train.ema_decay="]).train.ema_decay is None
 
 
@@ -79,7 +82,9 @@ def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
     ]
     config = load_config(write(tmp_path, SMALL), overrides)
     again = load_config(write(tmp_path, resolved_yaml(config), "again.yaml"))
-    assert again == config and again.model.revision == "12e4567" and again.model.variant == "010"
+    assert again == config
+    assert again.model.revision == "12e4567"
+    assert again.model.variant == "010"
 
 
 def test_token_is_never_written(tmp_path: Path) -> None:
@@ -97,9 +102,12 @@ def test_configs_are_frozen(tmp_path: Path) -> None:
 def test_sample_and_eval(tmp_path: Path) -> None:
     common = "model: {path: m}\nprompts: testbed:test\nout: o\n"
     sample = load_sample_config(write(tmp_path, common), ["images_per_prompt=2", "height=64", "width=64"])
-    assert isinstance(sample, SampleConfig) and sample.weights is None and sample.images_per_prompt == 2
+    assert isinstance(sample, SampleConfig)
+    assert sample.weights is None
+    assert sample.images_per_prompt == 2
     judged = load_eval_config(write(tmp_path, common + "weights: w\n"), ["reward.options={threshold: 0.2}"])
-    assert isinstance(judged, EvalConfig) and judged.seeds == 4
+    assert isinstance(judged, EvalConfig)
+    assert judged.seeds == 4
     assert (judged.reward.name, judged.reward.detector, judged.reward.options) == (
         "geneval",
         "shapes",
@@ -113,8 +121,11 @@ def test_eval_of_a_run(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, SMALL), ["model.options.max_sequence_length=24", "device=cpu"])
     write(run, resolved_yaml(config))
     judged = eval_config_of_run(run, ["prompts=testbed:test", "n=8"])
-    assert judged.model == config.model and judged.device == "cpu"
-    assert judged.weights == run / "weights" and judged.out == run and judged.n == 8
+    assert judged.model == config.model
+    assert judged.device == "cpu"
+    assert judged.weights == run / "weights"
+    assert judged.out == run
+    assert judged.n == 8
     with pytest.raises(DiffalignError, match="prompts is missing; give prompts="):
         eval_config_of_run(run)
     with pytest.raises(DiffalignError, match="holds no config.yaml"):

@@ -16,7 +16,6 @@ from diffalign.data.training_source import prepare_source
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.training.order import BucketOrder, check_units, groups_for_step
-from diffalign.training.preference.method import train
 from diffalign.training.preference.posterior import with_samples
 from helpers import toy
 from helpers.small_datasets import LABELS, Encoder, group_rows, quiet, settings, write_images
@@ -26,8 +25,10 @@ def test_sizes_of_auto() -> None:
     sizes = bucket_sizes("auto", 1024, 8)
     assert {(1024, 1024), (1152, 896), (896, 1152), (1216, 832), (1344, 768)} <= set(sizes)  # SDXL's own
     assert all(w % 64 == 0 and h % 64 == 0 and w * h <= 1024**2 and 0.5 <= w / h <= 2 for w, h in sizes)
-    assert all(w * h > 0.85 * 1024**2 for w, h in sizes) and {(h, w) for w, h in sizes} == set(sizes)
-    assert (64, 64) in bucket_sizes("auto", 64, 16) and all(w % 16 == 0 for w, _ in bucket_sizes("auto", 64, 16))
+    assert all(w * h > 0.85 * 1024**2 for w, h in sizes)
+    assert {(h, w) for w, h in sizes} == set(sizes)
+    assert (64, 64) in bucket_sizes("auto", 64, 16)
+    assert all(w % 16 == 0 for w, _ in bucket_sizes("auto", 64, 16))
     assert bucket_sizes("none", 512, 8) == [(512, 512)]
     assert max(max(size) for size in bucket_sizes("auto", 64, 8, longest=72)) == 72
     with pytest.raises(DiffalignError, match="96x48 is beyond the 64 pixels a side"):
@@ -38,9 +39,12 @@ def test_sizes_of_auto() -> None:
 
 def test_the_nearest_aspect() -> None:
     sizes = [(64, 64), (96, 48), (48, 96)]
-    assert nearest((1000, 900), sizes) == (64, 64) and nearest((300, 170), sizes) == (96, 48)
-    assert nearest((1, 2), sizes) == (48, 96) and nearest((100, 50), [(64, 32), (128, 64)]) == (128, 64)
-    assert most({0: (1, 1), 1: (2, 1), 2: (2, 1)}) == (2, 1) and most({1: (2, 1), 0: (1, 1)}) == (1, 1)
+    assert nearest((1000, 900), sizes) == (64, 64)
+    assert nearest((300, 170), sizes) == (96, 48)
+    assert nearest((1, 2), sizes) == (48, 96)
+    assert nearest((100, 50), [(64, 32), (128, 64)]) == (128, 64)
+    assert most({0: (1, 1), 1: (2, 1), 2: (2, 1)}) == (2, 1)
+    assert most({1: (2, 1), 0: (1, 1)}) == (1, 1)
 
 
 def test_pictures_are_covered_and_cropped() -> None:
@@ -158,11 +162,11 @@ class Shaped(toy.ToySource):
 def test_training_over_buckets_resumes_bit_for_bit(tmp_path: Path) -> None:
     shape = {"groups_per_step": 4, "micro_batch": 2, "threads": 1}
     for steps in (5, 12):
-        train(
+        toy.train(
             toy.toy_config(tmp_path / "cut", train={**shape, "steps": steps}, checkpoint={"every": 5}),
             backbone=toy.ToyBackbone(), source=Shaped(), say=quiet,
         )  # fmt: skip
-    train(
+    toy.train(
         toy.toy_config(tmp_path / "whole", train={**shape, "steps": 12}),
         backbone=toy.ToyBackbone(), source=Shaped(), say=quiet,
     )  # fmt: skip

@@ -30,10 +30,7 @@ from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards import Reward, load_reward
 from diffalign.rewards.aggregate import vote_shares
 from diffalign.testbed.detector import ShapeDetector
-
-
-def picture(value: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+from helpers.small_datasets import picture
 
 
 def group_row(group: str, prompt: str, preference: list[float], split: str = "train") -> dict[str, Any]:

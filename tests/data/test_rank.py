@@ -211,13 +211,17 @@ def test_one_row_a_prompt_opens_in_datasets(ranked: PreferenceDataset, tmp_path:
     files = str(tmp_path / "rows" / "data" / "*.parquet")
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
     row = loaded[0]
-    assert row["prompt"] == "p0" and all(isinstance(i, Image.Image) for i in row["images"])
+    assert row["prompt"] == "p0"
+    assert all(isinstance(i, Image.Image) for i in row["images"])
     assert np.array_equal(np.asarray(row["images"][2]), np.asarray(picture(2)))
-    assert row["preference"] == [1.0, 0.0, 0.5] and row["scores"]["b.score"] == [4, 1, 3] and row["seeds"] == [0, 1, 2]
+    assert row["preference"] == [1.0, 0.0, 0.5]
+    assert row["scores"]["b.score"] == [4, 1, 3]
+    assert row["seeds"] == [0, 1, 2]
     whole = datasets.load_dataset(str(tmp_path / "rows"), cache_dir=str(tmp_path / "hf2"))  # by its card
     assert whole["train"].num_rows == 3
     card = (tmp_path / "rows" / "README.md").read_text()
-    assert "license: other" in card and "| a | 1 | none | MIT |" in card
+    assert "license: other" in card
+    assert "| a | 1 | none | MIT |" in card
 
 
 def test_pickapic_columns_are_read_back_by_others(ranked: PreferenceDataset, tmp_path: Path) -> None:

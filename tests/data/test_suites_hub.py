@@ -85,7 +85,9 @@ def test_what_is_missing_is_named_in_one_line(name: str, cache: Path) -> None:
     with pytest.raises(DiffalignError) as told:
         resolve_prompts(f"suite:{name}:hub", None)
     line = str(told.value)
-    assert "\n" not in line and suite.files[0] in line and f"datasets/{suite.repository}" in line
+    assert "\n" not in line
+    assert suite.files[0] in line
+    assert f"datasets/{suite.repository}" in line
     assert f"prompts=suite:{name}:PATH" in line
 
 
@@ -97,4 +99,6 @@ def test_mistakes(cache: Path) -> None:
         read_hub_suite("drawbenhc", "hub")
     with pytest.raises(DiffalignError, match="a revision belongs after @"):
         read_hub_suite("drawbench", "hub@")
-    assert not from_hub("hub.csv") and not from_hub("./hub") and from_hub("hub@1234")
+    assert not from_hub("hub.csv")
+    assert not from_hub("./hub")
+    assert from_hub("hub@1234")

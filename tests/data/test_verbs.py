@@ -13,19 +13,13 @@ import torch
 from PIL import Image
 
 from diffalign import files
-from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, png_bytes, write_groups
 from diffalign.stages import data
+from helpers.command_line import run
 
 EVIL = '<script>alert("x")</script> & "a dog"'
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        app([str(a) for a in arguments], prog_name="diffalign")
-    return int(left.value.code or 0)
 
 
 @pytest.fixture
@@ -57,11 +51,17 @@ def folder(tmp_path: Path) -> Path:
 def test_inspect_and_the_contact_sheet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "inspect", folder, "--html", tmp_path / "sheet.html") == 0
     said = capsys.readouterr().out
-    assert re.search(r"groups +2\n", said) and re.search(r"sizes +32x32: 5, unreadable: 1", said)
-    assert re.search(r"ranked +2 groups, 1 without a preference", said) and re.search(r"tied pairs +50\.0%", said)
+    assert re.search(r"groups +2\n", said)
+    assert re.search(r"sizes +32x32: 5, unreadable: 1", said)
+    assert re.search(r"ranked +2 groups, 1 without a preference", said)
+    assert re.search(r"tied pairs +50\.0%", said)
     html = (tmp_path / "sheet.html").read_text()
-    assert "<script" not in html and "&lt;script&gt;" in html and "http" not in html
-    assert html.count("data:image/png") == 5 and "unreadable" in html and "no preference" in html
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert "http" not in html
+    assert html.count("data:image/png") == 5
+    assert "unreadable" in html
+    assert "no preference" in html
     first = html[html.index("alert") : html.index("two cats")]
     assert re.findall(r"<b>([\d.]+)</b><span class=\"note\">#(\d)", first) == [
         ("1.00", "2"),

@@ -14,15 +14,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffalign.cli import app
 from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.attention import _xformers_computes
 from diffalign.pipelines.generator import load_generator
 from diffalign.rewards import load_reward
-from diffalign.training.preference.method import train
-from helpers import tiny_rewards
+from helpers import command_line, tiny_rewards, toy
 from helpers.tiny_training import Source
 
 # Collected everywhere, so that an import of what no longer exists fails on any machine.
@@ -58,7 +56,7 @@ def trained(config: TrainConfig) -> tuple[list[dict[str, Any]], dict[str, torch.
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype],
     )  # fmt: skip
     source = Source(load_backbone(Path(model.path)))
-    train(config, backbone=backbone, source=source, say=lambda _: None)
+    toy.train(config, backbone=backbone, source=source, say=lambda _: None)
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     (weights,) = (config.run_dir / "weights").rglob("*.safetensors")
     return [json.loads(line) for line in lines], load_file(weights)
@@ -243,9 +241,7 @@ def test_rewards_are_the_cpus(name: str, tmp_path: Path) -> None:
 
 def run(*arguments: object) -> int:
     AcceleratorState._reset_state(True)
-    with pytest.raises(SystemExit) as left:
-        app([str(a) for a in arguments], prog_name="diffalign")
-    return int(left.value.code or 0)
+    return command_line.run(*arguments)
 
 
 @pytest.mark.parametrize(

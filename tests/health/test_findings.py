@@ -14,7 +14,6 @@ from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.health import FINDINGS, Finding, LabelledGroup, describe, examine, examine_labels
 from diffalign.objectives import DiffusionDPO, GroupErrors, SmPO
-from diffalign.training.preference.method import train
 from diffalign.training.preference.stabilise import is_outlier, remember_margin, with_auto_beta
 from helpers import toy
 
@@ -236,7 +235,7 @@ def run(run_dir: Path, said: list[str] | None = None, **sections: Any) -> list[d
     findings = sections.pop("findings", ())
     config = toy.toy_config(run_dir, **sections)
     say = (lambda _: None) if said is None else said.append
-    train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=say, findings=findings)
+    toy.train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=say, findings=findings)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = Path(__file__).parent / "toy_run.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
 
 
 def environment() -> dict[str, str]:
@@ -22,6 +21,11 @@ def environment() -> dict[str, str]:
 def command(run_dir: Path, steps: int, groups: int, micro: int, seconds: float = 0.0) -> list[str]:
     """Return the arguments that start toy_run.py; `seconds`: how long each of its steps waits for data."""
     return [str(PROGRAM), str(run_dir), *map(str, (steps, groups, micro, seconds))]
+
+
+def torchrun(port: int) -> list[str]:
+    """Return the command that starts a program as two processes, which meet at this port of the machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
 
 
 def finish(line: list[str]) -> None:

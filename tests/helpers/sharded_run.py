@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from diffalign.pipelines import load_backbone
-from diffalign.training.preference.method import train
+from helpers import toy
 from helpers.tiny_training import Source, config_for
 
 if __name__ == "__main__":
@@ -19,4 +19,4 @@ if __name__ == "__main__":
         config = config_for(Path(model), Path(run_dir), goal, optimizer={"lr": 1e-3})
         tuned = {"tune": config.tune.model_copy(update={"kind": "full"})}
         trained = {"train": config.train.model_copy(update={"shard": shard, "micro_batch": 1, "ema_decay": 0.5})}
-        train(config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone))
+        toy.train(config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone))

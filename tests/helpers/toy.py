@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.config import TrainConfig
 from diffalign.pipelines.process import Flow
+from diffalign.training.device import start_accelerator
+from diffalign.training.preference.method import Preference
+from diffalign.training.protocols import Say
+from diffalign.training.run import TrainResult, run
 from diffalign.training.validation import Validation
 
 SHAPE = (2, 4, 4)
@@ -115,6 +120,20 @@ class ToySource:
             names,
             names,
         )
+
+
+def train(
+    config: TrainConfig,
+    *,
+    backbone: Any,
+    source: Any,
+    say: Say = print,
+    accelerator: Accelerator | None = None,
+    **given: Any,
+) -> TrainResult:
+    """A run of preference training on any backbone. `given`: further arguments of `run`."""
+    method = Preference(config, backbone, source, accelerator or start_accelerator(config), say)
+    return run(config, method, say=say, **given)
 
 
 @dataclass(frozen=True)

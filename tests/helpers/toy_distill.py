@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from diffalign.config import DistillConfig
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import Flow
-from diffalign.training.distillation.method import distill
+from diffalign.training.device import start_accelerator
+from diffalign.training.distillation.method import Distillation
+from diffalign.training.run import run as train
 from helpers.files import rows
 
 SHAPE = (2, 4, 4)
@@ -148,13 +150,14 @@ def run(
     source: Any = None,
     **given: Any,
 ) -> None:
-    """`given`: further arguments of `distill`."""
+    """`given`: further arguments of the run."""
     backbone = backbone or ToyBackbone()
     student = FewStep(backbone.process, times, config.student.sampler, config.student.eta)
-    distill(
-        config, backbone=backbone, student=student, source=source or ToyPrompts(), shape=SHAPE, scores=scores,
-        real=real or ToyImages(), **{"say": lambda _: None, **given},
+    method: Any = Distillation(
+        config, backbone, student, source or ToyPrompts(), SHAPE, start_accelerator(config), scores, None,
+        real or ToyImages(),
     )  # fmt: skip
+    train(config, method, **{"say": lambda _: None, **given})
 
 
 def distilled(run_dir: Path, judge: Any = None, **sections: Any) -> list[dict[str, float]]:

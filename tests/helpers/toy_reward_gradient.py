@@ -13,10 +13,12 @@ from torch import Tensor
 
 from diffalign.config import RewardGradientConfig
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
+from diffalign.training.device import start_accelerator
 from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
-from diffalign.training.reward_gradient.method import reward_gradient
+from diffalign.training.reward_gradient.method import RewardGradient
 from diffalign.training.reward_gradient.step import StepOutput, reward_gradient_step
+from diffalign.training.run import run as train
 from helpers import toy
 from helpers.toy_distill import ToyPrompts
 
@@ -77,15 +79,11 @@ def run(
     source: Any = None,
     **given: Any,
 ) -> None:
-    """`given`: further arguments of `reward_gradient`."""
-    reward_gradient(
-        config,
-        backbone=backbone or ToyBackbone(),
-        source=source or ToyPrompts(),
-        shape=toy.SHAPE,
-        scores=scores,
-        **{"say": lambda _: None, **given},
+    """`given`: further arguments of the run."""
+    method: Any = RewardGradient(
+        config, backbone or ToyBackbone(), source or ToyPrompts(), toy.SHAPE, scores, start_accelerator(config)
     )
+    train(config, method, **{"say": lambda _: None, **given})
 
 
 def one_step(

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.training.preference.method import train
 from diffalign.training.validation import Validation
 from helpers import toy
 
@@ -51,4 +50,4 @@ if __name__ == "__main__":
     config, backbone = toy.toy_config(run_dir, **sections), toy.ToyBackbone()
     if config.validation.every:
         options["validation"] = Weighed(backbone, config.validation, [], {}, {}, 8)
-    train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)
+    toy.train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)

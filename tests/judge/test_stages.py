@@ -32,26 +32,29 @@ def test_from_nothing_to_a_table(tmp_path: Path) -> None:
     taught = read_taught(data / "distributions.jsonl")
     assert len(taught) == 24
     code, output = call("judge-distributions", base, data / "ratings.jsonl", *asked)
-    assert code == 2 and "is there already" in output
+    assert code == 2
+    assert "is there already" in output
     code, output = call(
         "judge-distributions", base, data / "ratings.jsonl", "--out", tmp_path / "elsewhere.jsonl", *asked
     )
-    assert code == 2 and "where the images are" in output
+    assert code == 2
+    assert "where the images are" in output
     words = (
         "judge", "shapes_judge_risd", f"run_dir={run}", f"model.path={base}", f"data.distributions={data}/distributions.jsonl",
         "train.steps=2", "optimizer.warmup_steps=0", "train.records_per_step=4", "train.micro_batch=2", "tracking.trackers=[]",
     )  # fmt: skip
     code, output = call(*words)
     assert code == 0, output
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2 and "risd" in (run / "README.md").read_text()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "risd" in (run / "README.md").read_text()
     code, output = call("judge-eval", run / "weights", data / "ratings.jsonl", "--out", tmp_path / "eval.json")
-    assert code == 0 and "margin HPA" in output and "| plausibility |" in output
+    assert code == 0
+    assert "margin HPA" in output
+    assert "| plausibility |" in output
     rows = json.loads((tmp_path / "eval.json").read_text())["measures"]
-    assert (
-        rows["all"]["images"] == 24
-        and rows["all"]["tokens"] == 1.0
-        and set(rows) == {"all", "alignment", "realism", "plausibility"}
-    )
+    assert rows["all"]["images"] == 24
+    assert rows["all"]["tokens"] == 1.0
+    assert set(rows) == {"all", "alignment", "realism", "plausibility"}
     assert call("judge-eval", run / "weights", data / "pairs.jsonl")[0] == 0
     scored = tmp_path / "scores.jsonl"
     reward = f"zreward:weights={run / 'weights'}"
@@ -62,7 +65,8 @@ def test_from_nothing_to_a_table(tmp_path: Path) -> None:
     found = [first[f"zreward.realism@{level:.1f}"] for level in np.linspace(1, 5, 9)]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     code, output = call("judge-eval", run / "weights", data / "nothing.jsonl")
-    assert code == 2 and "no such file" in output
+    assert code == 2
+    assert "no such file" in output
 
 
 def test_a_perfect_judge_measures_as_one() -> None:
@@ -72,8 +76,12 @@ def test_a_perfect_judge_measures_as_one() -> None:
     ]
     probabilities = np.eye(9)[[int(2 * one.score - 2) for one in rated]]
     row = by_dimension(rated, probabilities)["all"]
-    assert row["plcc"] == pytest.approx(1) and row["hpa"] == 1 and row["margin_hpa"] == 1
-    assert row["crps"] == 0 and row["calibration_error"] == 0 and row["pairs"] == 12
+    assert row["plcc"] == pytest.approx(1)
+    assert row["hpa"] == 1
+    assert row["margin_hpa"] == 1
+    assert row["crps"] == 0
+    assert row["calibration_error"] == 0
+    assert row["pairs"] == 12
     assert "| perfect | 1.0000 |" in table({"perfect": row})
 
 
@@ -96,4 +104,6 @@ def test_a_judge_is_saved_with_its_words(tmp_path: Path) -> None:
 
     untrained_judge("student").save(tmp_path / "judge")
     again = load_judge(tmp_path / "judge")
-    assert again.wording == WORDING and again.rubrics == RUBRICS and type(again.model).__name__.startswith("Qwen3VL")
+    assert again.wording == WORDING
+    assert again.rubrics == RUBRICS
+    assert type(again.model).__name__.startswith("Qwen3VL")

@@ -18,7 +18,7 @@ from diffalign.errors import DiffalignError
 from diffalign.judge import losses
 from diffalign.judge.forward import Sample, read
 from diffalign.judge.gdso import GDSO, GRPO, Rolled
-from diffalign.judge.loop import train_judge
+from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import read_pairs
 from diffalign.judge.rollout import KeyedSampling, sample_traces, trimmed
@@ -27,6 +27,7 @@ from diffalign.rewards.judge import Judge, load_judge
 from diffalign.stages.judge import judge_data, train_from_config
 from diffalign.testbed.judge_base import untrained_judge
 from diffalign.training import finite
+from diffalign.training.run import run as train
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +184,8 @@ def test_a_judges_loss_that_is_not_finite_is_named(world: Path, tmp_path: Path, 
     with torch.no_grad():
         judge.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(DiffalignError, match=r"the loss is nan at step 1, records \d+; .* none: lower optimizer\.lr"):
-        train_judge(
-            config(world, tmp_path, method="sft"),
-            judge=judge,
-            records=read_pairs(world / "data/pairs.jsonl"),
-            say=str,
-        )
+        settings = config(world, tmp_path, method="sft")
+        train(settings, JudgeTraining(settings, judge, read_pairs(world / "data/pairs.jsonl"), None), say=str)
 
 
 def test_before_the_first_update_the_ratio_is_one_and_the_reference_is_the_policy(
@@ -270,7 +267,7 @@ def test_gradient_checkpointing_computes_layers_again_and_gives_the_same_run(wor
             calls += torch.is_grad_enabled()
 
         judge.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(count)
-        train_judge(settings, judge=judge, records=read_pairs(world / "data/pairs.jsonl"), say=str)
+        train(settings, JudgeTraining(settings, judge, read_pairs(world / "data/pairs.jsonl"), None), say=str)
         counts[name] = calls
     assert counts == {"true": 4, "false": 2}  # two micro-batches
     one, two = (load_file(tmp_path / name / "weights/model.safetensors") for name in ("true", "false"))

@@ -166,7 +166,9 @@ def test_objectives_do_not_mix_groups(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_is_what_it_states(name: str) -> None:
     kind: Any = OBJECTIVES[name]
-    assert issubclass(kind, Objective) and kind.__dataclass_params__.frozen and kind.title
+    assert issubclass(kind, Objective)
+    assert kind.__dataclass_params__.frozen
+    assert kind.title
     for one in dataclasses.fields(kind):
         assert one.metadata["description"], one.name
     group = mixed_groups()
@@ -188,4 +190,6 @@ def test_an_objective_is_what_it_states(name: str) -> None:
 def test_bounds_of_scores_are_checked_where_they_are_set() -> None:
     with pytest.raises(ValueError, match="reward_max should be above reward_min=0.5, not 0.5"):
         SmPO(reward_min=0.5, reward_max=0.5)
-    assert SmPO().unit_labels and not SmPO(reward_min=-1.0).unit_labels and not DiffusionDPO().unit_labels
+    assert SmPO().unit_labels
+    assert not SmPO(reward_min=-1.0).unit_labels
+    assert not DiffusionDPO().unit_labels

@@ -27,7 +27,6 @@ from diffalign.objectives import (
     check_labels,
 )
 from diffalign.objectives.disco import discrimination
-from diffalign.training.preference.method import train
 from helpers import toy
 
 
@@ -293,7 +292,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def rows(run_dir: Path, objective: dict[str, Any], source: Any, steps: int = 60) -> list[dict[str, float]]:
     config = toy.toy_config(run_dir, objective=objective, train={"steps": steps})
-    train(config, backbone=toy.ToyBackbone(), source=source, say=lambda _: None)
+    toy.train(config, backbone=toy.ToyBackbone(), source=source, say=lambda _: None)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,31 +12,18 @@ from torch import Tensor
 
 from diffalign.objectives import GDRO, DiffusionDPO, GroupErrors, RankDPO, SmPO, check_labels
 from diffalign.rewards.aggregate import vote_shares
-
-TOLERANCE = 1e-6
-
-
-def group_of(d: Any, labels: Any, order: Any = None) -> GroupErrors:
-    """A batch of one group with advantages d, float64, whose policy error takes gradients."""
-    reference = torch.full((1, len(d)), 0.25, dtype=torch.float64)
-    policy = (reference + torch.tensor([d], dtype=torch.float64)).requires_grad_()
-    given = torch.tensor([labels], dtype=torch.float64)
-    return GroupErrors(policy, reference, given, order=None if order is None else torch.tensor([order]))
-
-
-def loss_and_gradient(objective: Callable[[GroupErrors], Any], group: GroupErrors) -> tuple[float, list[float]]:
-    out = objective(group)
-    assert out.loss.dtype == torch.float64 and out.loss.shape == (1,)
-    assert all(v.shape == (1,) for v in out.metrics.values())
-    (gradient,) = torch.autograd.grad(out.loss.sum(), group.policy_error)
-    return out.loss.item(), gradient[0].tolist()
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-
-# --- RankDPO ---------------------------------------------------------------------------------------------------
+from helpers.objective_oracles import (
+    TOLERANCE,
+    UNANIMOUS,
+    S,
+    gdro,
+    group_of,
+    implicit,
+    loss_and_gradient,
+    numpy_errors,
+    random_group,
+    rankdpo,
+)
 
 SCORES = np.array([
     [0.281, 0.263, 0.274, 0.290],
@@ -46,26 +32,12 @@ SCORES = np.array([
     [0.81, 0.88, 0.74, 0.69],
     [0.35, -0.10, 0.62, 1.05],
 ])  # fmt: skip
+
+
 PHI = [0.5333333333333333, 0.2, 0.4, 0.8]
+
+
 POLICY, REFERENCE = np.array([0.1012, 0.1105, 0.0987, 0.0951]), np.array([0.1010, 0.1108, 0.0990, 0.0955])
-UNANIMOUS, S = [1.0, 2 / 3, 1 / 3, 0.0], [-4e-4, 1e-4, -2e-4, 3e-4]
-
-
-def rankdpo(d: Any, phi: Any, beta: float, ranks: Any, gain_only: bool = False) -> tuple[float, np.ndarray, float]:
-    """Equations 5 to 7 with loops: loss, its gradient for d, the sum of the weights. `ranks` start at 1."""
-    loss, total, gradient = 0.0, 0.0, np.zeros(len(d))
-    inverse = [1 / math.log(1 + r) for r in ranks]
-    for i in range(len(d)):
-        for j in range(len(d)):
-            if phi[i] > phi[j]:
-                delta = abs((2 ** phi[i] - 1) - (2 ** phi[j] - 1)) * (1 if gain_only else abs(inverse[i] - inverse[j]))
-                inside = -beta * (d[i] - d[j])
-                loss -= delta * log_sigmoid(inside)
-                pull = delta * beta / (1 + math.exp(inside))
-                gradient[i] += pull
-                gradient[j] -= pull
-                total += delta
-    return loss, gradient, total
 
 
 def test_vote_shares_of_five_rewards() -> None:
@@ -161,21 +133,6 @@ def test_rankdpo_vector_g_ties() -> None:
         assert rankdpo(S, phi, 5000.0, ranks)[0] == pytest.approx(loss, rel=TOLERANCE)
 
 
-def numpy_errors(kind: str) -> tuple[Tensor, Tensor]:
-    """Mean errors of two toy models on four images of eight elements: epsilon prediction, or velocity at t = 0.3."""
-    j = np.arange(8)
-    x = np.array([np.sin(0.7 * i + 0.3 * j) for i in range(4)])
-    noise = np.array([np.cos(0.5 * j + (0.2 * i if kind == "independent" else 0.0)) for i in range(4)])
-    if kind == "flow":
-        x_t, target = 0.7 * x + 0.3 * noise, noise - x
-        policy, reference = 0.9 * x_t - 0.1, 0.8 * x_t
-    else:
-        x_t, target = 0.8 * x + 0.6 * noise, noise
-        policy, reference = 0.55 * x_t + 0.02, 0.5 * x_t
-    errors = [((target - p) ** 2).mean(1) for p in (policy, reference)]
-    return torch.from_numpy(errors[0])[None], torch.from_numpy(errors[1])[None]
-
-
 @pytest.mark.parametrize(
     ("kind", "scale", "beta", "loss"),
     [
@@ -204,16 +161,6 @@ def test_vector_j_errors_must_not_be_reduced_in_half_precision() -> None:
     assert float((squared_error(prediction, target).double() - exact).abs().max()) < 1e-7
     rounded = (prediction - target.bfloat16()).square().mean(dim=(2, 3, 4))
     assert float((rounded.double() - exact).abs().max()) * 2500 > 0.5
-
-
-def random_group(seed: int, groups: int = 6, k: int = 5, steps: int = 0) -> GroupErrors:
-    """Random errors and labels; `steps` > 0 puts the labels on a grid, so that many are tied."""
-    generator = torch.Generator().manual_seed(seed)
-    policy, reference, labels = (torch.rand(groups, k, generator=generator, dtype=torch.float64) for _ in range(3))
-    if steps:
-        labels = (labels * steps).round() / steps
-    order = torch.stack([torch.randperm(k, generator=generator) for _ in range(groups)])
-    return GroupErrors(policy.requires_grad_(), reference, labels, order=order)
 
 
 OBJECTIVES = [
@@ -274,8 +221,6 @@ def test_ranks_of_the_model_start_with_the_ties_broken() -> None:
 def test_rankdpo_refuses_what_is_no_vote_share() -> None:
     assert "reach from" in str(check_labels(torch.tensor([[0.2, 21.0]]), RankDPO.label_kind))
 
-
-# --- SmPO ------------------------------------------------------------------------------------------------------
 
 # PickScore's cosines, bounds and all, as in the authors' code.
 BOUNDS: dict[str, float] = {"reward_min": 0.11543526500463486, "reward_max": 0.28201571106910706}
@@ -342,126 +287,6 @@ def test_smpo_with_a_factor_of_one_is_dpo() -> None:
     d, labels = [2e-4, -1e-4, 5e-4], [math.log(0.55 / 0.45), 0.0, 0.1]
     smoothed, plain = (o(group_of(d, labels)).loss for o in (SmPO(2000.0, 10.0), DiffusionDPO(2000.0)))
     torch.testing.assert_close(smoothed, plain, rtol=1e-12, atol=0)
-
-
-# --- GDRO ------------------------------------------------------------------------------------------------------
-
-
-def gdro(s: Any, rewards: Any, tau: float, order: Any = None) -> tuple[float, np.ndarray]:
-    """Equation 7 with loops, and its gradient for s: sum over places of p - q. Ties follow `order`, else position."""
-    turn = sorted(range(len(s)), key=lambda i: (-rewards[i], order[i] if order is not None else i))
-    s, r = np.array(s)[turn], np.array(rewards)[turn]
-    loss, gradient = 0.0, np.zeros(len(s))
-    for i in range(len(s) - 1):
-        p = np.exp(s[i:] - s[i:].max())
-        q = np.exp((r[i:] - r[i:].max()) / tau) if tau else np.eye(len(s) - i)[0]
-        p, q = p / p.sum(), q / q.sum()
-        loss += math.log(np.exp(s[i:]).sum()) - float(q @ s[i:])
-        gradient[i:] += p - q
-    back = np.empty(len(s))
-    back[turn] = gradient
-    return loss, back
-
-
-def implicit(s: Any, rewards: Any, tau: float, order: Any = None) -> tuple[float, list[float]]:
-    """GDRO's loss and its gradient for s = -d (beta 1, gamma 0)."""
-    loss, gradient = loss_and_gradient(GDRO(1.0, tau, 0.0), group_of([-v for v in s], rewards, order))
-    return loss, [-g for g in gradient]
-
-
-def test_gdro_vector_1_implicit_reward() -> None:
-    noise, x0, t = np.array([0, 1, -0.5, 2.0]), np.array([1, -1, 0.5, 0.0]), 0.25
-    assert ((1 - t) * x0 + t * noise).tolist() == [0.75, -0.5, 0.25, 0.5]
-    target, policy, reference = noise - x0, np.array([-0.8, 1.7, -1.2, 1.5]), np.array([-0.5, 1.5, -0.8, 1.2])
-    errors = [((target - p) ** 2).sum() for p in (policy, reference)]
-    assert errors == pytest.approx([0.42, 1.18])
-    delta = policy - reference
-    assert 2 * ((target - reference) @ delta) - delta @ delta == pytest.approx(0.76)
-    for beta, summed, mean in ((12.0, 9.12, 2.28), (6.0, 4.56, 1.14)):
-        for scale, expected in ((1.0, summed), (0.25, mean)):
-            # Beside an image on which nothing has changed, the margin is s itself.
-            policy_error = torch.tensor([[errors[0] * scale, 0.3]], dtype=torch.float64)
-            reference_error = torch.tensor([[errors[1] * scale, 0.3]], dtype=torch.float64)
-            group = GroupErrors(policy_error, reference_error, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
-            assert GDRO(beta, 0.0, 0.0)(group).metrics["margin"].item() == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("tau", "loss", "gradient"),
-    [
-        (0.05, 1.958892, [-0.648293, -0.338385, 0.986678]),
-        (0.5, 1.904324, [-0.254239, -0.300478, 0.554717]),
-        (1e9, 1.825593, [0.018038, -0.171718, 0.153680]),
-    ],
-)
-def test_gdro_vector_2_loss(tau: float, loss: float, gradient: list[float]) -> None:
-    s, rewards = [0.2, -0.1, 0.3], [0.9, 0.5, 0.1]
-    found, slope = implicit(s, rewards, tau)
-    assert found == pytest.approx(loss, abs=1e-6) and slope == pytest.approx(gradient, abs=1e-6)
-    oracle = gdro(s, rewards, tau)
-    assert found == pytest.approx(oracle[0], rel=1e-9) and slope == pytest.approx(oracle[1].tolist(), abs=1e-9)
-
-
-def test_gdro_vector_2_ranks_only() -> None:
-    s, rewards = [0.2, -0.1, 0.3], [0.9, 0.5, 0.1]
-    assert implicit(s, rewards, 0.0)[0] == pytest.approx(1.9589259, abs=1e-7)
-    assert implicit(s, rewards, 0.025)[0] == pytest.approx(implicit(s, rewards, 0.0)[0], abs=2e-8)
-
-
-def test_gdro_vector_3_two_images() -> None:
-    loss, gradient = implicit([0.7, -0.4], [1.0, 0.0], 0.0)
-    assert loss == pytest.approx(0.287335, abs=1e-6) and loss == pytest.approx(-log_sigmoid(1.1))
-    loss, gradient = implicit([0.7, -0.4], [0.6, 0.5], 0.05)
-    assert loss == pytest.approx(0.418459, abs=1e-6) and gradient == pytest.approx([-0.130537, 0.130537], abs=1e-6)
-
-
-def test_gdro_vector_4_ties() -> None:
-    s, rewards = [0.2, -0.1, 0.3, 0.0], [1.0, 1.0, 0.0, 0.0]
-    loss, gradient = implicit(s, rewards, 0.05)
-    assert loss == pytest.approx(3.433206, abs=1e-6)
-    assert gradient == pytest.approx([-0.227128, -1.019842, 0.790755, 0.456215], abs=1e-6)
-    assert implicit(s, rewards, 0.05, [1, 0, 2, 3])[0] == pytest.approx(3.226026, abs=1e-6)
-    assert implicit(s, rewards, 0.0)[0] == pytest.approx(3.133206, abs=1e-6)
-    assert implicit(s, rewards, 0.0, [1, 0, 2, 3])[0] == pytest.approx(3.226026, abs=1e-6)
-    degenerate, slope = implicit(s, [1.0] * 4, 0.05)
-    assert degenerate == pytest.approx(3.216539, abs=1e-6)
-    assert slope == pytest.approx([0.022872, -0.103175, 0.207421, -0.127119], abs=1e-6)
-    start, slope = implicit([0.0] * 4, [1.0] * 4, 0.05)
-    assert start == pytest.approx(math.log(24)) and slope == pytest.approx([0.0] * 4, abs=1e-12)
-
-
-def test_gdro_vectors_5_and_6_at_the_reference() -> None:
-    _, gradient = implicit([0.0] * 6, [6.0, 5, 4, 3, 2, 1], 0.0)
-    assert gradient == pytest.approx([-0.833333, -0.633333, -0.383333, -0.05, 0.45, 1.45], abs=1e-6)
-    for successes, mass in ((1, 1.6667), (2, 2.9333), (3, 3.7), (4, 3.8), (5, 2.9)):
-        _, gradient = implicit([0.0] * 6, [1.0] * successes + [0.0] * (6 - successes), 0.05)
-        assert sum(map(abs, gradient)) == pytest.approx(mass, abs=5e-5)
-    for rewards in ([0.0] * 6, [1.0] * 6):
-        assert sum(map(abs, implicit([0.0] * 6, rewards, 0.05)[1])) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_gdro_vector_i_on_flow_errors() -> None:
-    policy, reference = numpy_errors("flow")
-    group = GroupErrors(policy, reference, torch.tensor([UNANIMOUS], dtype=torch.float64))
-    assert GDRO(20.0, 0.5, 0.0)(group).loss.item() == pytest.approx(3.4937347590, rel=TOLERANCE)
-    assert GDRO(20.0, 0.0, 0.0)(group).loss.item() == pytest.approx(1.4986711523, rel=TOLERANCE)
-
-
-def test_gdro_of_two_without_extras_is_dpo_with_twice_the_beta() -> None:
-    group = random_group(4, k=2)
-    torch.testing.assert_close(GDRO(7.0, 0.0, 0.0)(group).loss, DiffusionDPO(14.0)(group).loss, rtol=1e-12, atol=0)
-
-
-def test_gdro_adds_the_error_of_the_best_image() -> None:
-    group = group_of([0.1, -0.2, 0.05], [0.2, 0.1, 0.9])
-    plain, with_pull = (loss_and_gradient(GDRO(5.0, 0.05, g), group) for g in (0.0, 0.5))
-    assert with_pull[0] - plain[0] == pytest.approx(0.5 * 0.30)
-    assert [b - a for a, b in zip(plain[1], with_pull[1], strict=True)] == pytest.approx([0.0, 0.0, 0.5])
-
-
-def test_gdro_reports_the_spread_to_set_beta_by() -> None:
-    group = group_of([0.1, -0.2, 0.05], [0.2, 0.1, 0.9])
-    assert GDRO(5.0)(group).metrics["implicit_spread"].item() == pytest.approx(5 * np.std([0.1, -0.2, 0.05]))
 
 
 @pytest.mark.parametrize("seed", range(5))

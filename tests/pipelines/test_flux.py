@@ -20,8 +20,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import Flow, load_backbone
 from diffalign.pipelines.flux import FluxFlow, pack, unpack
 from diffalign.stages.sample import sample
-from diffalign.training.preference.method import train
-from helpers import tiny
+from helpers import tiny, toy
 from helpers.tiny_training import Source, config_for
 
 PROMPTS, SEEDS = ["a red circle", "Zwei blaue Quadrate, 二"], [3, 4]
@@ -113,7 +112,7 @@ def test_training_starts_at_the_reference_and_moves(flux_dir: Path, tmp_path: Pa
     plain = config_for(flux_dir, tmp_path, 4, optimizer={"lr": 1e-2}, noise=noise)
     objective = {"name": "gdro", "beta": 200.0, "tau": 0.05, "gamma": 0.5}
     config = type(plain).model_validate({**plain.model_dump(mode="json"), "objective": objective})
-    train(config, backbone=backbone, source=Source(backbone), say=lambda _: None)
+    toy.train(config, backbone=backbone, source=Source(backbone), say=lambda _: None)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["margin"] == 0.0 and rows[0]["drift"] == 0.0 and rows[0]["implicit_spread"] == 0.0
     assert rows[-1]["drift"] > 0 and rows[-1]["implicit_spread"] > 0 and rows[0]["grad_norm"] > 0

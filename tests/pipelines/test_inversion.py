@@ -16,7 +16,6 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.inversion import consistent_route, inverted_noise, official_route, renoise_step
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
-from diffalign.training.preference.method import train
 from helpers import toy
 
 ABAR = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -236,7 +235,7 @@ def test_unknown_mode() -> None:
 
 def rows_of(run_dir: Path, source: Any = None, **sections: Any) -> list[dict[str, float]]:
     config = toy.toy_config(run_dir, noise="inverted", **sections)
-    train(config, backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
+    toy.train(config, backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

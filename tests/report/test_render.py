@@ -132,7 +132,9 @@ def test_the_validation_strip(tmp_path: Path) -> None:
     (folder / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     page = Tags(write_report(folder).read_text())
     shown = [a["alt"] for name, a in page.tags if name == "img" and "step" in (a["alt"] or "")]
-    assert len(shown) == 12 and shown[0] == "samples at step 0" and shown[-1] == "samples at step 38"
+    assert len(shown) == 12
+    assert shown[0] == "samples at step 0"
+    assert shown[-1] == "samples at step 38"
     assert json.loads(page.scripts[0])["charts"]["validation"]["lines"][0]["y"][:2] == [0.25, 0.26]
 
 
@@ -157,9 +159,12 @@ def test_charts() -> None:
     assert series(0, "loss", loss(0.5, float("nan"), float("inf"))) is None
     assert series(0, "margin", loss(0.5, 0.5)) is None
     flat = series(0, "loss", loss(0.0, 0.0, 0.0))
-    assert flat is not None and "nan" not in static_svg("loss", [flat])
+    assert flat is not None
+    assert "nan" not in static_svg("loss", [flat])
     long = series(0, "loss", loss(*np.linspace(0, 1, 4000)))
-    assert long is not None and len(long.steps) < 1500 and np.mean(long.values) == pytest.approx(0.5, abs=1e-3)
+    assert long is not None
+    assert len(long.steps) < 1500
+    assert np.mean(long.values) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_objectives_title_their_own_metrics() -> None:

@@ -131,4 +131,8 @@ def test_mistakes_are_named() -> None:
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_reward_says_what_it_is(name: str) -> None:
     kind = REWARDS[name]
-    assert kind.name == name and kind.columns and kind.licence and kind.weights and len(kind.range) == 2
+    assert kind.name == name
+    assert kind.columns
+    assert kind.licence
+    assert kind.weights
+    assert len(kind.range) == 2

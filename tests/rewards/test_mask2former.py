@@ -46,8 +46,12 @@ def test_instances_follow_mmdets_head() -> None:
     assert 0.7 * 0.5 < score < 0.7 * torch.tensor(4.0).sigmoid().item()
     assert scores[1] == pytest.approx(score * 0.2 / 0.7)  # the same query under its second class
     x1, y1, x2, y2 = extent(mask)
-    assert (x1, y1) == (0, 0) and 14 <= x2 <= 19 and 14 <= y2 <= 19  # 2 of 4 cells of 8 px each, on 24 x 32
-    assert mask[:12, :12].all() and not mask[20:, :].any()
+    # 2 of 4 cells of 8 px each, on 24 x 32
+    assert (x1, y1) == (0, 0)
+    assert 14 <= x2 <= 19
+    assert 14 <= y2 <= 19
+    assert mask[:12, :12].all()
+    assert not mask[20:, :].any()
 
 
 def test_empty_masks_are_no_objects() -> None:
@@ -137,12 +141,16 @@ def test_detector_end_to_end(folders: tuple[Path, Path]) -> None:
     detector = Mask2FormerDetector(weights=weights, clip=clip, threshold=0.0)
     images = [pictures.smooth(1, 90, 60), pictures.smooth(2, 40, 100)]
     found = detector.detect(images)
-    assert all(found) and len(found[0]) <= 100
+    assert all(found)
+    assert len(found[0]) <= 100
     for image, objects in zip(images, found, strict=True):
         for thing in objects:
             x1, y1, x2, y2 = thing.box
-            assert 0 <= x1 < x2 <= image.width and 0 <= y1 < y2 <= image.height
-            assert thing.label in LABELS and thing.color in COLORS and 0 < thing.score < 1
+            assert 0 <= x1 < x2 <= image.width
+            assert 0 <= y1 < y2 <= image.height
+            assert thing.label in LABELS
+            assert thing.color in COLORS
+            assert 0 < thing.score < 1
     assert detector.detect(images[::-1]) == found[::-1]
     assert Mask2FormerDetector(weights=weights, clip=clip, threshold=0.5).detect(images)[0] == [
         thing for thing in found[0] if thing.score > 0.5

@@ -346,10 +346,11 @@ def test_hpsv3_sizes_and_words() -> None:
     for size in ((1024, 1024), (640, 480), (1920, 1080), (64, 64)):
         width, height = area(*size, PIXELS)
         assert width % 28 == height % 28 == 0
-        assert abs(width / height - size[0] / size[1]) < 0.15 and abs(width * height / PIXELS - 1) < 0.15
-    assert (
-        INSTRUCTION.count("{prompt}") == 1 and INSTRUCTION.startswith("\nYou are tasked") and TOKEN not in INSTRUCTION
-    )
+        assert abs(width / height - size[0] / size[1]) < 0.15
+        assert abs(width * height / PIXELS - 1) < 0.15
+    assert INSTRUCTION.count("{prompt}") == 1
+    assert INSTRUCTION.startswith("\nYou are tasked")
+    assert TOKEN not in INSTRUCTION
     assert ASK == "\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n"
 
 

@@ -108,17 +108,22 @@ def test_only_what_is_new_or_changed(tmp_path: Path, ending: str) -> None:
     pictures.folder(tmp_path / "in", 9, ["a cat", 'a "dog",\nrun'])
     out = tmp_path / f"o.{ending}"
     first, reward = run([tmp_path / "in"], out)
-    assert len(reward.seen) == 9 and max(reward.batches) == 4 and set(reward.seen[:4]) == {"a cat", 'a "dog",\nrun'}
+    assert len(reward.seen) == 9
+    assert max(reward.batches) == 4
+    assert set(reward.seen[:4]) == {"a cat", 'a "dog",\nrun'}
     before = out.read_bytes()
     same, reward = run([tmp_path / "in"], out)
-    assert not reward.seen and out.read_bytes() == before and same.known == 9
+    assert not reward.seen
+    assert out.read_bytes() == before
+    assert same.known == 9
     assert [r["counting"] for r in same.rows] == pytest.approx([r["counting"] for r in first.rows])
     pictures.smooth(7).save(tmp_path / "in" / "004.png")  # changed
     pictures.smooth(8).save(tmp_path / "in" / "zz.png")  # new
     (tmp_path / "in" / "zz.txt").write_text("a new one")
     (tmp_path / "in" / "002.png").unlink()  # gone, but metadata.jsonl still names it
     changed, reward = run([tmp_path / "in"], out)
-    assert len(reward.seen) == 2 and len(changed.rows) == 10
+    assert len(reward.seen) == 2
+    assert len(changed.rows) == 10
     assert changed.rows[2]["reason"] == "No such file or directory"
     _, reward = run([tmp_path / "in"], out, Newer())
     assert len(reward.seen) == 9
@@ -160,7 +165,9 @@ def test_a_run_on_other_pictures_keeps_the_journal(tmp_path: Path) -> None:
         run([tmp_path / "a"], out, Counting(stop_after=2))
     run([tmp_path / "b"], out)
     _, reward = run([tmp_path / "a"], out)
-    assert len(reward.seen) == 1 and len(lines(out)) == 18 and not (tmp_path / "o.jsonl.journal").exists()
+    assert len(reward.seen) == 1
+    assert len(lines(out)) == 18
+    assert not (tmp_path / "o.jsonl.journal").exists()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])

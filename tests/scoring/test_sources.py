@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffalign.cli import app
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
@@ -30,6 +29,7 @@ from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse, parse_all
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures
+from helpers.command_line import run
 
 
 def prompts_of(sources: list[str], **options: Any) -> dict[str, str | None]:
@@ -140,7 +140,9 @@ def test_a_dataset_of_ours(tmp_path: Path) -> None:
     dataset = PreferenceDataset(tmp_path / "set")
     found = dataset.scores("s")
     assert dataset.scored_by("s") == load_reward("sharpness").provenance()
-    assert dataset.rewards() == ["s"] and len(found) == 4 and all(map(math.isfinite, found.values()))
+    assert dataset.rewards() == ["s"]
+    assert len(found) == 4
+    assert all(map(math.isfinite, found.values()))
     assert sorted(found.values()) == [found[key] for key in sorted(found)]  # pictures get sharper by their number
     with pytest.raises(DiffalignError, match="must be one dataset folder"):
         score(ScoreRequest([str(files)], ["sharpness"], into_dataset=True))
@@ -168,15 +170,19 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
     a = made([1.0, 2.0, 3.0, math.nan], prompts)
     b = made([2.0, 2.0, 2.0, 9.0], prompts, side="b")
     pairing = pair_up(a, b)
-    assert pairing.how == "name" and pairing.prompts == [[(0, 0), (1, 1)], [(2, 2)], [(3, 3)]]
+    assert pairing.how == "name"
+    assert pairing.prompts == [[(0, 0), (1, 1)], [(2, 2)], [(3, 3)]]
     found = compare_scores(a, b, pairing)["r"]
     # prompt p: one win and one tie, prompt q: a loss; the NaN leaves its prompt out
-    assert found.prompts == 2 and found.win_rate == pytest.approx((0.75 + 0) / 2)
+    assert found.prompts == 2
+    assert found.win_rate == pytest.approx((0.75 + 0) / 2)
     assert found.difference == pytest.approx((0.5 - 1) / 2)
     assert found.win_low <= found.win_rate <= found.win_high
     other = made([5.0, 0.0], ["q", "p"], ["x.png", "y.png"], "b")
     by_prompt = pair_up(a, other)
-    assert by_prompt.how == "prompt" and by_prompt.prompts == [[(0, 1)], [(2, 0)]] and by_prompt.unpaired == 2
+    assert by_prompt.how == "prompt"
+    assert by_prompt.prompts == [[(0, 1)], [(2, 0)]]
+    assert by_prompt.unpaired == 2
     with pytest.raises(DiffalignError, match="same name or the same prompt"):
         pair_up(a, made([1.0], ["z"], ["z.png"], "b"))
 
@@ -232,11 +238,14 @@ def test_summary_and_choice_of_cards() -> None:
     scores = made([3.0, math.nan, 1.0, 2.0], ["p"] * 4)
     (s,) = summarise(scores)
     assert (s.scored, s.unscored, s.mean, s.best, s.worst) == (3, 1, 2.0, (3.0, "a/0.png"), (1.0, "a/2.png"))
-    assert s.spread == pytest.approx(math.sqrt(2 / 3)) and sum(s.counts) == 3
+    assert s.spread == pytest.approx(math.sqrt(2 / 3))
+    assert sum(s.counts) == 3
     assert choose(scores, ["r"], 10) == [0, 3, 2, 1]
     many = made([float(i) for i in range(100)], ["p"] * 100)
     shown = choose(many, ["r"], 5)
-    assert shown[0] == 99 and shown[-1] == 0 and len(shown) == 5
+    assert shown[0] == 99
+    assert shown[-1] == 0
+    assert len(shown) == 5
 
 
 def test_reward_specs() -> None:
@@ -249,12 +258,6 @@ def test_reward_specs() -> None:
             parse(text)
     with pytest.raises(DiffalignError, match="two are called 'ocr'"):
         parse_all(["ocr", "ocr:side=256"])
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        app(list(arguments), prog_name="diffalign")
-    return int(left.value.code or 0)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,12 +205,16 @@ def test_the_card(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatc
     tuned_run(tmp_path / "run", sdxl_dir)
     text = exported_card(tmp_path / "run", tmp_path / "out", monkeypatch, licence="mit")
     head = front_matter(tmp_path / "out/README.md")
-    assert head["base_model"] == str(sdxl_dir) and head["license"] == "mit" and head["library_name"] == "diffusers"
-    assert head["base_model_relation"] == "adapter" and "lora" in head["tags"]
+    assert head["base_model"] == str(sdxl_dir)
+    assert head["license"] == "mit"
+    assert head["library_name"] == "diffusers"
+    assert head["base_model_relation"] == "adapter"
+    assert "lora" in head["tags"]
     assert head["pipeline_tag"] == "text-to-image"
     for said in ("## Training", "| rank | 4 |", "+0.200", "load_lora_weights", "health checks found nothing"):
         assert said in text, said
-    assert (tmp_path / "out/samples/0-tuned.png").is_file() and "![tuned](samples/0-tuned.png)" in text
+    assert (tmp_path / "out/samples/0-tuned.png").is_file()
+    assert "![tuned](samples/0-tuned.png)" in text
 
 
 def test_text_from_data_is_inert_in_a_card(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +224,9 @@ def test_text_from_data_is_inert_in_a_card(tmp_path: Path, sdxl_dir: Path, monke
     rows = [{**json.loads(line), "prompt": wild} for line in lines]
     (tmp_path / "run/eval/scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = exported_card(tmp_path / "run", tmp_path / "out", monkeypatch)
-    assert "<script" not in text and "![x](" not in text and "\n# no" not in text
+    assert "<script" not in text
+    assert "![x](" not in text
+    assert "\n# no" not in text
     assert plain("a|b\n<i>") == r"a\|b &lt;i&gt;"
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.cli import app
 from diffalign.config import load_reward_gradient_config
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
@@ -18,14 +17,9 @@ from diffalign.stages.reward_gradient import check_differentiable, gradient_scor
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
 from diffalign.training.reward_gradient.step import Sampler, reward_gradient_step
+from helpers.command_line import run
 
 PROMPTS = "a red cube\ntwo dogs\na cat left of a cup\nsnow\n"
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        app([str(a) for a in arguments], prog_name="diffalign")
-    return int(left.value.code or 0)
 
 
 def config(folder: Path, model: Path, more: str = "") -> Path:

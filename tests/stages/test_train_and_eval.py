@@ -13,19 +13,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffalign.cli import app
 from diffalign.data.convert import import_pairs
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
 from diffalign.rewards import Reward
 from diffalign.stages.resolve import weights_digest
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        app([str(a) for a in arguments], prog_name="diffalign")
-    return int(left.value.code or 0)
+from helpers.command_line import run
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,13 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.quantize import Int8Linear, quantize_blocks
 from diffalign.training.offload import OffloadedAdamW
-from diffalign.training.preference.method import train
 from helpers import toy
+from helpers.files import rows
 from helpers.tiny_training import Source, config_for
 
 
 def first_two(source: Source) -> dict[str, torch.Tensor]:
     return {name: value[:2] for name, value in source.conditioning.items()}
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("kind", "far"), [("int8", 0.02), ("nf4", 0.25)])
@@ -52,7 +47,7 @@ def test_lora_on_a_quantised_base(kind: str, far: float, sd3_dir: Path, tmp_path
     config = config_for(sd3_dir, tmp_path / "run", 3, optimizer={"lr": 0.01}).model_copy(
         update={"model": toy.toy_config(tmp_path, model=model).model}
     )
-    train(config, backbone=backbone, source=source, say=lambda _: None)
+    toy.train(config, backbone=backbone, source=source, say=lambda _: None)
     log = rows(tmp_path / "run")
     assert log[0]["margin"] == 0.0 and log[0]["drift"] == 0.0 and log[2]["drift"] > 0
     plain.pipeline.load_lora_weights(tmp_path / "run" / "weights")  # diffusers' own, on the unquantised model
@@ -116,7 +111,7 @@ def test_offloaded_averages_change_nothing(tmp_path: Path) -> None:
     for name, offload, goals in (("plain", False, (6,)), ("offloaded", True, (6,)), ("resumed", True, (4, 6))):
         for steps in goals:
             config = toy.toy_config(tmp_path / name, optimizer={"offload": offload}, train={"steps": steps})
-            train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=lambda _: None)
+            toy.train(config, backbone=toy.ToyBackbone(), source=toy.ToySource(), say=lambda _: None)
     plain = [row["loss"] for row in rows(tmp_path / "plain")]
     assert len(set(plain)) == 6
     for name in ("offloaded", "resumed"):

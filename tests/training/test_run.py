@@ -20,7 +20,6 @@ from diffalign.pipelines.few_step import FewStep
 from diffalign.training import finite
 from diffalign.training.distillation.draws import stop_step
 from diffalign.training.distillation.method import Distillation
-from diffalign.training.preference.method import train
 from diffalign.training.reward_gradient.method import RewardGradient
 from helpers import toy, toy_distill, toy_reward_gradient
 
@@ -38,7 +37,7 @@ def run(method: str, run_dir: Path, source: Any = None, backbone: Any = None, **
         settings = toy.toy_config(run_dir, validation={**VALIDATION, **given["validation"]}).validation
         options["validation"] = toy.Scripted(backbone, settings, [], {}, {}, 8, 0, script)
     if method == "train":
-        train(config, backbone=backbone, source=source or toy.ToySource(), **options)
+        toy.train(config, backbone=backbone, source=source or toy.ToySource(), **options)
     else:
         toys[method].run(config, backbone, source=source, **options)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

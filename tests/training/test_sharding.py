@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,33 +10,20 @@ from safetensors.torch import load_file
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.training.preference.method import train
-from helpers import sharded_run
+from helpers import sharded_run, toy
+from helpers.processes import finish, torchrun
 from helpers.tiny_training import Source, config_for
 
 
 def test_two_processes_with_cut_weights_equal_one(sd3_dir: Path, tmp_path: Path) -> None:
     program = sharded_run.__file__
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547", program]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [*line, str(sd3_dir), str(tmp_path / "two"), "fsdp2", "4", "10"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    finish([*torchrun(29547), program, str(sd3_dir), str(tmp_path / "two"), "fsdp2", "4", "10"])
 
     config = config_for(sd3_dir, tmp_path / "one", 10, optimizer={"lr": 1e-3})
     tuned = {"tune": config.tune.model_copy(update={"kind": "full"})}
     trained = {"train": config.train.model_copy(update={"micro_batch": 1, "ema_decay": 0.5})}
     backbone = load_backbone(sd3_dir)
-    train(
+    toy.train(
         config.model_copy(update={**tuned, **trained}), backbone=backbone, source=Source(backbone), say=lambda _: None
     )
 
@@ -68,6 +52,6 @@ def test_one_process_alone_is_refused(sd3_dir: Path, tmp_path: Path) -> None:
     cut = {"train": config.train.model_copy(update={"shard": "fsdp2"})}
     backbone = load_backbone(sd3_dir)
     with pytest.raises(DiffalignError, match="one process has nothing to cut its weights over"):
-        train(
+        toy.train(
             config.model_copy(update={**tuned, **cut}), backbone=backbone, source=Source(backbone), say=lambda _: None
         )

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
+from diffalign.pipelines.settings import SamplingSettings
 from diffalign.training.average import averaged
-from diffalign.training.preference.method import train
 from diffalign.training.validation import Validation, best_of, score_of
 from helpers import toy
 from helpers.tiny_training import Source, config_for
@@ -52,11 +52,11 @@ def test_on_a_genuine_model_training_is_the_same_with_and_without(tmp_path: Path
         encoded = backbone.encode_guided([p.prompt for p in prompts])
         expected = base_images(backbone, config, prompts) if name == "with" else None
         backbone.drop_encoders(keep_vae=True)
-        validation = Validation(
-            backbone, config.validation, prompts, encoded, {"brightness": Brightness()}, 64, config.seed
-        )
+        section = config.validation
+        drawn = SamplingSettings(section.steps, section.guidance_scale, height=64, width=64)
+        validation = Validation(backbone, section, prompts, encoded, {"brightness": Brightness()}, drawn, config.seed)
         given = {"validation": validation} if name == "with" else {}
-        train(config, backbone=backbone, source=source, say=lambda _: None, **given)
+        toy.train(config, backbone=backbone, source=source, say=lambda _: None, **given)
         if expected is not None:
             assert rows(tmp_path / "with/validation.jsonl")[0]["scores"]["brightness.mean"] == expected
     assert (tmp_path / "with/metrics.jsonl").read_bytes() == (tmp_path / "without/metrics.jsonl").read_bytes()
@@ -104,7 +104,7 @@ def run(run_dir: Path, script: dict[int, float], said: list[str] | None = None, 
     backbone = toy.ToyBackbone()
     validation = toy.Scripted(backbone, config.validation, [], {}, {}, 8, 0, script)
     say = (lambda _: None) if said is None else said.append
-    train(config, backbone=backbone, source=toy.ToySource(), say=say, validation=validation)
+    toy.train(config, backbone=backbone, source=toy.ToySource(), say=say, validation=validation)
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from diffalign.objectives import OBJECTIVES
 from diffalign.training import finite as reading
 from diffalign.training.device import to_device
 from diffalign.training.order import BucketOrder
-from diffalign.training.preference import method as loop
-from diffalign.training.preference.method import train
+from diffalign.training.preference import method
 from diffalign.training.preference.step import make_draws, preference_step
 from diffalign.training.progress import Pace
 from helpers import toy
@@ -77,7 +76,7 @@ def lazily(
 
 def eagerly(run_dir: Path, source: Any = None, **sections: Any) -> list[dict[str, float]]:
     config = toy.toy_config(run_dir, **sections)
-    train(config, backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
+    toy.train(config, backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
     return read(run_dir / "metrics.jsonl")
 
 
@@ -88,8 +87,8 @@ def read(path: Path) -> list[dict[str, float]]:
 def test_reading_less_often_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = eagerly(tmp_path / "every")
     counted: list[int] = []
-    logged = loop.logged
-    monkeypatch.setattr(loop, "logged", lambda *given: counted.append(1) or logged(*given))
+    logged = method.logged
+    monkeypatch.setattr(method, "logged", lambda *given: counted.append(1) or logged(*given))
     seldom = lazily(tmp_path / "seldom", monkeypatch, train={"log_every": 5})
     assert seldom == [row for row in every if row["step"] in (5, 10, 12)]
     assert len(counted) == 3
@@ -140,7 +139,7 @@ def test_waiting_is_logged_and_said(tmp_path: Path) -> None:
 
     said: list[str] = []
     config = toy.toy_config(tmp_path, train={"steps": 6, "log_every": 2})
-    train(config, backbone=toy.ToyBackbone(), source=Slow(), say=said.append)
+    toy.train(config, backbone=toy.ToyBackbone(), source=Slow(), say=said.append)
     rows = read(tmp_path / "timing.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(0.3 < row["waiting"] < 1.0 and row["seconds"] > 0.02 and row["peak_gib"] > 0 for row in rows)

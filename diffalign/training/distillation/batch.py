@@ -33,7 +33,7 @@ def make_batch(
     shape: tuple[int, int, int],
 ) -> Batch:
     """Read and draw the prompts at positions `slots` of an iteration. prompts: their indices; shape: (C, h, w) of a latent."""
-    images, _ = group_shape(config.group)
+    images, _ = group_shape(config)
     ids = [source.ids[i] for i in prompts]
     conditioning = {name: value.repeat_interleave(images, dim=0) for name, value in source.batch(prompts).items()}
     draws = make_distill_draws(config, student, iteration, slots, ids, shape)

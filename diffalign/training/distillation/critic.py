@@ -1,4 +1,4 @@
-"""DMD2's discriminator: a small head on the fake network's middle, which tells real images from the student's.
+"""DMD2's discriminator: a small head on the fake network's middle block that tells real images from the student's.
 
 Teacher and student see the teacher's idea of an image only; real ones let a student pass its teacher (DMD2, section 4.4).
 The head learns with the fake network, by the same optimiser. Its gradient to the student goes through the fake network at
@@ -9,7 +9,6 @@ logits, so that one head serves UNets, transformers and all sizes.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,11 @@ from diffalign.config import DistillConfig
 from diffalign.draws import draw, normal
 from diffalign.errors import DiffalignError
 from diffalign.objectives.adversarial import critic_loss, generator_loss
-from diffalign.pipelines import Backbone
+from diffalign.pipelines import Backbone, NoiseProcess
 from diffalign.pipelines.features import feature_width, predict_with_features
 from diffalign.training.device import to_device
-from diffalign.training.protocols import RealBatches
+from diffalign.training.distillation.draws import stacked, uniform
+from diffalign.training.protocols import Conditioning, RealBatches
 
 
 class Critic(nn.Module):
@@ -57,9 +57,15 @@ class CriticDraws:
 
 
 def make_critic_draws(
-    config: Any, process: Any, iteration: int, slots: list[int], prompts: list[str], shape: tuple[int, ...], images: int
+    config: DistillConfig,
+    process: NoiseProcess,
+    iteration: int,
+    slots: list[int],
+    prompts: list[str],
+    shape: tuple[int, ...],
+    images: int,
 ) -> CriticDraws:
-    """As `make_distill_draws`; the numbers of real images are the caller's to take modulo how many there are."""
+    """Draw as `make_distill_draws` does; the caller takes the numbers of real images modulo how many there are."""
     noise, level, real_noise, real_level, real = ([] for _ in range(5))
     for slot, prompt in zip(slots, prompts, strict=True):
         for member in range(images):
@@ -72,15 +78,10 @@ def make_critic_draws(
             real_noise.append(normal(one("critic_real_noise"), shape))
             real_level.append(one("critic_real_time").random())
             real.append(int(one("critic_real").integers(2**31)))
-
-    def times(levels: list[float]) -> Tensor:
-        drawn: Tensor = process.draw_times(torch.tensor(levels, dtype=torch.float64), **config.fake.times.model_dump())
-        return drawn
-
-    def stacked(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays))
-
-    return CriticDraws(times(level), stacked(noise), times(real_level), stacked(real_noise), real)
+    times, real_times = (
+        process.draw_times(uniform(levels), **config.fake.times.model_dump()) for levels in (level, real_level)
+    )
+    return CriticDraws(times, stacked(noise), real_times, stacked(real_noise), real)
 
 
 def make_critic(config: DistillConfig, backbone: Backbone, real: RealBatches | None) -> Critic:
@@ -92,49 +93,56 @@ def make_critic(config: DistillConfig, backbone: Backbone, real: RealBatches | N
     return Critic(width, config.gan.hidden, config.seed + 2).to(backbone.device)
 
 
-def look(
-    backbone: Any, critic: nn.Module, x: Tensor, noise: Tensor, t: Tensor, conditioning: dict[str, Tensor]
+def predict_and_judge(
+    backbone: Backbone, critic: nn.Module, x: Tensor, noise: Tensor, t: Tensor, conditioning: Conditioning
 ) -> tuple[Tensor, Tensor]:
-    """The fake network's prediction at a noised x, and the logits [N]. Call it, and backward, inside `role("fake")`."""
+    """Return the fake network's prediction at a noised x, and the critic's logits [N].
+
+    Call it, and backward, inside `role("fake")`.
+    """
     noise, t = to_device(noise, x.device), to_device(t, x.device)
     prediction, features = predict_with_features(backbone, backbone.process.add_noise(x, noise, t), t, conditioning)
     return prediction, critic(features)
 
 
 def adversarial_step(
-    backbone: Any, critic: nn.Module, conditioning: dict[str, Tensor], draws: CriticDraws, x: Tensor
+    backbone: Backbone, critic: nn.Module, conditioning: Conditioning, draws: CriticDraws, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The student's adversarial loss [N], without gradient, and its gradient to each x, [N, C, h, w].
+    """Return the student's adversarial loss [N], without gradient, and its gradient to each x, [N, C, h, w].
 
     Taken with respect to x alone: DMD2's own code lets the gradients of the fake network and the head gather, and then
     clears them.
     """
     leaf = x.detach().requires_grad_()
     with torch.enable_grad(), backbone.role("fake"):
-        loss = generator_loss(look(backbone, critic, leaf, draws.noise, draws.times, conditioning)[1])
+        _, logits = predict_and_judge(backbone, critic, leaf, draws.noise, draws.times, conditioning)
+        loss = generator_loss(logits)
         (slope,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), slope
 
 
 def critic_step(
-    backbone: Any,
+    backbone: Backbone,
     critic: nn.Module,
     x: Tensor,
-    conditioning: dict[str, Tensor],
+    conditioning: Conditioning,
     noise: Tensor,
     t: Tensor,
-    real: tuple[Tensor, dict[str, Tensor]],
+    real: tuple[Tensor, Conditioning],
     draws: CriticDraws,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The fake network's denoising error on the student's images x at noise and t, the critic's loss, both [N], and
+    """Return the fake network's denoising error on the student's images x at noise and t, the critic's loss, both [N], and
     metrics. One pass gives both for x; the real images take another.
 
     `real`: latents and conditioning, as `RealImages.batch` gives them. Call it, and backward, inside `role("fake")`.
     """
-    prediction, drawn = look(backbone, critic, x, noise, t, conditioning)
+    # ---- The student's images: what the fake network learns, and how real they look ----
+    prediction, drawn_logits = predict_and_judge(backbone, critic, x, noise, t, conditioning)
     target = backbone.process.target(x, to_device(noise, x.device), to_device(t, x.device))
     error = (prediction - target).square().flatten(1).mean(dim=1)
-    beside, seen = to_device(real[0], x.device), real[1]
-    _, judged = look(backbone, critic, beside, draws.real_noise, draws.real_times, seen)
-    right = 0.5 * ((drawn < 0).float() + (judged > 0).float())
-    return error, critic_loss(drawn, judged), {"critic_accuracy": right.detach()}
+
+    # ---- Real images: how real they look, at levels of their own ----
+    latents, real_conditioning = to_device(real[0], x.device), real[1]
+    _, real_logits = predict_and_judge(backbone, critic, latents, draws.real_noise, draws.real_times, real_conditioning)
+    right = 0.5 * ((drawn_logits < 0).float() + (real_logits > 0).float())
+    return error, critic_loss(drawn_logits, real_logits), {"critic_accuracy": right.detach()}

@@ -6,12 +6,12 @@ all processes (and so is the work they do).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.config import DistillConfig
 from diffalign.draws import draw, normal
 from diffalign.pipelines.few_step import FewStep
 
@@ -36,21 +36,37 @@ class DistillDraws:
     fake_noise: Tensor
 
 
-def group_shape(group: Any) -> tuple[int, int]:
-    """Images of a prompt, and re-noisings of an image."""
+def stacked(arrays: list[np.ndarray]) -> Tensor:
+    """Return the arrays as one tensor, [len(arrays), ...]."""
+    return torch.from_numpy(np.stack(arrays))
+
+
+def uniform(values: list[float]) -> Tensor:
+    """Return uniform draws as `NoiseProcess.draw_times` takes them."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def group_shape(config: DistillConfig) -> tuple[int, int]:
+    """Return how many images a prompt has, and how many re-noisings an image."""
+    group = config.group
     return {"none": (1, 1), "prompt": (group.size, 1), "renoise": (1, group.size)}[group.axis]
 
 
-def stop_step(config: Any, iteration: int) -> int:
-    """Which of the student's steps an iteration trains: uniform, the same for all prompts (DMD2)."""
+def stop_step(config: DistillConfig, iteration: int) -> int:
+    """Draw which of the student's steps an iteration trains: uniformly, the same for all prompts (DMD2)."""
     return int(draw(config.seed, "distill_stop", step=iteration).integers(config.student.steps))
 
 
 def make_distill_draws(
-    config: Any, student: FewStep, iteration: int, slots: list[int], prompts: list[str], shape: tuple[int, ...]
+    config: DistillConfig,
+    student: FewStep,
+    iteration: int,
+    slots: list[int],
+    prompts: list[str],
+    shape: tuple[int, ...],
 ) -> DistillDraws:
-    """`slots`: positions of the prompts in the iteration; `prompts`: their ids; `shape`: (C, h, w) of the latents."""
-    images, renoisings = group_shape(config.group)
+    """Draw for prompts with the ids `prompts` at positions `slots` of an iteration. shape: (C, h, w) of the latents."""
+    images, renoisings = group_shape(config)
     process, stop = student.process, stop_step(config, iteration)
     noises = student.steps if student.stochastic else 1
     noise, renoise, level, guidance_noise, guidance_level, fake_noise, fake_level = ([] for _ in range(7))
@@ -72,12 +88,6 @@ def make_distill_draws(
                 level.append(one("distill_time", shared).random())
                 guidance_noise.append(normal(one("distill_guidance_noise", member), shape))
                 guidance_level.append(one("distill_guidance_time", shared).random())
-
-    def stacked(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays))
-
-    def uniform(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
 
     match = config.match
     shift = process.shift if match.shift is None else match.shift

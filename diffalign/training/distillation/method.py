@@ -24,21 +24,21 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.average import start_average
 from diffalign.training.checkpoint import Partner, TrainState
-from diffalign.training.device import share_of_step, start_accelerator
+from diffalign.training.device import share_of_step
 from diffalign.training.distillation.batch import Batch, make_batch
 from diffalign.training.distillation.critic import adversarial_step, critic_step, make_critic
 from diffalign.training.distillation.draws import group_shape
 from diffalign.training.distillation.policy_gradient import Transition, policy_step
-from diffalign.training.distillation.step import fake_step, roll_out, student_step
+from diffalign.training.distillation.roll_out import roll_out
+from diffalign.training.distillation.step import fake_step, student_step
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.gradient_sum import MetricSums, Network
+from diffalign.training.health import OnAlarm
 from diffalign.training.order import groups_for_step
 from diffalign.training.prompt_source import WAITING_REMEDY
-from diffalign.training.protocols import DifferentiableScore, LatentScores, Prompts, RealBatches, Say
+from diffalign.training.protocols import DifferentiableScore, LatentScores, Prompts, RealBatches
 from diffalign.training.readme import distill_readme
-from diffalign.training.run import TrainResult, run
 from diffalign.training.tune import make_trainable
-from diffalign.training.validation import Validation
 
 REMEDY = "lower optimizer.lr or fake.optimizer.lr, or match.guidance"
 
@@ -50,6 +50,7 @@ class Distillation:
     compares the student's images with, needed where `config.gan` has a weight. shape: (C, h, w) of a latent.
     """
 
+    on_alarm: OnAlarm | None
     waiting_remedy: str | None = WAITING_REMEDY
 
     def __init__(
@@ -67,10 +68,10 @@ class Distillation:
         self.config, self.backbone, self.student, self.source = config, backbone, student, source
         self.shape, self.accelerator, self.real = shape, accelerator, real
         self.scores, self.differentiable_score = scores, differentiable_score
-        train, self.readme = config.train, distill_readme(config)
+        train, self.readme, self.on_alarm = config.train, distill_readme(config), config.on_alarm
         self.finite = FiniteGuard(accelerator.device, config.run_dir, "prompts", REMEDY)
         self.share = share_of_step(train.groups_per_step, train.micro_batch, accelerator, "groups")
-        self.update_images = train.groups_per_step * group_shape(config.group)[0]
+        self.update_images = train.groups_per_step * group_shape(config)[0]
         self.waited, self.sums = 0.0, MetricSums()
         self.plain: dict[str, float | Tensor] = {}
 
@@ -146,8 +147,8 @@ class Distillation:
             squared = {"r_dm_squared": output.metrics["r_dm"].square()}
             self.sums.add({"student_loss": output.loss.detach(), **output.metrics, **squared})
             rolled_out.append((batch, output.x))
-            if output.kept is not None:
-                transitions.append((batch, output.kept))
+            if output.transition is not None:
+                transitions.append((batch, output.transition))
         self.plain["grad_norm"] = self.learner.update(step)
 
         # ---- The same roll-outs again, by importance ratios ----
@@ -199,29 +200,3 @@ class Distillation:
         """Write the student in diffusers' format."""
         if self.accelerator.is_main_process:
             self.backbone.save_weights(folder)
-
-
-def distill(
-    config: DistillConfig,
-    *,
-    backbone: Backbone,
-    student: FewStep,
-    source: Prompts,
-    shape: tuple[int, int, int],
-    scores: LatentScores | None = None,
-    differentiable_score: DifferentiableScore | None = None,
-    real: RealBatches | None = None,
-    say: Say = print,
-    accelerator: Accelerator | None = None,
-    validation: Validation | None = None,
-) -> TrainResult:
-    """Distil `backbone` into the few-step `student` as `config` says; everything is written into `config.run_dir`.
-
-    The other arguments are those of `Distillation` and `run`. Raises DiffalignError for a checkpoint of another config, for
-    losses that are not finite, for a full disk, and for an alarm where on_alarm is "stop".
-    """
-    method = Distillation(
-        config, backbone, student, source, shape, accelerator or start_accelerator(config), scores,
-        differentiable_score, real,
-    )  # fmt: skip
-    return run(config, method, say=say, validation=validation, on_alarm=config.on_alarm)

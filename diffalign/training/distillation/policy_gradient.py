@@ -1,4 +1,4 @@
-"""PPO on the stochastic step that a student has just learnt from: a roll-out's transition, used again.
+"""PPO on the stochastic step that a student has just learnt from: further updates on a roll-out's transition.
 
 A roll-out's step at `stop` is a draw a ~ N(mean(x), rho^2) of the student's policy. Its advantage is that of the finished
 image. In the update that rolled it out the ratio is 1; every further update weighs it by the ratio of the student's
@@ -6,13 +6,15 @@ present density to the one it was drawn with, clipped (Schulman et al. 2017, eq.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.config import DistillConfig
 from diffalign.objectives.few_step_policy import log_probability, ppo_loss
+from diffalign.pipelines import Backbone
 from diffalign.pipelines.few_step import FewStep
+from diffalign.training.protocols import Conditioning
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class Transition:
 
 
 def policy_step(
-    config: Any, backbone: Any, student: FewStep, conditioning: dict[str, Tensor], kept: Transition
+    config: DistillConfig, backbone: Backbone, student: FewStep, conditioning: Conditioning, kept: Transition
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's loss of a kept transition under the student as it now is, [N], and how far the ratios are from 1."""
+    """Return PPO's loss of a kept transition under the student as it now is, [N], and how far the ratios are from 1."""
     reward = config.reward
     with backbone.role("student"):
         prediction = backbone.predict(kept.before, student.at(kept.stop, kept.before), conditioning)
@@ -45,7 +47,7 @@ def policy_step(
 def kept_transition(
     stop: int, before: Tensor, action: Tensor, mean: Tensor, rho: Tensor, advantage: Tensor
 ) -> Transition:
-    """What a roll-out leaves for `policy_step`: everything of the draw, and nothing of its graph."""
+    """Keep a roll-out's draw for `policy_step`, without its graph."""
     with torch.no_grad():
         log = log_probability(action, mean, rho)
     return Transition(stop, before.detach(), action.detach(), log, advantage.detach())

@@ -7,19 +7,18 @@ One optimiser step: `groups_per_step` groups are drawn by a seeded order, cut ov
 so neither accumulation nor the number of processes can change it.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.config import TrainConfig
-from diffalign.health import Finding
 from diffalign.pipelines import Backbone
 from diffalign.training.average import start_average
 from diffalign.training.checkpoint import TrainState
-from diffalign.training.device import share_of_step, start_accelerator
+from diffalign.training.device import share_of_step
 from diffalign.training.finite import FiniteGuard
+from diffalign.training.health import OnAlarm
 from diffalign.training.optim import build_optimizer, learning_rate, set_rate
 from diffalign.training.order import check_units
 from diffalign.training.preference.gradient import StepGradient, logged
@@ -29,9 +28,7 @@ from diffalign.training.preference.selection import Selection
 from diffalign.training.preference.stabilise import is_outlier, remember_margin, with_auto_beta
 from diffalign.training.protocols import GroupSource, Say
 from diffalign.training.readme import train_readme
-from diffalign.training.run import TrainResult, run
 from diffalign.training.sharding import save_sharded, whole
-from diffalign.training.validation import Validation
 
 REMEDY = "look at these images and captions, or lower optimizer.lr or objective.beta"
 WAITING_REMEDY = "data.cache=all and a fast disk for data.cache_dir shorten it"
@@ -40,6 +37,7 @@ WAITING_REMEDY = "data.cache=all and a fast disk for data.cache_dir shorten it"
 class Preference:
     """A policy that learns an objective on groups of ranked images."""
 
+    on_alarm: OnAlarm | None
     waiting_remedy: str | None = WAITING_REMEDY
 
     def __init__(
@@ -52,7 +50,8 @@ class Preference:
         """
         self.config, self.backbone, self.source, self.accelerator = config, backbone, source, accelerator
         train = config.train
-        self.readme, self.objective = train_readme(config), build_objective(config.objective)
+        self.readme, self.on_alarm = train_readme(config), config.on_alarm
+        self.objective = build_objective(config.objective)
         self.finite = FiniteGuard(accelerator.device, config.run_dir, "groups", REMEDY)
         self.selection = Selection.of(config, source)
         share = share_of_step(train.groups_per_step, train.micro_batch, accelerator, "groups")
@@ -120,22 +119,3 @@ class Preference:
             save_sharded(self.backbone, folder, write=self.accelerator.is_main_process)
         elif self.accelerator.is_main_process:
             self.backbone.save_weights(folder)
-
-
-def train(
-    config: TrainConfig,
-    *,
-    backbone: Backbone,
-    source: GroupSource,
-    say: Say = print,
-    accelerator: Accelerator | None = None,
-    validation: Validation | None = None,
-    findings: Sequence[Finding] = (),
-) -> TrainResult:
-    """Train `backbone` on `source` as `config` says; everything is written into `config.run_dir`.
-
-    findings: what is wrong with the data already. Raises DiffalignError for a checkpoint of another config, for losses that
-    are not finite, for a full disk, and for an alarm where on_alarm is "stop".
-    """
-    method = Preference(config, backbone, source, accelerator or start_accelerator(config), say)
-    return run(config, method, say=say, validation=validation, on_alarm=config.on_alarm, findings=findings)

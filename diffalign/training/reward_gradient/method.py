@@ -18,18 +18,17 @@ from diffalign.config import RewardGradientConfig
 from diffalign.pipelines import Backbone
 from diffalign.training.average import start_average
 from diffalign.training.checkpoint import TrainState
-from diffalign.training.device import share_of_step, start_accelerator
+from diffalign.training.device import share_of_step
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.gradient_sum import MetricSums, Network
+from diffalign.training.health import OnAlarm
 from diffalign.training.order import groups_for_step
 from diffalign.training.prompt_source import WAITING_REMEDY
-from diffalign.training.protocols import LatentScores, Prompts, Say
+from diffalign.training.protocols import LatentScores, Prompts
 from diffalign.training.readme import reward_gradient_readme
 from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
 from diffalign.training.reward_gradient.step import reward_gradient_step
-from diffalign.training.run import TrainResult, run
 from diffalign.training.tune import make_trainable
-from diffalign.training.validation import Validation
 
 REMEDY = "lower optimizer.lr, the rewards' weights, or the number of steps with a gradient"
 
@@ -40,6 +39,7 @@ class RewardGradient:
     scores: decodes and judges latents, with a gradient; shape: (C, h, w) of a latent.
     """
 
+    on_alarm: OnAlarm | None
     waiting_remedy: str | None = WAITING_REMEDY
 
     def __init__(
@@ -54,7 +54,7 @@ class RewardGradient:
         self.config, self.backbone, self.source = config, backbone, source
         self.shape, self.scores, self.accelerator = shape, scores, accelerator
         train, side = config.train, backbone.vae_scale_factor
-        self.readme = reward_gradient_readme(config)
+        self.readme, self.on_alarm = reward_gradient_readme(config), config.on_alarm
         self.finite = FiniteGuard(accelerator.device, config.run_dir, "prompts", REMEDY)
         self.share = share_of_step(train.images_per_step, train.micro_batch, accelerator, "images")
         self.times = backbone.sampling_times(config.sampler.steps, shape[1] * side, shape[2] * side)
@@ -104,23 +104,3 @@ class RewardGradient:
         """Write the policy in diffusers' format."""
         if self.accelerator.is_main_process:
             self.backbone.save_weights(folder)
-
-
-def reward_gradient(
-    config: RewardGradientConfig,
-    *,
-    backbone: Backbone,
-    source: Prompts,
-    shape: tuple[int, int, int],
-    scores: LatentScores,
-    say: Say = print,
-    accelerator: Accelerator | None = None,
-    validation: Validation | None = None,
-) -> TrainResult:
-    """Train `backbone` on the gradient of `scores` as `config` says; everything is written into `config.run_dir`.
-
-    The other arguments are those of `RewardGradient` and `run`. Raises DiffalignError for a checkpoint of another config, for
-    scores without a gradient, for losses that are not finite, for a full disk, and for an alarm where on_alarm is "stop".
-    """
-    method = RewardGradient(config, backbone, source, shape, scores, accelerator or start_accelerator(config))
-    return run(config, method, say=say, validation=validation, on_alarm=config.on_alarm)

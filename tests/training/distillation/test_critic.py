@@ -1,8 +1,6 @@
 """The adversarial part of distillation: losses and gradients written out, and that it trains, resumes and splits well."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from helpers import toy_distill as toy
 from helpers.command_line import run
 from helpers.distill_config import config
 from helpers.files import rows
+from helpers.processes import finish, torchrun
 from helpers.toy_distill import distilled, moved, network
 
 GAN = {"weight": 0.5, "critic_weight": 0.2, "hidden": 8, "real": "toy"}
@@ -113,17 +112,8 @@ def test_resume_and_micro_batches(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [toy.__file__]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        line = [*launcher, *program, str(tmp_path / name), "4", "4", "2", "0.5"]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun(29523))):
+        finish([*launcher, *program, str(tmp_path / name), "4", "4", "2", "0.5"])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     for name in ("grad_norm", "fake_grad_norm"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-5)

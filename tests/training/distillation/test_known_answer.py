@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.distillation.draws import make_distill_draws
-from diffalign.training.distillation.step import roll_out
+from diffalign.training.distillation.roll_out import roll_out
 from helpers import toy_distill as toy
 
 MEAN, STD = 1.0, 0.5

@@ -1,7 +1,5 @@
 """The distillation loop on a toy: against DMD2 written out, and against ways of cutting up the work."""
 
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,11 +16,13 @@ from diffalign.health import examine
 from diffalign.objectives.advantages import standardised
 from diffalign.pipelines.few_step import FewStep
 from diffalign.pipelines.process import Diffusion, Flow
+from diffalign.training.distillation.comparison import ratio_weight
 from diffalign.training.distillation.draws import make_distill_draws, stop_step
 from diffalign.training.distillation.policy_gradient import policy_step
-from diffalign.training.distillation.step import fake_step, ratio_weight, student_step
+from diffalign.training.distillation.step import fake_step, student_step
 from helpers import toy_distill as toy
 from helpers.files import rows
+from helpers.processes import finish, torchrun
 from helpers.toy_distill import distilled, moved, network
 
 
@@ -277,7 +277,7 @@ def test_roll_outs_are_used_again_by_importance_ratios(tmp_path: Path) -> None:
     student, backbone = FewStep(Flow(), toy.TIMES, "renoise"), moved()
     iteration = next(i for i in range(40) if stop_step(config, i) == 1)
     output, _, conditioning = one_step(config, backbone, iteration, toy.brightness)
-    kept = output.kept
+    kept = output.transition
     assert kept is not None and not kept.log.requires_grad
     loss, ratios = policy_step(config, backbone, student, conditioning, kept)
     torch.testing.assert_close(loss, -2.0 * kept.advantage, rtol=1e-5, atol=1e-6)
@@ -342,15 +342,15 @@ def test_gradient_of_a_reward_through_the_last_step(tmp_path: Path, balance: boo
 
 def test_ratio_as_a_metric(tmp_path: Path) -> None:
     """The weight of a draw against closed forms, and mean and error of a step's draws over its prompts."""
-    match = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 3.0}).match
+    config = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 3.0})
     s = torch.tensor([0.1, 0.5, 0.9])
     u = s / (3 - 2 * s)
     expected = 1 / (s * (1 - s)) * 3 / (1 + 2 * u) ** 2 * 0.8
-    torch.testing.assert_close(ratio_weight(Flow(3.0), match, s), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(ratio_weight(Flow(3.0), config, s), expected, rtol=1e-3, atol=0)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
     snr = (abar / (1 - abar)).log()
     t = torch.tensor([100.0, 500.0, 900.0])
-    flat = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 1.0}).match
+    flat = toy.toy_config(tmp_path, match={"low": 0.1, "high": 0.9, "shift": 1.0})
     by_step = torch.stack([(snr[int(k) - 1] - snr[int(k) + 1]) / 4 * 1000 * 0.8 for k in t])
     found = ratio_weight(Diffusion(abar.float(), "epsilon"), flat, t)
     torch.testing.assert_close(found, by_step.float(), rtol=1e-2, atol=0)
@@ -412,17 +412,8 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [toy.__file__]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        line = [*launcher, *program, str(tmp_path / name), "6", "4", "2"]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun(29519))):
+        finish([*launcher, *program, str(tmp_path / name), "6", "4", "2"])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 6
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)

@@ -12,7 +12,6 @@ import torch
 from diffalign.draws import draw, normal
 from diffalign.pipelines import load_backbone
 from diffalign.training.order import groups_for_step
-from diffalign.training.preference.method import train
 from helpers import toy
 from helpers.tiny_training import TRAJECTORIES, Source, config_for
 
@@ -51,12 +50,12 @@ def test_second_step_equals_the_equations(family: str, tmp_path: Path, request: 
     backbone = load_backbone(folder)
     source = Source(backbone)
     config = config_for(folder, tmp_path, 2, optimizer={"lr": 0.02})
-    train(config, backbone=backbone, source=source, say=lambda _: None)
+    toy.train(config, backbone=backbone, source=source, say=lambda _: None)
     measured = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
     # The policy after one step is needed for the second loss: train one step alone.
     first = load_backbone(folder)
-    train(
+    toy.train(
         config_for(folder, tmp_path / "first", 1, optimizer={"lr": 0.02}),
         backbone=first,
         source=source,
@@ -95,7 +94,7 @@ def test_trajectory_is_the_committed_one(family: str, tmp_path: Path, request: p
     folder = request.getfixturevalue(f"{family}_dir")
     backbone = load_backbone(folder)
     config = config_for(folder, tmp_path, 6, optimizer={"lr": 1e-3})
-    train(config, backbone=backbone, source=Source(backbone), say=lambda _: None)
+    toy.train(config, backbone=backbone, source=Source(backbone), say=lambda _: None)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trajectory = {name: [row[name] for row in rows] for name in ("loss", "grad_norm")}
     path = TRAJECTORIES / f"{family}_dpo.json"
@@ -113,7 +112,7 @@ def test_full_fine_tuning_trains_every_weight(tmp_path: Path, sd3_dir: Path) -> 
         update={"tune": toy.toy_config(tmp_path, tune={"kind": "full"}).tune}
     )
     before = {k: v.clone() for k, v in backbone.trunk.state_dict().items()}
-    train(plain, backbone=backbone, source=Source(backbone), say=lambda _: None)
+    toy.train(plain, backbone=backbone, source=Source(backbone), say=lambda _: None)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["margin"] == 0.0 and rows[1]["drift"] > 0
     moved = [k for k, v in backbone.trunk.state_dict().items() if not torch.equal(v, before[k])]

@@ -14,7 +14,6 @@ import torch
 from diffalign.objectives import GDRO, SFT, DiffusionDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.process import Flow
-from diffalign.training.preference.method import train
 from diffalign.training.preference.step import make_draws, used_members
 from helpers import toy
 from helpers.tiny_training import TRAJECTORIES, Source, config_for
@@ -37,7 +36,7 @@ def shares(source: toy.ToySource) -> toy.ToySource:
 
 def run(run_dir: Path, source: Any = None, **sections: Any) -> list[dict[str, float]]:
     config = toy.toy_config(run_dir, **sections)
-    train(config, backbone=toy.ToyBackbone(), source=source or shares(toy.ToySource()), say=lambda _: None)
+    toy.train(config, backbone=toy.ToyBackbone(), source=source or shares(toy.ToySource()), say=lambda _: None)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -132,7 +131,7 @@ def test_trajectory_is_the_committed_one(
     objective = OBJECTIVES[name] | {"beta": 200.0}
     plain = config_for(folder, tmp_path, 6, optimizer={"lr": 1e-3}, **sections)
     config = type(plain).model_validate({**plain.model_dump(mode="json"), "objective": objective})
-    train(config, backbone=backbone, source=Source(backbone), say=lambda _: None)
+    toy.train(config, backbone=backbone, source=Source(backbone), say=lambda _: None)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trajectory = {key: [row[key] for row in rows] for key in ("loss", "grad_norm")}
     path = TRAJECTORIES / f"{family}_{name}.json"

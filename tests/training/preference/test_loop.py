@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from diffalign.errors import DiffalignError
 from diffalign.training import checkpoint
 from diffalign.training.optim import learning_rate
-from diffalign.training.preference.method import train
 from helpers import toy
 
 
 def run(run_dir: Path, source: Any = None, **sections: Any) -> list[dict[str, float]]:
-    train(
+    toy.train(
         toy.toy_config(run_dir, **sections),
         backbone=toy.ToyBackbone(),
         source=source or toy.ToySource(),
@@ -140,7 +139,7 @@ def test_margin_check_finds_a_policy_that_is_not_the_reference(tmp_path: Path) -
     backbone = toy.ToyBackbone()
     torch.nn.init.ones_(backbone.trunk.up)
     with pytest.raises(DiffalignError, match="before the first update policy and reference differ by"):
-        train(toy.toy_config(tmp_path), backbone=backbone, source=toy.ToySource(), say=lambda _: None)
+        toy.train(toy.toy_config(tmp_path), backbone=backbone, source=toy.ToySource(), say=lambda _: None)
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

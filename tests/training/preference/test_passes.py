@@ -18,10 +18,9 @@ from diffalign.pipelines import load_backbone
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.training.device import Share
 from diffalign.training.preference.gradient import StepGradient
-from diffalign.training.preference.method import train
 from diffalign.training.preference.step import make_draws, preference_step
 from helpers import toy
-from helpers.processes import TORCHRUN, command, finish
+from helpers.processes import command, finish, torchrun
 from helpers.tiny_training import Source, config_for
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,7 +45,7 @@ def run(
     objective = {"name": name, **SETTINGS.get(name, {"beta": 20.0})}
     config = TrainConfig.model_validate({**plain, "objective": objective})
     say = (lambda _: None) if said is None else said.append
-    train(config, backbone=backbone or toy.ToyBackbone(), source=labelled(name), say=say)
+    toy.train(config, backbone=backbone or toy.ToyBackbone(), source=labelled(name), say=say)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -217,7 +216,7 @@ def test_two_processes_in_passes_keep_what_one_process_reads(tmp_path: Path) -> 
     sections = {"train": {"images_per_pass": 1}, "objective": {"name": "gdro", "beta": 20.0}}
     kept = sections | {"reference": {"store": str(tmp_path / "kept"), "keep": "predictions"}}
     line = [*command(tmp_path / "two", 10, 4, 1), "0", json.dumps(kept)]
-    finish([*TORCHRUN, *line])
+    finish([*torchrun(29517), *line])
     two = [json.loads(row) for row in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     config = toy.toy_config(
         tmp_path / "one", objective={"name": "dpo"}, train={"steps": 10, "groups_per_step": 4, "micro_batch": 1}
@@ -227,7 +226,7 @@ def test_two_processes_in_passes_keep_what_one_process_reads(tmp_path: Path) -> 
         images = 1 if name == "reading" else None
         changed = {**config, **change, "objective": sections["objective"], "run_dir": str(tmp_path / name)}
         changed["train"] = {**config["train"], "images_per_pass": images}
-        train(
+        toy.train(
             TrainConfig.model_validate(changed), backbone=toy.ToyBackbone(), source=toy.ToySource(), say=lambda _: None
         )
         rows[name] = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -19,7 +19,6 @@ from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import DiffusionDPO
 from diffalign.training.preference import reference_store as reference_store
-from diffalign.training.preference.method import train
 from diffalign.training.preference.reference_key import reference_key
 from helpers import toy
 
@@ -65,7 +64,7 @@ def run(
     plain = toy.toy_config(run_dir, reference=reference, **sections).model_dump(mode="json")
     config = TrainConfig.model_validate({**plain, "objective": named})
     backbone = Counting()
-    train(config, backbone=backbone, source=source or shares(toy.ToySource()), say=lambda _: None)
+    toy.train(config, backbone=backbone, source=source or shares(toy.ToySource()), say=lambda _: None)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return rows, backbone.passes
 

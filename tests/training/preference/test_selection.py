@@ -20,7 +20,6 @@ from diffalign.data.labels import balanced
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import Flow
 from diffalign.training.order import groups_for_step
-from diffalign.training.preference.method import train
 from diffalign.training.preference.selection import (
     Selection,
     easiest,
@@ -115,7 +114,7 @@ def test_balanced_labels() -> None:
 def run(folder: Path, source: Any = None, steps: int = 12, **sections: Any) -> list[dict[str, float]]:
     sections.setdefault("train", {})
     config = toy.toy_config(folder, **{**sections, "train": {"steps": steps, **sections["train"]}})
-    train(config, backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
+    toy.train(config, backbone=toy.ToyBackbone(), source=source or toy.ToySource(), say=lambda _: None)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -1,9 +1,6 @@
 """The reward-gradient step and loop on a toy: against finite differences of the sampler written out, and against ways of
 cutting up the work."""
 
-import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +17,8 @@ from diffalign.objectives.reward_gradient import RewardTerm, drift, mean_score, 
 from diffalign.training.order import groups_for_step
 from diffalign.training.reward_gradient.draws import Span, make_gradient_draws, span_of
 from helpers import toy_reward_gradient as toy
+from helpers.files import rows
+from helpers.processes import finish, torchrun
 from helpers.toy import SHAPE
 from helpers.toy_distill import ToyPrompts
 
@@ -33,10 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "alignprop": {"name": "alignprop", "last": [2, 5]},
     "draft-lv": {"name": "draft_lv", "noises": 3},
 }
-
-
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def trained(run_dir: Path, scores: Any = toy.bright, **sections: Any) -> list[dict[str, float]]:
@@ -382,17 +377,8 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [toy.__file__]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        line = [*launcher, *program, str(tmp_path / name), "10", "4", "2"]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun(29523))):
+        finish([*launcher, *program, str(tmp_path / name), "10", "4", "2"])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 10
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
