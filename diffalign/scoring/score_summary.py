@@ -12,6 +12,8 @@ from diffalign.rewards import Reward
 from diffalign.scoring.run import Scores
 
 BINS = 24
+ALIKE = 3
+"""So many images with one reason get a line each; more share one."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,18 @@ def cut_lines(rewards: Mapping[str, Reward], prompts: Sequence[str | None]) -> l
 
 
 def faults(scores: Scores, most: int = 10) -> list[str]:
-    """Return a line for each image without a score, the first `most` of them."""
-    lines = []
+    """Return a line for each image without a score, or one for a reason that many share; the first `most` of them."""
+    images: dict[str, list[str]] = {}
     for row in scores.rows:
         reasons = {row["reason"]} if row["reason"] else {row[f"{label}.reason"] for label in scores.columns}
         reasons |= {"not scored" for label in scores.columns if not math.isfinite(row[label]) and reasons == {""}}
         for reason in sorted(r for r in reasons if r):
-            lines.append(f"{_short(row['image'], 80)}: {reason}")
+            images.setdefault(reason, []).append(_short(row["image"], 80))
+    lines = []
+    for reason, names in images.items():
+        if len(names) > ALIKE:
+            lines.append(f"{len(names)} images, the first {names[0]}: {reason}")
+        else:
+            lines += [f"{name}: {reason}" for name in names]
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return lines[:most] + more

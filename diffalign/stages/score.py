@@ -88,8 +88,14 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
-    # Labels and pairs are checked before hours are spent on scores.
+    # Before any weights are asked for.
     every = [item for side in items.values() for item in side]
+    without = not any((item.prompt or "").strip() or item.fault for item in every)
+    if without and all("prompt" in reward.reads for reward in rewards.values()):
+        raise DiffalignError(
+            f"{', '.join(rewards)}: no image has a prompt; give --prompt or --prompts, or write a.txt beside a.png"
+        )
+    # Labels and pairs are checked before hours are spent on scores.
     choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
     if "B" in items:
         pair_up(*(Scores([], {}, items=side) for side in items.values()))

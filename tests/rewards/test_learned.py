@@ -104,6 +104,48 @@ def test_clipscore_conventions(clip: Path, convention: str) -> None:
     assert reward.identity()["options"]["convention"] == convention
 
 
+@pytest.fixture(scope="module")
+def openclip(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """One network twice: in open_clip, which shares no code with transformers, and as a hub folder."""
+    folder = tmp_path_factory.mktemp("openclip")
+    model = tiny_rewards.openclip_model(folder / "config", "tiny-openai", seed=5, quick_gelu=True)
+    return model, tiny_rewards.openclip_as_folder(model, folder / "clip", "quick_gelu")
+
+
+@pytest.mark.parametrize("name", ["hessel", "torchmetrics", "cosine", "compbench", "pickscore", "aesthetic"])
+def test_the_clip_family_beside_open_clip(name: str, openclip: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    """Images through open_clip's transform, prompts through its tokenizer, both through its network; then the formula."""
+    import open_clip
+
+    model, folder = openclip
+    transform, tokenize = open_clip.image_transform(224, is_train=False), open_clip.get_tokenizer("tiny-openai")
+    even = [image for image in IMAGES if image.size != (513, 259)]  # an odd margin goes elsewhere in transformers
+    images = IMAGES if name in ("hessel", "cosine", "compbench", "aesthetic") else even
+    prompts = ["a red cat", "two dogs and a very long story " * 12, "Größe, 3 Äpfel & a <b>dog</b>!", "red"][
+        : len(images)
+    ]
+    before = "A photo depicts " if name == "hessel" else ""
+    with torch.no_grad():
+        seen = F.normalize(model.encode_image(torch.stack([transform(image) for image in images])), dim=-1)
+        read = F.normalize(model.encode_text(tokenize([before + prompt for prompt in prompts])), dim=-1)
+    cosine = (seen * read).sum(-1)
+    if name == "aesthetic":
+        head = tiny_rewards.aesthetic_head(tmp_path / "head.pth", 24)
+        expected = seen
+        for n in (0, 2, 4, 6, 7):
+            expected = expected @ head[f"layers.{n}.weight"].T + head[f"layers.{n}.bias"]
+        expected, ours = expected[:, 0], load_reward("aesthetic", weights=tmp_path / "head.pth", clip=folder)
+    elif name == "pickscore":
+        expected, ours = model.logit_scale.exp().detach() * cosine, load_reward("pickscore", weights=folder)
+    else:
+        expected = {"hessel": 2.5 * cosine.clamp(min=0), "torchmetrics": (100 * cosine).clamp(min=0)}.get(name, cosine)
+        ours = load_reward("clipscore", convention=name, weights=folder)
+    found = ours.score(images, prompts)
+    scale = 100.0 if name == "torchmetrics" else max(1.0, float(expected.abs().max()))
+    assert (found - expected).abs().max() < 2e-6 * scale
+    assert found.max() - found.min() > 0.01 * scale
+
+
 def published_letterbox(image: Image.Image) -> torch.Tensor:
     """The transform of the hpsv2 package, written down again with torchvision."""
     from torchvision.transforms import InterpolationMode

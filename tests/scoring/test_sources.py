@@ -24,7 +24,7 @@ from diffalign.scoring.gallery import choose
 from diffalign.scoring.human_agreement import agree, read_choices
 from diffalign.scoring.items import FileOrigin, Item
 from diffalign.scoring.run import Scores
-from diffalign.scoring.score_summary import summarise
+from diffalign.scoring.score_summary import faults, summarise
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse, parse_all
 from diffalign.stages.score import ScoreRequest, score
@@ -440,3 +440,23 @@ def test_an_unreadable_file_beside_an_image_is_the_reason(tmp_path: Path) -> Non
     (folder / "images" / "0.txt").write_bytes("größe".encode("latin-1"))
     (item, *_) = collect([str(folder)])
     assert item.prompt is None and item.fault == "0.txt: not UTF-8 at byte 2; save it as UTF-8"
+
+
+def test_images_without_any_prompt_are_refused_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = below(tmp_path)
+    monkeypatch.setattr("diffalign.stages.score.score_items", lambda *a, **k: pytest.fail("scored"))
+    for rewards in (["pickscore"], ["ocr"], ["hpsv2", "imagereward"], ["geneval:detector=shapes"]):
+        with pytest.raises(DiffalignError, match="no image has a prompt; give --prompt"):
+            score(ScoreRequest([str(folder)], rewards))
+
+
+@pytest.mark.parametrize(("count", "lines"), [(1, 1), (3, 3), (4, 1), (40, 1)])
+def test_one_reason_of_many_images_is_one_line(count: int, lines: int) -> None:
+    scores = made([math.nan] * count, ["p"] * count)
+    for row in scores.rows:
+        row["r.reason"] = "no text in straight double quotes"
+    found = faults(scores)
+    assert len(found) == lines
+    assert (f"{count} images, the first a/0.png: no text" in found[0]) == (lines < count)
