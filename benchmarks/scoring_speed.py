@@ -40,7 +40,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from diffalign.images import decode
+from diffalign.files.images import decode
 from diffalign.rewards import Reward, load_reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.items import Item

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable, displayed_size, resized_crop
+from diffalign.files.images import Unreadable, displayed_size, resized_crop
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

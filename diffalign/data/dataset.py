@@ -17,7 +17,7 @@ from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
-from diffalign.images import Unreadable, decode
+from diffalign.files.images import Unreadable, decode
 
 RANKING_FILE = "ranking.json"
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]

@@ -13,7 +13,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable, decode, read_file
+from diffalign.files.images import Unreadable, decode, read_file
 
 IMAGES_PER_FILE = 4096
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data.tables import column_for, decoded_text
-from diffalign.images import TEXT_CHUNKS
+from diffalign.files.images import TEXT_CHUNKS
 
 TEXTS = (".txt", ".caption")
 USER_COMMENT = 0x9286  # EXIF

@@ -12,7 +12,7 @@ from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import inside
 from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
-from diffalign.images import SUFFIXES
+from diffalign.files.images import SUFFIXES
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")

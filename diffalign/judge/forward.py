@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable, decode, read_file
+from diffalign.files.images import Unreadable, decode, read_file
 from diffalign.rewards.judge import Judge
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from diffalign.data.prompts_beside import TEXTS, prompt_in_text
 from diffalign.errors import DiffalignError
-from diffalign.images import SUFFIXES, Unreadable
+from diffalign.files.images import SUFFIXES, Unreadable
 from diffalign.rewards.facts import geneval_facts
 from diffalign.scoring.items import image_bytes
 

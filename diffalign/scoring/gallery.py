@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diffalign.files import write_whole
-from diffalign.images import Unreadable, decode
+from diffalign.files.images import Unreadable, decode
 from diffalign.report.page import data_uri, encoded, render_page
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.schema import inside
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable, read_file
+from diffalign.files.images import Unreadable, read_file
 
 
 class Origin(Protocol):

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffalign.images import Unreadable, decode
+from diffalign.files.images import Unreadable, decode
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared

@@ -15,7 +15,7 @@ from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.data.tables import printable
 from diffalign.errors import DiffalignError
-from diffalign.images import SUFFIXES
+from diffalign.files.images import SUFFIXES
 from diffalign.scoring.captions import (
     SOURCES,
     Caption,

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from diffalign import images
 from diffalign.data.buckets import fit, header_size
 from diffalign.data.dataset import ImageRow
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable, decode, displayed_size
+from diffalign.files import images
+from diffalign.files.images import Unreadable, decode, displayed_size
 from diffalign.judge.forward import open_image
 from diffalign.rewards.pixels import crop_square
 from helpers import pictures

@@ -14,7 +14,7 @@ import pytest
 from diffalign.data.convert import import_pairs, open_rows
 from diffalign.data.imported import Report, write_imported
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable, decode
+from diffalign.files.images import Unreadable, decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.sources import collect
 from layouts.make import LAYOUTS, Layout, write

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffalign.errors import DiffalignError
-from diffalign.images import Unreadable
+from diffalign.files.images import Unreadable
 from diffalign.scoring import containers
 from diffalign.scoring.sources import collect
 from diffalign.stages.score import ScoreRequest, score

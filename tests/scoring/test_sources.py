@@ -16,7 +16,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
-from diffalign.images import Unreadable, decode
+from diffalign.files.images import Unreadable, decode
 from diffalign.rewards import load_reward
 from diffalign.scoring.captions import PromptTable, from_name
 from diffalign.scoring.compare_folders import compare_scores, heading, pair_up
