@@ -259,7 +259,8 @@ def test_gradients_survive_an_inversion_under_autocast(family: str, request: pyt
     from test_training_models import Source, config_for
 
     from diffalign.objectives import RankDPO
-    from diffalign.training.preference.step import make_draws, preference_step
+    from diffalign.training.preference.draws import make_draws
+    from diffalign.training.preference.step import preference_step
 
     folder: Path = request.getfixturevalue(f"{family}_dir")
     backbone = load_backbone(folder)

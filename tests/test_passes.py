@@ -20,8 +20,9 @@ from diffalign.objectives import OBJECTIVES, DiffusionDPO, DisCO, RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.training.device import Share
+from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.gradient import StepGradient
-from diffalign.training.preference.step import make_draws, preference_step
+from diffalign.training.preference.step import preference_step
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {}, "dpo": {"beta": 20.0, "anchor": 0.5}, "disco": {"beta": 20.0, "trust": 1.0, "radius": 1e-6},

@@ -16,7 +16,8 @@ from test_training_models import TRAJECTORIES, Source, config_for
 from diffalign.objectives import GDRO, SFT, DiffusionDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.process import Flow
-from diffalign.training.preference.step import make_draws, used_members
+from diffalign.training.preference.draws import make_draws
+from diffalign.training.preference.step import used_members
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "rankdpo": {"name": "rankdpo", "beta": 20.0},

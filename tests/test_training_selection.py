@@ -22,6 +22,7 @@ from diffalign.data.labels import balanced
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import Flow
 from diffalign.training.order import groups_for_step
+from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.selection import (
     Selection,
     easiest,
@@ -32,7 +33,6 @@ from diffalign.training.preference.selection import (
     weights_by_gap,
     weights_by_mean,
 )
-from diffalign.training.preference.step import make_draws
 
 SMALL = "run_dir: runs/x\nmodel: {path: m}\ndata: {path: d}\n"
 

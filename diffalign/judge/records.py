@@ -22,7 +22,7 @@ Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
-class Pair:
+class RatedPair:
     """One prompt, one dimension, a better and a worse image with their scores; traces are written reasons, if any."""
 
     prompt: str
@@ -58,23 +58,26 @@ class Taught:
     probabilities: tuple[float, ...]
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """Raises DiffalignError: no such file, no JSON, a key missing or wrong, an image outside the folder or absent."""
+def read_pairs(path: Path) -> list[RatedPair]:
+    """Read pairs.jsonl.
+
+    Raises DiffalignError: no such file, no JSON, a key missing or wrong, an image outside the folder or absent.
+    """
     return _read(path, _pair)
 
 
 def read_ratings(path: Path) -> list[Rated]:
-    """As `read_pairs`."""
+    """Read ratings.jsonl; errors as in `read_pairs`."""
     return _read(path, _rated)
 
 
 def read_taught(path: Path) -> list[Taught]:
-    """As `read_pairs`."""
+    """Read distributions.jsonl; errors as in `read_pairs`."""
     return _read(path, _taught)
 
 
-def rated_images(pairs: Iterable[Pair]) -> list[Rated]:
-    """Each side of each pair on its own, its annotated score as the only rating; an image that comes again is there once."""
+def rated_images(pairs: Iterable[RatedPair]) -> list[Rated]:
+    """Return each side of each pair by itself, its annotated score as the only rating; an image that recurs is there once."""
     found: dict[tuple[str, str, Path], Rated] = {}
     for pair in pairs:
         for image, score in zip(pair.images, pair.scores, strict=True):
@@ -82,8 +85,8 @@ def rated_images(pairs: Iterable[Pair]) -> list[Rated]:
     return list(found.values())
 
 
-def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """JSON lines, beside and renamed; the number of rows."""
+def write_records(path: Path, rows: Iterable[dict[str, object]]) -> int:
+    """Write JSON lines, under another name until they are complete; return the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     count = 0
@@ -96,7 +99,7 @@ def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def inside(folder: Path, name: str, place: str, key: str) -> Path:
-    """The image's file. DiffalignError where it is outside the folder or not there."""
+    """Return an image's file. Raises DiffalignError where it is outside the folder or absent."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise DiffalignError(f"{place}: {key} {name} lies outside {folder}; keep images beside the records")
@@ -121,7 +124,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str, Path], Record]) -> l
     return found
 
 
-def _pair(row: dict[str, Any], place: str, folder: Path) -> Pair:
+def _pair(row: dict[str, Any], place: str, folder: Path) -> RatedPair:
     better, worse = _level(row, "score_w", place), _level(row, "score_l", place)
     if better <= worse:
         raise DiffalignError(
@@ -134,7 +137,7 @@ def _pair(row: dict[str, Any], place: str, folder: Path) -> Pair:
     traces = None
     if "trace_w" in row or "trace_l" in row:
         traces = (_text(row, "trace_w", place), _text(row, "trace_l", place))
-    return Pair(_text(row, "prompt", place), _text(row, "dimension", place), images, (better, worse), traces)
+    return RatedPair(_text(row, "prompt", place), _text(row, "dimension", place), images, (better, worse), traces)
 
 
 def _rated(row: dict[str, Any], place: str, folder: Path) -> Rated:

@@ -14,7 +14,7 @@ from diffalign.training.offload import OffloadedAdamW
 
 
 def check_installed(settings: OptimizerSection) -> None:
-    """Raise DiffalignError where the optimiser needs a package that is absent: known before anything is loaded."""
+    """Raise DiffalignError where the optimiser needs a package that is absent, before anything is loaded."""
     if settings.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'")
 

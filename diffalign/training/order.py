@@ -17,12 +17,12 @@ from diffalign.errors import DiffalignError
 
 @lru_cache(maxsize=2)
 def permutation(n_groups: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of all groups in one epoch, [n_groups]."""
+    """Draw the order of all groups in one epoch, [n_groups]."""
     return draw(seed, "epoch", step=epoch).permutation(n_groups)
 
 
 def groups_for_step(n_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
-    """Slice `step` of the endless concatenation of the epochs' permutations."""
+    """Return slice `step` of the endless concatenation of the epochs' permutations."""
     positions = range(step * groups_per_step, (step + 1) * groups_per_step)
     return [int(permutation(n_groups, seed, p // n_groups)[p % n_groups]) for p in positions]
 
@@ -36,7 +36,7 @@ class BucketOrder:
         self.members = [np.flatnonzero(numbers == number) for number in sorted(set(buckets))]
 
     def step(self, step: int) -> list[int]:
-        """The groups of a step, [groups_per_step]."""
+        """Return the groups of a step, [groups_per_step]."""
         if len(self.members) == 1:
             return groups_for_step(len(self.members[0]), self.groups_per_step, step, self.seed)
         units = self.groups_per_step // self.unit

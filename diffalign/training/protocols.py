@@ -17,6 +17,9 @@ TrainerConfig = TrainConfig | DistillConfig | RewardGradientConfig
 RunConfig = TrainerConfig | JudgeConfig
 """Configs of all runs."""
 
+PlainConfig = dict[str, object]
+"""A resolved config as JSON would have it, nested."""
+
 Say = Callable[[str], None]
 Parameters = dict[str, nn.Parameter]
 """Trained parameters by stable name."""

@@ -107,7 +107,10 @@ class Validation:
 
 
 def score_of(row: Row) -> float:
-    """The number that chooses: the mean over prompts of the first column."""
+    """Return the number that decides which weights are best: the mean over prompts of the first column.
+
+    Raises DiffalignError where no image could be scored.
+    """
     column, values = next(iter(row["scores"].items()))
     known = [v for v in values if v is not None]
     if not known:
@@ -116,7 +119,7 @@ def score_of(row: Row) -> float:
 
 
 def best_of(rows: Sequence[Row]) -> tuple[int, int]:
-    """Step of the best trained weights so far, the earliest among equals, and how many validations came after it."""
+    """Return the step of the best trained weights so far, the earliest among equals, and how many validations came after it."""
     trained = [row for row in rows if row["step"] > 0]
     if not trained:
         return 0, 0

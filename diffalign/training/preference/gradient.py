@@ -16,10 +16,11 @@ from diffalign.objectives import Objective
 from diffalign.pipelines import Backbone
 from diffalign.training.device import Share, to_device
 from diffalign.training.finite import FiniteGuard
+from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.posterior import with_samples
 from diffalign.training.preference.reference_store import ReferenceStore, live
 from diffalign.training.preference.selection import Selection
-from diffalign.training.preference.step import PreferenceOutput, make_draws, preference_step
+from diffalign.training.preference.step import PreferenceOutput, preference_step
 from diffalign.training.protocols import GroupSource, Parameters, Say
 
 STORED_MARGIN = 0.05
