@@ -255,7 +255,7 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str, tmp_pat
 
 
 def test_too_large_subsets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DiffalignError, match="the groups have 4 images; use at most so many"):
+    with pytest.raises(DiffalignError, match="the groups have 4 images; use at most that many"):
         seen(tmp_path, images="variance", sizes=[4, 8])
 
 

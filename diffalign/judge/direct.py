@@ -18,7 +18,7 @@ Record = TypeVar("Record")
 
 
 class Direct(Generic[Record]):
-    """What methods without sampling share: records need no preparation."""
+    """The base of methods without sampling, whose records need no preparation."""
 
     def __init__(self, judge: Judge, config: JudgeConfig, policy_weights: Parameters, teacher: Judge | None) -> None:
         self.judge, self.config = judge, config
@@ -52,7 +52,7 @@ class Supervised(Direct[RatedPair]):
 
 
 class BradleyTerry(Direct[RatedPair]):
-    """Equation 12 on the scores that are given at once: an order, without the scores themselves."""
+    """Bradley-Terry: equation 12 on scores that are given at once, which teaches their order alone."""
 
     def loss(self, prepared: Sequence[RatedPair], first: bool) -> tuple[Tensor, Metrics]:
         """Return losses and metrics, [n] each."""
@@ -62,7 +62,7 @@ class BradleyTerry(Direct[RatedPair]):
 
 
 class Distilled(Direct[Taught]):
-    """RISD: the student, without any reasoning, against the distributions that a teacher wrote once."""
+    """RISD: a student without reasoning learns the distributions that a teacher wrote once."""
 
     def loss(self, prepared: Sequence[Taught], first: bool) -> tuple[Tensor, Metrics]:
         """Return losses and metrics, [n] each."""

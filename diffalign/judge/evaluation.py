@@ -1,4 +1,4 @@
-"""Judges against people: one row of numbers a judge, and all of them as a table."""
+"""Measures of a judge against people: a row of numbers for each judge, and all of them as a table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

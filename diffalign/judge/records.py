@@ -1,4 +1,4 @@
-"""Records about rated images, JSON lines, each read with its place so that a mistake can be found.
+"""Records about rated images: JSON lines, read with file and line, so that an error can name them.
 
     pairs.jsonl          {prompt, dimension, image_w, image_l, score_w, score_l, trace_w?, trace_l?}
     ratings.jsonl        {prompt, dimension, image, ratings: [...]}             several people's, for evaluation
@@ -23,7 +23,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class RatedPair:
-    """One prompt, one dimension, a better and a worse image with their scores; traces are written reasons, if any."""
+    """A better and a worse image of one prompt in one dimension, with their scores; traces: written reasons, if any."""
 
     prompt: str
     dimension: str
@@ -34,7 +34,7 @@ class RatedPair:
 
 @dataclass(frozen=True)
 class Rated:
-    """An image and what people said about it, in one dimension."""
+    """An image and its ratings by people, in one dimension."""
 
     prompt: str
     dimension: str
@@ -43,7 +43,7 @@ class Rated:
 
     @property
     def score(self) -> float:
-        """The mean, without highest and lowest where there are three, as in the paper's test set; it may lie off the levels."""
+        """The mean, without highest and lowest where there are three, as in the paper's test set; it need not be a level."""
         kept = sorted(self.ratings)[1:-1] if len(self.ratings) > 2 else self.ratings
         return sum(kept) / len(kept)
 

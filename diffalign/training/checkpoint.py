@@ -1,4 +1,4 @@
-"""Checkpoints: everything an exact resume needs, in safetensors and JSON, written beside and renamed.
+"""Checkpoints: everything an exact resume needs, in safetensors and JSON, written under another name and renamed.
 
 checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
 A run that trains further networks (distillation: "fake") has NAME.safetensors and NAME_optimizer.safetensors of each.
@@ -43,7 +43,7 @@ class Memory(TypedDict, total=False):
 
 
 class Flushable(Protocol):
-    """Something that a run fills beside its checkpoints, and that may not lag behind them."""
+    """A store that a run fills beside its checkpoints, and that may not lag behind them."""
 
     def flush(self) -> None:
         """Write what has gathered since the last time."""
@@ -75,7 +75,7 @@ class TrainState:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     folder = run_dir / "checkpoints"
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found)
@@ -152,7 +152,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
-    """Put a checkpoint into policy, optimiser and average, in place; returns its step."""
+    """Put a checkpoint into policy, optimiser and average, in place; return its step.
+
+    Raises DiffalignError for one that cannot be read, and for one of another config.
+    """
     try:
         record = json.loads((path / "state.json").read_text())
         policy = load_file(path / "policy.safetensors")
@@ -164,7 +167,7 @@ def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
         }
     except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(
-            f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before"
+            f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before"
         ) from error
     check_same_run(path, record["config"], config)
     with torch.no_grad():

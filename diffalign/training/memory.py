@@ -31,13 +31,13 @@ from diffalign.training.preference.policy import build_objective, prepare_policy
 
 Output = TypeVar("Output")
 BLOCK, SMALL = 256, 4096
-"""bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
+"""bitsandbytes' 8-bit states: a float32 scale for BLOCK numbers; tensors smaller than SMALL stay in 32 bits."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still alive: `now`, and at most, `peak`.
+    """A count of the bytes of storages that operators made and that are still alive: `now`, and at most, `peak`.
 
-    Works for any device, the meta device included. What was there before the block is not counted.
+    It works on any device, the meta device included. What was there before the block is not counted.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class _Attention(torch.autograd.Function):
 
 
 class CudaRules(TorchFunctionMode):
-    """On the meta device: fused attention, and with `autocast` the casts that torch.autocast makes on CUDA.
+    """CUDA's rules on the meta device: fused attention, and with `autocast` the casts that torch.autocast makes.
 
     autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
     kept until `forget`, as autocast's cache keeps them to the end of the forward pass.

@@ -12,7 +12,7 @@ from torch import Tensor
 class OffloadedAdamW(torch.optim.AdamW):
     """Fused AdamW, one parameter after the other: its two averages come to the parameter's device for the update only.
 
-    The same numbers as fused AdamW. An update moves 16 bytes a trained number over the bus.
+    It computes the same numbers. An update moves 16 bytes a trained number over the bus.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:

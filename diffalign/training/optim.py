@@ -1,4 +1,4 @@
-"""Optimisers by name, and the learning rate as a function of the step (so that it needs no state to resume)."""
+"""Optimisers by name, and the learning rate as a function of the step, so that it needs no state to resume."""
 
 import math
 from collections.abc import Iterable

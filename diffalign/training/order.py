@@ -28,7 +28,7 @@ def groups_for_step(n_groups: int, groups_per_step: int, step: int, seed: int) -
 
 
 class BucketOrder:
-    """The groups of each step. `buckets`: a number for each group; only groups of one number may share a unit."""
+    """An order of groups, step by step. buckets: a number for each group; only groups of one number may share a unit."""
 
     def __init__(self, buckets: Sequence[int], unit: int, groups_per_step: int, seed: int) -> None:
         self.unit, self.groups_per_step, self.seed = unit, groups_per_step, seed
@@ -85,7 +85,7 @@ def _own_permutation(n_groups: int, seed: int, bucket: int, epoch: int) -> np.nd
 
 
 def check_units(buckets: Sequence[int], unit: int, micro: int) -> None:
-    """Refuse a cut in which a micro-batch would hold groups of two units, and so perhaps of two shapes."""
+    """Raise DiffalignError where a micro-batch would hold groups of two units, and so perhaps of two shapes."""
     if len(set(buckets)) > 1 and unit % micro:
         raise DiffalignError(
             f"data.buckets: this number of processes cuts steps into {micro} groups, which do not divide train.micro_batch="

@@ -56,7 +56,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """run_dir/weights holds the trained weights after `step` steps; metrics are those of the last row."""
+    """A finished run: run_dir/weights holds the weights after `step` steps; metrics are those of the last row."""
 
     run_dir: Path
     step: int

@@ -49,5 +49,5 @@ def check_same_run(path: Path, stored: PlainConfig, config: PlainConfig) -> None
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         raise DiffalignError(
             f"{path} belongs to another config: {key} was {before.get(key)!r}, is now {now.get(key)!r}{more}; "
-            "choose another run_dir, or restore the old value to go on"
+            "choose another run_dir, or restore the old value to resume"
         )

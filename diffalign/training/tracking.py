@@ -108,7 +108,7 @@ def cut_rows(path: Path, step: int) -> None:
 
 
 class Metrics:
-    """Rows to files and trackers. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
+    """The files and trackers that rows go to. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
 
     def __init__(self, run_dir: Path, trackers: Sequence[str], project: str, config: PlainConfig, step: int) -> None:
         for name in ("metrics.jsonl", "timing.jsonl"):

@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Validation:
-    """What draws validation images, and what judges them.
+    """The model that draws validation images, their prompts, and the rewards that judge them.
 
     encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; side: of an image, in pixels.
     The first column of the first reward decides which weights are best.
@@ -148,7 +148,7 @@ class Validations:
             cut_rows(self.path, step)
 
     def due(self, done: int, steps: int) -> bool:
-        """Return whether to validate after `done` of `steps` steps: every so many, and at the end."""
+        """Return whether to validate after `done` of `steps` steps: every `every` steps, and at the end."""
         every = self.validation.settings.every
         return every is not None and (done % every == 0 or done == steps)
 
@@ -183,10 +183,10 @@ class Validations:
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many validations in a row were no better as the run's patience allows."""
+        """Whether the run's patience is used up by validations in a row that were no better."""
         patience = self.validation.settings.patience
         return patience is not None and self.idle >= patience
 
     def why_stopped(self, step: int) -> str:
-        """Say why a run whose patience is used up ended at `step`."""
+        """Return the message of a run that ended at `step` because its patience was used up."""
         return f"no better validation in {self.idle} of them: stopped at step {step}; best/ is step {self.best}"

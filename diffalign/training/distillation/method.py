@@ -113,7 +113,7 @@ class Distillation:
         return self.waited
 
     def _batches(self, iteration: int, indices: list[int]) -> Iterator[PromptBatch]:
-        """This process's micro-batches of an iteration, one by one: a GPU is at work on one while the next is drawn."""
+        """This process's micro-batches of an iteration, one by one, so that a GPU computes while the next is drawn."""
         for slots in self.share.micro_batches():
             began, chosen = time.monotonic(), [indices[s] for s in slots]
             batch = make_batch(self.config, self.student, self.source, iteration, slots, chosen, self.shape)

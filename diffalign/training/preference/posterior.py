@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def with_samples(config: TrainConfig, batch: Batch, step: int, slots: list[int]) -> Batch:
     """Replace each image's posterior mean by a sample; return the batch itself where no spread is known.
 
-    Keyed by step, position in the step, group and image, as every other draw: neither processes nor micro-batches
+    The draw is keyed by step, position in the step, group and image, as every other: neither processes nor micro-batches
     change it, and each image has its own, also where a group shares the training noise.
     """
     if batch.spread is None:

@@ -44,10 +44,10 @@ def live(name: str, members: Tensor, make: Make) -> Tensor:
 
 
 class ReferenceStore:
-    """A folder of kept tensors. Every process has one and keeps what it computes; all read what was there at the start."""
+    """A folder of stored tensors. Every process stores what it computes; all read what was there at the start."""
 
     def __init__(self, folder: Path, key: dict[str, object], process: int = 0) -> None:
-        """Raises DiffalignError where the folder holds another key's numbers, or cannot be made or read."""
+        """Open a folder. Raises DiffalignError where it holds another key's numbers, or cannot be made or read."""
         self.folder, self.process = folder, process
         self.waited = 0.0
         """Seconds spent reading so far."""
@@ -112,7 +112,7 @@ class ReferenceStore:
             part.unlink(missing_ok=True)
             raise DiffalignError(
                 f"reference.store {path} cannot be written ({error}); free some space and run the same command again, or set "
-                "reference.store=null to go on without"
+                "reference.store=null to continue without"
             ) from error
         # From now on they count as kept: a step that is repeated after a resume reads them.
         self._at |= dict.fromkeys(self._new, path)

@@ -110,7 +110,7 @@ Pool = tuple[np.ndarray, BucketOrder]
 
 @dataclass(frozen=True)
 class Selection:
-    """A run's choices. pools: one for each phase; weights [N] float32: of the groups."""
+    """The groups and images that a run trains on. pools: one for each phase; weights [N] float32: of the groups."""
 
     config: TrainConfig
     pools: list[Pool]
@@ -134,7 +134,7 @@ class Selection:
         labels = source.rewards.double()
         if section.sizes is not None and max(section.sizes) > labels.shape[1]:
             raise DiffalignError(
-                f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most so many"
+                f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most that many"
             )
         # gaps: best less worst label of each group, -1 where a group states no preference
         known = has_preference(labels, source.mask)

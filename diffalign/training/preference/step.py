@@ -61,7 +61,7 @@ def _inverted(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both networks see of B groups with k images each.
+    """The inputs of both networks for B groups with k images each.
 
     noisy, target [B k, C, h, w]: the noisy latents and what is to be predicted; times [B k]; conditioning [B k, ...] each.
     """
@@ -112,7 +112,10 @@ def _predicted(
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """output: the objective's; weight [B]: 0 for groups that state no preference; errors and metrics [B] for the log."""
+    """A step's result.
+
+    output: the objective's; weight [B]: 0 for groups that state no preference; errors: what the objective saw; metrics [B].
+    """
 
     output: ObjectiveOutput
     weight: Tensor

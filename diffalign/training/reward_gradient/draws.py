@@ -16,7 +16,7 @@ from diffalign.draws import draw, normal
 
 @dataclass(frozen=True)
 class Span:
-    """Steps `first` to `stop` of the sampler, counted from 0, carry a gradient; the x0 of step `stop` is what is judged."""
+    """The sampler's steps that carry a gradient: `first` to `stop`, counted from 0; the x0 of step `stop` is judged."""
 
     first: int
     stop: int
@@ -50,7 +50,10 @@ def span_of(config: RewardGradientConfig, step: int) -> Span:
 
 @dataclass(frozen=True)
 class GradientDraws:
-    """noise [N, C, h, w]: what the sampler starts from; renoise [N R, C, h, w]: for DRaFT-LV, R an image, side by side."""
+    """What was drawn for N images.
+
+    noise [N, C, h, w]: what the sampler starts from; renoise [N R, C, h, w]: for DRaFT-LV, R for each image, side by side.
+    """
 
     noise: Tensor
     renoise: Tensor | None

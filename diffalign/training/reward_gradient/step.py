@@ -108,7 +108,7 @@ def learnt_step(
 
 @dataclass(frozen=True)
 class RewardGradientOutput:
-    """loss [N] with gradient to the policy; metrics [N] each; image [N R, C, h, w]: the latents that were judged."""
+    """A step's result: loss [N] with gradient to the policy; metrics [N] each; image [N R, C, h, w]: the judged latents."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -196,7 +196,7 @@ def _learn(config: RewardGradientConfig, sampler: UnrolledSampler, x: Tensor, sp
 
 
 def _check_gradients(values: dict[str, Tensor]) -> None:
-    """Refuse a score that does not depend on the image in torch's eyes."""
+    """Refuse a score that has no gradient to the image."""
     for name, value in values.items():
         if not value.requires_grad:
             raise DiffalignError(
