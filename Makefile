@@ -1,18 +1,12 @@
 # Every target sets up .venv first, and again only when pyproject.toml has changed.
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
-#   make lint           ruff, mypy, import contracts (the last two on the built wheel)
+#   make docs           docs/config.md from the config's schema
+#   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
-#   make bench-step     a step beside its bare parts, with a kept reference and in passes; steps among a million groups
-#   make bench-speed    training beside the common script, the bare arithmetic and the hardware's limit: docs/speed.md
-#   make bench          timings;  make bench-quickstart: the quickstart with three seeds and its control
-#   make bench-scoring  what `diffalign score` costs (5 minutes);  make bench-ocr: what the OCR reward reads, and how fast
-#   make bench-synth    a synthetic dataset of the embedded world, trained on and evaluated;  then drawing against a bare loop
-#   make bench-objectives   objectives side by side on the embedded world (hours);  make bench-rounds: rounds against one run
-#   make bench-reward-gradient over-optimisation of a reward whose gradient is followed (an hour)
-#   make bench-distillation few-step students against their teacher on the embedded world (hours)
+#   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,11 +14,12 @@ STAMP := $(VENV)/.installed
 ORACLES := $(VENV)/oracles
 ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
+VIEW := $(ROOT)/build/view
 EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
-WHEEL_TESTS := $(wildcard tests/test_packaging*.py tests/test_config*.py tests/test_cli*.py tests/test_testbed*.py tests/test_report*.py)
+WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: quickstart test test-gpu lint wheel-test soak bench bench-quickstart bench-objectives bench-ocr bench-scoring clean setup wheel oracles bench-synth bench-distillation bench-reward-gradient bench-rounds
+.PHONY: setup oracles quickstart test test-gpu lint view wheel wheel-test soak bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -32,11 +27,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
 	touch $(STAMP)
 
-# Without their dependencies, which do not go with ours; what they lack when they are imported, tests/oracles.py lends them.
+# Without their dependencies, which do not go with ours; what they lack when they are imported, tests/helpers/oracles.py lends them.
 oracles: $(ORACLES)/.installed
-$(ORACLES)/.installed: tests/oracles.txt | $(STAMP)
+$(ORACLES)/.installed: tests/helpers/oracles.txt | $(STAMP)
 	rm -rf $(ORACLES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(ORACLES) -r tests/oracles.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(ORACLES) -r tests/helpers/oracles.txt
 	touch $@
 
 quickstart: $(STAMP)
@@ -47,9 +42,9 @@ test: $(STAMP) oracles
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -q
 
 test-gpu: $(STAMP)
-	$(BIN)/pytest -q tests/test_cuda.py
+	$(BIN)/pytest -q tests/gpu
 
-# The wheel unpacked into a folder of its own. Tools that check it start in an empty folder: the checkout's root would shadow it.
+# The wheel unpacked into a folder of its own. Its tests start in an empty folder: the checkout's root would shadow it.
 # build/lib is deleted first because setuptools packs whatever an earlier build left there.
 wheel: $(SITE)/.built
 $(SITE)/.built: $(STAMP) $(SOURCES)
@@ -59,11 +54,22 @@ $(SITE)/.built: $(STAMP) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(SITE) dist/*.whl
 	touch $@
 
-lint: $(SITE)/.built
+# The package as it installs, without building it: links to every child of diffalign/ and to the folders at the top that
+# pyproject.toml maps into the package. Made new each time: a link to a deleted file would hide that an import is broken.
+view:
+	rm -rf $(VIEW)
+	mkdir -p $(VIEW)/diffalign
+	cd $(VIEW)/diffalign && ln -s ../../../diffalign/* ../../../rewards ../../../pipelines ../../../configs .
+
+# mypy starts in the view and names files from there; sed puts the mapped folders back to the top of the repository.
+lint: SHELL := /bin/bash
+lint: $(STAMP) view
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(EMPTY) && MYPYPATH=$(SITE) $(ROOT)/$(BIN)/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p diffalign
-	cd $(EMPTY) && PYTHONPATH=$(SITE) $(ROOT)/$(BIN)/lint-imports --config $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.import_linter_cache
+	set -o pipefail; cd $(VIEW) && \
+		$(ROOT)/$(BIN)/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p diffalign | \
+		sed -E 's#^diffalign/(rewards|pipelines|configs)/#\1/#'
+	cd $(VIEW) && PYTHONPATH=$(VIEW) $(ROOT)/$(BIN)/lint-imports --config $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.import_linter_cache
 
 wheel-test: $(SITE)/.built
 	cd $(EMPTY) && PYTHONPATH=$(SITE) DIFFALIGN_SITE=$(SITE) $(ROOT)/$(BIN)/python -P -m pytest -q -c $(ROOT)/pyproject.toml $(addprefix $(ROOT)/,$(WHEEL_TESTS))
@@ -71,47 +77,13 @@ wheel-test: $(SITE)/.built
 soak: $(STAMP) oracles
 	DIFFALIGN_SOAK=1 $(BIN)/pytest -q -m soak -o timeout=0
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/bench.py
+bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
+	@$(BIN)/python benchmarks $(NAME) $(ARGS)
 
-.PHONY: bench-step
-bench-step: $(STAMP)
-	$(BIN)/python benchmarks/bench_step.py
-	$(BIN)/python benchmarks/dataset_size.py --large 1000000 --steps 10000 --whole 20
-
-.PHONY: bench-speed
-bench-speed: $(STAMP)
-	$(BIN)/python benchmarks/compare.py
-	$(BIN)/python benchmarks/start.py
-	$(BIN)/python benchmarks/sampling.py
-	$(BIN)/python benchmarks/throughput.py
-
-bench-quickstart: $(STAMP)
-	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sdxl
-	$(BIN)/python benchmarks/bench_quickstart.py --base shapes-sd3
-
-bench-ocr: $(STAMP)
-	$(BIN)/python benchmarks/bench_ocr.py
-
-bench-scoring: $(STAMP) oracles
-	$(BIN)/python benchmarks/scoring.py
-
-bench-synth: $(STAMP)
-	$(BIN)/python benchmarks/bench_synth.py world
-	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sdxl
-	$(BIN)/python benchmarks/bench_synth.py generate --model shapes-sd3
-
-bench-objectives: $(STAMP)
-	$(BIN)/python benchmarks/objectives.py
-
-bench-distillation: $(STAMP)
-	$(BIN)/python benchmarks/distillation.py
-
-bench-reward-gradient: $(STAMP)
-	$(BIN)/python benchmarks/reward_gradient.py
-
-bench-rounds: $(STAMP)
-	$(BIN)/python benchmarks/rounds.py
+# The page of all config keys, from the schema; a test compares them.
+.PHONY: docs
+docs: $(STAMP)
+	$(BIN)/python -m diffalign.config.commented > docs/config.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

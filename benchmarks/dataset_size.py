@@ -1,4 +1,4 @@
-"""Whether a step takes longer, or a run more memory, where there are more groups, or after many steps.
+"""Does a training step take longer, or a run more memory, with more groups or after many steps?
 
 python benchmarks/dataset_size.py [--small 1000] [--large 20000] [--steps 500] [--whole 8]
 python benchmarks/dataset_size.py --large 1000000 --steps 10000 --whole 20      # as it is published
@@ -13,8 +13,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
 from diffalign.training.preference.draws import Draws, make_draws
 from diffalign.training.preference.selection import Selection
 from diffalign.training.preference.step import preference_step
+from shared.timing import seconds
 
 RESULTS = Path(__file__).parent / "results"
 NAME, K, GROUPS = "shapes-sd3", 2, 4
@@ -68,12 +67,6 @@ def sparse_source(folder: Path, groups: int, backbone: Any) -> TrainingSource:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
-
-
-def seconds(what: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    what()
-    return time.perf_counter() - started
 
 
 def own_memory() -> float:

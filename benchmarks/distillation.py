@@ -1,11 +1,11 @@
-"""Few-step students of the embedded world against their teacher: DMD2, GNDM, and GNDMR with the GenEval reward.
+"""How good are few-step students beside their teacher: DMD2, GNDM, and GNDMR with the GenEval reward?
 
 python benchmarks/distillation.py [--bases shapes-sd3 shapes-sdxl] [--seeds 0 1 2] [--max-hours 8] [--tiny]
 python benchmarks/distillation.py --prompts testbed:validation      to choose settings; writes no table
 
-A cell is a base, a method and a seed; shapes-sdxl takes the first seed alone. All students draw the same number of images in
-training. The CPU-hours are estimated from a few timed passes and said first; more than --max-hours is refused. A finished
-cell leaves cell.json and is not run again, and a run within a cell goes on from its checkpoint.
+On the embedded world. A cell is a base, a method and a seed; shapes-sdxl takes the first seed alone. All students draw the
+same number of images in training. The CPU-hours are estimated from a few timed passes and said first; more than --max-hours
+is refused. A finished cell leaves cell.json and is not run again, and a run within a cell resumes from its checkpoint.
 
 The measures were fixed before any training: GenEval's dense and exact score; Frechet and kernel distance to the teacher's
 images and recall of them, on the features that are named, with the number of images; distance to the teacher's image of the
@@ -29,8 +29,8 @@ from diffalign.config import RewardSection, load_distill_config
 from diffalign.draws import draw
 from diffalign.evaluation.distance import frechet_distance, kernel_distance, recall, thumbnails
 from diffalign.pipelines.few_step import student_scheduler
-from diffalign.stages import distill as stages_distill
 from diffalign.stages import resolve
+from diffalign.stages.distill import distill
 
 RESULTS = Path(__file__).parent / "results"
 GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}  # those of docs/embedded-world.md
@@ -136,7 +136,7 @@ def draw_images(cell: Cell, config: Any, rows: list[Any], size: Size, folder: Pa
 
 
 def measure(images: list[Image.Image], teacher: list[Image.Image], rows: list[Any], seeds: int) -> dict[str, Any]:
-    reward = resolve.open_reward(REWARD)
+    reward = resolve.open_reward(REWARD, "cpu")
     texts = [row.prompt for row in rows for _ in range(seeds)]
     scores = reward.measure(images, texts, [row.metadata for row in rows for _ in range(seeds)])
     ours, theirs = thumbnails(images), thumbnails(teacher)
@@ -168,7 +168,7 @@ def run_cell(cell: Cell, folder: Path, teacher: Path, size: Size, prompts: str, 
     rows = resolve.resolve_prompts(prompts, size.prompts)
     spent = time.process_time()
     if METHODS[cell.method].overrides is not None:
-        stages_distill.distill(config)
+        distill(config)
     spent = time.process_time() - spent
     images, seconds = draw_images(cell, config, rows, size, folder)
     pictures = folder / "images.npy"

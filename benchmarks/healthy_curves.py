@@ -1,10 +1,10 @@
-"""Ten good runs and deliberately broken ones on the embedded world, and what the health lines say of each.
+"""Do the health findings leave ten good runs alone, and do they name eight broken ones?
 
 python benchmarks/healthy_curves.py [--out runs/healthy] [--only NAME ...] [--again]
 
-Every run is 200 steps of a shipped recipe on 256 groups of 8 images (about two minutes on one core, its validations
-included); a broken one changes a single thing of a good one. Health is a function of the logged rows, so --again
-examines the rows that are there without training. What is complete is kept: the same command goes on where it stopped.
+On the embedded world. Every run is 200 steps of a shipped recipe on 256 groups of 8 images (about two minutes on one core,
+its validations included); a broken one changes a single thing of a good one. Health is a function of the logged rows, so
+--again examines the rows that are there without training. What is complete is kept, so the same command resumes.
 
 Then the weights that validation chose are drawn against the last ones of the three DPO runs, on prompts that chose nothing.
 Writes benchmarks/results/healthy-curves.json, docs/images/healthy-curves.svg and prints the tables of docs/healthy-curves.md.
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from healthy_curves_picture import picture
 
 from diffalign.config import EvalConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
@@ -31,12 +30,13 @@ from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare, pool
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.files import read_json_lines
 from diffalign.health import Finding, examine, examine_labels
-from diffalign.report.runs import read_lines
-from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
-from diffalign.stages import train as train_stage
+from diffalign.stages.evaluate import evaluate as evaluate_stage
 from diffalign.stages.quickstart import RECIPES, REWARD, make_data, sampling
+from diffalign.stages.train import train as train_stage
+from shared.healthy_curves_picture import picture
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, HALF, QUARTER, MEASURE = 200, 100, 50, "geneval.dense"
@@ -132,7 +132,7 @@ def train(out: Path, name: str) -> None:
     recipe = RECIPES[kind.base].replace("dpo", kind.recipe)
     config = load_config(recipe, [*given, "tracking.trackers=[]", *draws, *kind.changes])
     try:
-        train_stage.train(config)
+        train_stage(config)
     except DiffalignError as error:  # a broken run may well end early; that is a result
         (folder / "ended.txt").write_text(f"{error}\n")
 
@@ -152,7 +152,7 @@ def labels_of(out: Path, kind: Kind) -> list[Finding]:
 def judge(out: Path, name: str) -> dict[str, Any]:
     """Findings of a run's rows, and whether they are as they must be: none, or the right one in the first quarter."""
     kind, folder = RUNS[name], out / "runs" / name
-    rows, validations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "validation.jsonl")
+    rows, validations = read_json_lines(folder / "metrics.jsonl"), read_json_lines(folder / "validation.jsonl")
     found = examine(rows, validations, labels_of(out, kind))
     alarms = [f for f in found if f.words.level == "alarm"]
     first = min((f.step for f in alarms if f.name in kind.called), default=None)
@@ -182,7 +182,7 @@ def best_against_last(out: Path, name: str) -> dict[str, np.ndarray]:
             "reward": REWARD, "out": str(place),
         }  # fmt: skip
         config = EvalConfig.model_validate({**plan, **sampling(kind.base)})
-        evaluate_stage.evaluate(config, base_folder=out / "evaluated" / f"base-{kind.base}")
+        evaluate_stage(config, base_folder=out / "evaluated" / f"base-{kind.base}")
     models = {"base": "base", "tuned": "tuned", "best": "tuned" if same else "best"}
     return {model: load_scores(place, drawn, MEASURE) for model, drawn in models.items()}
 
@@ -225,7 +225,7 @@ def chosen_table(rows: dict[str, dict[str, Any]]) -> str:
 def keep_rows(out: Path, names: list[str], path: Path) -> None:
     """All rows in one compressed file, so that health can be examined again wherever the repository is."""
     runs = {
-        name: {part: read_lines(out / "runs" / name / f"{part}.jsonl") for part in ("metrics", "validation")}
+        name: {part: read_json_lines(out / "runs" / name / f"{part}.jsonl") for part in ("metrics", "validation")}
         for name in names
     }
     path.write_bytes(gzip.compress(json.dumps(runs).encode(), mtime=0))
@@ -256,7 +256,7 @@ def main() -> None:
     (RESULTS / "healthy-curves.json").write_text(json.dumps(document, indent=1) + "\n")
     keep_rows(given.out, there, RESULTS / "healthy-curves-rows.json.gz")
     drawing = Path(__file__).parent.parent / "docs" / "images" / "healthy-curves.svg"
-    drawing.write_text(picture({name: read_lines(given.out / "runs" / name / "metrics.jsonl") for name in there}))
+    drawing.write_text(picture({name: read_json_lines(given.out / "runs" / name / "metrics.jsonl") for name in there}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Judges of the embedded world side by side, in the form of Table 2 of Z-Reward (arXiv 2606.09076).
+"""How do the ways to train a judge compare, in the form of Table 2 of Z-Reward (arXiv 2606.09076)?
 
     python benchmarks/judge.py
 
-Teachers (base, SFT, GRPO, GDSO) reason before they score; students (base, SFT, OPD, RISD) learn from the same pairs or from
-a teacher, and answer in one token, OPD with reasons. All are measured on prompts of another split. A cell is a method and a
-seed; a finished cell leaves cell.json and is not run again, and a run within a cell goes on from its checkpoint. The CPU-hours
-are estimated from a timed pass of either model and said first; more than --max-hours is refused. Settings are chosen with
---split validation.
+On the embedded world. Teachers (base, SFT, GRPO, GDSO) reason before they score; students (base, SFT, OPD, RISD) learn from
+the same pairs or from a teacher, and answer in one token, OPD with reasons. All are measured on prompts of another split. A
+cell is a method and a seed; a finished cell leaves cell.json and is not run again, and a run within a cell resumes from its
+checkpoint. The CPU-hours are estimated from a timed pass of either model and said first; more than --max-hours is refused.
+Settings are chosen with --split validation.
 
 Fixed before any training: the measures of `diffalign judge-eval`, and for RISD's student the share of images without a
 fault whose alignment score falls when the image is blanked, and when the prompt is exchanged for one that it does not show.
@@ -30,9 +30,9 @@ from diffalign.judge.evaluation import COLUMNS
 from diffalign.judge.forward import Sample
 from diffalign.judge.predict import Thinking, predict
 from diffalign.rewards.judge import Judge, load_judge
-from diffalign.stages import judge as stages_judge
-from diffalign.testbed import judge_data as judged
+from diffalign.stages import judge as judge_stage
 from diffalign.testbed.judge_base import BaseSettings, base_loss, make_base, samples, untrained_judge
+from diffalign.testbed.judge_data import faulty_image, random_prompt
 from diffalign.testbed.scenes import GROUND, SIZE
 
 RESULTS = Path(__file__).parent / "results"
@@ -111,8 +111,8 @@ def overrides(cell: Cell, out: Path, size: Size) -> list[str]:
 def run_cell(cell: Cell, out: Path, size: Size, split: str, more: list[str]) -> None:
     folder, home = cell.folder(out), out / f"seed-{cell.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    stages_judge.judge_data(home / "train", "train", size.groups, 4, 5, cell.seed)
-    stages_judge.judge_data(home / "held-out", split, size.test_groups, 4, 5, cell.seed)
+    judge_stage.judge_data(home / "train", "train", size.groups, 4, 5, cell.seed)
+    judge_stage.judge_data(home / "held-out", split, size.test_groups, 4, 5, cell.seed)
     spent = time.process_time()
     if cell.method == "base":
         if not (cell.weights(out) / "judge.json").is_file():
@@ -122,11 +122,11 @@ def run_cell(cell: Cell, out: Path, size: Size, split: str, more: list[str]) -> 
         if cell.method == "risd" and not taught.is_file():
             teacher = Cell("teacher", TEACHING, cell.seed).weights(out)
             thinking = Thinking(1, size.max_tokens, 1.0, 64)
-            stages_judge.distributions(teacher, home / "train" / "ratings.jsonl", taught, thinking, "cpu", cell.seed)
-        stages_judge.train_from_config(load_judge_config("shapes_judge_gdso", [*overrides(cell, out, size), *more]))
+            judge_stage.distributions(teacher, home / "train" / "ratings.jsonl", taught, thinking, "cpu", cell.seed)
+        judge_stage.train_from_config(load_judge_config("shapes_judge_gdso", [*overrides(cell, out, size), *more]))
     spent = time.process_time() - spent
     thinking = Thinking(1 if cell.reasons else 0, size.max_tokens, 1.0, 64)
-    rows = stages_judge.evaluate_judge(
+    rows = judge_stage.evaluate_judge(
         cell.weights(out), home / "held-out" / "ratings.jsonl", folder / "eval.json", thinking, "cpu", cell.seed
     )
     facts: dict[str, Any] = {**asdict(cell), "training_cpu_seconds": spent, "measures": rows}
@@ -146,13 +146,13 @@ def right_way(judge: Judge, folder: Path, split: str, cases: int, seed: int) -> 
     own, empty, swapped = [], [], []
     for case in range(cases):
         rng = np.random.default_rng([seed, case, 17])
-        shown = judged.any_prompt(split, rng)
-        other = judged.any_prompt(split, rng)
+        shown = random_prompt(split, rng)
+        other = random_prompt(split, rng)
         # A prompt that asks for nothing but what is there would rightly keep its score.
         while {c["class"] for c in other["include"]} & {c["class"] for c in shown["include"]}:
-            other = judged.any_prompt(split, rng)
+            other = random_prompt(split, rng)
         path = pictures / f"{case}.png"
-        judged.judged(shown, "alignment", 0, rng).image.save(path)
+        faulty_image(shown, "alignment", 0, rng).image.save(path)
         own.append(Sample(shown["prompt"], "alignment", path))
         empty.append(Sample(shown["prompt"], "alignment", blank))
         swapped.append(Sample(other["prompt"], "alignment", path))

@@ -1,12 +1,13 @@
-"""Objectives side by side on the embedded world: true and shuffled labels, at an equal budget of image-forwards.
+"""How do the objectives compare, with true and shuffled labels, at an equal budget of image-forwards?
 
 python benchmarks/objectives.py [--bases shapes-sdxl shapes-sd3] [--seeds 0 1 2] [--max-hours 8] [--tiny]
 python benchmarks/objectives.py --prompts testbed:validation --methods GDRO --out FOLDER optimizer.lr=0.002
                                                   to choose settings: prints the scores and writes no table
 
-A cell is a method, a base and a seed. Every cell may spend the same number of image-forwards: forward passes of one image
-through policy, reference or inversion (a backward goes with each pass of the policy). The CPU-hours are estimated from a
-few timed passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again.
+On the embedded world. A cell is a method, a base and a seed. Every cell may spend the same number of image-forwards: forward
+passes of one image through policy, reference or inversion (a backward goes with each pass of the policy). The CPU-hours are
+estimated from a few timed passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is
+not run again.
 
 The measures were fixed before any training: the dense and the exact GenEval score on held-out prompts and on prompts of
 kinds that no training caption has (three objects, a number and an object, five), drift from the reference in training,
@@ -26,25 +27,24 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from objectives_report import table, write_report
 from PIL import Image
 
 from diffalign.config import EvalConfig, SampleConfig, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
-from diffalign.data.real_against_generated import write_roles
+from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
-from diffalign.stages import data as stages_data
-from diffalign.stages import evaluate as evaluate_stage
 from diffalign.stages import resolve
-from diffalign.stages import sample as sample_stage
-from diffalign.stages import train as train_stage
+from diffalign.stages.data import cache
+from diffalign.stages.evaluate import evaluate
 from diffalign.stages.quickstart import RECIPES, REWARD, SAMPLING, make_data, sampling
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.testbed.prompts import plural
-from diffalign.testbed.scenes import COLORS, SHAPES
+from diffalign.stages.sample import sample
+from diffalign.stages.train import train
+from shared.objectives_report import table, write_report
+from shared.unseen_prompts import out_of_distribution
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = ("geneval.dense", "geneval.exact")
@@ -116,31 +116,6 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-").strip("-")
 
 
-def out_of_distribution(n: int) -> list[dict[str, Any]]:
-    """Prompts of three kinds that no training caption has, with the metadata that the reward reads."""
-    rng = np.random.default_rng(7)
-    rows: list[dict[str, Any]] = []
-    while len(rows) < n:
-        shapes = [str(s) for s in rng.permutation(list(SHAPES))[:3]]
-        colors = [str(c) for c in rng.choice(list(COLORS), 3)]
-        kind = len(rows) % 3
-        if kind == 0:
-            include = [{"class": s, "count": 1, "color": c} for s, c in zip(shapes, colors, strict=True)]
-            text, tag = " and ".join(f"a {c} {s}" for s, c in zip(shapes, colors, strict=True)), "three_objects"
-        elif kind == 1:
-            include = [{"class": shapes[0], "count": 2, "color": colors[0]}, {"class": shapes[1], "count": 1}]
-            text, tag = f"two {colors[0]} {plural(shapes[0])} and a {shapes[1]}", "count_and_object"
-        else:
-            include = [{"class": shapes[0], "count": 5, "color": colors[0]}]
-            text, tag = f"five {colors[0]} {plural(shapes[0])}", "five"
-        row: dict[str, Any] = {"prompt": text, "tag": tag, "include": include}
-        if kind == 2:
-            row["exclude"] = [{"class": shapes[0], "count": 6}]
-        if text not in {r["prompt"] for r in rows}:
-            rows.append(row)
-    return rows
-
-
 def shuffle_scores(folder: Path, seed: int) -> None:
     """Give the scores of each group to its images in another order: what no method may profit from."""
     path = folder / "scores" / f"{REWARD['name']}.parquet"
@@ -207,8 +182,8 @@ def prepare_roles(base: str, seed: int, out: Path, size: Size) -> Path:
         "model": load_config(RECIPES[base]).model.model_dump(), "prompts": str(prompts), "out": str(folder / "drawn"),
         "seed": seed, "images_per_prompt": 1, **sampling(base), "guidance_scale": 1.0,
     }  # fmt: skip
-    sample_stage.sample(SampleConfig.model_validate(plan))
-    write_roles(real, PreferenceDataset(folder / "drawn"), folder / "data")
+    sample(SampleConfig.model_validate(plan))
+    write_real_against_generated(real, PreferenceDataset(folder / "drawn"), folder / "data")
     return folder / "data"
 
 
@@ -242,9 +217,9 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     config = load_config(
         recipe, (*given, "train.threads=1", "tracking.trackers=[]", *method.settings(cell.base), *overrides)
     )
-    stages_data.cache(config)  # so that the time below is that of the steps
+    cache(config)  # so that the time below is that of the steps
     started = time.process_time()
-    train_stage.train(config)
+    train(config)
     spent = time.process_time() - started
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(size.out_of_distribution)))
@@ -256,7 +231,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
             "model": config.model.model_dump(), "weights": str(folder / "weights"), "prompts": source, "n": n,
             "seeds": size.seeds_per_prompt, "reward": REWARD, "out": str(place),
         }  # fmt: skip
-        evaluate_stage.evaluate(
+        evaluate(
             EvalConfig.model_validate({**plan, **sampling(cell.base)}), base_folder=out / cell.base / f"base-{kind}"
         )
         scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in MEASURES} for m in ("base", "tuned")}

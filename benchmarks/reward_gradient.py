@@ -1,13 +1,13 @@
-"""Over-optimisation of a reward's gradient on the embedded world: the reward that is followed, GenEval which is not, and drift.
+"""Does following a reward's gradient over-optimise it: how do that reward, GenEval and drift move?
 
 python benchmarks/reward_gradient.py [--methods "DRaFT-2" ...] [--seeds 0 1 2] [--max-hours 4] [--tiny] [KEY=VALUE ...]
 python benchmarks/reward_gradient.py --prompts testbed:validation      to choose settings; writes no table
 python benchmarks/reward_gradient.py --name zreward 'rewards=[{name: zreward, options: {...}}]'      another reward
 
-A cell is a method and a seed on shapes-sd3. Every --every steps the policy draws images of the same held-out prompts, scored by
-what is trained on and by GenEval's dense score; nothing is chosen by them. The CPU-hours are estimated from a few timed passes
-and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again, and a run within a cell
-goes on from its checkpoint.
+A cell is a method and a seed on shapes-sd3. Every --every steps the policy draws images of the same held-out prompts, scored
+by what is trained on and by GenEval's dense score; nothing is chosen by them. The CPU-hours are estimated from a few timed
+passes and said first; more than --max-hours is refused. A finished cell leaves cell.json and is not run again, and a run
+within a cell resumes from its checkpoint.
 
 Writes results/reward-gradient-NAME.json and docs/images/reward-gradient-NAME.svg.
 """
@@ -26,7 +26,7 @@ import torch
 from diffalign.config import RewardGradientConfig, RewardSection, load_reward_gradient_config
 from diffalign.report.curves import HEIGHT, WIDTH, Series, static_svg
 from diffalign.stages import resolve
-from diffalign.stages import reward_gradient as stages_reward_gradient
+from diffalign.stages.reward_gradient import reward_gradient
 from diffalign.training.reward_gradient.draws import span_of
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def read_cell(cell: Cell, config: RewardGradientConfig, seconds: float) -> dict[
 def run_cell(cell: Cell, folder: Path, config: RewardGradientConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    stages_reward_gradient.reward_gradient(config)
+    reward_gradient(config)
     facts = read_cell(cell, config, time.process_time() - started)
     part = folder / "cell.part"
     part.write_text(json.dumps(facts, indent=1))

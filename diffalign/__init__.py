@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def _extend_path_to_checkout() -> None:
-    """In a checkout, let `diffalign.rewards` and its siblings be found at the top of the repository.
+    """Find `diffalign.rewards` and its siblings at the top of the repository, in a checkout.
 
     The wheel maps them into the package (`[tool.setuptools.package-dir]`). A checkout keeps them one folder up, so that
     folder joins this package's search path, but only if its `pyproject.toml` is ours: an unrelated `rewards/` folder

@@ -1,7 +1,7 @@
-"""Seeded draws that depend on what they are for, never on how the work was cut up.
+"""Make seeded random draws that depend on what they are for, and not on how the work is divided.
 
 Every draw has its own counter generator, keyed by everything that names it: seed, stream, optimiser step, inner index,
-group and member. Micro-batches, processes and resumed runs therefore see the same numbers. numpy's Philox is used, on
+group and member. So micro-batches, processes and resumed runs see the same numbers. The generator is numpy's Philox, on
 the CPU, because `torch.Generator.manual_seed` keeps only 32 bits there and silently repeats.
 """
 
@@ -19,7 +19,7 @@ def draw(
     group: str | int | None = None,
     member: int | None = None,
 ) -> np.random.Generator:
-    """A generator for one named draw; the same name gives the same numbers, another name independent ones.
+    """Return the generator of one named draw: the same name gives the same numbers, another name independent ones.
 
     Draws that belong to a whole step leave out `group`; draws shared by the images of a group leave out `member`.
     """
@@ -29,10 +29,10 @@ def draw(
 
 
 def normal(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal numbers, float32."""
+    """Return standard normal numbers, float32."""
     return generator.standard_normal(shape, dtype=np.float32)
 
 
 def seed_of(seed: int, stream: str, group: str | int, member: int) -> int:
-    """A 63-bit seed to store beside an image, from which `draw` gives its initial noise again."""
+    """Return a 63-bit seed to store with an image, from which `draw` gives its initial noise again."""
     return int(draw(seed, stream, group=group, member=member).integers(0, 2**63 - 1))

@@ -1,19 +1,95 @@
-"""Room on a disk, asked for before it is needed."""
+"""Read and write small files (text, JSON, JSON lines) and check free disk space."""
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import DiffalignError
 
 
-def around(folder: Path) -> Path:
-    """The nearest folder around a path that is there."""
-    return next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path `<name>.part` to write to; when the block ends, rename it to `path`.
+
+    A reader, or a run after a kill, sees either the old file or the complete new one. If the block fails, the old file
+    stays and the part is deleted. Only one process may write a path at a time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 text file; it appears under its name only when it is complete."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def reading(path: Path, what: str = "") -> Iterator[None]:
+    """Turn errors of reading a text file into a DiffalignError of one line: `what`, the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise DiffalignError(f"{what}{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DiffalignError(f"{what}{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+
+
+def read_json_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl file, without those whose `step` is above `last_step`; [] if there is no file.
+
+    A line that a kill left unfinished is skipped.
+    """
+    rows = []
+    # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if last_step is None or row["step"] <= last_step:
+            rows.append(row)
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a .json file; None if there is no file.
+
+    Raises DiffalignError if it is not valid JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DiffalignError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
+
+
+def dotted_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one flat mapping with keys such as `train.steps`; an empty mapping leaves no key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of `folder`, which need not exist yet."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse what does not fit on the disk of `folder`, which need not be there yet."""
-    free = shutil.disk_usage(around(folder)).free
+    """Raise DiffalignError if `needed` bytes do not fit on the disk of `folder`, which need not exist yet."""
+    free = free_bytes(folder)
     if needed > free:
         raise DiffalignError(
             f"{what} {folder}: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; free some space, point "

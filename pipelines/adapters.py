@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 POLICY, REFERENCE, FAKE = "policy", "reference", "fake"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -64,12 +67,13 @@ def add_adapter(
 
 
 def adapter_parameters(trunk: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name, sorted."""
+    """Return the adapter's parameters by name, sorted."""
     own = {n: p for n, p in trunk.named_parameters() if ".lora_" in n and f".{adapter}." in n}
     return dict(sorted(own.items()))
 
 
 def has_adapter(trunk: nn.Module, adapter: str) -> bool:
+    """Return whether the trunk has an adapter of this name."""
     return adapter in vars(trunk).get("peft_config", {})
 
 
@@ -95,7 +99,7 @@ def use_adapter(trunk: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights (diffusers' key names, without prefix) and config of an adapter; the config carries rank and alpha."""
+    """Return weights (diffusers' key names, without prefix) and config of an adapter; the config carries rank and alpha."""
     from peft.utils import get_peft_model_state_dict
 
     config: Any = vars(trunk)["peft_config"][adapter]
@@ -103,13 +107,13 @@ def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], di
 
 
 def brief(error: BaseException) -> str:
-    """A library's message on one line, cut to what a reader takes in."""
+    """Return a library's message on one line, cut to 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def lora_file(folder: str | Path) -> Path:
-    """The LoRA file in a weights folder, or the file itself. Raises DiffalignError if there is none."""
+    """Find the LoRA file in a weights folder, or the file itself. Raises DiffalignError if there is none."""
     path = Path(folder)
     path = path / LORA_FILE if path.is_dir() else path
     if not path.is_file():
@@ -119,7 +123,9 @@ def lora_file(folder: str | Path) -> Path:
     return path
 
 
-def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str | Path, adapter: str) -> None:
+def load_adapter(
+    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, folder: str | Path, adapter: str
+) -> None:
     """Load a LoRA in any format diffusers reads as `adapter`, in float32.
 
     Raises DiffalignError if it belongs to another model, touches text encoders, or does not fit in full.
@@ -164,8 +170,10 @@ def load_adapter(pipeline: Any, trunk: nn.Module, trunk_name: str, folder: str |
     set_peft_model_state_dict(trunk, plain, adapter_name=adapter)
 
 
-def _read(pipeline: Any, trunk: nn.Module, trunk_name: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict with component prefixes and the options (alphas or metadata) that loading needs."""
+def _read(
+    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the state dict, with component prefixes, and the options (alphas or metadata) that loading needs."""
     where = {"weight_name": path.name, "return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
     if trunk_name == "transformer":
         state, metadata = pipeline.lora_state_dict(str(path.parent), **where)

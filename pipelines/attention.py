@@ -1,7 +1,8 @@
-"""Choose the attention kernel of a UNet or SD3 transformer, in a way that takes effect.
+"""Choose the attention kernel of a UNet or a transformer, in a way that takes effect.
 
-`model.set_attention_backend()` of diffusers is a silent no-op on these models: their processors do not go through its
-dispatcher, and the call changes a process-wide default instead. So the processors themselves are exchanged here.
+`model.set_attention_backend()` of diffusers is a silent no-op on UNets and SD3: their processors do not go through its
+dispatcher, and the call changes a process-wide default instead. So those processors are exchanged here. Those of newer models
+(FLUX, Qwen-Image, Z-Image) do go through the dispatcher and are given their kernel one by one, which spares other models.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from diffalign.kernels import avoid_cudnn_attention
 ATTENTION = ("sdpa", "xformers", "flash")
 # The same in the words of diffusers' dispatcher.
 DISPATCHED = {"sdpa": "native", "xformers": "xformers", "flash": "_native_flash"}
+# Processors of diffusers that are exchanged: plain attention of UNets, joint attention of SD3.
+EXCHANGED = ("AttnProcessor2_0", "JointAttnProcessor2_0")
 
 
 def set_attention(model: nn.Module, kind: str) -> None:
-    """Exchange the attention processors of a diffusers UNet2DConditionModel or SD3Transformer2DModel in place.
-
-    FLUX's processors do go through diffusers' dispatcher and are told their kernel one by one, which spares the others.
+    """Set the kernel of every attention processor of a diffusers model, in place.
 
     `sdpa`: torch picks the kernel, but not cuDNN's. `flash`: torch's flash kernel or an error, never a silent fall-back.
-    `xformers`: its memory-efficient attention. Raises DiffalignError for an unknown kind, and where xformers cannot run.
+    `xformers`: its memory-efficient attention. Raises DiffalignError for an unknown kind, where xformers cannot run, and for
+    a processor whose kernel cannot be chosen, except under `sdpa`.
     """
     if kind not in ATTENTION:
         raise DiffalignError(f"model.attention: unknown kind '{kind}'; choose one of {', '.join(ATTENTION)}")
@@ -34,14 +36,17 @@ def set_attention(model: nn.Module, kind: str) -> None:
         _require_xformers()
     avoid_cudnn_attention()
     trunk: Any = model
-    if all("Flux" in type(processor).__name__ for processor in trunk.attn_processors.values()):
-        for processor in trunk.attn_processors.values():
-            processor._attention_backend = DISPATCHED[kind]
-        return
     plain, joint = _processors(kind)
-    exchanged = {}
+    exchanged = dict(trunk.attn_processors)
     for name, processor in trunk.attn_processors.items():
-        exchanged[name] = joint() if "Joint" in type(processor).__name__ else plain()
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = DISPATCHED[kind]
+        elif type(processor).__name__ in EXCHANGED:
+            exchanged[name] = joint() if "Joint" in type(processor).__name__ else plain()
+        elif kind != "sdpa":
+            raise DiffalignError(
+                f"model.attention: {type(processor).__name__} of this model has one kernel only; use attention: sdpa"
+            )
     trunk.set_attn_processor(exchanged)
 
 
@@ -63,7 +68,7 @@ def _require_xformers() -> None:
 
 @functools.cache
 def _xformers_computes() -> bool:
-    """A wheel for another torch imports with a warning, and every call of it fails."""
+    """Try xformers: a wheel for another torch imports with a warning, and every call of it fails."""
     from xformers.ops import memory_efficient_attention
 
     small = torch.zeros(1, 32, 1, 64, dtype=torch.float16, device="cuda")
@@ -75,7 +80,7 @@ def _xformers_computes() -> bool:
 
 
 def _processors(kind: str) -> tuple[type, type]:
-    """Processor classes for plain attention (UNet) and for joint attention (SD3)."""
+    """Return processor classes for plain attention (UNet) and for joint attention (SD3)."""
     from diffusers.models.attention_processor import (
         AttnProcessor2_0,
         JointAttnProcessor2_0,
@@ -92,7 +97,7 @@ def _processors(kind: str) -> tuple[type, type]:
 
 @functools.cache
 def _flash(processor: Any) -> type:
-    """A subclass that allows only the flash kernel while it runs.
+    """Return a subclass that allows only the flash kernel while it runs.
 
     The restriction sits in the processor rather than around the model, because gradient checkpointing runs the
     processor again during backward, outside any context the caller held open.

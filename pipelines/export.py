@@ -18,14 +18,13 @@ from diffalign.pipelines.tuning import quiet_progress
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Backbone
+    from diffalign.pipelines.family import Family
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-# kohya's names for what a UNet LoRA belongs to, by the family of the backbone.
-KOHYA_BASES = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a LoRA that `save_weights` wrote, and its adapter's config without the trunk's prefix (r, lora_alpha, ...).
+    """Read a LoRA that `save_weights` wrote: its tensors, and its config without the trunk's prefix (r, lora_alpha, ...).
 
     Raises DiffalignError where there is none, or where rank and alpha are not in its metadata.
     """
@@ -47,7 +46,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def export_diffusers(weights: Path, trunk_name: str, out: Path) -> None:
-    """The LoRA for `load_lora_weights`, rank and alpha also under plain names in the metadata; or the trunk's folder."""
+    """Write the LoRA for `load_lora_weights`, rank and alpha also under plain names in the metadata; or the trunk's folder."""
     if (weights / trunk_name).is_dir():
         shutil.copytree(weights / trunk_name, out / trunk_name, dirs_exist_ok=True)
         return
@@ -67,7 +66,7 @@ ATTENTION = re.compile(r"unet\.(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.at
 
 
 def sgm_modules(modules: Iterable[str]) -> dict[str, str] | None:
-    """diffusers' names of a UNet's attention layers -> those of Stability's code; None where a layer is no attention's.
+    """Map diffusers' names of a UNet's attention layers to those of Stability's code; None if a layer is no attention's.
 
     There the blocks are numbered through: n resnets, and the attention behind each, are n inputs, a downsampler is one more
     (block 0 is the first convolution), and an up block has n + 1 outputs. The attention stands second in its block.
@@ -87,14 +86,15 @@ def sgm_modules(modules: Iterable[str]) -> dict[str, str] | None:
     return names
 
 
-def to_kohya(state: dict[str, Tensor], alpha: float, family: str) -> dict[str, Tensor]:
-    """`unet.a.b.lora_A.weight` -> `lora_unet_a_b.lora_down.weight`, with an alpha beside each pair.
+def to_kohya(state: dict[str, Tensor], alpha: float, blocks: str) -> dict[str, Tensor]:
+    """Rename `unet.a.b.lora_A.weight` to `lora_unet_a_b.lora_down.weight`, with an alpha beside each pair.
 
+    blocks: whose names of blocks to take, "diffusers" or "sgm" (`Family.kohya_blocks`).
     kohya's trainer names the blocks of SD1.5 as diffusers does and those of SDXL as Stability's code does, and so do the
     files that it writes. An SDXL LoRA that reaches beyond attention keeps diffusers' names: programs take one or the other.
     """
     modules = {key.removesuffix(".weight").rpartition(".")[0] for key in state}
-    renamed = (sgm_modules(modules) if family == "sdxl" else None) or {}
+    renamed = (sgm_modules(modules) if blocks == "sgm" else None) or {}
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         module, _, kind = key.removesuffix(".weight").rpartition(".")
@@ -104,14 +104,14 @@ def to_kohya(state: dict[str, Tensor], alpha: float, family: str) -> dict[str, T
     return found
 
 
-def export_kohya(weights: Path, family: str, out: Path) -> None:
-    """One file for programs that read kohya's layout. Raises DiffalignError for anything but a UNet's LoRA."""
+def export_kohya(weights: Path, family: type[Family], out: Path) -> None:
+    """Write one file for programs that read kohya's layout. Refuse families that it does not fit."""
     from safetensors.torch import save_file
 
-    if family not in KOHYA_BASES:
+    if family.kohya_base is None:
         raise DiffalignError(
-            f"--format kohya: kohya's layout for {family} fuses layers that this LoRA adapts apart; use --format diffusers, "
-            "which ComfyUI reads too, or --format merged"
+            f"--format kohya: kohya's layout for {family.family} fuses layers that this LoRA adapts apart; use "
+            "--format diffusers, which ComfyUI reads too, or --format merged"
         )
     state, config = read_lora(weights)
     metadata = {
@@ -119,13 +119,14 @@ def export_kohya(weights: Path, family: str, out: Path) -> None:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config["r"]),
         "ss_network_alpha": f"{config['lora_alpha']:g}",
-        "ss_base_model_version": KOHYA_BASES[family],
+        "ss_base_model_version": family.kohya_base,
     }
-    save_file(to_kohya(state, config["lora_alpha"], family), out / "kohya_lora.safetensors", metadata=metadata)
+    renamed = to_kohya(state, config["lora_alpha"], family.kohya_blocks)
+    save_file(renamed, out / "kohya_lora.safetensors", metadata=metadata)
 
 
 def export_merged(backbone: Backbone, out: Path) -> None:
-    """The whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
+    """Write the whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
 
     Load the backbone in float32: a LoRA added to half-precision weights is rounded to their last bits.
     """

@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import NoiseProcess
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 Sampler = Literal["renoise", "euler", "cps"]
 
@@ -39,18 +42,20 @@ class FewStep:
 
     @property
     def steps(self) -> int:
+        """The number of sampling steps."""
         return len(self.times) - 1
 
     @property
     def stochastic(self) -> bool:
+        """Whether a step adds noise."""
         return self.sampler == "renoise" or (self.sampler == "cps" and self.eta > 0)
 
     def at(self, index: int, like: Tensor) -> Tensor:
-        """times[index] for every latent of `like` [N, ...]: [N]."""
+        """Return times[index] for every latent of `like` [N, ...]: [N]."""
         return self.times[index].expand(len(like)).to(like.device)
 
     def transition(self, x: Tensor, prediction: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Mean [N, C, h, w] and deviation rho [N] of x at times[index + 1], given x [N, C, h, w] at times[index].
+        """Return mean [N, C, h, w] and deviation rho [N] of x at times[index + 1], given x [N, C, h, w] at times[index].
 
         The last step returns x0 with rho = 0. Differentiable in x and the prediction.
         """
@@ -69,13 +74,15 @@ class FewStep:
         return mean, s * math.sin(angle)
 
     def advance(self, x: Tensor, prediction: Tensor, index: int, noise: Tensor | None) -> Tensor:
-        """x at times[index + 1]; `noise` is unit noise, None where the sampler takes none."""
+        """Step to x at times[index + 1]; `noise` is unit noise, None where the sampler takes none."""
         mean, rho = self.transition(x, prediction, index)
         return mean if noise is None else mean + rho.view(-1, 1, 1, 1) * noise.float()
 
 
-def student_scheduler(scheduler: Any, steps: int, sampler: Sampler, times: list[float] | None = None) -> Any:
-    """The diffusers scheduler of a student, from the base model's: its config decides the student's times.
+def student_scheduler(
+    scheduler: SchedulerMixin, steps: int, sampler: Sampler, times: list[float] | None = None
+) -> SchedulerMixin:
+    """Build the diffusers scheduler of a student from the base model's: its config decides the student's times.
 
     With explicit `times` the pipeline must be given them (`call_options`). Raises DiffalignError for times out of order.
     """
@@ -101,8 +108,8 @@ def student_scheduler(scheduler: Any, steps: int, sampler: Sampler, times: list[
     return diffusers.LCMScheduler.from_config(config, original_inference_steps=steps, clip_sample=False)
 
 
-def call_options(scheduler: Any, times: list[float] | None) -> dict[str, Any]:
-    """What a pipeline's call needs besides the number of steps: nothing, unless the times were given one by one."""
+def call_options(scheduler: SchedulerMixin, times: list[float] | None) -> dict[str, object]:
+    """Return what a pipeline's call needs besides the number of steps: nothing, unless the times were given one by one."""
     if times is None:
         return {}
     if "FlowMatch" in type(scheduler).__name__:
@@ -111,9 +118,14 @@ def call_options(scheduler: Any, times: list[float] | None) -> dict[str, Any]:
 
 
 def few_step(
-    process: NoiseProcess, scheduler: Any, steps: int, sampler: Sampler, eta: float, times: list[float] | None
+    process: NoiseProcess,
+    scheduler: SchedulerMixin,
+    steps: int,
+    sampler: Sampler,
+    eta: float,
+    times: list[float] | None,
 ) -> FewStep:
-    """The sampler that training rolls out, on the very times that `scheduler` (of `student_scheduler`) visits."""
+    """Build the sampler that training rolls out, on the times that `scheduler` (of `student_scheduler`) visits."""
     if times is not None:
         grid = torch.tensor(times, dtype=torch.float32)
     elif process.span == 1.0:

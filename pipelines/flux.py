@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.process import Flow
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline, SchedulerMixin
 
 DEFAULT_T5_TOKENS = 512
 PATCH = 2
@@ -21,14 +24,14 @@ SIZE = 1024
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h/2 w/2, 4 C]: a token holds a 2 x 2 patch, channel by channel."""
+    """Turn latents [B, C, h, w] into tokens [B, h/2 w/2, 4 C]: a token holds a 2 x 2 patch, channel by channel."""
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height * width // PATCH**2, channels * PATCH**2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, for latents of height x width."""
+    """Undo `pack`, for latents of height x width."""
     batch, _, channels = tokens.shape
     patches = tokens.view(batch, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // PATCH**2, height, width)
@@ -57,10 +60,11 @@ class FluxFlow(Flow):
         super().__init__(self.shift_of(tokens), timesteps=timesteps, shift_terminal=shift_terminal)
 
     def shift_of(self, tokens: int) -> float:
+        """Return the shift for an image of so many tokens."""
         return math.exp(self.base_shift + self.slope * (tokens - self.base_tokens))
 
     def schedule(self, steps: int, tokens: int | None = None) -> Tensor:
-        """As `NoiseProcess.schedule`; `tokens` of the image, if it is not of the model's own size."""
+        """Return the times as `NoiseProcess.schedule` does; `tokens`: those of the image, if not of the model's own size."""
         if steps < 1:
             raise DiffalignError(f"steps: {steps} sampling steps asked for; at least 1 is needed")
         shift = self.shift if tokens is None else self.shift_of(tokens)
@@ -72,16 +76,16 @@ class FluxFlow(Flow):
         return torch.cat([times.float(), torch.tensor([self.clean])])
 
 
-class Flux(Backbone):
+class Flux(TransformerBackbone):
     """FluxPipeline with guidance embedding. Conditioning: prompt_embeds [B, L_t5, D], pooled_prompt_embeds [B, P].
 
-    `guidance` is what the embedding gets in `predict`. In `sample` it is `guidance_scale`, as in the pipeline, and
+    The option `guidance` is what the embedding gets in `predict`. In `sample` it is `guidance_scale`, as in the pipeline, and
     there is no negative prompt: the guidance is distilled into the network. Image sides are multiples of 16.
     """
 
     family: ClassVar[str] = "flux"
     guided: ClassVar[bool] = True
-    trunk_name: ClassVar[str] = "transformer"
+    scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -89,8 +93,19 @@ class Flux(Backbone):
     )  # fmt: skip
 
     process: FluxFlow
+    options: FluxOptions
 
-    def build_process(self, scheduler: Any) -> FluxFlow:
+    @classmethod
+    def pipeline_class(cls) -> type[FluxPipeline]:
+        from diffusers import FluxPipeline
+
+        return FluxPipeline
+
+    @property
+    def guidance(self) -> float:
+        return self.options.guidance
+
+    def build_process(self, scheduler: SchedulerMixin) -> FluxFlow:
         config = scheduler.config
         name = type(scheduler).__name__
         if not self.pipeline.transformer.config.guidance_embeds:
@@ -116,15 +131,6 @@ class Flux(Backbone):
         )
 
     @property
-    def pipeline_trunk(self) -> nn.Module:
-        trunk: nn.Module = self.pipeline.transformer
-        return trunk
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        self.pipeline.transformer = module
-
-    @property
     def default_resolution(self) -> int:
         return SIZE
 
@@ -139,12 +145,16 @@ class Flux(Backbone):
         return super().facts() | {"guidance": f"{self.guidance:g}"}
 
     def prompt_tokens(self) -> int:
-        if self.max_sequence_length is not None:
-            return self.max_sequence_length
+        if self.options.max_sequence_length is not None:
+            return self.options.max_sequence_length
         return min(DEFAULT_T5_TOKENS, int(self.pipeline.tokenizer_2.model_max_length))
 
-    def sampling_options(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.prompt_tokens()}
+
+    def call_options(self) -> dict[str, object]:
+        length = self.options.max_sequence_length
+        return {} if length is None else {"max_sequence_length": length}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return pack(latents)
@@ -152,17 +162,12 @@ class Flux(Backbone):
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
 
-    def sample(self, prompts: Any, seeds: Any, *, negative_prompt: str | None = None, **options: Any) -> Any:
-        """As `Backbone.sample`, without a negative prompt."""
-        if negative_prompt is not None:
+    def negative_prompts(self, negative: str | None, count: int) -> None:
+        if negative is not None:
             raise DiffalignError(NO_NEGATIVE)
-        return super().sample(prompts, seeds, **options)
 
-    def encode_guided(self, prompts: Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
-        """As `Backbone.encode_guided`; there is nothing to steer away from."""
-        if negative_prompt is not None:
-            raise DiffalignError(NO_NEGATIVE)
-        return self.encode_prompts(prompts)
+    def encode_guided_prompts(self, prompts: list[str], negatives: list[str] | None) -> dict[str, Tensor]:
+        return self.encode(prompts)  # there is nothing to steer away from
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(
@@ -179,7 +184,7 @@ class Flux(Backbone):
         tokens: Tensor = module(
             hidden_states=pack(noisy),
             timestep=time / 1000,  # the network multiplies by 1000 itself
-            guidance=torch.full((len(noisy),), float(self.guidance or 0.0), device=noisy.device),
+            guidance=torch.full((len(noisy),), float(self.guidance), device=noisy.device),
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=noisy.device, dtype=noisy.dtype),

@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_index(path: str, revision: str | None, token: str | None, local_files_only: bool) -> tuple[Path, str | None]:
-    """Path of the model's model_index.json, and the commit (None for a local folder).
+    """Find the model's model_index.json: its path, and the commit (None for a local folder).
 
     The local path is tried first: diffusers would ask the hub for a misspelt folder and answer with a network error.
     """

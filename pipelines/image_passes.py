@@ -19,7 +19,7 @@ Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 def in_passes(predict: Predict, noisy: Tensor, t: Tensor, conditioning: Conditioning, images: int | None) -> Tensor:
-    """`predict` of the whole batch, [N, C, h, w], by at most `images` images at a time; None: all at once.
+    """Predict the whole batch, [N, C, h, w], by at most `images` images at a time; None: all at once.
 
     Under grad mode every pass but the last one is predicted again in backward: that one goes backward first, so its
     activations may as well stay. `predict` is called there under whatever role holds then: run backward where the policy

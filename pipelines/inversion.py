@@ -2,7 +2,7 @@
 
 ReNoise (Garibi et al., arXiv 2403.14602). One inversion step looks for the latent z at t_next from which a sampling
 step leads back to x at t. It is a fixed point: the step needs the prediction at z itself. Iterate from z = x, always
-restarting the step from x and always telling the model the destination's time:
+restarting the step from x and always giving the model the destination's time:
 
     z <- invert_step(x, model(z, t_next))
 
@@ -38,17 +38,17 @@ def renoise_step(
     *,
     iterations: int = 1,
     average_from: int = 0,
-    told: Tensor | None = None,
+    predict_at: Tensor | None = None,
 ) -> Tensor:
-    """x [n, C, h, w] at times t [n] -> its latent at the noisier t_next, float32; `iterations` + 1 forward passes.
+    """Invert one step: x [n, C, h, w] at times t [n] to its latent at the noisier t_next, float32.
 
-    The iterates from number `average_from` on are averaged; 0: all of them, `iterations`: the last alone. `told` is the
-    time that the model is told, if it is not t_next.
+    `iterations` + 1 forward passes. The iterates from number `average_from` on are averaged; 0: all of them, `iterations`:
+    the last alone. predict_at [n]: the time that the network is given; None: t_next.
     """
-    seen = t_next if told is None else told
+    at = t_next if predict_at is None else predict_at
     z, total = x, torch.zeros_like(x, dtype=torch.float32)
     for k in range(iterations + 1):
-        z = process.invert_step(x, predict(z, seen), t, t_next, seen=(z, seen))
+        z = process.invert_step(x, predict(z, at), t, t_next, predicted_at=(z, at))
         if k >= average_from:
             total = total + z
     return total / (iterations + 1 - average_from)
@@ -56,16 +56,20 @@ def renoise_step(
 
 @dataclass(frozen=True)
 class Route:
-    """Steps of a batch of B: sample i makes its first counts[i]; from step k's start to its stop, told a time."""
+    """Inversion steps of B samples.
+
+    counts [B]: sample i takes the first counts[i] steps. start, predict_at, stop [B, steps]: step k goes from its start to
+    its stop, and the network is given the time predict_at.
+    """
 
     counts: Tensor
     start: Tensor
-    told: Tensor
+    predict_at: Tensor
     stop: Tensor
 
 
 def consistent_route(process: NoiseProcess, t: Tensor, steps: int) -> Route:
-    """From the noiseless image to exactly t [B] in max(1, ceil(steps t / span)) equal steps, each told where it goes."""
+    """Return max(1, ceil(steps t / span)) equal steps from the image to exactly t [B], each predicted at its stop."""
     share = steps * t.double() / process.span
     counts = (share - 1e-6).ceil().clamp_min(1).long()  # 5 x 0.2 in float32 is a little more than 1
     k = torch.arange(int(counts.max()), device=t.device)
@@ -75,10 +79,10 @@ def consistent_route(process: NoiseProcess, t: Tensor, steps: int) -> Route:
 
 
 def official_route(process: NoiseProcess, t: Tensor, steps: int) -> Route:
-    """The grid that SmPO's code walks with the scheduler of diffusers 0.20: -199, 1, 201, 401, 601 for five steps.
+    """Return the grid of SmPO's code with the scheduler of diffusers 0.20: -199, 1, 201, 401, 601 for five steps.
 
     Its quirks, all kept: the last step stops at a grid level at or above t (at 801 if t is above that), while the loss
-    takes it for t; the model is told where a step starts, not where it goes; the first start is negative. (A fourth,
+    takes it for t; the network is given the time where a step starts, not where it goes; the first is negative. (A fourth,
     abar rounded to float16, is not kept.) Raises DiffalignError for processes other than epsilon diffusion.
     """
     if not isinstance(process, Diffusion) or process.prediction_type != "epsilon":
@@ -87,9 +91,9 @@ def official_route(process: NoiseProcess, t: Tensor, steps: int) -> Route:
             f"{process.prediction_type}; use inversion.mode=consistent"
         )
     ratio = process.timesteps // steps
-    told = (torch.arange(steps, device=t.device) - 1.0) * ratio + 1.0
-    counts = (told < t[:, None]).sum(1)
-    rows = told.expand(len(t), -1)
+    starts = (torch.arange(steps, device=t.device) - 1.0) * ratio + 1.0
+    counts = (starts < t[:, None]).sum(1)
+    rows = starts.expand(len(t), -1)
     return Route(counts, rows.clamp_min(0.0), rows, rows + ratio)
 
 
@@ -107,11 +111,11 @@ def inverted_noise(
     average_from: int = 0,
     mode: str = "consistent",
 ) -> Tensor:
-    """The noise, [B, C, h, w] float32, that makes x_t = a(t) x0 + s(t) noise the inverted latent of image x0 at t [B].
+    """Return the noise, [B, C, h, w] float32, that makes x_t = a(t) x0 + s(t) noise the inverted latent of x0 at t [B].
 
     So `add_noise` gives that latent, and `target` SmPO's target: (x_t - a x0) / s for epsilon, (x_t - x0) / t for a
     flow. `steps` lead from an image to pure noise, fewer to an earlier time. Each forward pass takes the samples that
-    are still on their way. Runs as it is called: wrap it in `torch.no_grad()`.
+    have steps left. It keeps a graph unless wrapped in `torch.no_grad()`.
     """
     if mode not in ROUTES:
         raise DiffalignError(f"inversion.mode: unknown mode '{mode}'; choose one of {', '.join(ROUTES)}")
@@ -120,8 +124,8 @@ def inverted_noise(
     for k in range(int(route.counts.max())):
         rows = (route.counts > k).nonzero().squeeze(1)
 
-        def here(noisy: Tensor, told: Tensor, rows: Tensor = rows) -> Tensor:
-            return predict(noisy, told, rows)
+        def here(noisy: Tensor, time: Tensor, rows: Tensor = rows) -> Tensor:
+            return predict(noisy, time, rows)
 
         x[rows] = renoise_step(
             process,
@@ -131,7 +135,7 @@ def inverted_noise(
             route.stop[rows, k],
             iterations=iterations,
             average_from=average_from,
-            told=route.told[rows, k],
+            predict_at=route.predict_at[rows, k],
         )
     a, s = (c.view(-1, *[1] * (x.dim() - 1)) for c in process.coefficients(t))
     return (x - a * x0.float()) / s

@@ -5,12 +5,10 @@ Only safetensors weights are read and no code from a repository is run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +17,14 @@ from diffalign.pipelines.adapters import brief
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
+from diffalign.pipelines.options import Value, read_options
+from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
 from diffalign.pipelines.tuning import quiet_progress
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Where bitsandbytes is installed, it warns on CPUs that an optional kernel of its own is missing; nothing here uses it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -34,48 +37,6 @@ BACKBONES: dict[str, type[Backbone]] = {
 }
 # Components that are never needed: a filter for finished images, and inputs of image prompts.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-T5 = ("text_encoder_3", "tokenizer_3")
-SAMPLES, SAMPLE_BYTES = 16, 65536
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model came from. `path` is what the user gave, `folder` where its files lie."""
-
-    path: str
-    folder: Path
-    revision: str | None
-    variant: str | None = None
-    absent: dict[str, None] = field(default_factory=dict)
-
-    def fingerprint(self, *more: str) -> str:
-        """16 hex digits over configs and weights.
-
-        Weights enter by name, size and samples of their bytes: a model trained anew in the same folder is another one,
-        and a large one takes no minutes to read.
-        """
-        return self._hash(self.folder, self.path, str(self.revision), str(self.variant), *more)
-
-    def component_fingerprint(self, component: str) -> str:
-        """As `fingerprint`, of one component alone, wherever it lies: two models that share a VAE share this."""
-        return self._hash(self.folder / component, str(self.variant))
-
-    def _hash(self, folder: Path, *more: str) -> str:
-        digest = hashlib.sha256("\0".join(more).encode())
-        for file in sorted(folder.rglob("*")):
-            name = file.relative_to(folder)
-            if not file.is_file() or any(part.startswith(".") for part in name.parts) or name.parts[0] in self.absent:
-                continue
-            if file.suffix in (".json", ".txt", ".model"):
-                digest.update(f"\0{name}\0".encode() + file.read_bytes())
-            elif file.suffix == ".safetensors":
-                size = file.stat().st_size
-                digest.update(f"\0{name}\0{size}\0".encode())
-                with file.open("rb") as stream:
-                    for part in range(SAMPLES):
-                        stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-                        digest.update(stream.read(SAMPLE_BYTES))
-        return digest.hexdigest()[:16]
 
 
 def load_backbone(
@@ -91,19 +52,16 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     quantize: str = "none",
     channels_last: bool = False,
-    max_sequence_length: int | None = None,
-    use_t5: bool = True,
-    guidance: float = 3.5,
+    **options: Value,
 ) -> Backbone:
     """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
 
     path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
     variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
     ones are exact. quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
-    max_sequence_length: T5 tokens (SD3, FLUX). use_t5=False leaves T5 out (SD3).
-    guidance: what `predict` gives the guidance embedding (FLUX).
+    options: those of the family alone, such as use_t5=False for SD3; `diffalign.pipelines.options` lists them.
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
-    missing file, unsupported class, absent device or attention kernel.
+    missing file, unsupported class, an option that the family does not have, absent device or attention kernel.
     """
     path = str(path)
     device = torch.device(device)
@@ -111,18 +69,17 @@ def load_backbone(
         raise DiffalignError("device: CUDA was asked for and is not available here; use device: cpu")
     index, commit = find_index(path, revision, token, local_files_only)
     components = read_index(path, index)
-    name = components["_class_name"]
-    if name not in BACKBONES:
-        raise DiffalignError(f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}")
-    absent = _absent(path, components, use_t5)
+    kind = _family(path, components)
+    chosen = read_options(kind.family, options, path)
+    absent = _absent(path, components, kind, kind.left_out(chosen))
     folder = index.parent
     if commit is not None and not local_files_only:
         folder = download(path, commit, variant, token, absent)
     source = Source(path, folder, commit, variant, absent)
     check_files(source, components)
     with quiet_progress():
-        pipeline = _load_pipeline(source, name, dtype)
-    return BACKBONES[name](
+        pipeline = _load_pipeline(source, kind, dtype)
+    return kind(
         pipeline,
         source,
         dtype=dtype,
@@ -131,21 +88,27 @@ def load_backbone(
         gradient_checkpointing=gradient_checkpointing,
         quantize=quantize,
         channels_last=channels_last,
-        max_sequence_length=max_sequence_length,
-        guidance=guidance,
+        options=chosen,
     )
 
 
 def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
-    """The pipeline's class name, from its model_index.json alone. Raises DiffalignError for one that is not supported."""
+    """Read the pipeline's class name from its model_index.json alone. Raises DiffalignError for an unsupported one."""
     index, _ = find_index(path, revision, token, local)
-    name = str(read_index(path, index)["_class_name"])
+    components = read_index(path, index)
+    _family(path, components)
+    return str(components["_class_name"])
+
+
+def _family(path: str, components: dict[str, Any]) -> type[Backbone]:
+    name = components["_class_name"]
     if name not in BACKBONES:
         raise DiffalignError(f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}")
-    return name
+    return BACKBONES[name]
 
 
 def read_index(path: str, index: Path) -> dict[str, Any]:
+    """Read a model_index.json; `path` names the model in messages."""
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -159,27 +122,25 @@ def _is_component(name: str, entry: Any) -> bool:
     return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2
 
 
-def _absent(path: str, components: dict[str, Any], use_t5: bool) -> dict[str, None]:
-    """Components to pass as None: unused ones, and T5 if it is missing or not wanted. Others must be there.
+def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_out: tuple[str, ...]) -> dict[str, None]:
+    """Return the components to pass as None: unused ones, and those of `kind.optional` that are missing or left out.
 
-    diffusers writes [null, null] for a missing T5 but does not load such a folder unless None is passed.
+    Refuses a checkpoint that lacks others. diffusers writes [null, null] for a missing T5 but does not load such a folder
+    unless None is passed.
     """
     absent: dict[str, None] = {}
     for name, entry in components.items():
         if not _is_component(name, entry):
             continue
-        if name in UNUSED or (name in T5 and (entry[1] is None or not use_t5)):
+        if name in UNUSED or name in left_out or (name in kind.optional and entry[1] is None):
             absent[name] = None
         elif entry[1] is None:
-            raise DiffalignError(f"{path}: component {name} is absent; only T5 (text_encoder_3, tokenizer_3) may be")
+            allowed = f"only {', '.join(kind.optional)} may be" if kind.optional else "none may be"
+            raise DiffalignError(f"{path}: component {name} is absent; {allowed}")
         elif entry[0] not in ("diffusers", "transformers"):
             raise DiffalignError(f"{path}: component {name} is code of the repository ({entry[0]}), which is never run")
-    for name in T5 if components["_class_name"] == "StableDiffusion3Pipeline" else ():
-        if name not in components:
-            absent[name] = None
-    if len(set(T5) & set(absent)) == 1:  # half a T5 is none
-        absent.update(dict.fromkeys(T5))
-    return absent
+    missing = [name for name in kind.optional if name in absent or name not in components]
+    return absent | dict.fromkeys(kind.optional) if missing else absent  # half a T5 is none
 
 
 def check_files(source: Source, components: dict[str, Any]) -> None:
@@ -210,23 +171,13 @@ def check_files(source: Source, components: dict[str, Any]) -> None:
         raise DiffalignError(f"{source.path}: no weights of variant '{source.variant}'; leave model.variant out")
 
 
-def _load_pipeline(source: Source, name: str, dtype: torch.dtype) -> Any:
-    import diffusers
+def _load_pipeline(source: Source, kind: type[Backbone], dtype: torch.dtype) -> DiffusionPipeline:
     from safetensors import SafetensorError
 
-    classes = {
-        "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
-        "StableDiffusionXLPipeline": diffusers.StableDiffusionXLPipeline,
-        "StableDiffusion3Pipeline": diffusers.StableDiffusion3Pipeline,
-        "FluxPipeline": diffusers.FluxPipeline,
-    }
-    options: dict[str, Any] = dict(source.absent)
-    if name == "StableDiffusionPipeline":
-        options["requires_safety_checker"] = False
-    elif name == "StableDiffusionXLPipeline":
-        options["add_watermarker"] = False
+    wanted = kind.pipeline_class()
+    options: dict[str, bool | None] = {**source.absent, **kind.loading_options}
     try:
-        return classes[name].from_pretrained(
+        return wanted.from_pretrained(
             source.folder,
             dtype={"vae": torch.float32, "default": dtype},
             variant=source.variant,
@@ -235,4 +186,4 @@ def _load_pipeline(source: Source, name: str, dtype: torch.dtype) -> Any:
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise DiffalignError(f"{source.path} cannot be loaded as {name}: {brief(error)}") from error
+        raise DiffalignError(f"{source.path} cannot be loaded as {wanted.__name__}: {brief(error)}") from error

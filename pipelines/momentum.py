@@ -14,7 +14,7 @@ from diffalign.pipelines.adapters import LORA_FILE, lora_file
 def extrapolate(
     now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor] | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """(A, B) of rank r whose product is nearest to (1 + m) B A - m B' A', of one layer; A [r, ...], B [out, r, ...].
+    """Return (A, B) of rank r with B A nearest to (1 + m) B A - m B' A' of one layer; A [r, ...], B [out, r, ...].
 
     Nearest by the singular values: two LoRAs of rank r differ by rank 2 r, and the next round trains one of rank r again.
     `before` None stands for no change yet, so the result is (1 + m) B A exactly.

@@ -24,7 +24,7 @@ TIME_SAMPLERS = ("uniform", "logit_normal")
 
 
 def _like(values: Tensor, latents: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1] on the latents' device, so that it multiplies [B, C, h, w]."""
+    """Reshape [B] to [B, 1, 1, 1] on the latents' device, so that it multiplies [B, C, h, w]."""
     return values.to(latents.device, torch.float32).reshape(-1, *([1] * (latents.dim() - 1)))
 
 
@@ -45,44 +45,44 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a(t), s(t), each [B] float32 on t's device."""
+        """Return a(t) and s(t), each [B] float32 on t's device."""
 
     @abstractmethod
     def model_time(self, t: Tensor) -> Tensor:
-        """What the network takes as its time input, [B] float32."""
+        """Return what the network takes as its time input, [B] float32."""
 
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
-        """[steps + 1] float32, noisiest first, `clean` last: the times that the diffusers pipeline visits."""
+        """Return the times that the diffusers pipeline visits: [steps + 1] float32, noisiest first, `clean` last."""
 
     @abstractmethod
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network would predict, [B, C, h, w] float32."""
+        """Return what a perfect network would predict, [B, C, h, w] float32."""
 
     @abstractmethod
     def x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that a prediction implies, [B, C, h, w] float32."""
+        """Return the clean latent that a prediction implies, [B, C, h, w] float32."""
 
     @abstractmethod
     def epsilon(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction implies, [B, C, h, w] float32."""
+        """Return the noise that a prediction implies, [B, C, h, w] float32."""
 
     @abstractmethod
     def error_scale(self, t: Tensor, space: str = "native") -> Tensor:
-        """[B]: factor that turns a squared error of the native prediction into one of epsilon or x0 at the same x_t."""
+        """Return the factor [B] from a squared error of the native prediction to one of epsilon or x0 at the same x_t."""
 
     @abstractmethod
     def _time_of(self, fraction: Tensor) -> Tensor:
-        """[B] float64 in (0, 1) -> times [B] float32."""
+        """Turn fractions [B] float64 in (0, 1) into times [B] float32."""
 
     def initial(self, noise: Tensor) -> Tensor:
-        """Unit noise -> the latent at `schedule(steps)[0]`, as the diffusers pipeline starts."""
+        """Turn unit noise into the latent at `schedule(steps)[0]`, as the diffusers pipeline starts."""
         return noise.float()
 
     # --- what follows from it ----------------------------------------------------------------------------------
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = a(t) x0 + s(t) noise."""
+        """Return x_t = a(t) x0 + s(t) noise."""
         a, s = self.coefficients(t)
         return _like(a, x0) * x0.float() + _like(s, x0) * noise.float()
 
@@ -105,7 +105,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None = None) -> Tensor:
-        """One sampling step from time t to the less noisy t_next, [B, C, h, w] float32.
+        """Take one sampling step from time t to the less noisy t_next, [B, C, h, w] float32.
 
         Without `noise` it is deterministic: DDIM (Song et al. 2021, eq. 12, eta = 0) or Euler on the flow. With unit
         `noise` it is ancestral: DDIM with eta = 1, or, for a flow, x0 noised again to t_next.
@@ -117,17 +117,17 @@ class NoiseProcess(ABC):
         prediction: Tensor,
         t: Tensor,
         t_next: Tensor,
-        seen: tuple[Tensor, Tensor] | None = None,
+        predicted_at: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The deterministic step towards more noise: x at time t goes to t_next > t. `t` may be `clean` or `noiseless`.
+        """Take the deterministic step towards more noise: x at time t goes to t_next > t. `t` may be `clean` or `noiseless`.
 
-        `seen` is the latent and the time that the prediction was made at, where these are not (x, t): what a sampler
+        predicted_at: the latent and the time at which the prediction was made, where these are not (x, t): what a sampler
         holds constant over a step (epsilon, or a flow's velocity) is read off there.
         """
         return self.step(x, prediction, t, t_next)
 
     def invertible_times(self, t: Tensor, steps: int) -> Tensor:
-        """Times [B] as near to t as inversion in `steps` steps can tell the noise: here, t itself."""
+        """Return the times [B] nearest to t at which inversion in `steps` steps determines the noise: here, t itself."""
         return t
 
 
@@ -179,14 +179,14 @@ class Diffusion(NoiseProcess):
         self._tables = {torch.device("cpu"): (self.alphas_cumprod, sigmas)}
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """abar and sigma [T] on a device; kept, so that a step on a GPU needs no transfer."""
+        """Return abar and sigma [T] on a device; kept, so that a step on a GPU needs no transfer."""
         if device not in self._tables:
             abar, sigmas = self._tables[torch.device("cpu")]
             self._tables[device] = abar.to(device), sigmas.to(device)
         return self._tables[device]
 
     def alpha_cumprod(self, t: Tensor) -> Tensor:
-        """abar [B] float32 at timesteps t [B]; 1 at `noiseless`, and `final_alpha_cumprod` at others below 0."""
+        """Return abar [B] float32 at timesteps t [B]; 1 at `noiseless`, and `final_alpha_cumprod` at others below 0."""
         abar, sigmas = self._table(t.device)
         times = t.detach().to(torch.float64)
         low = times.floor().clamp(0, self.timesteps - 1).long()
@@ -269,9 +269,9 @@ class Diffusion(NoiseProcess):
         prediction: Tensor,
         t: Tensor,
         t_next: Tensor,
-        seen: tuple[Tensor, Tensor] | None = None,
+        predicted_at: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        latent, time = seen or (x, t)
+        latent, time = predicted_at or (x, t)
         epsilon = self.epsilon(latent, prediction, time)
         (a, s), (a_next, s_next) = self.coefficients(t), self.coefficients(t_next)
         x0 = (x.float() - _like(s, x) * epsilon) / _like(a, x)

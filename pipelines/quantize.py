@@ -43,7 +43,7 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Int8Linear:
-        """The same layer within half a step of its rows' scales."""
+        """Quantise a layer: the same one within half a step of its rows' scales."""
         new = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         new.bias = layer.bias
         wide = layer.weight.detach().float()
@@ -64,8 +64,11 @@ class Int8Linear(nn.Linear):
 
 
 def _cast_as_autocast_would(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """bitsandbytes gives its output the type of its input. Norms come out of autocast in float32, so without this all that
-    follows them would be float32 too, and activations twice as large."""
+    """Cast the input of a bitsandbytes layer, which gives its output the type of its input.
+
+    Norms come out of autocast in float32, so without this all that follows them would be float32 too, and activations twice
+    as large.
+    """
     x, *rest = inputs
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
@@ -110,12 +113,12 @@ def quantize_blocks(trunk: nn.Module, kind: str, blocks: Sequence[str], device: 
 
 
 def is_quantized(trunk: nn.Module) -> bool:
-    """Whether some weights are stored as whole numbers."""
+    """Return whether some weights are stored as whole numbers."""
     return any(not p.is_floating_point() for p in trunk.parameters())
 
 
 def number_of_weights(trunk: nn.Module) -> int:
-    """How many numbers the frozen trunk has, however many bits each takes."""
+    """Count the weights of the frozen trunk, however many bits each takes."""
     total = 0
     for name, parameter in trunk.named_parameters():
         if ".lora_" not in name:
@@ -125,8 +128,10 @@ def number_of_weights(trunk: nn.Module) -> int:
 
 
 def as_shapes(trunk: nn.Module) -> None:
-    """4-bit layers as 8-bit ones on the meta device, where bitsandbytes does not run: forward and backward of both unpack
-    one layer at a time, so their activations are alike."""
+    """Replace 4-bit layers by 8-bit ones on the meta device, where bitsandbytes does not run.
+
+    Forward and backward of both unpack one layer at a time, so their activations are alike.
+    """
     for parent in list(trunk.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer).__name__ == "Linear4bit":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import brief
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-def replace_scheduler(pipeline: Any, name: str, options: dict[str, Any]) -> None:
-    """Give a diffusers pipeline another sampler, built from the settings of its own; `options` replace some of them.
+
+def replace_scheduler(pipeline: DiffusionPipeline, name: str, options: Mapping[str, object]) -> None:
+    """Give a diffusers pipeline another sampler with the settings of the one it has; `options` replace some of them.
 
     A rectified-flow model takes flow_euler or flow_heun and others do not: the wrong kind would draw noise without an
     error, so it is refused (DiffalignError).

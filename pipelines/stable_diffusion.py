@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,11 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.process import Diffusion
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-def diffusion_process(scheduler: Any) -> Diffusion:
+
+def diffusion_process(scheduler: SchedulerMixin) -> Diffusion:
     """Read prediction type, zero terminal SNR and timestep layout from a diffusers scheduler.
 
     Raises DiffalignError for schedulers without a table of alphas (EDM) and for what `Diffusion` refuses.
@@ -44,7 +47,7 @@ class _UNetBackbone(Backbone):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
 
-    def build_process(self, scheduler: Any) -> Diffusion:
+    def build_process(self, scheduler: SchedulerMixin) -> Diffusion:
         if self.pipeline.unet.config.get("time_cond_proj_dim") is not None:
             raise DiffalignError(f"{self.path}: guidance-distilled models (LCM) cannot be trained; use the base model")
         return diffusion_process(scheduler)
@@ -61,15 +64,24 @@ class _UNetBackbone(Backbone):
     def prompt_tokens(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length)
 
+    def middle_block(self) -> nn.Module:
+        return self.pipeline_trunk.get_submodule("mid_block")
+
 
 class StableDiffusion15(_UNetBackbone):
     """StableDiffusionPipeline: one CLIP text encoder. Conditioning: prompt_embeds [B, L, D]."""
 
     family: ClassVar[str] = "sd15"
+    loading_options: ClassVar[dict[str, bool]] = {"requires_safety_checker": False}
+    conditioning: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    encoder_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+    kohya_base: ClassVar[str | None] = "sd_v1"
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
-        return {"prompt_embeds": embeds}
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusionPipeline]:
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline
 
     def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         output: Tensor = module(noisy, time, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
@@ -84,12 +96,15 @@ class StableDiffusionXL(_UNetBackbone):
     """
 
     family: ClassVar[str] = "sdxl"
+    loading_options: ClassVar[dict[str, bool]] = {"add_watermarker": False}
+    kohya_base: ClassVar[str | None] = "sdxl_base_v1-0"
+    kohya_blocks: ClassVar[str] = "sgm"
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusionXLPipeline]:
+        from diffusers import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline
 
     def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         height, width = (side * self.vae_scale_factor for side in noisy.shape[-2:])

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.options import Options, SD3Options
 from diffalign.pipelines.process import Flow
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, StableDiffusion3Pipeline
 
 DEFAULT_T5_TOKENS = 256
 
 
-class StableDiffusion3(Backbone):
+class StableDiffusion3(TransformerBackbone):
     """StableDiffusion3Pipeline. Conditioning: prompt_embeds [B, L_clip + L_t5, D] and pooled_prompt_embeds [B, P].
 
-    Without T5 its L_t5 positions are zeros, as diffusers has it. `max_sequence_length` is L_t5; unset, it is the
-    tokenizer's own limit if that is shorter than diffusers' default of 256.
+    Without T5 its L_t5 positions are zeros, as diffusers has it. The option `max_sequence_length` is L_t5; unset, it is
+    the tokenizer's own limit if that is shorter than diffusers' default of 256.
     """
 
     family: ClassVar[str] = "sd3"
-    trunk_name: ClassVar[str] = "transformer"
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+    scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
 
-    def build_process(self, scheduler: Any) -> Flow:
+    options: SD3Options
+
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusion3Pipeline]:
+        from diffusers import StableDiffusion3Pipeline
+
+        return StableDiffusion3Pipeline
+
+    @classmethod
+    def left_out(cls, options: Options) -> tuple[str, ...]:
+        return () if isinstance(options, SD3Options) and options.use_t5 else cls.optional
+
+    def build_process(self, scheduler: SchedulerMixin) -> Flow:
         config = scheduler.config
         name = type(scheduler).__name__
         if "FlowMatch" not in name:
@@ -44,46 +61,29 @@ class StableDiffusion3(Backbone):
         )
 
     @property
-    def pipeline_trunk(self) -> nn.Module:
-        trunk: nn.Module = self.pipeline.transformer
-        return trunk
-
-    @pipeline_trunk.setter
-    def pipeline_trunk(self, module: nn.Module) -> None:
-        self.pipeline.transformer = module
-
-    @property
     def max_side(self) -> int:
         """Its table of positions ends somewhere."""
         config = self.pipeline.transformer.config
         return int(config.pos_embed_max_size) * int(config.patch_size) * self.vae_scale_factor
 
     def t5_tokens(self) -> int:
-        if self.max_sequence_length is not None:
-            return self.max_sequence_length
+        if self.options.max_sequence_length is not None:
+            return self.options.max_sequence_length
         tokenizer = self.pipeline.tokenizer_3
         return DEFAULT_T5_TOKENS if tokenizer is None else min(DEFAULT_T5_TOKENS, int(tokenizer.model_max_length))
 
     def prompt_tokens(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length) + self.t5_tokens()
 
-    def sampling_options(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.t5_tokens()}
 
-    def encoding_options(self) -> dict[str, Any]:
-        return {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.t5_tokens()}
+    def call_options(self) -> dict[str, object]:
+        length = self.options.max_sequence_length
+        return {} if length is None else {"max_sequence_length": length}
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_tokens(),
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    def encoding_options(self) -> dict[str, object]:
+        return {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.t5_tokens()}
 
     def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         output: Tensor = module(

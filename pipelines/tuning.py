@@ -12,14 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
 from diffalign.pipelines.quantize import is_quantized
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 ROLES = ("policy", "reference", "student", "teacher", "fake")
 SAME_AS = {"student": "policy", "teacher": "reference"}
@@ -52,11 +56,11 @@ class Tunable(ABC):
     blocks: ClassVar[tuple[str, ...]]
     """Class names of the layers that repeat and hold nearly all weights: what is quantised, compiled and sharded."""
 
-    pipeline: Any
+    pipeline: DiffusionPipeline
     trunk: nn.Module
     """The policy's trunk."""
-    _model: Any
-    """The same module, for what diffusers' ModelMixin adds to nn.Module."""
+    _model: ModelMixin
+    """The same module, for what diffusers adds to nn.Module."""
     tuning: str | None = None
     """None, "lora" or "full"."""
     _full_reference: nn.Module | None = None
@@ -72,7 +76,8 @@ class Tunable(ABC):
     def pipeline_trunk(self, module: nn.Module) -> None: ...
 
     @staticmethod
-    def _base_dtype(trunk: nn.Module) -> torch.dtype:
+    def base_dtype(trunk: nn.Module) -> torch.dtype:
+        """Return the dtype of the trunk's own weights, whatever that of an adapter in it."""
         return next(p.dtype for n, p in trunk.named_parameters() if ".lora_" not in n and p.is_floating_point())
 
     def add_lora(
@@ -87,8 +92,8 @@ class Tunable(ABC):
         """Train a LoRA: the policy is an adapter in float32, the reference the bare base.
 
         `targets`: names of layers (None: the family's attention projections). `init`: start from a saved LoRA, which
-        also becomes the frozen reference unless told otherwise; its rank and alpha must be those given. Raises
-        DiffalignError for targets that match nothing and for a LoRA that does not fit.
+        also becomes the frozen reference, unless `init_is_reference` is false; its rank and alpha must be those given.
+        Raises DiffalignError for targets that match nothing and for a LoRA that does not fit.
         """
         self._require_untuned()
         if init is None:
@@ -102,7 +107,7 @@ class Tunable(ABC):
         self.tuning = "lora"
 
     def _activate_policy(self) -> None:
-        """Only the policy adapter is active and trainable. Called outside any graph, so switching is safe here."""
+        """Activate the policy adapter and let it alone train. Called outside any graph, so switching is safe here."""
         self._model.set_adapter(adapters.POLICY)
         for name, parameter in self.trunk.named_parameters():
             parameter.requires_grad_(f".{adapters.POLICY}." in name and ".lora_" in name)
@@ -120,13 +125,14 @@ class Tunable(ABC):
             )
         if init is not None:
             self.load_weights(init)
+        align_weights(self.trunk)  # the untrained policy must equal its reference to the last bit
         if keep_reference:
             self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
         self.trunk.float().requires_grad_(True)
         self.tuning = "full"
 
     def trunks(self) -> list[nn.Module]:
-        """The policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
+        """Return the policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
         return [trunk for trunk in (self.trunk, self._full_reference) if trunk is not None]
 
     def compile_blocks(self, dynamic: bool = False, backend: str = "inductor") -> None:
@@ -146,7 +152,7 @@ class Tunable(ABC):
                     module.compile(dynamic=dynamic, backend=backend)
 
     def add_fake(self, seed: int = 0) -> None:
-        """A second trained network beside the policy, equal to the reference at first: role "fake" of distillation.
+        """Add a second trained network beside the policy, equal to the reference at first: role "fake" of distillation.
 
         Of the policy's kind: an adapter of the same rank and targets, or a float32 copy of the trunk. Call it once, after
         `add_lora` or `enable_full` and before anything is trained.
@@ -200,7 +206,7 @@ class Tunable(ABC):
 
     @contextmanager
     def whole_graph(self) -> Iterator[None]:
-        """The trunk's own gradient checkpointing off inside the block, whose graph may then be followed back after it.
+        """Switch the trunk's gradient checkpointing off inside the block, so that backward may run after it.
 
         For a reference that passes a gradient on to its input: checkpointing would repeat its forward in the backward pass,
         when the policy's adapter is active again.
@@ -225,7 +231,7 @@ class Tunable(ABC):
         return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
 
     def trainable(self, role: str = "policy") -> dict[str, nn.Parameter]:
-        """The parameters of the policy (student) or of the fake network that train, float32, by stable name, sorted."""
+        """Return the parameters that train of the policy (student) or the fake network: float32, by stable name, sorted."""
         if role == "fake" and self._full_fake is not None:
             return dict(sorted(self._full_fake.named_parameters()))
         if role == "fake":
@@ -248,7 +254,7 @@ class Tunable(ABC):
         else:
             self.save_trunk(self._model, folder)
 
-    def save_trunk(self, trunk: Any, folder: str | Path) -> None:
+    def save_trunk(self, trunk: ModelMixin, folder: str | Path) -> None:
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
         with quiet_progress():
             trunk.save_pretrained(Path(folder) / self.trunk_name)
@@ -274,7 +280,7 @@ class Tunable(ABC):
 
         kind: Any = type(self.trunk)
         try:
-            loaded = kind.from_pretrained(folder, dtype=self._base_dtype(self.trunk), use_safetensors=True)
+            loaded = kind.from_pretrained(folder, dtype=self.base_dtype(self.trunk), use_safetensors=True)
             self.trunk.load_state_dict(loaded.state_dict())
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise DiffalignError(f"{folder}: these weights do not fit the model ({adapters.brief(error)})") from error

@@ -6,8 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.plugins import find_class, offered_names
 from diffalign.rewards.aesthetic import Aesthetic
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import LABEL, Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
@@ -37,28 +38,68 @@ REWARDS: dict[str, type[Reward]] = {
 }
 
 
+GROUP = "diffalign.rewards"
+"""The entry points by which other packages offer rewards."""
+REQUIRED = ("name", "columns", "range", "licence", "weights")
+
+
+def find_reward(name: str) -> type[Reward]:
+    """Return the class of a reward: ours by its name, another package's by its entry point or as `module:Class`.
+
+    A reward has one name, the `name` of its class: columns and files are called by it, and its entry point must be. Raises
+    DiffalignError for an unknown name, and for a class that is no reward or does not state what a reward states.
+    """
+    found = find_class(name, REWARDS, GROUP, Reward)
+    if name in REWARDS:
+        return found
+    missing = [one for one in REQUIRED if one not in dir(found)]
+    if missing or inspect.isabstract(found):
+        lacks = missing[0] if missing else "measure"
+        raise DiffalignError(f"{name}: {found.__name__} is no complete reward, it has no {lacks}")
+    if not LABEL.fullmatch(found.name):
+        raise DiffalignError(f"{name}: its class calls itself {found.name!r}; use letters, digits, - and _ alone")
+    if ":" not in name and found.name != name:
+        raise DiffalignError(f"{name}: its class calls itself {found.name!r}; give the entry point the same name")
+    return found
+
+
+def foreign_rewards() -> tuple[dict[str, type[Reward]], list[str]]:
+    """Return the rewards that other packages offer, by name, and in one line each why others cannot be used."""
+    found, problems = {}, []
+    for name in offered_names(GROUP):
+        try:
+            if name in REWARDS:
+                raise DiffalignError(
+                    f"{name}: another package gives its reward the name of ours; write its module:Class"
+                )
+            found[name] = find_reward(name)
+        except DiffalignError as error:
+            problems.append(str(error))
+    return found, problems
+
+
 def load_reward(name: str, **options: Any) -> Reward:
     """Build a reward by name; `options` are its own arguments (GenEval: `detector` and its thresholds).
 
     Raises DiffalignError for a name or an option that does not exist. Weights load with the first image.
     """
-    if name not in REWARDS:
-        close = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(REWARDS)}"
-        raise DiffalignError(f"unknown reward {name!r}: {hint}")
+    kind = find_reward(name)
     known = accepted(name)
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"its settings are {', '.join(sorted(known)) or 'none'}"
             raise DiffalignError(f"reward {name}: unknown option {option!r}; {hint}")
-    return REWARDS[name](**options)
+    return kind(**options)
 
 
 def accepted(name: str) -> set[str]:
-    """Names of the options of a reward: those of its own constructor, and of those that it hands keywords on to."""
+    """Return the names of a reward's options: its constructor's, and those of the constructors that get its keywords.
+
+    Raises DiffalignError for an unknown name.
+    """
     known = {field.name for field in fields(GenEvalSettings)} if name == "geneval" else set()
-    for kind in REWARDS[name].__mro__:
+    for kind in find_reward(name).__mro__:
         own = vars(kind).get("__init__")
         if own is None:
             continue
@@ -71,4 +112,24 @@ def accepted(name: str) -> set[str]:
     return known
 
 
-__all__ = ["REWARDS", "Detection", "Detector", "GenEvalReward", "OCRReward", "Reward", "accepted", "load_reward"]
+def takes(name: str, option: str) -> bool:
+    """Return whether a reward has an option; False for an unknown name, which `load_reward` refuses."""
+    try:
+        return option in accepted(name)
+    except DiffalignError:
+        return False
+
+
+__all__ = [
+    "REWARDS",
+    "Detection",
+    "Detector",
+    "GenEvalReward",
+    "OCRReward",
+    "Reward",
+    "accepted",
+    "find_reward",
+    "foreign_rewards",
+    "load_reward",
+    "takes",
+]

@@ -1,23 +1,26 @@
 """LAION's aesthetic predictor v2 (improved-aesthetic-predictor): an affine head on OpenAI's CLIP ViT-L/14.
 
-OpenAI's CLIP uses QuickGELU. open_clip's `ViT-L-14` with pretrained="openai" only warns and runs with GELU, which a third party
-measured to shift such scores by 0.6. transformers' copy of the model says quick_gelu in its config; a copy that does not is
-refused here.
+OpenAI's CLIP uses QuickGELU. open_clip's `ViT-L-14` with pretrained="openai" only warns and runs with GELU, which a
+third party measured to shift such scores by 0.6. transformers' copy of the model has quick_gelu in its config; a copy
+that does not is refused.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 
-from diffalign.rewards.clip import L14, ClipReward, quick_gelu
+from diffalign.rewards.clip import L14, ClipOptions, ClipReward, quick_gelu
 from diffalign.rewards.published_weights import fetch, fill, fingerprint, load_state, pretrained
 
 HEAD_REPO, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
 
 def linear_head(width: int, sizes: tuple[int, ...], dropouts: tuple[float, ...]) -> nn.Sequential:
-    """Linear layers with dropout between and no activation: an affine map, as published. Places match the checkpoints'."""
+    """Return linear layers with dropout between and no activation: an affine map, as published.
+
+    Layer numbers match the checkpoints'.
+    """
     layers: list[nn.Module] = []
     for i, size in enumerate(sizes):
         layers.append(nn.Linear(width, size))
@@ -28,7 +31,7 @@ def linear_head(width: int, sizes: tuple[int, ...], dropouts: tuple[float, ...])
 
 
 class AestheticModel(nn.Module):
-    """CLIP and the head under one module, so that they move together."""
+    """CLIP and the head in one module, so that they move together."""
 
     def __init__(self, clip: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -36,9 +39,9 @@ class AestheticModel(nn.Module):
 
 
 class Aesthetic(ClipReward):
-    """About 1 to 10, most pictures 4 to 7; the prompt is not read.
+    """About 1 to 10, most images 4 to 7; the prompt is not read.
 
-    weights: a local copy of the head `sac+logos+ava1-l14-linearMSE.pth`; without it the copy at trl-lib's hub repository.
+    weights: a local copy of the head `sac+logos+ava1-l14-linearMSE.pth`; default: the copy in trl-lib's hub repository.
     clip: a local copy of openai/clip-vit-large-patch14.
     """
 
@@ -55,12 +58,13 @@ class Aesthetic(ClipReward):
     reads = ()
     rounding = "round"
 
-    def __init__(self, *, clip: str | Path | None = None, **shared: Any) -> None:
+    def __init__(self, *, clip: str | Path | None = None, **shared: Unpack[ClipOptions]) -> None:
         super().__init__(**shared)
         self.local_clip = clip
 
     @property
     def clip_path(self) -> Path:
+        """The folder of CLIP."""
         return fetch(self.name, L14, None, "main", self.local_clip, "clip")
 
     def weights_id(self) -> str:

@@ -1,4 +1,4 @@
-"""From several rewards to one number an image: pure functions of numpy arrays.
+"""Combine several rewards into one number an image: pure functions of numpy arrays.
 
 Scores are [R rewards, K images of one prompt], NaN where a reward could not score. No function mixes prompts.
 """
@@ -12,12 +12,12 @@ from diffalign.errors import DiffalignError
 
 
 def vote_shares(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Share of won comparisons of each image, [K] in [0, 1], from scores [R rewards, K images] (Syn-Pic: RankDPO, arXiv
-    2410.18013, section 3.2).
+    """Return the share of won comparisons of each image, [K] in [0, 1], from scores [R rewards, K images].
 
-    Every reward compares every pair; only a strictly higher score wins, so a tie gives nobody a vote. A pair with a NaN
-    casts no vote and leaves the denominator; an image that was never compared gets 0. No reward is rescaled: any
-    increasing transform of any reward leaves the shares unchanged. `weights` [R]: how many votes each reward has.
+    Syn-Pic: RankDPO, arXiv 2410.18013, section 3.2. Every reward compares every pair; only a strictly higher score
+    wins, so a tie gives neither a vote. A pair with a NaN casts no vote and is not counted in the denominator; an image
+    that was never compared gets 0. No reward is rescaled: any increasing transform of any reward leaves the shares
+    unchanged. weights: [R], how many votes each reward has.
     """
     a, b = scores[:, :, None], scores[:, None, :]
     known = np.isfinite(a) & np.isfinite(b) & ~np.eye(scores.shape[1], dtype=bool)
@@ -31,10 +31,10 @@ def vote_shares(scores: np.ndarray, weights: np.ndarray | None = None) -> np.nda
 
 @dataclass(frozen=True)
 class Calibration:
-    """Centre and spread of a reward over a whole dataset, to be stored beside whatever was made with them.
+    """Centre and spread of a reward over a whole dataset, stored with whatever was made with them.
 
-    Raw scores of different rewards lie orders of magnitude apart (HPSv2 near 0.28, PickScore near 21); these constants put
-    them on one scale without looking at the group, so the strength of a preference survives.
+    Raw scores of different rewards differ by orders of magnitude (HPSv2 near 0.28, PickScore near 21). These constants
+    put them on one scale that does not depend on the group, so the strength of a preference is kept.
     """
 
     mean: float
@@ -42,7 +42,7 @@ class Calibration:
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Calibration":
-        """Population mean and standard deviation of all finite scores. Raises DiffalignError where there is no spread."""
+        """Return population mean and standard deviation of all finite scores. Raises DiffalignError without spread."""
         known = np.asarray(scores, dtype=np.float64)
         known = known[np.isfinite(known)]
         if len(known) < 2 or not known.std() > 0:
@@ -50,11 +50,12 @@ class Calibration:
         return cls(float(known.mean()), float(known.std()))
 
     def apply(self, scores: np.ndarray) -> np.ndarray:
+        """Return (scores - mean) / std."""
         return (np.asarray(scores, dtype=np.float64) - self.mean) / self.std
 
 
 def weighted_sum(scores: np.ndarray, weights: Sequence[float], calibrations: Sequence[Calibration]) -> np.ndarray:
-    """sum_r w_r (s_r - mean_r) / std_r, [K]; NaN for an image that any reward of weight above 0 could not score."""
+    """Return sum_r w_r (s_r - mean_r) / std_r, [K]; NaN if a reward with a weight above 0 could not score the image."""
     w = _weights(scores, weights)
     if len(calibrations) != len(scores):
         raise DiffalignError(f"{len(scores)} rewards and {len(calibrations)} calibrations; each reward needs its own")
@@ -64,12 +65,13 @@ def weighted_sum(scores: np.ndarray, weights: Sequence[float], calibrations: Seq
 
 
 def dvao(scores: np.ndarray, weights: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """DVAO (arXiv 2605.25604): (advantages [K], effective weights [R]) of one group.
+    """Return (advantages [K], effective weights [R]) of one group by DVAO (arXiv 2605.25604).
 
-    A = sum_k w~_k (r_k - mean r_k) / sigma_k with w~_k = w_k sigma_k / sum_l w_l sigma_l and the population standard deviation
-    (a std, despite the method's name). This equals the centred weighted sum of raw rewards over sum_l w_l sigma_l, so it ranks
-    a group as a plain sum of raw rewards does: put rewards on one scale first, and expect no effect on losses that use
-    only the order. A group without any spread gets zeros. A NaN in a reward is a NaN in the advantage.
+    A = sum_k w~_k (r_k - mean r_k) / sigma_k with w~_k = w_k sigma_k / sum_l w_l sigma_l and the population standard
+    deviation (a std, despite the method's name). This equals the centred weighted sum of raw rewards over sum_l w_l
+    sigma_l, so it ranks a group as a plain sum of raw rewards does: put rewards on one scale first, and expect no
+    effect on losses that use only the order. A group without any spread gets zeros. A NaN in a reward is a NaN in the
+    advantage.
     """
     w = _weights(scores, weights if weights is not None else [1.0] * len(scores))
     spread = w * np.array([row[np.isfinite(row)].std() if np.isfinite(row).any() else 0.0 for row in scores])
@@ -82,11 +84,11 @@ def dvao(scores: np.ndarray, weights: Sequence[float] | None = None) -> tuple[np
 
 
 def gated(preferences: np.ndarray, passed: np.ndarray) -> np.ndarray:
-    """Constraints first, preferences among those that pass: a score whose order is that, [K].
+    """Return a score [K] whose order puts constraints first and preferences among those that pass equally many.
 
-    preferences: [K], higher is better. passed: bool [C constraints, K]. Whoever passes more constraints comes first, whatever
-    its preference; among equals the preference decides. Returned are the number of passed constraints plus the
-    preference's rank in [0, 1) (ties share their rank), so no scale has to be chosen. NaN stays NaN.
+    preferences: [K], higher is better. passed: bool [C constraints, K]. An image that passes more constraints comes
+    first, whatever its preference; among equals the preference decides. The score is the number of passed constraints
+    plus the preference's rank in [0, 1) (ties share their rank), so no scale has to be chosen. NaN stays NaN.
     """
     preferences = np.asarray(preferences, dtype=np.float64)
     known = np.isfinite(preferences)
@@ -95,14 +97,14 @@ def gated(preferences: np.ndarray, passed: np.ndarray) -> np.ndarray:
     return np.where(known, np.asarray(passed, dtype=bool).sum(axis=0) + rank, np.nan)
 
 
-def corrected_score(task: np.ndarray, quality: np.ndarray, offset: float = 0.2) -> np.ndarray:
-    """GDRO's corrected score r (u - 3) + 0.2 (arXiv 2601.02036), elementwise, NaN where either is.
+def corrected_score(task: np.ndarray, quality: np.ndarray, centre: float = 3.0, offset: float = 0.2) -> np.ndarray:
+    """Return GDRO's corrected score r (u - centre) + offset (arXiv 2601.02036, section 5), elementwise, NaN where either is.
 
-    task: OCR or GenEval scores. quality: u, the mean of UnifiedReward 2.0's alignment, coherence and style, each 1 to 5. The
-    paper adds 0.2 for its plots only. It does not say whether a table averages before or after: mean(r (u - 3)) is not
-    mean(r) (mean(u) - 3), so say which one you print.
+    task: r, OCR or GenEval scores. quality: u, the mean of UnifiedReward 2.0's alignment, coherence and style, each 1 to 5 and
+    mostly 3 to 4. The paper has centre 3 and adds 0.2 for its plots only. It does not say whether a table averages before or
+    after: mean(r (u - 3)) is not mean(r) (mean(u) - 3), so say which one you print.
     """
-    return np.asarray(task) * (np.asarray(quality) - 3.0) + offset
+    return np.asarray(task) * (np.asarray(quality) - centre) + offset
 
 
 def _weights(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:

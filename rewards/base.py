@@ -1,5 +1,6 @@
-"""The seam that every reward stands behind."""
+"""Define the interface of every reward."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -10,21 +11,25 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 
+LABEL = re.compile(r"[A-Za-z0-9_-]+")
+"""The form of a reward's name: columns and files are called by it."""
 Metadata = dict[str, Any]
+"""What a prompt file says of a prompt, such as GenEval's tag, include and exclude."""
 Prepared = Image.Image | Tensor
-"""What `prepare` makes of an image: the image itself, or the tensor that a network takes."""
+"""A prepared image: the image itself, or the tensor that a network takes."""
 
 
 class Reward(ABC):
     """Scores images against their prompts. Higher is better; NaN where an image cannot be scored.
 
+    name: what its columns and files are called, in letters, digits, - and _.
     columns: what `measure` returns, the score first; NAME@LEVEL is a bin of a distribution, which no summary shows.
-    range: the score's bounds. usual: where most pictures lie, if the bounds do not say. licence, weights: of what it runs on.
-    requires: what must be installed besides diffalign. version: changes whenever scores may. source: paper or code that
-    defines it. size: what the weights take. reads: what a score depends on besides the image.
-    preprocessing: how pixels become the model's input. reasons: after a call, why image i was not scored ("" where it was).
+    range: the score's bounds. usual: where most images lie, if the bounds do not say. licence, weights: of the model it
+    runs. requires: what must be installed besides diffalign. version: changes whenever scores may. source: paper or
+    code that defines it. size: size of the weights. reads: what a score depends on besides the image. preprocessing:
+    how pixels become the model's input. reasons: after a call, why image i was not scored ("" if it was).
 
-    Building a reward loads nothing: weights come with the first image, or with `identity`, which names them.
+    Building a reward loads nothing: weights are loaded with the first image, or by `identity`, which names them.
     """
 
     name: ClassVar[str]
@@ -44,43 +49,46 @@ class Reward(ABC):
     reasons: list[str]
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None) -> Tensor:
-        """The first column of `measure`: float32 [B]."""
+        """Return the first column of `measure`: float32 [B]."""
         return self.measure(images, prompts, metadata)[self.columns[0]]
 
     @abstractmethod
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        """Every column, each float32 [B]."""
+        """Return every column, each float32 [B]. Raises DiffalignError if it cannot score these prompts at all."""
 
     def prepare(self, image: Image.Image) -> Prepared:
-        """The part of the preprocessing that needs no model, so that it can run in the threads that decode."""
+        """Do the part of the preprocessing that needs no model, so that decoding threads can run it."""
         return image
 
     def measure_prepared(
         self, items: Sequence[Any], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        """`measure` of what `prepare` returned."""
+        """Return `measure` of what `prepare` returned."""
         return self.measure(list(items), prompts, metadata)
 
     def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """The score of float pixels [B, 3, H, W] in [0, 1], float32 [B], with its gradient to the pixels."""
+        """Return the score of float pixels [B, 3, H, W] in [0, 1], float32 [B], with its gradient to the pixels.
+
+        Raises DiffalignError if the reward is not differentiable.
+        """
         raise DiffalignError(f"reward {self.name} is not differentiable; `diffalign rewards` lists those that are")
 
-    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
-        """Why an image with this prompt cannot be scored, "" if it can: known before anything is decoded."""
+    def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
+        """Return why an image with this prompt cannot be scored, "" if it can. Nothing is decoded for that."""
         return "no prompt" if "prompt" in self.reads and not (prompt or "").strip() else ""
 
     def options(self) -> dict[str, Any]:
-        """The options that change a score."""
+        """Return the options that change a score."""
         return {}
 
     def weights_id(self) -> str:
-        """Which weights these are, revision or fingerprint included."""
+        """Return which weights these are, with revision or fingerprint."""
         return self.weights
 
     def identity(self) -> dict[str, Any]:
-        """What a score depends on besides image, prompt and metadata: two equal identities give equal scores."""
+        """Return what a score depends on besides image, prompt and metadata: equal identities give equal scores."""
         return {
             "reward": self.name,
             "version": self.version,
@@ -91,10 +99,10 @@ class Reward(ABC):
         }
 
     def free(self) -> None:
-        """Let go of weights; the next call loads them again."""
+        """Release the weights; the next call loads them again."""
         return
 
 
 def by_column(columns: tuple[str, ...], rows: list[tuple[float, ...]]) -> dict[str, Tensor]:
-    """Rows of values as one float32 tensor a column."""
+    """Return rows of values as one float32 tensor a column."""
     return {name: torch.tensor([row[i] for row in rows], dtype=torch.float32) for i, name in enumerate(columns)}

@@ -1,12 +1,12 @@
-"""Scorers on transformers' CLIPModel: PickScore, CLIPScore in its conventions, and what they share.
+"""Rewards on transformers' CLIPModel: PickScore, CLIPScore in its conventions, and what they share.
 
-In transformers 5 `get_image_features` and `get_text_features` return an object whose `pooler_output` is the projected
-embedding already; projecting it again gives a number that looks like a score and is none.
+In transformers 5 `get_image_features` and `get_text_features` return an object whose `pooler_output` is already the
+projected embedding; projecting it again gives a number that looks like a score but is wrong.
 """
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fingerprint, pretrained
 
@@ -22,15 +22,21 @@ SIDE = 224
 TOKENS = 77
 
 
+class ClipOptions(LearnedOptions, total=False):
+    """Options that every reward on a CLIP takes. tokenizer: a local copy of its folder."""
+
+    tokenizer: str | Path | None
+
+
 class ClipReward(TensorReward):
-    """Image and text embeddings of a CLIPModel folder; subclasses say what becomes of them."""
+    """A reward on image and text embeddings of a CLIPModel folder; subclasses define the score."""
 
     preprocessing = "shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
     rounding: Rounding = "floor"
     tokenizer_repo: str | None = None
-    """Where the tokenizer is if it does not lie beside the weights."""
+    """The hub repository of the tokenizer if it is not beside the weights."""
 
-    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Any) -> None:
+    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
         super().__init__(**shared)
         self.local_tokenizer = tokenizer
         self._tokenizer: Any = None
@@ -42,6 +48,7 @@ class ClipReward(TensorReward):
 
     @property
     def tokenizer(self) -> Any:
+        """The tokenizer, loaded at first use."""
         if self._tokenizer is None:
             from transformers import CLIPTokenizer
 
@@ -50,14 +57,14 @@ class ClipReward(TensorReward):
 
     @property
     def tokenizer_path(self) -> Path:
-        """Beside the weights, or a folder of its own."""
+        """The tokenizer's folder: beside the weights, or its own."""
         if self.local_tokenizer is None and any(self.path.glob("tokenizer*.json")):
             return self.path
         repo = self.tokenizer_repo or self.repo
         return fetch(self.name, repo, None, "main", self.local_tokenizer, "tokenizer", SMALL_FILES)
 
     def weights_id(self) -> str:
-        # Asked for here as well, so that a tokenizer that is missing is said before anything is scored.
+        # Included so that a missing tokenizer is reported before anything is scored.
         apart = self.reads and self.tokenizer_path != self.path
         tokenizer = f", tokenizer {fingerprint(self.tokenizer_path)}" if apart else ""
         return super().weights_id() + tokenizer
@@ -69,13 +76,13 @@ class ClipReward(TensorReward):
         return normalise(crop_square_tensor(pixels, SIDE, self.rounding))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Unit vectors, float32 [B, D]."""
+        """Return unit vectors of prepared pixels, float32 [B, D]."""
         features = self.network.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
         return F.normalize(features.float(), dim=-1)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """Unit vectors, float32 [B, D]; a prompt that comes twice is encoded once. Longer than 77 tokens is cut."""
+        """Return unit vectors of prompts, float32 [B, D]; each distinct prompt is encoded once, cut at 77 tokens."""
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
         features = self.network.get_text_features(
@@ -85,16 +92,17 @@ class ClipReward(TensorReward):
         return F.normalize(features.float(), dim=-1)[[place[p] for p in prompts]]
 
     def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """float32 [B]."""
+        """Return the cosine of each image with its prompt, float32 [B]."""
         text = self.embed_prompts(prompts)
         return (self.embed_images(pixels) * text).sum(-1)
 
 
 class PickScore(ClipReward):
-    """exp(logit_scale) cos(image, text) of a CLIP ViT-H/14 tuned on Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569).
+    """exp(logit_scale) cos(image, text) of a CLIP ViT-H/14 tuned on Pick-a-Pic (Kirstain et al. 2023, arXiv
+    2305.01569).
 
-    Two images of one prompt compare by the softmax of their scores. Flow-GRPO divides by 26 and EvalScope drops the scale;
-    neither is done here.
+    Two images of one prompt compare by the softmax of their scores. Flow-GRPO divides by 26 and EvalScope drops the
+    scale; this reward does neither.
     """
 
     name = "pickscore"
@@ -113,7 +121,7 @@ class PickScore(ClipReward):
 
 
 class Convention(NamedTuple):
-    """score = scale * cos, not below `floor`."""
+    """A definition of CLIPScore: score = max(scale * cos, floor)."""
 
     repo: str
     prefix: str
@@ -123,7 +131,9 @@ class Convention(NamedTuple):
 
 
 def quick_gelu(reward: str, folder: Path) -> Path:
-    """The folder of an OpenAI CLIP. Raises DiffalignError where it computes with another activation: then scores are others."""
+    """Return the folder of an OpenAI CLIP. Raises DiffalignError if its activation is not QuickGELU, which changes
+    scores.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
@@ -162,7 +172,7 @@ class CLIPScore(ClipReward):
     size = "0.6 GB or 1.7 GB"
     source = "arXiv 2104.08718"
 
-    def __init__(self, *, convention: str = "hessel", model: str | None = None, **shared: Any) -> None:
+    def __init__(self, *, convention: str = "hessel", model: str | None = None, **shared: Unpack[ClipOptions]) -> None:
         if convention not in CONVENTIONS:
             raise DiffalignError(f"reward clipscore: convention {convention!r}; one of {', '.join(CONVENTIONS)}")
         super().__init__(**shared)

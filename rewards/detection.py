@@ -1,4 +1,4 @@
-"""What a reward needs of an object detector, so that any detector can stand behind it."""
+"""Define what a reward needs of an object detector, so that any detector can be used."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,8 +10,8 @@ from PIL import Image
 class Detection:
     """One detected object.
 
-    box: (x1, y1, x2, y2) in pixels of the image; score: confidence in [0, 1]; color: the name of its colour, None where
-    the detector does not tell.
+    box: (x1, y1, x2, y2) in pixels of the image. score: confidence in [0, 1]. color: the name of its colour, None if
+    the detector does not name colours.
     """
 
     label: str
@@ -23,9 +23,11 @@ class Detection:
 class Detector(Protocol):
     """Finds objects and, if it can, names their colours."""
 
-    labels: tuple[str, ...]
-    colors: tuple[str, ...]
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def colors(self) -> tuple[str, ...]: ...
 
     def detect(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """The objects of each image, all classes together, in any order."""
+        """Return the objects of each image, all classes together, in any order."""
         ...

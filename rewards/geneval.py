@@ -1,9 +1,10 @@
 """GenEval (Ghosh et al. 2023, arXiv 2310.11513): does an image show the objects, counts, colours and places asked for?
 
-The decisions are pure functions of detections, so they can be tested by hand and stand on any detector. Metadata is
+The decisions are pure functions of detections, so they can be tested by hand and work with any detector. Metadata is
 GenEval's own: {"tag", "include": [{"class", "count"[, "color"][, "position": [relation, index]]}], "exclude": [...]}.
 
 Four scores, because the field uses four under one name:
+
   official  the evaluator's verdict: at least `count` of each class; only `exclude` catches too many.
   exact     equality: exactly `count` of each class, and every colour and place right.
   dense     graded, ours: the mean of terms in [0, 1]. Each include clause gives max(0, 1 - |n - count| / count) for its n
@@ -14,7 +15,7 @@ Four scores, because the field uses four under one name:
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor
@@ -31,8 +32,8 @@ Box = tuple[float, float, float, float]
 class GenEvalSettings:
     """The evaluator's constants, for Mask2Former; another detector may need other thresholds.
 
-    Confidences must lie strictly above the threshold. At most `max_objects` per class are looked at. Centre offsets are
-    shrunk by `shrink` times the boxes' sizes; a direction counts where its share of the offset is above `direction`.
+    Confidences must be strictly above the threshold. At most `max_objects` of a class are used. Offsets of centres are
+    shrunk by `shrink` times the boxes' sizes; a direction counts if its share of the offset is above `direction`.
     """
 
     threshold: float = 0.3
@@ -54,7 +55,7 @@ class Decision:
 
 
 def relations(a: Box, b: Box, settings: GenEvalSettings | None = None) -> set[str]:
-    """How box a stands to box b: any of "left of", "right of", "above", "below"; none while they are too close."""
+    """Return how box a stands to box b: any of "left of", "right of", "above", "below"; none while they are too close."""
     s = settings or GenEvalSettings()
     shrunk, offsets = [], []
     for axis in (0, 1):
@@ -73,7 +74,7 @@ def relations(a: Box, b: Box, settings: GenEvalSettings | None = None) -> set[st
 
 
 def _objects(detections: list[Detection], metadata: Metadata, s: GenEvalSettings) -> dict[str, list[Detection]]:
-    """Confident detections by class, best first."""
+    """Return confident detections by class, best first."""
     threshold = s.counting_threshold if metadata.get("tag") == "counting" else s.threshold
     kept: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
@@ -88,12 +89,12 @@ def _in_place(clause: Metadata, found: list[Detection], targets: list[Detection]
 
 
 def _official(objects: dict[str, list[Detection]], metadata: Metadata, s: GenEvalSettings) -> str:
-    """The evaluator's first reason against the image, "" if it is correct."""
+    """Return the evaluator's first reason against the image, "" if it is correct."""
     groups: list[list[Detection] | None] = []
     reason = ""
     for clause in metadata["include"]:
         name, count = clause["class"], clause["count"]
-        # Only the most confident `count` boxes are looked at, for colours and places too.
+        # Only the `count` most confident boxes are used, for colours and places too.
         found = objects.get(name, [])[:count]
         fault = ""
         if len(found) < count:
@@ -114,12 +115,13 @@ def _official(objects: dict[str, list[Detection]], metadata: Metadata, s: GenEva
 def _graded(
     objects: dict[str, list[Detection]], metadata: Metadata, s: GenEvalSettings
 ) -> tuple[list[float], list[float], bool]:
-    """Terms of `dense`, terms of `server`, and whether all is exactly as asked."""
+    """Return the terms of `dense`, the terms of `server`, and whether everything is exactly as asked."""
     dense: list[float] = []
     server: list[float] = []
     exact = True
     for clause in metadata["include"]:
         found, count = objects.get(clause["class"], []), clause["count"]
+        # The count comes first: colours and places are graded only if it is right.
         term = 1 - abs(len(found) - count) / count
         dense.append(max(0.0, term))
         server.append(term)
@@ -148,7 +150,7 @@ def _graded(
 
 
 def decide(detections: list[Detection], metadata: Metadata, settings: GenEvalSettings | None = None) -> Decision:
-    """All verdicts on the detections of one image."""
+    """Return all verdicts on the detections of one image."""
     s = settings or GenEvalSettings()
     objects = _objects(detections, metadata, s)
     reason = _official(objects, metadata, s)
@@ -159,8 +161,8 @@ def decide(detections: list[Detection], metadata: Metadata, settings: GenEvalSet
 class GenEvalReward(Reward):
     """GenEval on any detector. Score: `dense`; `official` and `exact` are 0 or 1.
 
-    detector: without one, the evaluator's own (`mask2former.Mask2FormerDetector`), to which weights, clip, revision, device and
-    dtype go. The other options are those of GenEvalSettings.
+    detector: default: the evaluator's own (`mask2former.Mask2FormerDetector`), which gets weights, clip, revision,
+    device and dtype. The other options are those of GenEvalSettings.
     """
 
     name = "geneval"
@@ -181,21 +183,23 @@ class GenEvalReward(Reward):
         revision: str = "main",
         device: str = "cpu",
         dtype: str = "float32",
-        **settings: Any,
+        **settings: float,
     ) -> None:
         self.detector = detector or Mask2FormerDetector(
             weights=weights, clip=clip, revision=revision, device=device, dtype=dtype
         )
         try:
-            self.settings = GenEvalSettings(**settings)
+            self.settings = GenEvalSettings(**cast("dict[str, Any]", settings))
         except TypeError as error:
             raise DiffalignError(
                 f"reward geneval: {error}; its settings are {', '.join(GenEvalSettings().__dict__)}"
             ) from error
         self.reasons: list[str] = []
 
-    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
-        return super().unfit(prompt, metadata) or ("" if metadata.get("include") else "no GenEval metadata (include)")
+    def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
+        return super().reason_not_scorable(prompt, metadata) or (
+            "" if metadata.get("include") else "no GenEval metadata (include)"
+        )
 
     def weights_id(self) -> str:
         return self.detector.weights_id() if isinstance(self.detector, Mask2FormerDetector) else "the detector's"

@@ -1,11 +1,11 @@
 """HPSv2 and HPSv2.1 (Wu et al. 2023, arXiv 2306.09341) on open_clip, from the published checkpoints.
 
-The score is the cosine of a ViT-H-14 tuned on human choices, without a scale (tables in the paper are 100 times it). What the
-score depends on and most ports miss: the picture is letterboxed in black, not cropped, and is resized as a float tensor.
+The score is the cosine of a ViT-H-14 tuned on human choices, without a scale (tables in the paper show 100 times it).
+Most ports miss that the image is letterboxed in black, not cropped, and is resized as a float tensor.
 """
 
 import logging
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
 from diffalign.rewards.published_weights import fill, load_state
 
@@ -22,11 +22,11 @@ FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
 class HPSv2(TensorReward):
-    """Cosine of image and prompt. Releases are not comparable with each other, nor are prompts among themselves.
+    """Cosine of image and prompt. Releases cannot be compared with each other, nor scores of different prompts.
 
-    release: 2.1 (the default of `hpsv2.evaluate`) or 2.0 (that of `hpsv2.score`). antialias: torchvision's default for tensors
-    was off when the paper's tables were made and is on in current releases; a fine pattern reduced from 1024 px differs by
-    0.06 at most. architecture: of the checkpoint, an open_clip name.
+    release: 2.1 (the default of `hpsv2.evaluate`) or 2.0 (that of `hpsv2.score`). antialias: torchvision's default for
+    tensors was off when the paper's tables were made and is on in current releases; for a fine pattern reduced from
+    1024 px scores differ by at most 0.06. architecture: of the checkpoint, an open_clip name.
     """
 
     name = "hpsv2"
@@ -41,7 +41,12 @@ class HPSv2(TensorReward):
     preprocessing = "longer side to 224 bicubic on floats, black letterbox, CLIP normalisation"
 
     def __init__(
-        self, *, release: str | float = "2.1", antialias: bool = True, architecture: str = "ViT-H-14", **shared: Any
+        self,
+        *,
+        release: str | float = "2.1",
+        antialias: bool = True,
+        architecture: str = "ViT-H-14",
+        **shared: Unpack[LearnedOptions],
     ) -> None:
         super().__init__(**shared)
         if str(release) not in FILES:
@@ -61,7 +66,7 @@ class HPSv2(TensorReward):
         path = self.path
         state = load_state(path, "state_dict")
         logger = logging.getLogger()
-        before, logger.level = logger.level, logging.ERROR  # it warns that a model without weights has none
+        before, logger.level = logger.level, logging.ERROR  # open_clip warns that a model without weights has none
         try:
             model = open_clip.create_model(self.architecture, pretrained=None, precision="fp32", device="cpu")
         finally:

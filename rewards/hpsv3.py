@@ -1,12 +1,12 @@
-"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B with a head that gives mean and log of the spread of a preference.
+"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B with a head for the mean and log spread of a preference.
 
-The score is the mean, output 0; output 1 is log sigma. The number is not bound to the "0 to 10" of its instruction. The
-picture is scaled to about 200,704 pixels with sides that are multiples of 28, whatever its size.
+The score is the mean, output 0; output 1 is log sigma. The score is not bound to the "0 to 10" of its instruction. The
+image is scaled to about 200,704 pixels with sides that are multiples of 28, whatever its size.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -17,13 +17,13 @@ from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
-from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28
 BICUBIC = Image.Resampling.BICUBIC
-# The words, blanks at line ends included, are the model's interface: it was trained on these.
+# The exact words, with spaces at line ends, are the model's interface: it was trained on these.
 INSTRUCTION = Path(__file__).with_name("hpsv3_instruction.txt").read_text(encoding="utf-8")
 ASK = f"\nPlease provide the overall ratings of this image: {TOKEN}\n\nEND\n"
 
@@ -39,7 +39,7 @@ class HPSv3Model(nn.Module):
         )
 
     def forward(self, batch: dict[str, Tensor], token: int) -> Tensor:
-        """(mean, log sigma) [B, 2] at the reward token."""
+        """Return (mean, log sigma) [B, 2] at the reward token."""
         hidden = self.base(**batch).last_hidden_state
         at = (batch["input_ids"] == token).float().argmax(1)
         found: Tensor = self.rm_head(hidden[torch.arange(len(at)), at].float())
@@ -47,7 +47,7 @@ class HPSv3Model(nn.Module):
 
 
 def under_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's names (transformers 4.45's Qwen2-VL) to those of transformers 5's Qwen2VLModel; no language head."""
+    """Rename the checkpoint (transformers 4.45's Qwen2-VL) for transformers 5's Qwen2VLModel, without a language head."""
     found = {}
     for key, value in state.items():
         if key.startswith(("model.visual.", "model.language_model.")):  # saved again by a newer release
@@ -64,8 +64,8 @@ def under_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class HPSv3(VisionLanguageReward):
     """Unbounded, higher is better; the second column is the model's own spread.
 
-    weights: a local HPSv3.safetensors, or its folder. base: a local copy of Qwen/Qwen2-VL-7B-Instruct, of which only config,
-    tokenizer and image processor are read, since the checkpoint holds all weights.
+    weights: a local HPSv3.safetensors, or its folder. base: a local copy of Qwen/Qwen2-VL-7B-Instruct, of which only
+    config, tokenizer and image processor are read, since the checkpoint holds all weights.
     """
 
     name = "hpsv3"
@@ -80,7 +80,9 @@ class HPSv3(VisionLanguageReward):
     file = "HPSv3.safetensors"
     preprocessing = "RGB, Qwen2-VL's processor at 200704 pixels"
 
-    def __init__(self, *, base: str | Path | None = None, pixels: int = PIXELS, **shared: Any) -> None:
+    def __init__(
+        self, *, base: str | Path | None = None, pixels: int = PIXELS, **shared: Unpack[VisionLanguageOptions]
+    ) -> None:
         super().__init__(**shared)
         self.local_base, self.pixels = base, pixels
 
@@ -96,6 +98,7 @@ class HPSv3(VisionLanguageReward):
 
     @property
     def token(self) -> int:
+        """The id of the reward token."""
         tokenizer = self.processor.tokenizer
         if TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([TOKEN], special_tokens=True)
@@ -120,7 +123,7 @@ class HPSv3(VisionLanguageReward):
         return model
 
     def _inputs(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
-        """Inputs for pictures that have their size already."""
+        """Return inputs for images that have their final size."""
         texts = [INSTRUCTION.replace("{prompt}", plain(prompt)) + ASK for prompt in prompts]
         return self.encode(images, texts, do_resize=False)
 
@@ -149,7 +152,7 @@ class HPSv3(VisionLanguageReward):
 
 
 def area(width: int, height: int, pixels: int, factor: int = 28) -> tuple[int, int]:
-    """(width, height) as multiples of 28 with about `pixels` in all, as close to the picture's shape as Qwen's rule allows."""
+    """Return (width, height), multiples of 28 with about `pixels` in all, near the image's aspect by Qwen's rule."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     rows, columns = smart_resize(height, width, factor=factor, min_pixels=pixels, max_pixels=pixels)

@@ -1,12 +1,14 @@
-"""Image processors of image-text models on float tensors, so that a score has a gradient to the pixels.
+"""Run image processors of image-text models on float tensors, so that a score has a gradient to the pixels.
 
-The processors of transformers take 8-bit pictures and cut the graph. Each function here does the same to float pixels
-[B, 3, H, W] in [0, 1]: exactly the same values where nothing is resized; where something is, within `pixels.BOUND` (1.25 8-bit
-levels, before normalisation) on pictures without pixel noise, since the original rounds to 8 bits after its resize.
+The processors of transformers take 8-bit images and cut the graph. Each function here does the same to float pixels [B,
+3, H, W] in [0, 1]. Values are equal where nothing is resized; where something is, they are within `pixels.BOUND` (1.25
+8-bit levels, before normalisation) on images without pixel noise, since the original rounds to 8 bits after its resize.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +17,15 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.pixels import normalise, patches
 
-TensorProcessor = Callable[[Any, Tensor], dict[str, Tensor]]
-"""(the processor's image processor, pixels [B, 3, H, W]) to the model's image inputs, float32."""
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+TensorProcessor = Callable[["BaseImageProcessor", Tensor], dict[str, Tensor]]
+"""A function from (image processor, pixels [B, 3, H, W]) to the model's image inputs, float32."""
 
 
-def qwen_vl(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Qwen2-VL, 2.5-VL, 3-VL, 3.5: sides to multiples of patch * merge, an area within bounds, then rows of patches."""
+def qwen_vl(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
+    """Prepare inputs for Qwen2-VL, 2.5-VL, 3-VL, 3.5: sides to multiples of patch * merge, area within bounds, patches."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     height, width = pixels.shape[-2:]
@@ -39,8 +44,11 @@ def qwen_vl(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": rows, "image_grid_thw": grid}
 
 
-def fixed_size(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Gemma 3 and other SigLIP towers: to one size, aspect lost. Pan-and-scan crops are refused."""
+def fixed_size(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
+    """Prepare inputs for Gemma 3 and other SigLIP towers: resize to one size without keeping the aspect.
+
+    Raises DiffalignError for pan-and-scan crops.
+    """
     if getattr(processor, "do_pan_and_scan", None):
         raise DiffalignError(
             "pan-and-scan makes several crops of a picture and has no gradient here; set do_pan_and_scan to false"
@@ -60,10 +68,10 @@ FAMILIES: dict[str, TensorProcessor] = {
 """By the class of the image processor that a model's folder names."""
 
 
-def tensor_inputs(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """The image inputs of float pixels [B, 3, H, W] in [0, 1], float32, with their gradient.
+def tensor_inputs(processor: BaseImageProcessor, pixels: Tensor) -> dict[str, Tensor]:
+    """Return the image inputs of float pixels [B, 3, H, W] in [0, 1], float32, with their gradient.
 
-    Raises DiffalignError for an image processor that none of FAMILIES repeats.
+    Raises DiffalignError for an image processor that is not in FAMILIES.
     """
     kind = type(processor).__name__
     if kind not in FAMILIES:
@@ -73,8 +81,8 @@ def tensor_inputs(processor: Any, pixels: Tensor) -> dict[str, Tensor]:
     return FAMILIES[kind](processor, pixels if pixels.dtype == torch.float64 else pixels.float())
 
 
-def _resized(processor: Any, pixels: Tensor, height: int, width: int) -> Tensor:
-    """The processor's filter, clamped as 8 bits clamp what bicubic overshoots; untouched where the size is right already."""
+def _resized(processor: BaseImageProcessor, pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize with the processor's filter, clamped as 8 bits clamp bicubic overshoot; unchanged if the size is right."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample))
@@ -85,7 +93,7 @@ def _resized(processor: Any, pixels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(pixels, (height, width), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
 
 
-def _normalised(processor: Any, pixels: Tensor) -> Tensor:
+def _normalised(processor: BaseImageProcessor, pixels: Tensor) -> Tensor:
     return (
         normalise(pixels, tuple(processor.image_mean), tuple(processor.image_std)) if processor.do_normalize else pixels
     )

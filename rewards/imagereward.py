@@ -1,19 +1,19 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977) on transformers' BLIP parts, from the published checkpoint.
 
-A ViT-L/16 reads the picture, a BERT with cross-attention reads the prompt and the picture's tokens, and an affine head on its
-first token gives the score, standardised by two constants of the training set. Sizes are read off the checkpoint.
+A ViT-L/16 encodes the image, a BERT with cross-attention reads the prompt and the image's tokens, and an affine head on
+its first token gives the score, standardised by two constants of the training set. Sizes are read from the checkpoint.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.rewards.aesthetic import linear_head
-from diffalign.rewards.learned import TensorReward
+from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
 
@@ -38,7 +38,7 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.")
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint under transformers' names; projections that the score does not use are left out."""
+    """Return the checkpoint under transformers' names, without projections that the score does not use."""
     found = {}
     for key, value in state.items():
         if not key.startswith(UNUSED):
@@ -49,7 +49,7 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ImageRewardModel(nn.Module):
-    """Picture, prompt and head; `state` (under transformers' names) gives the sizes."""
+    """Image encoder, text encoder and head; `state` (under transformers' names) gives the sizes."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -84,6 +84,7 @@ class ImageRewardModel(nn.Module):
         self.head = linear_head(text_width, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the score, float32 [B], of pixels [B, 3, 224, 224] and token ids [B, L]."""
         seen = self.vision(pixel_values=pixels).last_hidden_state
         everything = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
         read = self.text(
@@ -97,7 +98,8 @@ def _layers(state: dict[str, Tensor], prefix: str) -> int:
 
 
 class ImageReward(TensorReward):
-    """About standard normal over its training pictures, typically -3 to 2. Prompts are cut at 35 tokens, as in the original.
+    """About standard normal over its training images, typically -3 to 2. Prompts are cut at 35 tokens, as in the
+    original.
 
     weights: a local `ImageReward.pt`, or its folder. tokenizer: a local copy of bert-base-uncased.
     """
@@ -112,16 +114,17 @@ class ImageReward(TensorReward):
     source = "arXiv 2304.05977"
     repo = "THUDM/ImageReward"
     file = "ImageReward.pt"
-    # The original resizes before it converts to RGB, so a palette picture is interpolated on palette indices there.
+    # The original resizes before it converts to RGB, so it interpolates a palette image on palette indices.
     preprocessing = "RGB, shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
 
-    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Any) -> None:
+    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
         super().__init__(**shared)
         self.local_tokenizer = tokenizer
         self._tokenizer: Any = None
 
     @property
     def tokenizer_path(self) -> Path:
+        """The folder of the tokenizer."""
         return fetch(self.name, TOKENIZER, None, "main", self.local_tokenizer, "tokenizer", SMALL_FILES)
 
     def weights_id(self) -> str:

@@ -1,16 +1,19 @@
-"""The read-out of Z-Reward (arXiv 2606.09076): a score distribution from one position of an image-text model.
+"""Read a judge's score as in Z-Reward (arXiv 2606.09076): a distribution from one position of an image-text model.
 
-The chat ends with a literal answer marker that this code appends; the next-token logits at that one position, kept for nine
-label tokens only, give the distribution in a closed-set softmax. So nothing is parsed out of a text, and a label inside a
-reasoning trace cannot be mistaken for the answer. The student answers at once; the teacher's chat holds a trace before it.
-The paper does not say which tokens carry the nine scores: "4.5" is three tokens in every Qwen tokenizer, so the labels are the
-digits 1 to 9, with score (k + 1) / 2, or the letters A to I. Nor does it print its instruction; the words here are ours.
+The chat ends with an answer marker that this code appends. The next-token logits at that one position, kept for nine
+label tokens only, give the distribution by a closed-set softmax. So nothing is parsed from text, and a label inside a
+reasoning trace cannot be mistaken for the answer. The student answers at once; the teacher's chat has a trace before
+the marker. The paper does not say which tokens carry the nine scores: "4.5" is three tokens in every Qwen tokenizer, so
+the labels are the digits 1 to 9, with score (k + 1) / 2, or the letters A to I. Nor does it print its instruction; the
+words here are ours.
 """
+
+from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -24,25 +27,28 @@ from diffalign.rewards.rubric import load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
 from diffalign.rewards.shared_prefix import shareable, shared_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
 Pictures = Sequence[Image.Image] | Tensor
-"""Pictures, or float pixels [B, 3, H, W] in [0, 1] whose gradient is wanted."""
+"""Images, or float pixels [B, 3, H, W] in [0, 1] whose gradient is wanted."""
 
 
 class Judge:
-    """An image-text model, its processor, and how a rating is asked of it and read.
+    """An image-text model with its processor, asked for ratings of images.
 
-    model: what `AutoModelForImageTextToText` loads, in any state of training; nothing here freezes it. processor: its own.
-    labels: "digits" or "letters". rubrics: dimension to text; without it, our four.
-    Raises DiffalignError where the processor has no image processor or chat template, or the tokenizer does not write each
-    label after the marker as one token of its own.
+    model: what `AutoModelForImageTextToText` loads, in any state of training; nothing here freezes it. processor: its
+    own. labels: "digits" or "letters". rubrics: dimension to text; default: our four. token_ids: those of the nine
+    labels. levels: their scores.
 
-    token_ids: of the nine labels. levels: their scores.
+    Raises DiffalignError if the processor has no image processor or chat template, or if the tokenizer does not write
+    each label after the marker as one token of its own.
     """
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
         *,
         labels: str = "digits",
         rubrics: Mapping[str, str] | None = None,
@@ -64,16 +70,18 @@ class Judge:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The floating-point dtype of the model."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def chat(self, prompt: str, dimension: str, reasoning: bool = False) -> tuple[str, str]:
-        """The chat up to where the model's answer begins, in two parts that are tokenised apart.
+        """Return the chat up to the model's answer, in two parts that are tokenised separately.
 
-        The first, with the template's own place for the picture, ends with the question and is the same for every dimension;
+        The first, with the template's place for the image, ends with the question and is the same for every dimension;
         the second begins with the rubric. Raises DiffalignError for a dimension without one.
         """
         if dimension not in self.rubrics:
@@ -87,14 +95,15 @@ class Judge:
         template = self.processor.chat_template or self.tokenizer.chat_template
         more = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
         written = str(self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **more))
-        # Some templates open a thought whatever they are told; an answer inside it would be read at the wrong place.
+        # Some templates open a thought in any case; an answer inside it would be read at the wrong place.
         if written.rfind("<think>") > written.rfind("</think>"):
             written += "\n</think>\n\n"
+        # The template may strip or wrap the text, so the cut is found in what it wrote.
         at = written.rfind(ask)
         return (written[:at], written[at:]) if at >= 0 else (written, "")
 
     def opening(self, images: Pictures, prompts: Sequence[str], dimension: str | Sequence[str]) -> dict[str, Tensor]:
-        """Inputs that end where a reasoning trace begins, padded on the left: what `model.generate` takes."""
+        """Return inputs that end where a reasoning trace begins, padded on the left, for `model.generate`."""
         heads, tails = self._chats(prompts, dimension, reasoning=True)
         return self._append(self.encode(images, heads), [self._ids(tail) for tail in tails])
 
@@ -105,11 +114,11 @@ class Judge:
         dimension: str | Sequence[str],
         rationales: Sequence[str | Sequence[int]] | None = None,
     ) -> dict[str, Tensor]:
-        """Inputs that end with the answer marker, padded on the left.
+        """Return inputs that end with the answer marker, padded on the left.
 
-        dimension: one for all, or one a sample. rationales: the teacher's traces, as text or as the token ids that were
-        sampled (`trace` cuts them); they stand between the question, which then asks for reasons, and the marker. Token ids are
-        taken as they are, so the last len(rationale) + `marker_length(True)` positions are the trace and the marker.
+        dimension: one for all, or one a sample. rationales: the teacher's traces, as text or as the sampled token ids
+        (cut by `trace`); they stand between the question, which then asks for reasons, and the marker. Token ids are
+        used as they are, so the last len(rationale) + `marker_length(True)` positions are the trace and the marker.
         """
         heads, tails = self._chats(prompts, dimension, reasoning=rationales is not None)
         ends = [self.tail(tail) for tail in tails]
@@ -122,24 +131,24 @@ class Judge:
         return self._append(self.encode(images, heads), ends)
 
     def tail(self, text: str) -> list[int]:
-        """The second part of a chat and the marker, as token ids."""
+        """Return the second part of a chat and the marker, as token ids."""
         return self._ids(text) + self._ids(self.wording.marker)
 
     def marker_length(self, reasoning: bool = False) -> int:
-        """Tokens that `inputs` appends after the question, or after a trace."""
+        """Return how many tokens `inputs` appends after the question, or after a trace."""
         return len(self._ids("\n" + self.wording.marker if reasoning else self.wording.marker))
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Next-token logits of the nine labels at the last position, float32 [B, 9], with their gradient."""
+        """Return the next-token logits of the nine labels at the last position, float32 [B, 9], with their gradient."""
         found = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
         return self.closed(found)
 
     def closed(self, logits: Tensor) -> Tensor:
-        """Of next-token logits [B, vocabulary] those of the nine labels, float32 [B, 9]."""
+        """Select the nine labels from next-token logits [B, vocabulary]: float32 [B, 9]."""
         return logits[:, list(self.token_ids)].float()
 
     def trace(self, tokens: Sequence[int]) -> list[int]:
-        """A sampled answer up to where it ends or begins to write the marker: the reasoning trace, as token ids."""
+        """Return a sampled answer up to its end or up to the marker: the reasoning trace, as token ids."""
         ends = {*self.tokenizer.all_special_ids}
         kept = list(tokens)
         kept = kept[: next((i for i, token in enumerate(kept) if token in ends), len(kept))]
@@ -147,16 +156,16 @@ class Judge:
         at = str(self.tokenizer.decode(kept)).find(word)
         if at < 0:
             return kept
-        # The first token that reaches beyond the marker's beginning goes, and all after it.
+        # The first token that reaches beyond the marker's beginning is cut, with all after it.
         lengths = range(len(kept) + 1)
         return kept[: max(0, bisect_left(lengths, at + 1, key=lambda n: len(self.tokenizer.decode(kept[:n]))) - 1)]
 
     def distribution(
         self, images: Pictures, prompts: Sequence[str], dimensions: Sequence[str] | None = None, *, share: bool = True
     ) -> ScoreDistribution:
-        """What the judge thinks without reasoning, [B, dimensions, 9], with its gradient.
+        """Return the judge's distribution without reasoning, [B, dimensions, 9], with its gradient.
 
-        share: picture and question go through the model once for all dimensions, where `shared_prefix.shareable` says so.
+        share: run image and question through the model once for all dimensions, if `shared_prefix.shareable` allows it.
         """
         names = tuple(dimensions or self.rubrics)
         found = shared_logits(self, images, prompts, names) if share and len(names) > 1 and shareable(self) else None
@@ -165,7 +174,7 @@ class Judge:
         return ScoreDistribution.from_logits(found, self.levels, names)
 
     def save(self, folder: Path) -> None:
-        """Model, processor, and the read-out that they were trained for, which `load_settings` reads."""
+        """Write model, processor and the settings that they were trained for, which `load_settings` reads."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         write_settings(folder, self.labels, self.rubrics, self.wording)
@@ -183,9 +192,9 @@ class Judge:
         return [head for head, _ in chats], [tail for _, tail in chats]
 
     def encode(self, images: Pictures, heads: Sequence[str]) -> dict[str, Tensor]:
-        """Model inputs for one picture and one text each, padded on the left."""
+        """Return model inputs for one image and one text each, padded on the left."""
         if len(images) != len(heads):
-            raise DiffalignError(f"{len(images)} pictures and {len(heads)} prompts; one each is needed")
+            raise DiffalignError(f"{len(images)} images and {len(heads)} prompts; one each is needed")
         shown = stand_ins(images) if isinstance(images, Tensor) else [image.convert("RGB") for image in images]
         begin = self.tokenizer.bos_token  # a template may write it already
         batch = dict(
@@ -202,12 +211,13 @@ class Judge:
         return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in batch.items()}
 
     def _append(self, batch: dict[str, Tensor], tails: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The batch with token ids after each sample, padded on the left again."""
+        """Append token ids to each sample, and pad on the left again."""
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         found = dict(batch)
         for name, value in batch.items():
             if value.shape != ids.shape or value.is_floating_point():
                 continue  # pixels and grids have no row a token
+            # Appended tokens are attended to; any other row a token, such as Qwen's token types, gets 0.
             pad, after = {"input_ids": (self.tokenizer.pad_token_id, None), "attention_mask": (0, 1)}.get(name, (0, 0))
             rows = [
                 torch.cat([value[i][mask[i]], value.new_tensor(tail if after is None else [after] * len(tail))])
@@ -226,23 +236,23 @@ def load_judge(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Judge:
-    """The judge in a folder of transformers: what `Judge.save` wrote, or any image-text model.
+    """Load the judge in a folder of transformers: one that `Judge.save` wrote, or any image-text model.
 
-    labels, rubrics: in place of those that a trained judge's folder names. Raises DiffalignError where the folder holds no
-    image-text model with processor and chat template, or its tokenizer splits a label.
+    labels, rubrics: replace those that a trained judge's folder names. Raises DiffalignError if the folder holds no
+    image-text model with processor and chat template, or if its tokenizer splits a label.
     """
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(folder)
     checked_tokenizer(processor)  # before weights are read
-    told = load_settings(folder)
-    told |= {k: v for k, v in (("labels", labels), ("rubrics", rubrics)) if v is not None}
+    settings = load_settings(folder)
+    settings |= {k: v for k, v in (("labels", labels), ("rubrics", rubrics)) if v is not None}
     model = pretrained(AutoModelForImageTextToText, folder, "zreward", dtype)
-    return Judge(model.to(device).eval(), processor, **told)
+    return Judge(model.to(device).eval(), processor, **settings)
 
 
-def load_processor(folder: Path) -> Any:
-    """The processor in a folder. Raises DiffalignError where there is none that can be loaded."""
+def load_processor(folder: Path) -> ProcessorMixin:
+    """Load the processor in a folder. Raises DiffalignError if there is none that can be loaded."""
     from transformers import AutoProcessor
 
     try:
@@ -253,12 +263,12 @@ def load_processor(folder: Path) -> Any:
 
 
 def stand_ins(pixels: Tensor) -> list[Image.Image]:
-    """A black picture for each of [B, 3, H, W]: the processor writes everything but the pixels from their sizes."""
+    """Return a black image for each of [B, 3, H, W]: the processor writes everything but the pixels from their sizes."""
     return [Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))] * len(pixels)
 
 
-def checked_tokenizer(processor: Any) -> Any:
-    """The processor's tokenizer. Raises DiffalignError where tokenizer, image processor or chat template is missing."""
+def checked_tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Return the processor's tokenizer. Raises DiffalignError without tokenizer, image processor or chat template."""
     kind = type(processor).__name__
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise DiffalignError(
@@ -266,14 +276,14 @@ def checked_tokenizer(processor: Any) -> Any:
         )
     if not (processor.chat_template or processor.tokenizer.chat_template):
         raise DiffalignError(
-            f"{kind} has no chat template, so a question cannot be put; take an instruction-tuned model, or add its "
+            f"{kind} has no chat template, so no question can be asked; use an instruction-tuned model, or add its "
             "chat_template.jinja"
         )
     return processor.tokenizer
 
 
-def label_tokens(tokenizer: Any, labels: Sequence[str], marker: str) -> tuple[int, ...]:
-    """The ids of labels as they follow the marker. Raises DiffalignError unless each is one token and no two are the same."""
+def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], marker: str) -> tuple[int, ...]:
+    """Return the ids of labels as they follow the marker. Raises DiffalignError unless each is one token of its own."""
     other = f"try the other labels ({', '.join(LABELS)})"
     start = tokenizer(marker, add_special_tokens=False)["input_ids"]
     found: dict[int, str] = {}

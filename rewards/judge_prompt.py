@@ -1,24 +1,30 @@
-"""The words with which a judge is asked for a rating, and the file that keeps them beside a judge that was trained on them."""
+"""The words that ask a judge for a rating, and the file that keeps them beside a judge that was trained on them."""
+
+from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import DiffalignError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LABELS = {"digits": tuple("123456789"), "letters": tuple("ABCDEFGHI")}
 SETTINGS = "judge.json"
-"""Beside a model that was trained on a read-out: its labels, rubrics and words."""
+"""The file beside a trained judge with its labels, rubrics and wording."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """What is asked, in the order in which it is written. The part before the rubric is the same for all dimensions.
+    """The text of a question, in the order in which it is written. The part before the rubric is equal for all
+    dimensions.
 
-    question: with {prompt}. ask: with {rubric}, {scale} and {how}. direct, reasoning: what {how} says to a judge that answers
-    at once, and to one that first gives reasons. marker: what is written before the label. It ends with a line break, which no
-    tokenizer of these families joins with the label, as many join a blank and a letter.
+    question: with {prompt}. ask: with {rubric}, {scale} and {how}. direct, reasoning: {how} for a judge that answers at
+    once, and for one that first gives reasons. marker: the text before the label. It ends with a line break, which no
+    tokenizer of these families joins with the label, whereas many join a space and a letter.
     """
 
     question: str = (
@@ -40,10 +46,10 @@ class Wording:
             raise DiffalignError("wording: marker is empty; the label needs something to follow")
 
 
-def escaped(text: str, tokenizer: Any) -> str:
-    """The text with a blank inside whatever the tokenizer takes for a special token, such as <|im_end|> or an image's place.
+def escaped(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text with a space inside every special token of the tokenizer, such as <|im_end|>.
 
-    The words stay readable for the model, but end no turn and ask for no second picture.
+    The words stay readable for the model, but end no turn and ask for no second image.
     """
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens}
     marks |= {"<think>", "</think>"}
@@ -53,29 +59,29 @@ def escaped(text: str, tokenizer: Any) -> str:
 
 
 def write_settings(folder: Path, labels: str, rubrics: dict[str, str], wording: Wording) -> None:
-    """What `load_settings` reads."""
-    told = {"labels": labels, "rubrics": rubrics, "wording": asdict(wording)}
-    (folder / SETTINGS).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the file that `load_settings` reads."""
+    stored = {"labels": labels, "rubrics": rubrics, "wording": asdict(wording)}
+    (folder / SETTINGS).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
-    """labels, rubrics and wording of a judge that `Judge.save` wrote; {} for any other model."""
+    """Return labels, rubrics and wording of a judge that `Judge.save` wrote; {} for any other model."""
     path = folder / SETTINGS
     if not path.is_file():
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DiffalignError(f"{path}: no JSON ({error})") from error
-    rubrics, wording = (texts(told.get(k) if isinstance(told, dict) else None) for k in ("rubrics", "wording"))
+        raise DiffalignError(f"{path}: not JSON ({error})") from error
+    rubrics, wording = (texts(stored.get(k) if isinstance(stored, dict) else None) for k in ("rubrics", "wording"))
     words = [f.name for f in fields(Wording)]
-    if not rubrics or sorted(wording) != sorted(words) or str(told.get("labels")) not in LABELS:
+    if not rubrics or sorted(wording) != sorted(words) or str(stored.get("labels")) not in LABELS:
         raise DiffalignError(
             f"{path}: needs labels ({', '.join(LABELS)}), rubrics (dimension to text) and wording ({', '.join(words)})"
         )
-    return {"labels": told["labels"], "rubrics": rubrics, "wording": Wording(**wording)}
+    return {"labels": stored["labels"], "rubrics": rubrics, "wording": Wording(**wording)}
 
 
-def texts(found: Any) -> dict[str, str]:
-    """A dict of texts as it is, {} for anything else."""
+def texts(found: object) -> dict[str, str]:
+    """Return a dict of texts unchanged, {} for anything else."""
     return found if isinstance(found, dict) and all(isinstance(v, str) for v in found.values()) else {}

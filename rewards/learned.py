@@ -1,9 +1,9 @@
-"""What all rewards on a neural network share: weights that load late and can be let go, device, dtype."""
+"""Base classes of rewards on a neural network: weights that load late and can be released, device, dtype."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -16,12 +16,21 @@ from diffalign.rewards.published_weights import fetch, fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class LearnedOptions(TypedDict, total=False):
+    """Options of every reward on a network; `LearnedReward` explains them."""
+
+    weights: str | Path | None
+    revision: str
+    device: str
+    dtype: str
+
+
 class LearnedReward(Reward):
     """A reward on published weights.
 
-    weights: a local copy (a file, or the folder that holds it); without it they come from the hub at `revision`.
-    dtype: of the network; the last product and the score are float32 whatever it is, since float16 has steps of 0.00024
-    where HPSv2's scores lie.
+    weights: a local copy (a file, or the folder that holds it); default: the hub's at `revision`. dtype: of the
+    network; the last product and the score are always float32, since float16 has steps of 0.00024 where HPSv2's scores
+    lie.
     """
 
     repo: str
@@ -47,21 +56,21 @@ class LearnedReward(Reward):
 
     @property
     def path(self) -> Path:
-        """The weights on disk, fetched at the first call."""
+        """The weights on disk, fetched at first use."""
         if self._path is None:
             self._path = fetch(self.name, self.repo, self.file, self.revision, self.local)
         return self._path
 
     @property
     def network(self) -> Any:
-        """The network, in evaluation mode and without gradients of its own, on the device."""
+        """The network on the device, in evaluation mode, its parameters without gradients."""
         if self._network is None:
             self._network = self.build().to(self.device).eval().requires_grad_(False)
         return self._network
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
-        """The network with its weights, in `self.dtype`, from `self.path`."""
+        """Return the network with its weights, in `self.dtype`, from `self.path`."""
 
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
@@ -72,7 +81,7 @@ class LearnedReward(Reward):
     def measure_prepared(
         self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        """`measure` of what `prepare` returned."""
+        """Return `measure` of what `prepare` returned."""
 
     def weights_id(self) -> str:
         copy = "" if self.local is None else "local copy of "
@@ -88,21 +97,21 @@ class LearnedReward(Reward):
 
 
 class TensorReward(LearnedReward):
-    """A reward whose network takes one tensor [B, 3, S, S] for pictures, however it was made: both paths meet in `forward`."""
+    """A reward whose network takes one tensor [B, 3, S, S]; images and float pixels both end in `forward`."""
 
     differentiable = True
 
     @abstractmethod
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """float32 [B] of pixels as the network takes them."""
+        """Return the score, float32 [B], of pixels as the network takes them."""
 
     @abstractmethod
     def prepare_tensors(self, pixels: Tensor) -> Tensor:
-        """`prepare` of float pixels [B, 3, H, W] in [0, 1], with its gradient."""
+        """Do what `prepare` does to float pixels [B, 3, H, W] in [0, 1], with gradient."""
 
     def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         check_pixels(self.name, pixels, prompts)
-        # In float32 up to the network: bfloat16 pixels would be 2 levels apart already.
+        # float32 up to the network: neighbouring bfloat16 values are up to 2 of 256 levels apart.
         return self.forward(self.prepare_tensors(pixels.to(self.device).float()), prompts).float()
 
     @torch.no_grad()
@@ -115,7 +124,7 @@ class TensorReward(LearnedReward):
 
 
 def check_pixels(name: str, pixels: Tensor, prompts: list[str]) -> None:
-    """Raises DiffalignError unless there are float pixels [B, 3, H, W] and B prompts."""
+    """Raise DiffalignError unless there are float pixels [B, 3, H, W] and B prompts."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point() or len(prompts) != len(pixels):
         raise DiffalignError(
             f"reward {name}: pixels of shape {list(pixels.shape)}, {pixels.dtype} with {len(prompts)} prompts; "

@@ -1,12 +1,13 @@
-"""GenEval's detector without mmdet: Mask2Former (Swin-S, COCO instances) from transformers, and CLIP ViT-L/14 for colours.
+"""GenEval's detector without mmdet: Mask2Former (Swin-S, COCO instances) from transformers, and CLIP for colours.
 
 The steps after the network are those of mmdet's instance head, so that confidences mean what the evaluator's thresholds
-(0.3, and 0.9 for counting) were chosen for: the 100 best (query, class) pairs; confidence = class probability times the mean
-mask probability inside the mask; masks enlarged bilinearly, without padding, to the picture; a box is its mask's extent.
+(0.3, and 0.9 for counting) were chosen for: the 100 best (query, class) pairs; confidence = class probability times the
+mean mask probability inside the mask; masks enlarged bilinearly, without padding, to the image; a box is its mask's
+extent.
 
-Colours: each object is cut out by its box, what lies outside its mask is grey (#999), and CLIP chooses among ten colours with
-three prompts each. The evaluator asks open_clip's ViT-L/14 with OpenAI's weights. transformers' copy of them, which other
-rewards use as well, gives the same logits (tests/test_rewards_mask2former.py) as long as it computes with QuickGELU.
+Colours: each object is cut out by its box, pixels outside its mask become grey (#999), and CLIP ViT-L/14 chooses among
+ten colours with three prompts each. The evaluator uses open_clip's ViT-L/14 with OpenAI's weights. transformers' copy
+of them, which other rewards use too, gives the same logits (checked by a test) as long as it computes with QuickGELU.
 """
 
 from pathlib import Path
@@ -45,10 +46,10 @@ LABELS = (
 def instances(
     classes: Tensor, masks: Tensor, padded: tuple[int, int], valid: tuple[int, int], size: tuple[int, int]
 ) -> list[tuple[int, float, Tensor]]:
-    """(class, confidence, mask [H, W]) of one picture, as mmdet's head does it.
+    """Return (class, confidence, mask [H, W]) of one image, as mmdet's head does.
 
-    classes: logits [Q, C + 1], "no object" last. masks: logits [Q, h, w] of the padded input. padded, valid: height and width
-    of the input with and without its padding. size: of the picture.
+    classes: logits [Q, C + 1], "no object" last. masks: logits [Q, h, w] of the padded input. padded, valid: height and
+    width of the input with and without its padding. size: of the image.
     """
     probabilities = classes.float().softmax(-1)[:, :-1]
     scores, places = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
@@ -67,13 +68,13 @@ def instances(
 
 
 def extent(mask: Tensor) -> tuple[float, float, float, float]:
-    """(x1, y1, x2, y2), the far sides exclusive."""
+    """Return (x1, y1, x2, y2) of a mask, the far sides exclusive."""
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def cut_out(image: Image.Image, mask: Tensor, box: tuple[float, float, float, float]) -> Image.Image:
-    """The object on grey, cropped to its box."""
+    """Return the object on grey, cropped to its box."""
     blank = Image.new("RGB", image.size, GREY)
     shape = Image.fromarray((mask.to(torch.uint8) * 255).cpu().numpy())
     x1, y1, x2, y2 = (round(v) for v in box)
@@ -81,9 +82,9 @@ def cut_out(image: Image.Image, mask: Tensor, box: tuple[float, float, float, fl
 
 
 class Mask2FormerDetector:
-    """The Detector that GenEval's numbers stand on. weights, clip: local copies of the two models' folders.
+    """The detector behind GenEval's published numbers. weights, clip: local copies of the two models' folders.
 
-    Detections below `threshold` are not returned and their colours not asked for; GenEval keeps those above 0.3.
+    Detections below `threshold` are not returned and their colours not computed; GenEval keeps those above 0.3.
     """
 
     labels = LABELS
@@ -112,18 +113,20 @@ class Mask2FormerDetector:
 
     @property
     def path(self) -> Path:
+        """The folder of Mask2Former."""
         return fetch("geneval", REPO, None, self.revision, self.local)
 
     @property
     def clip_path(self) -> Path:
-        """Raises DiffalignError where the copy of CLIP is missing or computes with another activation."""
+        """The folder of CLIP. Raises DiffalignError if it is missing or computes with another activation."""
         return quick_gelu("geneval", fetch("geneval", L14, None, "main", self.local_clip, "clip"))
 
     def weights_id(self) -> str:
-        """Both models with their revisions."""
+        """Return both models with their revisions."""
         return f"{REPO}@{fingerprint(self.path)}, {L14}@{fingerprint(self.clip_path)}"
 
     def free(self) -> None:
+        """Release the weights; the next call loads them again."""
         self._network = None
         self._palette = {}
         self._clipscore = None
@@ -146,7 +149,10 @@ class Mask2FormerDetector:
 
     @torch.no_grad()
     def detect(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """Objects of each picture with their colours. One picture at a time: sizes differ, and padding would change them."""
+        """Return the objects of each image with their colours.
+
+        One image at a time: sizes differ, and padding would change them.
+        """
         if self._network is None:
             self._load()
         return [self._detect(image.convert("RGB")) for image in images]
@@ -182,7 +188,7 @@ class Mask2FormerDetector:
         ]
 
     def _classifier(self, label: str) -> Tensor:
-        """One unit vector a colour [10, D]: the mean of its prompts' unit vectors, normalised again."""
+        """Return one unit vector a colour [10, D]: the normalised mean of its prompts' unit vectors."""
         if label not in self._palette:
             prompts = [p.format(color=color, label=label) for color in COLORS for p in COLOR_PROMPTS]
             vectors = self._clip.embed_prompts(prompts).unflatten(0, (len(COLORS), len(COLOR_PROMPTS)))

@@ -1,12 +1,13 @@
-"""Does the picture show the quoted text? Flow-GRPO's OCR reward (Liu et al. 2025, arXiv 2505.05470) on rapidocr.
+"""Does the image show the quoted text? Flow-GRPO's OCR reward (Liu et al. 2025, arXiv 2505.05470) on rapidocr.
 
-The target is the first text in straight double quotes. Recognised lines are joined in reading order without a separator; both
-strings lose their ASCII spaces and their case. If the target is a substring of what was read, the score is 1; otherwise
-1 - min(edit distance, target length) / target length. Three consequences of that definition are worth knowing: more text
-beside the target costs nothing, lines in another order cost much, and "cat" is found inside "concatenate". The column
-`exact` says whether the words of the target, and nothing else, were read.
+The target is the first text in straight double quotes. Recognised lines are joined in reading order without a
+separator; both strings lose their ASCII spaces and their case. If the target is a substring of what was read, the score
+is 1; otherwise 1 - min(edit distance, target length) / target length. Three consequences: more text beside the target
+costs nothing, lines in another order cost much, and "cat" is found inside "concatenate". The column `exact` says
+whether the words of the target, and nothing else, were read.
 
-The recogniser is not the original's (PaddleOCR 2.9): decisions on the same recognised lines are the same, the lines may differ.
+The recogniser is not the original's (PaddleOCR 2.9): decisions on equal recognised lines are equal, but the lines may
+differ.
 """
 
 import re
@@ -26,7 +27,7 @@ Line = tuple[str, float]
 
 
 def target_of(prompt: str) -> str | None:
-    """The first text between straight double quotes; None where there is none or it is blank."""
+    """Return the first text between straight double quotes; None if there is none or it is blank."""
     found = re.search(r'"([^"]*)"', prompt)
     return found.group(1) if found and _plain(found.group(1)) else None
 
@@ -36,7 +37,7 @@ def _plain(text: str) -> str:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein: insertions, deletions and substitutions cost 1."""
+    """Return the Levenshtein distance: insertions, deletions and substitutions cost 1."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -46,7 +47,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def similarity(target: str, lines: list[Line]) -> float:
-    """Flow-GRPO's score in [0, 1]; lines with confidence 0 are left out, as there."""
+    """Return Flow-GRPO's score in [0, 1]; lines with confidence 0 are left out, as there."""
     wanted = _plain(target)
     read = _plain("".join(text for text, confidence in lines if confidence > 0))
     if wanted in read:
@@ -55,15 +56,15 @@ def similarity(target: str, lines: list[Line]) -> float:
 
 
 def exact_match(target: str, lines: list[Line]) -> float:
-    """1 if what was read is the target and nothing else, spaces between words and case aside."""
+    """Return 1 if what was read is the target and nothing else, ignoring spaces between words and case."""
     return float(_plain("".join(text for text, confidence in lines if confidence > 0)) == _plain(target))
 
 
 class OCRReward(Reward):
-    """OCR on rapidocr, whose weights ship in its wheel.
+    """OCR on rapidocr, whose weights are in its wheel.
 
-    side: longer sides are reduced to this many pixels before text is looked for. 512 reads text of 20 px in a 512 px picture;
-    larger finds smaller text and takes longer.
+    side: longer sides are reduced to this many pixels before text is detected. 512 reads text of 20 px in a 512 px
+    image; a larger value finds smaller text and takes longer. threads: of the engine; 0: torch's number.
     """
 
     name = "ocr"
@@ -98,9 +99,9 @@ class OCRReward(Reward):
     def _missing() -> DiffalignError:
         return DiffalignError("reward ocr: rapidocr is not installed; pip install 'diffalign[ocr]'")
 
-    def unfit(self, prompt: str | None, metadata: Metadata) -> str:
+    def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
         no_quotes = 'no text in straight double quotes in the prompt, as in: a sign that says "OPEN"'
-        return super().unfit(prompt, metadata) or ("" if target_of(prompt or "") else no_quotes)
+        return super().reason_not_scorable(prompt, metadata) or ("" if target_of(prompt or "") else no_quotes)
 
     def _load(self) -> Any:
         with self._lock:
@@ -124,16 +125,16 @@ class OCRReward(Reward):
             return self._engine
 
     def read(self, image: Image.Image) -> list[Line]:
-        """The lines of a picture in the recogniser's reading order."""
+        """Return the lines of an image in the recogniser's reading order."""
         pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # it expects BGR
         found = self._load()(pixels)
-        # Where it finds no text the fields are None, not empty.
+        # If it finds no text, the fields are None, not empty.
         return list(zip(found.txts or (), map(float, found.scores or ()), strict=True))
 
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        self.reasons = [self.unfit(prompt, {}) for prompt in prompts]
+        self.reasons = [self.reason_not_scorable(prompt, {}) for prompt in prompts]
         if all(self.reasons) and prompts:
             raise DiffalignError(f"reward ocr: prompt {prompts[0]!r}: {self.reasons[0]}")
         rows = torch.full((len(images), 2), float("nan"))

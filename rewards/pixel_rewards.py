@@ -1,7 +1,7 @@
 """Two rewards of the pixels alone, with nothing to download: controls for a pipeline, and baits for reward hacking.
 
-A method that is said to align should be able to raise them, and a report that lists them beside a learnt reward shows when
-the learnt one was raised by mere contrast or flatness.
+A method that is said to align should be able to raise them, and a report that lists them beside a learnt reward shows
+when the learnt one rose through mere contrast or flatness.
 """
 
 import io
@@ -24,8 +24,8 @@ GREY = (0.299, 0.587, 0.114)
 class JpegCompressibility(Reward):
     """Minus the size of the image as a JPEG, in kilobytes of 1000 bytes (DDPO, Black et al. 2023, section 5.1).
 
-    Compare images of one size only: a larger picture takes more bytes. `sign=-1` rewards size instead
-    (DDPO's incompressibility).
+    Compare images of one size only: a larger image takes more bytes. `sign=-1` rewards size instead (DDPO's
+    incompressibility).
     """
 
     name = "jpeg_compressibility"
@@ -58,9 +58,9 @@ class JpegCompressibility(Reward):
 
 
 class Sharpness(Reward):
-    """log10(1e-4 + variance of the Laplacian) of the grey picture in [0, 1] (Pech-Pacheco et al. 2000, with our logarithm).
+    """log10(1e-4 + variance of the Laplacian) of the grey image in [0, 1] (Pech-Pacheco et al. 2000; the log is ours).
 
-    The 4-neighbour Laplacian over inner pixels. Noise counts as sharp: that is what makes it a bait.
+    The 4-neighbour Laplacian over inner pixels. Noise counts as sharp, which makes it a bait.
     """
 
     name = "sharpness"

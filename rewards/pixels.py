@@ -1,8 +1,8 @@
-"""Pixels as CLIP-like models take them: an exact path on PIL images, and a differentiable one on float tensors.
+"""Prepare pixels for CLIP-like models: an exact path on PIL images, and a differentiable one on float tensors.
 
-The exact path repeats the published preprocessing, in 8-bit PIL where the original is. The tensor path does the same with
-float interpolation: on pictures without single-pixel noise it stays within 1.25 8-bit levels (`BOUND`, in units of
-[0, 1]) of the exact one, which tests/test_rewards_learned.py checks for several shapes.
+The exact path repeats the published preprocessing, in 8-bit PIL where the original uses it. The tensor path does the
+same with float interpolation: on images without single-pixel noise it stays within 1.25 8-bit levels (`BOUND`, in units
+of [0, 1]) of the exact one, which a test checks for several shapes.
 """
 
 from typing import Literal
@@ -23,18 +23,18 @@ Rounding = Literal["floor", "round"]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to float32 [3, H, W] in [0, 1]."""
+    """Convert an image to float32 RGB [3, H, W] in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1).float() / 255
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
-    """(pixels - mean) / std over the channels of [..., 3, H, W]."""
+    """Return (pixels - mean) / std over the channels of [..., 3, H, W]."""
     shape = (3, 1, 1)
     return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
 
 
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
-    """Sides after the shorter one becomes `size`; the longer is cut to an integer, as in every original."""
+    """Return the sides after the shorter one becomes `size`; the longer is cut to an integer, as in every original."""
     short, long = min(height, width), int(size * max(height, width) / min(height, width))
     return (size, long) if height == short else (long, size)
 
@@ -44,7 +44,7 @@ def _offset(margin: int, rounding: Rounding) -> int:
 
 
 def crop_square(image: Image.Image, size: int, rounding: Rounding) -> Tensor:
-    """Shorter side to `size` (bicubic, 8-bit), centre crop: float32 [3, size, size] in [0, 1]."""
+    """Resize the shorter side to `size` (bicubic, 8-bit) and crop the centre: float32 [3, size, size] in [0, 1]."""
     height, width = _scaled(image.height, image.width, size)
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = _offset(width - size, rounding), _offset(height - size, rounding)
@@ -52,16 +52,20 @@ def crop_square(image: Image.Image, size: int, rounding: Rounding) -> Tensor:
 
 
 def crop_square_tensor(pixels: Tensor, size: int, rounding: Rounding) -> Tensor:
-    """`crop_square` of [B, 3, H, W] in [0, 1], with its gradient. The clamp is what 8 bits do to bicubic overshoot."""
+    """Do what `crop_square` does to [B, 3, H, W] in [0, 1], with gradient.
+
+    It clamps, as 8 bits do to bicubic overshoot.
+    """
     height, width = _scaled(pixels.shape[-2], pixels.shape[-1], size)
     left, top = _offset(width - size, rounding), _offset(height - size, rounding)
     return resize(pixels, height, width).clamp(0, 1)[..., top : top + size, left : left + size]
 
 
 def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
-    """Longer side to `size`, black bars to a square: [..., 3, H, W] to [..., 3, size, size].
+    """Resize the longer side to `size` and add black bars: [..., 3, H, W] to [..., 3, size, size].
 
-    HPSv2's own transform works on float tensors and does not clamp, so this is the exact path and the differentiable one.
+    HPSv2's own transform works on float tensors and does not clamp, so this is both the exact and the differentiable
+    path.
     """
     batched = pixels if pixels.ndim == 4 else pixels[None]
     scale = size / max(batched.shape[-2:])
@@ -73,14 +77,17 @@ def letterbox(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
 
 
 def resize(pixels: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
-    """Bicubic, without a clamp; the same tensor where the size is right already."""
+    """Resize by bicubic interpolation, without a clamp; return the same tensor if the size is right."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     return F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
 
 
 def patches(pixels: Tensor, side: int, merge: int, frames: int = 2) -> Tensor:
-    """[B, 3, H, W] to Qwen2-VL's rows [B * patches, 3 * frames * side * side]: merged blocks together, each frame repeated."""
+    """Return Qwen2-VL's rows [B * patches, 3 * frames * side * side] of [B, 3, H, W].
+
+    Merged blocks stay together, and each frame is repeated.
+    """
     b, c, h, w = pixels.shape
     cells = pixels.reshape(b, c, h // side // merge, merge, side, w // side // merge, merge, side)
     rows = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, block row, block column, row, column, channel, y, x

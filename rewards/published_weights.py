@@ -1,15 +1,15 @@
-"""Where a reward's weights come from: a local file or folder, or the hub at a revision. Never a pickle."""
+"""Find and load a reward's weights: a local file or folder, or the hub at a revision. Pickles are never executed."""
 
 import hashlib
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.kernels import avoid_cudnn_attention
+from diffalign.kernels import align_weights, avoid_cudnn_attention
 
 EDGE = 1 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -17,6 +17,16 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 FOLDER_FILES = (*SMALL_FILES, "*.safetensors")
 """All that a transformers folder needs; checkpoints in other formats stay on the hub, unless there is no other."""
 OLDER_FILES = (*SMALL_FILES, "pytorch_model*.bin")
+
+
+class Pretrained(Protocol):
+    """A class of transformers, such as CLIPModel or an Auto class."""
+
+    __name__: str
+
+    def from_pretrained(self, folder: Path, **options: object) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """Return the model, and what was missing in the folder."""
+        ...
 
 
 def fetch(
@@ -28,10 +38,11 @@ def fetch(
     option: str = "weights",
     patterns: tuple[str, ...] = FOLDER_FILES,
 ) -> Path:
-    """The path of `file` of `repo`, or of a whole folder where `file` is None. `local` takes the place of the hub; `option` is
-    the reward's option that gives it, `patterns` what is wanted of a folder: a tokenizer's repository may hold 8 GB of weights.
+    """Return the path of `file` of `repo`, or of a whole folder if `file` is None.
 
-    Raises DiffalignError naming file, repository and how to point to a local copy.
+    local: replaces the hub. option: the reward's option that sets it. patterns: the files wanted of a folder, since a
+    tokenizer's repository may hold 8 GB of weights. Raises DiffalignError naming file, repository and how to point to a
+    local copy.
     """
     where = f"{file or 'the files'} of {repo} (revision {revision})"
     if local is not None:
@@ -64,10 +75,10 @@ def fetch(
 
 
 def fingerprint(path: Path) -> str:
-    """A short name of weights on disk: the hub's commit, or a hash of size, beginning and end of every file.
+    """Return a short name of weights on disk: the hub's commit, or a hash of size, beginning and end of every file.
 
-    Not a hash of all bytes: for 16 GB that would take longer than scoring a small folder. Weights that were edited in the
-    middle only, at the same size, keep their name.
+    It does not hash all bytes: for 16 GB that would take longer than scoring a small folder. Weights that differ only
+    in the middle, at the same size, keep their name.
     """
     parts = path.parts
     if "snapshots" in parts and parts.index("snapshots") + 1 < len(parts):
@@ -83,10 +94,12 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
-    """`kind.from_pretrained(folder)`, tensors only. Raises DiffalignError where a parameter is missing, which transformers
-    only warns of before it draws that at random."""
-    avoid_cudnn_attention()  # judges train, and rewards are followed by their gradient
+def pretrained(kind: Pretrained, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Return `kind.from_pretrained(folder)`, tensors only.
+
+    Raises DiffalignError if a parameter is missing: transformers only warns and initialises it at random.
+    """
+    avoid_cudnn_attention()  # judges are trained, and gradients flow through rewards
     try:
         model, info = kind.from_pretrained(folder, dtype=dtype, weights_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
@@ -98,11 +111,14 @@ def pretrained(kind: Any, folder: Path, reward: str, dtype: torch.dtype) -> torc
             f"reward {reward}: {folder} does not fit the model: {missing[0]} is missing ({len(missing)} missing)"
         )
     assert isinstance(model, torch.nn.Module)
+    align_weights(model)  # a checkpoint scores the same in either of its formats
     return model
 
 
 def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a .pt/.pth that holds tensors only. `key`: where it lies inside, if there."""
+    """Return the state dict in a .safetensors file, or in a .pt/.pth that holds tensors only. `key`: where it is
+    inside.
+    """
     loaded: Any
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -125,7 +141,7 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str) -> None:
-    """Load `state` into `module`: every parameter must be there, and nothing else."""
+    """Load `state` into `module`. Raises DiffalignError unless exactly its parameters are there."""
     try:
         missing, extra = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -133,9 +149,9 @@ def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: 
     missing = [name for name in missing if not name.endswith("position_ids")]
     extra = [name for name in extra if not name.endswith("position_ids")]
     if missing or extra:
-        told = ", ".join([*(f"{m} is missing" for m in missing[:2]), *(f"{e} is not part of it" for e in extra[:2])])
+        faults = ", ".join([*(f"{m} is missing" for m in missing[:2]), *(f"{e} is not part of it" for e in extra[:2])])
         raise DiffalignError(
-            f"reward {reward}: {path} does not fit the model: {told} ({len(missing)} missing, {len(extra)} left over)"
+            f"reward {reward}: {path} does not fit the model: {faults} ({len(missing)} missing, {len(extra)} left over)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rubrics: a text for each dimension that a judge rates. Ours are in rubrics/*.txt; any file can replace or join them."""
+"""Read rubrics: a text for each dimension that a judge rates. Ours are rubrics/*.txt; a file can replace or join them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +9,15 @@ FOLDER = Path(__file__).with_name("rubrics")
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 """Z-Reward's four: text-image alignment, realism, aesthetics, physical plausibility."""
 LONGEST = 20_000
-"""Characters. A file beyond that is hardly a rubric, and every picture would pay for it."""
+"""The most characters of a rubric: a longer file is hardly one, and every image would pay for its tokens."""
 
 
 def load_rubrics(names: Sequence[str | Path] = DIMENSIONS, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Dimension to rubric, in the order given. An entry is one of DIMENSIONS, NAME=FILE, or a FILE that is named like it.
+    """Return dimension -> rubric, in the order given. An entry is one of DIMENSIONS, NAME=FILE, or a FILE named like
+    it.
 
-    `alignment=my.txt` replaces ours. known: rubrics that come before ours, such as a trained judge's own. Raises DiffalignError
-    for a name that is neither, a file that holds no text, and a dimension given twice.
+    `alignment=my.txt` replaces ours. known: rubrics that take precedence over ours, such as a trained judge's own.
+    Raises DiffalignError for an unknown name, a file without text, and a dimension given twice.
     """
     found: dict[str, str] = {}
     for entry in names:
@@ -46,7 +47,7 @@ def _read(entry: str, known: Mapping[str, str]) -> tuple[str, str]:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
-        raise DiffalignError(f"rubric {entry!r}: {path} is no UTF-8 text ({error.reason})") from error
+        raise DiffalignError(f"rubric {entry!r}: {path} is not UTF-8 text ({error.reason})") from error
     if not text or len(text) > LONGEST:
         raise DiffalignError(f"rubric {entry!r}: {path} has {len(text)} characters; 1 to {LONGEST} are needed")
     return name, text

@@ -1,8 +1,8 @@
-"""Scores as distributions over half-point levels (Z-Reward, arXiv 2606.09076): what is read off them.
+"""Scores as distributions over half-point levels (Z-Reward, arXiv 2606.09076), and what follows from them.
 
-Z-Reward rates every dimension of a picture on nine levels, 1.0 to 5.0 in steps of 0.5, and keeps the probabilities of all
-nine: the mean is the score, the spread says how sure the judge is, and two pictures compare by the probability that one is
-better, which two equal means do not show.
+Z-Reward rates every dimension of an image on nine levels, 1.0 to 5.0 in steps of 0.5, and keeps the probabilities of
+all nine: the mean is the score, the spread says how certain the judge is, and two images compare by the probability
+that one is better, which two equal means do not show.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ SPAN = LEVELS[-1] - LEVELS[0]
 class ScoreDistribution:
     """probabilities: float32 [B, dimensions, levels], each row summing to 1, with its gradient if it has one.
 
-    levels: the score that each bin stands for, rising. dimensions: their names, or none. Anything but float32 is
-    converted: in bfloat16 the nine probabilities of a read-out sum to 0.9998 and its mean is off by 0.006.
-    Raises DiffalignError where the shapes do not fit.
+    levels: the score of each bin, ascending. dimensions: their names, or none. Other dtypes are converted to float32:
+    in bfloat16 the nine probabilities of a judge sum to 0.9998 and its mean is off by 0.006. Raises DiffalignError if
+    shapes do not fit.
     """
 
     probabilities: Tensor
@@ -48,7 +48,7 @@ class ScoreDistribution:
     def from_logits(
         cls, logits: Tensor, levels: tuple[float, ...] = LEVELS, dimensions: tuple[str, ...] = ()
     ) -> "ScoreDistribution":
-        """The closed-set softmax of logits [B, dimensions, levels], in float32 whatever they come in."""
+        """Return the closed-set softmax of logits [B, dimensions, levels], computed in float32."""
         return cls(logits.float().softmax(-1), levels, dimensions)
 
     @property
@@ -76,9 +76,10 @@ class ScoreDistribution:
         return torch.special.entr(self.probabilities).sum(-1)
 
     def win_probability(self, other: "ScoreDistribution") -> Tensor:
-        """P(a > b) + P(a = b) / 2 for picture i of this one over picture i of `other`, [B, dimensions].
+        """Return P(a > b) + P(a = b) / 2 for image i of this one over image i of `other`, [B, dimensions].
 
-        The two ratings count as independent, so half of a tie goes to each side and swapping the two gives 1 minus it.
+        The two ratings are taken as independent, so half of a tie goes to each side, and swapping the two gives 1 minus
+        it.
         """
         if self.levels != other.levels:
             raise DiffalignError(f"levels {list(self.levels)} and {list(other.levels)} cannot be compared")
@@ -91,7 +92,7 @@ class ScoreDistribution:
         return ((self.probabilities @ better) * other.probabilities).sum(-1)
 
     def weights(self, given: Mapping[str, float] | Sequence[float] | None = None) -> Tensor:
-        """Weights of the dimensions that sum to 1, [dimensions]: equal ones, in order, or by name (absent: 0).
+        """Return weights of the dimensions that sum to 1, [dimensions]: equal ones, in order, or by name (absent: 0).
 
         Raises DiffalignError for a name that is no dimension, and for weights that are negative, infinite or all 0.
         """
@@ -111,5 +112,7 @@ class ScoreDistribution:
         return w / w.sum()
 
     def aggregate(self, weights: Mapping[str, float] | Sequence[float] | None = None) -> Tensor:
-        """The weighted mean of the dimensions' means, [B], in [1, 5]. The paper calls it task-dependent and gives none."""
+        """Return the weighted mean of the dimensions' means, [B], in [1, 5]. The paper calls it task-dependent and
+        gives none.
+        """
         return self.mean @ self.weights(weights)

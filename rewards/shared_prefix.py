@@ -1,26 +1,46 @@
-"""One pass over picture and question for all dimensions: their keys and values are kept, and each rubric continues from them.
+"""Run image and question through a judge once for all dimensions: each rubric continues from the cached keys and
+values.
 
-A picture is most of the tokens, so four dimensions cost little more than one. The numbers are those of the unshared form to
-about 1e-5 in float32. It works for models that place pictures as Qwen2-VL does (`get_rope_index`: Qwen2-VL, 2.5-VL, 3-VL,
-3.5); others, and models with linear attention whose gradient is wanted (their cache is overwritten in place), take the
-unshared form.
+An image is most of the tokens, so four dimensions cost little more than one. The numbers are those of the unshared form
+to about 1e-5 in float32. It works for models that place images as Qwen2-VL does (`get_rope_index`: Qwen2-VL, 2.5-VL,
+3-VL, 3.5); others, and models with linear attention whose gradient is wanted (their cache is overwritten in place), use
+the unshared form.
 """
+
+from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffalign.rewards.judge import Judge
+    from transformers import Cache, PreTrainedModel
 
 
-def shareable(judge: "Judge") -> bool:
-    """Whether this model's prefix can be shared, with a gradient if one is being recorded."""
+class ChatJudge(Protocol):
+    """What is needed of a judge, whose methods explain themselves in `judge.py`."""
+
+    model: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def chat(self, prompt: str, dimension: str) -> tuple[str, str]: ...
+
+    def encode(self, images: Sequence[Image.Image] | Tensor, heads: Sequence[str]) -> dict[str, Tensor]: ...
+
+    def tail(self, text: str) -> list[int]: ...
+
+    def closed(self, logits: Tensor) -> Tensor: ...
+
+
+def shareable(judge: ChatJudge) -> bool:
+    """Return whether this model's prefix can be shared, with a gradient if one is being recorded."""
     inner = getattr(judge.model, "model", None)
     if not hasattr(inner, "get_rope_index"):
         return False
@@ -29,9 +49,9 @@ def shareable(judge: "Judge") -> bool:
 
 
 def shared_logits(
-    judge: "Judge", images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
+    judge: ChatJudge, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], names: Sequence[str]
 ) -> Tensor | None:
-    """float32 [B, dimensions, labels]; None where the chat template does not write the question before the rubric."""
+    """Return float32 [B, dimensions, labels]; None if the chat template does not write the question before the rubric."""
     from transformers import DynamicCache
 
     chats = [[judge.chat(prompt, name) for name in names] for prompt in prompts]
@@ -48,7 +68,7 @@ def shared_logits(
         attention_mask=mask,
         mm_token_type_ids=batch["mm_token_type_ids"],
     )
-    # Text goes on behind the furthest position in any of the three directions; padding holds low ones.
+    # Text continues after the furthest position in any of the three directions; padding has low positions.
     start = positions.masked_fill(mask[None] == 0, -1).amax((0, 2))
     found = []
     for n in range(len(names)):
@@ -66,11 +86,11 @@ def shared_logits(
     return torch.stack(found, 1)
 
 
-def branch(cache: Any) -> Any:
-    """A cache that goes on from this one and leaves it as it is.
+def branch(cache: Cache) -> Cache:
+    """Return a cache that continues from this one and leaves it unchanged.
 
-    Keys and values are replaced, not written to, as they grow, so they need no copy, and the gradient flows into them. The
-    states of linear attention are overwritten, so these are copied.
+    Keys and values are replaced, not overwritten, as they grow, so they need no copy, and the gradient flows into them.
+    The states of linear attention are overwritten, so these are copied.
     """
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]

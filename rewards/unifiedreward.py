@@ -1,21 +1,21 @@
 """UnifiedReward 2.0 (Wang et al., arXiv 2503.05236 and its repository): a model that writes three scores from 1 to 5.
 
-A text in which a score is missing gives NaN and the text as the reason. Trainers that map it to 0 teach the model to
-avoid whatever the judge fumbles.
+An answer in which a score is missing gives NaN, with the text as the reason. Trainers that map it to 0 teach the model
+to avoid whatever the judge answers badly.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Prepared, by_column
-from diffalign.rewards.vlm import VisionLanguageReward, pictures, plain
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 AXES = ("alignment", "coherence", "style")
-# The words are the model's interface: those of the repository's point_score_ACS_image_generation.py for 2.0.
+# The exact words are the model's interface: those of the repository's point_score_ACS_image_generation.py for 2.0.
 INSTRUCTION = """You are presented with a generated image and its associated text caption. \
 Your task is to analyze the image across multiple dimensions in relation to the caption. Specifically:
 Provide overall assessments for the image along the following axes (each rated from 1 to 5):
@@ -34,7 +34,7 @@ Text Caption: [{prompt}]"""
 
 
 def parse(answer: str) -> tuple[float, ...] | None:
-    """(alignment, coherence, style) of a model's text; None unless all three are there, once, and between 1 and 5."""
+    """Return (alignment, coherence, style) of a model's text; None unless each occurs, with one value between 1 and 5."""
     found = []
     for axis in AXES:
         scores = re.findall(
@@ -50,7 +50,7 @@ def parse(answer: str) -> tuple[float, ...] | None:
 class UnifiedReward(VisionLanguageReward):
     """Score: the mean of the three axes, which are the other columns. Decoded greedily.
 
-    max_new_tokens: an answer has about 80, since scores such as 2.694700002670288 are written with a token a digit.
+    max_new_tokens: an answer has about 80, since scores such as 2.694700002670288 take a token a digit.
     """
 
     name = "unifiedreward"
@@ -62,7 +62,7 @@ class UnifiedReward(VisionLanguageReward):
     source = "arXiv 2503.05236, github.com/CodeGoat24/UnifiedReward"
     repo = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 
-    def __init__(self, *, max_new_tokens: int = 256, **shared: Any) -> None:
+    def __init__(self, *, max_new_tokens: int = 256, **shared: Unpack[VisionLanguageOptions]) -> None:
         super().__init__(**shared)
         self.max_new_tokens = max_new_tokens
 
@@ -77,7 +77,7 @@ class UnifiedReward(VisionLanguageReward):
         return self.read(answers)
 
     def read(self, answers: list[str]) -> dict[str, Tensor]:
-        """Columns of what the model wrote; sets `reasons`."""
+        """Return the columns of the model's answers; sets `reasons`."""
         self.reasons, rows = [], []
         for answer in answers:
             scores = parse(answer)

@@ -1,13 +1,13 @@
-"""What rewards on image-text models share: folder, chat template, batches padded on the left.
+"""Base class of rewards on image-text models: folder, chat template, batches padded on the left.
 
-Any model that `AutoModelForImageTextToText` and `AutoProcessor` load from one folder will do. Left padding, so that the last
-position is the answer's for every sample of a batch.
+Any model that `AutoModelForImageTextToText` and `AutoProcessor` load from one folder works. Padding is on the left, so
+that the last position is the answer's for every sample of a batch.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -15,16 +15,25 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Prepared
-from diffalign.rewards.learned import LearnedReward
+from diffalign.rewards.learned import LearnedOptions, LearnedReward
 from diffalign.rewards.published_weights import pretrained
 
 
+class VisionLanguageOptions(LearnedOptions, total=False):
+    """Options of every reward on an image-text model; `VisionLanguageReward` explains them."""
+
+    model: str | None
+
+
 class VisionLanguageReward(LearnedReward):
-    """model: a hub id that takes the place of the default; weights: a local folder with model and processor."""
+    """A reward on an image-text model.
+
+    model: a hub id that replaces the default. weights: a local folder with model and processor.
+    """
 
     preprocessing = "RGB, the model's own processor"
 
-    def __init__(self, *, model: str | None = None, **shared: Any) -> None:
+    def __init__(self, *, model: str | None = None, **shared: Unpack[LearnedOptions]) -> None:
         shared.setdefault("dtype", "bfloat16" if str(shared.get("device", "cpu")).startswith("cuda") else "float32")
         super().__init__(**shared)
         if model is not None:
@@ -38,6 +47,7 @@ class VisionLanguageReward(LearnedReward):
 
     @property
     def processor(self) -> Any:
+        """The processor, loaded at first use."""
         if self._processor is None:
             from transformers import AutoProcessor
 
@@ -47,10 +57,14 @@ class VisionLanguageReward(LearnedReward):
 
     @property
     def processor_path(self) -> Path:
+        """The folder of the processor."""
         return self.path
 
-    def encode(self, images: Sequence[Image.Image], texts: list[str], **image_options: Any) -> dict[str, Tensor]:
-        """Model inputs for one picture and one question each, up to where the answer begins."""
+    def encode(self, images: Sequence[Image.Image], texts: list[str], **image_options: bool) -> dict[str, Tensor]:
+        """Return model inputs for one image and one question each, up to where the answer begins.
+
+        image_options: options of the image processor.
+        """
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
             for image, text in zip(images, texts, strict=True)
@@ -65,7 +79,7 @@ class VisionLanguageReward(LearnedReward):
         }
 
     def one_token(self, word: str) -> int:
-        """The id of a word that must be one token. Raises DiffalignError where the model's tokenizer cuts it."""
+        """Return the id of a word. Raises DiffalignError if the model's tokenizer does not write it as one token."""
         ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise DiffalignError(f"reward {self.name}: {self.repo} writes {word!r} as {len(ids)} tokens; one is needed")
@@ -73,10 +87,12 @@ class VisionLanguageReward(LearnedReward):
 
 
 def plain(prompt: str) -> str:
-    """The prompt without chat markup such as <|im_end|> or <|image_pad|>, which would end the question or ask for a picture."""
+    """Return the prompt without chat markup such as <|im_end|> or <|image_pad|>, which would end the question or add an
+    image.
+    """
     return re.sub(r"<\|[^<>|]*\|>", " ", prompt)
 
 
 def pictures(items: Sequence[Prepared]) -> list[Image.Image]:
-    """The RGB pictures of a batch."""
+    """Return the RGB images of a batch."""
     return [item.convert("RGB") for item in items if isinstance(item, Image.Image)]

@@ -1,8 +1,9 @@
-"""Z-Reward (arXiv 2606.09076) as a reward: the student's read-out of every dimension, one token out, differentiable.
+"""Z-Reward (arXiv 2606.09076) as a reward: a student's rating of every dimension, one token out, differentiable.
 
 R(p, I) = Agg_d mu(p, I, d), with mu the mean of the distribution over nine half-point levels. The paper calls Agg
-task-dependent and names none; here it is a weighted mean, of equal weights unless `mix` says otherwise. No weights of the
-paper's are public, so a judge has to be named: one trained with `diffalign.judge`, or any image-text model, zero-shot.
+task-dependent and names none; here it is a weighted mean, with equal weights unless `mix` says otherwise. The paper's
+weights are not public, so a judge has to be named: one trained with `diffalign.judge`, or any image-text model,
+zero-shot.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -23,22 +24,23 @@ from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.published_weights import fingerprint
 from diffalign.rewards.rubric import DIMENSIONS, load_rubrics
 from diffalign.rewards.score_distribution import LEVELS, ScoreDistribution
-from diffalign.rewards.vlm import VisionLanguageReward, pictures
+from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures
 
 
 def columns_of(dimensions: Sequence[str]) -> tuple[str, ...]:
-    """The aggregate; the mean and the spread of each dimension; then its nine probabilities, such as alignment@4.5."""
-    told = [name for d in dimensions for name in (d, f"{d}_spread")]
-    return ("zreward", *told, *(f"{d}@{level:.1f}" for d in dimensions for level in LEVELS))
+    """Return the columns: the aggregate; mean and spread of each dimension; its nine probabilities, as alignment@4.5."""
+    moments = [name for d in dimensions for name in (d, f"{d}_spread")]
+    return ("zreward", *moments, *(f"{d}@{level:.1f}" for d in dimensions for level in LEVELS))
 
 
 class ZReward(VisionLanguageReward):
-    """Mean of a judge's score distribution, 1 to 5, averaged over dimensions.
+    """The mean of a judge's score distribution, 1 to 5, averaged over dimensions.
 
-    weights: a folder with a judge or any image-text model; model: its hub id. labels: `digits` or `letters`; without it, what
-    the judge was trained on, else digits. dimensions: names of our rubrics, NAME=FILE, or FILE, as a list or joined by "+";
-    without it, the judge's own, else our four. mix: weights of the dimensions by name, or "alignment=2+realism=1"; those left
-    out count 0. share: picture and question go through the model once for all dimensions, where it can.
+    weights: a folder with a judge or any image-text model. model: its hub id. labels: `digits` or `letters`; default:
+    what the judge was trained on, else digits. dimensions: names of our rubrics, NAME=FILE, or FILE, as a list or
+    joined by "+"; default: the judge's own, else our four. mix: weights of the dimensions by name, or
+    "alignment=2+realism=1"; missing ones are 0. share: run image and question through the model once for all
+    dimensions, if possible.
     """
 
     name = "zreward"
@@ -58,16 +60,16 @@ class ZReward(VisionLanguageReward):
         dimensions: str | Sequence[str | Path] | None = None,
         mix: str | Mapping[str, float] | None = None,
         share: bool = True,
-        **shared: Any,
+        **shared: Unpack[VisionLanguageOptions],
     ) -> None:
         super().__init__(**shared)
         if labels is not None and labels not in LABELS:
             raise DiffalignError(f"reward zreward: labels {labels!r}; one of {', '.join(LABELS)}")
         self.share = share
-        self._told = load_settings(Path(self.local).expanduser()) if self.local is not None else {}
-        self.labels: str = labels or self._told.get("labels", "digits")
-        self.wording: Wording = self._told.get("wording", Wording())
-        own: dict[str, str] = self._told.get("rubrics", {})
+        self._settings = load_settings(Path(self.local).expanduser()) if self.local is not None else {}
+        self.labels: str = labels or self._settings.get("labels", "digits")
+        self.wording: Wording = self._settings.get("wording", Wording())
+        own: dict[str, str] = self._settings.get("rubrics", {})
         wanted = dimensions.split("+") if isinstance(dimensions, str) else dimensions
         self.rubrics = load_rubrics(wanted or list(own) or DIMENSIONS, own)
         self.dimensions = tuple(self.rubrics)
@@ -106,11 +108,11 @@ class ZReward(VisionLanguageReward):
 
     @property
     def judge(self) -> Judge:
-        """The read-out on the loaded model, frozen."""
+        """The judge on the loaded model, frozen."""
         if self._judge is None:
-            processor = self.processor  # refusals before the weights are read
+            processor = self.processor  # errors before the weights are read
             if self.local is None and load_settings(self.path):
-                # Its columns had to be known before it was fetched.
+                # Its columns must be known before it is fetched.
                 raise DiffalignError(
                     f"reward zreward: {self.repo} is a judge with rubrics of its own; name its folder: weights={self.path}"
                 )
@@ -118,7 +120,9 @@ class ZReward(VisionLanguageReward):
         return self._judge
 
     def distribution(self, images: Pictures, prompts: Sequence[str]) -> ScoreDistribution:
-        """Probabilities [B, dimensions, 9] of pictures, or of float pixels [B, 3, H, W] in [0, 1] with their gradient."""
+        """Return probabilities [B, dimensions, 9] of images, or of float pixels [B, 3, H, W] in [0, 1] with their
+        gradient.
+        """
         return self.judge.distribution(images, prompts, self.dimensions, share=self.share)
 
     @torch.no_grad()

@@ -13,8 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import tiny
 import torch
+
+from helpers import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)

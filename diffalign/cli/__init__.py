@@ -1,7 +1,7 @@
 """The verbs. Nothing heavy is imported before a verb runs, so `--help` answers at once.
 
-Exit codes: 0 done; 2 a mistake that the user can mend, said in one line on stderr; 3 `score` is done, but some picture has
-no score; 130 stopped by Ctrl-C; 1 with a traceback is a bug.
+Exit codes: 0 success; 2 a mistake that the user can mend, in one line on stderr; 3 `score` ended, but some image has no
+score; 130 stopped by Ctrl-C; 1 with a traceback is a bug.
 """
 
 from typing import Annotated
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         print(f"diffalign {__version__}")
         raise typer.Exit

@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
+from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
-from diffalign.cli.options import Overrides, Source
-from diffalign.errors import DiffalignError
 
 data = typer.Typer(
-    help="Datasets: other people's to ours, what is in one, and ours to other forms.",
+    help="Convert, inspect and export datasets.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -19,105 +18,96 @@ verbs = typer.Typer()
 
 
 @verbs.command("pairs")
-def import_pairs(
+def pairs(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CSV | WINNERS LOSERS",
-            help="A csv with columns prompt, winner, loser; or two folders of pictures with equal names, "
-            "with the caption of a.png in a.txt beside the winner.",
+            metavar="SOURCE",
+            help="A csv with columns prompt, winner, loser; or two folders, winners then losers, of images with equal "
+            "names, with the caption of a.png in a.txt beside the winner.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
 ) -> None:
-    """Turn your own pairs into a dataset that `diffalign train` reads (data.path)."""
-    with plain_errors():
-        from diffalign.data import pairs
+    """Make a dataset from your own pairs of images.
 
-        if len(sources) > 2:
-            raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
-        if len(sources) == 1 and sources[0].is_dir():
-            raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
-        found = pairs.pairs_from_folders(*sources) if len(sources) == 2 else pairs.pairs_from_csv(sources[0])
-        print(f"{pairs.import_pairs(found, out)} pairs in {out}; train on them with data.path={out}")
+    `diffalign train` reads it as data.path.
+    """
+    with plain_errors():
+        from diffalign.data.convert import import_pairs
+
+        print(f"{import_pairs(sources, out).groups} pairs in {out}; train on them with data.path={out}")
 
 
 @verbs.command()
-def synth(
-    config: Source,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Time a batch of every generator and reward, print time, disk and cost, stop."),
-    ] = False,
-) -> None:
-    """Make a ranked dataset from prompts. The same command goes on where it stopped; several share the work."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_synth_config
+def synth(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Make a ranked dataset from prompts.
 
-        checked = load_synth_config(config, overrides or ())
-        from diffalign.stages import synth as stages_synth
+    Generators draw images, rewards score them, and the scores become preferences. The same command resumes where it
+    stopped, and several processes share the work. With --dry-run: draw and score a batch or two, and print the time, disk
+    and cost of all.
+    """
+    with checked_config("synth", config, overrides) as checked:
+        from diffalign.stages.synth import synth
 
-        stages_synth.synth(checked, dry_run=dry_run)
+        synth(checked, dry_run=dry_run)
 
 
-@verbs.command("rank")
-def rank_scores(
+@verbs.command()
+def rank(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="DATASET|CONFIG", help="A scored dataset folder, or a YAML file with data and the rest."
+            metavar="DATASET|CONFIG", help="A scored dataset folder, or a YAML file that names one under data."
         ),
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Turn stored scores into preferences anew: other rewards, near-ties dropped, k of K images, filters, splits."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_rank_config
+    """Rank a scored dataset again.
 
-        checked = load_rank_config(source, overrides or ())
-        from diffalign.stages import synth as stages_synth
+    From stored scores: with other rewards, without near-ties, with k of K images, filters or splits.
+    """
+    with checked_config("rank", source, overrides) as checked:
+        from diffalign.stages.rank import rank
 
-        stages_synth.rank_again(checked)
+        rank(checked)
 
 
-@verbs.command("cache")
-def encode_cache(
-    config: Source,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print how many gigabytes it takes and whether they are free; stop.")
-    ] = False,
-) -> None:
-    """Encode the images and prompts of a training config now, so that `diffalign train` starts at once."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_config
+@verbs.command()
+def cache(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Encode a dataset before training.
 
-        checked = load_config(config, overrides or ())
-        from diffalign.stages import data as stages_data
+    Takes the config of `diffalign train`, which then starts at once. With --dry-run: how many gigabytes are needed, and
+    whether they are free.
+    """
+    with checked_config("train", config, overrides) as checked:
+        from diffalign.stages.data import cache
 
-        stages_data.cache(checked, dry_run=dry_run)
+        cache(checked, dry_run=dry_run)
 
 
 @data.command("convert")
 def data_convert(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="A file or folder; or two folders: winners, then losers.")
+        list[Path], typer.Argument(metavar="SOURCE", help="A file or folder; or two folders: winners, then losers.")
     ],
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
     form: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, csv or two_folders; found out if not given.",
+            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, csv or two_folders; without it, guessed.",
         ),
     ] = None,
 ) -> None:
-    """Turn a dataset that exists already into one that every command here reads. Broken rows are named and left out."""
-    with plain_errors():
-        from diffalign.stages import data as stages_data
+    """Convert other datasets into one for all verbs here.
 
-        stages_data.convert(sources, out, form)
+    Broken rows are reported and skipped.
+    """
+    with plain_errors():
+        from diffalign.stages.data import convert
+
+        convert(sources, out, form)
 
 
 @data.command("inspect")
@@ -126,11 +116,14 @@ def data_inspect(
     html: Annotated[Path | None, typer.Option(help="Write a contact sheet: images from best to worst.")] = None,
     groups: Annotated[int, typer.Option(min=1, help="How many prompts the contact sheet shows.")] = 100,
 ) -> None:
-    """What a dataset holds: sizes, ties, generators, scores, and how far its rewards agree."""
-    with plain_errors():
-        from diffalign.stages import data as stages_data
+    """Show what a dataset holds.
 
-        stages_data.inspect(dataset, html, groups)
+    Sizes, ties, generators, scores, and how far its rewards agree.
+    """
+    with plain_errors():
+        from diffalign.stages.data import inspect
+
+        inspect(dataset, html, groups)
 
 
 @data.command("export")
@@ -142,8 +135,8 @@ def data_export(
     ] = "rows",
     pairs: Annotated[str, typer.Option(help="pickapic: best_worst (one pair a prompt) or all.")] = "best_worst",
 ) -> None:
-    """Write a dataset in a form that other code reads, with a card."""
+    """Export a dataset for other programs, with a card."""
     with plain_errors():
-        from diffalign.stages import data as stages_data
+        from diffalign.stages.data import export_data
 
-        stages_data.export_data(dataset, out, form, pairs)
+        export_data(dataset, out, form, pairs)

@@ -1,4 +1,4 @@
-"""What a verb does with an error: one line for what a user can mend, a traceback for a bug."""
+"""Turn errors that a user can mend into one line and an exit code; bugs keep their traceback."""
 
 import errno
 import sys
@@ -11,30 +11,33 @@ from diffalign.errors import DiffalignError
 
 
 @contextmanager
-def plain_errors(goes_on: bool = False) -> Iterator[None]:
-    """What a user can mend becomes one line and exit code 2, Ctrl-C one line and 130. Bugs keep their traceback."""
+def plain_errors(resumes: bool = False) -> Iterator[None]:
+    """End the command with one line: exit code 2 for what a user can mend, 130 for Ctrl-C. Bugs keep their traceback.
+
+    resumes: whether the same command resumes where it was stopped.
+    """
     try:
         yield
     except DiffalignError as error:
-        raise _leave(f"error: {error}", 2) from None
+        raise _exit(f"error: {error}", 2) from None
     except KeyboardInterrupt:
-        raise _leave(
-            "stopped by Ctrl-C" + ("; the same command goes on where it stopped" if goes_on else ""), 130
-        ) from None
+        advice = "; the same command resumes where it stopped" if resumes else ""
+        raise _exit(f"stopped by Ctrl-C{advice}", 130) from None
     except Exception as error:
         complaint = _system_complaint(error)
         if complaint is None:
             raise
-        raise _leave(f"error: {complaint}", 2) from None
+        raise _exit(f"error: {complaint}", 2) from None
 
 
-def _leave(message: str, code: int) -> typer.Exit:
+def _exit(message: str, code: int) -> typer.Exit:
+    """Print a message as one line and return the exception that ends the command with `code`."""
     print(message.replace("\n", " "), file=sys.stderr, flush=True)
     return typer.Exit(code)
 
 
 def _system_complaint(error: BaseException | None) -> str | None:
-    """What to say when the disk is full or a folder may not be written; None for every other error."""
+    """Return what to print when the disk is full or a folder may not be written; None for every other error."""
     while error is not None:
         path = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         number = error.errno if isinstance(error, OSError) else None

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffalign.cli.config_verb import Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
-from diffalign.cli.options import Overrides, Source
 
 if TYPE_CHECKING:
     from diffalign.judge.predict import Thinking
@@ -15,10 +15,10 @@ verbs = typer.Typer()
 
 JudgeFolder = Annotated[Path, typer.Argument(metavar="JUDGE", help="A judge's folder, such as RUN/weights.")]
 Records = Annotated[Path, typer.Argument(metavar="RECORDS", help="ratings.jsonl or pairs.jsonl.")]
-Traces = Annotated[int, typer.Option(min=0, help="Reasoning traces of each image, averaged; 0: the score at once.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="A trace is cut at so many tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Of the sampling of traces; 0: the likeliest tokens.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images, or traces, at once.")]
+Traces = Annotated[int, typer.Option(min=0, help="Reasoning traces per image, averaged; 0: score at once.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens at which a trace is cut.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature of traces; 0: the likeliest tokens.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images or traces in one batch.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the traces.")]
 
@@ -31,11 +31,11 @@ def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int)
 
 @verbs.command("judge")
 def train_judge(config: Source, overrides: Overrides = None) -> None:
-    """Train a judge of images: a teacher that reasons, or a student that scores at once. The same command goes on."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_judge_config
+    """Train a judge of images.
 
-        checked = load_judge_config(config, overrides or ())
+    A teacher that reasons, or a student that scores at once. The same command resumes where it stopped.
+    """
+    with checked_config("judge", config, overrides) as checked:
         from diffalign.stages.judge import train_from_config
 
         train_from_config(checked)
@@ -53,12 +53,15 @@ def judge_distributions(
     device: DeviceName = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Write once what a teacher says about every image: what a student learns from."""
+    """Write a teacher's scores of images for a student.
+
+    One distribution over the scores per image.
+    """
     with plain_errors():
         from diffalign.stages.judge import distributions
 
-        told = _thinking(traces, max_tokens, temperature, batch_size)
-        distributions(judge, records, out or records.parent / "distributions.jsonl", told, device, seed)
+        thinking = _thinking(traces, max_tokens, temperature, batch_size)
+        distributions(judge, records, out or records.parent / "distributions.jsonl", thinking, device, seed)
 
 
 @verbs.command("judge-eval")
@@ -73,7 +76,10 @@ def judge_eval(
     device: DeviceName = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Measure a judge against people: correlations, preference accuracy, calibration, tokens and speed."""
+    """Compare a judge with human ratings.
+
+    Correlations, preference accuracy, calibration, tokens and speed.
+    """
     with plain_errors():
         from diffalign.stages.judge import evaluate_judge
 

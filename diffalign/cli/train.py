@@ -5,83 +5,61 @@ from typing import Annotated
 
 import typer
 
+from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
-from diffalign.cli.options import Overrides, Source
 
 verbs = typer.Typer()
 
 
 @verbs.command()
-def train(
-    config: Source,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the resolved config, facts about model and data and the steps; write nothing."
-        ),
-    ] = False,
-) -> None:
-    """Train a model on preference data. The same command again goes on where it stopped."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_config
+def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a model on preference data.
 
-        checked = load_config(config, overrides or ())  # before torch is imported: a mistyped key is reported at once
-        from diffalign.stages import train as train_stage
+    The same command resumes where it stopped. With --dry-run: the resolved config, facts about model and data, the number
+    of epochs and the memory that the run needs.
+    """
+    with checked_config("train", config, overrides) as checked:
+        from diffalign.stages.train import train
 
-        train_stage.train(checked, dry_run=dry_run)
+        train(checked, dry_run=dry_run)
 
 
 @verbs.command()
-def distill(
-    config: Source,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the resolved config, the student's times and the updates; write nothing."
-        ),
-    ] = False,
-) -> None:
-    """Distil a model into a student with few steps (DMD2, GNDM), with rewards if asked. Goes on where it stopped."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_distill_config
+def distill(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Distil a model into a few-step student.
 
-        checked = load_distill_config(config, overrides or ())
-        from diffalign.stages import distill as stages_distill
+    By DMD2 or GNDM, with rewards if the config names some. The same command resumes where it stopped. With --dry-run: the
+    resolved config, the student's times and the number of updates.
+    """
+    with checked_config("distill", config, overrides) as checked:
+        from diffalign.stages.distill import distill
 
-        stages_distill.distill(checked, dry_run=dry_run)
+        distill(checked, dry_run=dry_run)
 
 
-@verbs.command("reward-gradient")
-def reward_gradient(
-    config: Source,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the resolved config and which steps carry a gradient; write nothing."),
-    ] = False,
-) -> None:
-    """Train a model on the gradient of differentiable rewards (ReFL, DRaFT, AlignProp). Goes on where it stopped."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_reward_gradient_config
+@verbs.command()
+def reward_gradient(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a model on the gradient of rewards.
 
-        checked = load_reward_gradient_config(config, overrides or ())
-        from diffalign.stages import reward_gradient as stages_reward_gradient
+    By ReFL, DRaFT or AlignProp; the rewards must be differentiable. The same command resumes where it stopped. With
+    --dry-run: the resolved config, and which sampling steps carry a gradient.
+    """
+    with checked_config("reward-gradient", config, overrides) as checked:
+        from diffalign.stages.reward_gradient import reward_gradient
 
-        stages_reward_gradient.reward_gradient(checked, dry_run=dry_run)
+        reward_gradient(checked, dry_run=dry_run)
 
 
 @verbs.command()
 def sample(config: Source, overrides: Overrides = None) -> None:
-    """Draw groups of images for prompts into a dataset folder. The same command again goes on where it stopped."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_sample_config
+    """Draw images for prompts into a dataset folder.
 
-        checked = load_sample_config(config, overrides or ())
-        from diffalign.stages import sample as sample_stage
+    Several images per prompt make a group. The same command resumes where it stopped.
+    """
+    with checked_config("sample", config, overrides) as checked:
+        from diffalign.stages.sample import sample
 
-        sample_stage.sample(checked)
+        sample(checked)
 
 
 @verbs.command("eval")
@@ -94,52 +72,68 @@ def evaluate(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Compare a model without and with trained weights on the same prompts and seeds, and write report.html."""
-    with plain_errors():
-        from diffalign.config import eval_config_of_run, load_eval_config
+    """Compare trained weights with the base model.
 
-        if Path(source).is_dir():
-            checked = eval_config_of_run(Path(source), overrides or ())
-        else:
-            checked = load_eval_config(source, overrides or ())
-        from diffalign.stages import evaluate as evaluate_stage
+    Both draw images of the same prompts at the same seeds, the rewards score them, and report.html shows the differences.
+    """
+    with checked_config("eval", source, overrides) as checked:
+        from diffalign.stages.evaluate import evaluate
 
-        evaluate_stage.evaluate(checked)
+        evaluate(checked)
 
 
-@verbs.command("rounds")
-def run_rounds(config: Source, overrides: Overrides = None) -> None:
-    """Sample, score, rank, train, evaluate, again, from the last model. The same command goes on where it stopped."""
-    with plain_errors(goes_on=True):
-        from diffalign.config import load_rounds_config
+@verbs.command()
+def rounds(config: Source, overrides: Overrides = None) -> None:
+    """Sample, score, rank, train and evaluate in rounds.
 
-        checked = load_rounds_config(config, overrides or ())
-        from diffalign.stages import rounds as iterate
+    Each round draws its training images from the model of the round before. The same command resumes where it stopped.
+    """
+    with checked_config("rounds", config, overrides) as checked:
+        from diffalign.stages.rounds import rounds
 
-        iterate.rounds(checked)
+        rounds(checked)
 
 
 @verbs.command("recipes")
-def list_recipes() -> None:
-    """List the shipped recipes and where their files are."""
-    with plain_errors():
-        from diffalign.config import recipes
+def show_recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe, or a config file: print it with every key.")
+    ] = None,
+) -> None:
+    """List the shipped recipes, or print one in full.
 
-        for name, path in recipes().items():
-            print(f"{name:20} {path}")
+    In full: with every key, its meaning and its default.
+    """
+    with plain_errors():
+        if name is not None:
+            from diffalign.config.commented import commented_recipe
+
+            print(commented_recipe(name), end="")
+            return
+        from diffalign.config import list_recipes
+
+        row = "{:27}{:24}{:15}{}"
+        print(row.format("name", "task", "model", "memory"))
+        for recipe in list_recipes():
+            print(row.format(recipe.name, recipe.task, recipe.model, recipe.memory))
+        print("\nmemory: of the GPU that the recipe is meant for.")
+        print("`diffalign recipes NAME` prints one with every key, its meaning and default.")
 
 
 @verbs.command("report")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several stand side by side.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories; several stand side by side.")],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; without it, RUN/report.html, or report.html here for several.")
     ] = None,
     images: Annotated[
-        int, typer.Option(min=1, help="So many images with the largest gains, and as many with the largest losses.")
+        int, typer.Option(min=1, help="Number of images with the largest gains, and with the largest losses.")
     ] = 12,
 ) -> None:
-    """Write one self-contained HTML file about a run, or about several side by side."""
+    """Write an HTML report about one run or several.
+
+    One self-contained file: curves, health findings, scores and images.
+    """
     with plain_errors():
         from diffalign.report.render import write_reports
 
@@ -169,7 +163,10 @@ def export_weights(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
 ) -> None:
-    """Write a run's weights for other programs, with a model card."""
+    """Write a run's weights for other programs.
+
+    With a model card, and uploaded to the hub with --push.
+    """
     with plain_errors():
         from diffalign.stages.export import export
 

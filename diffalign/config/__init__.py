@@ -6,11 +6,14 @@ Nothing here imports torch.
 """
 
 from diffalign.config.data import DataSection, LabelSection
-from diffalign.config.distill import DistillConfig, RewardTerm, StudentValidationSection
-from diffalign.config.judge import JudgeConfig, JudgeTuneSection
+from diffalign.config.distill import DistillConfig, RewardTerm
+from diffalign.config.images import EvalConfig, SampleConfig, SamplingSection, SizedSamplingSection
+from diffalign.config.judge import JudgeConfig, JudgeModelSection, JudgeTuneSection
 from diffalign.config.load import (
-    config_path,
+    KINDS,
     eval_config_of_run,
+    kind_of_run,
+    load,
     load_config,
     load_distill_config,
     load_eval_config,
@@ -21,38 +24,38 @@ from diffalign.config.load import (
     load_run_config,
     load_sample_config,
     load_synth_config,
-    recipes,
     resolved_yaml,
 )
-from diffalign.config.objective import OBJECTIVE_SECTIONS
-from diffalign.config.objective_base import ObjectiveSection
+from diffalign.config.model import ModelSection, PolicySection, TuneSection
+from diffalign.config.noise import TimeSection
+from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
-from diffalign.config.schema import (
+from diffalign.config.run import (
+    BackboneRunConfig,
     CheckpointSection,
-    EvalConfig,
-    ModelSection,
     OptimizerSection,
-    PolicySection,
     RewardSection,
-    SampleConfig,
-    TimeSection,
+    RunConfig,
+    StepSection,
     TrackingSection,
-    TrainConfig,
-    TrainSection,
-    TuneSection,
     ValidationSection,
 )
 from diffalign.config.synth import GeneratorSection, PromptSection, RankConfig, RankSection, SynthConfig
+from diffalign.config.train import SampledValidationSection, TrainConfig, TrainSection
 
 __all__ = [
+    "KINDS",
     "OBJECTIVE_SECTIONS",
+    "BackboneRunConfig",
     "CheckpointSection",
     "DataSection",
     "DistillConfig",
     "EvalConfig",
     "GeneratorSection",
     "JudgeConfig",
+    "JudgeModelSection",
     "JudgeTuneSection",
     "LabelSection",
     "ModelSection",
@@ -62,12 +65,17 @@ __all__ = [
     "PromptSection",
     "RankConfig",
     "RankSection",
+    "Recipe",
     "RewardGradientConfig",
     "RewardSection",
     "RewardTerm",
     "RoundsConfig",
+    "RunConfig",
     "SampleConfig",
-    "StudentValidationSection",
+    "SampledValidationSection",
+    "SamplingSection",
+    "SizedSamplingSection",
+    "StepSection",
     "SynthConfig",
     "TimeSection",
     "TrackingSection",
@@ -77,6 +85,9 @@ __all__ = [
     "ValidationSection",
     "config_path",
     "eval_config_of_run",
+    "kind_of_run",
+    "list_recipes",
+    "load",
     "load_config",
     "load_distill_config",
     "load_eval_config",

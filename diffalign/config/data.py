@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from diffalign.config.section import FilePath, Section, Sizes
+from diffalign.config.section import FilePath, Section, Sizes, refuse
+
+STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
 
 
 def _buckets(value: Any) -> str | list[list[int]]:
-    """One message for a value that is of neither form, where a union would have one for each."""
+    """Check `buckets`, with one message for a value of neither form, where a union would have one for each."""
     whole = isinstance(value, list) and value and all(isinstance(size, list) and len(size) == 2 for size in value)
     if value in ("none", "auto") or (whole and all(type(side) is int and side > 0 for size in value for side in size)):
         return cast("str | list[list[int]]", value)
@@ -43,9 +45,9 @@ class DataSection(Section):
         description="what is encoded before the first step: all, latents (the text encoders stay loaded), off (the VAE too)",
     )
     cache_dir: FilePath | None = Field(None, description="folder of the cache; null: <path>/cache")
-    limit: int | None = Field(None, gt=0, description="use only the first so many groups; null: all")
+    limit: int | None = Field(None, gt=0, description="use only the first n groups; null: all")
     group_size: int | None = Field(
-        None, ge=2, description="images of a group in a step, drawn anew each time the group comes up; null: all"
+        None, ge=2, description="images of a group in a step, drawn again each time the group comes up; null: all"
     )
 
 
@@ -63,6 +65,17 @@ class CombineSection(Section):
     gates: dict[str, float] = Field(
         default_factory=dict, description="scores that an image should reach, as {geneval.exact: 1.0} (gated only)"
     )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> CombineSection:
+        if any(weight < 0 for weight in self.weights.values()) or not any(self.weights.values()):
+            refuse(
+                "a weight below 0 would vote against its own reward, and one at least must be above 0",
+                "weights",
+            )
+        if (self.how == "gated") != bool(self.gates):
+            refuse("how=gated and gates go together, as gates={geneval.exact: 1.0}", "gates", "how")
+        return self
 
 
 class LabelSection(Section):
@@ -88,6 +101,53 @@ class LabelSection(Section):
         "the data",
     )
 
+    @property
+    def centred(self) -> bool:
+        """Whether the labels of every group have the same mean."""
+        return self.transform in ("votes", "balanced") or (self.combine is not None and self.combine.how == "dvao")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> LabelSection:
+        if (self.source == "combined") != (self.combine is not None):
+            refuse(
+                "source=combined and combine go together: labels.source=combined "
+                "'labels.combine={weights: {geneval: 1.0, pickscore: 1.0}}' says how",
+                "source" if self.combine is None else "combine",
+            )
+        if self.source == "preference" and self.transform != "none":
+            refuse(
+                f"preference holds vote shares already, transform={self.transform} is for scores; set "
+                "labels.source=scores.NAME or labels.transform=none",
+                "transform",
+                "source",
+            )
+        if self.combine is not None and self.transform in STATISTICS:
+            refuse(
+                f"combined labels are scaled already, transform={self.transform} is for one reward; use none, votes or "
+                "balanced",
+                "transform",
+                "combine",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stats(self) -> LabelSection:
+        if self.stats is None:
+            return self
+        wanted = STATISTICS.get(self.transform)
+        if self.combine is not None:
+            wanted = {f"{name}.{part}" for name in self.combine.weights for part in ("mean", "std")}
+        if wanted is None:
+            refuse(
+                f"statistics serve minmax, zscore and combined labels, not transform={self.transform}; leave stats out",
+                "stats",
+                "transform",
+            )
+        if set(self.stats) != wanted:
+            what = self.transform if self.combine is None else "source=combined"
+            refuse(f"{what} takes exactly {' and '.join(sorted(wanted))}", "stats")
+        return self
+
 
 class SelectionSection(Section):
     """Which groups and images a step looks at, and how much a group counts."""
@@ -109,3 +169,20 @@ class SelectionSection(Section):
     )
     strength: float = Field(0.5, gt=0, le=1, description="of weight=gap: weights lie within 1 -/+ strength")
     temperature: float = Field(2.0, gt=0, description="of weight=mean, in the labels' unit; smaller: more uneven")
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> SelectionSection:
+        by_phase = self.groups == "curriculum" or self.images in ("rank_gap", "score_gap")
+        if self.phases != 3 and not by_phase:
+            refuse(
+                "nothing goes by phases; set selection.groups=curriculum or selection.images=rank_gap, or leave it out",
+                "phases",
+                "groups",
+            )
+        if (self.images == "variance") != (self.sizes is not None):
+            refuse(
+                "images=variance and sizes go together: selection.sizes=[4, 8] says how many images", "sizes", "images"
+            )
+        if self.sizes is not None and min(self.sizes) < 2:
+            refuse("a preference needs at least two images", "sizes")
+        return self

@@ -1,28 +1,22 @@
-"""The config of `diffalign distill`: a student with few steps from the model itself. Sections as in `config_schema.py`.
-
-Checks of one value stand on its field; checks of values against each other in `DistillConfig` and `config_checks.py`.
-"""
+"""The config of `diffalign distill`: a few-step student of the model itself."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.checks_distill import check_distillation
-from diffalign.config.memory import check_memory_distillation
-from diffalign.config.schema import (
-    DEVICE,
-    CheckpointSection,
-    Device,
-    ModelSection,
+from diffalign.config.noise import TimeSection
+from diffalign.config.run import (
+    PRECISION,
+    PROMPT_COUNT,
+    AveragedStepSection,
+    BackboneRunConfig,
     OptimizerSection,
     RewardSection,
-    TimeSection,
-    TrackingSection,
-    TuneSection,
+    check_warmup,
 )
-from diffalign.config.section import FilePath, Section
+from diffalign.config.section import Section, refuse, refuse_twice
 
 
 class StudentSection(Section):
@@ -41,6 +35,17 @@ class StudentSection(Section):
         "the even grid with the model's shift",
     )
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws fresh noise."""
+        return self.sampler == "renoise" or (self.sampler == "cps" and self.eta > 0)
+
+    @model_validator(mode="after")
+    def _check_times(self) -> StudentSection:
+        if self.times is not None and len(self.times) != self.steps:
+            refuse(f"{len(self.times)} times for {self.steps} steps", "times", "steps")
+        return self
+
 
 class MatchSection(Section):
     """Where teacher and fake network are compared."""
@@ -56,6 +61,12 @@ class MatchSection(Section):
         description="true: the guidance's part at a level of its own, below the student's (Decoupled DMD); costs a teacher "
         "pass more",
     )
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> MatchSection:
+        if self.low >= self.high:
+            refuse("low must lie below high", "low", "high")
+        return self
 
 
 class GroupSection(Section):
@@ -73,6 +84,12 @@ class GroupSection(Section):
         "none", description="scalar_rdm: the log ratio of teacher and student, as a number, joins the advantages"
     )
     advantage_weight: float = Field(1.0, ge=0, description="its weight among the rewards (scalar_rdm only)")
+
+    @model_validator(mode="after")
+    def _check_axis(self) -> GroupSection:
+        if self.axis == "none" and self.size != 1:
+            refuse("without an axis there are no groups; set group.size=1, or group.axis=prompt", "size", "axis")
+        return self
 
 
 class RewardTerm(RewardSection):
@@ -103,18 +120,34 @@ class RewardMixSection(Section):
     )
     clip: float = Field(5.0, gt=0, description="advantages are cut to this size")
     policy_weight: float = Field(
-        0.0, ge=0, description="adds so many times PPO's loss of the step that learns (renoise and cps only); 0: none"
+        0.0, ge=0, description="weight of PPO's loss of the step that learns (renoise and cps only); 0: none"
     )
     policy_clip: float = Field(
         1e-5, gt=0, description="PPO's clip; log-probabilities are means over elements, so that ratios stay near 1"
     )
     policy_reuse: int = Field(0, ge=0, description="further updates of the student by PPO on the same roll-outs")
     gradient_weight: float = Field(
-        0.0, ge=0, description="adds so many times the gradient of differentiable rewards, in the last step; 0: none"
+        0.0, ge=0, description="weight of the gradient of differentiable rewards, in the last step; 0: none"
     )
     gradient_balance: bool = Field(
         False, description="true: that gradient is first made as large, image by image, as the distillation's"
     )
+
+    @model_validator(mode="after")
+    def _check_use(self) -> RewardMixSection:
+        refuse_twice([term.name for term in self.terms], "a reward", "terms")
+        if self.use == "raw" and self.start_step == 0:
+            refuse(
+                "raw leaves no guidance where A is 0, so a student that cannot yet draw never learns to; set "
+                "reward.start_step to where it can, or use factor",
+                "use",
+                "start_step",
+            )
+        if self.policy_reuse and not self.policy_weight:
+            refuse("further updates are PPO's; set reward.policy_weight", "policy_reuse", "policy_weight")
+        if self.gradient_weight and not self.terms:
+            refuse("there is no reward to take a gradient of; give reward.terms", "gradient_weight")
+        return self
 
 
 class FakeSection(Section):
@@ -137,60 +170,42 @@ class GanSection(Section):
         None, description="a dataset folder, whose first image of every group is real, or testbed: rendered scenes"
     )
     n: int | None = Field(
-        None, gt=0, description="only so many real images; null: all of a folder, as many scenes as prompts"
+        None, gt=0, description="use only n real images; null: all of a folder, as many scenes as prompts"
     )
 
+    @model_validator(mode="after")
+    def _check_real(self) -> GanSection:
+        if bool(self.weight) != (self.real is not None):
+            refuse(
+                "real images and their weight go together: set gan.weight=0.005 and gan.real=FOLDER, or neither",
+                "weight",
+                "real",
+            )
+        return self
 
-class DistillTrainSection(Section):
+
+class DistillTrainSection(AveragedStepSection):
     """Length and shape of the training."""
 
     steps: int = Field(1000, gt=0, description="updates of the student; DMD2 counts those of the fake network")
     groups_per_step: int = Field(
         8, gt=0, description="prompts of one update, over all processes and micro-batches, each with its group"
     )
-    micro_batch: int = Field(8, gt=0, description="prompts in one forward pass; must divide groups_per_step")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, no on CPU")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
     max_grad_norm: float = Field(10.0, gt=0, description="both gradients are scaled down to this norm")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the student's weights; null: none")
-    threads: int | None = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
-    )
-    log_every: int = Field(1, gt=0, description="a row in metrics.jsonl every so many steps")
     cache_prompts: bool = Field(
-        True, description="true: all prompts are encoded first and text encoders freed; false: as they come up"
+        True, description="true: encode all prompts first and free the text encoders; false: as they come up"
     )
 
 
-class StudentValidationSection(Section):
-    """Images of prompts that are not trained on, drawn by the student's sampler; the best weights go to best/."""
+class DistillConfig(BackboneRunConfig):
+    """Distil a model into a student with few steps, with or without rewards."""
 
-    every: int | None = Field(None, gt=0, description="steps between validations; null: none")
-    prompts: str | None = Field(
-        None, description="a .txt or .jsonl file, or testbed:validation; never those of the final evaluation"
-    )
-    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
-    rewards: list[RewardSection] = Field(
-        [RewardSection()], min_length=1, description="what judges; the first column of the first decides what is best"
-    )
-    seeds: int = Field(1, gt=0, description="images per prompt")
-    batch_size: int = Field(8, gt=0, description="images drawn at once")
-    patience: int | None = Field(
-        None, gt=0, description="stop after so many validations in a row without a better one; null: never"
-    )
-
-
-class DistillConfig(Section):
-    """`diffalign distill`."""
-
-    run_dir: FilePath = Field(description="everything the run writes; the same command goes on where it stopped")
-    seed: int = Field(0, ge=0, description="seed of every draw")
-    device: Device = Field("auto", description=DEVICE)
-    model: ModelSection
-    tune: TuneSection = TuneSection()
+    kind: Literal["distill"] = Field("distill", description="which verb reads this file")
     prompts: str = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
-    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
+    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
     resolution: int | None = Field(
         None, gt=0, multiple_of=8, description="side of the images, pixels; null: the model's"
     )
@@ -201,30 +216,51 @@ class DistillConfig(Section):
     fake: FakeSection = FakeSection()
     gan: GanSection = GanSection()
     train: DistillTrainSection = DistillTrainSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    validation: StudentValidationSection = StudentValidationSection()
-    on_alarm: Literal["warn", "stop"] = Field(
-        "warn", description="what a health alarm does: say it and go on, or save and stop"
-    )
-    tracking: TrackingSection = TrackingSection()
     save_pipeline: bool = Field(
         True, description="true: also the whole student as a diffusers pipeline, student/; false: weights/ alone"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _micro(cls, value: Any) -> Any:
-        """A micro-batch that is not given is the largest divisor up to 8."""
-        train = value.get("train") if isinstance(value, dict) else None
-        groups = train.get("groups_per_step") if isinstance(train, dict) else None
-        if isinstance(train, dict) and isinstance(groups, int) and groups > 0 and "micro_batch" not in train:
-            micro = next(n for n in range(min(8, groups), 0, -1) if groups % n == 0)
-            return {**value, "train": {**train, "micro_batch": micro}}
-        return value
+    @property
+    def compared(self) -> bool:
+        """Whether the images of a group get advantages."""
+        return bool(self.reward.terms) or self.group.advantage != "none"
 
     @model_validator(mode="after")
-    def _consistent(self) -> DistillConfig:
-        check_distillation(self)
-        check_memory_distillation(self)
+    def _check_advantages(self) -> DistillConfig:
+        group, reward = self.group, self.reward
+        if self.compared and (group.axis != "prompt" or group.size < 2):
+            refuse(
+                "advantages compare the images of one prompt; set group.axis=prompt and group.size=2 or more",
+                "group.size",
+                "group.axis",
+            )
+        if self.compared and reward.use != "exponential" and self.match.guidance == 1.0:
+            refuse("advantages multiply the guidance's part, and match.guidance=1 leaves none", "match.guidance")
+        if reward.use == "exponential" and (len(reward.terms) != 1 or group.advantage != "none"):
+            refuse("exponential takes exactly one reward and no other advantage", "reward.use", "reward.terms")
+        if reward.policy_weight and (not self.compared or not self.student.stochastic or self.student.steps == 1):
+            refuse(
+                "PPO needs advantages and a stochastic step: reward.terms, student.sampler=renoise or cps, two steps or "
+                "more",
+                "reward.policy_weight",
+                "student.sampler",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> DistillConfig:
+        if self.validation.every is None:
+            return self
+        if self.student.sampler == "cps":
+            refuse("diffusers has no CPS scheduler to draw validation images with; leave it out", "validation.every")
+        if self.student.times is not None:
+            refuse(
+                "validation draws on the model's own grid; leave student.times or validation.every out",
+                "validation.every",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_fake(self) -> DistillConfig:
+        check_warmup(self.fake.optimizer, self.train.steps, "fake.optimizer")
         return self

@@ -58,9 +58,13 @@ class _Dumper(yaml.SafeDumper):
     }
 
 
-def dump(values: dict[str, Any]) -> str:
-    """YAML that `read_document` reads back to equal values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def dump(values: dict[str, Any], *, flow: bool = False) -> str:
+    """Return YAML that `read_document` reads back to equal values; `flow`: in one line, as {a: 1}."""
+    width = 10**6 if flow else 120
+    style = True if flow else None
+    return yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=style or False
+    )
 
 
 @dataclass
@@ -72,9 +76,11 @@ class Document:
     """How messages name the file, or "" where there is none."""
     places: dict[Key, str] = field(default_factory=dict)
     """Key -> "configs/x.yaml:12" or "argument 'train.steps=x'"."""
+    text: str = ""
+    """The file as it was read, for its comments."""
 
     def place(self, key: Key) -> str:
-        """The place of the key, or of the nearest section around it, or the file."""
+        """Return the place of the key, or of the nearest section around it, or the file."""
         for end in range(len(key), 0, -1):
             if key[:end] in self.places:
                 return self.places[key[:end]]
@@ -82,7 +88,7 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """A config file. Raises DiffalignError: unreadable, not YAML, no mapping, a key twice."""
+    """Read a config file. Raises DiffalignError: unreadable, not YAML, no mapping, a key twice."""
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -90,8 +96,8 @@ def read_document(path: Path) -> Document:
         raise DiffalignError(f"{source}: not a text file in UTF-8 (byte {error.start}); a config is YAML") from error
     except OSError as error:
         raise DiffalignError(f"{source}: cannot be read: {error.strerror or error}") from error
-    node, loader = _compose(text, source)
-    document = Document({}, source)
+    node, loader = compose(text, source)
+    document = Document({}, source, text=text)
     if node is None:
         return document
     if not isinstance(node, yaml.MappingNode):
@@ -103,30 +109,53 @@ def read_document(path: Path) -> Document:
 
 
 def apply_override(document: Document, argument: str) -> None:
-    """Puts `section.key=value` into the document. The value is YAML: 1e-4, [a, b], null, {name: sft}."""
+    """Put `section.key=value` into the document. The value is YAML: 1e-4, [a, b], null, {name: sft}.
+
+    An entry of a list is named by its index: `generators.0.batch_size=8`. Raises DiffalignError for an argument of another
+    form, a key below a plain value, and an index that the list does not have.
+    """
     place = f"argument '{argument}'"
     dotted, equals, text = argument.partition("=")
-    keys: Key = tuple(dotted.strip().split("."))
-    if not equals or not all(keys):
+    words = dotted.strip().split(".")
+    if not equals or not all(words):
         raise DiffalignError(f"{place}: write key.sub=value, such as train.steps=400")
-    node, loader = _compose(text, place)
-    target = document.values
-    for depth, key in enumerate(keys[:-1], start=1):
-        inner = target.setdefault(str(key), {})
-        if inner is None:  # `section:` with nothing below it
-            inner = target[str(key)] = {}
-        if not isinstance(inner, dict):
-            above = f"{_dotted(keys[:depth])} is a value ({inner!r}, {document.place(keys[:depth])})"
-            raise DiffalignError(f"{place}: {above}, not a section with keys")
+    node, loader = compose(text, place)
+    target: Any = document.values
+    key: Key = ()
+    for word in words[:-1]:
+        step = _step(document, target, key, word, place)
+        key = (*key, step)
+        inner = target[step] if isinstance(step, int) else target.get(step)
+        if inner is None:  # `section:` with nothing below it, or no such section yet
+            inner = target[step] = {}
         target = inner
-    for way in [way for way in document.places if way[: len(keys)] == keys]:
+    last = _step(document, target, key, words[-1], place)
+    key = (*key, last)
+    for way in [way for way in document.places if way[: len(key)] == key]:
         del document.places[way]
-    for depth in range(1, len(keys) + 1):
-        document.places.setdefault(keys[:depth], place)
-    target[str(keys[-1])] = None if node is None else _plain(node, loader, keys, document, place, by_line=False)
+    for depth in range(1, len(key) + 1):
+        document.places.setdefault(key[:depth], place)
+    target[last] = None if node is None else _plain(node, loader, key, document, place, by_line=False)
 
 
-def _compose(text: str, source: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+def _step(document: Document, target: Any, key: Key, word: str, place: str) -> str | int:
+    """Return `word` as a key of the section `target`, or as an index of the list `target`."""
+    if isinstance(target, dict):
+        return word
+    if not isinstance(target, list):
+        above = f"{_dotted(key)} is a value ({target!r}, {document.place(key)})"
+        raise DiffalignError(f"{place}: {above}, not a section with keys")
+    if not word.isdecimal() or int(word) >= len(target):
+        entries = f"0 to {len(target) - 1}" if target else "it is empty"
+        raise DiffalignError(
+            f"{place}: {_dotted(key)} is a list ({document.place(key)}); name an entry by its index ({entries}), "
+            f"or give the whole list as {_dotted(key)}=[...]"
+        )
+    return int(word)
+
+
+def compose(text: str, source: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+    """Return the YAML text's root node and its loader. Raises DiffalignError, naming `source` and line."""
     try:
         loader = _Loader(text)
         return loader.get_single_node(), loader
@@ -148,7 +177,7 @@ def _plain(
     by_line: bool,
     above: tuple[int, ...] = (),
 ) -> Any:
-    """The node's value in Python; notes the place of everything in it on the way."""
+    """Return the node's value in Python, and note the place of everything in it."""
     here = f"{source}:{_line(node)}" if by_line else source
     if id(node) in above:
         raise DiffalignError(f"{here}: the anchor contains itself")

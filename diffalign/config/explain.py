@@ -11,12 +11,13 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from diffalign.config.checks import COMBINATION
 from diffalign.config.document import Document, Key
+from diffalign.config.objective import FOREIGN_SECTIONS
+from diffalign.config.section import COMBINATION, Section
 
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
-    """One line for the first error, and the keys of the others. Unknown keys go first: they explain missing ones."""
+    """Return one line for the first error, and the keys of the others. Unknown keys go first: they explain missing ones."""
     details = [one for one in error.errors(include_url=False) if one["type"] != "default_factory_not_called"]
     details.sort(key=lambda one: one["type"] != "extra_forbidden")
     lines = [_line(one, document, kind) for one in details]
@@ -30,14 +31,17 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
     key, owner = _way(one["loc"], kind)
     context = one.get("ctx", {})
     if one["type"] == COMBINATION:
-        keys: list[Key] = [tuple(dotted.split(".")) for dotted in context["keys"]]
+        # A check names keys relative to its own section, which stands at the error's location.
+        keys: list[Key] = [(*key, *dotted.split(".")) for dotted in context["keys"]]
         written = [k for k in keys if k in document.places]  # blame what was written, not a default
         key = (written or keys)[0]
         message = f"{_dotted(key)}: {context['message']}"
+    elif one["type"] == "value_error":
+        message = f"{_dotted(key)}: {context['error']}"
     elif one["type"] in ("union_tag_not_found", "union_tag_invalid"):
         key, message = (*key, "name"), _objective(one, key, owner)
     elif one["type"] == "extra_forbidden":
-        known = list(owner.model_fields) if owner else []
+        known = _keys(owner) if owner else []
         message = f"unknown key {_dotted(key)}{_meant(str(key[-1]), known, 'keys here')}"
     elif one["type"] == "missing" and isinstance(key[-1], int):
         message = f"{_dotted(key[:-1])} has too few entries"
@@ -51,7 +55,7 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
 
 
 def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> str:
-    """The objective's name is missing or unknown."""
+    """Explain an objective whose name is missing or unknown."""
     annotation = owner.model_fields[str(key[-1])].annotation if owner else None
     known = [tag for tag in map(_tag, _models(annotation)) if tag]
     if one["type"] == "union_tag_not_found":
@@ -61,7 +65,7 @@ def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> st
 
 
 def _hint(one: ErrorDetails) -> str:
-    """The likely remedy for a wrong type or value, or ""."""
+    """Return the likely remedy for a wrong type or value, or ""."""
     given = one["input"]
     if one["type"] == "literal_error":
         return _meant(str(given), re.findall(r"'([^']+)'", one["ctx"]["expected"]), None)
@@ -73,21 +77,21 @@ def _hint(one: ErrorDetails) -> str:
 
 
 def _wanted(one: ErrorDetails) -> str:
-    """ "should be ..." for a wrong type or value."""
+    """Return "should be ..." for a wrong type or value."""
     if one["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "should be a section with keys of its own"
+        return "should be a section with keys"
     if one["type"] == "string_pattern_mismatch" and one["loc"] == ("labels", "source"):
         return "should be preference, scores.NAME or scores.NAME.COLUMN"
     return re.sub("^(Input|String|List|Tuple) should", "should", one["msg"])
 
 
 def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[BaseModel] | None]:
-    """pydantic's location without the tags that it puts in for unions, and the section that owns the last key."""
+    """Return pydantic's location without its tags for unions, and the section that owns the last key."""
     key: list[str | int] = []
     owner: type[BaseModel] | None = kind
     inside: list[type[BaseModel]] = [kind]
     for part in loc:
-        tagged = [model for model in inside if len(inside) > 1 and _tag(model) == part]
+        tagged = [model for model in (*inside, *FOREIGN_SECTIONS.values()) if len(inside) > 1 and _tag(model) == part]
         if tagged:
             inside = tagged
             continue
@@ -100,6 +104,10 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
     return tuple(key), owner
 
 
+def _keys(model: type[BaseModel]) -> list[str]:
+    return model.reading_order() if issubclass(model, Section) else list(model.model_fields)
+
+
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -109,7 +117,7 @@ def _models(annotation: Any) -> Iterable[type[BaseModel]]:
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """The value of `name` that chooses this model among the objectives."""
+    """Return the value of `name` that chooses this model among the objectives."""
     return str(model.model_fields["name"].default) if "name" in model.model_fields else None
 
 

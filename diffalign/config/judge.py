@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.checks import refuse
-from diffalign.config.memory import check_offload
-from diffalign.config.schema import DEVICE, CheckpointSection, Device, OptimizerSection, TrackingSection
-from diffalign.config.section import FilePath, Section
+from diffalign.config.run import PRECISION, RunConfig, StepSection
+from diffalign.config.section import FilePath, Section, refuse
 
 METHODS = {"teacher": ("gdso", "grpo", "sft", "bt"), "student": ("risd", "sft", "opd")}
 
@@ -50,14 +48,14 @@ class JudgeDataSection(Section):
     distributions: FilePath | None = Field(
         None, description="distributions.jsonl of `diffalign judge-distributions` (risd only)"
     )
-    limit: int | None = Field(None, gt=0, description="use only the first so many records; null: all")
+    limit: int | None = Field(None, gt=0, description="use only the first n records; null: all")
 
 
 class RolloutSection(Section):
     """How reasoning traces are sampled (gdso, grpo and opd only)."""
 
     traces: int = Field(8, gt=0, description="traces of each image, G")
-    max_tokens: int = Field(512, gt=0, description="a trace is cut at so many tokens")
+    max_tokens: int = Field(512, gt=0, description="longest trace, in tokens")
     temperature: float = Field(1.0, gt=0, description="of the sampling; log-probabilities are those of this policy")
     batch_size: int = Field(64, gt=0, description="traces sampled at once")
 
@@ -83,26 +81,22 @@ class JudgeLossSection(Section):
     advantage_eps: float = Field(1e-4, gt=0, description="guard of the division by a group's deviation")
 
 
-class JudgeTrainSection(Section):
+class JudgeTrainSection(StepSection):
     """Length and shape of the training."""
 
-    steps: int = Field(400, gt=0, description="steps; each samples traces anew and makes loss.inner_updates updates")
+    drawn: ClassVar[str] = "records_per_step"
+    member: ClassVar[str] = "records"
+    largest_micro_batch: ClassVar[int] = 4
+
+    steps: int = Field(400, gt=0, description="steps; each samples its own traces and makes loss.inner_updates updates")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
     records_per_step: int = Field(8, gt=0, description="pairs, or distributions, of one step")
-    micro_batch: int = Field(4, gt=0, description="records in one forward pass; must divide records_per_step")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, no on CPU")
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
-    threads: int | None = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
-    )
-    log_every: int = Field(1, gt=0, description="a row in metrics.jsonl every so many steps")
 
 
-class JudgeConfig(Section):
-    """`diffalign judge`."""
+class JudgeConfig(RunConfig):
+    """Train a model that scores images: a teacher that reasons first, or a student that scores at once."""
 
-    run_dir: FilePath = Field(description="everything the run writes; the same command goes on where it stopped")
-    seed: int = Field(0, ge=0, description="seed of every draw")
-    device: Device = Field("auto", description=DEVICE)
+    kind: Literal["judge"] = Field("judge", description="which verb reads this file")
     role: Literal["teacher", "student"] = Field(description="teacher: reasons, then scores; student: scores at once")
     method: Literal["gdso", "grpo", "sft", "bt", "risd", "opd"] = Field(
         description="teacher: gdso, grpo, sft or bt (which does not reason); student: risd, sft or opd (which reasons)"
@@ -114,24 +108,9 @@ class JudgeConfig(Section):
     rollout: RolloutSection = RolloutSection()
     loss: JudgeLossSection = JudgeLossSection()
     train: JudgeTrainSection = JudgeTrainSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    tracking: TrackingSection = TrackingSection()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _micro(cls, value: Any) -> Any:
-        """A micro-batch that is not given is the largest divisor up to 4."""
-        train = value.get("train") if isinstance(value, dict) else None
-        records = train.get("records_per_step") if isinstance(train, dict) else None
-        if isinstance(train, dict) and isinstance(records, int) and records > 0 and "micro_batch" not in train:
-            micro = next(n for n in range(min(4, records), 0, -1) if records % n == 0)
-            return {**value, "train": {**train, "micro_batch": micro}}
-        return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> JudgeConfig:
-        check_offload(self.optimizer)
+    def _check_method(self) -> JudgeConfig:
         if self.method not in METHODS[self.role]:
             refuse(
                 f"a {self.role} is trained by {', '.join(METHODS[self.role])}, not by {self.method}", "method", "role"
@@ -144,19 +123,17 @@ class JudgeConfig(Section):
             refuse(f"{self.method} does not read {other}; leave it out", f"data.{other}")
         if (self.method == "opd") != (self.teacher is not None):
             refuse("opd asks a teacher at every step, and no other method does", "teacher", "method")
-        if self.train.records_per_step % self.train.micro_batch:
-            refuse(
-                f"{self.train.micro_batch} does not divide train.records_per_step={self.train.records_per_step}",
-                "train.micro_batch",
-                "train.records_per_step",
-            )
+        # The other methods change what the run's weights are compared with.
+        if self.method in ("sft", "bt", "risd", "opd") and self.loss.inner_updates != 1:
+            refuse(f"{self.method} learns from each batch once", "loss.inner_updates")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> JudgeConfig:
         if self.tune.kind == "full" and self.model.dtype != "float32":
             refuse(
                 "all weights train in float32; set model.dtype=float32, or tune.kind=lora", "model.dtype", "tune.kind"
             )
         if self.model.dtype == "float16" and self.device == "cpu":
             refuse("float16 is for GPUs; use float32 or bfloat16", "model.dtype", "device")
-        # Only these change what the weights of the run are compared with.
-        if self.method in ("sft", "bt", "risd", "opd") and self.loss.inner_updates != 1:
-            refuse(f"{self.method} learns from each batch once", "loss.inner_updates")
         return self

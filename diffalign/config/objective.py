@@ -1,131 +1,130 @@
-"""The `objective:` section: one model per objective, chosen by `name`.
+"""The `objective:` section, built from the dataclasses in `diffalign.objectives`: one strict section per objective.
 
-These mirror the dataclasses in `diffalign.objectives.OBJECTIVES` (names, fields and defaults; a test compares them), so
-that a config is checked, and `diffalign --help` answers, without importing torch. Those beyond the core are in
-`config_objectives_more.py`.
+A section has the dataclass's fields with their types, defaults, bounds and descriptions; `name` chooses it. Importing our
+dataclasses does not import torch. Objectives of other packages get their section when a config names them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import sys
+from dataclasses import MISSING, Field, fields
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
-
-from diffalign.config.objective_base import ObjectiveSection
-from diffalign.config.objectives_more import (
-    ConstrainedSection,
-    DDOSection,
-    DisCOSection,
-    IPOSection,
-    MADPOSection,
-    SimPOSection,
+import pydantic
+from pydantic import (
+    SerializeAsAny,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
 )
 
+from diffalign.config.section import Section
+from diffalign.errors import DiffalignError
+from diffalign.objectives import GROUP, OBJECTIVES, Objective, find_objective
+from diffalign.plugins import offered_names
 
-class DiffusionDPOSection(ObjectiveSection):
-    """Diffusion-DPO (Wallace et al. 2023): best against worst image of the group."""
-
-    name: Literal["dpo"] = Field("dpo", description="Diffusion-DPO")
-    beta: float = Field(
-        2000.0,
-        gt=0,
-        description="strength of the pull to the reference; belongs to errors that are a mean over the latent's "
-        "elements, with the factor 1/2 of the paper's code. Larger stays nearer to the reference",
-    )
-    loser_weight: float = Field(
-        1.0, ge=0, le=1, description="below 1 the loser's error counts less, so it cannot carry the margin alone"
-    )
-    margin_clamp: float | None = Field(None, gt=0, description="a margin above this pulls no further; null: no bound")
-    anchor: float = Field(0.0, ge=0, description="adds so many times the policy's error on the winner; 0: none")
+STATED = ("description", "gt", "ge", "lt", "le")
+"""What a field's metadata may say about it."""
 
 
-class SFTSection(ObjectiveSection):
-    """Supervised fine-tuning on the best image of the group; no reference model."""
+class ObjectiveSection(Section):
+    """Base of the objectives' sections."""
 
-    name: Literal["sft"] = Field("sft", description="fine-tune on the best image of each group")
-    compares: ClassVar[bool] = False
+    name: str
+    kind: ClassVar[type[Objective]]
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of the objective."""
+        return self.model_dump(exclude={"name"})
 
-class RankDPOSection(ObjectiveSection):
-    """RankDPO (Karthik et al. 2024): every preferred pair of the group, weighted by how far apart its labels are."""
-
-    name: Literal["rankdpo"] = Field("rankdpo", description="RankDPO; labels are vote shares in [0, 1]")
-    beta: float = Field(
-        2500.0,
-        gt=0,
-        description="strength of the pull to the reference, for mean errors and without the factor 1/2: half of what "
-        "Diffusion-DPO calls beta",
-    )
-    pair_weight: Literal["delta", "gain", "none"] = Field(
-        "delta", description="delta: gain times discount, as the paper; gain: without discount; none: all pairs alike"
-    )
-    ranked_by: Literal["labels", "model"] = Field(
-        "labels", description="whose ranks the discount takes; model: the policy's own, as LiPO has it"
-    )
-
-
-class SmPOSection(ObjectiveSection):
-    """SmPO-Diffusion (Lu et al. 2025): Diffusion-DPO, stronger the further apart the two scores are."""
-
-    name: Literal["smpo"] = Field("smpo", description="SmPO-Diffusion")
-    beta: float = Field(2000.0, gt=0, description="as Diffusion-DPO's: for mean errors, with the factor 1/2")
-    gamma: float = Field(10.0, gt=0, description="how much the difference of the scores matters")
-    reward_min: float = Field(
-        0.0, description="score that counts as 0; leave 0 and 1 where labels.transform=minmax has scaled the labels"
-    )
-    reward_max: float = Field(1.0, description="score that counts as 1")
+    def build(self) -> Objective:
+        """Return the objective. Raises ValueError for values that do not fit each other."""
+        return self.kind(**self.arguments())
 
     @model_validator(mode="after")
-    def _bounds(self) -> SmPOSection:
-        if self.reward_max <= self.reward_min:
-            raise PydanticCustomError(
-                "bounds", "should have reward_max above reward_min={low}", {"low": self.reward_min}
-            )
+    def _fits(self) -> ObjectiveSection:
+        self.build()
         return self
 
 
-class GDROSection(ObjectiveSection):
-    """GDRO (Wang et al. 2026): listwise cross-entropy of implicit and explicit reward, and a pull to the best image."""
+def objective_section(name: str, kind: type[Objective]) -> type[ObjectiveSection]:
+    """Build the section of an objective from its dataclass; `name` is how a config calls it.
 
-    name: Literal["gdro"] = Field("gdro", description="GDRO")
-    beta: float = Field(
-        12.0,
-        gt=0,
-        description="scale of the implicit reward, for mean errors; set it so that implicit_spread in the metrics "
-        "reaches about 0.3 to 3",
+    Raises ValueError for a field whose name a section needs for itself.
+    """
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {"name": (Literal[name], pydantic.Field(name, description=kind.title or name))}
+    for one in fields(kind):  # type: ignore[arg-type]  # every objective is a dataclass
+        if one.name in (*given, *dir(ObjectiveSection)):
+            raise ValueError(f"the name {one.name!r} is taken; choose another")
+        given[one.name] = (hints[one.name], _field(one))
+    # An objective is one file, whose first line names the paper.
+    meaning = (sys.modules[kind.__module__].__doc__ or kind.title or name).strip().splitlines()[0]
+    made = create_model(f"{kind.__name__}Section", __base__=ObjectiveSection, __doc__=meaning, **given)
+    made.kind = kind
+    return made
+
+
+def _field(one: Field[Any]) -> Any:
+    """Return pydantic's form of a dataclass's field."""
+    stated = {key: one.metadata[key] for key in STATED if key in one.metadata}
+    if one.default_factory is not MISSING:
+        return pydantic.Field(default_factory=one.default_factory, **stated)
+    return pydantic.Field(... if one.default is MISSING else one.default, **stated)
+
+
+OBJECTIVE_SECTIONS = {name: objective_section(name, kind) for name, kind in OBJECTIVES.items()}
+FOREIGN_SECTIONS: dict[str, type[ObjectiveSection]] = {}
+"""Those of other packages that a config has named so far."""
+DEFAULT_OBJECTIVE = OBJECTIVE_SECTIONS["dpo"](name="dpo")
+
+
+def section_of(name: str) -> type[ObjectiveSection]:
+    """Return the section of an objective. Raises DiffalignError for a name that is no objective."""
+    if name in OBJECTIVE_SECTIONS:
+        return OBJECTIVE_SECTIONS[name]
+    if name not in FOREIGN_SECTIONS:
+        kind = find_objective(name)
+        try:
+            FOREIGN_SECTIONS[name] = objective_section(name, kind)
+        except (NameError, TypeError, ValueError, pydantic.errors.PydanticUserError) as error:
+            said = str(error).splitlines()[0]
+            raise DiffalignError(
+                f"{name}: the fields of {kind.__name__} make no section of a config: {said}"
+            ) from error
+    return FOREIGN_SECTIONS[name]
+
+
+def _of_another_package(value: Any, ours: ValidatorFunctionWrapHandler) -> ObjectiveSection:
+    """Validate an objective of another package; the union validates ours, and refuses names that nobody offers."""
+    if isinstance(value, ObjectiveSection):
+        return value
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name in OBJECTIVES or not (":" in name or name in offered_names(GROUP)):
+        section: ObjectiveSection = ours(value)
+        return section
+    try:
+        both: Any = section_of(name) | OBJECTIVE_SECTIONS["dpo"]
+    except DiffalignError as error:
+        raise ValueError(str(error)) from None
+    # A union of two, so that pydantic's location of an error holds the name, as it does for ours.
+    checked: ObjectiveSection = TypeAdapter(Annotated[both, pydantic.Field(discriminator="name")]).validate_python(
+        value
     )
-    tau: float = Field(
-        0.05, ge=0, description="temperature of the explicit rewards, in their unit; 0: ranks only (Plackett-Luce)"
-    )
-    gamma: float = Field(0.5, ge=0, description="weight of the policy's error on the best image of the group")
+    return checked
 
 
-AnyObjective = Annotated[
-    DiffusionDPOSection
-    | SFTSection
-    | RankDPOSection
-    | SmPOSection
-    | GDROSection
-    | IPOSection
-    | SimPOSection
-    | MADPOSection
-    | ConstrainedSection
-    | DisCOSection
-    | DDOSection,
-    Field(discriminator="name"),
-]
-
-OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {
-    "dpo": DiffusionDPOSection,
-    "sft": SFTSection,
-    "rankdpo": RankDPOSection,
-    "smpo": SmPOSection,
-    "gdro": GDROSection,
-    "ipo": IPOSection,
-    "simpo": SimPOSection,
-    "madpo": MADPOSection,
-    "constrained": ConstrainedSection,
-    "disco": DisCOSection,
-    "ddo": DDOSection,
-}
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveSection
+else:
+    AnyObjective = SerializeAsAny[
+        Annotated[
+            reduce(or_, OBJECTIVE_SECTIONS.values()),
+            pydantic.Field(discriminator="name"),
+            WrapValidator(_of_another_package),
+        ]
+    ]

@@ -1,28 +1,13 @@
-"""The config of `diffalign reward-gradient`: ReFL, DRaFT and AlignProp. Sections as in `config_schema.py`.
-
-Checks of one value stand on its field; checks of values against each other in `config_checks.py`.
-"""
+"""The config of `diffalign reward-gradient`: ReFL, DRaFT and AlignProp."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.checks_reward_gradient import check_reward_gradient
-from diffalign.config.distill import StudentValidationSection
-from diffalign.config.memory import check_memory_elsewhere
-from diffalign.config.schema import (
-    DEVICE,
-    CheckpointSection,
-    Device,
-    ModelSection,
-    OptimizerSection,
-    RewardSection,
-    TrackingSection,
-    TuneSection,
-)
-from diffalign.config.section import FilePath, Section, Sizes
+from diffalign.config.run import PRECISION, PROMPT_COUNT, AveragedStepSection, BackboneRunConfig, RewardSection
+from diffalign.config.section import Section, Sizes, refuse, refuse_twice
 
 DETACH_INPUT = (
     "true: what the network sees carries no gradient from earlier steps (DRTune); the latents themselves still do"
@@ -46,7 +31,7 @@ class SamplerSection(Section):
 class ReFLSection(Section):
     """ReFL: one late prediction, whose x0 is judged before the sampler has ended."""
 
-    name: Literal["refl"] = Field("refl", description="the step that is judged is drawn anew in every training step")
+    name: Literal["refl"] = Field("refl", description="the step that is judged is drawn again in every training step")
     between: Sizes | None = Field(
         None,
         description="[first, last] of the sampler's steps it is drawn from, counted from 0; null: the last quarter",
@@ -64,7 +49,7 @@ class DRaFTSection(Section):
 
 
 class AlignPropSection(Section):
-    """AlignProp: as DRaFT-K, with K drawn anew in every training step."""
+    """AlignProp: as DRaFT-K, with K drawn again in every training step."""
 
     name: Literal["alignprop"] = Field("alignprop", description="randomised truncation; the finished image is judged")
     last: Sizes | None = Field(None, description="[fewest, most] steps with a gradient; null: from 1 to all")
@@ -94,6 +79,16 @@ class GradientRewardSection(RewardSection):
     )
     threshold: float | None = Field(None, description="of relu, in the score's unit; null with linear")
 
+    @model_validator(mode="after")
+    def _check_form(self) -> GradientRewardSection:
+        if (self.form == "relu") != (self.threshold is not None):
+            refuse(
+                f"{self.name}: form=relu and a threshold go together; give both, or form=linear with neither",
+                "form",
+                "threshold",
+            )
+        return self
+
 
 class DriftSection(Section):
     """What holds the policy at the reference: the squared difference of their predictions, at the latents visited."""
@@ -116,48 +111,29 @@ class DecoderSection(Section):
     )
 
 
-class GradientTrainSection(Section):
+class GradientTrainSection(AveragedStepSection):
     """Length and shape of the training."""
 
-    steps: int = Field(400, gt=0, description="updates of the policy")
+    drawn: ClassVar[str] = "images_per_step"
+    member: ClassVar[str] = "images"
+
     images_per_step: int = Field(
         8, gt=0, description="images of one update, each of its own prompt, over all processes and micro-batches"
     )
-    micro_batch: int = Field(8, gt=0, description="images in one forward pass; must divide images_per_step")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, no on CPU")
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights, as 0.999; null: none")
-    threads: int | None = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
-    )
-    log_every: int = Field(1, gt=0, description="a row in metrics.jsonl every so many steps")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
     cache_prompts: bool = Field(
-        True, description="true: all prompts are encoded first and text encoders freed; false: as they come up"
+        True, description="true: encode all prompts first and free the text encoders; false: as they come up"
     )
 
 
-class GradientValidationSection(StudentValidationSection):
-    """Images of prompts that are not trained on, drawn as in training; the best weights go to best/."""
+class RewardGradientConfig(BackboneRunConfig):
+    """Train a model on the gradient of differentiable rewards."""
 
-    rewards: list[RewardSection] = Field(
-        [RewardSection()],
-        min_length=1,
-        description="what judges, better none that is trained on; the first column of the first decides what is best",
-    )
-
-
-class RewardGradientConfig(Section):
-    """`diffalign reward-gradient`."""
-
-    run_dir: FilePath = Field(description="everything the run writes; the same command goes on where it stopped")
-    seed: int = Field(0, ge=0, description="seed of every draw")
-    device: Device = Field("auto", description=DEVICE)
-    model: ModelSection
-    tune: TuneSection = TuneSection()
+    kind: Literal["reward-gradient"] = Field("reward-gradient", description="which verb reads this file")
     prompts: str = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
-    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
+    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
     resolution: int | None = Field(
         None, gt=0, multiple_of=8, description="side of the images, pixels; null: the model's"
     )
@@ -167,27 +143,32 @@ class RewardGradientConfig(Section):
     drift: DriftSection = DriftSection()
     decoder: DecoderSection = DecoderSection()
     train: GradientTrainSection = GradientTrainSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    validation: GradientValidationSection = GradientValidationSection()
-    on_alarm: Literal["warn", "stop"] = Field(
-        "warn", description="what a health alarm does: say it and go on, or save and stop"
-    )
-    tracking: TrackingSection = TrackingSection()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _micro(cls, value: Any) -> Any:
-        """A micro-batch that is not given is the largest divisor up to 8."""
-        train = value.get("train") if isinstance(value, dict) else None
-        images = train.get("images_per_step") if isinstance(train, dict) else None
-        if isinstance(train, dict) and isinstance(images, int) and images > 0 and "micro_batch" not in train:
-            micro = next(n for n in range(min(8, images), 0, -1) if images % n == 0)
-            return {**value, "train": {**train, "micro_batch": micro}}
-        return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> RewardGradientConfig:
-        check_reward_gradient(self)
-        check_memory_elsewhere(self)
+    def _check_steps(self) -> RewardGradientConfig:
+        method, steps = self.method, self.sampler.steps
+        if method.name == "refl" and method.between is not None:
+            low, high = method.between
+            if not 0 <= low <= high < steps:
+                refuse(
+                    f"steps are counted from 0, so with sampler.steps={steps} two rising numbers of 0 to {steps - 1} are "
+                    f"needed, not [{low}, {high}]",
+                    "method.between",
+                    "sampler.steps",
+                )
+        if method.name == "draft" and method.last is not None and method.last > steps:
+            refuse(f"the sampler has {steps} steps; use at most that, or null for all", "method.last", "sampler.steps")
+        if method.name == "alignprop" and method.last is not None:
+            fewest, most = method.last
+            if not 1 <= fewest <= most <= steps:
+                refuse(
+                    f"two rising numbers of 1 to sampler.steps={steps} are needed, not [{fewest}, {most}]",
+                    "method.last",
+                    "sampler.steps",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> RewardGradientConfig:
+        refuse_twice([term.name for term in self.rewards], "a reward", "rewards")
         return self

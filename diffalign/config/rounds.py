@@ -1,4 +1,4 @@
-"""The config of `diffalign rounds`, typed as those in `config_schema`."""
+"""The config of `diffalign rounds`: sample, score, rank, train, evaluate, and again."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffalign.config.schema import RewardSection
+from diffalign.config.images import SizedSamplingSection
+from diffalign.config.run import PROMPT_COUNT, RewardSection
 from diffalign.config.section import FilePath, Section
 from diffalign.config.synth import RankSection
 
 
-class RoundImagesSection(Section):
+class RoundImagesSection(SizedSamplingSection):
     """How images are drawn, for training data and for evaluation alike."""
 
-    steps: int = Field(30, gt=0, description="denoising steps")
     guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance in evaluation; 1: none")
-    negative_prompt: str | None = Field(None, description="what to steer away from")
-    height: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
-    width: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
-    batch_size: int = Field(8, gt=0, description="images drawn at once")
 
 
 class RoundDataSection(Section):
@@ -28,7 +24,7 @@ class RoundDataSection(Section):
     prompts: str = Field(
         min_length=1, description="as in `diffalign sample`; of testbed:train every round draws its own"
     )
-    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
+    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
     images_per_prompt: int = Field(8, gt=0, description="images per prompt, one group")
     guidance_scale: float | None = Field(
         None, ge=0, description="guidance of the training images; null: as in evaluation. DDO wants none: 1"
@@ -48,7 +44,7 @@ class RoundEvalSection(Section):
     """How a round is judged. These prompts decide when to stop: keep others for the last word."""
 
     prompts: str = Field(min_length=1, description="held-out prompts, as in `diffalign eval`")
-    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
+    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
     seeds: int = Field(4, gt=0, description="images per prompt and model")
     reward: RewardSection = Field(default_factory=RewardSection, description="its first column is the held-out reward")
     more_rewards: list[RewardSection] = Field(
@@ -57,10 +53,11 @@ class RoundEvalSection(Section):
 
 
 class RoundsConfig(Section):
-    """`diffalign rounds`: sample, score, rank, train, evaluate, again."""
+    """Sample, score, rank, train, evaluate, and again from the last model."""
 
-    out: FilePath = Field(description="folder of all rounds; the same command goes on where it stopped")
-    rounds: int = Field(3, gt=0, description="at most so many")
+    kind: Literal["rounds"] = Field("rounds", description="which verb reads this file")
+    out: FilePath = Field(description="folder of all rounds; the same command resumes where it stopped")
+    rounds: int = Field(3, gt=0, description="most rounds")
     seed: int = Field(0, ge=0, description="round n takes seed + n - 1 for its prompts, images and training")
     train: str = Field(min_length=1, description="the training config: a YAML file, or the name of a shipped recipe")
     overrides: list[str] = Field(
@@ -72,11 +69,11 @@ class RoundsConfig(Section):
     momentum: float = Field(
         0.0,
         ge=0,
-        description="the next round starts beyond the last weights by so many times the last change (Accelerated Preference "
-        "Optimization); 0: at the last weights",
+        description="the next round starts beyond the last weights by this many times the last change (Accelerated "
+        "Preference Optimization); 0: at the last weights",
     )
     patience: int | None = Field(
-        1, gt=0, description="stop after so many rounds in a row without a better held-out reward; null: never"
+        1, gt=0, description="stop after this many rounds in a row without a better held-out reward; null: never"
     )
     images: RoundImagesSection = Field(default_factory=RoundImagesSection)
     data: RoundDataSection

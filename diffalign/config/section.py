@@ -1,11 +1,15 @@
-"""What every section of a config shares, and how YAML's lists and texts become paths and tuples."""
+"""What every section of a config shares: strict reading, YAML's types, and how a check refuses a combination of values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+COMBINATION = "combination"
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
 Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a list of two becomes one
@@ -13,12 +17,42 @@ Sizes = Annotated[tuple[int, int], Field(strict=False)]
 
 
 class Section(BaseModel):
-    """Strict: `steps: "400"`, `steps: true` and `lr: .nan` are mistakes. Frozen: change with `model_copy`."""
+    """A strict and frozen section: `steps: "400"`, `steps: true` and `lr: .nan` are mistakes; change with `model_copy`.
+
+    A check of one value stands on its field. A check of values against each other is a validator of the smallest class
+    that holds them all, and calls `refuse` with keys relative to that class.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    late: ClassVar[tuple[str, ...]] = ()
+    """Keys that are read and printed after those of the subclasses."""
+
+    @classmethod
+    def reading_order(cls) -> list[str]:
+        """Return the section's keys in reading order: `kind`, then the general ones, its own, and those of `late`."""
+        kind = [key for key in cls.model_fields if key == "kind"]
+        late = [key for key in cls.late if key in cls.model_fields]
+        return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
 
     @model_validator(mode="before")
     @classmethod
     def _empty(cls, value: Any) -> Any:
-        """`tune:` with every key below it commented out is the section with its defaults."""
+        """Read `tune:` with every key below it commented out as the section with its defaults."""
         return {} if value is None else value
+
+
+def refuse(message: str, *keys: str) -> NoReturn:
+    """Raise the error of a combination of values that cannot work.
+
+    `message`: what is wrong and the way out. `keys`: dotted, relative to the section whose validator calls this, the
+    likeliest culprit first; `explain` puts the section's own place before them.
+    """
+    raise PydanticCustomError(COMBINATION, "{message}", {"message": message, "keys": keys})
+
+
+def refuse_twice(names: Iterable[str], what: str, *keys: str) -> None:
+    """Refuse a list in which a name stands twice; `what` says what is named, such as "a reward"."""
+    names = list(names)
+    if len(set(names)) < len(names):
+        refuse(f"{what} is named twice", *keys)

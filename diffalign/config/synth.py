@@ -1,4 +1,4 @@
-"""The sections of `diffalign synth`, `diffalign rank` and `diffalign cache`, typed as those in `config_schema`."""
+"""The configs of `diffalign synth` and `diffalign rank`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.checks import check_ranking, check_synth
-from diffalign.config.schema import DEVICE, Device, ModelSection, RewardSection
-from diffalign.config.section import FilePath, Section
+from diffalign.config.images import SizedSamplingSection
+from diffalign.config.model import DEVICE, Device, ModelSection, check_device
+from diffalign.config.run import PROMPT_COUNT, RewardSection
+from diffalign.config.section import FilePath, Section, refuse, refuse_twice
 
 SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
 
@@ -23,8 +24,8 @@ class PromptSection(Section):
     )
     column: str = Field("prompt", min_length=1, description="the prompt's column (csv, parquet, hub)")
     split: str = Field("train", min_length=1, description="which split (folder, hub)")
-    n: int | None = Field(None, gt=0, description="only so many prompts; null: all of a file, 256 of the testbed")
-    unique: bool = Field(True, description="true: a prompt that comes again is left out")
+    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    unique: bool = Field(True, description="true: leave out a prompt that repeats")
 
 
 class SchedulerSection(Section):
@@ -34,7 +35,7 @@ class SchedulerSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
 
 
-class GeneratorSection(Section):
+class GeneratorSection(SizedSamplingSection):
     """A model that draws images, and how."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="how the dataset names it")
@@ -42,11 +43,6 @@ class GeneratorSection(Section):
     prior: str | None = Field(None, description="folder or id of the first stage (Stable Cascade only)")
     weights: FilePath | None = Field(None, description="a LoRA, or a run's weights/ folder; null: the model as it is")
     scheduler: SchedulerSection | None = Field(None, description="null: the model's own")
-    steps: int = Field(30, gt=0, description="denoising steps")
-    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; 1: none")
-    negative_prompt: str | None = Field(None, description="what to steer away from")
-    height: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
-    width: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
     images_per_prompt: int = Field(1, gt=0, description="images of every prompt")
     batch_size: int = Field(
         8, gt=0, description="images drawn at once; part of the plan, as it decides their last bits"
@@ -77,7 +73,7 @@ class RankSection(Section):
     )
     weights: dict[str, float] = Field(default_factory=dict, description="weight of a voter, by its name in sources; 1")
     min_gap: float = Field(
-        0.0, ge=0, description="groups whose best and worst differ by less are dropped (shares, or units of the mean)"
+        0.0, ge=0, description="drop groups whose best and worst differ by less (shares, or units of the mean)"
     )
     choose: Literal["all", "extremes", "random", "variance"] = Field(
         "all", description="which k images of a group count: best and worst, any, or those that differ most"
@@ -85,7 +81,10 @@ class RankSection(Section):
     k: int | None = Field(None, ge=2, description="how many images of a group count; null: all")
     limits: list[LimitSection] = Field(default_factory=list, description="floors and ceilings on scores")
     duplicates: int | None = Field(
-        None, ge=0, le=64, description="images within so many of 64 bits of a better one are left out; null: all stay"
+        None,
+        ge=0,
+        le=64,
+        description="leave out images within this many of 64 hash bits of a better one; null: all stay",
     )
     splits: dict[str, float] | None = Field(
         None, description="share of the prompts in each split but train, as {test: 0.05}; null: as they are"
@@ -93,14 +92,35 @@ class RankSection(Section):
     seed: int = Field(0, ge=0, description="seed of random choices and of the split")
 
     @model_validator(mode="after")
-    def _consistent(self) -> RankSection:
-        check_ranking(self)
+    def _check_choice(self) -> RankSection:
+        if (self.choose == "all") != (self.k is None):
+            refuse("choose and k go together: choose=extremes, random or variance, and k=4 say", "choose", "k")
+        return self
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> RankSection:
+        if self.splits is None:
+            return self
+        if any(share < 0 for share in self.splits.values()) or sum(self.splits.values()) >= 1:
+            refuse("shares must be positive and leave some prompts to train", "splits")
+        if "train" in self.splits:
+            refuse("train gets what the other splits leave; name only those", "splits")
+        return self
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> RankSection:
+        unknown = set(self.weights) - set(self.sources or self.weights)
+        if unknown:
+            refuse(f"{sorted(unknown)[0]} is not among sources", "weights", "sources")
+        if any(weight < 0 for weight in self.weights.values()):
+            refuse("a weight below 0 would vote against its own reward", "weights")
         return self
 
 
 class RankConfig(RankSection):
-    """`diffalign rank`: preferences anew from stored scores."""
+    """Turn stored scores into preferences again."""
 
+    kind: Literal["rank"] = Field("rank", description="which verb reads this file")
     data: FilePath = Field(description="a dataset folder that was scored")
     shuffle: bool = Field(
         False, description="true: the control that gives a group's preferences to its images at random"
@@ -108,9 +128,10 @@ class RankConfig(RankSection):
 
 
 class SynthConfig(Section):
-    """`diffalign synth`: prompts to a ranked dataset."""
+    """Make a ranked dataset from prompts: draw images, score them, rank them."""
 
-    out: FilePath = Field(description="the dataset folder to write; the same command goes on where it stopped")
+    kind: Literal["synth"] = Field("synth", description="which verb reads this file")
+    out: FilePath = Field(description="the dataset folder to write; the same command resumes where it stopped")
     seed: int = Field(0, ge=0, description="seed of every image's noise")
     device: Device = Field("auto", description=DEVICE)
     threads: int | None = Field(
@@ -129,6 +150,13 @@ class SynthConfig(Section):
     price_per_hour: float | None = Field(None, gt=0, description="of the machine, for the estimate of --dry-run")
 
     @model_validator(mode="after")
-    def _consistent(self) -> SynthConfig:
-        check_synth(self)
+    def _check_names(self) -> SynthConfig:
+        refuse_twice([generator.name for generator in self.generators], "a generator", "generators")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            refuse(
+                "a reward is named twice; its columns can vote separately, as rank.sources=[geneval.exact]", "rewards"
+            )
+        for generator in self.generators:
+            check_device(generator.model, self.device)
         return self

@@ -1,1 +1,1 @@
-"""Datasets on disk: images, scores, groups; sampling, scoring, ranking; the latent cache that training reads."""
+"""Datasets on disk: images, scores and groups; how they are made, and the latent cache that training reads."""

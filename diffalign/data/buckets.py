@@ -1,7 +1,7 @@
-"""Aspect buckets: which size each group's pictures are brought to, and how.
+"""Assign groups to aspect buckets, and bring images to the bucket's size.
 
-A group never mixes shapes, since its images share one noise. So a group has one bucket: that of most of its images, by
-the nearest aspect. Images of another aspect are cropped into it. Nothing is ever flipped.
+The images of a group share their noise, so a group has one shape. Its bucket is the one nearest in aspect to most of
+its images; images of another aspect are cropped to it. Nothing is flipped.
 """
 
 import io
@@ -22,10 +22,11 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 WIDEST = 2.0
+"""The largest aspect of `buckets: auto`, width to height or the reverse."""
 
 
 def fit(image: Image.Image, size: Size) -> np.ndarray:
-    """Resized so that it covers `size`, then centre-cropped: uint8 [height, width, 3]."""
+    """Return the image resized until it covers `size` and centre-cropped: uint8 [height, width, 3]."""
     width, height = size
     scale = max(width / image.width, height / image.height)
     scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -36,17 +37,18 @@ def fit(image: Image.Image, size: Size) -> np.ndarray:
 
 
 def to_pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] each -> float32 [B, 3, H, W] in [0, 1]."""
+    """Stack uint8 [H, W, 3] images into float32 [B, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def bucket_sizes(
     buckets: str | Sequence[Sequence[int]], resolution: int, multiple: int, longest: int | None = None
 ) -> list[Size]:
-    """The sizes that `data.buckets` allows. `multiple`: of what the model's sides are multiples; `longest`: its limit.
+    """Return the sizes that `data.buckets` allows; sides are multiples of `multiple` and at most `longest` pixels.
 
-    auto: for every width, the largest height with no more pixels than the square, aspects up to 2 : 1, both ways; in
-    steps of 64 pixels at 512 and above, as SDXL was trained (Podell et al. 2023, appendix I), finer below.
+    `auto`: for every width the largest height with no more pixels than the square, aspects up to 2 : 1, both ways; in
+    steps of 64 pixels for resolutions of 512 and above, as SDXL was trained (Podell et al. 2023, appendix I), finer
+    below. Raises DiffalignError for a given size that this model cannot take.
     """
     if buckets == "none":
         return [(resolution, resolution)]
@@ -72,15 +74,15 @@ def bucket_sizes(
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:
-    """The bucket whose aspect is nearest on a log scale; of equally near ones the larger, then the first."""
+    """Return the bucket with the nearest aspect on a log scale; of equally near ones the larger, then the first."""
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda s: (round(abs(math.log(s[0] / s[1]) - aspect), 9), -s[0] * s[1]))
 
 
 def group_sizes(dataset: PreferenceDataset, groups: list[int], sizes: list[Size]) -> list[Size]:
-    """The bucket of each group: of most of its images; where two are as frequent, that of the image with the lower index.
+    """Return the bucket of each group: that of most of its images; of equally frequent ones, that of the lowest index.
 
-    Reads the pictures' headers, unless there is but one bucket.
+    Reads the headers of the images, unless there is only one bucket.
     """
     if len(sizes) == 1:
         return [sizes[0]] * len(groups)
@@ -95,14 +97,14 @@ def group_sizes(dataset: PreferenceDataset, groups: list[int], sizes: list[Size]
 
 
 def most(of: dict[int, Size]) -> Size:
-    """The commonest size by member; of equally common ones that of the lowest index."""
+    """Return the most frequent size; of equally frequent ones, that of the lowest index."""
     ordered = [of[index] for index in sorted(of)]
     counts = Counter(ordered)
     return max(ordered, key=lambda size: (counts[size], -ordered.index(size)))
 
 
 def header_size(data: bytes, group: str, index: int) -> Size:
-    """Width and height of an encoded picture; nothing is decoded."""
+    """Return width and height of an encoded image without decoding it. Raises DiffalignError if it is no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
@@ -111,5 +113,5 @@ def header_size(data: bytes, group: str, index: int) -> Size:
 
 
 def describe(sizes: Sequence[Size]) -> dict[str, Any]:
-    """How many groups each size has, for what is said and printed."""
+    """Return how many groups have each size, as {"1024x1024": 12}."""
     return {f"{width}x{height}": count for (width, height), count in sorted(Counter(sizes).items())}

@@ -1,12 +1,13 @@
-"""The cache: images and prompts are encoded once, so that training holds neither VAE nor text encoders.
+"""Cache what images and prompts are encoded to, so that training needs neither the VAE nor the text encoders.
 
-Two folders, each under its own key, so that a new resolution encodes no prompt anew and a new prompt no image:
-`latents.py` and `embeddings.py` say what is in them. A key hashes all that decides the content: the encoded bytes of every
-image, prompts, the model's weights, sizes. A changed input has another key and is never served stale. Of several processes
-one makes a folder, whoever comes first, and the others wait for it.
+There are two folders, one for latents and one for prompt embeddings, each named by a hash of everything that decides
+its content: the encoded bytes of every image, the prompts, the model's weights, sizes. So a new resolution does not
+encode prompts again, a new prompt does not encode images again, and a changed input never reads an outdated cache.
+`latents.py` and `embeddings.py` describe the content. If several processes need a folder, one makes it and the others
+wait.
 
-`data.cache` says what is encoded beforehand: `all`, `latents` (text encoders stay) or `off` (the VAE stays too). Training sees
-the same numbers in each, to the last bit where the device computes alike.
+`data.cache` says what is encoded before the first step: `all`, `latents` (the text encoders stay loaded) or `off` (the
+VAE stays too). Training sees the same numbers in all three, bit-identical where the device computes alike.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
@@ -23,33 +23,33 @@ from diffalign.data.buckets import bucket_sizes, group_sizes
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
-from diffalign.data.shared_tasks import Task, finish
+from diffalign.data.protocols import CacheMode, Encoder, GroupSettings
+from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.files import check_space
+from diffalign.progress import Say
 
 VERSION = "2"
-Mode = Literal["all", "latents", "off"]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a training run reads of its images and prompts, which model encodes them, and where that is kept."""
+    """The images and prompts of a training run, the model that encodes them, and where the result is kept."""
 
     frames: Frames
     prompts: list[str]
-    backbone: Any
+    backbone: Encoder
     folder: Path
-    mode: Mode = "all"
+    mode: CacheMode = "all"
 
     def latents(self, say: Say = print) -> LatentStore | LiveLatents:
-        """The latents, encoded first if they are wanted in the cache and not there."""
+        """Return the latents; encode them first if the cache should hold them and does not."""
         if self.mode == "off":
             return LiveLatents(self.frames, self.backbone)
         _make(self.latent_folder, lambda part: LatentStore.write(part, self.frames, self.backbone, say))
         return LatentStore(self.latent_folder)
 
     def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
-        """The prompt embeddings, likewise."""
+        """Return the prompt embeddings; encode them first if the cache should hold them and does not."""
         if self.mode != "all":
             return LivePrompts(self.backbone)
         _make(self.prompt_folder, lambda part: PromptStore.write(part, self.prompts, self.backbone, say))
@@ -57,16 +57,17 @@ class CachePlan:
 
     @cached_property
     def latent_folder(self) -> Path:
-        """Found once: its key reads every image."""
+        """The folder of the latents. Computed once, since its name hashes every image."""
         return self.folder / f"latents-{latent_key(self.frames, self.backbone)}"
 
     @cached_property
     def prompt_folder(self) -> Path:
+        """The folder of the prompt embeddings."""
         parts = (VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
         return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
 
     def missing(self) -> dict[Path, int]:
-        """Folders that are still to be made, and how many bytes they will take."""
+        """Return the folders that do not exist yet, with the bytes that they will take."""
         found: dict[Path, int] = {}
         if self.mode != "off" and not (self.latent_folder / "index.json").is_file():
             found[self.latent_folder] = latent_bytes(self.frames, self.backbone)
@@ -75,12 +76,14 @@ class CachePlan:
         return found
 
     def check_space(self) -> None:
-        """DiffalignError where the disk cannot hold what is still to be made."""
+        """Raise DiffalignError if the missing folders do not fit on the disk."""
         check_space(self.folder, sum(self.missing().values()), "data.cache_dir")
 
 
-def plan_cache(data: Any, dataset: PreferenceDataset, groups: list[int], members: int, backbone: Any) -> CachePlan:
-    """The plan that a config's `data` section describes, for chosen groups of at most `members` images."""
+def plan_cache(
+    data: GroupSettings, dataset: PreferenceDataset, groups: list[int], members: int, backbone: Encoder
+) -> CachePlan:
+    """Return the plan for a config's `data` section and the given groups, of at most `members` images each."""
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
     sizes = group_sizes(dataset, groups, allowed)
@@ -90,15 +93,15 @@ def plan_cache(data: Any, dataset: PreferenceDataset, groups: list[int], members
     return CachePlan(frames, [prompts[i] for i in groups], backbone, folder, data.cache)
 
 
-def latent_key(frames: Frames, backbone: Any) -> str:
-    """Hash of everything that decides the latents."""
+def latent_key(frames: Frames, backbone: Encoder) -> str:
+    """Return the hash of everything that decides the latents."""
     dataset = frames.dataset
     digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread))
     ids = dataset.column("group_id")
     for i, size in zip(frames.groups, frames.sizes, strict=True):
         digest.update(f"{ids[i]}\0{size}\0".encode())
     wanted = {ids[i]: set(dataset.members(ids[i])) for i in frames.groups}
-    # Images are hashed one by one: the order of the shards is the order of the files, which is fixed.
+    # The order of the images is that of the files and so is fixed. Stored latents count too, since they may be used.
     for path in dataset.shards:
         file = pq.ParquetFile(path)
         stored = [name for name in ("latent", "provenance") if "latent" in file.schema_arrow.names]
@@ -115,7 +118,7 @@ def latent_key(frames: Frames, backbone: Any) -> str:
 
 
 def _make(final: Path, write: Callable[[Path], None]) -> None:
-    """A folder that appears under its name only when it is complete, made by one process."""
+    """Make a folder that appears under its name only when it is complete; one process makes it."""
 
     def make() -> None:
         part = final.with_name(f"{final.name}.part")
@@ -127,7 +130,7 @@ def _make(final: Path, write: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    finish([Task(final.name, (final / "index.json").is_file, make)], final.parent / ".locks")
+    complete_all([Task(final.name, (final / "index.json").is_file, make)], final.parent / ".locks")
 
 
 def _hash(*parts: str) -> hashlib.blake2b:

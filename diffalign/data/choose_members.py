@@ -1,4 +1,4 @@
-"""Which images of a group count, and in which split its prompt falls: pure functions of scores, hashes and texts."""
+"""Choose which images of a group count, and in which split its prompt falls, from scores, hashes and texts alone."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,25 @@ from diffalign.errors import DiffalignError
 
 @dataclass(frozen=True)
 class Limit:
-    """Images whose score of `source` is below `low`, above `high` or missing are left out."""
+    """Bounds for a score: images below `low`, above `high` or without a score of `source` do not count."""
 
     source: str
     low: float | None = None
     high: float | None = None
 
     def holds(self, values: np.ndarray) -> np.ndarray:
-        """[K] bool."""
+        """Return bool [K]: whether each score lies within the bounds."""
         low = -np.inf if self.low is None else self.low
         high = np.inf if self.high is None else self.high
         return np.asarray((values >= low) & (values <= high))
 
 
 def choose_members(values: np.ndarray, how: str, k: int | None, generator: np.random.Generator) -> np.ndarray:
-    """Positions of the images that count, ascending. values [K]: higher is better, NaN comes last.
+    """Return the positions of the images that count, ascending. values [K]: higher is better, NaN comes last.
 
-    `extremes`: the best ceil(k / 2) and the worst floor(k / 2). `random`: any k. `variance`: the k with the largest variance
-    (D3S, arXiv 2509.22115): i from the top and k - i from the bottom for the best i. Ties are broken at random.
+    `extremes`: the best ceil(k / 2) and the worst floor(k / 2). `random`: any k. `variance`: the k with the largest
+    variance (D3S, arXiv 2509.22115), i from the top and k - i from the bottom for the best i. Ties are broken at
+    random.
     """
     n = len(values)
     if how == "all" or k is None or k >= n:
@@ -46,7 +47,7 @@ def choose_members(values: np.ndarray, how: str, k: int | None, generator: np.ra
 
 
 def near_duplicates(hashes: np.ndarray, values: np.ndarray, distance: int) -> np.ndarray:
-    """[K] bool: images whose 64-bit hash differs from that of a better image by at most `distance` bits."""
+    """Return bool [K]: images whose 64-bit hash differs from that of a better image by at most `distance` bits."""
     order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
     duplicate = np.zeros(len(values), dtype=bool)
     kept: list[int] = []
@@ -60,9 +61,9 @@ def near_duplicates(hashes: np.ndarray, values: np.ndarray, distance: int) -> np
 
 
 def split_of(prompt: str, shares: dict[str, float], seed: int) -> str:
-    """The split of a prompt: its text alone decides, so no prompt is in two splits, whatever else is in the dataset.
+    """Return the split of a prompt. Its text alone decides, so no prompt is ever in two splits.
 
-    Case and spaces do not count. `shares`: of each split but "train", which gets the rest.
+    Case and spaces are ignored. `shares`: the share of prompts in each split except "train", which gets the rest.
     """
     at = float(draw(seed, "split", group=" ".join(prompt.casefold().split())).random())
     for name, share in shares.items():

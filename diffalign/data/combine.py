@@ -1,17 +1,16 @@
-"""Several rewards as one label: `labels.source: combined`. The arithmetic is in `diffalign.rewards.aggregate`."""
-
-from typing import Any
+"""Combine several rewards into one label (`labels.source: combined`); `diffalign.rewards.aggregate` has the arithmetic."""
 
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import raw_labels
+from diffalign.data.protocols import CombineSettings
 from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import Calibration, dvao, gated, weighted_sum
 
 
-def calibrations(dataset: PreferenceDataset, groups: list[int], combine: Any) -> dict[str, float]:
-    """{"NAME.mean", "NAME.std"} of every reward of `combine.weights` over these groups, to be stored with the run."""
+def calibrations(dataset: PreferenceDataset, groups: list[int], combine: CombineSettings) -> dict[str, float]:
+    """Return {"NAME.mean", "NAME.std"} of every reward in `combine.weights` over these groups, to store with the run."""
     found: dict[str, float] = {}
     for name in combine.weights:
         scores = np.concatenate(raw_labels(dataset, groups, f"scores.{name}"))
@@ -24,14 +23,13 @@ def calibrations(dataset: PreferenceDataset, groups: list[int], combine: Any) ->
 
 
 def combined_labels(
-    dataset: PreferenceDataset, groups: list[int], combine: Any, stats: dict[str, float]
+    dataset: PreferenceDataset, groups: list[int], combine: CombineSettings, stats: dict[str, float]
 ) -> list[np.ndarray]:
-    """One array [K] a group from several rewards; NaN where one of weight above 0 could not score an image.
+    """Return one array [K] a group; NaN where a reward with a weight above 0 could not score an image.
 
-    combine: how, weights, gates (a config's `labels.combine`); stats: those of `calibrations`. Every reward is z-scored
-    over the dataset, so that none drowns the others by its unit. `sum` adds them up. `dvao` divides the centred sum by the
-    group's weighted deviations: the order is that of `sum`, only the sharpness differs from group to group. `gated` puts
-    an image that reaches more of the gates first.
+    stats: what `calibrations` returned. Every reward is z-scored over the dataset, so that none dominates by its unit.
+    `sum` adds them up. `dvao` divides the centred sum by the group's weighted deviations: the order is that of `sum`,
+    only the sharpness differs between groups. `gated` ranks an image that passes more of the gates first.
     """
     names, weights = list(combine.weights), list(combine.weights.values())
     scales = [Calibration(stats[f"{name}.mean"], stats[f"{name}.std"]) for name in names]

@@ -1,4 +1,4 @@
-"""Which reader a source asks for, and the readers by name."""
+"""Find the reader for other people's data, and import your own pairs."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.imported import Found, LeftOut
+from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
 from diffalign.data.read_groups import read_hpdv2, read_imagefolder
-from diffalign.data.read_json import entries
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
     read_csv,
@@ -18,9 +17,10 @@ from diffalign.data.read_pairs import (
     read_two_folders,
     read_w_l,
 )
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 
-READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
+READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
     "pickapic": read_pickapic,
     "hpdv2": read_hpdv2,
     "hpdv3": read_hpdv3,
@@ -31,8 +31,8 @@ READERS: dict[str, Callable[[Path], Iterator[Found | LeftOut]]] = {
 }
 
 
-def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Found | LeftOut]]:
-    """The form (found out if None) and the rows of one source, or of two folders (winners, losers)."""
+def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[ImportedGroup | SkippedRow]]:
+    """Return the format (guessed if `form` is None) and the rows of one source, or of two folders (winners, losers)."""
     if len(sources) == 2 and form in (None, "two_folders"):
         return "two_folders", read_two_folders(*sources)
     if len(sources) != 1:
@@ -45,8 +45,21 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Foun
     return name, READERS[name](sources[0])
 
 
+def import_pairs(sources: list[Path], out: Path) -> Report:
+    """Write your own pairs as a dataset: from a csv, or from a folder of winners and a folder of losers.
+
+    Raises DiffalignError at the first row or file that is broken.
+    """
+    if len(sources) > 2:
+        raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
+    if len(sources) == 1 and sources[0].is_dir():
+        raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
+    rows = read_two_folders(*sources) if len(sources) == 2 else read_csv(sources[0])
+    return write_imported(rows, out, strict=True)
+
+
 def guess_form(path: Path) -> str:
-    """The form that a file or folder seems to have. DiffalignError where it has none of those known."""
+    """Return the format that a file or folder seems to have. Raises DiffalignError if it is none of those known."""
     if is_hpdv3pp(path):
         return "hpdv3pp"
     if path.is_dir():
@@ -66,17 +79,17 @@ def guess_form(path: Path) -> str:
         return _parquet_form(path)
     elif path.suffix in (".json", ".jsonl"):
         return "imagefolder" if path.stem == "metadata" else _json_form(path)
-    raise DiffalignError(f"{path}: not a form that is known; say which with --format: {', '.join(READERS)}")
+    raise DiffalignError(f"{path}: not in a known format; name it with --format: {', '.join(READERS)}")
 
 
 def _json_form(path: Path) -> str:
-    for _, row in entries(path):
+    for _, row in json_rows(path):
         if isinstance(row, dict):
             if "path1" in row:
                 return "hpdv3"
             if "human_preference" in row or "rank" in row:
                 return "hpdv2"
-            raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} are of no form that is known")
+            raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} fit no known format")
     raise DiffalignError(f"{path}: holds no row")
 
 
@@ -84,7 +97,7 @@ def _parquet_form(path: Path) -> str:
     try:
         names = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: no whole parquet file ({error})") from error
+        raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
     if "jpg_0" in names:
         return "pickapic"
-    raise DiffalignError(f"{path}: columns {', '.join(names[:8])} are of no form that is known; pickapic has jpg_0")
+    raise DiffalignError(f"{path}: columns {', '.join(names[:8])} fit no known format; pickapic has jpg_0")

@@ -1,4 +1,4 @@
-"""Reading a dataset folder without loading it: columns when asked for, images one by one or streamed."""
+"""Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
 import io
 import json
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.image_index import ImagePlaces, row_numbers
-from diffalign.data.schema import GROUPS, GROUPS_FILE
+from diffalign.data.image_index import ImageIndex, row_numbers
+from diffalign.data.schema import GROUPS, GROUPS_FILE, GroupRow
 from diffalign.errors import DiffalignError
 
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
@@ -22,7 +23,7 @@ IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image as stored: `data` are the encoded bytes."""
+    """One image as stored; `data` are its encoded bytes."""
 
     group_id: str
     index: int
@@ -31,7 +32,7 @@ class ImageRow:
     seed: int
 
     def decode(self) -> Image.Image:
-        """RGB. Raises DiffalignError for bytes that are no whole picture."""
+        """Return the image in RGB. Raises DiffalignError if the bytes are not a complete image."""
         try:
             return Image.open(io.BytesIO(self.data)).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -39,7 +40,7 @@ class ImageRow:
 
 
 class PreferenceDataset:
-    """A dataset folder. Opening it reads group ids and places of images, never the images."""
+    """A dataset folder. Opening it reads group ids and the positions of images, never the images."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -53,30 +54,42 @@ class PreferenceDataset:
     # --- groups --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _table(self) -> Any:
+    def _table(self) -> pa.Table:
         return pq.read_table(self.folder / GROUPS_FILE, memory_map=True)
 
     def __len__(self) -> int:
+        """Return the number of groups."""
         return int(self._table.num_rows)
 
-    def group(self, i: int) -> dict[str, Any]:
-        """Row i of groups.parquet, its metadata as a dict."""
-        row = {name: self._table[name][i].as_py() for name in self._table.column_names}
-        row = {**dict.fromkeys(GROUPS.names), **row}
-        return {**row, "metadata": json.loads(row["metadata"] or "{}")}
+    def group(self, i: int) -> GroupRow:
+        """Return row i of groups.parquet, its metadata as a dict."""
+        stored = {name: self._table[name][i].as_py() for name in self._table.column_names}
+        return {
+            "group_id": stored["group_id"],
+            "prompt_id": stored["prompt_id"],
+            "prompt": stored["prompt"],
+            "preference": stored.get("preference"),
+            "split": stored["split"],
+            "metadata": json.loads(stored.get("metadata") or "{}"),
+            "members": stored.get("members"),  # older files lack this and the next
+            "dropped": stored.get("dropped"),
+        }
 
     def row(self, group_id: str) -> int | None:
-        """Row of a group in groups.parquet; None where it is not there."""
+        """Return the row number of a group in groups.parquet; None if it is not there."""
         return self._row_of.get(group_id)
 
     def column(self, name: str) -> list[Any]:
-        """One column of groups.parquet as a list; None for what an older file lacks."""
+        """Return one column of groups.parquet as a list; None for every row if an older file lacks it."""
         if name not in self._table.column_names and name in GROUPS.names:
             return [None] * len(self)
         return list(self._table[name].to_pylist())
 
     def split(self, name: str) -> list[int]:
-        """Indices of a split's groups, less those that ranking dropped. Raises DiffalignError if there is no such split."""
+        """Return the row numbers of a split's groups, without those that ranking dropped.
+
+        Raises DiffalignError if there is no such split.
+        """
         splits, dropped = self.column("split"), self.column("dropped")
         found = [i for i, s in enumerate(splits) if s == name and not dropped[i]]
         if not found:
@@ -86,9 +99,9 @@ class PreferenceDataset:
     # --- images --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def places(self) -> ImagePlaces:
-        """Where each image lies."""
-        return ImagePlaces(self.shards, self._table["group_id"])
+    def image_index(self) -> ImageIndex:
+        """Where each image is stored."""
+        return ImageIndex(self.shards, self._table["group_id"])
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -96,43 +109,43 @@ class PreferenceDataset:
 
     @cached_property
     def _chosen(self) -> dict[int, list[int]]:
-        """Groups of which only some images count."""
+        """Row number -> indices of the images that count, for groups where not all do."""
         return {i: chosen for i, chosen in enumerate(self.column("members")) if chosen is not None}
 
     def all_members(self, group_id: str) -> list[int]:
-        """Indices of a group's images, in order, whether they count or not."""
+        """Return the indices of a group's images, ascending, whether they count or not."""
         row = self._row_of.get(group_id)
-        return [] if row is None else [int(i) for i in self.places.indices(row)]
+        return [] if row is None else [int(i) for i in self.image_index.indices(row)]
 
     def members(self, group_id: str) -> list[int]:
-        """Indices of the images of a group that count, in order: `diffalign rank` may have chosen some of them."""
+        """Return the indices of a group's images that count, ascending; `diffalign rank` may have chosen some of them."""
         chosen = self._chosen.get(self._row_of.get(group_id, -1))
         members = self.all_members(group_id)
         return members if chosen is None else [i for i in members if i in chosen]
 
     def images(self, group_id: str) -> list[ImageRow]:
-        """A group's images that count, in order of their index."""
+        """Return a group's images that count, ordered by their index."""
         row = self._row_of.get(group_id, -1)
         wanted = self.members(group_id)
-        found = self.places.find(np.full(len(wanted), row), np.array(wanted, dtype=np.int64))
+        found = self.image_index.find(np.full(len(wanted), row), np.array(wanted, dtype=np.int64))
         return [self.image_at(int(place)) for place in found]
 
     def image_at(self, place: int) -> ImageRow:
-        """One image, by its position in `places`."""
-        return _image_row(*self.places.read(place, IMAGE_COLUMNS))
+        """Return one image, by its position in `image_index`."""
+        return _image_row(*self.image_index.read(place, IMAGE_COLUMNS))
 
     def iter_images(self, batch: int = 64) -> Iterator[list[ImageRow]]:
-        """All images, streamed in the order of the shards."""
+        """Yield all images in lists of `batch`, in the order of the shards."""
         for shard in range(len(self.shards)):
             yield from self.iter_shard(shard, batch)
 
     def iter_shard(self, shard: int, batch: int = 64) -> Iterator[list[ImageRow]]:
-        """The images of one file, streamed."""
+        """Yield the images of one file in lists of `batch`."""
         for table in pq.ParquetFile(self.shards[shard]).iter_batches(batch_size=batch, columns=IMAGE_COLUMNS):
             yield [_image_row(table, i) for i in range(table.num_rows)]
 
     def generators(self) -> dict[tuple[str, int], str]:
-        """(group id, index) -> who made the image; read without the pictures."""
+        """Return (group id, index) -> the generator of the image, without reading the images."""
         found: dict[tuple[str, int], str] = {}
         for path in self.shards:
             table = pq.read_table(path, columns=["group_id", "index", "generator"])
@@ -141,7 +154,7 @@ class PreferenceDataset:
         return found
 
     def provenance(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(group id, provenance) of every image, without reading the images."""
+        """Yield (group id, provenance) of every image, without reading the images."""
         for path in self.shards:
             table = pq.read_table(path, columns=["group_id", "provenance"])
             for group, text in zip(table["group_id"].to_pylist(), table["provenance"].to_pylist(), strict=True):
@@ -150,37 +163,39 @@ class PreferenceDataset:
     # --- scores --------------------------------------------------------------------------------------------------------
 
     def rewards(self) -> list[str]:
-        """Names of the rewards that scored this dataset."""
+        """Return the names of the rewards that scored this dataset."""
         return sorted(p.stem for p in (self.folder / "scores").glob("*.parquet"))
 
     def scores(self, reward: str, column: str | None = None) -> dict[tuple[str, int], float]:
-        """(group id, index) -> score, by default the reward's first column; NaN where it could not score."""
+        """Return (group id, index) -> score, by default the reward's first column; NaN where it could not score."""
         table, name = self._score_table(reward, column)
         keys = zip(table["group_id"].to_pylist(), table["index"].to_pylist(), strict=True)
         return {key: float("nan") if v is None else v for key, v in zip(keys, table[name].to_pylist(), strict=True)}
 
     def score_array(self, source: str) -> np.ndarray:
-        """Scores of "reward" or "reward.column" as [images], in the order of `places`; NaN where there is none."""
+        """Return the scores of "reward" or "reward.column" as [images], in the order of `image_index`; NaN where
+        missing.
+        """
         reward, _, column = source.partition(".")
         table, name = self._score_table(reward, column or None)
         group = pc.index_in(table["group_id"], value_set=self._table["group_id"].combine_chunks())
-        at = self.places.find(row_numbers(group), table["index"].to_numpy())
-        values = np.full(len(self.places), np.nan)
+        at = self.image_index.find(row_numbers(group), table["index"].to_numpy())
+        values = np.full(len(self.image_index), np.nan)
         scored = np.asarray(table[name].cast("float64").fill_null(float("nan")).to_numpy())
         values[at[at >= 0]] = scored[at >= 0]
         return values
 
     def image_column(self, name: str) -> np.ndarray:
-        """A column of the images that is no picture, such as generator, in the order of `places`."""
+        """Return a column of the image files other than `image`, such as `generator`, in the order of `image_index`."""
         parts = [pq.read_table(path, columns=[name])[name].to_pylist() for path in self.shards]
-        return np.array([value for part in parts for value in part], dtype=object)[self.places.positions]
+        return np.array([value for part in parts for value in part], dtype=object)[self.image_index.positions]
 
     def score_columns(self, reward: str) -> list[str]:
-        """Names of a reward's columns, the score first."""
+        """Return the names of a reward's columns, the score first."""
         return [n for n in pq.read_schema(self._score_file(reward)).names if n not in ("group_id", "index", "reason")]
 
     def scored_by(self, reward: str) -> dict[str, Any]:
-        """What is known of the reward that made these scores: version, weights, licence, settings."""
+        """Return what is stored about the reward that made these scores: version, weights, licence, settings."""
         known = (pq.read_schema(self._score_file(reward)).metadata or {}).get(b"diffalign")
         return dict(json.loads(known)) if known else {}
 
@@ -191,7 +206,7 @@ class PreferenceDataset:
             raise DiffalignError(f"labels.source: {self.folder} has no scores of {reward!r}; scored by: {have}")
         return path
 
-    def _score_table(self, reward: str, column: str | None) -> tuple[Any, str]:
+    def _score_table(self, reward: str, column: str | None) -> tuple[pa.Table, str]:
         path, names = self._score_file(reward), self.score_columns(reward)
         if column is not None and column not in names:
             raise DiffalignError(f"labels.source: {path} has no column {column!r}; it has {', '.join(names)}")
@@ -201,7 +216,7 @@ class PreferenceDataset:
     # --- facts ---------------------------------------------------------------------------------------------------------
 
     def facts(self, split: str | None = None) -> dict[str, Any]:
-        """What a dry run prints: sizes, and how many groups state no preference."""
+        """Return what a dry run prints: sizes, and how many groups state no preference."""
         chosen = range(len(self)) if split is None else self.split(split)
         dropped = sum(bool(reason) for reason in self.column("dropped"))
         ids, preferences = self.column("group_id"), self.column("preference")
@@ -225,6 +240,6 @@ class PreferenceDataset:
         }
 
 
-def _image_row(table: Any, row: int) -> ImageRow:
+def _image_row(table: pa.Table | pa.RecordBatch, row: int) -> ImageRow:
     values = {name: table[name][row].as_py() for name in IMAGE_COLUMNS}
     return ImageRow(values["group_id"], values["index"], values["image"]["bytes"], values["generator"], values["seed"])

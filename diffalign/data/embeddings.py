@@ -1,46 +1,46 @@
-"""Prompt embeddings: each distinct prompt encoded once into memory-mapped files, or at every step by encoders that stay.
+"""Prompt embeddings: each distinct prompt is encoded once into memory-mapped files, or at every step.
 
-    prompts-<key>/<name>.bf16    all prompts' values, one after another, bare
-    prompts-<key>/index.json     the prompts' hashes, and each array's place and shape
+    prompts-<key>/<name>.bf16    the values of all prompts, one after another, without a header
+    prompts-<key>/index.json     the prompts' hashes, and the place and shape of each array
 
-What is left out is zeros at the end of rows and columns, which are put back when read, so the model sees every number it
-would have seen. For SD3 without T5 that is most of an embedding: 256 of 333 tokens and half the width of the others. Other
-padding stays, because these models attend to it: SD1.5, SDXL and SD3 encode CLIP's padding to 77 tokens and T5's to its full
-length without a mask, as FLUX does, and their trunks have no mask either, so leaving it out would change the prediction.
-bfloat16 because T5's outputs exceed float16's range; it rounds to 2^-9 of a value.
+Zeros at the end of rows and columns are not stored; reading puts them back, so the model sees every number. For SD3
+without T5 they are most of an embedding: 256 of 333 tokens, and half the width of the others. Other padding is stored,
+because these models attend to it: SD1.5, SDXL and SD3 encode CLIP's padding to 77 tokens and T5's to its full length
+without a mask, as FLUX does, and their trunks have no mask either. bfloat16 because T5's outputs exceed float16's
+range; it rounds to 2^-9 of a value.
 
-A prompt is encoded alone, never in a batch, whose size would decide its last bits: the embedding depends on the prompt only.
+A prompt is encoded alone, not in a batch, whose size would decide its last bits: the embedding depends on the prompt
+only.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.protocols import PromptEncoder
 from diffalign.files import check_space
+from diffalign.progress import Say
 
-Say = Callable[[str], None]
 
-
-def encoded(backbone: Any, prompt: str) -> dict[str, Tensor]:
-    """Everything that the model needs of one prompt, each [...] bfloat16 on the CPU."""
+def encoded(backbone: PromptEncoder, prompt: str) -> dict[str, Tensor]:
+    """Return everything that the model needs of one prompt, each [...] bfloat16 on the CPU."""
     return {name: values[0].to(torch.bfloat16) for name, values in backbone.encode_prompts([prompt]).items()}
 
 
 class LivePrompts:
-    """Embeddings made when they are asked for (`data.cache: latents` or `off`): the text encoders stay in memory."""
+    """Embeddings made when asked for (`data.cache: latents` or `off`); the text encoders stay in memory."""
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: PromptEncoder) -> None:
         self.backbone = backbone
         self.unconditional = {name: values[None].float() for name, values in encoded(backbone, "").items()}
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of prompts, each [B, ...] float32."""
+        """Return the embeddings of B prompts, each [B, ...] float32."""
         once = {prompt: encoded(self.backbone, prompt) for prompt in dict.fromkeys(prompts)}
         return {name: torch.stack([once[p][name] for p in prompts]).float() for name in self.unconditional}
 
@@ -53,19 +53,19 @@ class PromptStore:
         index = json.loads((folder / "index.json").read_text())
         self._at = {digest: n for n, digest in enumerate(index["prompts"])}
         self._arrays = {
-            name: _Ragged(folder / f"{name}.bf16", tuple(told["full"]), [tuple(s) for s in told["shapes"]])
-            for name, told in index["arrays"].items()
+            name: _Ragged(folder / f"{name}.bf16", tuple(entry["full"]), [tuple(s) for s in entry["shapes"]])
+            for name, entry in index["arrays"].items()
         }
         self.unconditional = self.batch([""])
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of prompts that were cached, each [B, ...] float32."""
+        """Return the embeddings of B cached prompts, each [B, ...] float32."""
         rows = [self._at[prompt_digest(prompt)] for prompt in prompts]
         return {name: torch.stack([array.read(row) for row in rows]).float() for name, array in self._arrays.items()}
 
     @classmethod
-    def write(cls, folder: Path, prompts: Sequence[str], backbone: Any, say: Say) -> None:
-        """Encode the distinct ones of `prompts`, and the empty prompt, into `folder`."""
+    def write(cls, folder: Path, prompts: Sequence[str], backbone: PromptEncoder, say: Say) -> None:
+        """Encode the distinct `prompts` and the empty prompt into `folder`."""
         distinct = list(dict.fromkeys([*prompts, ""]))
         check_space(folder, prompt_bytes(distinct, backbone), "the cache of prompt embeddings")
         full: dict[str, list[int]] = {}
@@ -89,14 +89,14 @@ class PromptStore:
         say(f"cached embeddings of {len(distinct) - 1} prompts")
 
 
-def prompt_bytes(prompts: Sequence[str], backbone: Any) -> int:
-    """Size of the cached embeddings; one prompt is encoded to learn it."""
+def prompt_bytes(prompts: Sequence[str], backbone: PromptEncoder) -> int:
+    """Return the size of the cached embeddings in bytes; encodes one prompt to learn its shape."""
     distinct = list(dict.fromkeys([*prompts, ""]))
     return 2 * len(distinct) * sum(trimmed(values).numel() for values in encoded(backbone, distinct[0]).values())
 
 
 def trimmed(values: Tensor) -> Tensor:
-    """`values` [..., L, D] without the zeros at the end of its last two axes; vectors as they are."""
+    """Return `values` [..., L, D] without the zeros at the end of the last two axes; vectors unchanged."""
     if values.dim() < 2:
         return values
     kept = values
@@ -124,10 +124,10 @@ class _Ragged:
 
 
 def _bits(values: Tensor) -> np.ndarray:
-    """bfloat16, which numpy does not know, as the integers of its bits."""
+    """Return bfloat16 values, which numpy does not have, as int16 with the same bits."""
     return values.contiguous().view(torch.int16).numpy()
 
 
 def prompt_digest(prompt: str) -> str:
-    """What a prompt is found by in the index."""
+    """Return the hash by which a prompt is found in the index."""
     return hashlib.blake2b(prompt.encode(), digest_size=12).hexdigest()

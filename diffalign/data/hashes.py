@@ -1,4 +1,4 @@
-"""Perceptual hashes of a dataset's images, computed once and kept beside them."""
+"""Compute perceptual hashes of a dataset's images once, and keep them in hashes.parquet."""
 
 import hashlib
 
@@ -10,24 +10,27 @@ from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.image_index import row_numbers
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
 _SCHEMA = pa.schema([("group_id", pa.string()), ("index", pa.int32()), ("hash", pa.uint64())])
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 x 8 points is brighter than its right neighbour. Survives scaling and recompression."""
+    """Return 64 bits: whether each of 8 x 8 points is brighter than its right neighbour.
+
+    It survives scaling and recompression.
+    """
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = (grey[:, :-1] > grey[:, 1:]).ravel()
     return int(np.packbits(bits).view(">u8")[0])
 
 
 def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
-    """uint64 [images], in the order of `dataset.places`; an image that cannot be decoded has a hash of its own."""
+    """Return uint64 [images], in the order of `dataset.image_index`; an image that cannot be decoded matches no other."""
     path = dataset.folder / "hashes.parquet"
     if not path.is_file():
-        with replacing(path, _SCHEMA) as writer:
+        with parquet_writer(path, _SCHEMA) as writer:
             for rows in dataset.iter_images():
                 table = []
                 for row in rows:
@@ -39,13 +42,13 @@ def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
                 writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
     table = pq.read_table(path)
     ids = pa.array(dataset.column("group_id"))
-    at = dataset.places.find(row_numbers(pc.index_in(table["group_id"], value_set=ids)), table["index"].to_numpy())
-    found = np.zeros(len(dataset.places), dtype=np.uint64)
+    at = dataset.image_index.find(row_numbers(pc.index_in(table["group_id"], value_set=ids)), table["index"].to_numpy())
+    found = np.zeros(len(dataset.image_index), dtype=np.uint64)
     found[at[at >= 0]] = table["hash"].to_numpy()[at >= 0]
     return found
 
 
 def hash_of_nothing(group_id: str, index: int) -> int:
-    """A hash that no other image shares but by chance."""
+    """Return a hash that no other image has, except by chance."""
 
     return int.from_bytes(hashlib.blake2b(f"{group_id}\0{index}".encode(), digest_size=8).digest(), "big")

@@ -1,8 +1,7 @@
-"""Where each image of a dataset lies, as sorted arrays: a million images take a second and 24 bytes each."""
+"""Find where each image of a dataset is stored, by sorted arrays: 24 bytes an image, a second for a million."""
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +14,11 @@ INDEX_BITS = 20  # a group has fewer than a million images
 OPEN_FILES = 32
 
 
-class ImagePlaces:
-    """Images sorted by (row of their group in groups.parquet, index). An image of no group is left out."""
+class ImageIndex:
+    """Images sorted by (row of their group in groups.parquet, index). An image without a group is left out.
+
+    Raises DiffalignError if an image occurs twice or a file is incomplete.
+    """
 
     def __init__(self, shards: list[Path], group_ids: pa.ChunkedArray) -> None:
         self.shards = shards
@@ -27,6 +29,7 @@ class ImagePlaces:
             groups += keys["group_id"].chunks
             indices.append(keys["index"].to_numpy())
             rows_of.append([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        # One sortable number for each image: its group's row and its index.
         named = pa.chunked_array(groups, type=pa.string())
         group = row_numbers(pc.index_in(named, value_set=group_ids.combine_chunks()))
         index = np.concatenate(indices).astype(np.int64) if indices else np.zeros(0, np.int64)
@@ -39,11 +42,12 @@ class ImagePlaces:
         """Position of each among all rows of all shards."""
         self.starts = np.searchsorted(self.keys, np.arange(len(group_ids) + 1, dtype=np.int64) << INDEX_BITS)
         """The images of group i are starts[i]:starts[i + 1]."""
+        # Which row group of which file holds each row, counted through all files.
         sizes = [(shard, i, n) for shard, counts in enumerate(rows_of) for i, n in enumerate(counts)]
         self._row_groups = [(shard, i) for shard, i, _ in sizes]
         self._first_row = np.concatenate([[0], np.cumsum([n for *_, n in sizes], dtype=np.int64)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._last: tuple[Any, Any] = (None, None)
+        self._last: tuple[tuple[int, list[str]] | None, pa.Table | None] = (None, None)
         twice = np.flatnonzero(np.diff(self.keys) == 0)
         if len(twice):
             key = int(self.keys[twice[0]])
@@ -53,21 +57,25 @@ class ImagePlaces:
             )
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.keys)
 
     def indices(self, group: int) -> np.ndarray:
-        """Indices of a group's images, ascending."""
+        """Return the indices of a group's images, ascending."""
         return self.keys[self.starts[group] : self.starts[group + 1]] & ((1 << INDEX_BITS) - 1)
 
     def find(self, group: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Places (positions in `keys`) of images given by group row and index; -1 where there is none."""
+        """Return the positions in `keys` of images given by group row and index, each [n]; -1 where there is none."""
         wanted = (group.astype(np.int64) << INDEX_BITS) | index.astype(np.int64)
         at = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
         return np.where((group >= 0) & (self.keys[at] == wanted), at, -1) if len(self.keys) else np.full(len(at), -1)
 
-    def read(self, place: int, columns: list[str]) -> tuple[Any, int]:
-        """The row group that holds an image, and the row in it. Of row groups the last read stays, as a group's images
-        mostly lie in one; files stay open, the last `OPEN_FILES` used."""
+    def read(self, place: int, columns: list[str]) -> tuple[pa.Table, int]:
+        """Return the row group that holds an image, and the image's row in it.
+
+        The row group that was read last is kept, since a group's images mostly lie in one. The `OPEN_FILES` files used
+        last stay open.
+        """
         at, row = self._row(place)
         shard, row_group = self._row_groups[at]
         if self._last[0] != (at, columns):
@@ -76,12 +84,12 @@ class ImagePlaces:
         return self._last[1], row
 
     def names(self, place: int) -> list[str]:
-        """Columns of the file that holds an image."""
+        """Return the columns of the file that holds an image."""
         shard, _ = self._row_groups[self._row(place)[0]]
         return list(self._file(shard).schema_arrow.names)
 
     def _row(self, place: int) -> tuple[int, int]:
-        """Which row group holds an image, counted through all files, and the row in it."""
+        """Return the number of the row group that holds an image, counted through all files, and the row in it."""
         position = int(self.positions[place])
         at = int(np.searchsorted(self._first_row, position, side="right")) - 1
         return at, position - int(self._first_row[at])
@@ -99,9 +107,9 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path} is no whole parquet file ({error}); delete it and make it again") from error
+        raise DiffalignError(f"{path} is not a complete parquet file ({error}); delete it and make it again") from error
 
 
-def row_numbers(indices: Any) -> np.ndarray:
-    """Arrow's answer of `index_in` as int64, -1 for what is not there."""
+def row_numbers(indices: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return the result of arrow's `index_in` as int64, with -1 for what was not found."""
     return np.asarray(indices.fill_null(-1).to_numpy(), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a reader of other people's data yields, and how it becomes a dataset folder."""
+"""Turn what a reader of other people's data yields into a dataset folder."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 
@@ -16,8 +16,10 @@ IMAGES_PER_FILE = 4096
 
 
 @dataclass(frozen=True)
-class Found:
-    """A group as it stands in somebody's files. images: encoded bytes, or files that are read when it is written."""
+class ImportedGroup:
+    """A group as it stands in somebody's files. images: encoded bytes, or files that are read when the group is
+    written.
+    """
 
     prompt: str
     images: tuple[bytes | Path, ...]
@@ -29,8 +31,8 @@ class Found:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A row that gives no group. `fault`: it is broken, and its place is told; else only counted by its reason."""
+class SkippedRow:
+    """A skipped row. `fault`: report file and row; otherwise only count the reason."""
 
     where: str
     reason: str
@@ -44,29 +46,32 @@ class Report:
     groups: int = 0
     images: int = 0
     counted: Counter[str] = field(default_factory=Counter)
-    faults: list[LeftOut] = field(default_factory=list)
+    faults: list[SkippedRow] = field(default_factory=list)
 
 
-def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
-    """Write a dataset; pictures are kept byte for byte, and a broken row costs only itself.
+def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False) -> Report:
+    """Write a dataset; images are kept byte for byte. A broken row is skipped, or is an error if `strict`.
 
     Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
     """
     if (out / GROUPS_FILE).exists():
         raise DiffalignError(f"{out} holds a dataset already; choose another folder")
     report = Report()
-    groups: list[dict[str, Any]] = []
+    groups: list[GroupRow] = []
     writer: ImageWriter | None = None
     in_file, files = 0, 0
     try:
         for row in rows:
-            kept = row if isinstance(row, LeftOut) else _loaded(row)
-            if isinstance(kept, LeftOut):
+            kept = row if isinstance(row, SkippedRow) else _loaded(row)
+            if isinstance(kept, SkippedRow):
+                if kept.fault and strict:
+                    raise DiffalignError(f"{kept.where}: {kept.reason}")
                 if kept.fault:
                     report.faults.append(kept)
                 else:
                     report.counted[kept.reason] += 1
                 continue
+            # A new file after IMAGES_PER_FILE images, so that none grows without bound.
             if writer is not None and in_file >= IMAGES_PER_FILE:
                 writer.__exit__(None, None, None)
                 writer = None
@@ -90,29 +95,29 @@ def write_found(rows: Iterable[Found | LeftOut], out: Path) -> Report:
 
 
 def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
-    """Preferences from ranks, 1 the best: the share of the others that are ranked worse; equal ranks beat nobody."""
+    """Return preferences from ranks (1 is the best): the share of the others that are ranked worse."""
     others = max(len(ranks) - 1, 1)
     return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
 
 
-def _loaded(row: Found) -> Found | LeftOut:
-    """The row with its files read and looked at."""
+def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
+    """Return the row with its files read and checked, or why it is skipped."""
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
         try:
             data = image.read_bytes() if isinstance(image, Path) else image
         except OSError as error:
-            return LeftOut(row.where, f"{name}: {error.strerror}")
+            return SkippedRow(row.where, f"{name}: {error.strerror}")
         try:
             ImageRow("", n, data, "", 0).decode()
         except DiffalignError:
-            return LeftOut(row.where, f"{name} is no whole picture")
+            return SkippedRow(row.where, f"{name} is not a complete image")
         loaded.append(data)
-    return Found(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
+    return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 
 
-def _write(writer: ImageWriter, row: Found, number: int) -> dict[str, Any]:
+def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> GroupRow:
     prompt = PromptRow(row.prompt)
     group = f"{number:07d}-{prompt.prompt_id}"
     for index, image in enumerate(row.images):

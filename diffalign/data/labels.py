@@ -1,4 +1,4 @@
-"""Labels of a dataset's groups, from its preferences or from a reward's scores."""
+"""Make the labels of a dataset's groups from its preferences or from a reward's scores."""
 
 import numpy as np
 
@@ -15,21 +15,21 @@ def labels(
     transform: str = "none",
     stats: dict[str, float] | None = None,
 ) -> list[np.ndarray]:
-    """One array [K] a group, in the order of its images; NaN where an image has no label.
+    """Return one array [K] a group, in the order of its images; NaN where an image has no label.
 
     source: "preference", "scores.NAME" (a reward's first column) or "scores.NAME.COLUMN". transform: "none", "votes"
-    (vote shares within the group), "balanced" (the group's mean taken off, over its mean absolute deviation: MathForge's
-    advantages, arXiv 2601.20614), "minmax" or "zscore" over the dataset; `stats` replaces what these two would compute
-    ({"min", "max"} or {"mean", "std"}), so that several runs can share a scale.
+    (vote shares within the group), "balanced" (minus the group's mean, over its mean absolute deviation: MathForge's
+    advantages, arXiv 2601.20614), "minmax" or "zscore" over the dataset. stats: {"min", "max"} or {"mean", "std"} to
+    use in place of those of this dataset, so that several runs can share a scale.
     """
     raw = raw_labels(dataset, groups, source)
     return scaled(raw, transform, stats or statistics(raw, transform))
 
 
 def statistics(raw: list[np.ndarray], transform: str) -> dict[str, float]:
-    """What `minmax` ({"min", "max"}) or `zscore` ({"mean", "std"}) takes from the labels of all groups; else nothing.
+    """Return what `minmax` ({"min", "max"}) or `zscore` ({"mean", "std"}) needs of the labels of all groups; else {}.
 
-    Raises DiffalignError where no image has a label.
+    Raises DiffalignError if no image has a label.
     """
     if transform not in ("minmax", "zscore"):
         return {}
@@ -43,7 +43,7 @@ def statistics(raw: list[np.ndarray], transform: str) -> dict[str, float]:
 
 
 def raw_labels(dataset: PreferenceDataset, groups: list[int], source: str) -> list[np.ndarray]:
-    """Labels as they are stored; see `labels`."""
+    """Return the labels as they are stored, one array [K] a group; see `labels`."""
     ids = dataset.column("group_id")
     if source == "preference":
         preferences = dataset.column("preference")
@@ -64,7 +64,7 @@ def raw_labels(dataset: PreferenceDataset, groups: list[int], source: str) -> li
 
 
 def scaled(raw: list[np.ndarray], transform: str, stats: dict[str, float]) -> list[np.ndarray]:
-    """Labels after a transform; `stats` are those of `statistics`."""
+    """Return the labels after a transform; `stats` are those of `statistics`."""
     if transform == "none":
         return raw
     if transform == "votes":
@@ -77,7 +77,7 @@ def scaled(raw: list[np.ndarray], transform: str, stats: dict[str, float]) -> li
 
 
 def balanced(values: np.ndarray) -> np.ndarray:
-    """(r - mean) / mean |r - mean| of one group, [K]: the sizes sum to K whatever the rewards are; 0 without spread."""
+    """Return (r - mean) / mean |r - mean| of one group, [K]: absolute values sum to K; 0 without spread."""
     known = values[np.isfinite(values)]
     centre = known.mean() if known.size else 0.0
     deviation = np.abs(known - centre).mean() if known.size else 0.0
@@ -85,7 +85,7 @@ def balanced(values: np.ndarray) -> np.ndarray:
 
 
 def labelled_groups(dataset: PreferenceDataset, groups: list[int], values: list[np.ndarray]) -> list[LabelledGroup]:
-    """Labels `values` of groups beside every stored score and the generators' names, for `examine_labels`."""
+    """Return the labels `values` of groups with every stored score and the generators' names, for `examine_labels`."""
     ids = dataset.column("group_id")
     stored = {reward: dataset.scores(reward) for reward in dataset.rewards()}
     made_by = dataset.generators()

@@ -1,19 +1,17 @@
-"""Latents of groups: encoded once into memory-mapped files, or at every step by a VAE that stays.
+"""Latents of groups: encoded once into memory-mapped files, or at every step by a VAE that stays in memory.
 
     latents-<key>/<width>x<height>.npy          [groups of this size, K, C, h, w] float16: the posterior's mean
     latents-<key>/<width>x<height>-spread.npy   the same shape: its standard deviation (latent_sampling: posterior)
     latents-<key>/index.json
 
-A model's own latents, where `diffalign synth` stored them with the images, are taken as they are: encoding the picture again
-would add an error as large as the differences that training looks at. That holds where the VAE is the same, the picture has
-the size wanted, and all images of the group have one; a group half drawn and half encoded would teach which is which.
+Where `diffalign synth` stored a model's own latents with the images, these are used: encoding the image again would add
+an error as large as the differences that training looks at. That requires the same VAE, an image of the wanted size,
+and a latent for every image of the group; a group half drawn and half encoded would reveal which is which.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,20 +20,20 @@ from torch import Tensor
 
 from diffalign.data.buckets import Size, fit, header_size, to_pixels
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.protocols import ImageEncoder
 from diffalign.errors import DiffalignError
 from diffalign.files import check_space
+from diffalign.progress import Say
 
 BATCH = 8
-"""Images encoded at once, of one group: a group's latents then hang on nothing but the group, to the last bit."""
+"""Images of one group encoded at once, so a group's latents are bit-identical whatever other groups are encoded."""
 
 STORED = ["latent", "latent_shape", "provenance"]
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Which groups, of at most `members` images, at which size each, and whether the posterior's spread is wanted."""
+    """The groups to encode, at most `members` images and one size each, and whether the posterior's spread is wanted."""
 
     dataset: PreferenceDataset
     groups: list[int]
@@ -44,21 +42,21 @@ class Frames:
     spread: bool = False
 
     def rows_of(self) -> dict[Size, list[int]]:
-        """Rows by size, both in their order."""
+        """Return size -> rows, both in their order."""
         return {size: [row for row, s in enumerate(self.sizes) if s == size] for size in sorted(set(self.sizes))}
 
 
 class Encoder:
-    """From a group's pictures to float16 latents; the one way in which cached and uncached latents come about."""
+    """Turns a group's images into float16 latents, for cached and uncached latents alike."""
 
-    def __init__(self, frames: Frames, backbone: Any) -> None:
+    def __init__(self, frames: Frames, backbone: ImageEncoder) -> None:
         self.frames, self.backbone = frames, backbone
         self.ids = frames.dataset.column("group_id")
         self.vae = backbone.vae_fingerprint() if has_latents(frames.dataset) else ""
         self.taken = self.encoded = 0
 
     def group(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Means [k, C, h, w] of the group's k images and, if wanted, their spread; float16."""
+        """Return means [k, C, h, w] of the group's k images and, if wanted, their spread; float16."""
         stored = self._stored(row)
         if stored is not None:
             self.taken += len(stored)
@@ -78,20 +76,22 @@ class Encoder:
         return np.concatenate(means), np.concatenate(spreads) if spreads else None
 
     def said(self) -> str:
-        """Where the latents came from, if any could have been taken."""
+        """Return where the latents came from, as the end of a message; "" if none were stored with the images."""
         if not self.vae:
             return ""
         rest = f", {self.encoded} were encoded (another VAE or size, or not all of a group)" if self.encoded else ""
         return f"; {self.taken} are those stored with the images{rest}"
 
     def _stored(self, row: int) -> np.ndarray | None:
-        """The latents [k, C, h, w] that the group's images were decoded from, if they are this VAE's and of this size."""
+        """Return the latents [k, C, h, w] stored with the group's images; None if one lacks them, or VAE or size
+        differ.
+        """
         if not self.vae:
             return None
         dataset, group = self.frames.dataset, self.frames.groups[row]
         found: list[np.ndarray] = []
         for index in dataset.members(self.ids[group])[: self.frames.members]:
-            place = int(dataset.places.find(np.array([group]), np.array([index]))[0])
+            place = int(dataset.image_index.find(np.array([group]), np.array([index]))[0])
             latent = stored_latent(dataset, place, self.vae, self.frames.sizes[row])
             if latent is None:
                 return None
@@ -100,31 +100,31 @@ class Encoder:
 
 
 def has_latents(dataset: PreferenceDataset) -> bool:
-    """Whether any file of images holds latents."""
+    """Return whether any file of images holds latents."""
     return any("latent" in pq.read_schema(path).names for path in dataset.shards)
 
 
 def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) -> np.ndarray | None:
-    """The latent [C, h, w] float16 of the image at `place`, or None: none stored, another VAE's, or of another size."""
-    if "latent" not in dataset.places.names(place):
+    """Return the latent [C, h, w] float16 stored with an image; None if there is none, or VAE or size differ."""
+    if "latent" not in dataset.image_index.names(place):
         return None
-    table, row = dataset.places.read(place, [*STORED, "image"])
-    told = {name: table[name][row].as_py() for name in STORED}
-    if told["latent"] is None or json.loads(told["provenance"] or "{}").get("vae") != vae:
+    table, row = dataset.image_index.read(place, [*STORED, "image"])
+    stored = {name: table[name][row].as_py() for name in STORED}
+    if stored["latent"] is None or json.loads(stored["provenance"] or "{}").get("vae") != vae:
         return None
     if header_size(table["image"][row].as_py()["bytes"], "", place) != size:
         return None
-    return np.frombuffer(told["latent"], np.float16).reshape(told["latent_shape"])
+    return np.frombuffer(stored["latent"], np.float16).reshape(stored["latent_shape"])
 
 
 class LiveLatents:
-    """Latents encoded when they are asked for (`data.cache: off`): no disk, and the VAE stays in memory."""
+    """Latents encoded when they are asked for (`data.cache: off`); they take no disk, and the VAE stays in memory."""
 
-    def __init__(self, frames: Frames, backbone: Any) -> None:
+    def __init__(self, frames: Frames, backbone: ImageEncoder) -> None:
         self.frames, self._encoder = frames, Encoder(frames, backbone)
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Mean and spread of groups of one size, each [B, K, C, h, w] float32; zeros where a group has fewer images."""
+        """Return mean and spread of B groups of one size, each [B, K, C, h, w] float32; zeros for missing images."""
         found = [self._encoder.group(row) for row in rows]
         mean = np.zeros((len(rows), self.frames.members, *found[0][0].shape[1:]), np.float16)
         spread = np.zeros_like(mean)
@@ -154,14 +154,14 @@ class LatentStore:
             counts[size] = self._at[-1] + 1
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Mean and spread of groups of one size, each [B, K, C, h, w] float32."""
+        """Return mean and spread of B groups of one size, each [B, K, C, h, w] float32."""
         size, at = self.sizes[rows[0]], [self._at[row] for row in rows]
         if any(self.sizes[row] != size for row in rows):
             raise ValueError(f"groups of different sizes in one batch: {[self.sizes[row] for row in rows]}")
         return _wide(self.mean[size][at]), _wide(self.spread[size][at]) if self.spread else None
 
     @classmethod
-    def write(cls, folder: Path, frames: Frames, backbone: Any, say: Say) -> None:
+    def write(cls, folder: Path, frames: Frames, backbone: ImageEncoder, say: Say) -> None:
         """Encode all groups into `folder`."""
         encoder = Encoder(frames, backbone)
         done = 0
@@ -169,7 +169,7 @@ class LatentStore:
             files: list[np.memmap] = []
             for n, row in enumerate(rows):
                 values = [v for v in encoder.group(row) if v is not None]
-                if not files:
+                if not files:  # the latents' shape is known from the first group of this size
                     shape = (len(rows), frames.members, *values[0].shape[1:])
                     check_space(folder, 2 * len(values) * int(np.prod(shape)), "the latent cache")
                     names = [_name(size), f"{_name(size)}-spread"][: len(values)]
@@ -185,8 +185,8 @@ class LatentStore:
         say(f"cached latents of {len(frames.groups)} groups{encoder.said()}")
 
 
-def latent_bytes(frames: Frames, backbone: Any) -> int:
-    """Size of the cached latents, from the model's shapes."""
+def latent_bytes(frames: Frames, backbone: ImageEncoder) -> int:
+    """Return the size of the cached latents in bytes, from the model's shapes."""
     side = backbone.vae_scale_factor
     pixels = sum((width // side) * (height // side) for width, height in frames.sizes)
     return 2 * (2 if frames.spread else 1) * pixels * frames.members * int(backbone.latent_channels)
@@ -209,7 +209,7 @@ def _wide(values: np.ndarray) -> Tensor:
 
 
 def _half(values: Tensor) -> np.ndarray:
-    """float16, refused where it would overflow."""
+    """Return float16 values. Raises DiffalignError where they would overflow."""
     array = values.float().cpu().numpy()
     if np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
         raise DiffalignError(f"latents overflow float16 (largest {np.abs(array).max():.3g}); the VAE may be broken")

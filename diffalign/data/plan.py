@@ -1,8 +1,8 @@
-"""The plan of a synthetic dataset: which image comes from which prompt, generator and seed, and what is done together.
+"""Plan a synthetic dataset: which image comes from which prompt, generator and seed, and what is drawn together.
 
-A cell is one image. Cells of a generator are cut into shards (one file of images) and shards into batches (one call of the
-model), by the plan alone: since the batch decides the last bits of its images, and the seed the noise, neither the number
-of processes nor a kill changes a byte.
+A cell is one image. The cells of a generator are divided into shards (one file of images) and shards into batches (one
+call of the model), by the plan alone. The batch decides the last bits of its images and the seed decides the noise, so
+neither the number of processes nor a kill changes a byte.
 """
 
 import hashlib
@@ -10,18 +10,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffalign.data.prompts import PromptRow
-from diffalign.data.shared_tasks import FOLDER, Task, finish
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 
+T = TypeVar("T")
 IMAGES_PER_SHARD = 256
 
 
 @dataclass(frozen=True)
 class Cell:
+    """One image to draw."""
+
     group_id: str
     prompt: str
     index: int
@@ -37,12 +41,13 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """The file's name without suffix."""
         return f"part-{self.number:05d}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one generator gives to every group: `images_per_prompt` images, drawn `batch_size` at a time."""
+    """The share of one generator: `images_per_prompt` images for every group, `batch_size` in one call."""
 
     generator: str
     images_per_prompt: int
@@ -55,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SynthPlan:
-    """Prompts x generators. The images of a group are numbered through: the first generator's, then the second's."""
+    """Prompts times generators. A group's images are numbered through: first those of the first generator, and so on."""
 
     prompts: tuple[PromptRow, ...]
     parts: tuple[Part, ...]
@@ -63,14 +68,16 @@ class SynthPlan:
 
     @property
     def groups(self) -> list[tuple[str, PromptRow]]:
+        """(group id, prompt) of every group."""
         return [(f"{i:06d}-{row.prompt_id}", row) for i, row in enumerate(self.prompts)]
 
     @property
     def images(self) -> int:
+        """How many images there are in all."""
         return len(self.prompts) * sum(part.images_per_prompt for part in self.parts)
 
     def shards(self, part: int) -> Iterator[Shard]:
-        """The shards of generator `part`; numbers go on from generator to generator."""
+        """Yield the shards of generator `part`; shard numbers continue from one generator to the next."""
         before, this = self.parts[:part], self.parts[part]
         first = sum(p.images_per_prompt for p in before)
         number = self._first_shard(part)
@@ -84,42 +91,34 @@ class SynthPlan:
             number += 1
 
     def shard_names(self, part: int) -> list[str]:
-        """Names of the files of generator `part`."""
+        """Return the names of generator `part`'s files, without suffix."""
         return [f"part-{n:05d}" for n in range(self._first_shard(part), self._first_shard(part + 1))]
 
     def _first_shard(self, part: int) -> int:
         return sum(_count(len(self.prompts), _groups_per_shard(p)) for p in self.parts[:part])
 
     def digest(self) -> str:
-        """Short hash of the prompts, which are too many to write down twice."""
+        """Return a short hash of the prompts, for sampling.json."""
         return hashlib.blake2b("\0".join(g for g, _ in self.groups).encode(), digest_size=12).hexdigest()
 
 
 def image_seed(seed: int, group_id: str, index: int) -> int:
-    """The seed of one image, below 2^32: what torch's CPU generator can tell apart."""
+    """Return the seed of one image, below 2^32: torch's CPU generator reads no more bits."""
     return int(draw(seed, "sample", group=group_id, member=index).integers(2**32))
 
 
 def remember(out: Path, settings: dict[str, Any]) -> None:
-    """Write down what is drawn into `out`, or refuse if it holds images of other settings."""
+    """Write the settings into `out`/sampling.json, or raise DiffalignError if it holds images of other settings."""
     text = json.dumps(settings, indent=1) + "\n"
     path = out / "sampling.json"
     out.mkdir(parents=True, exist_ok=True)
-    finish([Task("plan", path.is_file, lambda: write_whole(path, text))], out / FOLDER / "locks")
+    complete_all([Task("plan", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     if path.read_text(encoding="utf-8") != text:
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         key = next((k for k in {**now, **before} if before.get(k) != now.get(k)), "other settings")
         raise DiffalignError(
             f"{out} holds images sampled with {key}={before.get(key)!r}, not {now.get(key)!r}; choose another folder"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file that appears under its name only when it is complete; one writer at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _groups_per_shard(part: Part) -> int:
@@ -130,6 +129,6 @@ def _count(items: int, size: int) -> int:
     return -(-items // size)
 
 
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -1,8 +1,7 @@
-"""Prompts: one a line (.txt), one JSON object a line (.jsonl) with a "prompt" and, for GenEval, its facts, or a table."""
+"""Read prompts: one a line (.txt), one JSON object a line (.jsonl, with GenEval's metadata if wanted), or a table."""
 
 import csv
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
+from diffalign.files import reading
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt and whatever a reward may need to know about it."""
+    """A prompt and the metadata that a reward may need."""
 
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -26,43 +27,29 @@ class PromptRow:
         return hashlib.blake2b(self.prompt.encode(), digest_size=8).hexdigest()
 
 
-def _from_json(line: str, where: str) -> PromptRow:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DiffalignError(f'{where}: not JSON ({error}); every line must be one object with a "prompt"') from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise DiffalignError(f'{where}: no "prompt"; every line must be one object with a non-empty "prompt"')
-    return PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"})
-
-
 def read_prompts(path: Path | str, column: str = "prompt", split: str = "train") -> list[PromptRow]:
-    """The prompts of a .txt, .jsonl, .csv or .parquet file, or of a folder with <split>.txt or <split>_metadata.jsonl.
+    """Return the prompts of a .txt, .jsonl, .csv or .parquet file, or of a folder as flow_grpo keeps its prompts.
 
-    Blank lines are skipped. Of csv and parquet, `column` is the prompt; the other columns of a csv are its facts. Such a
-    folder is how flow_grpo keeps its prompts. Raises DiffalignError with file and line.
+    Such a folder holds <split>.txt or <split>_metadata.jsonl. Blank lines are skipped. In a csv or parquet file,
+    `column` holds the prompt; the other columns of a csv become its metadata. Raises DiffalignError with file and line.
     """
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path, split)
-    readers = {".txt": _lines, ".jsonl": _lines, ".csv": _csv, ".parquet": _parquet}
+    readers = {".txt": _lines, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DiffalignError(
             f"prompts {path}: unknown kind of file; use .txt (a prompt a line), .jsonl, .csv or .parquet"
         )
-    try:
+    with reading(path, "prompts "):
         rows = readers[path.suffix](path, column)
-    except OSError as error:
-        raise DiffalignError(f"prompts {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DiffalignError(f"prompts {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     if not rows:
         raise DiffalignError(f"prompts {path}: the file holds no prompt")
     return rows
 
 
 def hub_prompts(name: str, column: str, split: str) -> list[PromptRow]:
-    """The prompts of a hub dataset (or a local folder that `datasets` opens); only `column` is read."""
+    """Return the prompts of a hub dataset (or a local folder that `datasets` opens); only `column` is read."""
     import datasets
 
     try:
@@ -76,7 +63,7 @@ def hub_prompts(name: str, column: str, split: str) -> list[PromptRow]:
 
 
 def unique_prompts(rows: list[PromptRow]) -> list[PromptRow]:
-    """Each text once, where it came first."""
+    """Return each text once, in the order of first occurrence."""
     first: dict[str, PromptRow] = {}
     for row in rows:
         first.setdefault(row.prompt, row)
@@ -91,11 +78,17 @@ def _in_folder(folder: Path, split: str) -> Path:
 
 
 def _lines(path: Path, column: str) -> list[PromptRow]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    return [PromptRow(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _jsonl(path: Path, column: str) -> list[PromptRow]:
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_from_json(line, f"{path}:{number}") if path.suffix == ".jsonl" else PromptRow(line.strip()))
+    for where, row in json_rows(path):
+        if isinstance(row, str):
+            raise DiffalignError(f'{where}: {row}; every line must be one object with a "prompt"')
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise DiffalignError(f'{where}: no "prompt"; every line must be one object with a non-empty "prompt"')
+        rows.append(PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
     return rows
 
 
@@ -117,7 +110,7 @@ def _parquet(path: Path, column: str) -> list[PromptRow]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise DiffalignError(f"prompts {path}: no whole parquet file ({error})") from error
+        raise DiffalignError(f"prompts {path}: not a complete parquet file ({error})") from error
     if column not in file.schema_arrow.names:
         raise DiffalignError(f"prompts {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
     texts = file.read(columns=[column])[column].to_pylist()

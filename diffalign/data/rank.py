@@ -1,6 +1,6 @@
-"""From scores to preferences: Syn-Pic's vote shares (RankDPO, arXiv 2410.18013, section 3.2 and Algorithm 1).
+"""Turn scores into preferences: Syn-Pic's vote shares (RankDPO, arXiv 2410.18013, section 3.2 and Algorithm 1).
 
-Only groups.parquet is written, from images and scores that stay as they are, so a dataset can be ranked again at will.
+Only groups.parquet is written; images and scores stay as they are, so a dataset can be ranked again at any time.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ import numpy as np
 from diffalign.data.choose_members import Limit, choose_members, near_duplicates, split_of
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.hashes import image_hashes
+from diffalign.data.schema import GroupRow
 from diffalign.data.writer import write_groups
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
@@ -21,13 +22,14 @@ GENERATOR_EXPLAINS = 0.5
 
 @dataclass(frozen=True)
 class Rules:
-    """How scores become preferences, besides which rewards vote. The defaults are Syn-Pic's.
+    """How scores become preferences. The defaults are Syn-Pic's.
 
-    aggregate: `votes`, or `mean`: each reward's scores are z-scored over the dataset and averaged, and the mean is the one
-    voter. weights: votes, or weight in the mean, of each reward (1). min_gap: groups whose best and worst differ by less,
-    in shares or in units of the mean, are dropped. choose, k: which k images of a larger group count. limits: images
-    outside are left out. duplicates: images that differ from a better one by at most so many of 64 bits are left out.
-    splits: share of the prompts in each split but `train`, which gets the rest; None: splits stay as they are.
+    aggregate: `votes`; or `mean`: each reward's scores are z-scored over the dataset and averaged, and the mean is the
+    one voter. weights: votes, or weight in the mean, of each reward (default 1). min_gap: groups whose best and worst
+    differ by less, in shares or in units of the mean, are dropped. choose, k: which k images of a larger group count.
+    limits: images outside them do not count. duplicates: an image does not count if it differs from a better one by at
+    most this many of 64 bits. splits: share of the prompts in each split except `train`, which gets the rest; None:
+    splits stay as they are.
     """
 
     aggregate: Literal["votes", "mean"] = "votes"
@@ -46,51 +48,77 @@ def rank(
 ) -> dict[str, Any]:
     """Write `preference` into groups.parquet from the named rewards ("geneval" or "geneval.exact").
 
-    `shuffle_seed` gives each group's shares to its images at random: the control that any honest result must beat.
-    Returns what was done: groups, how many were dropped for which reason, images that count, and `generator_explains`, the
-    share of the preferences' variance that the generators' means alone explain (None with one generator).
+    `shuffle_seed` permutes each group's shares at random: the control that any honest result must beat. Returns a
+    report: groups, how many were dropped for which reason, images that count, and `generator_explains`, the share of
+    the preferences' variance that the generators' means alone explain (None with one generator).
     """
     rules = rules or Rules()
     if not sources:
         raise DiffalignError(f"{dataset.folder}: no reward to rank by; score it first")
-    scores = np.stack([dataset.score_array(source) for source in sources])
-    weights = _weights(sources, rules.weights)
-    limits = [(limit, dataset.score_array(limit.source)) for limit in rules.limits]
-    hashes = image_hashes(dataset) if rules.duplicates is not None else None
-    combined = _mean_score(scores, weights) if rules.aggregate == "mean" else None
-    places, rows = dataset.places, []
+    evidence = _gather(dataset, sources, rules)
+    index, rows = dataset.image_index, []
     for i in range(len(dataset)):
-        row, here = dataset.group(i), slice(int(places.starts[i]), int(places.starts[i + 1]))
-        members = places.indices(i)
-
-        def values(of: np.ndarray, here: slice = here) -> np.ndarray:
-            if combined is not None:
-                return combined[here][of]
-            return vote_shares(scores[:, here][:, of], None if not rules.weights else weights)
-
-        kept = np.arange(len(members))
-        for limit, measured in limits:
-            kept = kept[limit.holds(measured[here][kept])]
-        if hashes is not None and rules.duplicates is not None:
-            kept = kept[~near_duplicates(hashes[here][kept], values(kept), rules.duplicates)]
-        order = draw(rules.seed, "choose", group=row["group_id"])
-        kept = kept[choose_members(values(kept), rules.choose, rules.k, order)] if len(kept) else kept
-        value = values(kept) if len(kept) else np.zeros(0)
-        dropped = _dropped(value, len(kept), len(members), rules.min_gap)
-        shares = value if combined is None else vote_shares(value[None])
+        row, members, start = dataset.group(i), index.indices(i), int(index.starts[i])
+        kept = _kept(evidence, rules, start, len(members), draw(rules.seed, "choose", group=row["group_id"]))
+        values = evidence.values(start + kept)
+        shares = values if evidence.combined is None else vote_shares(values[None])
         if shuffle_seed is not None:
             shares = draw(shuffle_seed, "shuffle", group=row["group_id"]).permutation(shares)
-        rows.append(
-            {
-                **row,
-                "preference": [float(s) for s in shares],
-                "members": None if len(kept) == len(members) else [int(m) for m in members[kept]],
-                "dropped": dropped,
-                "split": split_of(row["prompt"], rules.splits, rules.seed) if rules.splits else row["split"],
-            }
-        )
+        row["preference"] = [float(s) for s in shares]
+        row["members"] = None if len(kept) == len(members) else [int(m) for m in members[kept]]
+        row["dropped"] = _dropped(values, len(members), rules.min_gap)
+        if rules.splits:
+            row["split"] = split_of(row["prompt"], rules.splits, rules.seed)
+        rows.append(row)
     write_groups(dataset.folder, rows)
     return _report(dataset, rows)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What decides a ranking; arrays are in the order of `dataset.image_index`."""
+
+    scores: np.ndarray
+    """[R, images] scores of the rewards that vote."""
+    weights: np.ndarray | None
+    """[R] votes of each reward; None: one each."""
+    combined: np.ndarray | None
+    """[images] the one voter of `aggregate: mean`."""
+    limits: list[tuple[Limit, np.ndarray]]
+    """Each with the scores [images] that it bounds."""
+    hashes: np.ndarray | None
+    """[images] uint64, where near duplicates are left out."""
+
+    def values(self, places: np.ndarray) -> np.ndarray:
+        """Return what orders the images at these places, which are of one group: [n], higher is better."""
+        if not len(places):
+            return np.zeros(0)
+        return vote_shares(self.scores[:, places], self.weights) if self.combined is None else self.combined[places]
+
+
+def _gather(dataset: PreferenceDataset, sources: list[str], rules: Rules) -> _Evidence:
+    scores = np.stack([dataset.score_array(source) for source in sources])
+    weights = _weights(sources, rules.weights)
+    return _Evidence(
+        scores,
+        weights if rules.weights else None,
+        _mean_score(scores, weights) if rules.aggregate == "mean" else None,
+        [(limit, dataset.score_array(limit.source)) for limit in rules.limits],
+        image_hashes(dataset) if rules.duplicates is not None else None,
+    )
+
+
+def _kept(evidence: _Evidence, rules: Rules, start: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Return which of a group's images count, as positions below `count`; the first of them is at place `start`."""
+    kept = np.arange(count)
+    for limit, scores in evidence.limits:
+        kept = kept[limit.holds(scores[start + kept])]
+    if evidence.hashes is not None and rules.duplicates is not None:
+        values = evidence.values(start + kept)
+        kept = kept[~near_duplicates(evidence.hashes[start + kept], values, rules.duplicates)]
+    if len(kept):
+        kept = kept[choose_members(evidence.values(start + kept), rules.choose, rules.k, generator)]
+    return kept
 
 
 def _weights(sources: list[str], given: dict[str, float]) -> np.ndarray:
@@ -101,52 +129,53 @@ def _weights(sources: list[str], given: dict[str, float]) -> np.ndarray:
 
 
 def _mean_score(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of z-scores [images]; NaN where any reward has none."""
+    """Return the weighted mean of z-scores [images]; NaN where any reward has none."""
     mean = np.nanmean(scores, axis=1, keepdims=True)
     std = np.nanstd(scores, axis=1, keepdims=True)
     return np.asarray(np.average((scores - mean) / np.maximum(std, 1e-12), axis=0, weights=weights))
 
 
-def _dropped(value: np.ndarray, kept: int, members: int, min_gap: float) -> str | None:
-    """Why a group is left out, or None."""
-    if kept < 2 and kept < members:
+def _dropped(values: np.ndarray, members: int, min_gap: float) -> str | None:
+    """Return why a group of `members` images, of which those with `values` count, is left out; None if it is not."""
+    if len(values) < 2 and len(values) < members:
         return "fewer than two images left"
-    if min_gap > 0 and (
-        kept < 2 or not np.nanmax(value, initial=-np.inf) - np.nanmin(value, initial=np.inf) >= min_gap
-    ):
-        return "near tie"
+    if min_gap > 0:
+        gap = np.nanmax(values, initial=-np.inf) - np.nanmin(values, initial=np.inf)
+        if len(values) < 2 or not gap >= min_gap:
+            return "near tie"
     return None
 
 
-def _report(dataset: PreferenceDataset, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(dataset: PreferenceDataset, rows: list[GroupRow]) -> dict[str, Any]:
     reasons = [row["dropped"] for row in rows if row["dropped"]]
     used = [row for row in rows if not row["dropped"]]
     return {
         "groups": len(rows),
         "dropped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        "images": sum(len(row["preference"]) for row in used),
-        "without_preference": sum(len(set(row["preference"])) < 2 for row in used),
+        "images": sum(len(row["preference"] or []) for row in used),
+        "without_preference": sum(len(set(row["preference"] or [])) < 2 for row in used),
         "splits": {name: sum(row["split"] == name for row in used) for name in sorted({row["split"] for row in used})},
         "generator_explains": generator_explains(dataset, rows),
     }
 
 
-def generator_explains(dataset: PreferenceDataset, rows: list[dict[str, Any]]) -> float | None:
-    """Share of the variance of preferences (within groups) that the generators' means explain; None with one generator.
+def generator_explains(dataset: PreferenceDataset, rows: list[GroupRow]) -> float | None:
+    """Return the share of the variance of preferences within groups that the generators' means explain.
 
-    Near 1, training mostly teaches the look of the better generator. By chance it is near generators / images.
+    None with one generator. Near 1, training mostly teaches the look of the better generator. By chance it is about
+    generators / images.
     """
     generators = dataset.image_column("generator")
     names: list[Any] = []
     values: list[float] = []
     for i, row in enumerate(rows):
-        indices, start = dataset.places.indices(i), int(dataset.places.starts[i])
-        chosen = set(row["members"]) if row["members"] is not None else None
+        indices, start = dataset.image_index.indices(i), int(dataset.image_index.starts[i])
+        chosen, preference = row["members"], row["preference"] or []
         here = [start + n for n, index in enumerate(indices) if chosen is None or int(index) in chosen]
-        if row["dropped"] or len(here) < 2 or len(here) != len(row["preference"]):
+        if row["dropped"] or len(here) < 2 or len(here) != len(preference):
             continue
         names.extend(generators[here])
-        values.extend(np.array(row["preference"]) - np.mean(row["preference"]))
+        values.extend(np.array(preference) - np.mean(preference))
     _, which = np.unique(np.array(names, dtype=str), return_inverse=True)
     total = float(np.square(values).sum())
     if len(set(which)) < 2 or total == 0:
@@ -156,7 +185,7 @@ def generator_explains(dataset: PreferenceDataset, rows: list[dict[str, Any]]) -
 
 
 def generator_warning(explained: float | None) -> str | None:
-    """What to say when the generators decide the ranking (the control is one generator alone)."""
+    """Return a warning if the generators decide the ranking, else None (the control is one generator alone)."""
     if explained is None or explained < GENERATOR_EXPLAINS:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Readers of data made of pairs: Pick-a-Pic, HPDv3 and HPDv3++, a csv, `w/` and `l/`, two folders. Each yields row by row."""
+"""Read data made of pairs, row by row: Pick-a-Pic, HPDv3 and HPDv3++, a csv, `w/` and `l/`, two folders."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,23 +7,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.imported import Found, LeftOut
-from diffalign.data.pairs import PICTURES
-from diffalign.data.read_json import csv_rows, entries
+from diffalign.data.imported import ImportedGroup, SkippedRow
 from diffalign.data.schema import inside
+from diffalign.data.tables import csv_rows, json_rows
 from diffalign.errors import DiffalignError
 
-Rows = Iterator[Found | LeftOut]
+Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "validation", "test")
 AXES = {"aes": "aesthetic", "tf": "text_following"}
 
 
 def read_pickapic(path: Path) -> Rows:
-    """Pick-a-Pic v1 and v2: parquet files with caption, jpg_0, jpg_1 (encoded pictures), label_0 and label_1.
+    """Read Pick-a-Pic v1 and v2: parquet files with caption, jpg_0, jpg_1 (encoded images), label_0 and label_1.
 
-    A folder's files are read in the order of their names; validation- and test- at the start of a name give the split. Rows
-    without a label and ties (0.5 each) are counted, not kept.
+    A folder's files are read in the order of their names; a name that begins with validation or test gives the split.
+    Rows without a label and ties (0.5 each) are counted, not kept.
     """
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
@@ -32,12 +32,12 @@ def read_pickapic(path: Path) -> Rows:
         try:
             table = pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
-            yield LeftOut(str(file), f"no whole parquet file ({error})")
+            yield SkippedRow(str(file), f"not a complete parquet file ({error})")
             continue
         names = set(table.schema_arrow.names)
         missing = [name for name in PICKAPIC if name not in names]
         if missing:
-            yield LeftOut(str(file), f"column {', '.join(missing)} is missing")
+            yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
         split = next((s for s in SPLITS if file.name.startswith(s)), "train")
@@ -48,31 +48,33 @@ def read_pickapic(path: Path) -> Rows:
                 number += 1
 
 
-def _pickapic_row(row: dict[str, Any], where: str, split: str) -> Found | LeftOut:
+def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup | SkippedRow:
     if row.get("has_label") is False:
-        return LeftOut(where, "without a label", fault=False)
+        return SkippedRow(where, "without a label", fault=False)
     labels = (row["label_0"], row["label_1"])
     if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
-        return LeftOut(where, f"labels {labels[0]} and {labels[1]}; 1 and 0, 0 and 1, or 0.5 each are known")
+        return SkippedRow(where, f"labels {labels[0]} and {labels[1]}; 1 and 0, 0 and 1, or 0.5 each are known")
     if labels == (0.5, 0.5):
-        return LeftOut(where, "ties", fault=False)
+        return SkippedRow(where, "ties", fault=False)
     if not isinstance(row["caption"], str) or not row["caption"].strip():
-        return LeftOut(where, "no caption")
+        return SkippedRow(where, "no caption")
     images = []
     for name in ("jpg_0", "jpg_1"):
         data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
         if not isinstance(data, bytes) or not data:
-            return LeftOut(where, f"{name} is empty")
+            return SkippedRow(where, f"{name} is empty")
         images.append(data)
     generators = tuple(str(row.get(f"model_{i}") or "unknown") for i in (0, 1))
     metadata = {"ranking_id": row["ranking_id"]} if row.get("ranking_id") is not None else {}
-    return Found(row["caption"].strip(), tuple(images), tuple(map(float, labels)), where, generators, split, metadata)
+    return ImportedGroup(
+        row["caption"].strip(), tuple(images), tuple(map(float, labels)), where, generators, split, metadata
+    )
 
 
 def read_hpdv3(path: Path) -> Rows:
-    """HPDv3: JSON or JSON lines with prompt, path1 (preferred) and path2, relative to the file.
+    """Read HPDv3: JSON or JSON lines with prompt, path1 (preferred) and path2, relative to the file.
 
-    Whatever else a row says (confidence, choice_dist) is kept as its facts.
+    Everything else in a row (confidence, choice_dist) becomes its metadata.
     """
     for file in _json_files(path):
         split = next((s for s in SPLITS if file.stem.startswith(s)), "train")
@@ -80,11 +82,11 @@ def read_hpdv3(path: Path) -> Rows:
 
 
 def read_hpdv3pp(path: Path) -> Rows:
-    """HPDv3++: the folder with train/, test/ and images/, or one file of train/ or test/; paths are relative to the folder.
+    """Read HPDv3++: the folder with train/, test/ and images/, or one file of train/ or test/.
 
-    Its two axes lie in files of their own, train_aes.json (aesthetics) and train_tf.json (text following), test_ likewise:
-    each pair keeps its axis among its facts, and one axis alone is read by naming its file. What else lies there belongs to
-    the training of its authors' reward model, and is not read.
+    Paths are relative to the folder. The two axes lie in separate files, train_aes.json (aesthetics) and train_tf.json
+    (text following), test_ likewise: each pair keeps its axis in its metadata, and naming one file reads its axis
+    alone. The other files there belong to the training of the authors' reward model and are not read.
     """
     known = _axis_files(path)
     if not known:
@@ -94,7 +96,7 @@ def read_hpdv3pp(path: Path) -> Rows:
 
 
 def is_hpdv3pp(path: Path) -> bool:
-    """Whether a folder or file looks like HPDv3++'s."""
+    """Return whether a folder or file looks like HPDv3++'s."""
     return bool(_axis_files(path))
 
 
@@ -103,43 +105,47 @@ def _axis_files(path: Path) -> list[Path]:
 
 
 def _axis(file: Path) -> str | None:
-    """The axis that a file of HPDv3++ is about; None for another file."""
+    """Return the axis of a file of HPDv3++; None for another file."""
     split, _, name = file.stem.partition("_")
     return AXES.get(name) if split == file.absolute().parent.name and split in SPLITS else None
 
 
 def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Rows:
-    for where, row in entries(file):
+    for where, row in json_rows(file):
         if isinstance(row, str):
-            yield LeftOut(where, row)
+            yield SkippedRow(where, row)
             continue
         prompt = row.get("prompt") or row.get("caption")
         if not isinstance(prompt, str) or not prompt.strip():
-            yield LeftOut(where, "no prompt")
+            yield SkippedRow(where, "no prompt")
             continue
         paths = _paths(root, row, ("path1", "path2"))
         if isinstance(paths, str):
-            yield LeftOut(where, paths)
+            yield SkippedRow(where, paths)
             continue
-        told = {k: v for k, v in row.items() if k not in ("prompt", "caption", "path1", "path2", "model1", "model2")}
+        metadata = {
+            k: v for k, v in row.items() if k not in ("prompt", "caption", "path1", "path2", "model1", "model2")
+        }
         models = tuple(str(row.get(f"model{i}") or "unknown") for i in (1, 2))
-        yield Found(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**told, **facts})
+        yield ImportedGroup(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**metadata, **facts})
 
 
 def read_csv(path: Path) -> Rows:
-    """A csv with columns prompt, winner and loser; files relative to it and below its folder."""
+    """Read a csv with columns prompt, winner and loser; files are relative to it and below its folder."""
     for where, row in csv_rows(path, {"prompt", "winner", "loser"}):
         paths = _paths(path.parent, row, ("winner", "loser"))
         if not row["prompt"]:
-            yield LeftOut(where, "no prompt")
+            yield SkippedRow(where, "no prompt")
         elif isinstance(paths, str):
-            yield LeftOut(where, paths)
+            yield SkippedRow(where, paths)
         else:
-            yield Found(row["prompt"], paths, (1.0, 0.0), where)
+            yield ImportedGroup(row["prompt"], paths, (1.0, 0.0), where)
 
 
 def read_two_folders(winners: Path, losers: Path) -> Rows:
-    """Pictures of equal stem, with the caption of a.png in a.txt beside the winner, beside the loser, or one folder up."""
+    """Read images of equal stem. The caption of a.png is in a.txt beside the winner, beside the loser, or one folder
+    up.
+    """
     for folder in (winners, losers):
         if not folder.is_dir():
             raise DiffalignError(f"{folder}: no such folder")
@@ -149,17 +155,17 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
         caption = next((p.read_text(encoding="utf-8", errors="replace").strip() for p in beside if p.is_file()), "")
         loser = others.pop(winner.stem, None)
         if loser is None:
-            yield LeftOut(str(winner), f"no picture of the same name in {losers}")
+            yield SkippedRow(str(winner), f"no image of the same name in {losers}")
         elif not caption:
-            yield LeftOut(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
+            yield SkippedRow(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
         else:
-            yield Found(caption, (winner, loser), (1.0, 0.0), str(winner))
+            yield ImportedGroup(caption, (winner, loser), (1.0, 0.0), str(winner))
     for stem in sorted(others):
-        yield LeftOut(str(others[stem]), f"no picture of the same name in {winners}")
+        yield SkippedRow(str(others[stem]), f"no image of the same name in {winners}")
 
 
 def read_w_l(path: Path) -> Rows:
-    """A folder with the winners in w/ and the losers in l/."""
+    """Read a folder with the winners in w/ and the losers in l/."""
     yield from read_two_folders(path / "w", path / "l")
 
 
@@ -171,7 +177,7 @@ def _json_files(path: Path) -> list[Path]:
 
 
 def _paths(folder: Path, row: dict[str, Any], names: tuple[str, ...]) -> tuple[Path, ...] | str:
-    """The files that a row names, or what is wrong with one. They are opened later."""
+    """Return the files that a row names, or what is wrong with one. They are opened later."""
     found = []
     for name in names:
         value = row.get(name)

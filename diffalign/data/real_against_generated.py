@@ -1,31 +1,30 @@
-"""Real and generated images of the same prompts as one dataset, for objectives that tell the two apart (DDO)."""
+"""Make one dataset of real and generated images of the same prompts, for objectives that tell them apart (DDO)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE
+from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 
-Real = tuple[PromptRow, Callable[[], bytes]]
+RealImage = tuple[PromptRow, Callable[[], bytes]]
 """A prompt and its real image, encoded; read only when it is written."""
 
 
-def write_roles(real: Sequence[Real], drawn: PreferenceDataset, out: Path) -> int:
-    """Write groups of one real image (preference 1) and the images of `drawn` of the same prompt (0); returns how many.
+def write_real_against_generated(real: Sequence[RealImage], drawn: PreferenceDataset, out: Path) -> int:
+    """Write groups of one real image (preference 1) and the images of `drawn` of the same prompt (0); return how many.
 
-    What is there already is kept. A prompt that comes several times takes its real images in turn. Raises DiffalignError
-    for a prompt of `drawn` that has no real image.
+    An existing dataset is kept. A prompt that occurs several times uses its real images in turn. Raises DiffalignError
+    for a prompt of `drawn` without a real image.
     """
     if (out / GROUPS_FILE).is_file():
         return len(PreferenceDataset(out))
     waiting: dict[str, list[Callable[[], bytes]]] = {}
     for row, image in real:
         waiting.setdefault(row.prompt, []).append(image)
-    rows: list[dict[str, Any]] = []
+    rows: list[GroupRow] = []
     with ImageWriter(out) as writer:
         for i in range(len(drawn)):
             group = drawn.group(i)

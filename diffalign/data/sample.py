@@ -1,13 +1,16 @@
-"""Drawing the images of a plan into a dataset folder: the first stage of synthetic preference data.
+"""Draw the images of a plan into a dataset folder: the first stage of synthetic preference data.
 
 .work/images/part-00003/00012.parquet   one batch, until its shard is complete
 images/part-00003.parquet               a shard
 sampling.json, failed.jsonl             the plan's settings; prompts that could not be drawn, and why
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +20,22 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember, write_whole
+from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE, IMAGES, with_latents
-from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.data.writer import ROWS_PER_GROUP, image_row, regrouped, replacing, write_groups
+from diffalign.data.protocols import ImageSampler
+from diffalign.data.schema import GROUPS_FILE, IMAGES, GroupRow, with_latents
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
+from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import OnImages
 
 __all__ = ["Drawn", "clean_up", "draw_part", "image_seed", "sample_groups", "write_planned_groups"]
 
 RETRIES = 2
-HOPELESS = 5  # batches in a row of which nothing could be drawn: the model is at fault, not the prompts
-# What a model raises over one prompt. Anything else, a full disk or Ctrl-C say, is not the prompt's fault.
+HOPELESS = 5  # after this many batches in a row without an image, the model is at fault, not the prompts
+# Errors that one prompt may cause. Anything else, such as a full disk or Ctrl-C, is not the prompt's fault.
 PROMPT_ERRORS = (RuntimeError, ValueError, IndexError, DiffalignError)
 
 
@@ -40,6 +47,7 @@ class Drawn(NamedTuple):
 
 
 Draw = Callable[[list[str], list[int]], list[Drawn]]
+"""Draws one image per prompt and seed."""
 
 
 def draw_part(
@@ -48,24 +56,25 @@ def draw_part(
     out: Path,
     draw: Draw,
     provenance: dict[str, Any],
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
     latents: bool = False,
 ) -> int:
-    """Draw generator `number`'s images of `plan`; returns how many this process drew.
+    """Draw the images of generator `number` of `plan`; return how many this process drew.
 
-    A batch that fails is tried `RETRIES` times more, then cell by cell; what still fails goes to `failed.jsonl` with its
-    reason. If nothing in a batch can be drawn, the fault is not in the prompts: DiffalignError.
+    A batch that fails is retried `RETRIES` times, then cell by cell; cells that still fail go to `failed.jsonl` with
+    the reason. Raises DiffalignError if nothing in a batch can be drawn, since then the prompts are not at fault.
     """
     part = plan.parts[number]
     shards = list(plan.shards(number))
     schema = with_latents() if latents else IMAGES
-    locks = out / FOLDER / "locks"
+    locks = out / WORK_FOLDER / "locks"
     lost: list[bool] = []
 
     def batch_task(shard: Shard, i: int) -> Task:
         piece = _piece(out, shard, i)
 
         def make() -> None:
+            # A model that draws nothing for several batches is broken; going on would only fill failed.jsonl.
             drawn, failed = _attempt(draw, shard.batches[i], part.generator)
             lost.append(not drawn)
             if all(lost[-HOPELESS:]) and len(lost) >= HOPELESS:
@@ -74,9 +83,10 @@ def draw_part(
                 image_row(cell.group_id, cell.index, d.image, part.generator, cell.seed, provenance, d.latent)
                 for cell, d in drawn
             ]
+            # The report first: a batch counts as done once its file exists.
             if failed:
                 _report(out, shard, i, failed)
-            with replacing(piece, schema) as writer:
+            with parquet_writer(piece, schema) as writer:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
         return Task(
@@ -88,7 +98,7 @@ def draw_part(
 
     def shard_task(shard: Shard) -> Task:
         def make() -> None:
-            with replacing(_file(out, shard), schema) as writer:
+            with parquet_writer(_file(out, shard), schema) as writer:
                 pieces = (pq.read_table(_piece(out, shard, i), schema=schema) for i in range(len(shard.batches)))
                 for table in regrouped(pieces, ROWS_PER_GROUP):
                     writer.write_table(table)
@@ -96,69 +106,65 @@ def draw_part(
 
         return Task(shard.name, _file(out, shard).is_file, make)
 
-    mine = finish([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
-    # A shard's batches are deleted when it is whole, so no more than one shard a process is on disk twice.
-    finish([shard_task(s) for s in shards], locks)
+    mine = complete_all([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
+    # A shard's batches are deleted when it is complete, so at most one shard a process is on disk twice.
+    complete_all([shard_task(s) for s in shards], locks)
     return mine
 
 
 def drawn_already(plan: SynthPlan, number: int, out: Path) -> bool:
-    """Whether all shards of a generator are there, so that its model need not be loaded."""
+    """Return whether all shards of a generator exist, so that its model need not be loaded."""
     return all((out / "images" / f"{name}.parquet").is_file() for name in plan.shard_names(number))
 
 
 def write_planned_groups(plan: SynthPlan, out: Path, split: str = "train") -> None:
-    """`groups.parquet`, without the prompts that some generator could not draw, and `failed.jsonl` if there are such."""
+    """Write `groups.parquet` without the prompts that some generator could not draw; list those in `failed.jsonl`."""
     groups, failures = out / GROUPS_FILE, out / "failed.jsonl"
 
     def make() -> None:
-        reports = sorted((out / FOLDER / "failed").glob("*.jsonl"))
+        reports = sorted((out / WORK_FOLDER / "failed").glob("*.jsonl"))
         lines = [line for report in reports for line in report.read_text(encoding="utf-8").splitlines()]
         if lines:
             write_whole(failures, "\n".join(lines) + "\n")
         dead = {json.loads(line)["group_id"] for line in lines}
         write_groups(out, (_group(g, row, split) for g, row in plan.groups if g not in dead))
 
-    finish([Task("groups", groups.is_file, make)], out / FOLDER / "locks")
+    complete_all([Task("groups", groups.is_file, make)], out / WORK_FOLDER / "locks")
 
 
 def clean_up(out: Path) -> None:
-    """Delete what only unfinished work needs."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    """Delete the files of unfinished work."""
+    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
 
 
 def sample_groups(
-    backbone: Any,
+    backbone: ImageSampler,
     prompts: list[PromptRow],
     out: Path,
     *,
     images_per_prompt: int,
     seed: int,
-    steps: int,
-    guidance_scale: float,
+    settings: SamplingSettings,
     batch_size: int,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
     split: str = "train",
     origin: dict[str, str | None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
 ) -> None:
     """Sample `images_per_prompt` images of every prompt from one model into dataset `out`.
 
-    The plan with one generator. Batches that are there are not drawn again, so the same call goes on where it was
-    stopped. Each image's noise depends on its own seed alone. `origin`: what the images are said to come from, where that
-    is more than the backbone's path and revision.
+    This is a plan with one generator. Batches that exist are not drawn again, so the same call resumes. Each image's
+    noise depends on its own seed alone. `origin`: replaces the model's path and revision in the provenance.
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
-    options = {"steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    provenance = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **options}
-    settings = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, "height": height, "width": width}
-    settings |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
-    remember(out, settings)
+    drawn_with = asdict(settings)
+    size = {side: drawn_with.pop(side) for side in ("height", "width")}
+    provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **drawn_with}
+    decisive = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, **size}
+    decisive |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
+    remember(out, decisive)
 
     def draw(texts: list[str], seeds: list[int]) -> list[Drawn]:
-        return [Drawn(image) for image in backbone.sample(texts, seeds, height=height, width=width, **options)]
+        return [Drawn(image) for image in backbone.sample(texts, seeds, settings)]
 
     draw_part(plan, 0, out, draw, provenance, on_progress)
     write_planned_groups(plan, out, split)
@@ -168,7 +174,7 @@ def sample_groups(
 def _attempt(
     draw: Draw, cells: tuple[Cell, ...], generator: str
 ) -> tuple[list[tuple[Cell, Drawn]], list[dict[str, Any]]]:
-    """What could be drawn of a batch, and the failures."""
+    """Return what could be drawn of a batch, and the failures."""
 
     def tried(some: tuple[Cell, ...]) -> list[Drawn] | str:
         reason = ""
@@ -176,7 +182,7 @@ def _attempt(
             try:
                 return draw([c.prompt for c in some], [c.seed for c in some])
             except torch.OutOfMemoryError as error:
-                # Drawing fewer at once would change the images' last bits, so this is not for us to decide.
+                # A smaller batch would change the images' last bits, so only the user may choose it.
                 raise DiffalignError(
                     f"generator {generator}: the GPU's memory does not hold a batch of {len(some)}; set its batch_size "
                     "lower (and choose another folder: the batch decides the last bits of its images)"
@@ -201,7 +207,7 @@ def _attempt(
 
 def _report(out: Path, shard: Shard, batch: int, failures: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(failure) + "\n" for failure in failures)
-    write_whole(out / FOLDER / "failed" / f"{shard.name}-{batch:05d}.jsonl", text)
+    write_whole(out / WORK_FOLDER / "failed" / f"{shard.name}-{batch:05d}.jsonl", text)
 
 
 def _file(out: Path, shard: Shard) -> Path:
@@ -209,10 +215,10 @@ def _file(out: Path, shard: Shard) -> Path:
 
 
 def _piece(out: Path, shard: Shard, batch: int) -> Path:
-    return out / FOLDER / "images" / shard.name / f"{batch:05d}.parquet"
+    return out / WORK_FOLDER / "images" / shard.name / f"{batch:05d}.parquet"
 
 
-def _group(group: str, row: PromptRow, split: str) -> dict[str, Any]:
+def _group(group: str, row: PromptRow, split: str) -> GroupRow:
     return {
         "group_id": group,
         "prompt_id": row.prompt_id,

@@ -1,15 +1,15 @@
-"""The columns of a dataset folder.
+"""Define the columns of a dataset folder.
 
     images/part-00000.parquet   one row an image; never rewritten
     scores/<reward>.parquet     a reward's columns for every image
     groups.parquet              one row a group of images of one prompt
 
-Image columns carry the metadata with which `datasets.load_dataset("parquet", ...)` shows them as pictures.
+The image columns carry the metadata with which `datasets.load_dataset("parquet", ...)` shows them as images.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -56,8 +56,21 @@ GROUPS = pa.schema(
 GROUPS_FILE = "groups.parquet"
 
 
+class GroupRow(TypedDict):
+    """A row of groups.parquet, its metadata as a dict. `preference` has a value for each image that counts."""
+
+    group_id: str
+    prompt_id: str
+    prompt: str
+    preference: list[float] | None
+    split: str
+    metadata: dict[str, Any]
+    members: NotRequired[list[int] | None]
+    dropped: NotRequired[str | None]
+
+
 def with_latents() -> pa.Schema:
-    """`IMAGES`, with the latent that each image was decoded from: float16 bytes in C order, and its shape."""
+    """Return `IMAGES` with the latent that each image was decoded from: float16 bytes in C order, and its shape."""
     features = {
         **_FEATURES,
         "latent": {"dtype": "binary", "_type": "Value"},
@@ -68,7 +81,10 @@ def with_latents() -> pa.Schema:
 
 
 def score_schema(columns: tuple[str, ...], made_by: dict[str, Any] | None = None) -> pa.Schema:
-    """group_id, index, a float32 for every column of the reward, and why a value is NaN; `made_by`: which reward."""
+    """Return the columns of a score file: group_id, index, a float32 for every reward column, and why a value is NaN.
+
+    made_by: what identifies the reward, kept in the schema's metadata.
+    """
     metadata = {"diffalign": json.dumps(made_by, sort_keys=True)} if made_by else None
     return pa.schema(
         [
@@ -82,7 +98,7 @@ def score_schema(columns: tuple[str, ...], made_by: dict[str, Any] | None = None
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refused if it leaves the folder."""
+    """Return `folder / name`. Raises DiffalignError if it lies outside the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise DiffalignError(f"path {name!r} leaves its folder {folder}; only files below it are read")

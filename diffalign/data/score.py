@@ -1,8 +1,7 @@
-"""Scoring a dataset's images into `scores/<reward>.parquet`, one file of images at a time, by any number of processes."""
+"""Score a dataset's images into `scores/<reward>.parquet`, one image file at a time, with any number of processes."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,41 @@ from PIL import Image
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
-from diffalign.data.shared_tasks import FOLDER, Task, finish
-from diffalign.data.writer import replacing
+from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.progress import OnImages
+from diffalign.rewards import Reward
 
 
 def score_images(
     dataset: PreferenceDataset,
-    reward: Any,
+    reward: Reward,
     batch_size: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
     settings: dict[str, Any] | None = None,
 ) -> int:
-    """Score every image, streaming; returns how many this process scored. What is complete is left as it is.
+    """Score every image as a stream; return how many this process scored. Complete scores are kept.
 
     An image that cannot be decoded or scored gets NaN and the reason. `settings` (what the reward was built with) are
-    written beside its version, weights and licence; scores of another version or other settings are refused.
+    stored with its version, weights and licence. Raises DiffalignError if the file holds scores of another version or
+    other settings.
     """
-    made_by = {"reward": reward.name, "version": reward.version, "weights": reward.weights, "licence": reward.licence}
-    made_by |= {"settings": settings or {}}
+    made_by = {
+        "reward": reward.name,
+        "version": reward.version,
+        "weights": reward.weights,
+        "licence": reward.licence,
+        "settings": settings or {},
+    }
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
     schema = score_schema(reward.columns, made_by)
-    work = dataset.folder / FOLDER
+    work = dataset.folder / WORK_FOLDER
     pieces = [work / "scores" / reward.name / shard.name for shard in dataset.shards]
 
     def piece_task(shard: int) -> Task:
         def make() -> None:
-            with replacing(pieces[shard], schema) as writer:
+            with parquet_writer(pieces[shard], schema) as writer:
                 for rows in dataset.iter_shard(shard, batch_size):
                     known = [row for row in rows if dataset.row(row.group_id) is not None]
                     if known:
@@ -49,7 +56,7 @@ def score_images(
         return Task(f"score-{reward.name}-{shard}", done, make, size)
 
     def merge() -> None:
-        with replacing(path, schema) as writer:
+        with parquet_writer(path, schema) as writer:
             for piece in pieces:
                 file = pq.ParquetFile(piece)
                 for i in range(file.num_row_groups):
@@ -59,13 +66,14 @@ def score_images(
     if path.is_file():
         _same_reward(path, made_by)
         return 0
-    mine = finish([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
-    finish([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
+    # Shard by shard, so that several processes share the work and a kill costs one shard at most; then one file.
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 
 
-def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Any) -> list[dict[str, Any]]:
-    """Rows of the score file for these images."""
+def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> list[dict[str, Any]]:
+    """Return the rows of the score file for these images."""
     images: list[Image.Image] = []
     broken: dict[int, str] = {}
     for i, row in enumerate(rows):
@@ -91,12 +99,12 @@ def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Any) -> lis
 
 
 def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
-    """Scores of another version of a reward must not be taken for this one's. Files without a note are accepted."""
+    """Refuse scores of another version of the reward. Files without a note are accepted."""
     note = (pq.read_schema(path).metadata or {}).get(b"diffalign")
     before = json.loads(note) if note else made_by
     changed = next((key for key in ("version", "weights", "settings") if before.get(key) != made_by[key]), None)
     if changed:
         raise DiffalignError(
             f"{path} was scored with {changed}={before.get(changed)!r}, now it is {made_by[changed]!r}; delete the file to "
-            "score anew"
+            "score again"
         )

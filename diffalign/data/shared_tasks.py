@@ -1,8 +1,9 @@
-"""Sharing work between processes through the file system, with no launcher and no messages.
+"""Share work between processes through the file system, without a launcher and without messages.
 
-A piece of work is a file that exists once it is done. Whoever makes it holds an advisory lock (flock) on a file beside it,
-which the kernel frees when its holder dies, however it dies. So any number of processes may run the same command, under
-`accelerate launch` or in as many terminals, each piece is made by one of them, and a killed one's pieces are taken over.
+A task is a file that exists once it is done. The process that makes it holds an advisory lock (flock) on a file beside
+it, which the kernel frees when the process dies for whatever reason. So any number of processes may run the same
+command, under `accelerate launch` or in several terminals: each task is done by one of them, and the tasks of a killed
+process are taken over.
 """
 
 import fcntl
@@ -13,13 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-WAIT = 0.2  # seconds between looks at what others are making
-FOLDER = ".work"
+from diffalign.progress import OnImages
+
+WAIT = 0.2  # seconds between checks of tasks that others are doing
+WORK_FOLDER = ".work"
 
 
 @dataclass(frozen=True)
 class Task:
-    """`make` brings about what `done` asks for. `name` is the same in every process, and unlike any other task's."""
+    """A piece of work: `make` does it, `done` says whether it is done.
+
+    `name` is the same in every process and unique among the tasks.
+    """
 
     name: str
     done: Callable[[], bool]
@@ -28,8 +34,8 @@ class Task:
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this process has the lock `path`, until the block ends; never waits."""
+def try_lock(path: Path) -> Iterator[bool]:
+    """Yield whether this process got the lock `path`; it is held until the block ends. Never waits."""
     handle = _open(path)
     try:
         try:
@@ -43,7 +49,7 @@ def claim(path: Path) -> Iterator[bool]:
 
 
 def _open(path: Path) -> int:
-    """The lock's file. A process that is through may delete the folder between the two steps."""
+    """Open the lock's file. A process that has finished may delete the folder between the two steps."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -52,17 +58,19 @@ def _open(path: Path) -> int:
             continue
 
 
-def finish(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int], None] | None = None) -> int:
-    """Return when every task is done, by this process or another; how much of the work (in `size`) this one did."""
+def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None) -> int:
+    """Return when every task is done, by this process or another; return how much (in `size`) this one did."""
     everything = list(tasks)
     total, mine = sum(task.size for task in everything), 0
     missing = [task for task in everything if not task.done()]
     done = total - sum(task.size for task in missing)
+    if on_progress:
+        on_progress(done, total)
     while missing:
         others = []
         for task in missing:
-            with claim(locks / task.name) as free:
-                # Another process may have made it between the look above and the lock.
+            with try_lock(locks / task.name) as free:
+                # Another process may have done it between the check above and the lock.
                 if task.done():
                     done += task.size
                 elif free:
@@ -73,12 +81,13 @@ def finish(tasks: Iterable[Task], locks: Path, on_progress: Callable[[int, int],
                     continue
             if on_progress:
                 on_progress(done, total)
+        # Wait only if every missing task is in another process's hands.
         if len(others) == len(missing):
             time.sleep(WAIT)
         missing = others
     return mine
 
 
-def processes() -> tuple[int, int]:
-    """(this process's number on its machine, how many there are in all), as torchrun and accelerate say."""
+def local_rank_and_world_size() -> tuple[int, int]:
+    """Return this process's number on its machine and the number of processes, as torchrun and accelerate set them."""
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,8 +1,7 @@
-"""Prompt suites of the field by name, read from where the user has them: `suite:NAME:PATH`. None is shipped.
+"""Read the field's prompt suites by name from where the user keeps them: `suite:NAME:PATH`. None is shipped.
 
-Those that the hub has come from there, too (`diffalign.data.suites_hub`).
-
-Each reader keeps the suite's own kinds of prompts as `metadata["tag"]`, by which evaluation breaks scores down.
+`diffalign.data.suites_hub` reads those that the hub has. Each reader keeps the suite's own categories as
+`metadata["tag"]`, by which evaluation breaks scores down.
 
     geneval       evaluation_metadata.jsonl (Ghosh et al. 2023)
     hpsv2         folder with anime.json, concept-art.json, paintings.json, photo.json (Wu et al. 2023)
@@ -21,19 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.prompts import PromptRow, read_prompts
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
+from diffalign.files import reading
 
 csv.field_size_limit(1 << 20)
 STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def _text(path: Path) -> str:
-    try:
+    with reading(path, "suite file "):
         return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DiffalignError(f"suite file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DiffalignError(f"suite file {path}: not UTF-8 at byte {error.start}") from error
 
 
 def _column(rows: list[dict[str, Any]], name: str, path: Path) -> None:
@@ -57,7 +54,7 @@ def _folder(path: Path, pattern: str) -> list[Path]:
 
 
 def _hpsv2(path: Path) -> list[PromptRow]:
-    """The four styles are the benchmark; the folder that they are published in holds DrawBench's prompts beside them."""
+    """Read the benchmark's four styles; the folder in which they are published also holds DrawBench's prompts."""
     rows = []
     for style in STYLES:
         file = path / f"{style}.json"
@@ -93,10 +90,7 @@ def _pickapic(path: Path) -> list[PromptRow]:
             raise DiffalignError(f"suite file {path}: no column 'caption'")
         return [PromptRow(str(c).strip()) for c in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
     if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in _text(path).splitlines() if line.strip()]
-        except ValueError as error:
-            raise DiffalignError(f"suite file {path}: not JSON ({error})") from error
+        rows = [row for _, row in read_rows(path)]
         _column(rows, "caption", path)
         return [PromptRow(str(row["caption"]).strip()) for row in rows]
     return _table(path, ",", "caption", None)
@@ -114,7 +108,7 @@ SUITES: dict[str, Callable[[Path], list[PromptRow]]] = {
 
 
 def read_suite(name: str, path: Path) -> list[PromptRow]:
-    """The suite's prompts in its own order; a prompt that occurs again is dropped. Raises DiffalignError with the file."""
+    """Return the suite's prompts in its own order, without repetitions. Raises DiffalignError with the file."""
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise DiffalignError(

@@ -1,10 +1,10 @@
-"""Suites from the Hugging Face hub: `suite:NAME:hub`, or `suite:NAME:hub@REVISION` for a commit of one's own.
+"""Read prompt suites from the Hugging Face hub: `suite:NAME:hub`, or `suite:NAME:hub@REVISION` for a given commit.
 
-Only where the repository and its files are known; nothing is asked of the hub unless the word `hub` is written. What is in
-the local cache is taken without a network, as huggingface_hub does it. The commit is part of every prompt's facts.
+Only suites whose repository and files are known can be read, and the hub is asked only if the word `hub` is given.
+Files in the local cache need no network. The commit is part of every prompt's metadata.
 
-GenEval's and DPG-Bench's prompts lie in their authors' code repositories, and T2I-CompBench's on the hub only in other layouts
-than its own: these come from the disk (`diffalign.data.suites`).
+The prompts of GenEval and DPG-Bench lie in their authors' code repositories, and T2I-CompBench is on the hub only in
+other layouts: read these from the disk (`diffalign.data.suites`).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HUB = "hub"
 
 @dataclass(frozen=True)
 class OnHub:
-    """A dataset repository and the suite's files in it; `folder`: the reader wants the folder that they share."""
+    """A dataset repository and the suite's files in it. `folder`: the reader takes their folder, not one file."""
 
     repository: str
     files: tuple[str, ...]
@@ -42,12 +42,12 @@ ON_HUB: dict[str, OnHub] = {
 
 
 def from_hub(path: str) -> bool:
-    """Whether the PATH of `suite:NAME:PATH` asks for the hub."""
+    """Return whether the PATH of `suite:NAME:PATH` names the hub."""
     return path == HUB or path.startswith(f"{HUB}@")
 
 
 def fetch(name: str, file: str, revision: str | None) -> Path:
-    """One file of a suite, from the cache or the hub. Raises DiffalignError with one line naming both and the way out."""
+    """Return one file of a suite, from the cache or the hub. Raises DiffalignError naming both and the way out."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -65,9 +65,9 @@ def fetch(name: str, file: str, revision: str | None) -> Path:
 
 
 def read_hub_suite(name: str, path: str) -> list[PromptRow]:
-    """The suite's prompts as its authors' layout has them; each knows the repository and the commit it came from.
+    """Return the suite's prompts; each has the repository and commit in its metadata.
 
-    Raises DiffalignError for a suite that is not on the hub, or that cannot be had now.
+    Raises DiffalignError for a suite that is not on the hub or cannot be fetched now.
     """
     if name not in ON_HUB:
         if name not in SUITES:
@@ -82,12 +82,12 @@ def read_hub_suite(name: str, path: str) -> list[PromptRow]:
     suite = ON_HUB[name]
     first = fetch(name, suite.files[0], revision)
     commit = commit_of(first)
-    # The others at the commit of the first, whatever happens to the repository in between.
+    # The other files at the commit of the first, even if the repository changes in between.
     files = [first, *(fetch(name, file, commit) for file in suite.files[1:])]
     rows = read_suite(name, files[0].parent if suite.folder else files[0])
     return [PromptRow(row.prompt, {**row.metadata, "suite": f"{suite.repository}@{commit}"}) for row in rows]
 
 
 def commit_of(path: Path) -> str:
-    """The cache keeps a repository's files under snapshots/<commit>/."""
+    """Return the commit of a cached file, which the cache keeps under snapshots/<commit>/."""
     return path.parts[path.parts.index("snapshots") + 1]

@@ -1,9 +1,7 @@
-"""What training reads: latents and embeddings, cached or made at once, with labels, by group."""
+"""Prepare what training reads: latents, prompt embeddings and labels, by group."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +14,20 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
 from diffalign.data.latents import LatentStore, LiveLatents
+from diffalign.data.protocols import Encoder, GroupSettings, LabelSettings
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
+from diffalign.progress import Say
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B groups: latents [B, K, C, h, w] float32, conditioning each [B, ...], rewards [B, K] float32 (NaN: no label),
-    mask [B] bool, False where a group has fewer than K images. spread: the standard deviation of the latents' posterior,
-    of their shape, where `data.latent_sampling` is posterior."""
+    """B groups of K images.
+
+    latents: [B, K, C, h, w] float32. conditioning: each [B, ...]. rewards: [B, K] float32, NaN without a label. mask:
+    bool [B], False for a group with fewer than K images. spread: the standard deviation of the latents' posterior, of
+    their shape, if `data.latent_sampling` is posterior.
+    """
 
     latents: Tensor
     conditioning: dict[str, Tensor]
@@ -37,8 +40,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Groups to train on, all with K image slots. `label_stats`: what labels.transform took from them, or was given;
-    `buckets`: groups of one number have one shape, and only such may come into one batch; `plan`: where they come from."""
+    """Groups to train on, all with K image slots.
+
+    label_stats: what labels.transform took from the labels, or was given. buckets: a number for each group; only groups
+    with equal numbers have one shape and may share a batch. plan: the cache that it reads.
+    """
 
     latents: LatentStore | LiveLatents
     embeddings: PromptStore | LivePrompts
@@ -55,10 +61,11 @@ class TrainingSource:
 
     @property
     def unconditional(self) -> dict[str, Tensor]:
+        """The embeddings of the empty prompt, each [1, ...]."""
         return self.embeddings.unconditional
 
     def batch(self, indices: list[int]) -> Batch:
-        """The groups at these positions, in this order."""
+        """Return the groups at these positions, in this order."""
         latents, spread = self.latents.batch(indices)
         prompts = [self.prompts[i] for i in indices]
         return Batch(
@@ -72,11 +79,11 @@ class TrainingSource:
         )
 
     def content(self) -> str:
-        """Hash of what latents and embeddings are made of: images, captions, sizes and the model's weights."""
+        """Return a hash of what decides latents and embeddings: images, captions, sizes and the model's weights."""
         return f"{self.plan.latent_folder.name} {self.plan.prompt_folder.name}" if self.plan else ""
 
     def labelled(self, dataset: PreferenceDataset) -> list[LabelledGroup]:
-        """Labels beside stored scores and generators, for judging the labels before they are trained on."""
+        """Return the labels with stored scores and generators, to check the labels before training on them."""
         position = {group: i for i, group in enumerate(dataset.column("group_id"))}
         rows = [position[group] for group in self.group_ids]
         sizes = [len(dataset.members(group)) for group in self.group_ids]
@@ -84,8 +91,11 @@ class TrainingSource:
         return labelled_groups(dataset, rows, values)
 
 
-def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int, int]:
-    """Groups of the split (up to `limit`), K = the largest group, and how many groups are smaller."""
+def choose_groups(data: GroupSettings, dataset: PreferenceDataset) -> tuple[list[int], int, int]:
+    """Return the row numbers of the split's groups (up to `limit`), K of the largest group, and how many are smaller.
+
+    Raises DiffalignError if no group has two images, or `group_size` exceeds K.
+    """
     chosen = dataset.split(data.split)[: data.limit]
     ids = dataset.column("group_id")
     sizes = [len(dataset.members(ids[i])) for i in chosen]
@@ -103,11 +113,11 @@ def choose_groups(data: Any, dataset: PreferenceDataset) -> tuple[list[int], int
     return chosen, members, sum(s < members for s in sizes)
 
 
-def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None:
-    """Refuse a guidance embedding other than the one that this model's images of the split were drawn with.
+def check_guidance(data: GroupSettings, dataset: PreferenceDataset, backbone: Encoder) -> None:
+    """Refuse a guidance embedding other than the one with which this model's images of the split were drawn.
 
-    A model that takes the guidance scale as an input is another model at another scale. Images of other origin say
-    nothing about it.
+    A model that takes the guidance scale as an input is another model at another scale. Images of another origin are
+    not checked.
     """
     if backbone.guidance is None:
         return
@@ -121,21 +131,26 @@ def check_guidance(data: Any, dataset: PreferenceDataset, backbone: Any) -> None
     }
     if drawn - {backbone.guidance}:
         scales = ", ".join(f"{scale:g}" for scale in sorted(drawn))
-        remedy = f"set model.guidance={scales}" if len(drawn) == 1 else "train on those of one scale"
+        remedy = f"set model.options.guidance={scales}" if len(drawn) == 1 else "train on those of one scale"
         raise DiffalignError(
-            f"model.guidance={backbone.guidance:g}: the images in {dataset.folder} were drawn with guidance_scale="
+            f"model.options.guidance={backbone.guidance:g}: the images in {dataset.folder} were drawn with guidance_scale="
             f"{scales}; {remedy}"
         )
 
 
 def prepare_source(
-    data: Any, label: Any, dataset: PreferenceDataset, backbone: Any, say: Callable[[str], None] = print
+    data: GroupSettings, label: LabelSettings, dataset: PreferenceDataset, backbone: Encoder, say: Say = print
 ) -> TrainingSource:
-    """Encode what is not cached yet and pair it with labels. `data`, `label`: a config's `data` and `labels` sections."""
+    """Encode what is not cached yet and join it with the labels.
+
+    data, label: a config's `data` and `labels` sections.
+    """
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
         say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
+    # Labels: from stored preferences or scores, scaled over the chosen groups unless a scale is given.
     if label.source == "combined":
+        assert label.combine is not None  # the config is checked
         stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
         raw = combined_labels(dataset, chosen, label.combine, stats)
     else:
@@ -145,6 +160,7 @@ def prepare_source(
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
+    # Latents and embeddings: refused before anything is encoded if the cache does not fit on the disk.
     ids = dataset.column("group_id")
     plan = plan_cache(data, dataset, chosen, members, backbone)
     sizes = sorted(set(plan.frames.sizes))

@@ -1,4 +1,4 @@
-"""Writing a dataset folder. Files are written beside and renamed, so a kill leaves only whole ones."""
+"""Write a dataset folder. Files are written beside their name and renamed, so a kill leaves only complete ones."""
 
 import io
 import json
@@ -13,27 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES
+from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES, GroupRow
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing
 
-ROWS_PER_GROUP = 64  # images in a parquet row group: what one random access reads at most
+ROWS_PER_GROUP = 64  # images in a parquet row group: the most that one random access reads
 
 
 @contextmanager
-def replacing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A parquet file that appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with pq.ParquetWriter(part, schema) as writer:
-            yield writer
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer of a parquet file that appears under its name only when it is complete."""
+    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
+        yield writer
 
 
 def regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `rows` rows, the last one shorter."""
+    """Yield the same rows in tables of `rows` rows, the last one shorter."""
     pending: list[pa.Table] = []
     for table in tables:
         pending.append(table)
@@ -46,7 +41,7 @@ def regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Lossless, without any metadata: equal images have equal bytes."""
+    """Return the image as PNG without metadata: equal images have equal bytes."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
@@ -61,7 +56,7 @@ def image_row(
     provenance: dict[str, Any],
     latent: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """One row of `schema.IMAGES`; bytes are an encoded picture and are kept as they are."""
+    """Return one row of `schema.IMAGES`; bytes are an encoded image and are kept as they are."""
     data = image if isinstance(image, bytes) else png_bytes(image)
     row = {
         "group_id": group_id,
@@ -77,14 +72,14 @@ def image_row(
 
 
 class ImageWriter:
-    """Streams images into one shard, `images/<shard>.parquet`; memory holds 64 images at most."""
+    """Writes images as a stream into one shard, `images/<shard>.parquet`; at most 64 are in memory."""
 
     def __init__(self, folder: Path, shard: str = "part-00000") -> None:
         self.path = Path(folder) / "images" / f"{shard}.parquet"
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "ImageWriter":
-        self._file = replacing(self.path, IMAGES)
+        self._file = parquet_writer(self.path, IMAGES)
         self._writer = self._file.__enter__()
         return self
 
@@ -97,7 +92,7 @@ class ImageWriter:
         seed: int,
         provenance: dict[str, Any],
     ) -> None:
-        """Add one image; bytes are an encoded picture and are kept as they are."""
+        """Add one image; bytes are an encoded image and are kept as they are."""
         self.rows.append(image_row(group_id, index, image, generator, seed, provenance))
         if len(self.rows) == ROWS_PER_GROUP:
             self._flush()
@@ -115,17 +110,17 @@ class ImageWriter:
         self._file.__exit__(kind, error, trace)
 
 
-def write_groups(folder: Path, rows: Iterable[dict[str, Any]], batch: int = 4096) -> int:
-    """Write `groups.parquet` from rows with the columns of `schema.GROUPS` (metadata as a dict); returns how many.
+def write_groups(folder: Path, rows: Iterable[GroupRow], batch: int = 4096) -> int:
+    """Write `groups.parquet` from rows with the columns of `schema.GROUPS`; return how many.
 
-    Raises DiffalignError if a group id comes twice.
+    Raises DiffalignError if a group id occurs twice.
     """
     seen: set[str] = set()
     pending: list[dict[str, Any]] = []
-    with replacing(Path(folder) / GROUPS_FILE, GROUPS) as writer:
+    with parquet_writer(Path(folder) / GROUPS_FILE, GROUPS) as writer:
         for row in rows:
             if row["group_id"] in seen:
-                raise DiffalignError(f"group id {row['group_id']!r} comes twice; group ids must be unique")
+                raise DiffalignError(f"group id {row['group_id']!r} occurs twice; group ids must be unique")
             seen.add(row["group_id"])
             pending.append({**row, "metadata": json.dumps(row["metadata"], sort_keys=True)})
             if len(pending) == batch:

@@ -1,6 +1,6 @@
-"""Paired comparison of two models' scores, with bootstrap intervals over prompts.
+"""Compare two models' scores in pairs, with bootstrap intervals over prompts.
 
-Prompts, not images, are resampled: images of one prompt are not independent of each other. Seeds of a prompt (and runs, if
+Prompts are resampled, not images, since images of one prompt are not independent. Seeds of a prompt (and runs, if
 several are pooled) are averaged first.
 """
 
@@ -13,7 +13,7 @@ from diffalign.errors import DiffalignError
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over prompts; [low, high] is the 95% interval of `difference`; `win_rate` counts ties half."""
+    """Means over prompts; [low, high] is the 95% interval of `difference`; in `win_rate` a tie counts half."""
 
     prompts: int
     base: float
@@ -26,13 +26,14 @@ class Comparison:
     win_high: float
 
     def as_dict(self) -> dict[str, float]:
+        """Return the fields as they stand in eval.json."""
         return asdict(self)
 
 
 def compare(base: np.ndarray, tuned: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Comparison:
-    """Compare scores [P prompts, S seeds] of two models; NaN scores are left out in both.
+    """Compare scores [P prompts, S seeds] of two models; an image that either could not score is left out of both.
 
-    Raises DiffalignError if the shapes differ or if no prompt has a score from both.
+    Raises DiffalignError if the shapes differ, or if no prompt has a score from both.
     """
     base, tuned = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
     if base.shape != tuned.shape or base.ndim != 2:
@@ -55,7 +56,7 @@ def compare(base: np.ndarray, tuned: np.ndarray, seed: int = 0, resamples: int =
 
 
 def _resampled(values: np.ndarray, seed: int, resamples: int, chunk: int = 500) -> np.ndarray:
-    """Means over resampled rows, [resamples, columns], a chunk at a time to spare memory."""
+    """Return means over resampled rows, [resamples, columns], computed in chunks to save memory."""
     rng = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, chunk):
@@ -65,5 +66,5 @@ def _resampled(values: np.ndarray, seed: int, resamples: int, chunk: int = 500) 
 
 
 def pool(runs: list[np.ndarray]) -> np.ndarray:
-    """Scores of several runs on the same prompts, side by side: [P, S] each to [P, sum of S]."""
+    """Join scores of several runs on the same prompts: [P, S] each to [P, sum of S]."""
     return np.concatenate(runs, axis=1)

@@ -1,7 +1,7 @@
-"""Distances between two sets of images over named features: Frechet, kernel (MMD) and recall.
+"""Measure distances between two sets of images over named features: Frechet, kernel (MMD) and recall.
 
-Published FIDs use Inception features of 10,000 images or more. Here the features are given by the caller and named in the
-result, as is the number of images: values of different features or sizes cannot be compared.
+Published FIDs use Inception features of 10,000 images or more. Here the caller gives the features, and results name
+them and the number of images: values of different features or sizes cannot be compared.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,30 @@ THUMBNAIL = 8
 
 
 def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
-    """Features "thumbnail-8x8": the mean colours of an 8 x 8 grid, [n, 192] in [0, 1]. They see layout and colour only."""
+    """Return features "thumbnail-8x8": the mean colours of an 8 x 8 grid, [n, 192] in [0, 1].
+
+    They represent layout and colour only.
+    """
     small = [i.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for i in images]
     return np.stack([np.asarray(i, dtype=np.float64).ravel() / 255 for i in small])
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2) of features [n, d] (Heusel et al. 2017): biased upwards for few images."""
+    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2) of features [n, d] (Heusel et al. 2017).
+
+    It is biased upwards for few images.
+    """
     means = a.mean(axis=0) - b.mean(axis=0)
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The product of two covariances has real, non-negative eigenvalues; what is left of it is rounding.
+    # The product of two covariances has real, non-negative eigenvalues; an imaginary part is rounding.
     root = np.real(sqrtm(first @ second))
     return float(means @ means + np.trace(first) + np.trace(second) - 2 * np.trace(root))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased MMD^2 with the kernel (x.y / d + 1)^3 of features [n, d] (Binkowski et al. 2018); may lie below 0."""
+    """Return the unbiased MMD^2 with kernel (x.y / d + 1)^3 of features [n, d] (Binkowski et al. 2018); may be
+    negative.
+    """
     size = a.shape[1]
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -44,13 +52,16 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def recall(generated: np.ndarray, reference: np.ndarray, k: int = 3) -> float:
-    """Share of reference features within a generated one's distance to its k-th neighbour (Kynkaanniemi et al. 2019)."""
+    """Return the share of reference features within a generated one's distance to its k-th neighbour.
+
+    Kynkaanniemi et al. 2019.
+    """
 
     def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
         return np.sqrt(np.maximum(squares, 0.0))
 
     own = distances(generated, generated)
-    np.fill_diagonal(own, np.inf)  # an image is no neighbour of itself, and its duplicate is
+    np.fill_diagonal(own, np.inf)  # an image is no neighbour of itself, but its duplicate is
     radius = np.sort(own, axis=1)[:, k - 1]
     return float((distances(reference, generated) <= radius[None]).any(axis=1).mean())

@@ -1,8 +1,8 @@
-"""Sample two models at the same prompts and seeds, score them, and write what was found.
+"""Sample two models at the same prompts and seeds, score the images, and write the comparison.
 
-<out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
-<out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns (null: not scored)
-<out>/eval.json                         comparisons: overall and per kind of prompt
+    <out>/eval/images/<model>/00012-3.png   prompt 12, seed 3
+    <out>/eval/scores.jsonl                 one row an image: model, prompt, seed, every reward's columns (null: not scored)
+    <out>/eval.json                         comparisons: overall and per kind of prompt
 
 Besides `tuned`, any number of further weights (`others`) can be compared with the same base.
 """
@@ -10,7 +10,7 @@ Besides `tuned`, any number of further weights (`others`) can be compared with t
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +23,16 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
+from diffalign.files import read_json_lines, replacing, write_whole
+from diffalign.progress import OnImages, OnNamedImages
+from diffalign.rewards import Reward
 
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
+"""Draws one image per prompt and seed."""
 
 
 class Prompt(Protocol):
-    """A prompt with the facts that rewards may need; `metadata["tag"]` is its kind."""
+    """A prompt with the metadata that rewards may need; `metadata["tag"]` is its kind."""
 
     @property
     def prompt(self) -> str: ...
@@ -36,37 +40,53 @@ class Prompt(Protocol):
     def metadata(self) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is drawn: the same noise for both models, from (seed, prompt's place, k) alone."""
+class Correction(Protocol):
+    """The scores that form the corrected score (`quality.corrected`): a config's `corrected` section."""
 
-    prompts: list[Any]
+    @property
+    def reward(self) -> str: ...
+    @property
+    def quality(self) -> list[str]: ...
+    @property
+    def u0(self) -> float: ...
+    @property
+    def c(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is drawn. All models get the same noise, from (seed, prompt's place, k) alone."""
+
+    prompts: Sequence[Prompt]
     seeds: int
     seed: int = 0
     batch_size: int = 32
 
     def cells(self) -> list[tuple[int, int]]:
+        """Return (prompt's place, k) of every image."""
         return [(p, k) for p in range(len(self.prompts)) for k in range(self.seeds)]
 
     def image_seed(self, prompt: int, k: int) -> int:
+        """Return the seed of one image, below 2^32."""
         return int(draw(self.seed, "evaluation", inner=prompt, member=k).integers(2**32))
 
 
 def image_path(folder: Path, prompt: int, k: int) -> Path:
+    """Return the file of one image."""
     return folder / f"{prompt:05d}-{k}.png"
 
 
 def sample_images(
     sampler: Sampler,
-    plan: Plan,
+    plan: EvaluationPlan,
     folder: Path,
     identity: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnImages | None = None,
 ) -> None:
-    """Draw the plan's images into `folder`; whole batches that are there already are not drawn again.
+    """Draw the plan's images into `folder`; complete batches that exist are not drawn again.
 
-    `identity` says what draws them: model, weights, sampler. Images of another identity or plan are deleted first, so that
-    an old model's images are never taken for a new one's.
+    `identity` names what draws them: model, weights, sampler. Images of another identity or plan are deleted first, so
+    that an old model's images are never taken for a new one's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = "\0".join(p.prompt for p in plan.prompts)
@@ -86,15 +106,16 @@ def sample_images(
         if not all(image_path(folder, *cell).is_file() for cell in batch):
             prompts = [plan.prompts[p].prompt for p, _ in batch]
             for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
-                path = image_path(folder, *cell)
-                image.save(path.with_suffix(".part"), format="PNG")
-                path.with_suffix(".part").replace(path)
+                with replacing(image_path(folder, *cell)) as part:
+                    image.save(part, format="PNG")
         if on_progress:
             on_progress(start + len(batch), len(cells))
 
 
-def score_folder(plan: Plan, rewards: dict[str, Any], folder: Path, chunk: int = 64) -> dict[str, np.ndarray]:
-    """ "reward.column" -> scores [P, S] of the images in `folder`."""
+def score_folder(
+    plan: EvaluationPlan, rewards: dict[str, Reward], folder: Path, chunk: int = 64
+) -> dict[str, np.ndarray]:
+    """Return "reward.column" -> scores [P, S] of the images in `folder`."""
     cells = plan.cells()
     found: dict[str, list[float]] = {}
     for start in range(0, len(cells), chunk):
@@ -112,26 +133,27 @@ def evaluate(
     *,
     base: Sampler,
     tuned: Sampler,
-    plan: Plan,
-    rewards: dict[str, Any],
+    plan: EvaluationPlan,
+    rewards: dict[str, Reward],
     out: Path,
     identities: dict[str, str],
     others: dict[str, Sampler] | None = None,
-    correction: Any = None,
+    correction: Correction | None = None,
     base_folder: Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnNamedImages | None = None,
 ) -> dict[str, Any]:
-    """Compare models with the base; returns what `eval.json` holds.
+    """Compare models with the base; return what `eval.json` holds.
 
-    `identities` say for every model what draws its images: where it changes, they are drawn again. `others`: further
-    models by name, drawn one after the other. `correction`: with `reward`, `quality`, `u0` and `c` (`quality.corrected`).
-    `base_folder`: where the base model's images lie or go, so that several runs on the same plan share them.
+    identities: for every model, what draws its images; if it changes, they are drawn again. others: further models by
+    name, drawn one after another. base_folder: where the base model's images lie or go, so that several runs on the
+    same plan share them. Raises DiffalignError if there is no prompt.
     """
     if not plan.prompts:
         raise DiffalignError("there is no prompt to evaluate on")
     samplers = {"base": base, "tuned": tuned, **(others or {})}
     folders = {model: out / "eval" / "images" / model for model in samplers}
     folders["base"] = base_folder or folders["base"]
+    # Model by model, so that the weights of only one are loaded; scores are cheap beside drawing and not cached.
     scores, spreads = {}, {}
     for model, sampler in samplers.items():
         sample_images(sampler, plan, folders[model], identities[model], _named(on_progress, model))
@@ -141,6 +163,7 @@ def evaluate(
             scores[model]["corrected"] = corrected(scores[model], *columns)
         if plan.seeds > 1:
             spreads[model] = _spread(folders[model], plan)
+    # What eval.json holds: the comparison of `tuned`, then what is there only for some evaluations.
     result = {"seed": plan.seed, "seeds": plan.seeds, "prompts": [p.prompt for p in plan.prompts]}
     result |= {"images": {m: str(f) for m, f in folders.items()}, "scores": summarise(scores, plan)}
     if suites := sorted({p.metadata["suite"] for p in plan.prompts if "suite" in p.metadata}):
@@ -155,25 +178,23 @@ def evaluate(
         for m in samplers
         for p, k in plan.cells()
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval").mkdir(exist_ok=True)
-    (out / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "eval.json").write_text(json.dumps(result, indent=1))
+    write_whole(out / "eval" / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(out / "eval.json", json.dumps(result, indent=1))
     return result
 
 
-def _named(on_progress: Callable[[str, int, int], None] | None, model: str) -> Callable[[int, int], None] | None:
+def _named(on_progress: OnNamedImages | None, model: str) -> OnImages | None:
     return None if on_progress is None else lambda done, total: on_progress(model, done, total)
 
 
-def _spread(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
+def _spread(folder: Path, plan: EvaluationPlan) -> dict[str, np.ndarray]:
     return {"diversity": diversity(lambda p, k: image_path(folder, p, k), len(plan.prompts), plan.seeds)}
 
 
 def summarise(
-    scores: dict[str, dict[str, np.ndarray]], plan: Plan, model: str = "tuned"
+    scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
+    """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
     tags = [p.metadata.get("tag", "") for p in plan.prompts]
     kinds = {"all": np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
@@ -187,9 +208,8 @@ def summarise(
 
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
-    """Scores [P, S] of an evaluation on disk."""
-    rows = [json.loads(line) for line in (out / "eval" / "scores.jsonl").read_text().splitlines()]
-    chosen = [row for row in rows if row["model"] == model]
+    """Return the scores [P, S] of an evaluation on disk."""
+    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl") if row["model"] == model]
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:
@@ -197,8 +217,8 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     return values
 
 
-def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
-    """The comparison for a terminal."""
+def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
+    """Return the comparison as a table for a terminal."""
     shown = Table(
         title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left"
     )
@@ -216,7 +236,7 @@ def table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
                 continue
             for kind, c in kinds.items():
                 if kind != "all" and (model or column == "diversity"):
-                    continue  # further weights and diversity are told in one line each
+                    continue  # further weights and diversity get one line each
                 interval = f"{c['low']:+.3f} to {c['high']:+.3f}"
                 values = (
                     f"{c['base']:.3f}",

@@ -1,4 +1,4 @@
-"""What a reward alone does not show: diversity within a prompt, and a score corrected for what over-optimisation costs."""
+"""Measure what a reward alone does not show: diversity within a prompt, and a score corrected for lost quality."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -8,15 +8,16 @@ import numpy as np
 from PIL import Image
 
 from diffalign.errors import DiffalignError
+from diffalign.rewards.aggregate import corrected_score
 
 SIDE = 32
-# GDRO (section 5): r (u - u0) + c, where u is the mean of UnifiedReward's axes (1 to 5, mostly 3 to 4); c only shifts the plot.
-CORRECTION = (3.0, 0.2)
 
 
 def diversity(path_of: Callable[[int, int], Path], prompts: int, seeds: int) -> np.ndarray:
-    """Mean distance between a prompt's images, [prompts, 1]: root mean square over the pixels of 32 x 32 thumbnails, in
-    [0, 1]. It needs no network and sees layout and colour, not style; a fall says that seeds no longer make a difference.
+    """Return the mean distance between a prompt's images, [prompts, 1] in [0, 1].
+
+    The distance is the root mean square over the pixels of 32 x 32 thumbnails. It needs no network and represents
+    layout and colour, not style; a fall means that seeds no longer make a difference.
     """
     found = np.full((prompts, 1), np.nan)
     for p in range(prompts):
@@ -32,11 +33,13 @@ def diversity(path_of: Callable[[int, int], Path], prompts: int, seeds: int) -> 
 
 
 def corrected(
-    scores: dict[str, np.ndarray], reward: str, quality: list[str], u0: float = CORRECTION[0], c: float = CORRECTION[1]
+    scores: dict[str, np.ndarray], reward: str, quality: list[str], u0: float = 3.0, c: float = 0.2
 ) -> np.ndarray:
-    """r (u - u0) + c for every image: `reward` is r, u the mean of the `quality` columns. Raises DiffalignError for a column
-    that is not there."""
+    """Return `rewards.aggregate.corrected_score` of every image: `reward` is r, u the mean of the `quality` columns.
+
+    Raises DiffalignError for a column that is not there.
+    """
     for name in (reward, *quality):
         if name not in scores:
             raise DiffalignError(f"corrected: no score {name!r}; there are {', '.join(scores)}")
-    return scores[reward] * (np.mean([scores[name] for name in quality], axis=0) - u0) + c
+    return corrected_score(scores[reward], np.mean([scores[name] for name in quality], axis=0), centre=u0, offset=c)

@@ -1,7 +1,7 @@
-"""Health of a run: pure functions from logged rows to findings in words. Standard library only; everything may read it."""
+"""Health of a run: pure functions from logged rows to findings in words. Only the standard library is used."""
 
 from diffalign.health.findings import FINDINGS, Finding, describe
-from diffalign.health.labels import LabelledGroup, examine_labels
+from diffalign.health.label_checks import LabelledGroup, examine_labels
 from diffalign.health.watch import Watch, examine
 
 __all__ = ["FINDINGS", "Finding", "LabelledGroup", "Watch", "describe", "examine", "examine_labels"]

@@ -1,4 +1,4 @@
-"""What can be found, what it means, and what to change. The words that terminal, files and report share."""
+"""The findings on a run: what each means and what to change, in the words of terminal, files and report."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ Level = Literal["alarm", "note"]
 
 @dataclass(frozen=True)
 class Words:
-    """An alarm says that going on as it is wastes the run; a note says what to keep an eye on."""
+    """What a finding says. An alarm: continuing without a change wastes the run. A note: something to watch."""
 
     level: Level
     title: str
@@ -22,63 +22,62 @@ FINDINGS: dict[str, Words] = {
         "the labels oppose the stored scores",
         "the labels prefer the image that the reward scored lower: the order is probably reversed, and training would "
         "make images worse by that reward",
-        "check which image of a pair is the winner, and whether the score counts upwards; rank the dataset again",
+        "check which image of a pair is the winner, and whether a higher score is better; rank the dataset again",
     ),
     "labels_ignore_scores": Words(
         "alarm",
         "the labels agree with no stored score",
-        "pairs are ordered as a coin would order them: labels and images may have come apart (shuffled, or joined by "
-        "the wrong key)",
-        "look at a few groups with their labels; rank the dataset again; if the labels are people's and the score is "
-        "not meant for them, this is to be expected",
+        "pairs are ordered as by chance: labels may belong to other images (shuffled, or joined by the wrong key)",
+        "look at a few groups with their labels; rank the dataset again; if the labels are people's and the score "
+        "measures something else, this is expected",
     ),
     "generators_explain_ranking": Words(
         "note",
         "the generator of an image explains its rank",
-        "one generator wins nearly always, so the policy can learn to look like that generator instead of what is "
-        "preferred within it",
-        "compare with a control trained on images of one generator, or balance who wins",
+        "one generator wins nearly always, so the policy can learn that generator's look instead of what is preferred "
+        "among its images",
+        "compare with a control trained on images of one generator, or balance the winners over generators",
     ),
     "labels_without_spread": Words(
         "alarm",
         "most groups state no preference",
-        "groups whose labels are all equal get no weight, so most of every step is computed for nothing",
+        "groups whose labels are all equal get no weight, so most of every step is wasted",
         "use a finer score (labels.source=scores.NAME.COLUMN), more images per prompt, or harder prompts",
     ),
     "accuracy_stuck": Words(
         "alarm",
-        "the implicit accuracy stays at a coin's",
-        "after all these groups the policy surely prefers the labelled winner hardly more often than chance: the labels "
-        "may be random, or too weak a signal at this size of data",
+        "the implicit accuracy stays at chance",
+        "after enough groups to tell, the policy prefers the labelled winner hardly more often than by chance: the labels "
+        "may be random, or too weak a signal for this amount of data",
         "check the labels (shuffled? joined by the wrong key?); try a higher optimizer.lr or more groups_per_step",
     ),
     "beta_too_small": Words(
         "alarm",
         "beta is too small: nothing ties the policy to the reference",
-        "the errors move away from the reference's, yet the gradient stays that of the first step and would do so if they "
+        "the errors move away from the reference's, but the gradient stays that of the first step, and would even if they "
         "doubled: the sigmoid never saturates, and the policy drifts without limit",
-        "raise objective.beta (a hundredfold, say), or let train.auto_beta find it",
+        "raise objective.beta (by 100, for example), or let train.auto_beta find it",
     ),
     "winner_rises": Words(
         "alarm",
         "the winner's error rises above the reference's",
-        "the policy becomes worse on the very images that it should prefer; only the difference to the loser is "
-        "constrained, and both are being unlearnt",
+        "the policy becomes worse on the images that it should prefer: the objective constrains only the difference to "
+        "the loser, and both are being unlearnt",
         "lower optimizer.lr or train.steps, raise objective.beta, or set objective.anchor or objective.loser_weight "
         "below 1",
     ),
     "loser_dominates": Words(
         "alarm",
         "the margin comes from the loser alone",
-        "the loser's error has doubled against the reference's while the winner's has not fallen: the policy "
-        "learns to destroy, not to prefer",
+        "the loser's error has doubled against the reference's while the winner's has not fallen: the policy only "
+        "makes the loser worse",
         "set objective.loser_weight below 1 or objective.margin_clamp, lower optimizer.lr, or raise objective.beta",
     ),
     "margin_saturated": Words(
         "alarm",
         "the margin is saturated",
-        "the gradient factor is near 0: nearly every group is ordered with certainty, and what is left to learn from is "
-        "noise and the few wrong labels",
+        "the gradient factor is near 0: nearly every group is ordered with certainty, and only noise and the few wrong "
+        "labels still have a gradient",
         "lower objective.beta, use more data, or stop here and keep an earlier checkpoint",
     ),
     "gradient_jumps": Words(
@@ -90,15 +89,15 @@ FINDINGS: dict[str, Words] = {
     "gradient_vanished": Words(
         "alarm",
         "the gradient is 0",
-        "nothing is learnt any more: every image has reached the reward's threshold, or nothing of the reward reaches the "
-        "weights",
-        "stop here, or raise the rewards' threshold; pictures that are clipped to black and white have no gradient either",
+        "nothing is learnt any more: every image has reached the reward's threshold, or the reward's gradient does not "
+        "reach the weights",
+        "stop here, or raise the rewards' threshold; images that are clipped to black and white have no gradient either",
     ),
     "loss_diverges": Words(
         "alarm",
         "the loss rises instead of falling",
-        "it lies well above where it started: steps are too large for this model",
-        "lower optimizer.lr (by ten, say) or add optimizer.warmup_steps",
+        "the loss is well above where it started: steps are too large for this model",
+        "lower optimizer.lr (by a factor of 10, for example) or add optimizer.warmup_steps",
     ),
     "drift_explodes": Words(
         "alarm",
@@ -110,8 +109,8 @@ FINDINGS: dict[str, Words] = {
     "diversity_falls": Words(
         "alarm",
         "the images of a prompt become alike",
-        "the student's images of one prompt differ by less than half of what they did: it collapses onto a few pictures, which "
-        "rewards and guidance both bring about and which a reward does not show",
+        "the student's images of one prompt differ by less than half of what they did: it collapses to a few images, which "
+        "rewards and guidance can both cause and which a reward does not show",
         "raise fake.updates or fake.optimizer.lr (the fake network lags behind), lower optimizer.lr, reward.strength or "
         "match.guidance, and take an earlier checkpoint",
     ),
@@ -119,15 +118,15 @@ FINDINGS: dict[str, Words] = {
         "alarm",
         "the validation reward is below the untrained model's",
         "images got worse on prompts that are not trained on, by more than chance: the labels may be reversed or meant for "
-        "another taste, or training has gone too far",
+        "another taste, or training went on for too long",
         "check the labels' direction; else take best/, lower optimizer.lr or raise objective.beta (drift.weight where a "
         "reward's gradient is followed)",
     ),
     "drift_without_reward": Words(
         "note",
         "drift grows, the validation reward does not",
-        "the policy still moves away from the reference but nothing is gained by it: over-optimisation begins here",
-        "take best/ and stop here (validation.patience does so by itself), or raise objective.beta (drift.weight where a "
+        "the policy still moves away from the reference, but the reward does not rise: over-optimisation begins here",
+        "take best/ and stop here (validation.patience does so automatically), or raise objective.beta (drift.weight where a "
         "reward's gradient is followed)",
     ),
 }
@@ -135,7 +134,10 @@ FINDINGS: dict[str, Words] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """`name` is a key of FINDINGS; `step` the first step at which it held (0: before training); `measured` the evidence."""
+    """A finding on a run.
+
+    name: a key of FINDINGS. step: the first step at which it held (0: before training). measured: the evidence.
+    """
 
     name: str
     step: int
@@ -143,15 +145,16 @@ class Finding:
 
     @property
     def words(self) -> Words:
+        """The finding's level, title, meaning and remedy."""
         return FINDINGS[self.name]
 
     def as_dict(self) -> dict[str, Any]:
-        """What `health.json` holds."""
+        """Return what `health.json` holds."""
         return {"name": self.name, "step": self.step, "measured": self.measured, **asdict(self.words)}
 
 
 def describe(finding: Finding) -> str:
-    """One line for a terminal."""
+    """Return the finding as one line for a terminal."""
     words = finding.words
     when = f"step {finding.step}" if finding.step else "before training"
     return (

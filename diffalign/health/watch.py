@@ -1,4 +1,4 @@
-"""The watch over a run: fed with rows in their order, it says every finding once, at the first step at which it holds."""
+"""Watch a run: fed with rows in their order, report every finding once, at the first step at which it holds."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from diffalign.health.findings import Finding
-from diffalign.health.rows import (
+from diffalign.health.row_checks import (
     CHECKS,
     WINDOW,
     Row,
@@ -22,12 +22,11 @@ from diffalign.health.rows import (
 
 KEPT_ROWS = 6 * WINDOW
 JUDGED_ROWS = 2 * WINDOW
-# Every validation is one more chance of a fall by chance alone: at 2 errors, one in ten unchanged runs would be called
-# worse after five of them.
+# Each validation may fall by chance: at 2 standard errors, one in ten unchanged runs would be called worse after five.
 WORSE_BY = 2.5
-# The best of several is flattered by about one error: two more make it sure.
+# The best of several is too high by about one standard error, so two more are required.
 PICKED = 3.0
-# Validations without a gain while drift grows, before that is worth a note.
+# Validations without a gain, while drift grows, before a note is made.
 IDLE_VALIDATIONS = 3
 
 Validation = dict[str, Any]
@@ -35,7 +34,7 @@ Validation = dict[str, Any]
 
 
 def paired(now: Sequence[float | None], before: Sequence[float | None]) -> tuple[float, float]:
-    """Mean difference over prompts and its standard error; prompts without a score in both are left out."""
+    """Return the mean difference over prompts and its standard error; prompts without both scores are left out."""
     changes = [a - b for a, b in zip(now, before, strict=True) if a is not None and b is not None]
     if len(changes) < 2:
         return 0.0, float("inf")
@@ -43,7 +42,7 @@ def paired(now: Sequence[float | None], before: Sequence[float | None]) -> tuple
 
 
 class Watch:
-    """`findings` so far, by name. The state follows from the rows alone, so a resumed run replays them."""
+    """The findings so far, by name. The state follows from the rows alone, so a resumed run replays them."""
 
     def __init__(self, known: Iterable[Finding] = ()) -> None:
         self.findings: dict[str, Finding] = {f.name: f for f in known}
@@ -55,14 +54,16 @@ class Watch:
 
     @property
     def alarms(self) -> list[Finding]:
+        """The findings that are alarms."""
         return [f for f in self.findings.values() if f.words.level == "alarm"]
 
     def row(self, row: Row) -> list[Finding]:
-        """A row of metrics.jsonl (with its "step"); returns what is new."""
+        """Take a row of metrics.jsonl (with its "step"); return the new findings."""
         self._rows.append(row)
         # A step in which no group states a preference has no loss, accuracy, margin or gaps to judge.
         if row.get("share_without_preference", 0.0) < 1.0:
             self._remember(row)
+        # Checks of losses and margins see the newest rows that have them; the other checks have their own window.
         telling = [r for r in self._rows if r.get("share_without_preference", 0.0) < 1.0][-JUDGED_ROWS:]
         measured = {name: check(telling) for name, check in CHECKS.items() if name not in self.findings}
         measured["labels_without_spread"] = no_spread(self._rows)
@@ -72,7 +73,7 @@ class Watch:
         return self._new(int(row["step"]), measured)
 
     def validation(self, row: Validation) -> list[Finding]:
-        """A row of validation.jsonl; returns what is new. The first column decides, as it does for `best`."""
+        """Take a row of validation.jsonl; return the new findings. The first column decides, as it does for `best`."""
         recent = list(self._rows)[-WINDOW:]
         drift = mean(recent, "drift") if recent and "drift" in recent[-1] else 0.0
         self._validations.append((row, drift))
@@ -87,7 +88,7 @@ class Watch:
         return self._new(int(row["step"]), measured)
 
     def replay(self, rows: Iterable[Row], validations: Iterable[Validation]) -> None:
-        """Rows and validations of a run so far; a validation of step n comes after the row of step n."""
+        """Take the rows and validations of a run so far; a validation of step n comes after the row of step n."""
         waiting = sorted(validations, key=lambda v: v["step"])
         for row in rows:
             while waiting and waiting[0]["step"] < row["step"]:
@@ -97,20 +98,23 @@ class Watch:
             self.validation(validation)
 
     def in_order(self) -> list[Finding]:
+        """Return all findings, ordered by step."""
         return sorted(self.findings.values(), key=lambda f: f.step)
 
     def _remember(self, row: Row) -> None:
         if len(self._first_losses) < WINDOW and "loss" in row:  # distillation logs losses of its own
             self._first_losses.append(loss_per_group(row))
-        if row.get("lr", 0.0) > self._highest_rate:  # still warming up: what was seen so far says little
+        if row.get("lr", 0.0) > self._highest_rate:  # still warming up: earlier accuracies mean little
             self._highest_rate = row["lr"]
             self._accuracies = Tally()
         if "accuracy" in row:
             self._accuracies.add(row["accuracy"])
 
     def _idle(self, column: str) -> str | None:
-        """Since the best of the validations before the last few, drift has doubled, and the reward has surely not risen by
-        half of what had surely been gained by then. That no later one beats the best is no sign: chance helped to pick it.
+        """Detect drift without gain since the best of the validations before the last few.
+
+        Drift has doubled, and the reward has clearly not risen by half of what had clearly been gained by then. That no
+        later validation beats the best is no evidence, since the best was partly chosen by chance.
         """
         if len(self._validations) < IDLE_VALIDATIONS + 2:
             return None
@@ -139,9 +143,9 @@ class Watch:
 def examine(
     rows: Iterable[Row], validations: Iterable[Validation] = (), known: Iterable[Finding] = ()
 ) -> list[Finding]:
-    """All findings of a run, in the order in which they came up.
+    """Return all findings of a run, in the order in which they came up.
 
-    rows: of metrics.jsonl; validations: of validation.jsonl; known: what was found before training (`examine_labels`).
+    rows: of metrics.jsonl. validations: of validation.jsonl. known: found before training (`examine_labels`).
     """
     watch = Watch(known)
     watch.replay(rows, validations)

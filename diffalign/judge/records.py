@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffalign.data.read_json import entries
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing
 from diffalign.judge.losses import HIGHEST, LEVELS, LOWEST
 
 Record = TypeVar("Record")
@@ -87,14 +88,11 @@ def rated_images(pairs: Iterable[RatedPair]) -> list[Rated]:
 
 def write_records(path: Path, rows: Iterable[dict[str, object]]) -> int:
     """Write JSON lines, under another name until they are complete; return the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     count = 0
-    with part.open("w", encoding="utf-8") as stream:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    part.replace(path)
     return count
 
 
@@ -115,7 +113,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str, Path], Record]) -> l
             f"records {path}: no such file; docs/judge.md says what a line holds, and `diffalign testbed judge-data` makes "
             "some of the embedded world"
         )
-    for place, row in entries(path):
+    for place, row in json_rows(path):
         if isinstance(row, str):
             raise DiffalignError(f"{place}: {row}")
         found.append(parse(row, place, path.parent))

@@ -1,8 +1,15 @@
-"""Objectives: pure functions of prediction errors, one file per paper. This package imports torch and nothing else."""
+"""Objectives: pure functions of prediction errors, one file per paper.
 
+They need torch and nothing else. Importing this package does not import torch: the config is built from these classes, and
+its errors must not wait for torch to load. Inside functions torch is imported where a tensor's own methods are not enough.
+"""
+
+import inspect
 from typing import Any
 
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import (
+    Charts,
     GroupErrors,
     Objective,
     ObjectiveOutput,
@@ -22,8 +29,9 @@ from diffalign.objectives.rankdpo import RankDPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.simpo import SimPO
 from diffalign.objectives.smpo import SmPO
+from diffalign.plugins import find_class
 
-OBJECTIVES: dict[str, type[Any]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DiffusionDPO,
     "sft": SFT,
     "rankdpo": RankDPO,
@@ -37,6 +45,26 @@ OBJECTIVES: dict[str, type[Any]] = {
     "ddo": DDO,
 }
 
+GROUP = "diffalign.objectives"
+"""The entry points by which other packages offer objectives."""
+
+
+def find_objective(name: str) -> type[Objective]:
+    """Return the class of an objective: ours by its name, another package's by its entry point or as `module:Class`.
+
+    Raises DiffalignError for an unknown name, and for a class that is no frozen dataclass derived from `Objective`.
+    """
+    found = find_class(name, OBJECTIVES, GROUP, Objective)
+    if not _is_frozen(found) or inspect.isabstract(found):
+        raise DiffalignError(f"{name}: an objective is a frozen dataclass with a __call__, and {found.__name__} is not")
+    return found
+
+
+def _is_frozen(kind: type[Any]) -> bool:
+    """Return whether a class is itself, and not by inheritance alone, a frozen dataclass."""
+    return "__dataclass_params__" in vars(kind) and bool(kind.__dataclass_params__.frozen)
+
+
 __all__ = [
     "DDO",
     "GDRO",
@@ -44,6 +72,7 @@ __all__ = [
     "MADPO",
     "OBJECTIVES",
     "SFT",
+    "Charts",
     "ConstrainedDPO",
     "DiffusionDPO",
     "DisCO",
@@ -55,6 +84,7 @@ __all__ = [
     "SmPO",
     "best_and_worst",
     "check_labels",
+    "find_objective",
     "has_preference",
     "ranking",
 ]

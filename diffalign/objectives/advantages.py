@@ -1,7 +1,7 @@
-"""Rewards as advantages for a few-step student (GNDMR), and what they multiply.
+"""Turn rewards into advantages for a few-step student (GNDMR), and into the factors of its loss.
 
-GNDMR's text was not available (see `distribution_matching.py`). What is certain: it joins distribution matching with
-external rewards by weights. Implemented are the forms of its open relatives: advantages standardised per prompt and
+GNDMR's text was not available (see `distribution_matching.py`); it is certain only that it joins distribution matching
+with external rewards by weights. The code follows two open methods: advantages standardised per prompt and
 reward, summed, standardised again and clipped at 5 (RTDMD, arXiv:2605.26108), which multiply the guidance term CA alone
 (the authors of DMDR, arXiv:2511.13649, name DM + A CA). An advantage never multiplies DM: where it is negative, that would
 push the student away from the teacher.
@@ -25,10 +25,10 @@ CLIP = 5.0
 def standardised(
     rewards: Tensor, baseline: Baseline = "mean", spread: Spread = "group", sample_std: bool = False
 ) -> Tensor:
-    """(r - baseline) / (std + 1e-4), [B, G]; exactly 0 in a group whose known rewards are all equal.
+    """Return (r - baseline) / (std + 1e-4), [B, G]; exactly 0 in a group whose known rewards are all equal.
 
-    leave_one_out: the baseline of an image is the mean of the *others*, which does not shrink the gradient by 1 - 1/G.
-    spread batch: one std over all images of all prompts (RTDMD); sample_std: divided by n - 1.
+    baseline leave_one_out: the mean of the *other* images, which does not shrink the gradient by 1 - 1/G.
+    spread batch: one std over all images of all prompts (RTDMD). sample_std: the std divides by n - 1.
     """
     known = torch.isfinite(rewards)
     values = torch.where(known, rewards, torch.zeros_like(rewards))
@@ -58,9 +58,9 @@ def combined(
     spread: Spread = "group",
     clip: float = CLIP,
 ) -> Tensor:
-    """A [B, G]: each reward standardised by itself, summed by weight, standardised once more where there are several, clipped.
+    """Return A [B, G]: rewards standardised one by one, summed by weight, standardised again if several, and clipped.
 
-    Summing first would leave a reward of small range without influence.
+    Summing first would leave a reward with a small range without influence.
     """
     total = torch.stack([weights[n] * standardised(values, baseline, spread) for n, values in rewards.items()]).sum(
         dim=0
@@ -69,10 +69,10 @@ def combined(
 
 
 def ca_factor(advantage: Tensor, use: Use = "factor", strength: float = 0.5) -> Tensor:
-    """What multiplies the guidance term, in the shape of `advantage`.
+    """Return the factor of the guidance term, in the shape of `advantage`.
 
-    factor: max(0, 1 + strength A), so that without a reward's word the distillation is unchanged and guidance is never
-    turned round. raw: A itself (DMDR's authors; only for a student that already works: at A = 0 no guidance is left).
+    use factor: max(0, 1 + strength A), so that without rewards the distillation is unchanged, and guidance never changes
+    its sign. raw: A itself (DMDR's authors; only for a student that already works, since A = 0 removes all guidance).
     exponential: 1 here, see `exponential_weights`.
     """
     if use == "factor":
@@ -81,11 +81,11 @@ def ca_factor(advantage: Tensor, use: Use = "factor", strength: float = 0.5) -> 
 
 
 def exponential_weights(rewards: Tensor) -> Tensor:
-    """exp(r / |r|) of [B, G], which multiplies the *whole* direction (DMDR's RT-DM, eq. 4); an unknown reward counts 0.
+    """Return exp(r / |r|), [B, G], the factor of the *whole* direction (DMDR's RT-DM, eq. 4); an unknown reward counts 0.
 
-    The norm is not defined in the paper. Here it is the prompt's, over its G images, so that a batch may be cut at will; a
-    single image would give e to every positive reward. For rewards of a small relative spread the weights hardly differ,
-    and a positive weight does not move the optimum of DM.
+    The paper does not define the norm. Here it is taken over the G images of a prompt, so that a batch may be split freely;
+    with a single image every positive reward would give e. For rewards with a small relative spread the weights hardly
+    differ, and a positive weight does not move the optimum of DM.
     """
     known = torch.isfinite(rewards)
     values = torch.where(known, rewards, torch.zeros_like(rewards))
@@ -93,16 +93,17 @@ def exponential_weights(rewards: Tensor) -> Tensor:
 
 
 def inverse_spread(stds: Mapping[str, float]) -> dict[str, float]:
-    """Weights in proportion to 1 / std, summing to 1: for rewards that are summed on their own scales."""
+    """Return weights in proportion to 1 / std that sum to 1, for rewards that are summed on their own scales."""
     inverse = {name: 1.0 / max(std, 1e-12) for name, std in stds.items()}
     return {name: value / sum(inverse.values()) for name, value in inverse.items()}
 
 
 def by_spread(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """DVAO's weights, [B, 1] each: w_k sigma_k / sum w_l sigma_l with sigma the std within the prompt.
+    """Return DVAO's weights, [B, 1] each: w_k sigma_k / sum w_l sigma_l with sigma the std within the prompt.
 
     With them the sum of standardised advantages is the centred *weighted sum of rewards* over sum w_l sigma_l: a reward
-    that does not tell a prompt's images apart has no say there. Sigma depends on the reward's scale; all 0: all 0.
+    that is equal for all images of a prompt has weight 0 there. Sigma depends on the reward's scale. If all are 0, the
+    weights are 0.
     """
     spreads = {n: weights[n] * r.std(dim=1, correction=0, keepdim=True) for n, r in rewards.items()}
     total = torch.stack(list(spreads.values())).sum(dim=0)
@@ -110,5 +111,5 @@ def by_spread(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> di
 
 
 def gradient_balance(of: Tensor, other: Tensor) -> Tensor:
-    """|g| / (|g'| + 1e-8) of each image, [N]: what makes the second gradient as large as the first (VQGAN's balance)."""
+    """Return |g| / (|g'| + 1e-8) of each image, [N], which scales the second gradient to the first (VQGAN's balance)."""
     return of.flatten(1).norm(dim=1) / (other.flatten(1).norm(dim=1) + 1e-8)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def generator_loss(drawn: Tensor) -> Tensor:
-    """softplus(-D(drawn)) = -log sigmoid(D): the student wants its images to pass for real."""
+    """Return softplus(-D(drawn)) = -log sigmoid(D), [N]: low where the critic takes the student's images for real."""
     return F.softplus(-drawn)
 
 
 def critic_loss(drawn: Tensor, real: Tensor) -> Tensor:
-    """softplus(D(drawn)) + softplus(-D(real)); 2 log 2 for a critic that cannot tell them apart."""
+    """Return softplus(D(drawn)) + softplus(-D(real)), [N]; 2 log 2 for a critic that cannot tell them apart."""
     return F.softplus(drawn) + F.softplus(-real)

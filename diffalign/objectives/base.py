@@ -1,22 +1,32 @@
-"""What an objective sees and gives back: the seam between papers and the training loop.
+"""The seam between papers and the training loop: what an objective takes, returns and states about itself.
 
 A group is K images of one prompt. Errors are mean squared errors of a prediction over the latent's elements, so every
 beta in this package belongs to the *mean* reduction.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LabelKind = Literal["vote_share", "score", "role", "none"]
 Members = Literal["all", "best_worst", "best"]
+Charts = Mapping[str, tuple[str, str]]
+"""Metric -> the title of its chart and the note below it."""
+
+BETA = "strength of the pull to the reference, as in Diffusion-DPO: for mean errors, with the factor 1/2"
+"""The meaning of a beta that several objectives share."""
 
 
 @dataclass(frozen=True)
 class GroupErrors:
-    """A batch of B groups of K images; all fields are [B, K] unless said otherwise.
+    """A batch of B groups of K images; all fields are [B, K] unless stated otherwise.
 
     policy_error: squared error of the policy's prediction, mean over the latent's elements.
     reference_error: the same for the reference; None where the objective has `needs_reference = False`.
@@ -38,15 +48,18 @@ class GroupErrors:
     time: Tensor | None = None
 
     @property
-    def advantage(self) -> Tensor:
-        """d = policy_error - reference_error, [B, K]: LOWER means that the policy likes the image more."""
+    def error_difference(self) -> Tensor:
+        """d = policy_error - reference_error, [B, K]; lower means that the policy favours the image.
+
+        Raises ValueError without a reference error.
+        """
         if self.reference_error is None:
             raise ValueError("this objective compares with a reference: reference_error is missing")
         return self.policy_error - self.reference_error
 
     @property
     def labels(self) -> Tensor:
-        """rewards, [B, K]; they must be there."""
+        """The rewards, [B, K]. Raises ValueError without them."""
         if self.rewards is None:
             raise ValueError("this objective ranks the images of a group: rewards are missing")
         return self.rewards
@@ -54,26 +67,58 @@ class GroupErrors:
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """loss: [B], one number per group; metrics: values of [B] that the trainer averages and logs."""
+    """The result of an objective. loss: [B]; metrics: values of shape [B] that the trainer averages and logs."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(Protocol):
-    """A frozen dataclass of hyperparameters with one call."""
+class Objective(ABC):
+    """Base of all objectives. A subclass is a frozen dataclass of hyperparameters with one call.
 
-    needs_reference: ClassVar[bool]
-    needs_gap: ClassVar[bool]
-    label_kind: ClassVar[LabelKind]
-    members: ClassVar[Members]
-    """Which images of a group the loss depends on; the trainer spares the forward passes of the others."""
+    The config's section is built from the fields: their types, defaults and metadata, as in
+    `field(default=2000.0, metadata={"gt": 0, "description": "..."})`. Metadata may hold `description` and the bounds `gt`,
+    `ge`, `lt`, `le`. A check of several fields stands in `__post_init__` and raises ValueError.
 
-    def __call__(self, group: GroupErrors) -> ObjectiveOutput: ...
+    title: how people call the method.
+    needs_reference: the loss takes `reference_error`, so the trainer runs the reference.
+    needs_gap: the loss takes `prediction_gap`, which needs the reference's predictions and not only its errors.
+    label_kind: what labels must be.
+    members: which images of a group the loss depends on; the trainer skips the forward passes of the others.
+    single_margin: the loss depends on one metric `margin` per group that is proportional to `beta`, so `train.auto_beta` can
+    set beta.
+    charts: titles of the metrics for the report.
+    """
+
+    title: ClassVar[str] = ""
+    needs_reference: ClassVar[bool] = True
+    needs_gap: ClassVar[bool] = False
+    label_kind: ClassVar[LabelKind] = "score"
+    members: ClassVar[Members] = "all"
+    single_margin: ClassVar[bool] = False
+    charts: ClassVar[Charts] = {}
+
+    @property
+    def unit_labels(self) -> bool:
+        """Whether the loss takes labels as values between 0 and 1; raw scores are then refused."""
+        return False
+
+    @abstractmethod
+    def __call__(self, group: GroupErrors) -> ObjectiveOutput:
+        """Return the loss and the metrics of B groups, in the dtype of the errors."""
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """Return log sigmoid(x), elementwise, without overflow."""
+    from torch.nn import functional
+
+    return functional.logsigmoid(x)
 
 
 def ranking(group: GroupErrors) -> Tensor:
-    """Indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position."""
+    """Return the indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position."""
+    import torch
+
     rewards = group.labels
     order = group.order if group.order is not None else torch.arange(rewards.shape[1]).expand_as(rewards)
     by_order = order.to(rewards.device).argsort(dim=1)
@@ -82,21 +127,21 @@ def ranking(group: GroupErrors) -> Tensor:
 
 
 def best_and_worst(group: GroupErrors) -> tuple[Tensor, Tensor]:
-    """Indices [B, 1] of the best and the worst image of each group; ties by `order`."""
+    """Return the indices [B, 1] of the best and of the worst image of each group; ties by `order`."""
     ranked = ranking(group)
     return ranked[:, :1], ranked[:, -1:]
 
 
 def has_preference(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Whether a group states a strict preference at all, [B]; a group with a NaN label or masked out does not."""
+    """Return which groups state a strict preference, [B]; a group that has a NaN label or is masked out does not."""
     spread = rewards.amax(dim=1) > rewards.amin(dim=1)
-    known = torch.isfinite(rewards).all(dim=1) & spread
+    known = rewards.isfinite().all(dim=1) & spread
     return known if mask is None else known & mask
 
 
 def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:
-    """What is wrong with labels [B, K] for an objective of this kind and what would mend it, or None."""
-    known = rewards[torch.isfinite(rewards)]
+    """Return what is wrong with labels [B, K] for an objective of this kind, with the remedy; None if they fit."""
+    known = rewards[rewards.isfinite()]
     if kind == "vote_share" and known.numel() and (known.min() < 0 or known.max() > 1):
         return (
             f"vote shares lie in [0, 1], but labels reach from {known.min():.4g} to {known.max():.4g}; set "

@@ -1,4 +1,4 @@
-"""R_dm as a number: log p_teacher(x) / p_student(x) from denoising losses, without any density.
+"""Estimate R_dm = log p_teacher(x) / p_student(x) from denoising losses, without any density.
 
     R_dm(x) = 1/2 INT dlambda E[ |e_F - e|^2 - |e_R - e|^2 ],   lambda the log signal-to-noise ratio
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def flow_weight(s: Tensor, on: Literal["epsilon", "velocity", "x0"] = "velocity") -> Tensor:
-    """|dlambda/ds| / 2 for x_s = (1 - s) x + s e, for squared errors of epsilon, of the velocity, or of x0."""
+    """Return |dlambda/ds| / 2 for x_s = (1 - s) x + s e, for squared errors of epsilon, of the velocity, or of x0."""
     if on == "epsilon":
         return 1.0 / (s * (1.0 - s))
     return (1.0 - s) / s if on == "velocity" else (1.0 - s) / s**3
 
 
 def ratio_terms(fake: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """One draw's estimate for each image, [N]: w (|f - target|^2 - |r - target|^2), summed over elements.
+    """Return one draw's estimate for each image, [N]: w (|f - target|^2 - |r - target|^2), summed over elements.
 
     weight [N]: |dlambda/dt| / 2 over the density that t was drawn with. Both predictions must be of the same noisy x.
     """
@@ -30,5 +30,5 @@ def ratio_terms(fake: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -
 
 
 def with_error(terms: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over draws and its standard error, each [N], from terms [draws, N]; the error of one draw is NaN."""
+    """Return the mean over draws and its standard error, each [N], from terms [draws, N]; the error of one draw is NaN."""
     return terms.mean(dim=0), terms.std(dim=0) / len(terms) ** 0.5 if len(terms) > 1 else terms[0] * torch.nan

@@ -1,7 +1,7 @@
-"""Distribution matching distillation as pure functions: DMD2, Decoupled DMD, and GNDM's group statistics.
+"""Pure functions of distribution matching distillation: DMD2, Decoupled DMD, and GNDM's group statistics.
 
 DMD2 (Yin et al. 2024, arXiv:2405.14867; its eqs. are those of DMD, arXiv:2311.18828, eqs. 7 and 8) moves a student's image
-x along the difference of two x0-predictions at a re-noised x: the frozen teacher's under guidance, less that of a "fake"
+x along the difference of two x0-predictions at a re-noised x: the frozen teacher's under guidance, minus that of a "fake"
 network that is trained on the student's own images. The difference is divided by mean|x - teacher's prediction|.
 
 **Which GNDM this is.** Of R_dm / GNDM / GNDMR (Fan et al. 2026, arXiv:2603.28460) only the abstract could be read, and no
@@ -10,7 +10,7 @@ statistics". What is implemented is a *reading* of that: the images of one promp
 mean|x - mu| is averaged over the group (`scale="group_mean"`), so that the group's direction stays proportional to the
 gradient of the divergence. Other readings are options: re-noisings of one image as the group (`axis="renoise"`), no scale
 at all, a scalar advantage (`density_ratio.py`). The group's mean *direction* is never subtracted: that would stop the mean
-image of a prompt from moving at all (`tests/test_distribution_matching.py` shows it on a toy).
+image of a prompt from moving at all (`tests/objectives/test_distribution_matching.py` shows it on a toy).
 
 Shapes: x and predictions [N, ...], N = groups x members, a group's members side by side. mu are x0-predictions; all
 directions point *up* the teacher's likelihood (DMD2's `grad` is their negative).
@@ -31,7 +31,7 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """u + w (c - u), classifier-free guidance as Ho & Salimans (2022) and DMD2 write it; w = 1 is no guidance.
+    """Return u + w (c - u), classifier-free guidance as Ho & Salimans (2022) and DMD2 write it; w = 1 is no guidance.
 
     Other code writes c + w (c - u), whose w is smaller by 1.
     """
@@ -39,26 +39,26 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def split_direction(conditional: Tensor, unconditional: Tensor, fake: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """DM = c - f and CA = (w - 1)(c - u): their sum is `guided(c, u, w) - f` (Decoupled DMD, arXiv:2511.22677).
+    """Return DM = c - f and CA = (w - 1)(c - u); their sum is `guided(c, u, w) - f` (Decoupled DMD, arXiv:2511.22677).
 
-    DM matches the distributions and is 0 where they agree; CA, the guidance's augmentation, is what makes few steps work.
+    DM matches the distributions and is 0 where they agree. CA, the guidance's augmentation, makes few steps work.
     """
     return conditional - fake, (scale - 1.0) * (conditional - unconditional)
 
 
 def mean_size(x: Tensor, prediction: Tensor) -> Tensor:
-    """mean|x - mu| over everything but the batch, [N]: DMD's normaliser, of the *guided* prediction and the un-noised x."""
+    """Return mean|x - mu| over all but the batch, [N]: DMD's normaliser, for the *guided* prediction and the clean x."""
     return (x - prediction).abs().flatten(1).mean(dim=1)
 
 
 def normalised(
     direction: Tensor, size: Tensor, group: int = 1, axis: Axis = "none", scale: Scale = "per_sample"
 ) -> Tensor:
-    """The direction [N, ...] over its size [N], by group; 0 where both are 0.
+    """Return the direction [N, ...] over its size [N], by group; 0 where both are 0.
 
-    axis none: DMD2, each image by itself. prompt: `group` images of a prompt. renoise: `group` re-noisings of one image,
-    whose directions are averaged: [N / group, ...] comes back. scale group_mean: the size is the group's mean;
-    per_sample: each its own; none: not scaled. A group of 1 is DMD2 bit for bit. Raises ValueError for N not made of groups.
+    axis none: DMD2, each image alone. prompt: `group` images of a prompt. renoise: `group` re-noisings of one image,
+    whose directions are averaged into [N / group, ...]. scale group_mean: the size is the group's mean; per_sample: each
+    image's; none: not scaled. A group of 1 is DMD2 bit for bit. Raises ValueError if N is no multiple of `group`.
     """
     if len(direction) % group or (axis == "none" and group != 1):
         raise ValueError(f"{len(direction)} images are not whole groups of {group} on axis {axis}")
@@ -75,5 +75,5 @@ def normalised(
 
 
 def matching_loss(x: Tensor, step: Tensor) -> Tensor:
-    """0.5 mean (x - sg[x + g])^2, [N]: its gradient is -g / elements, through x alone (DMD eq. 7 as DMD2's code has it)."""
+    """Return 0.5 mean (x - sg[x + g])^2, [N], whose gradient to x is -g / elements (DMD eq. 7 as in DMD2's code)."""
     return 0.5 * (x - (x + step).detach()).square().flatten(1).mean(dim=1)

@@ -1,12 +1,35 @@
 """Diffusion-DPO (Wallace et al., arXiv 2311.12908), in the convention of the authors' code."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
+from diffalign.objectives.base import (
+    Charts,
+    GroupErrors,
+    LabelKind,
+    Members,
+    Objective,
+    ObjectiveOutput,
+    best_and_worst,
+    logsigmoid,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARGIN_CHARTS: Charts = {
+    "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
+    "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
+    "winner_gap": ("Winner's error against the reference", "should stay near 0 or fall"),
+    "loser_gap": ("Loser's error against the reference", "may rise, but should not run away from the winner's"),
+}
+PAIR_CHARTS: Charts = {
+    **MARGIN_CHARTS,
+    "gradient_factor": ("Gradient factor", "sigmoid(-margin): near 0 nothing is learnt any more"),
+}
+"""The metrics of `pair_loss`."""
 
 
 def pair_loss(
@@ -16,11 +39,11 @@ def pair_loss(
     margin_clamp: float | None = None,
     anchor: float = 0.0,
 ) -> ObjectiveOutput:
-    """-log sigmoid(-strength (d_w - d_l)) of the best and the worst image; `strength` is a number or [B].
+    """Return -log sigmoid(-strength (d_w - d_l)) of the best and the worst image; `strength` is a number or [B].
 
-    The other three are those of `DiffusionDPO`.
+    `loser_weight`, `margin_clamp` and `anchor` are those of `DiffusionDPO`.
     """
-    d = group.advantage
+    d = group.error_difference
     best, worst = best_and_worst(group)
     d_w, d_l = d.gather(1, best).squeeze(1), d.gather(1, worst).squeeze(1)
     margin = -strength * (d_w - loser_weight * d_l)
@@ -38,31 +61,52 @@ def pair_loss(
 
 
 @dataclass(frozen=True)
-class DiffusionDPO:
+class DiffusionDPO(Objective):
     """-log sigmoid(-beta / 2 (d_w - d_l)), with d = policy error - reference error.
 
     w and l are the best and the worst image of the group. The paper's equation 14 has beta T omega in front and sums the
-    squared error; the authors' code has beta / 2 and the mean over the latent's elements, which is what is meant here
-    and what the published betas (2000 for SD1.5, 5000 for SDXL) belong to. With the mean, a fixed beta means a weaker
-    tie to the reference per latent element at a higher resolution. For flow models errors are those of the velocity
-    with a constant beta, as Flow-DPO (arXiv 2501.13918) recommends over beta (1 - t)^2.
+    squared error; the authors' code has beta / 2 and the mean over the latent's elements, as here. The published betas (2000
+    for SD1.5, 5000 for SDXL) belong to that form. With the mean, a fixed beta means a weaker tie to the reference per latent
+    element at a higher resolution. For flow models the errors are those of the velocity, with a constant beta, as Flow-DPO
+    (arXiv 2501.13918) recommends over beta (1 - t)^2.
 
     At policy = reference the loss is log 2 and its gradient is not zero.
 
-    Three remedies for runs that unlearn both images, none of them in the paper and off by default: `loser_weight` < 1
-    multiplies d_l, so that the loser cannot carry the margin alone; `margin_clamp` ends the pull where a margin has
-    reached it; `anchor` adds that many times the policy's error on the winner (as GDRO's stabiliser does).
+    Three remedies for runs that unlearn both images, none of them in the paper and all off by default: `loser_weight` < 1
+    multiplies d_l, so that the loser cannot carry the margin alone; `margin_clamp` stops the pull at this margin; `anchor`
+    adds the policy's error on the winner with this weight (as GDRO's stabiliser does).
     """
 
-    beta: float = 2000.0
-    loser_weight: float = 1.0
-    margin_clamp: float | None = None
-    anchor: float = 0.0
+    beta: float = field(
+        default=2000.0,
+        metadata={
+            "gt": 0,
+            "description": "strength of the pull to the reference; belongs to errors that are a mean over the latent's "
+            "elements, with the factor 1/2 of the paper's code. Larger stays nearer to the reference",
+        },
+    )
+    loser_weight: float = field(
+        default=1.0,
+        metadata={
+            "ge": 0,
+            "le": 1,
+            "description": "below 1 the loser's error counts less, so it cannot carry the margin alone",
+        },
+    )
+    margin_clamp: float | None = field(
+        default=None, metadata={"gt": 0, "description": "a margin above this pulls no further; null: no bound"}
+    )
+    anchor: float = field(
+        default=0.0, metadata={"ge": 0, "description": "weight of the policy's error on the winner; 0: none"}
+    )
 
+    title: ClassVar[str] = "Diffusion-DPO"
     needs_reference: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
     label_kind: ClassVar[LabelKind] = "score"
     members: ClassVar[Members] = "best_worst"
+    single_margin: ClassVar[bool] = True
+    charts: ClassVar[Charts] = PAIR_CHARTS
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         return pair_loss(group, 0.5 * self.beta, self.loser_weight, self.margin_clamp, self.anchor)

@@ -1,8 +1,8 @@
-"""A few-step sampler as a policy: log-probabilities of its stochastic transitions, and the clipped objective of PPO.
+"""Log-probabilities of a few-step sampler's stochastic transitions, and the clipped objective of PPO on them.
 
-A transition draws a = mean + rho z. The last one of a sampler has rho = 0: no density, so PPO says nothing about it.
+A transition draws a = mean + rho z. The last one of a sampler has rho = 0 and no density, so PPO cannot use it.
 Log-probabilities are *means* over elements: summed over 65,536 of them, a change of 0.01 in the mean already gives ratios
-that no clip can tame. Clips are then of the order of 1e-5 (RTDMD, arXiv:2605.26108). Compute in float32: bfloat16's noise
+far beyond any clip. Clips are then of the order of 1e-5 (RTDMD, arXiv:2605.26108). Compute in float32: bfloat16's noise
 is larger than that.
 """
 
@@ -15,9 +15,9 @@ Reduction = Literal["mean", "sum", "simple"]
 
 
 def log_probability(action: Tensor, mean: Tensor, rho: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """log N(action; mean, rho^2) without its constant, [N]: over elements by mean or sum; rho [N] > 0.
+    """Return log N(action; mean, rho^2) without its constant, [N], reduced over elements by mean or sum; rho [N] > 0.
 
-    simple: -mean|a - mean|^2, without 1 / (2 rho^2), as RTDMD's code has it for CPS; that is no likelihood.
+    simple: -mean|a - mean|^2, without 1 / (2 rho^2), as in RTDMD's code for CPS; that is no likelihood.
     """
     squares = (action - mean).square().flatten(1)
     if reduction == "simple":
@@ -27,7 +27,7 @@ def log_probability(action: Tensor, mean: Tensor, rho: Tensor, reduction: Reduct
 
 
 def ppo_loss(new: Tensor, old: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) and the ratio r = exp(new - old), each [N] (Schulman et al. 2017, eq. 7)."""
+    """Return -min(r A, clip(r, 1 - low, 1 + high) A) and r = exp(new - old), each [N] (Schulman et al. 2017, eq. 7)."""
     ratio = (new - old.detach()).exp()
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio

@@ -1,21 +1,26 @@
 """GDRO (Wang et al., arXiv 2601.02036): listwise cross-entropy between the implicit reward and the explicit one."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, ranking
+from diffalign.objectives.base import Charts, GroupErrors, LabelKind, Members, Objective, ObjectiveOutput, ranking
+from diffalign.objectives.dpo import MARGIN_CHARTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
-    """Sum over places of a cross-entropy, [B]; both inputs [B, K] stand from best to worst (equation 7).
+    """Return the sum over places of a cross-entropy, [B]; both inputs [B, K] are sorted from best to worst (equation 7).
 
-    At place i, with the better ones gone: log sum_{m >= i} exp(s_m) - sum_{j >= i} q_i(j) s_j, where q_i is the softmax
+    At place i, without the better images: log sum_{m >= i} exp(s_m) - sum_{j >= i} q_i(j) s_j, where q_i is the softmax
     of the remaining r / tau. tau = 0 puts all of q_i on image i, which is the Plackett-Luce likelihood (equation 12).
-    The last place is decided by the others and has no term.
+    The last place follows from the others and has no term.
     """
+    import torch
+
     k = implicit.shape[1]
     gone = torch.ones(k, k, dtype=torch.bool, device=implicit.device).tril(-1)  # [place, image]
     remaining = implicit[:, None, :].expand(-1, k, -1).masked_fill(gone, float("-inf"))
@@ -28,34 +33,57 @@ def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GDRO:
+class GDRO(Objective):
     """The listwise loss of s = -beta d, plus gamma times the policy's error on the best image.
 
-    Rewards enter the target as they are, without a group's mean or deviation taken off, so tau belongs to their scale:
+    Rewards enter the target as they are, neither centred nor scaled by group, so tau belongs to their scale:
     0.05 is the paper's for rewards in [0, 1]. beta is T times the KL's, as in the paper; whether it sums or averages
-    the squared error is not stated there. Here it is a mean, for d and for the last term alike, and `implicit_spread`
-    is what to set beta by: about 0.3 to 3, below which the softmax stays flat and above which it saturates.
+    the squared error is not stated there. Here it is a mean, for d and for the last term alike. Set beta by the metric
+    `implicit_spread`: about 0.3 to 3. Below, the softmax stays flat; above, it saturates.
 
-    Images of equal reward leave the list in the order that `order` says, anew in every step: the loss depends on it, and
+    Images of equal reward leave the list in the order of `order`, drawn again in every step: the loss depends on it, and
     a fixed order would push equal images apart. The loss grows with the number of places; compare settings at one k.
 
-    At policy = reference s is 0 and the gradient is not: the best image is pulled by less than the worst is pushed,
-    which is what the gamma term holds against. A group whose rewards are all equal still has a loss, which evens out
+    At policy = reference s is 0 and the gradient is not: the pull on the best image is weaker than the push on the worst,
+    and the gamma term balances that. A group whose rewards are all equal still has a loss, which evens out
     its s; the trainer gives such groups no weight.
     """
 
-    beta: float = 12.0
-    tau: float = 0.05
-    gamma: float = 0.5
+    beta: float = field(
+        default=12.0,
+        metadata={
+            "gt": 0,
+            "description": "scale of the implicit reward, for mean errors; set it so that implicit_spread in the metrics "
+            "reaches about 0.3 to 3",
+        },
+    )
+    tau: float = field(
+        default=0.05,
+        metadata={
+            "ge": 0,
+            "description": "temperature of the explicit rewards, in their unit; 0: ranks only (Plackett-Luce)",
+        },
+    )
+    gamma: float = field(
+        default=0.5, metadata={"ge": 0, "description": "weight of the policy's error on the best image of the group"}
+    )
 
+    title: ClassVar[str] = "GDRO"
     needs_reference: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
     label_kind: ClassVar[LabelKind] = "score"
     members: ClassVar[Members] = "all"
+    charts: ClassVar[Charts] = {
+        **MARGIN_CHARTS,
+        "listwise": ("Listwise loss", "cross-entropy of implicit and explicit reward, summed over places"),
+        "implicit_spread": ("Spread of the implicit reward", "deviation of beta d within a group; for GDRO 0.3 to 3"),
+        "reward_spread": ("Spread of the labels", "deviation within a group"),
+        "winner_error": ("Winner's error", "mean squared"),
+    }
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         ranked = ranking(group)
-        d = group.advantage.gather(1, ranked)
+        d = group.error_difference.gather(1, ranked)
         implicit, rewards = -self.beta * d, group.labels.gather(1, ranked)
         listwise = listwise_loss(implicit, rewards, self.tau)
         best = group.policy_error.gather(1, ranked[:, :1]).squeeze(1)

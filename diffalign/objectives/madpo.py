@@ -1,19 +1,31 @@
 """MADPO (Rho, arXiv 2510.05342): Diffusion-DPO, each pair weighted by how far apart a reward puts its two images."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
-from diffalign.objectives.dpo import pair_loss
+from diffalign.objectives.base import (
+    BETA,
+    Charts,
+    GroupErrors,
+    LabelKind,
+    Members,
+    Objective,
+    ObjectiveOutput,
+    best_and_worst,
+)
+from diffalign.objectives.dpo import PAIR_CHARTS, pair_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class MADPO:
+class MADPO(Objective):
     """w(h) (-log sigmoid(-beta / 2 (d_w - d_l))), h = (r_w - r_l) / reward_scale the reward's own margin.
 
-    The paper's loss is a fixed weight of h times DPO's, such that the margin that the policy is led to is larger than
+    The paper's loss is a fixed weight of h times DPO's, chosen so that the policy's optimal margin is larger than
     the reward's for hard pairs (h near 0) and smaller for easy ones. Its exact weight could not be confirmed; this one
     follows from that statement. Where image i beats j with probability sigmoid(h), weighted DPO is minimal at the margin
     h + log(w(h) / w(-h)), which for
@@ -24,23 +36,37 @@ class MADPO:
     Diffusion-DPO. reward_scale brings scores to log-odds: the difference of scores at which the better image would win
     about 73 of 100 comparisons.
 
-    Here the score also names the winner, so h >= 0 and no pair is met the other way round. Then w only shares out the
+    Here the score also decides the winner, so h >= 0 and no pair occurs in the other order. Then w only distributes the
     gradient: it lies in (1/2, 2), is 1 for h = 0, above 1 for close pairs and below 1 for clear ones. SmPO, which puts
-    h inside the log-sigmoid, does the opposite with close pairs: they get almost nothing.
+    h inside the log-sigmoid, does the opposite with close pairs: they get almost no gradient.
     """
 
-    beta: float = 2000.0
-    hard: float = 4.0
-    easy: float = 0.5
-    reward_scale: float = 1.0
+    beta: float = field(default=2000.0, metadata={"gt": 0, "description": BETA})
+    hard: float = field(
+        default=4.0,
+        metadata={"gt": 0, "description": "the optimal margin, in units of the reward's, where scores are close"},
+    )
+    easy: float = field(default=0.5, metadata={"gt": 0, "description": "the same where scores are far apart"})
+    reward_scale: float = field(
+        default=1.0,
+        metadata={
+            "gt": 0,
+            "description": "difference of scores at which the better image would win about 73 of 100 comparisons",
+        },
+    )
 
+    title: ClassVar[str] = "MADPO, margin-adaptive"
     needs_reference: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
     label_kind: ClassVar[LabelKind] = "score"
     members: ClassVar[Members] = "best_worst"
+    charts: ClassVar[Charts] = {
+        **PAIR_CHARTS,
+        "pair_weight": ("Weight of a pair", "above 1 for close scores, below for clear ones"),
+    }
 
     def weight(self, h: Tensor) -> Tensor:
-        """w(h), elementwise."""
+        """Return w(h), elementwise."""
         factor = self.easy + (self.hard - self.easy) * (-h.abs()).exp()
         return (factor * h).sigmoid() / h.sigmoid()
 

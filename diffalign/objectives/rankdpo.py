@@ -1,32 +1,46 @@
 """RankDPO (Karthik et al., arXiv 2410.18013): every preferred pair of a ranked group, weighted as in LambdaLoss."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from diffalign.objectives.base import (
+    Charts,
+    GroupErrors,
+    LabelKind,
+    Members,
+    Objective,
+    ObjectiveOutput,
+    best_and_worst,
+    logsigmoid,
+    ranking,
+)
+from diffalign.objectives.dpo import MARGIN_CHARTS
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst, ranking
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RankedBy = Literal["labels", "model"]
 PairWeight = Literal["delta", "gain", "none"]
 
 
 def inverse_discounts(group: GroupErrors, ranked_by: RankedBy = "labels") -> Tensor:
-    """1 / ln(1 + rank) of every image, [B, K]; rank 1 is the best.
+    """Return 1 / ln(1 + rank) of every image, [B, K]; rank 1 is the best.
 
-    By labels, images of equal label share the mean of the ranks' values that they occupy. A preferred pair is never
+    By labels, images of equal label get the mean over the ranks that they share. A preferred pair is never
     tied, so its weight is linear in these values, and the mean is the exact expectation over random orders of the ties.
     By the model, the ranks are those of the policy's own errors, lowest first (LiPO-lambda, arXiv 2402.01878). There,
-    ties are broken by `order` instead: before the first update all images are tied, and shared ranks would make every
-    weight, and with it the gradient, 0 for ever.
+    ties are broken by `order` instead: before the first update all images are tied, and shared ranks would keep every
+    weight, and with it the gradient, at 0.
     """
+    import torch
+
     labels = group.labels
     by_rank = 1.0 / torch.arange(2, labels.shape[1] + 2, dtype=labels.dtype, device=labels.device).log()
     if ranked_by == "model":
-        group = GroupErrors(group.policy_error, rewards=-group.advantage.detach(), order=group.order)
+        group = GroupErrors(group.policy_error, rewards=-group.error_difference.detach(), order=group.order)
     places = ranking(group).argsort(dim=1)  # place of every image, 0 is the best
     values = by_rank[places]
     if ranked_by == "model":
@@ -36,7 +50,7 @@ def inverse_discounts(group: GroupErrors, ranked_by: RankedBy = "labels") -> Ten
 
 
 def pair_weights(group: GroupErrors, kind: PairWeight = "delta", ranked_by: RankedBy = "labels") -> Tensor:
-    """[B, K, K]: the weight of "image i is better than image j"; 0 unless label i is strictly the higher one.
+    """Return the weights of "image i is better than image j", [B, K, K]; 0 unless label i is strictly higher.
 
     `delta`: |G_i - G_j| |1/D_i - 1/D_j| with gain G = 2^label - 1 and discount D = ln(1 + rank) (equation 6). `gain`:
     the first factor alone. `none`: 1, which is Diffusion-DPO on all pairs.
@@ -45,7 +59,7 @@ def pair_weights(group: GroupErrors, kind: PairWeight = "delta", ranked_by: Rank
     better = (labels[:, :, None] > labels[:, None, :]).to(group.policy_error.dtype)
     if kind == "none":
         return better
-    gain = torch.exp2(labels) - 1
+    gain = labels.exp2() - 1
     weights = better * (gain[:, :, None] - gain[:, None, :]).abs()
     if kind == "gain":
         return weights
@@ -54,32 +68,56 @@ def pair_weights(group: GroupErrors, kind: PairWeight = "delta", ranked_by: Rank
 
 
 @dataclass(frozen=True)
-class RankDPO:
+class RankDPO(Objective):
     """Sum over pairs with i better than j of weight_ij (-log sigmoid(-beta (d_i - d_j))), equation 7.
 
     Labels are vote shares phi in [0, 1]; the rank behind the weights is that of phi, so they are constants of the data.
-    Pairs are summed, not averaged, and not divided by the weights' sum: a prompt on which the votes disagree is meant
-    to count less. There is no 1/2 before beta, so beta here does what 2 beta does in Diffusion-DPO, and the default is
+    Pairs are summed, not averaged, and not divided by the weights' sum: a prompt on which the votes disagree should
+    count less. There is no 1/2 before beta, so beta here equals 2 beta in Diffusion-DPO, and the default is
     Diffusion-DPO's 5000 for SDXL. The paper names no beta; it writes summed squared errors, here they are means.
 
-    All images of a group share the time, as in the paper; whether they share the noise and which logarithm is meant it
-    leaves open (another base only scales the loss). `ranked_by="model"` takes LiPO's ranks, those of the policy itself:
-    the paper's prose speaks of them, its algorithm does not. `pair_weight` gives the rows of the paper's Table 5.
+    All images of a group share the time, as in the paper. The paper leaves open whether they share the noise, and which
+    logarithm is meant (another base only scales the loss). `ranked_by="model"` takes LiPO's ranks, those of the policy
+    itself: the paper's text mentions them, its algorithm does not. `pair_weight` gives the rows of the paper's Table 5.
 
     At policy = reference the loss is log 2 times the sum of the weights, and its gradient is not zero.
     """
 
-    beta: float = 2500.0
-    pair_weight: PairWeight = "delta"
-    ranked_by: RankedBy = "labels"
+    beta: float = field(
+        default=2500.0,
+        metadata={
+            "gt": 0,
+            "description": "strength of the pull to the reference, for mean errors and without the factor 1/2: half of "
+            "Diffusion-DPO's beta",
+        },
+    )
+    pair_weight: PairWeight = field(
+        default="delta",
+        metadata={
+            "description": "delta: gain times discount, as the paper; gain: without discount; none: all pairs alike"
+        },
+    )
+    ranked_by: RankedBy = field(
+        default="labels",
+        metadata={"description": "whose ranks the discount takes; model: the policy's own, as LiPO has it"},
+    )
 
+    title: ClassVar[str] = "RankDPO; labels are vote shares in [0, 1]"
     needs_reference: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
     label_kind: ClassVar[LabelKind] = "vote_share"
     members: ClassVar[Members] = "all"
+    charts: ClassVar[Charts] = {
+        **MARGIN_CHARTS,
+        "loss_at_reference": (
+            "Loss at the reference",
+            "log 2 times the pairs' weights; the loss below it is what is learnt",
+        ),
+        "implicit_spread": ("Spread of the implicit reward", "deviation of beta d within a group"),
+    }
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
-        d = group.advantage
+        d = group.error_difference
         weights = pair_weights(group, self.pair_weight, self.ranked_by)
         margins = -self.beta * (d[:, :, None] - d[:, None, :])
         loss = (weights * -logsigmoid(margins)).sum(dim=(1, 2))

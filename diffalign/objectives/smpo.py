@@ -1,16 +1,28 @@
 """SmPO-Diffusion (Lu et al., arXiv 2506.02698): Diffusion-DPO whose strength follows how sure the preference is."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.objectives.base import GroupErrors, LabelKind, Members, ObjectiveOutput, best_and_worst
-from diffalign.objectives.dpo import pair_loss
+from diffalign.objectives.base import (
+    BETA,
+    Charts,
+    GroupErrors,
+    LabelKind,
+    Members,
+    Objective,
+    ObjectiveOutput,
+    best_and_worst,
+)
+from diffalign.objectives.dpo import PAIR_CHARTS, pair_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SmPO:
+class SmPO(Objective):
     """-log sigmoid(-beta / 2 gamma (2p - 1) (d_w - d_l)) of the best and the worst image of the group.
 
     p = sigmoid(r_w - r_l) with r = (score - reward_min) / (reward_max - reward_min), the whole dataset's bounds. It is
@@ -19,23 +31,42 @@ class SmPO:
 
     The factor stands inside the log-sigmoid: it is no label smoothing and no weight. Between equal scores it is 0, the
     loss log 2 and its gradient 0. It lies in [0, gamma tanh(1/2)], 4.62 for gamma = 10, and pairs whose scores differ
-    by little get far less than Diffusion-DPO's strength. The score alone decides who wins, as in the authors' code.
+    by little get far less than Diffusion-DPO's strength. The score alone decides the winner, as in the authors' code.
 
-    Bounds of 0 and 1 leave labels as they are: `labels.transform: minmax` has then scaled them, once for all runs.
+    Bounds of 0 and 1 leave labels as they are; use them where `labels.transform: minmax` has scaled the labels.
+    Raises ValueError unless reward_max is above reward_min.
     """
 
-    beta: float = 2000.0
-    gamma: float = 10.0
-    reward_min: float = 0.0
-    reward_max: float = 1.0
+    beta: float = field(default=2000.0, metadata={"gt": 0, "description": BETA})
+    gamma: float = field(
+        default=10.0, metadata={"gt": 0, "description": "how much the difference of the scores matters"}
+    )
+    reward_min: float = field(
+        default=0.0,
+        metadata={
+            "description": "score that counts as 0; leave 0 and 1 where labels.transform=minmax has scaled the labels"
+        },
+    )
+    reward_max: float = field(default=1.0, metadata={"description": "score that counts as 1"})
 
+    title: ClassVar[str] = "SmPO-Diffusion"
     needs_reference: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
     label_kind: ClassVar[LabelKind] = "score"
     members: ClassVar[Members] = "best_worst"
+    single_margin: ClassVar[bool] = True
+    charts: ClassVar[Charts] = {**PAIR_CHARTS, "smoothing": ("Smoothing", "gamma (2p - 1): 1 is Diffusion-DPO")}
+
+    def __post_init__(self) -> None:
+        if self.reward_max <= self.reward_min:
+            raise ValueError(f"reward_max should be above reward_min={self.reward_min:g}, not {self.reward_max:g}")
+
+    @property
+    def unit_labels(self) -> bool:
+        return (self.reward_min, self.reward_max) == (0.0, 1.0)
 
     def smoothing(self, group: GroupErrors) -> Tensor:
-        """gamma (2p - 1), [B]."""
+        """Return gamma (2p - 1), [B]."""
         best, worst = best_and_worst(group)
         scaled = (group.labels - self.reward_min) / (self.reward_max - self.reward_min)
         p = (scaled.gather(1, best) - scaled.gather(1, worst)).squeeze(1).sigmoid()

@@ -1,1 +1,1 @@
-"""Reports: one self-contained HTML file a run."""
+"""Reports: one self-contained HTML file a run, contact sheets, and model cards."""

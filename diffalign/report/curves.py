@@ -1,33 +1,28 @@
 """Line charts: the series that the page draws, and the same as static SVG for where scripts do not run."""
 
 import math
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+
+from diffalign.errors import DiffalignError
+from diffalign.objectives import OBJECTIVES, Charts, Objective, find_objective
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 190, 52, 26, 10
 POINTS = 1500
 """A longer series is averaged into so many points: a screen shows no more."""
 
-# What is worth a chart, its title, and the words under it.
-CHARTS: dict[str, tuple[str, str]] = {
+# Title and note of every metric that gets a chart, in the order of the page. Objectives state the titles of their own metrics,
+# which stand between the two tables.
+FIRST: dict[str, tuple[str, str]] = {
     "validation": ("Validation reward", "mean over prompts that are not trained on; step 0 is the untrained model"),
     "loss": (
         "Loss",
         "of a pair in dpo, log 2 = 0.693 is no preference learnt (times the share of groups that state one); of a reward's "
         "gradient, minus the weighted rewards, plus the drift's penalty",
     ),
-    "margin": ("Margin", "inside of the log-sigmoid; above 0 the policy prefers the winner"),
-    "accuracy": ("Implicit accuracy", "share of groups with a margin above 0"),
-    "winner_gap": ("Winner's error against the reference", "should stay near 0 or fall"),
-    "loser_gap": ("Loser's error against the reference", "may rise, but should not run away from the winner's"),
-    "gradient_factor": ("Gradient factor", "sigmoid(-margin): near 0 nothing is learnt any more"),
-    "loss_at_reference": (
-        "Loss at the reference",
-        "log 2 times the pairs' weights; the loss below it is what is learnt",
-    ),
-    "listwise": ("Listwise loss", "cross-entropy of implicit and explicit reward, summed over places"),
-    "implicit_spread": ("Spread of the implicit reward", "deviation of beta d within a group; for GDRO 0.3 to 3"),
-    "reward_spread": ("Spread of the labels", "deviation within a group"),
-    "smoothing": ("Smoothing", "gamma (2p - 1): 1 is Diffusion-DPO"),
+}
+LAST: dict[str, tuple[str, str]] = {
     "student_loss": ("Student's loss", "half the squared step; its size says little, its jumps do"),
     "fake_loss": ("Fake network's error", "mean squared, on the student's images"),
     "reward": ("Reward in training", "mean over the images that are judged; of several rewards, by their weights"),
@@ -36,23 +31,29 @@ CHARTS: dict[str, tuple[str, str]] = {
     "r_dm": ("R_dm", "log p_teacher / p_student of the student's images from one draw, nats; 0 where both agree"),
     "dm": ("Matching term", "mean size of teacher less fake; 0 where they agree"),
     "ca": ("Guidance term", "mean size of what guidance adds"),
-    "to_target": ("Way to the target", "1/2 minus the margin: IPO ends at 0"),
-    "error_order": ("Winner's error is the lower", "share of groups; it need not start at a half"),
-    "loser_error": ("Loser's error", "mean squared; without a reference nothing else holds it"),
-    "pair_weight": ("Weight of a pair", "above 1 for close scores, below for clear ones"),
-    "violated": ("Constraint violated", "share of groups whose winner's error is above the reference's"),
-    "discrimination": ("Discrimination", "good images against the bad ones, in units of beta d"),
-    "outside_trust": ("Outside the trust region", "share of groups"),
-    "real_term": ("Real images", "log 2 at the reference"),
-    "generated_term": ("Generated images", "log 2 at the reference, before alpha"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "drift": ("Drift", "mean squared difference of policy and reference predictions"),
     "policy_error": ("Policy's error", "mean squared, on the images that are used"),
-    "winner_error": ("Winner's error", "mean squared"),
     "beta": ("Beta", "as train.auto_beta sets it"),
     "lr": ("Learning rate", ""),
     "share_without_preference": ("Groups without preference", "their weight is 0"),
 }
+
+
+def titles(objectives: Iterable[str]) -> Charts:
+    """Return title and note of every metric that gets a chart, from the names of the runs' objectives.
+
+    Where two objectives share a metric, the first one named decides; ours follow after those named.
+    """
+    named: list[type[Objective]] = []
+    for name in objectives:
+        # The package of a run's objective may be gone by now: its own metrics then have no chart.
+        with suppress(DiffalignError):
+            named.append(find_objective(name))
+    found = dict(FIRST)
+    for kind in (*named, *OBJECTIVES.values()):
+        found |= {metric: text for metric, text in kind.charts.items() if metric not in found and metric not in LAST}
+    return found | LAST
 
 
 @dataclass(frozen=True)

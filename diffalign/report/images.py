@@ -1,7 +1,5 @@
-"""Pictures in a report: small, inside the file, the largest changes first."""
+"""Prepare a report's images: small, inside the file, largest changes first."""
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.report.runs import Run, read_lines
+from diffalign.files import read_json_lines
+from diffalign.report.page import data_uri, encoded
+from diffalign.report.runs import Run
 
-# (side in pixels, JPEG quality), tried in turn until a picture fits: 2,000 of them stay below 60 MB in base64.
+# (side in pixels, JPEG quality), tried in turn until an image fits: 2,000 images stay below 60 MB in base64.
 SIZES = ((256, 82), (256, 65), (192, 60), (128, 50), (96, 40))
 BYTES = 20_000
 STRIP_STEPS = 12
@@ -19,7 +19,7 @@ STRIP_STEPS = 12
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trained model in an evaluation: whose it is, where its images lie, its comparisons by score and kind."""
+    """A trained model in an evaluation: its label, where its images lie, its comparisons by score and kind."""
 
     label: str
     folder: Path
@@ -27,40 +27,35 @@ class Candidate:
     model: str
 
 
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def data_uri(image: Image.Image, wide: bool = False) -> str:
-    """At most 256 px (a strip of pictures: 1024 px wide) and 20 kB (a strip: 80 kB); small ones stay lossless."""
+def picture_uri(image: Image.Image, wide: bool = False) -> str:
+    """Return an image as a data URI of at most 256 px and 20 kB (a strip: 1024 px and 80 kB); small ones stay lossless."""
     scale = 4 if wide else 1
     if max(image.size) <= SIZES[0][0] * scale:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG", optimize=True)
-        if len(buffer.getvalue()) <= BYTES * scale:
-            return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        data = encoded(image, "PNG", optimize=True)
+        if len(data) <= BYTES * scale:
+            return data_uri(data, "png")
     for side, quality in SIZES:
         small = image.copy()
         small.thumbnail((side * scale, side * scale))
-        data = _jpeg(small, quality)
+        data = encoded(small, "JPEG", quality=quality)
         if len(data) <= BYTES * scale:
             break
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return data_uri(data, "jpeg")
 
 
 def thumbnail(path: Path, wide: bool = False) -> str | None:
-    """A picture as a data URI; None where the file is gone."""
+    """Return an image file as a data URI; None if it does not exist."""
     if not path.is_file():
         return None
     with Image.open(path) as opened:
-        return data_uri(opened.convert("RGB"), wide)
+        return picture_uri(opened.convert("RGB"), wide)
 
 
 def candidates(run: Run, name: str) -> list[Candidate]:
-    """What a run's evaluation compared with the base: `tuned` first, then further weights. `name` tells runs apart; it is
-    empty where there is only one."""
+    """Return what a run's evaluation compared with the base: `tuned` first, then further weights.
+
+    name: tells runs apart; empty if there is only one.
+    """
     if run.result is None:
         return []
     images = {model: Path(folder) for model, folder in run.result["images"].items()}
@@ -78,7 +73,7 @@ def candidates(run: Run, name: str) -> list[Candidate]:
 
 
 def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]]]:
-    """Candidates that drew the same prompts at the same seeds, so that their pictures can stand side by side."""
+    """Group the candidates that drew the same prompts at the same seeds, so that their images can stand side by side."""
     found: dict[str, list[tuple[Candidate, Run]]] = {}
     for run, name in zip(runs, names, strict=True):
         if run.result is not None:
@@ -88,16 +83,19 @@ def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]
 
 
 def _scores(run: Run, column: str) -> dict[tuple[int, int], dict[str, Any]]:
-    """(prompt, seed) -> {"prompt", model: score}."""
+    """Return (prompt, seed) -> {"prompt", model: score}."""
     scores: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in read_lines(run.folder / "eval" / "scores.jsonl"):
+    for row in read_json_lines(run.folder / "eval" / "scores.jsonl"):
         scores.setdefault((row["index"][0], row["index"][1]), {"prompt": row["prompt"]})[row["model"]] = row.get(column)
     return scores
 
 
 def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool = True) -> list[dict[str, Any]]:
-    """Pictures side by side: the `shown` largest gains, then the `shown` largest losses, by the first score, averaged over
-    candidates. Without `pictures` only which they are. A picture that one of them could not score has no place among them."""
+    """Return rows of images side by side: the `shown` largest gains, then the `shown` largest losses.
+
+    Changes are those of the first score, averaged over candidates. `pictures=False`: return the rows without images. An
+    image that one of them could not score is left out.
+    """
     column = next(iter(members[0][0].scores))
     base = Path((members[0][1].result or {})["images"]["base"])
     tables = {id(run): _scores(run, column) for _, run in members}
@@ -107,6 +105,7 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
         values = [tables[id(run)].get(key, {}).get(candidate.model) for candidate, run in members]
         if scored.get("base") is not None and all(v is not None for v in values):
             changes[key] = sum(v - scored["base"] for v in values) / len(values)
+    # Sorted by key too, so that equal changes keep their order; an image is shown once even if there are few.
     order = sorted(changes, key=lambda k: (-changes[k], k))
     best = order[:shown]
     worst = [k for k in order[::-1][:shown] if k not in set(best)]
@@ -126,7 +125,7 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
 
 
 def strip(run: Run, score_of: Callable[[dict[str, Any]], float | None]) -> list[dict[str, Any]]:
-    """The validation's grids over steps, at most 12 of them, the first and the last always there."""
+    """Return the validation's grids over steps: at most 12, with the first and the last."""
     rows = [r for r in run.validations if (run.folder / "samples" / f"step-{r['step']:08d}.png").is_file()]
     if len(rows) > STRIP_STEPS:
         places = [round(i * (len(rows) - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)]

@@ -1,15 +1,15 @@
-"""`report.html`: what was run, how it went, what changed. One file for one run or for several; no network."""
+"""Write `report.html`: what was run, how it went, what changed. One file for one or several runs; no network."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffalign import __version__
-from diffalign.report.curves import CHARTS, Series, series, static_svg
+from diffalign.files import write_whole
+from diffalign.report.curves import Series, series, static_svg, titles
 from diffalign.report.images import comparisons, strip, trials
+from diffalign.report.page import render_page
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 
 PAIRS_SHOWN = 12
@@ -32,13 +32,13 @@ MARKED_ON: dict[str, str] = {
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Of those that are known; None where none is."""
+    """Return the mean of the known values; None if there is none."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 
 
 def validation_mean(row: dict[str, Any]) -> float | None:
-    """Mean over prompts of a validation's first column."""
+    """Return the mean over prompts of a validation's first column."""
     return _mean(next(iter(row["scores"].values())))
 
 
@@ -50,7 +50,7 @@ def _rows(run: Run, name: str) -> list[dict[str, float]]:
 
 
 def over_checkpoints(run: Run) -> dict[str, list[dict[str, float]]]:
-    """Score -> {"step", "score"} of the base, of every checkpoint that was evaluated (`step-N`) and of the final weights."""
+    """Return score -> {"step", "score"} of the base, of every evaluated checkpoint (`step-N`) and of the final weights."""
     if run.result is None:
         return {}
     steps = {int(name[5:]): name for name in run.result.get("others", {}) if re.fullmatch(r"step-\d+", name)}
@@ -63,7 +63,7 @@ def over_checkpoints(run: Run) -> dict[str, list[dict[str, float]]]:
 
 
 def _over_optimisation(runs: list[Run]) -> list[dict[str, Any]]:
-    """A chart a score: where the trained reward still rises and others fall, the run is past its best."""
+    """Make a chart for each score: if the trained reward still rises while others fall, the run is past its best."""
     scores = [over_checkpoints(run) for run in runs]
     found = []
     for place, column in enumerate(dict.fromkeys(column for one in scores for column in one)):
@@ -74,7 +74,7 @@ def _over_optimisation(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _other_validations(runs: list[Run]) -> list[dict[str, Any]]:
-    """A chart for each further reward that validates, its first column: what is not trained on shows what a gain costs."""
+    """Make a chart for the first column of each further validation reward: it shows what a gain costs."""
     columns = [list(run.validations[0]["scores"]) if run.validations else [] for run in runs]
     leading = [column for one in columns for column in {c.split(".")[0]: c for c in reversed(one)}.values()]
     found = []
@@ -100,9 +100,10 @@ def _chart(name: str, title: str, note: str, lines: list[Series], marks: list[di
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
-    """Every chart that a run has values for: title, note, series, marks of findings, static SVG."""
+    """Return every chart that a run has values for: title, note, series, marks of findings, static SVG."""
     found = _over_optimisation(runs)
-    for name, (title, note) in CHARTS.items():
+    objectives = [str(run.config["objective.name"]) for run in runs if "objective.name" in run.config]
+    for name, (title, note) in titles(objectives).items():
         lines = [s for n, run in enumerate(runs) for s in [series(n, name, _rows(run, name))] if s is not None]
         if not lines:
             continue
@@ -121,25 +122,19 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
 def write_reports(
     folders: list[Path], out: Path, *, result: dict[str, Any] | None = None, shown: int = PAIRS_SHOWN
 ) -> Path:
-    """Write one HTML file about the runs in `folders`, side by side where there are several.
+    """Write one HTML file about the runs in `folders`, side by side if there are several.
 
-    `result`: the evaluation of a single run, where it is at hand. `shown`: images with the largest gains, and as many with
-    the largest losses. Raises DiffalignError for a folder that holds nothing to report.
+    result: the evaluation of a single run, if it is at hand. shown: how many images with the largest gains, and as many
+    with the largest losses. Raises DiffalignError for a folder that holds nothing to report.
     """
     runs = [read_run(Path(folder), result) for folder in folders]
     names = distinct_names(runs)
     made = [{"members": members, "pictures": comparisons(members, shown)} for members in trials(runs, names)]
-    environment = Environment(
-        loader=PackageLoader("diffalign.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = charts(runs)
-    html = environment.get_template("report.html.j2").render(
+    html = render_page(
+        "diffalign.report",
+        "report.html.j2",
         title=" · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
-        version=__version__,
         runs=list(zip(names, runs, strict=True)),
         trials=made,
         charts=drawn,
@@ -147,13 +142,10 @@ def write_reports(
         strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],
         differences=differences(runs) if len(runs) > 1 else [],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(out)
+    write_whole(out, html)
     return out
 
 
 def write_report(run_dir: Path, result: dict[str, Any] | None = None) -> Path:
-    """`run_dir`/report.html, from its metrics, config and, if there is one, its evaluation."""
+    """Write `run_dir`/report.html from its metrics, config and, if there is one, its evaluation."""
     return write_reports([Path(run_dir)], Path(run_dir) / "report.html", result=result)

@@ -1,6 +1,5 @@
-"""What a report knows of a run: read from its folder, nothing computed but health where it was not written."""
+"""Read a run's folder for a report; nothing is computed but health, if it was not written."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import yaml
 
 from diffalign.errors import DiffalignError
+from diffalign.files import dotted_keys, read_json, read_json_lines
 from diffalign.health import examine
 
-# The facts that tell what was run and on what, and how they are called.
+# Settings worth showing first, and their names in the report.
 FACTS: dict[str, str] = {
     "model.path": "base model",
     "objective.name": "objective",
@@ -33,13 +33,13 @@ FACTS: dict[str, str] = {
     "train.images_per_step": "images per step",
     "seed": "seed",
 }
-# Where a run lies says nothing about how it differs.
+# Keys that differ between runs without meaning anything.
 PLACES = ("run_dir", "data.cache_dir", "tracking.trackers", "tracking.project")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. `result`: its eval.json; `findings`: as in health.json; `config`: dotted keys."""
+    """One run directory. result: its eval.json. findings: as in health.json. config: with dotted keys."""
 
     folder: Path
     name: str
@@ -52,59 +52,32 @@ class Run:
 
     @property
     def steps(self) -> int:
+        """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     def facts(self) -> list[tuple[str, str]]:
+        """Return (name, value) of the settings worth showing first."""
         unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
         known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
         found = [(FACTS[key], _shown(self.config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
-def _shown(value: Any) -> str:
-    """A value of a config; of a list of sections, their names with what they weigh."""
+def _shown(value: object) -> str:
+    """Return a config value as text; a list of sections as their weights and names."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
         return str(value)
     return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file; none where there is no file, and none for a line that a kill left unfinished."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def read_json(path: Path) -> Any:
-    """A .json file, None where there is none. Raises DiffalignError where it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DiffalignError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
-
-
 def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
-    """Raises DiffalignError if the folder holds neither metrics nor an evaluation."""
+    """Read a run directory. Raises DiffalignError if it holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = read_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
+    rows, result = read_json_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
-    validations = read_lines(folder / "validation.jsonl")
+    validations = read_json_lines(folder / "validation.jsonl")
     findings = read_json(folder / "health.json")
     if findings is None:
         findings = [f.as_dict() for f in examine(rows, validations)]
@@ -114,19 +87,19 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise DiffalignError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
-    config = flat(loaded) if isinstance(loaded, dict) else {}
+    config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Config keys whose values are not the same in all runs, each with its values in the order of the runs."""
+    """Return config keys whose values differ between runs, each with its values in the order of the runs."""
     keys = sorted({key for run in runs for key in run.config} - set(PLACES))
     rows = [(key, [str(run.config.get(key, "not there")) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def distinct_names(runs: list[Run]) -> list[str]:
-    """The folders' names, with as much of the way before them as tells them apart."""
+    """Return the folders' names, with as many parent folders as are needed to tell them apart."""
     parts = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]

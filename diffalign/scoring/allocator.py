@@ -1,4 +1,4 @@
-"""The C library's memory, kept instead of given back and asked for again with every batch."""
+"""Make the C library keep freed memory, instead of returning it and asking for it again with every batch."""
 
 import ctypes
 import platform
@@ -8,11 +8,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of up to 1 GiB; does nothing on another C library.
+    """Let glibc reuse freed blocks of up to 1 GiB; do nothing on another C library.
 
-    By default large blocks go back to the system when they are freed. Batches of pictures and activations are such blocks,
-    and the page faults of getting them anew took a sixth of the CPU time that scoring spends. Not more memory is held than
-    was in use at once.
+    By default large blocks return to the system when they are freed. Batches of images and activations are such blocks,
+    and the page faults of allocating them again took a sixth of the CPU time of scoring. The process holds no more
+    memory than it once used.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,17 +1,13 @@
-"""Where prompts come from: metadata files, a sidecar .txt, the file's own name, or a table given by hand."""
+"""Find the prompts of images: metadata files, a .txt beside the image, its name, or a table given with `--prompts`."""
 
-import csv
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from diffalign.data.schema import inside
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -22,50 +18,14 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt, and the facts that stood beside it."""
+    """A prompt and the metadata (`facts`) that stood beside it."""
 
     prompt: str | None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a .jsonl, .csv or .parquet file. Raises DiffalignError with file and line."""
-    try:
-        if path.suffix == ".parquet":
-            for number, row in enumerate(pq.read_table(path).to_pylist()):
-                yield f"{path} row {number}", row
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(stream, strict=True)
-                for row in reader:
-                    yield f"{path}:{reader.line_num}", dict(row)
-        elif path.suffix == ".jsonl":
-            # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
-        else:
-            raise DiffalignError(f"{path}: unknown kind of table; use .jsonl, .csv or .parquet")
-    except OSError as error:
-        raise DiffalignError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DiffalignError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except (csv.Error, pa.ArrowInvalid) as error:
-        raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DiffalignError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DiffalignError(f"{where}: every line must be one JSON object")
-    return row
-
-
 def caption_of(row: dict[str, Any], where: str, column: str | None) -> Caption:
-    """Prompt and facts of a table's row; the prompt is None where its cell is empty."""
+    """Return prompt and metadata of a table's row; the prompt is None if its cell is empty."""
     if column is not None and column not in row:
         raise DiffalignError(f"{where}: no column {column!r}; there are {', '.join(map(str, row))}")
     name = column or next((c for c in PROMPT_COLUMNS if c in row), None)
@@ -74,7 +34,7 @@ def caption_of(row: dict[str, Any], where: str, column: str | None) -> Caption:
 
 
 def facts_of(row: dict[str, Any]) -> dict[str, Any]:
-    """GenEval's facts if the row has them, also packed as JSON text in a column `metadata`."""
+    """Return GenEval's metadata if the row has it, also from JSON text in a column `metadata`."""
     packed = row.get("metadata")
     if isinstance(packed, str) and packed.startswith("{"):
         try:
@@ -86,7 +46,7 @@ def facts_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_metadata(folder: Path, column: str | None) -> tuple[dict[Path, Caption], Caption | None]:
-    """Captions of a folder's metadata file by picture, and GenEval's one caption for everything below the folder."""
+    """Return the captions in a folder's metadata file by image, and GenEval's one caption for the whole folder."""
     for name in METADATA_FILES:
         path = folder / name
         if path.is_file():
@@ -96,7 +56,7 @@ def folder_metadata(folder: Path, column: str | None) -> tuple[dict[Path, Captio
             found = {}
             for where, row in rows:
                 if not isinstance(row.get("file_name"), str):
-                    raise DiffalignError(f"{where}: no file_name; each row of {name} must name its picture")
+                    raise DiffalignError(f"{where}: no file_name; each row of {name} must name its image")
                 found[_below(folder, row["file_name"], where)] = caption_of(row, where, column)
             return found, None
     return {}, None
@@ -111,7 +71,7 @@ def _below(folder: Path, name: str, where: str) -> Path:
 
 
 def sidecar(path: Path) -> str | None:
-    """The text of `a.txt` beside `a.png`."""
+    """Return the text of `a.txt` beside `a.png`; None if there is none."""
     text = path.with_suffix(".txt")
     try:
         return text.read_text(encoding="utf-8").strip() or None if text.is_file() else None
@@ -120,13 +80,15 @@ def sidecar(path: Path) -> str | None:
 
 
 def from_name(path: Path) -> str | None:
-    """The file's name as a prompt: underscores are spaces, a number at the end (T2I-CompBench's id) falls away."""
+    """Return the file's name as a prompt: underscores become spaces, a number at the end (T2I-CompBench's id) is
+    removed.
+    """
     words = re.sub(r"\s+", " ", re.sub(r"[_-]\d+$", "", path.stem).replace("_", " ")).strip()
     return words or None
 
 
 class PromptTable:
-    """`--prompts FILE`: a prompt for each picture, found by its path, its name or its stem."""
+    """The table of `--prompts FILE`: a prompt for each image, found by path, name or stem."""
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
@@ -134,12 +96,13 @@ class PromptTable:
         for where, row in read_rows(path):
             name = next((row[c] for c in FILE_COLUMNS if isinstance(row.get(c), str)), None)
             if name is None:
-                raise DiffalignError(f"{where}: no column that names the picture; one of {', '.join(FILE_COLUMNS)}")
+                raise DiffalignError(f"{where}: no column that names the image; one of {', '.join(FILE_COLUMNS)}")
             self.by_name[name] = caption_of(row, where, column)
         if not self.by_name:
             raise DiffalignError(f"{path}: the table is empty")
 
     def find(self, name: str, key: str) -> Caption | None:
+        """Return the caption of an image by its name, its key, or the key's file name or stem; None if it has none."""
         for candidate in (name, key, Path(key).name, Path(key).stem):
             if candidate in self.by_name:
                 return self.by_name[candidate]

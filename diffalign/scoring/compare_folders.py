@@ -1,4 +1,4 @@
-"""Two sets of pictures of the same prompts: paired win rates with intervals."""
+"""Compare two sets of images of the same prompts: paired win rates with intervals."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,22 @@ from rich.table import Table
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare
 from diffalign.scoring.run import Scores
-from diffalign.scoring.summary import columns_of
+from diffalign.scoring.score_summary import columns_of
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Rows of A and B that belong together, by prompt. how: "name" or "prompt"."""
+    """Rows of A and B that belong together, by prompt. how: "name" or "prompt". unpaired: images left over."""
 
     how: str
     prompts: list[list[tuple[int, int]]]
     unpaired: int
 
 
-def pair(a: Scores, b: Scores) -> Pairing:
-    """Pictures of equal names below their folders; where no name agrees, those of equal prompts in the order of their names.
+def pair_up(a: Scores, b: Scores) -> Pairing:
+    """Pair images of equal names below their folders; if no name agrees, images of equal prompts in the order of names.
 
-    Raises DiffalignError where nothing can be paired.
+    Raises DiffalignError if nothing can be paired.
     """
     by_key = {item.key: i for i, item in enumerate(b.items)}
     pairs = [(i, by_key[item.key]) for i, item in enumerate(a.items) if item.key in by_key]
@@ -38,8 +38,8 @@ def pair(a: Scores, b: Scores) -> Pairing:
             if item.prompt and waiting.get(item.prompt):
                 pairs.append((i, waiting[item.prompt].pop(0)))
     if not pairs:
-        raise DiffalignError("--against: no picture has the same name or the same prompt on both sides")
-    # Pictures of one prompt are not independent, so the interval resamples prompts.
+        raise DiffalignError("--against: no image has the same name or the same prompt on both sides")
+    # Images of one prompt are not independent, so the interval resamples prompts.
     prompts: dict[str, list[tuple[int, int]]] = {}
     for i, j in pairs:
         prompts.setdefault(a.items[i].prompt or a.items[i].name, []).append((i, j))
@@ -47,7 +47,7 @@ def pair(a: Scores, b: Scores) -> Pairing:
 
 
 def compare_scores(a: Scores, b: Scores, pairing: Pairing, seed: int = 0) -> dict[str, Comparison]:
-    """Column -> comparison, A as the base. Columns in which no pair has both scores are left out."""
+    """Return column -> comparison, with A as the base. Columns in which no pair has both scores are left out."""
     widest = max(len(pairs) for pairs in pairing.prompts)
     found = {}
     for column in columns_of(a):
@@ -61,14 +61,14 @@ def compare_scores(a: Scores, b: Scores, pairing: Pairing, seed: int = 0) -> dic
 
 
 def heading(pairing: Pairing, names: tuple[str, str]) -> str:
-    """What is compared, in one line."""
+    """Return one line that says what is compared."""
     pairs = sum(len(p) for p in pairing.prompts)
-    alone = f", {pairing.unpaired} pictures without a partner" if pairing.unpaired else ""
+    alone = f", {pairing.unpaired} images without a partner" if pairing.unpaired else ""
     return f"A {names[0]} against B {names[1]}: {pairs} pairs by {pairing.how}{alone}"
 
 
-def table(found: dict[str, Comparison]) -> Table:
-    """B against A for a terminal."""
+def comparison_table(found: dict[str, Comparison]) -> Table:
+    """Return B against A as a table for a terminal."""
     shown = Table()
     for name in ("reward", "prompts", "A", "B", "difference", "95% interval", "B wins", "95% interval"):
         shown.add_column(name, justify="left" if name == "reward" else "right")

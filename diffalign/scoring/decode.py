@@ -1,4 +1,4 @@
-"""Bytes that anybody may have written, to an RGB picture or to the reason why not."""
+"""Decode bytes from any source to an RGB image, or say why that is not possible."""
 
 import io
 import struct
@@ -10,10 +10,10 @@ from PIL import Image, ImageOps
 from diffalign.errors import DiffalignError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is decoded at all. EPS, for one, would start another program."""
+"""Formats that are decoded. Others are refused: EPS, for example, would start another program."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 MAX_PIXELS = 100_000_000
-"""Larger pictures are refused before they are decoded: a file of a few kilobytes can ask for gigabytes."""
+"""Larger images are refused before they are decoded: a file of a few kilobytes can need gigabytes."""
 POLICY = "first frame, EXIF orientation applied, 16 bits scaled to 8, alpha dropped"
 
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, MemoryError,
@@ -22,11 +22,11 @@ BROKEN = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupErr
 
 
 class Unreadable(DiffalignError):
-    """This one picture cannot be scored; the others can."""
+    """One image that cannot be scored; the others can."""
 
 
 def read_file(path: Path) -> bytes:
-    """All bytes of a regular file. Raises Unreadable: a named pipe would wait for ever."""
+    """Return all bytes of a regular file. Raises Unreadable; a named pipe would block for ever."""
     try:
         if path.exists() and not path.is_file():
             raise Unreadable("not a regular file")
@@ -36,9 +36,9 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """RGB picture as people see it. Raises Unreadable with the reason.
+    """Return the image in RGB as people see it. Raises Unreadable with the reason.
 
-    Alpha is dropped, not blended: so do the packages whose numbers these scores are compared with.
+    Alpha is dropped, not blended, as in the packages with whose numbers these scores are compared.
     """
     if not data:
         raise Unreadable("empty file")
@@ -56,11 +56,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Unreadable:
         raise
     except BROKEN as error:
-        what = "no picture of a known format" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        what = (
+            "not an image of a known format" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        )
         raise Unreadable(what.splitlines()[0]) from error
 
 
 def _sixteen_bits(picture: Image.Image) -> Image.Image:
-    """Pillow's own conversion clips at 255, which makes almost every 16-bit picture white."""
+    """Scale 16 bits to 8. Pillow's own conversion clips at 255, which makes almost every 16-bit image white."""
     values = np.asarray(picture).astype(np.float64)
     return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")

@@ -1,7 +1,5 @@
-"""One HTML file of pictures and scores: sorts by any reward, needs no network, shows no text as markup."""
+"""Write one HTML file of images and scores that sorts by any reward, needs no network and shows no text as markup."""
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from diffalign import __version__
+from diffalign.files import write_whole
+from diffalign.report.page import data_uri, encoded, render_page
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
-from diffalign.scoring.summary import Summary, columns_of, summarise
+from diffalign.scoring.score_summary import Summary, columns_of, summarise
 
 THUMBNAIL = 256
 MOST = 400
-"""Pictures in one page; of more, every reward's ranking is shown at even steps from best to worst."""
+"""Images in one page; of more, every reward's ranking is shown at even steps from best to worst."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A picture in the page. values: in the order of the columns, None where not scored."""
+    """An image in the page. values: in the order of the columns, None where not scored."""
 
     image: str
     prompt: str
@@ -35,34 +33,25 @@ class Card:
 
 
 def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
-    """Write the page, complete or not at all; returns how many pictures it shows."""
+    """Write the page; return how many images it shows."""
     columns = columns_of(scores)
     chosen = choose(scores, columns, most)
     cards = [_card(scores.items[i], scores.rows[i], scores, columns) for i in chosen]
-    environment = Environment(
-        loader=PackageLoader("diffalign.scoring"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("gallery.html.j2").render(
+    html = render_page(
+        "diffalign.scoring",
+        "gallery.html.j2",
         cards=cards,
         columns=columns,
         total=len(scores.rows),
         unscored=scores.failed,
         charts=[(s, bars(s)) for s in summarise(scores)],
-        version=__version__,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, html)
     return len(cards)
 
 
 def choose(scores: Scores, columns: list[str], most: int) -> list[int]:
-    """Rows to show, best first by the first column. All of them if they are few enough."""
+    """Return the rows to show, best first by the first column: all, or `most` at even steps of every column's ranking."""
     values = np.array([[row[c] for c in columns] for row in scores.rows], dtype=np.float64).reshape(-1, len(columns))
     order = [np.argsort(-np.nan_to_num(values[:, k], nan=-math.inf), kind="stable") for k in range(len(columns))]
     if len(values) <= most:
@@ -84,19 +73,17 @@ def _card(item: Item, row: dict[str, Any], scores: Scores, columns: Sequence[str
 
 
 def thumbnail(item: Item) -> str:
-    """The picture as a data URI, at most 256 px; "" where it cannot be read."""
+    """Return the image as a data URI of at most 256 px; "" if it cannot be read."""
     try:
         picture = decode(item.origin.read())
     except Unreadable:
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(encoded(picture, "JPEG", quality=82), "jpeg")
 
 
 def bars(summary: Summary, width: int = 240, height: int = 56) -> list[dict[str, float]]:
-    """Rectangles of a histogram."""
+    """Return the rectangles of a histogram."""
     tallest = max(1, *summary.counts)
     step = width / len(summary.counts)
     return [

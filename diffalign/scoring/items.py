@@ -1,4 +1,4 @@
-"""One picture to score: where its bytes are, and what is known of its prompt."""
+"""Describe one image to score: where its bytes are, and what is known of its prompt."""
 
 import hashlib
 import threading
@@ -13,16 +13,16 @@ from diffalign.scoring.decode import Unreadable, read_file
 
 
 class Origin(Protocol):
-    """Something that holds a picture's encoded bytes."""
+    """Something that holds an image's encoded bytes."""
 
     def read(self) -> bytes:
-        """The bytes. Raises Unreadable."""
+        """Return the bytes. Raises Unreadable."""
         ...
 
 
 @dataclass(frozen=True)
 class FileOrigin:
-    """A file."""
+    """An image in a file."""
 
     path: Path
 
@@ -31,9 +31,9 @@ class FileOrigin:
 
 
 class ParquetImages:
-    """The image column of a parquet file, a row group at a time. Threads that read on share what is in memory."""
+    """The image column of a parquet file, read a row group at a time; threads share what is in memory."""
 
-    KEEP = 3  # row groups: a window of pictures lies in two at most, and one is being left
+    KEEP = 3  # row groups: those of the current window of images, and the one before them
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self.column = path, column
@@ -42,9 +42,11 @@ class ParquetImages:
         self._lock = threading.Lock()
 
     def row_counts(self) -> list[int]:
+        """Return the number of rows of each row group."""
         return [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
 
     def read(self, row_group: int, row: int) -> bytes:
+        """Return an image's encoded bytes. Raises Unreadable if the row holds none."""
         with self._lock:
             if row_group not in self._kept:
                 table = self._file.read_row_group(row_group, columns=[self.column])
@@ -56,7 +58,7 @@ class ParquetImages:
         if isinstance(data, bytes):
             return data
         path = value.get("path") if isinstance(value, dict) else None
-        # The path inside a parquet file is somebody else's; only what lies beside the file is opened.
+        # The path was written by somebody else, so only files beside the parquet file are opened.
         if isinstance(path, str) and (self.path.parent / path).resolve().is_relative_to(self.path.parent.resolve()):
             return read_file(self.path.parent / path)
         raise Unreadable("the row holds no image bytes")
@@ -64,7 +66,7 @@ class ParquetImages:
 
 @dataclass(frozen=True)
 class RowOrigin:
-    """A row of a parquet file."""
+    """An image in a row of a parquet file."""
 
     images: ParquetImages
     row_group: int
@@ -76,9 +78,10 @@ class RowOrigin:
 
 @dataclass(frozen=True)
 class Item:
-    """name: unique among the items, as the user would write it. key: the name below its source, for pairing two folders.
+    """An image to score.
 
-    group: (group id, index) where it comes from a dataset of ours.
+    name: unique among the items, as the user would write it. key: the name below its source, for pairing two folders.
+    group: (group id, index) if it comes from a dataset folder.
     """
 
     name: str
@@ -90,10 +93,10 @@ class Item:
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 in hex: what `sha256sum` prints."""
+    """Return SHA-256 in hex, as `sha256sum` prints it."""
     return hashlib.sha256(data).hexdigest()
 
 
 def printable(text: str) -> str:
-    """Valid Unicode of a file name or a prompt: what is none (bytes that are no UTF-8, lone surrogates) becomes an escape."""
+    """Return valid Unicode: bytes that are not UTF-8 and lone surrogates, as in file names, become escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

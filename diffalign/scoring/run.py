@@ -1,6 +1,6 @@
-"""The one loop of `diffalign score`: hash, find what is not known yet, decode ahead, score, write down.
+"""The loop of `diffalign score`: hash, find what is not scored yet, decode ahead, score, store.
 
-Rewards run one after the other, so that one model at a time is in memory. A batch mixes prompts and picture sizes. Reading,
+Rewards run one after another, so that only one model is in memory. A batch mixes prompts and image sizes. Reading,
 decoding and the reward's own `prepare` run in threads, two batches ahead, while the model works on the current one.
 """
 
@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
+from diffalign.rewards.base import Prepared
 from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item, digest
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.store import IDENTITY, REASON, Result, Store, key_of, with_facts
 
-Progress = Callable[[str, int, int], None]
-"""(label, done, total) of this process."""
-
 
 @dataclass
 class Scores:
-    """rows: one a picture, ready for the store. columns: of each label, the score first."""
+    """The result of a run. rows: one an image, ready for the store. columns: the columns of each label, the score
+    first.
+    """
 
     rows: list[dict[str, Any]]
     columns: dict[str, tuple[str, ...]]
@@ -45,29 +46,32 @@ def score_items(
     batch_size: int = 32,
     workers: int = 4,
     processes: Processes | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnNamedImages | None = None,
 ) -> Scores:
-    """Score every item with every reward (label -> reward) that has not scored it yet. Rows come back on all processes.
+    """Score every item with every reward (label -> reward) that has not scored it yet; all processes get all rows.
 
-    A picture that cannot be read or decoded gets its reason and no score; so does one whose prompt a reward cannot use.
+    An image that cannot be read or decoded gets the reason and no score; so does one whose prompt a reward cannot use.
     """
     processes = processes or Processes()
-    # All of them first: weights that are missing are said before an hour is spent on another reward.
+    # Of all rewards first, so that missing weights are reported before an hour is spent on another reward.
     identities = {label: reward.identity() for label, reward in rewards.items()}
     with ThreadPoolExecutor(workers) as pool:
         hashes, broken = _scan(items, pool, processes)
         computed = known = 0
         for label, reward in rewards.items():
+            # This process scores its share of what nobody has scored yet.
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
             known += sum(key in store.known for key in wanted)
             found, bad = _score(
                 items, processes.share(todo), hashes, reward, store, batch_size, pool, label, on_progress
             )
+            # All processes learn all results, so that each could write the rows.
             for results, reasons in processes.gather((found, bad)):
                 store.known |= results
                 broken |= reasons
                 computed += len(results)
+            # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
     rows = [_row(item, hashes[i], broken, rewards, identities, store) for i, item in enumerate(items)]
@@ -76,7 +80,7 @@ def score_items(
 
 
 def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes) -> tuple[list[str], dict[str, str]]:
-    """The hash of every item's bytes; for what cannot be read a stand-in, with the reason under it."""
+    """Return the hash of every item's bytes; for unreadable ones a stand-in, with the reasons by stand-in."""
 
     def one(item: Item) -> tuple[str, str]:
         try:
@@ -96,20 +100,20 @@ def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes) -> 
 
 
 def _wanted(items: list[Item], hashes: list[str], reward: Reward, identity: dict[str, Any]) -> dict[str, int]:
-    """key -> an item that has it. Copies of a picture with the same prompt share their key and are scored once."""
+    """Return key -> an item with that key. Copies of an image with the same prompt share a key and are scored once."""
     wanted: dict[str, int] = {}
     for i, item in enumerate(items):
-        if not reward.unfit(item.prompt, item.metadata):
+        if not reward.reason_not_scorable(item.prompt, item.metadata):
             wanted.setdefault(key_of(hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
     return wanted
 
 
 def _ahead(
     items: list[Item], todo: list[tuple[str, int]], reward: Reward, pool: ThreadPoolExecutor, window: int
-) -> Iterator[tuple[str, int, Any]]:
-    """(key, item, prepared picture or Unreadable) in order, at most `window` of them in memory."""
+) -> Iterator[tuple[str, int, tuple[str, Prepared | Unreadable]]]:
+    """Yield (key, item, (hash, prepared image or Unreadable)) in order; at most `window` are in memory."""
 
-    def one(i: int) -> tuple[str, Any]:
+    def one(i: int) -> tuple[str, Prepared | Unreadable]:
         sha256 = ""
         try:
             data = items[i].origin.read()
@@ -118,7 +122,7 @@ def _ahead(
         except Unreadable as error:
             return sha256, error
 
-    pending: list[tuple[str, int, Future[tuple[str, Any]]]] = []
+    pending: list[tuple[str, int, Future[tuple[str, Prepared | Unreadable]]]] = []
     for key, i in todo:
         pending.append((key, i, pool.submit(one, i)))
         if len(pending) > window:
@@ -137,12 +141,12 @@ def _score(
     batch_size: int,
     pool: ThreadPoolExecutor,
     label: str,
-    on_progress: Progress | None,
+    on_progress: OnNamedImages | None,
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """This process's share; (new results, reasons of pictures that could not be decoded)."""
+    """Score this process's share; return new results, and reasons of images that could not be decoded."""
     results: dict[str, Result] = {}
     broken: dict[str, str] = {}
-    batch: list[tuple[str, int, Any]] = []
+    batch: list[tuple[str, int, Prepared]] = []
 
     def flush() -> None:
         if batch:
@@ -151,6 +155,8 @@ def _score(
             results.update(fresh)
             batch.clear()
 
+    if on_progress:
+        on_progress(label, 0, len(todo))
     for done, (key, i, (sha256, prepared)) in enumerate(_ahead(items, todo, reward, pool, 2 * batch_size), start=1):
         if isinstance(prepared, Unreadable):
             broken[hashes[i]] = str(prepared)
@@ -166,8 +172,8 @@ def _score(
     return results, broken
 
 
-def _measure(items: list[Item], batch: list[tuple[str, int, Any]], reward: Reward) -> dict[str, Result]:
-    """Scores of a batch; where the GPU's memory does not hold it, of its halves."""
+def _measure(items: list[Item], batch: list[tuple[str, int, Prepared]], reward: Reward) -> dict[str, Result]:
+    """Return the scores of a batch; if it does not fit in the GPU's memory, score its halves."""
     prompts = [items[i].prompt or "" for _, i, _ in batch]
     facts = [{**items[i].metadata, "prompt": items[i].prompt or ""} for _, i, _ in batch]
     try:
@@ -184,7 +190,7 @@ def _measure(items: list[Item], batch: list[tuple[str, int, Any]], reward: Rewar
 
 
 def _named(reward: Reward, columns: dict[str, list[float]], n: int) -> dict[str, float]:
-    """Values of picture n under the names they have in a row: "" for the score itself, the others by column."""
+    """Return the values of image n by the names they have in a row: "" for the score, the others by column."""
     return {("" if k == 0 else name): columns[name][n] for k, name in enumerate(reward.columns)}
 
 
@@ -202,16 +208,16 @@ def _row(
     for label, reward in rewards.items():
         identity = with_facts(identities[label], item.metadata)
         result = store.known.get(key_of(sha256, item.prompt, identity))
-        unfit = reward.unfit(item.prompt, item.metadata)
-        values = result.values if result and not unfit else {}
+        not_scorable = reward.reason_not_scorable(item.prompt, item.metadata)
+        values = result.values if result and not not_scorable else {}
         for k, name in enumerate(reward.columns):
             row[label if k == 0 else f"{label}.{name}"] = values.get("" if k == 0 else name, math.nan)
-        row[label + REASON] = unfit or (result.reason if result else "")
+        row[label + REASON] = not_scorable or (result.reason if result else "")
         # Without an identity the row is tried again next time.
-        row[label + IDENTITY] = identity if result and not unfit else None
+        row[label + IDENTITY] = identity if result and not not_scorable else None
     return row
 
 
 def _reason_of(row: dict[str, Any], label: str) -> str:
-    """Why a label has no score in a row, "" if it has."""
+    """Return why a label has no score in a row; "" if it has one."""
     return row["reason"] or row[label + REASON] or ("" if math.isfinite(row[label]) else "not scored")

@@ -1,4 +1,4 @@
-"""What `diffalign score` may be pointed at, as a list of items in a fixed order."""
+"""List the images that `diffalign score` was given, in a fixed order."""
 
 import os
 from collections import Counter
@@ -30,7 +30,7 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "bytes")
 
 @dataclass(frozen=True)
 class Prompting:
-    """How prompts are found. one: the same for all. table: a file by hand. source: one of captions.SOURCES."""
+    """How prompts are found. one: the same for all. table: from `--prompts`. source: one of captions.SOURCES."""
 
     one: str | None = None
     table: PromptTable | None = None
@@ -42,7 +42,7 @@ class Prompting:
             raise DiffalignError(f"--prompt-from {self.source}: unknown; one of {', '.join(SOURCES)}")
 
     def apply(self, item: Item) -> Item:
-        """The item with what was given by hand, which goes before everything found beside it."""
+        """Return the item with the prompt given by the user, which takes precedence over what stands beside the image."""
         if self.one is not None:
             return replace(item, prompt=self.one)
         caption = self.table.find(item.name, item.key) if self.table else None
@@ -52,23 +52,26 @@ class Prompting:
 
 
 def collect(sources: list[str], prompting: Prompting | None = None) -> list[Item]:
-    """Items of folders, files, globs, parquet files and datasets. Raises DiffalignError where there is nothing."""
+    """Return the items of folders, files, globs, parquet files and datasets.
+
+    Raises DiffalignError if a source holds no image, or an image is given twice.
+    """
     prompting = prompting or Prompting()
     items: list[Item] = []
     for source in sources:
         found = [item for path in _expand(source) for item in _items(path, prompting)]
         if not found:
-            raise DiffalignError(f"{source}: no picture in it; known are {', '.join(SUFFIXES)}, and parquet files")
+            raise DiffalignError(f"{source}: no image in it; known are {', '.join(SUFFIXES)}, and parquet files")
         items += found
     twice = [name for name, n in Counter(item.name for item in items).items() if n > 1]
     if twice:
-        raise DiffalignError(f"{twice[0]!r} is given twice; name each picture once")
+        raise DiffalignError(f"{twice[0]!r} is given twice; name each image once")
     captioned = (prompting.apply(item) for item in items)
     return [replace(item, prompt=item.prompt and printable(item.prompt)) for item in captioned]
 
 
 def _expand(source: str) -> list[Path]:
-    """The path itself, or what a quoted glob stands for. A path that exists is never taken for a pattern."""
+    """Return the path, or what a quoted glob matches. A path that exists is never taken for a pattern."""
     path = Path(source)
     if os.path.lexists(path) or not any(c in source for c in "*?["):
         if not os.path.lexists(path):
@@ -91,7 +94,7 @@ def _items(path: Path, prompting: Prompting) -> Iterator[Item]:
 
 
 def _folder(folder: Path, prompting: Prompting) -> Iterator[Item]:
-    """Pictures below a folder. Linked folders are not entered, so a link that leads back up costs nothing."""
+    """Yield the images below a folder. Linked folders are not entered, so links cannot make a cycle."""
     above: dict[Path, Caption] = {}
     for place, folders, files in os.walk(folder, followlinks=False):
         folders.sort()
@@ -101,7 +104,7 @@ def _folder(folder: Path, prompting: Prompting) -> Iterator[Item]:
         if inherited is not None:
             above[here] = inherited
         pictures = {here / name for name in files if Path(name).suffix.lower() in SUFFIXES}
-        # A picture that metadata.jsonl names and nobody can find costs one row, too.
+        # An image that metadata.jsonl names but that does not exist gets a row too.
         for path in sorted(pictures | set(listed)):
             yield _file(path, path.relative_to(folder).as_posix(), listed, inherited, prompting)
 
@@ -122,11 +125,11 @@ def _prompt(path: Path, caption: Caption | None, source: str) -> str | None:
 
 
 def _parquet(path: Path, prompting: Prompting) -> Iterator[Item]:
-    """Rows of a parquet file with an image column and, it may be, a prompt column."""
+    """Yield the rows of a parquet file with an image column and possibly a prompt column."""
     try:
         names = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: no parquet file: {error}") from error
+        raise DiffalignError(f"{path}: not a parquet file: {error}") from error
     column = next((c for c in IMAGE_COLUMNS if c in names), None)
     if column is None:
         raise DiffalignError(
@@ -146,7 +149,7 @@ def _parquet(path: Path, prompting: Prompting) -> Iterator[Item]:
 
 
 def _dataset(folder: Path) -> Iterator[Item]:
-    """The images of a dataset of ours, with their group's prompt and facts."""
+    """Yield the images of a dataset folder, with their group's prompt and metadata."""
     dataset = PreferenceDataset(folder)
     place = {group: i for i, group in enumerate(dataset.column("group_id"))}
     for shard in dataset.shards:

@@ -1,17 +1,20 @@
-"""`--reward [LABEL=]NAME[:key=value,...]`: which reward, how it is called in the output, and its own options."""
+"""Parse `--reward [LABEL=]NAME[:key=value,...]`: the reward, its label in the output, and its options.
 
-import re
+NAME may be `module:Class`. The part behind the first colon is a class if it is a plain word and the part before it is no
+reward of ours; options always hold an `=`.
+"""
+
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.errors import DiffalignError
-
-LABEL = re.compile(r"[A-Za-z0-9_-]+")
+from diffalign.rewards import REWARDS, find_reward
+from diffalign.rewards.base import LABEL
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """label: the column in the output. name: a key of REWARDS. options: arguments of the reward."""
+    """One reward to score with. label: its column in the output; name: of the reward; options: the reward's arguments."""
 
     label: str
     name: str
@@ -19,34 +22,39 @@ class RewardSpec:
 
 
 def parse(text: str) -> RewardSpec:
-    """Raises DiffalignError for a text of another shape."""
+    """Return the parts of one `--reward`. The label of `module:Class` is the class's own name.
+
+    Raises DiffalignError if the text has another form, and for a class that is no reward.
+    """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
     label, name = (label, name) if equals else (head, head)
+    kind, _, options_of_kind = tail.partition(":")
+    if kind.isidentifier() and name not in REWARDS:
+        name, tail = f"{name}:{kind}", options_of_kind
+        label = label if equals else find_reward(name).name
     if not LABEL.fullmatch(label) or not name:
         raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     options: dict[str, Any] = {}
     for pair in filter(None, tail.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise DiffalignError(f"--reward {text!r}: option {pair!r} is no key=value")
+            raise DiffalignError(f"--reward {text!r}: option {pair!r} is not key=value")
         options[key.strip()] = _value(value.strip())
     return RewardSpec(label, name, options)
 
 
 def parse_all(texts: list[str]) -> list[RewardSpec]:
-    """Specs with different labels. Raises DiffalignError where two would share a column."""
+    """Return specs with different labels. Raises DiffalignError if two would share a column."""
     specs = [parse(text) for text in texts]
     labels = [spec.label for spec in specs]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
-        raise DiffalignError(
-            f"--reward: two are called {twice!r}; give one a label of its own, as in other={twice}:..."
-        )
+        raise DiffalignError(f"--reward: two are called {twice!r}; give one another label, as in other={twice}:...")
     return specs
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -1,11 +1,11 @@
-"""Scores on disk: a journal that a kill cannot hurt, and an output file that is whole or not there.
+"""Keep scores on disk: a journal that survives a kill, and an output file that is complete or does not exist.
 
-    FILE            jsonl, csv or parquet by its ending; one row a picture; replaced in one step at the end of a run
+    FILE            jsonl, csv or parquet by its suffix; one row an image; replaced in one step at the end of a run
     FILE.journal/   one file a process; a line for every score as soon as its batch is done
 
-A score's key is a hash of the picture's bytes, the prompt, the facts and the identity of the reward, as far as the reward reads
-them. A key that is in either place is not computed again, so the same command goes on where it was stopped and does only
-what is new or changed.
+A score's key is a hash of the image's bytes, the prompt, the metadata and the identity of the reward, as far as the
+reward reads them. A key in either place is not computed again, so the same command resumes and scores only what is new
+or changed.
 """
 
 import csv
@@ -17,13 +17,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.scoring.captions import read_rows
+from diffalign.files import replacing, write_whole
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
@@ -32,20 +33,20 @@ IDENTITY, REASON = ".identity", ".reason"
 
 @dataclass(frozen=True)
 class Result:
-    """A reward's columns for one picture, NaN with the reason where it could not score."""
+    """A reward's columns for one image, NaN with the reason where it could not score."""
 
     values: dict[str, float]
     reason: str = ""
 
 
 def key_of(sha256: str, prompt: str | None, identity: dict[str, Any]) -> str:
-    """Names a score by everything that it depends on; `identity` holds the facts' digest where the reward reads them."""
+    """Return the key of a score; `identity` includes the metadata's hash if the reward reads metadata."""
     read = prompt if "prompt" in identity["reads"] else None
     return hashlib.blake2b(json.dumps([sha256, read, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def with_facts(identity: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a score, its facts included if the reward reads them."""
+    """Return the identity of a score, with the metadata's hash if the reward reads metadata."""
     if "metadata" not in identity["reads"]:
         return identity
     packed = json.dumps(facts, sort_keys=True, default=str).encode()
@@ -53,11 +54,11 @@ def with_facts(identity: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any
 
 
 class Store:
-    """Known scores. Without a path nothing is read or written."""
+    """Scores by key. Without a path nothing is read or written."""
 
     def __init__(self, path: Path | None, process: int = 0) -> None:
         if path is not None and path.suffix not in ENDINGS:
-            raise DiffalignError(f"--output {path}: unknown ending; one of {', '.join(ENDINGS)}")
+            raise DiffalignError(f"--output {path}: unknown suffix; one of {', '.join(ENDINGS)}")
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.known: dict[str, Result] = {}
@@ -65,7 +66,7 @@ class Store:
         self.journal = None if path is None else path.with_name(path.name + ".journal")
         self._process = process
         self._journaled: set[str] = set()
-        self._stream: Any = None
+        self._stream: TextIO | None = None
         if path is not None:
             self._read_output(path)
             self._read_journal()
@@ -105,7 +106,7 @@ class Store:
             self._stream.close()
 
     def add(self, results: dict[str, Result]) -> None:
-        """Remember a batch, and write it down before the next one starts."""
+        """Add a batch's results, and write them to the journal before the next batch starts."""
         self.known |= results
         self.added |= results
         if self.journal is None:
@@ -123,10 +124,10 @@ class Store:
         self._stream.flush()
 
     def finish(self, rows: list[dict[str, Any]], sources: list[str]) -> int:
-        """Write the output; returns how many earlier rows of other sources were kept.
+        """Write the output; return how many earlier rows of other sources were kept.
 
-        Columns of rewards that were not asked for this time stay with pictures that did not change, and so do rows of
-        pictures outside `sources`: nothing that was paid for is lost.
+        Columns of rewards that were not asked for this time stay with images that did not change, and so do rows of
+        images outside `sources`: no score that was computed is lost.
         """
         if self.path is None or self.journal is None:
             return 0
@@ -138,7 +139,7 @@ class Store:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        # A run on other pictures may have been killed before this one: what it paid for stays until it is asked for again.
+        # A run on other images may have been killed before this one: its scores stay until they are asked for again.
         if self._journaled <= {key for row in merged + kept for key in _keys(row)}:
             shutil.rmtree(self.journal, ignore_errors=True)
         return len(kept)
@@ -158,7 +159,7 @@ def _carried(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
-    """{column: value} of a label; the bare label holds the first column, whose name the identity does not tell."""
+    """Return {column: value} of a label; the first column's name is "", since the identity does not hold it."""
     found = {"": row.get(label)}
     found |= {
         name.removeprefix(label + "."): row[name]
@@ -169,7 +170,7 @@ def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
 
 
 def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it was before a csv or parquet file flattened it."""
+    """Return a row as it was before a csv or parquet file flattened it."""
     return {
         name: json.loads(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
         None if value == "" and name != "reason" else value
@@ -178,15 +179,14 @@ def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Rows to jsonl, csv or parquet, complete or not at all. NaN is null, or empty in csv."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    """Write rows to jsonl, csv or parquet, complete or not at all. NaN is null, or empty in csv."""
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in plain for name in row))
     if path.suffix == ".jsonl":
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
-    else:
-        flat = [{n: _packed(row.get(n)) for n in names} for row in plain]
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain))
+        return
+    flat = [{n: _packed(row.get(n)) for n in names} for row in plain]
+    with replacing(path) as part:
         if path.suffix == ".csv":
             with part.open("w", newline="", encoding="utf-8") as stream:
                 writer = csv.DictWriter(stream, names)
@@ -194,7 +194,6 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 writer.writerows(flat)
         else:
             pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part)
-    part.replace(path)
 
 
 def _packed(value: Any) -> Any:
@@ -202,6 +201,6 @@ def _packed(value: Any) -> Any:
 
 
 def _schema(names: list[str]) -> pa.Schema:
-    """Strings, and doubles for scores: a column of nothing but nulls keeps its type."""
+    """Return strings, and doubles for scores, so that a column of nothing but nulls keeps its type."""
     text = {n for n in names if n in FIXED or n.endswith((IDENTITY, REASON))}
     return pa.schema([(n, pa.string() if n in text else pa.float64()) for n in names])

@@ -1,4 +1,4 @@
-"""`diffalign data convert | inspect | export` and `diffalign cache` as functions, and the contact sheet."""
+"""`diffalign data convert | inspect | export` and `diffalign cache`, and the contact sheet."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 import numpy as np
 
 from diffalign.config import TrainConfig
-from diffalign.data.agreement import summary
 from diffalign.data.buckets import describe
 from diffalign.data.cache import plan_cache
 from diffalign.data.convert import open_rows
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.export import export
-from diffalign.data.imported import Report, write_found
+from diffalign.data.dataset_export import export
+from diffalign.data.dataset_summary import summarise_dataset
+from diffalign.data.imported import Report, write_imported
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
-from diffalign.report.contact import data_uri, write_contact_sheet
+from diffalign.report.contact_sheet import small_picture, write_contact_sheet
 from diffalign.stages.resolve import open_backbone, resolve_device
 
 FAULTS_SHOWN = 20
 
 
 def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict[str, Any] | None = None) -> None:
-    """The contact sheet of `groups` groups spread over the dataset, each from best to worst."""
+    """Write a contact sheet of `groups` groups spread evenly over the dataset, each from best to worst."""
     rewards = {name: dataset.score_array(name) for name in dataset.rewards()}
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(groups, len(dataset))).astype(int))
     shown = [_group(dataset, int(i), rewards) for i in chosen]
-    write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summary(dataset), shown)
+    write_contact_sheet(path, dataset.folder.name, facts if facts is not None else summarise_dataset(dataset), shown)
 
 
 def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[str, Any]:
-    """`diffalign data inspect`: what a dataset holds."""
+    """Print what a dataset holds, and return it: `diffalign data inspect`. html: also write a contact sheet there."""
     dataset = PreferenceDataset(folder)
-    facts = summary(dataset)
+    facts = summarise_dataset(dataset)
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:{width}}  {value}")
@@ -47,22 +47,22 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
 
 
 def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
-    """`diffalign data convert`."""
+    """Convert another dataset into `out`: `diffalign data convert`. Broken rows are reported and skipped."""
     name, rows = open_rows(sources, form)
-    report = write_found(rows, out)
+    report = write_imported(rows, out)
     for fault in report.faults[:FAULTS_SHOWN]:
         print(f"{fault.where}: {fault.reason}", file=sys.stderr)
     if report.faults:
         more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
-        print(f"{len(report.faults)} broken rows were left out{more}", file=sys.stderr)
+        print(f"{len(report.faults)} broken rows were skipped{more}", file=sys.stderr)
     for reason, count in report.counted.items():
-        print(f"{count} rows left out: {reason}")
+        print(f"{count} rows skipped: {reason}")
     print(f"{name}: {report.groups} groups, {report.images} images in {out}; train on them with data.path={out}")
     return report
 
 
 def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int]:
-    """`diffalign data export`."""
+    """Export a dataset and return the rows of each split: `diffalign data export`."""
     counts = export(PreferenceDataset(folder), out, form, pairs)
     for split, count in counts.items():
         print(f"{split}: {count} rows")
@@ -71,7 +71,7 @@ def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int
 
 
 def cache(config: TrainConfig, dry_run: bool = False) -> None:
-    """`diffalign cache`: what `diffalign train` would encode before its first step, now; or only how large it is."""
+    """Encode what `diffalign train` would encode before its first step: `diffalign cache`. dry_run: print its size only."""
     dataset = PreferenceDataset(config.data.path)
     chosen, members, _ = choose_groups(config.data, dataset)
     backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
@@ -80,7 +80,7 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
         raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
     missing = plan.missing()
     if not missing:
-        print(f"cache: it is there, in {plan.folder}")
+        print(f"cache: complete, in {plan.folder}")
         return
     sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
     needed = sum(missing.values()) / 1e9
@@ -92,16 +92,17 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _group(dataset: PreferenceDataset, i: int, rewards: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return group `i` as the contact sheet shows it, best image first; `rewards`: scores of all images, by name."""
     row = dataset.group(i)
     members = dataset.members(row["group_id"])
     ranked = row["preference"] if row["preference"] and len(row["preference"]) == len(members) else []
     shares = dict(zip(members, ranked, strict=False))
     images = []
-    for place in range(int(dataset.places.starts[i]), int(dataset.places.starts[i + 1])):
+    for place in range(int(dataset.image_index.starts[i]), int(dataset.image_index.starts[i + 1])):
         image = dataset.image_at(place)
         shown: dict[str, Any] = {"image": None, "reason": "", "generator": image.generator, "seed": image.seed}
         try:
-            shown["image"] = data_uri(image.decode())
+            shown["image"] = small_picture(image.decode())
         except DiffalignError:
             shown["reason"] = "unreadable"
         scores = {name: _number(values[place]) for name, values in rewards.items()}

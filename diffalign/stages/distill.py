@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import DistillConfig, RewardTerm, StudentValidationSection, ValidationSection, resolved_yaml
+from diffalign.config import DistillConfig, RewardTerm, resolved_yaml
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
@@ -15,9 +15,18 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts, say
+from diffalign.stages.resolve import (
+    open_backbone,
+    open_plain_backbone,
+    open_rewards,
+    open_validation,
+    resolve_device,
+    resolve_prompts,
+)
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.distillation.method import Distillation
@@ -25,7 +34,6 @@ from diffalign.training.distillation.real_images import RealImages
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import DifferentiableScore, LatentScores
-from diffalign.training.validation import Validation
 
 HOW = """# A student with {steps} steps
 
@@ -40,7 +48,7 @@ image = pipeline("...", {call}).images[0]
 ```
 {note}"""
 
-SD3_RENOISE = """
+GLOBAL_NOISE = """
 The pipeline gives its scheduler no generator, so `generator=` fixes the first noise alone; call `torch.manual_seed` too.
 """
 
@@ -49,7 +57,7 @@ It was trained with CPS, eta {eta:g}, which no scheduler of diffusers has: Euler
 """
 
 
-def open_student(config: DistillConfig, backbone: Any) -> tuple[FewStep, Any]:
+def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, Any]:
     """The student's sampler, and the diffusers scheduler that it is saved with."""
     if backbone.guided:
         raise DiffalignError(
@@ -77,8 +85,8 @@ def latent_scores(
         return None, None
     rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
     for term in terms:
-        if term.column is not None and term.column not in rewards[term.name].columns:
-            known = ", ".join(rewards[term.name].columns)
+        if term.column is not None and term.column not in rewards[term.label].columns:
+            known = ", ".join(rewards[term.label].columns)
             raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
 
     def decoded(latents: Tensor) -> Tensor:
@@ -95,11 +103,11 @@ def latent_scores(
         texts, facts = [rows[i].prompt for i in indices], [rows[i].metadata for i in indices]
         found = {}
         for term in terms:
-            reward = rewards[term.name]
-            found[term.name] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
+            reward = rewards[term.label]
+            found[term.label] = reward.measure(pictures, texts, facts)[term.column or reward.columns[0]]
         return found
 
-    smooth = [term for term in terms if rewards[term.name].differentiable]
+    smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
         return scores, None
     if not smooth:
@@ -109,13 +117,13 @@ def latent_scores(
 
     def differentiable_score(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
-        parts = [term.weight * rewards[term.name].score_tensors(pixels, texts) for term in smooth]
+        parts = [term.weight * rewards[term.label].score_tensors(pixels, texts) for term in smooth]
         return torch.stack(parts).sum(dim=0)
 
     return scores, differentiable_score
 
 
-def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | None:
+def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImages | None:
     """The real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
     if config.gan.real is None:
         return None
@@ -131,34 +139,6 @@ def open_real(config: DistillConfig, backbone: Any, side: int) -> RealImages | N
     )
     say(f"{len(found)} real images for the critic")
     return images
-
-
-def prompt_validation(
-    wanted: StudentValidationSection,
-    backbone: Any,
-    device: str,
-    side: int,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-) -> Validation | None:
-    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted.
-
-    `side` in pixels; `steps` and `guidance_scale` are those of the trained sampler.
-    """
-    if wanted.every is None or wanted.prompts is None:
-        return None
-    rows = resolve_prompts(wanted.prompts, wanted.n)
-    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
-    parts = [
-        backbone.encode_guided([row.prompt for row in rows[i : i + wanted.batch_size]])
-        for i in range(0, len(rows), wanted.batch_size)
-    ]
-    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    settings = ValidationSection(
-        **{name: getattr(wanted, name) for name in StudentValidationSection.model_fields}
-    ).model_copy(update={"steps": steps, "guidance_scale": guidance_scale})
-    return Validation(backbone, settings, rows, encoded, rewards, side, seed)
 
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
@@ -178,7 +158,8 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
     scores, differentiable_score = latent_scores(config, backbone, rows, str(accelerator.device))
     side = config.resolution or backbone.default_resolution
-    validation = prompt_validation(config.validation, backbone, device, side, config.seed, config.student.steps, 0.0)
+    drawn = SamplingSettings(config.student.steps, 0.0, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
@@ -199,7 +180,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
     README says so.
     """
-    backbone = open_backbone(config.model.model_copy(update={"dtype": "float32", "quantize": "none"}), "cpu")
+    backbone = open_plain_backbone(config.model)
     _, scheduler = open_student(config, backbone)
     backbone.load_weights(weights)
     backbone.pipeline.scheduler = scheduler
@@ -209,10 +190,8 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     explicit = call_options(scheduler, wanted.times)
     if explicit:
         options = {**explicit, "guidance_scale": 0.0}
-    length = config.model.max_sequence_length
-    if length is not None and "max_sequence_length" in backbone.sampling_options():
-        options["max_sequence_length"] = length
-    note = SD3_RENOISE if backbone.family == "sd3" and wanted.sampler == "renoise" else ""
+    options |= backbone.call_options()
+    note = GLOBAL_NOISE if wanted.sampler == "renoise" and not backbone.scheduler_seeded else ""
     if wanted.sampler == "cps":
         note = CPS.format(eta=wanted.eta)
     call = ", ".join(f"{name}={value}" for name, value in options.items())

@@ -1,48 +1,132 @@
-"""`diffalign eval`: a model without and with trained weights, on the same prompts and seeds."""
+"""`diffalign eval`: the base model and trained weights on the same prompts and seeds."""
 
 import json
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from diffalign.config import EvalConfig, load_run_config
+from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.evaluate import Plan, table
+from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import ImageProgress, say
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
-    Ticker,
     check_guidance_scale,
     open_backbone,
     open_rewards,
     resolve_device,
     resolve_prompts,
-    say,
+    sampling_settings,
     weights_digest,
 )
 from diffalign.training.checkpoint import checkpoints
 
 
-def _trains_all(weights: Path, trunk_name: str) -> bool:
-    """Whether a folder of weights, or a checkpoint, holds the whole trunk rather than a LoRA."""
-    if (weights / "state.json").is_file():
-        return bool(json.loads((weights / "state.json").read_text())["config"]["tune"]["kind"] == "full")
-    return (weights / trunk_name).is_dir()
+def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
+    """Compare trained weights with the base model: `diffalign eval`. Return what eval.json holds.
+
+    base_folder: where the base's images lie or go, so that several evaluations share them. Raises DiffalignError for
+    weights that are missing, a reward that cannot score a prompt, and prompts that chose the weights.
+    """
+    weights = _weights_to_compare(config)
+    device = resolve_device(config.device)
+    backbone = open_backbone(config.model, device)
+    check_guidance_scale(config.guidance_scale, backbone)
+
+    # Under a LoRA, one backbone is both models, since its policy can be switched off; full weights replace the base's.
+    full = any(_trains_all(path, backbone.trunk_name) for path in weights.values())
+    base = open_backbone(config.model, device) if full else backbone
+
+    # Refuse before anything is drawn.
+    rows = resolve_prompts(config.prompts, config.n)
+    _refuse_selection_prompts(config, rows)
+    rewards = open_rewards((config.reward, *config.more_rewards), rows, device, "reward", config.prompts)
+
+    settings = sampling_settings(config)
+    trained = _trained_samplers(backbone, weights, settings)
+    drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(asdict(settings))}"
+    result = evaluate_models(
+        base=_sampler(base, "policy" if full else "reference", settings),
+        tuned=trained.pop("tuned"),
+        others=trained,
+        plan=EvaluationPlan(rows, config.seeds, config.seed, config.batch_size),
+        rewards=rewards,
+        correction=config.corrected,
+        out=config.out,
+        identities={"base": drawn_by, **{name: f"{drawn_by} {weights_digest(path)}" for name, path in weights.items()}},
+        base_folder=base_folder,
+        on_progress=ImageProgress(),
+    )
+    # rich takes a pipe for 80 columns, which would break the table's lines
+    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
+    say(f"report: {write_report(config.out, result)}")
+    return result
 
 
-def load_trained(backbone: Any, weights: Path) -> None:
-    """Put trained weights into the policy: a folder in diffusers' layout, or a checkpoint of a run (its average, if kept)."""
+def _weights_to_compare(config: EvalConfig) -> dict[str, Path]:
+    """Return all weights that are compared with the base, by name: `tuned`, others, and the run's checkpoints if asked."""
+    weights = {"tuned": config.weights, **config.others}
+    if config.checkpoints:
+        run_dir = config.weights.parent
+        found = checkpoints(run_dir)
+        if not found:
+            raise DiffalignError(f"checkpoints=true: {run_dir} holds no checkpoints/ beside its weights")
+        weights |= {f"step-{int(path.name.removeprefix('step-'))}": path for path in found}
+    for path in weights.values():
+        if not path.exists():
+            raise DiffalignError(f"no weights at {path}: the folder does not exist")
+    return weights
+
+
+def _sampler(backbone: Backbone, role: str, settings: SamplingSettings) -> Sampler:
+    """Return a function that draws images of prompts at seeds under a role of the backbone."""
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        with backbone.role(role):
+            return backbone.sample(prompts, seeds, settings)
+
+    return draw
+
+
+def _trained_samplers(backbone: Backbone, weights: dict[str, Path], settings: SamplingSettings) -> dict[str, Sampler]:
+    """Return a sampler for each of the weights; they share the backbone, and each loads its weights at its first images."""
+    draw = _sampler(backbone, "policy", settings)
+    loaded: Path | None = None
+
+    def sampler(path: Path) -> Sampler:
+        def draw_trained(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+            nonlocal loaded
+            if loaded != path:
+                load_trained(backbone, path)
+                loaded = path
+            return draw(prompts, seeds)
+
+        return draw_trained
+
+    return {name: sampler(path) for name, path in weights.items()}
+
+
+def load_trained(backbone: Backbone, weights: Path) -> None:
+    """Load trained weights into the policy.
+
+    weights: a folder in diffusers' layout, or a checkpoint of a run, of which the average is taken if it was kept.
+    Raises DiffalignError for a checkpoint of another model.
+    """
     if not (weights / "state.json").is_file():
         backbone.load_weights(weights)
         return
-    tune = json.loads((weights / "state.json").read_text())["config"]["tune"]
+    tune = _tuning(weights)
     average = weights / "ema.safetensors"
     values = load_file(average if average.is_file() else weights / "policy.safetensors")
     if tune["kind"] == "lora" and not has_adapter(backbone.trunk, POLICY):
@@ -55,12 +139,26 @@ def load_trained(backbone: Any, weights: Path) -> None:
             own[name].copy_(value)
 
 
+def _trains_all(weights: Path, trunk_name: str) -> bool:
+    """Return whether a folder of weights, or a checkpoint, holds the whole trunk and not a LoRA."""
+    if (weights / "state.json").is_file():
+        return bool(_tuning(weights)["kind"] == "full")
+    return (weights / trunk_name).is_dir()
+
+
+def _tuning(checkpoint: Path) -> dict[str, Any]:
+    """Return the `tune` section of the config that a checkpoint was trained under."""
+    tune: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]["tune"]
+    return tune
+
+
 def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None:
-    """What chose the best weights, or where to stop, flatters them: it is not what they are judged by."""
+    """Refuse prompts by which validation chose the weights, or the step to stop at: they flatter the weights."""
     trained = config.weights.parent / "config.yaml"
     if not trained.is_file():
         return
-    validation = load_run_config(trained).validation
+    run = load_run_config(trained)
+    validation = run.validation if isinstance(run, BackboneRunConfig) else ValidationSection()
     if validation.every is None or validation.prompts is None:
         return
     chosen = {row.prompt for row in resolve_prompts(validation.prompts, validation.n)}
@@ -70,64 +168,3 @@ def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None
             f"prompts={config.prompts}: {len(shared)} of {len(rows)} prompts chose this run's weights by validation, such as "
             f"{shared[0]!r}; evaluate on others"
         )
-
-
-def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
-    """`diffalign eval`: one backbone is both models, since its policy can be switched off."""
-    models = {"tuned": config.weights, **config.others}
-    if config.checkpoints:
-        found = checkpoints(config.weights.parent)
-        if not found:
-            raise DiffalignError(f"checkpoints=true: {config.weights.parent} holds no checkpoints/ beside its weights")
-        models |= {f"step-{int(path.name.removeprefix('step-'))}": path for path in found}
-    for path in models.values():
-        if not path.exists():
-            raise DiffalignError(f"no weights at {path}: the folder does not exist")
-    backbone = open_backbone(config.model, resolve_device(config.device))
-    check_guidance_scale(config, backbone)
-    full = any(_trains_all(path, backbone.trunk_name) for path in models.values())
-    base = open_backbone(config.model, resolve_device(config.device)) if full else backbone
-    rows = resolve_prompts(config.prompts, config.n)
-    _refuse_selection_prompts(config, rows)
-    sections = (config.reward, *config.more_rewards)
-    rewards = open_rewards(sections, rows, resolve_device(config.device), "reward", config.prompts)
-    options = {
-        "steps": config.steps,
-        "guidance_scale": config.guidance_scale,
-        "negative_prompt": config.negative_prompt,
-        "height": config.height,
-        "width": config.width,
-    }
-
-    loaded: list[Path] = []
-
-    def sampler(model: Any, role: str, weights: Path | None = None) -> Callable[[list[str], list[int]], Any]:
-        def draw_images(prompts: list[str], seeds: list[int]) -> Any:
-            # Models are drawn one after the other: each puts its weights in at its first images.
-            if weights is not None and loaded[-1:] != [weights]:
-                load_trained(model, weights)
-                loaded.append(weights)
-            with model.role(role):
-                return model.sample(prompts, seeds, **options)
-
-        return draw_images
-
-    drawn_by = f"{backbone.source.fingerprint(str(backbone.dtype))} {json.dumps(options)}"
-    ticker = {name: Ticker(name) for name in ("base", *models)}
-    result = evaluate_models(
-        base=sampler(base, "policy" if full else "reference"),
-        tuned=sampler(backbone, "policy", config.weights),
-        others={name: sampler(backbone, "policy", path) for name, path in models.items() if name != "tuned"},
-        plan=Plan(rows, config.seeds, config.seed, config.batch_size),
-        rewards=rewards,
-        correction=config.corrected,
-        out=config.out,
-        identities={"base": drawn_by, **{name: f"{drawn_by} {weights_digest(path)}" for name, path in models.items()}},
-        base_folder=base_folder,
-        on_progress=lambda name, done, total: ticker[name](done, total),
-    )
-    # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(table(result))
-    report = write_report(config.out, result)
-    say(f"report: {report}")
-    return result

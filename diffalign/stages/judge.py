@@ -2,14 +2,13 @@
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign.config import JudgeConfig
+from diffalign.config import JudgeConfig, JudgeModelSection
 from diffalign.errors import DiffalignError
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
@@ -17,12 +16,12 @@ from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pipelines.tuning import quiet_progress
-from diffalign.rewards.judge import Judge, load_judge
-from diffalign.rewards.rubric import load_rubrics
-from diffalign.stages.resolve import resolve_device, say
+from diffalign.progress import ImageProgress, say
+from diffalign.rewards.judge import Judge
+from diffalign.stages.resolve import open_judge, resolve_device
 from diffalign.stages.trainer import run_and_report
-from diffalign.testbed import judge_data as judged
 from diffalign.testbed.judge_base import BaseSettings, make_base
+from diffalign.testbed.judge_data import faulty_groups, judge_records
 from diffalign.training.optim import check_installed
 
 
@@ -39,9 +38,7 @@ def judge_data(out: Path, split: str, groups: int, images: int, raters: int, see
         raise DiffalignError(f"{out}: is not empty; choose another folder")
     (out / "images").mkdir(parents=True, exist_ok=True)
     pairs, rated = [], []
-    for pictures, own_pairs, own_rated in judged.records(
-        judged.judged_groups(split, groups, images, seed), raters, seed
-    ):
+    for pictures, own_pairs, own_rated in judge_records(faulty_groups(split, groups, images, seed), raters, seed):
         for picture, row in zip(pictures, own_rated, strict=True):
             picture.save(out / row["image"])
         pairs += own_pairs
@@ -65,19 +62,12 @@ def train_from_config(config: JudgeConfig) -> Path:
     """`diffalign judge`. The same command again goes on where it stopped; returns the folder of the trained judge."""
     check_installed(config.optimizer)
     device = resolve_device(config.device)
-    model = config.model
     source = config.data.distributions if config.method == "risd" else config.data.pairs
     assert source is not None  # the config is checked
     records: list[Any] = [*(read_taught(source) if config.method == "risd" else read_pairs(source))][
         : config.data.limit
     ]
-    judge = open_judge(
-        model.path,
-        labels=model.labels,
-        rubrics=None if model.rubrics is None else load_rubrics(model.rubrics),
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype],
-        device=device,
-    )
+    judge = open_judge(config.model, device)
     check_dimensions(judge, {one.dimension for one in records}, source)
     if config.method == "sft" and config.role == "teacher" and len({one.traces is None for one in records}) == 2:
         raise DiffalignError(
@@ -85,18 +75,12 @@ def train_from_config(config: JudgeConfig) -> Path:
         )
     teacher = None
     if config.teacher is not None:
-        teacher = open_judge(config.teacher, device=device)
+        teacher = open_judge(JudgeModelSection(path=config.teacher), device)
         teacher.model.requires_grad_(False)
         check_dimensions(teacher, {one.dimension for one in records}, source)
     with quiet_progress():
         result = run_and_report(config, JudgeTraining(config, judge, records, teacher), report=False)
     return result.run_dir / "weights"
-
-
-def open_judge(folder: Path, **options: Any) -> Judge:
-    """`load_judge` without transformers' bars."""
-    with quiet_progress():
-        return load_judge(folder, **options)
 
 
 def check_dimensions(judge: Judge, wanted: set[str], source: Path) -> None:
@@ -113,7 +97,7 @@ def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, de
     _beside_images(source, out)
     if out.exists():
         raise DiffalignError(f"{out}: is there already; a teacher is asked once, delete it to ask again")
-    rated, judge = _rated(source), open_judge(teacher, device=resolve_device(device))
+    rated, judge = _rated(source), open_judge(JudgeModelSection(path=teacher), resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     mean = found.probabilities.double() @ torch.linspace(1, 5, 9, dtype=torch.float64)
@@ -132,7 +116,7 @@ def evaluate_judge(
     folder: Path, source: Path, out: Path | None, thinking: Thinking, device: str, seed: int
 ) -> dict[str, Any]:
     """`diffalign judge-eval`: the measures of all images and of each dimension; `out` gets them as JSON."""
-    rated, judge = _rated(source), open_judge(folder, device=resolve_device(device))
+    rated, judge = _rated(source), open_judge(JudgeModelSection(path=folder), resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     rows = by_dimension(rated, found.probabilities.double().numpy())
@@ -167,13 +151,7 @@ def _beside_images(source: Path, out: Path) -> None:
 
 
 def _counter(total: int) -> Callable[[int], None]:
-    """A plain line every few seconds."""
-    last = time.monotonic()
-
-    def tell(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            say(f"{done}/{total} images")
-
-    return tell
+    """A callback that shows how many images are judged."""
+    show = ImageProgress().named("judge")
+    show(0, total)
+    return lambda done: show(done, total)

@@ -1,4 +1,4 @@
-"""Rounds: the loop over stages. Today one round, on the embedded world: sample, score, rank, train, evaluate, report."""
+"""`diffalign testbed quickstart`: one round on the embedded world: sample, score, rank, train, evaluate, report."""
 
 from pathlib import Path
 from typing import Any
@@ -8,34 +8,41 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
-from diffalign.stages import evaluate as evaluate_stage
-from diffalign.stages import resolve
-from diffalign.stages import sample as sample_stage
-from diffalign.stages import train as train_stage
+from diffalign.progress import say
+from diffalign.stages.evaluate import evaluate
+from diffalign.stages.resolve import open_reward
+from diffalign.stages.sample import sample
+from diffalign.stages.train import train
 
 RECIPES = {"shapes-sd3": "shapes_sd3_dpo", "shapes-sdxl": "shapes_sdxl_dpo"}
 # How the models are sampled, for training data and for evaluation alike.
 SAMPLING: dict[str, Any] = {"steps": 10, "batch_size": 64, "device": "cpu"}
 GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}
 GROUPS, IMAGES_PER_GROUP, TEST_PROMPTS, TEST_SEEDS = 256, 8, 256, 4
-REWARD = {"name": "geneval", "detector": "shapes"}
+REWARD: dict[str, Any] = {"name": "geneval", "detector": "shapes"}
 
 
 def sampling(base: str) -> dict[str, Any]:
+    """Return the keys of a config for drawing images of a base model."""
     return {**SAMPLING, "guidance_scale": GUIDANCE[base]}
 
 
 def make_data(base: str, folder: Path, seed: int, groups: int = GROUPS) -> PreferenceDataset:
-    """Sample groups from `base` on training prompts and score them; what is there already is kept."""
-    model = load_config(RECIPES[base], ()).model.model_dump()
-    config = {"model": model, "prompts": "testbed:train", "n": groups, "out": str(folder), "seed": seed}
-    sample_stage.sample(
-        SampleConfig.model_validate({**config, **sampling(base), "images_per_prompt": IMAGES_PER_GROUP})
+    """Sample groups from `base` on training prompts and score them; complete parts are kept."""
+    wanted = SampleConfig(
+        model=load_config(RECIPES[base]).model,
+        prompts="testbed:train",
+        n=groups,
+        out=folder,
+        seed=seed,
+        images_per_prompt=IMAGES_PER_GROUP,
+        **sampling(base),
     )
+    sample(wanted)
     dataset = PreferenceDataset(folder)
-    scored = score_images(dataset, resolve.open_reward(RewardSection.model_validate(REWARD)))
+    scored = score_images(dataset, open_reward(RewardSection(**REWARD), SAMPLING["device"]))
     clean_up(folder)
-    resolve.say(f"scored {scored} images with the GenEval reward" if scored else "scores are there already")
+    say(f"scored {scored} images with the GenEval reward" if scored else "the images are scored already")
     return dataset
 
 
@@ -51,26 +58,32 @@ def quickstart(
     base_images: Path | None = None,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """One round from prompts to a report; returns the evaluation. `shuffle` is the control with permuted labels.
+    """Run one round from prompts to a report: `diffalign testbed quickstart`. Return what eval.json holds.
 
-    `data` and `base_images` let several rounds share samples and the base model's evaluation images.
+    steps: training steps, None for those of the recipe. shuffle: permute the labels within each group, as a control.
+    groups: prompts with images to train on. prompts: what to evaluate on. data, base_images: folders in which several
+    rounds share the training images and the base's evaluation images. overrides: of the training config.
     """
+    # Draw and score the training data, and rank it.
     data = data or out / "data"
     dataset = make_data(base, data, seed, groups)
     rank(dataset, ["geneval"], shuffle_seed=seed if shuffle else None)
     facts = PreferenceDataset(data).facts("train")
-    resolve.say(f"ranked {facts['groups']} groups; {facts['without_preference']} state no preference")
+    say(f"ranked {facts['groups']} groups; {facts['without_preference']} state no preference")
+    # Train with the shipped recipe.
     run_dir = out / "run"
     given = [f"run_dir={run_dir}", f"data.path={data}", f"seed={seed}", *overrides]
     config = load_config(RECIPES[base], [*given, *([f"train.steps={steps}"] if steps else [])])
-    train_stage.train(config)
-    evaluation = {
-        "model": config.model.model_dump(),
-        "weights": str(run_dir / "weights"),
-        "prompts": prompts,
-        "n": TEST_PROMPTS if prompts == "testbed:test" else None,
-        "seeds": TEST_SEEDS,
-        "reward": REWARD,
-        "out": str(run_dir),
-    }
-    return evaluate_stage.evaluate(EvalConfig.model_validate({**evaluation, **sampling(base)}), base_folder=base_images)
+    train(config)
+    # Compare with the base, and report.
+    evaluation = EvalConfig(
+        model=config.model,
+        weights=run_dir / "weights",
+        prompts=prompts,
+        n=TEST_PROMPTS if prompts == "testbed:test" else None,
+        seeds=TEST_SEEDS,
+        reward=RewardSection(**REWARD),
+        out=run_dir,
+        **sampling(base),
+    )
+    return evaluate(evaluation, base_folder=base_images)

@@ -1,35 +1,40 @@
-"""Where the real images of self-play come from: rendered scenes of the embedded world, or a dataset."""
+"""Real images for self-play and for a critic: rendered scenes of the embedded world, or images of a dataset."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.plan import write_whole
 from diffalign.data.prompts import PromptRow
-from diffalign.data.real_against_generated import Real
+from diffalign.data.real_against_generated import RealImage
 from diffalign.data.writer import png_bytes
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
+from diffalign.files import write_whole
 from diffalign.stages.resolve import resolve_prompts
-from diffalign.testbed.prompts import scene_for
 from diffalign.testbed.scenes import render
+from diffalign.testbed.shape_prompts import scene_for
 
 
-def real_images(source: str, prompts: str, n: int | None, seed: int) -> list[Real]:
-    """Prompts with a real image each: scenes of `prompts` for source "testbed", else the first image of every group of the
-    training split of the dataset in folder `source`, up to n."""
+def real_images(source: str, prompts: str, n: int | None, seed: int) -> list[RealImage]:
+    """Return prompts with a real image each, at most `n`.
+
+    source: "testbed" renders a scene for each of `prompts`, with `seed`; else a dataset folder, of which the first image of
+    every group of the training split is taken. Raises DiffalignError for prompts that describe no scene.
+    """
     if source == "testbed":
         rows = resolve_prompts(prompts, n, seed)
         if any("include" not in row.metadata for row in rows):
-            raise DiffalignError(f"data.real=testbed: {prompts} says not what to draw; use data.prompts=testbed:train")
+            raise DiffalignError(
+                f"data.real=testbed: {prompts} does not describe scenes; use data.prompts=testbed:train"
+            )
         return [(row, _scene(row, place, seed)) for place, row in enumerate(rows)]
     dataset = PreferenceDataset(Path(source))
     return [_stored(dataset, i) for i in dataset.split("train")[:n]]
 
 
 def prompts_file(rows: list[PromptRow], path: Path) -> Path:
-    """The prompts as a .jsonl that `diffalign sample` reads."""
+    """Write prompts as a .jsonl that `diffalign sample` reads, and return `path`."""
     write_whole(path, "".join(json.dumps({"prompt": row.prompt, **row.metadata}) + "\n" for row in rows))
     return path
 
@@ -38,6 +43,6 @@ def _scene(row: PromptRow, place: int, seed: int) -> Callable[[], bytes]:
     return lambda: png_bytes(render(scene_for(row.metadata, draw(seed, "scene", inner=place))))
 
 
-def _stored(dataset: PreferenceDataset, i: int) -> Real:
+def _stored(dataset: PreferenceDataset, i: int) -> RealImage:
     group = dataset.group(i)
     return PromptRow(group["prompt"], group["metadata"]), lambda: dataset.images(group["group_id"])[0].data

@@ -5,8 +5,7 @@ reward, since rewards and pipelines know nothing of the embedded world.
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,82 +14,152 @@ from safetensors.torch import load_file
 
 from diffalign import testbed
 from diffalign.config import (
-    EvalConfig,
+    GeneratorSection,
+    JudgeModelSection,
     ModelSection,
     RewardSection,
-    SampleConfig,
-    TrainConfig,
+    SizedSamplingSection,
+    ValidationSection,
 )
-from diffalign.data.prompts import PromptRow, read_prompts
+from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
+from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
-from diffalign.pipelines import load_backbone
-from diffalign.rewards import REWARDS, Reward, accepted, load_reward
+from diffalign.pipelines import Backbone, load_backbone
+from diffalign.pipelines.generator import Generator, load_generator
+from diffalign.pipelines.schedulers import replace_scheduler
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.pipelines.tuning import quiet_progress
+from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
+from diffalign.rewards.judge import Judge, load_judge
+from diffalign.rewards.rubric import load_rubrics
 from diffalign.testbed.detector import ShapeDetector
-from diffalign.testbed.prompts import prompts as testbed_prompts
+from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
 
-Say = Callable[[str], None]
-
-
-DETECTORS: dict[str, type] = {"shapes": ShapeDetector}
-
-
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DETECTORS: dict[str, type[Detector]] = {"shapes": ShapeDetector}
 TESTBED_PROMPTS = 256
 
 
-def say(message: str) -> None:
-    print(message, flush=True)
-
-
 def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is one; CUDA asked for and absent is a mistake."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DiffalignError("device=cuda: this machine has no usable CUDA device; use device=cpu or device=auto")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    """Return `cpu` or `cuda` for auto, cpu or cuda. Raise DiffalignError for CUDA on a machine without it."""
+    if device not in DEVICES:
+        raise DiffalignError(f"device {device}: unknown; one of {', '.join(DEVICES)}")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise DiffalignError("device cuda: this machine has no usable CUDA device; use cpu or auto")
+    return "cuda" if device != "cpu" and available else "cpu"
 
 
-def open_backbone(model: ModelSection, device: str) -> Any:
-    """The backbone that a config's `model` section names."""
-    path = str(testbed.model_path(model.path)) if model.path in testbed.MODELS else model.path
-    options = model.model_dump(exclude={"path", "dtype", "compile"})
-    return load_backbone(path, dtype=getattr(torch, model.dtype), device=device, **options)
+def process_device(device: str) -> str:
+    """Return what `resolve_device` returns; of several processes on CUDA each gets a GPU of its own, such as `cuda:1`."""
+    resolved, (number, world) = resolve_device(device), local_rank_and_world_size()
+    return f"cuda:{number % torch.cuda.device_count()}" if resolved == "cuda" and world > 1 else resolved
 
 
-def resolve_prompts(source: str, n: int | None, seed: int = 0) -> list[PromptRow]:
-    """A prompt file, `testbed:SPLIT`, `suite:NAME:PATH` or `suite:NAME:hub`."""
-    kind, _, split = source.partition(":")
+def model_folder(path: str) -> str:
+    """Return the folder of a model of the embedded world, and any other path or hub id as it is."""
+    return str(testbed.model_path(path)) if path in testbed.MODELS else path
+
+
+def open_backbone(model: ModelSection, device: str) -> Backbone:
+    """Load the backbone that a `model` section names."""
+    return load_backbone(model_folder(model.path), device=device, **_loading(model))
+
+
+def open_plain_backbone(model: ModelSection) -> Backbone:
+    """Load the backbone in float32 on the CPU without quantisation or special kernels, as a pipeline is saved from it."""
+    plain = {"dtype": "float32", "attention": "sdpa", "quantize": "none", "channels_last": False}
+    return open_backbone(model.model_copy(update=plain), "cpu")
+
+
+def open_generator(section: GeneratorSection, device: str) -> Generator:
+    """Load the model that a section of `generators` names, with its weights and sampler."""
+    model = section.model
+    generator = load_generator(model_folder(model.path), device=device, prior=section.prior, **_loading(model))
+    if section.weights is not None:
+        generator.load_weights(section.weights)
+    if section.scheduler is not None:
+        replace_scheduler(generator.pipeline, section.scheduler.name, section.scheduler.options)
+    return generator
+
+
+def open_judge(model: JudgeModelSection, device: str) -> Judge:
+    """Load the judge that a `model` section names; what the section leaves open is as the judge's folder states it."""
+    rubrics = None if model.rubrics is None else load_rubrics(model.rubrics)
+    with quiet_progress():
+        return load_judge(model.path, labels=model.labels, rubrics=rubrics, dtype=DTYPES[model.dtype], device=device)
+
+
+def _loading(model: ModelSection) -> dict[str, Any]:
+    """Return the keyword arguments of `load_backbone` that a `model` section states."""
+    stated = model.model_dump(exclude={"path", "dtype", "compile", "options"})
+    return {"dtype": DTYPES[model.dtype], **stated, **model.options}
+
+
+def resolve_prompts(
+    source: str,
+    n: int | None,
+    seed: int = 0,
+    *,
+    column: str = "prompt",
+    split: str = "train",
+    unique: bool = False,
+) -> list[PromptRow]:
+    """Return the first `n` prompts of a source, all where `n` is None (256 of the embedded world).
+
+    source: a file or folder as `read_prompts` takes it, `hub:OWNER/DATASET`, `suite:NAME:PATH`, `suite:NAME:hub` or
+    `testbed:SPLIT`, whose prompts are drawn with `seed`. column, split: where a table, a folder or a hub dataset keeps
+    the prompts. unique: skip prompts that came before.
+    """
+    kind, _, rest = source.partition(":")
     if kind == "suite":
-        name, _, path = split.partition(":")
-        return (read_hub_suite(name, path) if from_hub(path) else read_suite(name, Path(path)))[:n]
-    if kind == "testbed":
-        rows = testbed_prompts(split, n or TESTBED_PROMPTS, seed)
-        return [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in rows]
-    return read_prompts(source)[:n]
+        name, _, path = rest.partition(":")
+        rows = read_hub_suite(name, path) if from_hub(path) else read_suite(name, Path(path))
+    elif kind == "testbed":
+        drawn = draw_prompts(rest, n or TESTBED_PROMPTS, seed)
+        rows = [PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for row in drawn]
+    elif kind == "hub":
+        rows = hub_prompts(rest, column, split)
+    else:
+        rows = read_prompts(source, column, split)
+    return (unique_prompts(rows) if unique else rows)[:n]
 
 
-def open_reward(section: RewardSection, device: str = "cpu") -> Reward:
-    """The reward, with its detector built and handed over where it takes one."""
-    options = dict(section.options)
-    known = accepted(section.name) if section.name in REWARDS else set()
-    if "device" in known:
-        options.setdefault("device", device)
-    if section.detector is not None and "detector" in known:
-        if section.detector not in DETECTORS:
-            raise DiffalignError(f"reward.detector {section.detector!r}: unknown; there are {', '.join(DETECTORS)}")
-        options["detector"] = DETECTORS[section.detector]()
-    return load_reward(section.name, **options)
+def open_reward(section: RewardSection, device: str) -> Reward:
+    """Build the reward that a section names; `detector` counts for rewards that take one."""
+    named = {"detector": section.detector} if section.detector is not None and takes(section.name, "detector") else {}
+    return build_reward(section.name, {**section.options, **named}, device)
+
+
+def build_reward(name: str, options: Mapping[str, Any], device: str) -> Reward:
+    """Build a reward on `device`, unless its options name another; `detector: shapes` becomes the detector itself.
+
+    Raises DiffalignError for a name, an option or a detector that does not exist.
+    """
+    given = dict(options)
+    if takes(name, "device"):
+        given.setdefault("device", device)
+    detector = given.get("detector")
+    if isinstance(detector, str) and detector in DETECTORS:
+        given["detector"] = DETECTORS[detector]()
+    elif detector is not None and name in REWARDS:  # a reward of another package may have detectors of its own
+        raise DiffalignError(f"reward {name}: unknown detector {detector!r}; there are {', '.join(DETECTORS)}")
+    return load_reward(name, **given)
 
 
 def open_rewards(
     sections: Sequence[RewardSection], rows: list[PromptRow], device: str, key: str, prompts: str
 ) -> dict[str, Reward]:
-    """Rewards by name, refused before any image is drawn where one of them cannot judge a prompt."""
-    rewards = {section.name: open_reward(section, device) for section in sections}
+    """Build rewards by name. Raise DiffalignError before any image is drawn where one cannot score a prompt."""
+    opened = [open_reward(section, device) for section in sections]
+    rewards = {section.label: reward for section, reward in zip(sections, opened, strict=True)}
     for name, reward in rewards.items():
         for row in rows:
-            if reason := reward.unfit(row.prompt, row.metadata):
+            if reason := reward.reason_not_scorable(row.prompt, row.metadata):
                 raise DiffalignError(
                     f"{key}: {name} cannot judge {row.prompt!r} of {prompts}: {reason}; name another reward, such as "
                     "{name: pickscore}, or give prompts with what it needs"
@@ -98,34 +167,29 @@ def open_rewards(
     return rewards
 
 
-class Ticker:
-    """A plain line every few seconds: sampling has no loss to show. Time counts anew from a call with 0 done."""
-
-    def __init__(self, what: str, every: float = 15.0) -> None:
-        self.what, self.every, self.started, self.last = what, every, time.monotonic(), time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not done:
-            self.started = self.last = now
-        elif now - self.last >= self.every or done == total:
-            self.last = now
-            say(f"{self.what}: {done}/{total} images, {(now - self.started) / max(done, 1):.3f} s each")
+def sampling_settings(section: SizedSamplingSection) -> SamplingSettings:
+    """Return how a section wants its images drawn."""
+    return SamplingSettings(
+        section.steps, section.guidance_scale, section.negative_prompt, section.height, section.width
+    )
 
 
-def check_guidance_scale(config: SampleConfig | EvalConfig, backbone: Any) -> None:
-    """Where the guidance scale is an input of the network, images are drawn at the one that it is trained under."""
-    if backbone.guidance is not None and backbone.guidance != config.guidance_scale:
+def check_guidance_scale(scale: float, backbone: Backbone, key: str = "guidance_scale") -> None:
+    """Refuse to draw at another guidance scale than the network is trained under, where the scale is its input."""
+    if backbone.guidance is not None and backbone.guidance != scale:
         raise DiffalignError(
-            f"guidance_scale={config.guidance_scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.guidance={backbone.guidance:g}; set both to the same value"
+            f"{key}={scale:g}: {backbone.path} takes the scale as an input and is trained under "
+            f"model.options.guidance={backbone.guidance:g}; set both to the same value"
         )
 
 
 def weights_digest(weights: Path) -> str:
-    """Hash of a weights folder's tensors. Not of the files: safetensors writes their metadata in any order."""
+    """Return a hash of the tensors in a folder; not of its files, since safetensors writes metadata in any order."""
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(weights.rglob("*.safetensors")):
+    files = sorted(weights.rglob("*.safetensors"))
+    if not files:
+        raise DiffalignError(f"weights {weights}: no .safetensors file in it")
+    for path in files:
         tensors = load_file(path)
         for name in sorted(tensors):
             digest.update(f"{path.relative_to(weights)} {name}".encode())
@@ -133,17 +197,19 @@ def weights_digest(weights: Path) -> str:
     return digest.hexdigest()
 
 
-def prepare_validation(config: TrainConfig, backbone: Any) -> Validation | None:
-    """Prompts encoded and rewards built, while the text encoders are there; None where no validation is wanted."""
-    wanted = config.validation
-    if wanted.every is None or wanted.prompts is None:
+def open_validation(
+    section: ValidationSection, backbone: Backbone, device: str, seed: int, sampling: SamplingSettings
+) -> Validation | None:
+    """Encode prompts and build rewards, while the text encoders are in memory; None where no validation is wanted.
+
+    sampling: how the images are drawn, of which the negative prompt is encoded here.
+    """
+    if section.every is None or section.prompts is None:
         return None
-    rows = resolve_prompts(wanted.prompts, wanted.n)
-    device = resolve_device(config.device)
-    rewards = open_rewards(wanted.rewards, rows, device, "validation.rewards", wanted.prompts)
+    rows = resolve_prompts(section.prompts, section.n)
+    rewards = open_rewards(section.rewards, rows, device, "validation.rewards", section.prompts)
     texts = [row.prompt for row in rows]
-    chunks = [texts[i : i + wanted.batch_size] for i in range(0, len(texts), wanted.batch_size)]
-    parts = [backbone.encode_guided(chunk, wanted.negative_prompt) for chunk in chunks]
+    chunks = [texts[i : i + section.batch_size] for i in range(0, len(texts), section.batch_size)]
+    parts = [backbone.encode_guided(chunk, sampling.negative_prompt) for chunk in chunks]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    side = config.data.resolution or backbone.default_resolution
-    return Validation(backbone, wanted, rows, encoded, rewards, side, config.seed)
+    return Validation(backbone, section, rows, encoded, rewards, sampling, seed)

@@ -1,16 +1,22 @@
 """`diffalign reward-gradient`: prompts, a model and differentiable rewards to a model that scores higher."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
-from diffalign.rewards import REWARDS, Reward
-from diffalign.stages.distill import prompt_validation
-from diffalign.stages.resolve import open_backbone, open_rewards, resolve_device, resolve_prompts
+from diffalign.pipelines import Backbone
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
+from diffalign.stages.resolve import (
+    check_guidance_scale,
+    open_backbone,
+    open_rewards,
+    open_validation,
+    resolve_device,
+    resolve_prompts,
+)
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
@@ -23,9 +29,8 @@ from diffalign.training.reward_gradient.method import RewardGradient
 def check_differentiable(config: RewardGradientConfig) -> None:
     """Raises DiffalignError for a reward without a gradient, before a model is loaded."""
     for term in config.rewards:
-        # A name that does not exist is refused where the reward is built, with what was perhaps meant.
-        if term.name in REWARDS and not REWARDS[term.name].differentiable:
-            known = ", ".join(name for name, kind in REWARDS.items() if kind.differentiable)
+        if not find_reward(term.name).differentiable:
+            known = ", ".join(name for name, kind in (REWARDS | foreign_rewards()[0]).items() if kind.differentiable)
             raise DiffalignError(
                 f"rewards: {term.name} is not differentiable, so it has no gradient to follow; these are: {known}. Rewards "
                 "without one can rank images for `diffalign train`, or steer `diffalign distill`"
@@ -33,7 +38,7 @@ def check_differentiable(config: RewardGradientConfig) -> None:
 
 
 def gradient_scores(
-    config: RewardGradientConfig, backbone: Any, rows: list[PromptRow], rewards: dict[str, Reward]
+    config: RewardGradientConfig, backbone: Backbone, rows: list[PromptRow], rewards: dict[str, Reward]
 ) -> LatentScores:
     """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
     vae = backbone.pipeline.vae.float()
@@ -49,17 +54,12 @@ def gradient_scores(
     return scores
 
 
-def check_sampler(config: RewardGradientConfig, backbone: Any) -> int:
+def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
     """Side of the images in pixels. Raises DiffalignError for one that the model cannot draw, or another guidance."""
     side = config.resolution or int(backbone.default_resolution)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
-    scale = config.sampler.guidance_scale
-    if backbone.guidance is not None and backbone.guidance != scale:
-        raise DiffalignError(
-            f"sampler.guidance_scale={scale:g}: {backbone.path} takes the scale as an input and is trained under "
-            f"model.guidance={backbone.guidance:g}; set both to the same value"
-        )
+    check_guidance_scale(config.sampler.guidance_scale, backbone, "sampler.guidance_scale")
     return side
 
 
@@ -80,13 +80,12 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
     scores = gradient_scores(config, backbone, rows, rewards)
     sampler = config.sampler
-    validation = prompt_validation(
-        config.validation, backbone, device, side, config.seed, sampler.steps, sampler.guidance_scale
-    )
+    drawn = SamplingSettings(sampler.steps, sampler.guidance_scale, height=side, width=side)
+    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
     if validation is not None:
         # What is followed as well need not be in memory twice.
         same = [
-            s.name
+            s.label
             for s in config.validation.rewards
             for r in config.rewards
             if (s.name, s.options) == (r.name, r.options)

@@ -4,22 +4,22 @@ from pathlib import Path
 
 from diffalign.config import SampleConfig
 from diffalign.data.sample import sample_groups
+from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
-    Ticker,
     check_guidance_scale,
     open_backbone,
     resolve_device,
     resolve_prompts,
-    say,
+    sampling_settings,
     weights_digest,
 )
 
 
 def sample(config: SampleConfig) -> None:
-    """`diffalign sample`."""
+    """Draw groups of images for prompts into a dataset folder: `diffalign sample`."""
     backbone = open_backbone(config.model, resolve_device(config.device))
-    check_guidance_scale(config, backbone)
-    # By the name that the user gave: the shipped models lie elsewhere on every machine.
+    check_guidance_scale(config.guidance_scale, backbone)
+    # Record the name that the user gave: the folder of a shipped model differs from machine to machine.
     origin: dict[str, str | None] = {"model": config.model.path}
     if config.weights is not None:
         backbone.load_weights(config.weights)
@@ -30,13 +30,9 @@ def sample(config: SampleConfig) -> None:
         config.out,
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        negative_prompt=config.negative_prompt,
-        height=config.height,
-        width=config.width,
+        settings=sampling_settings(config),
         batch_size=config.batch_size,
         origin=origin,
-        on_progress=Ticker("sampling"),
+        on_progress=ImageProgress().named("sampling"),
     )
     say(f"dataset: {config.out}")

@@ -1,42 +1,42 @@
-"""`diffalign score`: names are resolved here, and what comes out is shown, written and compared."""
+"""`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
 
 import os
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from diffalign.data.schema import score_schema
-from diffalign.data.writer import replacing
+from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
-from diffalign.rewards import REWARDS, Reward, accepted, load_reward
-from diffalign.scoring import agreement
-from diffalign.scoring import compare_folders as versus
+from diffalign.progress import ImageProgress, say_aside
+from diffalign.rewards import REWARDS, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
+from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
 from diffalign.scoring.gallery import write_gallery
+from diffalign.scoring.human_agreement import agreement_table, read_choices
 from diffalign.scoring.processes import Processes
-from diffalign.scoring.run import Progress, Scores, score_items
+from diffalign.scoring.run import Scores, score_items
+from diffalign.scoring.score_summary import faults, summary_table
 from diffalign.scoring.sources import Prompting, collect
-from diffalign.scoring.spec import RewardSpec, parse_all
+from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
-from diffalign.scoring.summary import faults, table
+from diffalign.stages.resolve import build_reward, process_device
 
 UNSCORED = 3
-"""Exit code of a run that ended, but left pictures without a score."""
+"""Exit code of a run that ended, but left images without a score."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The options of the verb, as the user gave them."""
+    """The options of `diffalign score` as the user gave them."""
 
     images: list[str]
     rewards: list[str]
@@ -55,11 +55,11 @@ class ScoreRequest:
 
 
 def score(request: ScoreRequest) -> int:
-    """Score the pictures; returns the exit code: 0, or 3 if some picture has no score."""
+    """Score images: `diffalign score`. Return the exit code: 0, or 3 if some image has no score."""
     processes = Processes.start()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has its own, firm limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has a limit of its own
             return _score(request, processes)
     finally:
         processes.stop()
@@ -67,7 +67,9 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
-    rewards = _open(parse_all(request.rewards), _device(request.device, processes))
+    # Resolve what the options name.
+    device = process_device(request.device)
+    rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
     given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
@@ -76,6 +78,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
+    # Score the items of both sides in one run, so that each reward loads once.
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
         both = score_items(
@@ -85,7 +88,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
             batch_size=request.batch_size,
             workers=workers,
             processes=processes,
-            on_progress=_ticker() if processes.main else None,
+            on_progress=ImageProgress(say_aside) if processes.main else None,
         )
         if not processes.main:
             return 0
@@ -98,57 +101,38 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
 def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for part in parts:
-        console.print(table(part))
+        console.print(summary_table(part))
     if len(parts) == 2:
         a, b = parts
-        pairing = versus.pair(a, b)
+        pairing = pair_up(a, b)
         names = (" ".join(request.images), " ".join(request.against or []))
-        print(versus.heading(pairing, names))
-        console.print(versus.table(versus.compare_scores(a, b, pairing)))
+        print(heading(pairing, names))
+        console.print(comparison_table(compare_scores(a, b, pairing)))
     if request.labels:
-        console.print(agreement.table(agreement.read_choices(request.labels, both), both))
+        console.print(agreement_table(read_choices(request.labels, both), both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images):
             print(f"scores: {path}")
     if request.html:
-        print(f"gallery: {request.html} ({write_gallery(request.html, both)} pictures)")
+        print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
-        others = f", {kept} rows of other pictures kept" if kept else ""
+        others = f", {kept} rows of other images kept" if kept else ""
         print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
 
 
 def _split(both: Scores, first: int) -> list[Scores]:
-    """A's and B's part of one run."""
+    """Return the scores of A's and B's images, from those of one run; `first` images are A's."""
     cuts = [slice(0, first), slice(first, None)] if len(both.rows) > first else [slice(None)]
     return [Scores(both.rows[c], both.columns, items=both.items[c]) for c in cuts]
 
 
-def _open(specs: list[RewardSpec], device: str) -> dict[str, Reward]:
-    opened = {}
-    for spec in specs:
-        options = dict(spec.options)
-        if options.get("detector") == "shapes":
-            from diffalign.testbed.detector import ShapeDetector
-
-            options["detector"] = ShapeDetector()
-        if spec.name in REWARDS and "device" in accepted(spec.name):
-            options.setdefault("device", device)
-        opened[spec.label] = load_reward(spec.name, **options)
-    return opened
-
-
-def _device(device: str, processes: Processes) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise DiffalignError(f"--device {device}: one of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DiffalignError("--device cuda: this machine has no usable CUDA device; use cpu or auto")
-    return processes.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
-    """`scores/<label>.parquet` of a dataset of ours, where `rank` and `train` find them. One file a label, replaced whole."""
+    """Write `scores/<label>.parquet` into the dataset that was scored, where `rank` and `train` find them.
+
+    One file per label, replaced whole. Return the files; raise DiffalignError if `sources` is no dataset folder.
+    """
     if len(sources) != 1 or any(item.group is None for item in scores.items):
         raise DiffalignError("--into-dataset: IMAGES must be one dataset folder (a folder with groups.parquet)")
     written = []
@@ -164,32 +148,20 @@ def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
             }
             for item, row in zip(scores.items, scores.rows, strict=True)
         ]
-        with replacing(path, schema) as writer:
+        with parquet_writer(path, schema) as writer:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         written.append(path)
     return written
 
 
-def _ticker(every: float = 10.0) -> Progress:
-    """A plain line every few seconds."""
-    started = last = time.monotonic()
-
-    def tick(label: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            print(f"{label}: {done}/{total} pictures, {now - started:.0f} s", file=sys.stderr, flush=True)
-
-    return tick
-
-
 def show_rewards() -> None:
-    """`diffalign rewards`."""
-    shown = Table(title=f"{len(REWARDS)} rewards; higher is better", title_justify="left")
+    """Print a table of the rewards: `diffalign rewards`."""
+    others, problems = foreign_rewards()
+    kinds = REWARDS | others
+    shown = Table(title=f"{len(kinds)} rewards; higher is better", title_justify="left")
     for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
         shown.add_column(name, overflow="fold")
-    for name, kind in REWARDS.items():
+    for name, kind in kinds.items():
         low, high = (f"{bound:.3g}" for bound in kind.range)
         reads = ", ".join(("image", *kind.reads))
         gradient = "yes" if kind.differentiable else ""
@@ -206,3 +178,5 @@ def show_rewards() -> None:
         )
         shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
     Console(width=None if sys.stdout.isatty() else 180).print(shown)
+    for problem in problems:
+        print(f"not listed: {problem}", file=sys.stderr)

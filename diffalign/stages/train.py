@@ -9,8 +9,10 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.health import examine_labels
-from diffalign.objectives import OBJECTIVES, has_preference
-from diffalign.stages.resolve import open_backbone, prepare_validation, resolve_device, say
+from diffalign.objectives import has_preference
+from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say
+from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
@@ -34,7 +36,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     # The first process fills the cache; the others then find it.
     with accelerator.main_process_first():
         source = prepare_source(config.data, config.labels, dataset, backbone, say)
-    if OBJECTIVES[config.objective.name].label_kind != "none" and not has_preference(source.rewards, source.mask).any():
+    if config.objective.kind.label_kind != "none" and not has_preference(source.rewards, source.mask).any():
         raise DiffalignError(
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
             "its scores may all be equal, or the groups may have one image each"
@@ -44,9 +46,11 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     # Roles say who made an image: that its maker explains them is no finding.
-    roles = OBJECTIVES[config.objective.name].label_kind == "role"
+    roles = config.objective.kind.label_kind == "role"
     findings = [] if roles else examine_labels(source.labelled(dataset))
-    validation = prepare_validation(config, backbone)
+    wanted, side = config.validation, config.data.resolution or backbone.default_resolution
+    drawn = SamplingSettings(wanted.steps, wanted.guidance_scale, wanted.negative_prompt, side, side)
+    validation = open_validation(wanted, backbone, device, config.seed, drawn)
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     method = Preference(config, backbone, source, accelerator, say)

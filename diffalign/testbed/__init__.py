@@ -1,7 +1,7 @@
 """The embedded world: coloured shapes, a detector that reads them back, and two small base models trained on them.
 
-It is a test bench. It proves that sampling, scoring, ranking, training and evaluation work together on real diffusers
-pipelines, on a CPU, offline. It does not prove anything about SDXL.
+It is a test bench. It shows that sampling, scoring, ranking, training and evaluation work together on real diffusers
+pipelines, on a CPU, offline. It shows nothing about SDXL.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ MODELS: tuple[str, ...] = ("shapes-sd3", "shapes-sdxl")
 
 
 def model_path(name: str) -> Path:
-    """Folder of a shipped base model, in diffusers' layout."""
+    """Return the folder of a shipped base model, in diffusers' layout. Raises DiffalignError for another name."""
     folder = Path(__file__).parent / "assets" / name
     if name not in MODELS or not folder.is_dir():
         raise DiffalignError(

@@ -1,7 +1,7 @@
-"""Reads coloured shapes back from pixels: colour segmentation, connected components, template matching.
+"""Read coloured shapes back from pixels: colour segmentation, connected components, template matching.
 
-Classical on purpose. It has no weights, it is exact on clean scenes, and its confidence falls smoothly when a generated
-shape is malformed, so it can stand where GenEval has Mask2Former and CLIP.
+It is classical on purpose: it has no weights, it is exact on clean scenes, and its confidence falls smoothly when a
+generated shape is malformed. So it can replace GenEval's Mask2Former and CLIP.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from diffalign.rewards.detection import Detection
-from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, Item, draw_item
+from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, PlacedShape, draw_shape
 
 _PALETTE = np.array([GROUND, *COLORS.values()], dtype=np.float32)
 _TEMPLATE_SIDE = 24
@@ -20,21 +20,21 @@ _TEMPLATE_SIDE = 24
 
 @cache
 def template(shape: str) -> np.ndarray:
-    """Coverage of a shape over its own bounding box, [24, 24] in [0, 1]."""
+    """Return the coverage of a shape over its bounding box, [24, 24] in [0, 1]."""
     scale = 8
     side = _TEMPLATE_SIDE * scale
     canvas = Image.new("L", (side, side), 0)
     half = _TEMPLATE_SIDE / 2
-    draw_item(ImageDraw.Draw(canvas), Item(shape, "", half, half, half), (255,), (0,), scale)
+    draw_shape(ImageDraw.Draw(canvas), PlacedShape(shape, "", half, half, half), (255,), (0,), scale)
     return np.asarray(canvas.resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
 @dataclass(frozen=True)
 class ShapeDetector:
-    """Implements `diffalign.rewards.detection.Detector` for the world of shapes.
+    """A `diffalign.rewards.detection.Detector` for the world of shapes.
 
-    min_area: components with fewer pixels are noise.
-    floor, ceiling: overlap with the best template that maps to confidence 0 and 1.
+    min_area: components with fewer pixels are noise. floor, ceiling: overlap with the best template that maps to
+    confidence 0 and 1.
     """
 
     min_area: int = 24
@@ -45,18 +45,18 @@ class ShapeDetector:
     colors: tuple[str, ...] = tuple(COLORS)
 
     def detect(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """Objects in each image, most confident first. Boxes are (x1, y1, x2, y2) in pixels of the image."""
+        """Return the objects in each image, most confident first. Boxes are (x1, y1, x2, y2) in pixels of the image."""
         return [self._detect(np.asarray(image.convert("RGB"), dtype=np.float32)) for image in images]
 
     def _detect(self, pixels: np.ndarray) -> list[Detection]:
         distance = ((pixels[:, :, None, :] - _PALETTE) ** 2).sum(-1)
         nearest = distance.argmin(-1)
-        # How much of a pixel is object rather than ground, along the line from the ground to its component's colour.
         found = []
         for index, color in enumerate(COLORS, start=1):
             # The opening drops the one-pixel rims where an edge blends into the ground and looks like a third colour.
             mask = ndimage.binary_opening(nearest == index, structure=np.ones((2, 2)))
             components, count = ndimage.label(mask)
+            # Share of each pixel that is object, along the line from the ground to the component's colour.
             axis = _PALETTE[index] - _PALETTE[0]
             coverage = np.clip(((pixels - _PALETTE[0]) @ axis) / (axis @ axis), 0, 1)
             for k in range(1, count + 1):
@@ -69,7 +69,7 @@ class ShapeDetector:
         reach = ndimage.binary_dilation(component, structure=np.ones((3, 3)))
         soft = coverage * reach
         ys, xs = np.nonzero(soft > 0.5)
-        # Sub-pixel bounding box: the outermost half-covered pixels, moved out by what their neighbours still cover.
+        # Sub-pixel bounding box: the outermost half-covered pixels, moved outwards by their neighbours' coverage.
         x1, x2, y1, y2 = _extent(soft, axis=0, low=xs.min(), high=xs.max()) + _extent(
             soft, axis=1, low=ys.min(), high=ys.max()
         )

@@ -1,26 +1,39 @@
-"""Small genuine Qwen3-VL models with a tokenizer and processor of their own, taught to describe and rate the embedded world.
+"""Make small genuine Qwen3-VL models, with tokenizer and processor, that describe and rate the embedded world.
 
-`diffalign testbed judge-base` makes one in CPU-minutes; none is shipped. A base has seen images of training prompts with the
-reasons that a rater would note and scores that are mostly noise, as a model that was never asked to rate: it is the zero-shot
-row of a comparison, and where teachers and students start.
+`diffalign testbed judge-base` makes one in CPU-minutes; none is shipped. A base has seen images of training prompts
+with the reasons that a rater would note and with scores that are mostly noise, like a model that was never asked to
+rate. It is the zero-shot row of a comparison, and the start of teachers and students.
 """
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.progress import Say
 from diffalign.rewards.judge import Judge
 from diffalign.rewards.judge_prompt import LABELS, Wording
-from diffalign.testbed.judge_data import CUTS, DEGREES, DIMENSIONS, Judged, any_prompt, judged, rating_distribution
+from diffalign.testbed.judge_data import (
+    CUTS,
+    DEGREES,
+    DIMENSIONS,
+    FaultyImage,
+    faulty_image,
+    random_prompt,
+    rating_distribution,
+)
 from diffalign.testbed.pretrain import learning_rate
-from diffalign.testbed.tokenizers import WORDS, _apply, _byte_symbols
+from diffalign.testbed.tokenizers import WORDS, apply_merges, byte_symbols
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer, Qwen3VLProcessor
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (
@@ -36,7 +49,7 @@ PATCH = 8  # 64 x 64 pixels: 64 patches, merged to 16 tokens
 
 @dataclass(frozen=True)
 class Size:
-    """Of text model and image tower."""
+    """Widths and layers of the text model and of the image tower."""
 
     width: int
     layers: int
@@ -44,14 +57,18 @@ class Size:
     seen_layers: int
 
 
-# What a base is taught, in turn: to compare a picture with its prompt takes longest to learn.
+# The dimensions of training samples in turn: comparing an image with its prompt takes longest to learn.
 TAUGHT = ("alignment", "realism", "alignment", "plausibility")
 SIZES = {"teacher": Size(128, 3, 96, 3), "student": Size(64, 2, 64, 2)}
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How a base is taught. noise: the share of its scores that are drawn evenly, whatever is seen."""
+    """How a base is trained.
+
+    noise: the share of its scores that are uniform random, whatever the image. direct: the share of samples that answer
+    without reasons.
+    """
 
     steps: int = 3_000
     batch: int = 32
@@ -59,11 +76,10 @@ class BaseSettings:
     warmup: int = 100
     noise: float = 0.6
     direct: float = 0.3
-    """Share of samples that answer without reasons."""
 
 
-def judge_tokenizer() -> Any:
-    """A genuine Qwen2 tokenizer in which each word of the world is one token, with or without a blank before it."""
+def judge_tokenizer() -> Qwen2Tokenizer:
+    """Return a genuine Qwen2 tokenizer in which each word of the world is one token, with or without a space before it."""
     from transformers import Qwen2Tokenizer
 
     extra = [
@@ -83,11 +99,11 @@ def judge_tokenizer() -> Any:
     words = [*WORDS, *DIMENSIONS, *DEGREES, *CUTS, *extra, "noise", "cut", "cuts", "one"]
     merges: list[tuple[str, str]] = []
     for word in sorted({form for w in words for form in (w, "Ġ" + w)} | {":Ċ", "Ġ."}, key=lambda w: (len(w), w)):
-        symbols = _apply(merges, list(word))
+        symbols = apply_merges(merges, list(word))
         while len(symbols) > 1:
             merges.append((symbols[0], symbols[1]))
             symbols = [symbols[0] + symbols[1], *symbols[2:]]
-    tokens = [*_byte_symbols(), *dict.fromkeys(a + b for a, b in merges), "<|endoftext|>"]
+    tokens = [*byte_symbols(), *dict.fromkeys(a + b for a, b in merges), "<|endoftext|>"]
     return Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -96,15 +112,15 @@ def judge_tokenizer() -> Any:
     )
 
 
-def judge_processor(tokenizer: Any) -> Any:
-    """Qwen3-VL's processor for 64 x 64 pictures; larger ones are shrunk to about that."""
+def judge_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
+    """Return Qwen3-VL's processor for 64 x 64 images; larger ones are shrunk to about that size."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     images = Qwen2VLImageProcessor(
         size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
         patch_size=PATCH,
         merge_size=2,
-        # Of rendered scenes, which are mostly light ground: 0.5 and 0.5 leave them little contrast.
+        # Those of rendered scenes, which are mostly light ground; with 0.5 and 0.5 they have little contrast.
         image_mean=[0.85] * 3,
         image_std=[0.25] * 3,
     )
@@ -114,7 +130,7 @@ def judge_processor(tokenizer: Any) -> Any:
 
 
 def untrained_judge(size: str, seed: int = 0) -> Judge:
-    """A judge of random weights from `seed`."""
+    """Return a judge with random weights from `seed`."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     tokenizer, s = judge_tokenizer(), SIZES[size]
@@ -150,27 +166,32 @@ def untrained_judge(size: str, seed: int = 0) -> Judge:
     return Judge(model.eval(), judge_processor(tokenizer), rubrics=RUBRICS, wording=WORDING)
 
 
-def samples(seed: int, step: int, batch: int) -> list[Judged]:
-    """A batch of images of training prompts with their faults, the dimensions of `TAUGHT` in turn."""
+def samples(seed: int, step: int, batch: int) -> list[FaultyImage]:
+    """Return a batch of images of training prompts with their faults, the dimensions of `TAUGHT` in turn."""
     rng = np.random.default_rng([seed, step, 11])
-    return [judged(any_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng) for i in range(batch)]
+    return [
+        faulty_image(random_prompt("train", rng), TAUGHT[i % len(TAUGHT)], int(rng.integers(5)), rng)
+        for i in range(batch)
+    ]
 
 
 def noisy_level(score: float, noise: float, rng: np.random.Generator) -> int:
-    """Index of a level: one rater's, or, in a share `noise` of the cases, any."""
+    """Return the index of a level: one rater's or, with probability `noise`, a uniform random one."""
     flat = np.full(len(LABELS["digits"]), 1 / len(LABELS["digits"]))
     return int(rng.choice(len(flat), p=noise * flat + (1 - noise) * rating_distribution(score)))
 
 
-def base_loss(judge: Judge, shown: list[Judged], settings: BaseSettings, rng: np.random.Generator) -> Tensor:
-    """Cross-entropy of reasons, marker and label, mean over tokens; a share of the batch answers at once."""
+def base_loss(judge: Judge, shown: list[FaultyImage], settings: BaseSettings, rng: np.random.Generator) -> Tensor:
+    """Return the cross-entropy of reasons, marker and label, mean over tokens; a share of the batch answers at once."""
     cut = round(settings.direct * len(shown))
     total = torch.zeros(())
     tokens = 0
     for part, reasons in ((shown[:cut], False), (shown[cut:], True)):
         if not part:
             continue
-        traces = [judge.tokenizer(one.seen, add_special_tokens=False)["input_ids"] for one in part] if reasons else None
+        traces = (
+            [judge.tokenizer(one.reasons, add_special_tokens=False)["input_ids"] for one in part] if reasons else None
+        )
         inputs = judge.inputs([o.image for o in part], [o.prompt for o in part], [o.dimension for o in part], traces)
         levels = [noisy_level(one.score, settings.noise, rng) for one in part]
         labels = torch.tensor([judge.token_ids[level] for level in levels])
@@ -185,10 +206,8 @@ def base_loss(judge: Judge, shown: list[Judged], settings: BaseSettings, rng: np
     return total / tokens
 
 
-def make_base(
-    out: Path, size: str, seed: int = 0, settings: BaseSettings | None = None, say: Callable[[str], None] = print
-) -> Judge:
-    """Teach a judge from nothing and save it in `out`; minutes on a CPU core."""
+def make_base(out: Path, size: str, seed: int = 0, settings: BaseSettings | None = None, say: Say = print) -> Judge:
+    """Train a judge from random weights and save it in `out`; takes minutes on a CPU core."""
     settings = settings or BaseSettings()
     judge = untrained_judge(size, seed)
     judge.model.train()

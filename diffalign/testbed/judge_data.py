@@ -1,26 +1,25 @@
-"""Images of the embedded world with known faults, and what people would say about them: data for a judge of images.
+"""Make images of the embedded world with known faults and ratings: data for a judge of images.
 
-A fault belongs to one dimension: a wrong shape, colour, count or place to alignment; blur and noise to realism; a broken
-outline to plausibility. Its size gives the score on which raters agree in the mean; each rater draws from a known
-distribution around it. So the distribution that a judge should predict is known, and not only its mean.
+A fault belongs to one dimension: a wrong shape, colour, count or place to alignment; blur and noise to realism; a
+broken outline to plausibility. Its size gives the score on which raters agree on average; each rater draws from a known
+distribution around it. So the distribution that a judge should predict is known, not only its mean.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from diffalign.testbed.prompts import NUMBERS, RELATIONS, TAGS, Metadata, combinations_of, scene_for, wording
 from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, Scene, render
+from diffalign.testbed.shape_prompts import NUMBERS, RELATIONS, TAGS, Metadata, combinations_of, prompt_text, scene_for
 
 DIMENSIONS: tuple[str, ...] = ("alignment", "realism", "plausibility")
 LEVELS = np.linspace(1.0, 5.0, 9)
 DISAGREEMENT = 0.5
-"""Points: the spread of raters around the score on which they agree."""
-# Points that a fault costs. A demand that is missed on the subject itself costs most.
+"""Standard deviation of raters around the score on which they agree, in points."""
+# Points that a fault costs. A wrong shape costs most.
 COSTS = {"shape": 2.0, "color": 1.5, "place": 1.5, "count": 1.0}
 DEGREES = ("no", "slight", "clear", "strong", "heavy")
 BLUR = (0.0, 0.7, 1.2, 1.8, 2.8)  # radius, pixels
@@ -29,24 +28,29 @@ CUTS = ("no", "one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """seen: what a rater would note. score: on what raters agree in the mean, 1 to 5, anywhere between the levels."""
+class FaultyImage:
+    """An image with a known fault.
+
+    reasons: what a rater would note. score: the average on which raters agree, 1 to 5, anywhere between the levels.
+    """
 
     prompt: str
     dimension: str
     image: Image.Image
-    seen: str
+    reasons: str
     score: float
 
 
 def rating_distribution(score: float) -> np.ndarray:
-    """Probability of each level for one rater, [9]: a bell around the score, cut off at the scale's ends."""
+    """Return the probability of each level for one rater, [9]: a bell around the score, cut off at the ends."""
     weight = np.exp(-((LEVELS - score) ** 2) / (2 * DISAGREEMENT**2))
     return np.asarray(weight / weight.sum())
 
 
 def misaligned(metadata: Metadata, faults: int, rng: np.random.Generator) -> tuple[Metadata, dict[str, float]]:
-    """Clauses that miss `faults` of a prompt's demands (fewer where it has fewer), and what each kind of fault costs."""
+    """Return clauses that miss `faults` of a prompt's demands (or all, if it has fewer), and the cost of each kind of
+    fault.
+    """
     include = [dict(clause) for clause in metadata["include"]]
     demands = [("shape", i) for i in range(len(include))]
     demands += [("color", i) for i, clause in enumerate(include) if "color" in clause]
@@ -74,7 +78,7 @@ def misaligned(metadata: Metadata, faults: int, rng: np.random.Generator) -> tup
 
 
 def broken(scene: Scene, cuts: int, rng: np.random.Generator) -> Image.Image:
-    """The scene with bars of ground colour through its objects."""
+    """Return the scene with bars of ground colour through its objects."""
     image = render(scene)
     draw = ImageDraw.Draw(image)
     for _ in range(cuts):
@@ -86,23 +90,23 @@ def broken(scene: Scene, cuts: int, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def judged(metadata: Metadata, dimension: str, degree: int, rng: np.random.Generator) -> Judged:
-    """One image of a prompt whose fault in `dimension` has a degree from 0 (none) to 4, less where alignment allows less."""
+def faulty_image(metadata: Metadata, dimension: str, degree: int, rng: np.random.Generator) -> FaultyImage:
+    """Return an image of a prompt whose fault in `dimension` has a degree from 0 (none) to 4, or less if it cannot."""
     if dimension == "alignment":
         found, cost = misaligned(metadata, degree, rng)
         verdict = " ".join(f"wrong {kind} ." for kind in COSTS if kind in cost) or "all right ."
         image = render(scene_for(found, rng))
-        return Judged(
+        return FaultyImage(
             metadata["prompt"],
             dimension,
             image,
-            f"{wording(found['include'])} . {verdict}",
+            f"{prompt_text(found['include'])} . {verdict}",
             max(1.0, 5.0 - sum(cost.values())),
         )
     scene = scene_for(metadata, rng)
     if dimension == "plausibility":
         noun = "cut" if degree == 1 else "cuts"
-        return Judged(
+        return FaultyImage(
             metadata["prompt"], dimension, broken(scene, degree, rng), f"{CUTS[degree]} {noun} .", 5.0 - degree
         )
     image = render(scene)
@@ -112,33 +116,37 @@ def judged(metadata: Metadata, dimension: str, degree: int, rng: np.random.Gener
     else:
         pixels = np.asarray(image, float) + rng.normal(0, NOISE[degree], (*image.size[::-1], 3))
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    return Judged(metadata["prompt"], dimension, image, f"{DEGREES[degree]} {kind} .", 5.0 - degree)
+    return FaultyImage(metadata["prompt"], dimension, image, f"{DEGREES[degree]} {kind} .", 5.0 - degree)
 
 
-def any_prompt(split: str, rng: np.random.Generator) -> Metadata:
-    """A prompt of a split, all six kinds equally often, as many times as one likes."""
+def random_prompt(split: str, rng: np.random.Generator) -> Metadata:
+    """Return a random prompt of a split; all six kinds are equally frequent, and prompts may repeat."""
     options = combinations_of(split, TAGS[rng.integers(len(TAGS))])
     wordings = options[rng.integers(len(options))]
     return wordings[rng.integers(len(wordings))]
 
 
-def judged_groups(
+def faulty_groups(
     split: str, n: int, images: int, seed: int, dimensions: tuple[str, ...] = DIMENSIONS
-) -> Iterator[list[Judged]]:
-    """`n` groups of `images` images of one prompt and dimension, each with a fault of another degree; dimensions take turns."""
+) -> Iterator[list[FaultyImage]]:
+    """Yield `n` groups of `images` images of one prompt and dimension, each with a fault of another degree.
+
+    Dimensions take turns.
+    """
     for index in range(n):
         rng = np.random.default_rng([seed, index, sum(split.encode())])
-        metadata, dimension = any_prompt(split, rng), dimensions[index % len(dimensions)]
+        metadata, dimension = random_prompt(split, rng), dimensions[index % len(dimensions)]
         degrees = rng.permutation(5)[:images]
-        yield [judged(metadata, dimension, int(degree), rng) for degree in degrees]
+        yield [faulty_image(metadata, dimension, int(degree), rng) for degree in degrees]
 
 
-def records(
-    groups: Iterator[list[Judged]], raters: int, seed: int
-) -> Iterator[tuple[list[Image.Image], list[Any], list[Any]]]:
-    """Images, pair records and rating records of each group; images are named images/GROUP-INDEX.png.
+def judge_records(
+    groups: Iterator[list[FaultyImage]], raters: int, seed: int
+) -> Iterator[tuple[list[Image.Image], list[Metadata], list[Metadata]]]:
+    """Yield images, pair records and rating records of each group; images are named images/GROUP-INDEX.png.
 
-    A pair's scores are those of the first rater, as one person annotates an image; images whose scores agree make no pair.
+    A pair's scores are those of the first rater, as when one person annotates an image; images with equal scores make
+    no pair.
     """
     for number, group in enumerate(groups):
         rng = np.random.default_rng([seed, number, 7])
@@ -159,7 +167,7 @@ def records(
                     {
                         "prompt": group[w].prompt, "dimension": group[w].dimension,
                         "image_w": names[w], "image_l": names[l], "score_w": ratings[w][0], "score_l": ratings[l][0],
-                        "trace_w": group[w].seen, "trace_l": group[l].seen,
+                        "trace_w": group[w].reasons, "trace_l": group[l].reasons,
                     }
                 )  # fmt: skip
         yield [one.image for one in group], pairs, rated

@@ -1,8 +1,8 @@
-"""The architectures of the two shipped base models: real diffusers and transformers classes, only small.
+"""Define the architectures of the two shipped base models: real diffusers and transformers classes, but small.
 
-Their latents differ as those of SDXL and SD3 do: few channels for the UNet, which finds its way on a fine grid (16 x 16),
-and many on a coarse one (8 x 8) for the transformer, whose cost and whose trouble grow with the number of places. Text
-encoders are learnt with the trunk, since there is nothing to inherit.
+Their latents differ as those of SDXL and SD3 do: the UNet has few channels on a fine grid (16 x 16); the transformer,
+whose cost and difficulty grow with the number of positions, has many channels on a coarse one (8 x 8). Text encoders
+are trained with the trunk, since there are none to start from.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class Latents:
-    """`channels` latent channels; the VAE has a level for each of `widths`, and all but the first halve the image."""
+    """The shape of latents. The VAE has a level for each of `widths`; all but the first halve the image."""
 
     channels: int
     widths: tuple[int, ...]
 
     @property
     def side(self) -> int:
+        """Height and width of the latents."""
         return SIZE // 2 ** (len(self.widths) - 1)
 
 
@@ -41,7 +42,7 @@ LATENTS = {"shapes-sd3": Latents(16, (16, 32, 48, 64)), "shapes-sdxl": Latents(8
 
 
 def autoencoder(name: str) -> AutoencoderKL:
-    """The untrained VAE of a model. Purely convolutional: shapes are local."""
+    """Return the untrained VAE of a model. It is purely convolutional, since shapes are local."""
     latents = LATENTS[name]
     return AutoencoderKL(
         in_channels=3,
@@ -63,7 +64,7 @@ def autoencoder(name: str) -> AutoencoderKL:
 
 
 def clip_text_model(projected: bool, pad_token: str) -> tuple[CLIPTextModel | CLIPTextModelWithProjection, object]:
-    """Three layers; diffusers reads the last but one."""
+    """Return an untrained CLIP text model and its tokenizer. It has three layers; diffusers reads the last but one."""
     tokenizer = clip_tokenizer(pad_token)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -82,7 +83,7 @@ def clip_text_model(projected: bool, pad_token: str) -> tuple[CLIPTextModel | CL
 
 
 def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """A rectified-flow MMDiT with two CLIPs and a tiny T5, so that `from_pretrained` needs no special arguments."""
+    """Return a rectified-flow MMDiT with two CLIPs and a tiny T5, so that `from_pretrained` needs no special arguments."""
     tokenizer_3 = t5_tokenizer()
     width = 2 * CLIP_WIDTH
     text_encoder_3 = T5EncoderModel(
@@ -129,7 +130,7 @@ def shapes_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 def shapes_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
-    """An epsilon-prediction UNet with SDXL's micro-conditioning and two CLIPs."""
+    """Return an epsilon-prediction UNet with SDXL's micro-conditioning and two CLIPs."""
     latents = LATENTS["shapes-sdxl"]
     unet = UNet2DConditionModel(
         sample_size=latents.side,
@@ -171,6 +172,6 @@ BUILDERS = {"shapes-sd3": shapes_sd3, "shapes-sdxl": shapes_sdxl}
 
 
 def parameters(pipeline: StableDiffusion3Pipeline | StableDiffusionXLPipeline) -> dict[str, int]:
-    """Parameters by component."""
+    """Return the number of parameters by component."""
     modules = {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
     return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

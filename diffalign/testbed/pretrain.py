@@ -1,34 +1,35 @@
-"""Trains the shipped base models from nothing: `diffalign testbed pretrain shapes-sd3 --out FOLDER`.
+"""Train the shipped base models from random weights: `diffalign testbed pretrain shapes-sd3 --out FOLDER`.
 
-Three steps: draw scenes, train the VAE, then train trunk and text encoders together on latents. The last part of the
-run draws a share of each caption's attributes at random. A base that was told the truth only half of the time draws
-clean shapes but follows prompts loosely, as models trained on web captions do: it leaves preference learning something
-to improve. Stops and goes on at its snapshots.
+The steps: draw scenes, train the VAE, then train trunk and text encoders together on latents. In the last part of the
+run a share of each caption's attributes is random. Such a base draws clean shapes but follows prompts loosely, like
+models trained on web captions, so there is something for preference learning to improve. A run that is stopped resumes
+from its last snapshot.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
+from diffalign.files import replacing
+from diffalign.progress import Say
 from diffalign.testbed.models import BUILDERS, autoencoder
-from diffalign.testbed.prompts import TAGS, Metadata, combinations, misdescribed, scene_for
 from diffalign.testbed.scenes import render
+from diffalign.testbed.shape_prompts import TAGS, Metadata, combinations, misdescribed, scene_for
 from diffalign.testbed.tokenizers import T5_LENGTH
 
-Say = Callable[[str], None]
-Pipeline = Any  # StableDiffusion3Pipeline or StableDiffusionXLPipeline; diffusers does not type them
+Pipeline: TypeAlias = StableDiffusion3Pipeline | StableDiffusionXLPipeline
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PretrainSettings:
     seed: int = 0
 
 
-# The VAE of more levels has more to learn; the transformer is dearer a step, and needs fewer on its coarser latents.
+# The VAE with more levels has more to learn. The transformer's steps cost more, and it needs fewer on its coarse latents.
 SETTINGS = {
     "shapes-sd3": PretrainSettings(vae_steps=1_200, vae_batch=32, kl_weight=3e-4, steps=4_000, bf16=True),
     "shapes-sdxl": PretrainSettings(),
@@ -61,7 +62,7 @@ SETTINGS = {
 
 
 def draw_scenes(settings: PretrainSettings) -> tuple[list[Metadata], np.ndarray]:
-    """Captions' metadata and images [N, 64, 64, 3] uint8, all six kinds of prompt in equal shares."""
+    """Return the captions' metadata and images [N, 64, 64, 3] uint8, all six kinds of prompt in equal shares."""
     rng = np.random.default_rng([settings.seed, 1])
     wordings = {tag: [w for c in combinations(tag) for w in c] for tag in TAGS}
     described, images = [], []
@@ -73,12 +74,15 @@ def draw_scenes(settings: PretrainSettings) -> tuple[list[Metadata], np.ndarray]
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, a plateau, and half a cosine to zero over the last half: a run can be made longer on the way."""
+    """Return the learning rate of a step: linear warm-up, a plateau, half a cosine to zero over the second half.
+
+    Because of the plateau a run can still be made longer in its first half.
+    """
     fall = max(0.0, 2 * step / steps - 1)
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * fall))
 
@@ -90,7 +94,7 @@ def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def train_vae(name: str, images: np.ndarray, settings: PretrainSettings, say: Say) -> AutoencoderKL:
-    """L1 reconstruction with a faint KL; afterwards the latents' mean and spread become shift and scale."""
+    """Train the VAE by L1 and L2 reconstruction with a small KL term."""
     torch.manual_seed(settings.seed)
     vae = autoencoder(name).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=0.0)
@@ -115,7 +119,7 @@ def train_vae(name: str, images: np.ndarray, settings: PretrainSettings, say: Sa
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
-    """Posterior means [N, C, h, w], neither shifted nor scaled."""
+    """Return posterior means [N, C, h, w], neither shifted nor scaled."""
     parts = [vae.encode(to_pixels(images[i : i + batch])).latent_dist.mode() for i in range(0, len(images), batch)]
     return torch.cat(parts).contiguous()
 
@@ -123,7 +127,10 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
 def prepare(
     name: str, folder: Path, settings: PretrainSettings, say: Say
 ) -> tuple[AutoencoderKL, list[Metadata], Tensor]:
-    """Scenes, a trained VAE and latents; the VAE and the latents are kept in `folder` for the next run."""
+    """Return scenes' metadata, a trained VAE and latents; VAE and latents are kept in `folder` for the next run.
+
+    The mean and spread of the latents become the VAE's shift and scale.
+    """
     stored = folder / f"{name}-latents.safetensors"
     described, images = draw_scenes(settings)
     say(f"{len(images)} scenes drawn")
@@ -133,14 +140,14 @@ def prepare(
         vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
         vae.save_pretrained(folder / f"{name}-vae")
     vae = AutoencoderKL.from_pretrained(folder / f"{name}-vae").eval()
-    vae.register_to_config(_name_or_path="")  # the folder that it came from is of no interest to others
+    vae.register_to_config(_name_or_path="")  # the folder that it came from means nothing to others
     if not stored.is_file():
         save_file({"latents": encode(vae, images)}, stored)
     return vae, described, load_file(stored)["latents"]
 
 
 def condition(pipeline: Pipeline, captions: list[str]) -> dict[str, Tensor]:
-    """Trunk arguments for captions, with gradient to the text encoders; "" stands for no caption."""
+    """Return the trunk's arguments for captions, with gradient to the text encoders; "" stands for no caption."""
     if isinstance(pipeline, StableDiffusion3Pipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(
             captions, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH
@@ -157,7 +164,7 @@ def condition(pipeline: Pipeline, captions: list[str]) -> dict[str, Tensor]:
 def denoising_loss(
     pipeline: Pipeline, latents: Tensor, captions: list[str], generator: torch.Generator, bf16: bool = False
 ) -> Tensor:
-    """Rectified flow with logit-normal times for the MMDiT, plain epsilon prediction for the UNet."""
+    """Return the loss: rectified flow with logit-normal times for the MMDiT, epsilon prediction for the UNet."""
     noise = torch.randn(latents.shape, generator=generator)
     arguments = condition(pipeline, captions)
     # The fused CPU attention has a backward in bf16 that is slower than the plain one by half.
@@ -173,13 +180,13 @@ def denoising_loss(
 
 
 def learners(pipeline: Pipeline) -> torch.nn.ModuleDict:
-    """What is trained: the trunk and every text encoder."""
+    """Return what is trained: the trunk and every text encoder."""
     names = [n for n, c in pipeline.components.items() if isinstance(c, torch.nn.Module) and n != "vae"]
     return torch.nn.ModuleDict({n: pipeline.components[n] for n in names})
 
 
 def save(pipeline: Pipeline, averages: dict[str, Tensor], folder: Path) -> None:
-    """The averaged weights in bf16, in diffusers' layout."""
+    """Save the averaged weights in bf16, in diffusers' layout."""
     modules = learners(pipeline)
     current = {k: v.clone() for k, v in modules.state_dict().items()}
     modules.load_state_dict(averages, strict=False)
@@ -189,18 +196,36 @@ def save(pipeline: Pipeline, averages: dict[str, Tensor], folder: Path) -> None:
     pipeline.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
 
 
+def _captions(settings: PretrainSettings, step: int, described: list[Metadata]) -> list[str]:
+    """Return the captions of a step's images: some dropped and, in the last part of the run, some attributes wrong."""
+    rng = np.random.default_rng([settings.seed, 3, step])
+    noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
+    return ["" if rng.random() < settings.caption_dropout else misdescribed(one, rng, noise) for one in described]
+
+
+def _restore(
+    snapshot: Path, modules: torch.nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
+) -> int:
+    """Load a snapshot in place; return how many steps were done."""
+    state = torch.load(snapshot, weights_only=True)
+    modules.load_state_dict(state["modules"])
+    optimizer.load_state_dict(state["optimizer"])
+    averages.update(state["averages"])
+    return int(state["step"])
+
+
 def main(
     name: str, out: Path, settings: PretrainSettings | None = None, say: Say = print, until: int | None = None
 ) -> None:
-    """Pre-train `name` into `out` / `name`; intermediate states lie in `out` and make a second run go on.
+    """Pre-train `name` into `out` / `name`; intermediate states lie in `out`, from which a second run resumes.
 
-    `until`: stop after so many of the steps, before anything but a snapshot is saved.
+    `until`: stop after this many steps, and save only a snapshot.
     """
     settings = settings or SETTINGS[name]
     out.mkdir(parents=True, exist_ok=True)
     vae, described, latents = prepare(name, out, settings, say)
     torch.manual_seed(settings.seed)
-    if name == "shapes-sdxl":  # its pipeline knows a scale, but no shift
+    if name == "shapes-sdxl":  # its pipeline has a scale but no shift
         vae.register_to_config(shift_factor=None)
         latents = latents * vae.config.scaling_factor
     else:
@@ -212,21 +237,14 @@ def main(
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
     snapshot, first = out / f"{name}-snapshot.pt", 0
     if snapshot.is_file():
-        state = torch.load(snapshot, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        averages, first = state["averages"], state["step"]
+        first = _restore(snapshot, modules, optimizer, averages)
     log, started, running = out / f"{name}-log.jsonl", time.monotonic(), 0.0
     batches = list(_batches(len(latents), settings.batch, settings.steps, settings.seed))
     last = settings.steps if until is None else min(until, settings.steps)
     for step in range(first, last):
+        # Seeded by the step, so that a resumed run draws what an uninterrupted one would.
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        rng = np.random.default_rng([settings.seed, 3, step])
-        noise = settings.caption_noise if step >= settings.clean_share * settings.steps else 0.0
-        captions = [
-            "" if rng.random() < settings.caption_dropout else misdescribed(described[i], rng, noise)
-            for i in batches[step]
-        ]
+        captions = _captions(settings, step, [described[i] for i in batches[step]])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr, settings.warmup)
         loss = denoising_loss(pipeline, latents[batches[step]], captions, generator, settings.bf16)
@@ -244,8 +262,8 @@ def main(
             say(f"{name} step {step}/{settings.steps} loss {running:.4f} {time.monotonic() - started:.0f} s")
         if (step + 1) % settings.snapshot_every == 0 or step + 1 == last:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages}
-            torch.save(state | {"step": step + 1}, snapshot.with_suffix(".part"))
-            snapshot.with_suffix(".part").replace(snapshot)
+            with replacing(snapshot) as part:
+                torch.save(state | {"step": step + 1}, part)
     if last < settings.steps:
         return
     save(pipeline, averages, out / name)

@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes on a plain ground, and how they are drawn.
+"""Define scenes of coloured shapes on a plain ground, and draw them.
 
-A scene is the ground truth: a list of objects with shape, colour, centre and radius in pixels. `render` draws it at four
-times the size and shrinks it, so edges are smooth as in a photograph.
+A scene is the ground truth: a list of objects with shape, colour, centre and radius in pixels. `render` draws it at
+four times the size and shrinks it, so edges are smooth as in a photograph.
 """
 
 import math
@@ -27,7 +27,7 @@ _OVERSAMPLING = 4
 
 
 @dataclass(frozen=True)
-class Item:
+class PlacedShape:
     """One object: `x` and `y` are its centre, `radius` half the side of its bounding box, all in pixels."""
 
     shape: str
@@ -37,11 +37,11 @@ class Item:
     radius: float
 
 
-Scene = tuple[Item, ...]
+Scene = tuple[PlacedShape, ...]
 
 
 def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
-    """Polygon of a straight-edged shape whose bounding box is [x - r, x + r] x [y - r, y + r]."""
+    """Return the polygon of a straight-edged shape with bounding box [x - r, x + r] x [y - r, y + r]."""
     if shape == "square":
         return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
     if shape == "triangle":
@@ -65,8 +65,8 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
     ]
 
 
-def draw_item(
-    draw: ImageDraw.ImageDraw, item: Item, fill: tuple[int, ...], ground: tuple[int, ...], scale: int
+def draw_shape(
+    draw: ImageDraw.ImageDraw, item: PlacedShape, fill: tuple[int, ...], ground: tuple[int, ...], scale: int
 ) -> None:
     """Draw one object on a canvas `scale` times the scene."""
     x, y, r = item.x * scale, item.y * scale, item.radius * scale
@@ -80,16 +80,16 @@ def draw_item(
 
 
 def render(scene: Scene) -> Image.Image:
-    """RGB image, 64 x 64."""
+    """Return the scene as an RGB image, 64 x 64."""
     canvas = Image.new("RGB", (SIZE * _OVERSAMPLING, SIZE * _OVERSAMPLING), GROUND)
     draw = ImageDraw.Draw(canvas)
     for item in scene:
-        draw_item(draw, item, COLORS[item.color], GROUND, _OVERSAMPLING)
+        draw_shape(draw, item, COLORS[item.color], GROUND, _OVERSAMPLING)
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def free_of(item: Item, others: list[Item]) -> bool:
-    """Whether `item` keeps its distance from the others' bounding boxes."""
+def is_apart_from(item: PlacedShape, others: list[PlacedShape]) -> bool:
+    """Return whether `item` keeps its distance from the others' bounding boxes."""
     return all(
         max(abs(item.x - other.x), abs(item.y - other.y)) >= item.radius + other.radius + GAP for other in others
     )
@@ -99,17 +99,17 @@ def place(kinds: list[tuple[str, str]], rng: np.random.Generator, relation: str 
     """Put (shape, colour) pairs at random free places.
 
     With a `relation` ("left of", "right of", "above", "below") the second object stands so to the first, clearly enough
-    for GenEval's rule (components of the shrunk, normalised centre offset above 0.5).
+    for GenEval's rule (components of the shrunk, normalised offset of centres above 0.5).
     """
     dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}.get(relation or "", (0, 0))
     while True:
-        placed: list[Item] = []
+        placed: list[PlacedShape] = []
         for shape, color in kinds:
             radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
             for _ in range(40):
                 x, y = rng.uniform(radius + 2, SIZE - radius - 2, size=2)
-                item = Item(shape, color, float(x), float(y), float(radius))
-                if not free_of(item, placed):
+                item = PlacedShape(shape, color, float(x), float(y), float(radius))
+                if not is_apart_from(item, placed):
                     continue
                 if relation and placed:
                     ox, oy = item.x - placed[0].x, item.y - placed[0].y

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from diffalign.errors import DiffalignError
+from diffalign.files import read_json_lines
 from diffalign.health import Finding, Watch, describe
-from diffalign.training.protocols import Say
-from diffalign.training.tracking import read_rows
-from diffalign.training.validation import Row as ValidationRow
+from diffalign.training.protocols import Say, ValidationRow
 
 OnAlarm = Literal["warn", "stop"]
 Row = dict[str, float]
@@ -38,7 +37,9 @@ class HealthMonitor:
         self.watch = Watch(findings)
         self._announce(list(self.watch.findings.values()))
         if first:  # a resumed run sees its past as the first one did
-            rows, validations = (read_rows(run_dir / f"{name}.jsonl", first) for name in ("metrics", "validation"))
+            rows, validations = (
+                read_json_lines(run_dir / f"{name}.jsonl", first) for name in ("metrics", "validation")
+            )
             self.watch.replay(rows, validations)
         if self.stops:
             self._write()

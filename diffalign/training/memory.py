@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from diffalign.config import TrainConfig
-from diffalign.objectives import OBJECTIVES
 from diffalign.pipelines import Backbone
 from diffalign.training.preference.policy import build_objective, prepare_policy
 
@@ -317,7 +316,7 @@ def described(
     conditioning = backbone.encode_prompts([""])
     used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
     groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))
-    images = groups * used[OBJECTIVES[config.objective.name].members]
+    images = groups * used[config.objective.kind.members]
     images = min(images, config.train.images_per_pass or images)
     side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
     shape = (images, backbone.latent_channels, side, side)

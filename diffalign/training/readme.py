@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
+from diffalign.config import BackboneRunConfig, DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
 
 TRAIN = """# {name}
 
@@ -56,7 +56,7 @@ JUDGE = """# {name}
 """
 
 
-def _common(config: TrainConfig | DistillConfig | RewardGradientConfig | JudgeConfig) -> dict[str, str]:
+def _common(config: BackboneRunConfig | JudgeConfig) -> dict[str, str]:
     """What every README names."""
     lora, base, folder = config.tune.kind == "lora", str(config.model.path), config.run_dir.as_posix()
     return {

@@ -14,13 +14,14 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 
+from diffalign.config import RunConfig
 from diffalign.health import Finding
 from diffalign.training.average import averaged, keep_average, update_average
 from diffalign.training.checkpoint import TrainState, resume, save_checkpoint
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import HealthMonitor, OnAlarm
 from diffalign.training.progress import Pace, TrainProgress
-from diffalign.training.protocols import PlainConfig, RunConfig, Say
+from diffalign.training.protocols import PlainConfig, Say
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.tracking import Metrics
 from diffalign.training.validation import Validation, Validations

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
+from diffalign.files import dotted_keys
 from diffalign.training.protocols import PlainConfig
 
 # Keys that a resumed run may change; all others would make it another run.
@@ -22,17 +24,9 @@ FREE_KEYS = (
 )
 
 
-def flat(config: PlainConfig, prefix: str = "") -> PlainConfig:
-    """Return a nested config as dotted keys."""
-    found: PlainConfig = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
 def check_same_run(path: Path, stored: PlainConfig, config: PlainConfig) -> None:
     """Refuse to resume from the checkpoint `path` of another config: raise DiffalignError that names what differs."""
-    before, now = flat(stored), flat(config)
+    before, now = dotted_keys(current_keys(stored)), dotted_keys(current_keys(config))
     different = [
         key
         for key in sorted(before.keys() | now.keys())

@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from diffalign.errors import DiffalignError
+from diffalign.files import read_json_lines, write_whole
 from diffalign.training.protocols import PlainConfig
 
 
@@ -80,31 +81,10 @@ class Trackio:
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def _lines(path: Path, step: int | None) -> list[tuple[str, dict[str, Any]]]:
-    """Lines and their rows up to `step`, all where it is None, without a last line that a kill left unfinished."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if step is None or row["step"] <= step:
-            found.append((line, row))
-    return found
-
-
-def read_rows(path: Path, step: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl file up to `step`; none where there is no file."""
-    return [row for _, row in _lines(path, step)]
-
-
 def cut_rows(path: Path, step: int) -> None:
     """Drop rows written after `step` steps were done, and a last line that a kill left unfinished."""
-    if not path.exists():
-        return
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line, _ in _lines(path, step)))
-    part.replace(path)
+    if path.exists():
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path, step)))
 
 
 class Metrics:

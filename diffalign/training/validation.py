@@ -25,25 +25,27 @@ from torch import Tensor
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.training.tracking import cut_rows, read_rows
+from diffalign.files import read_json_lines
+from diffalign.training.protocols import Say
+from diffalign.training.protocols import ValidationRow as Row
+from diffalign.training.tracking import cut_rows
 
 if TYPE_CHECKING:
     from diffalign.config import ValidationSection
     from diffalign.data.prompts import PromptRow
     from diffalign.pipelines import Backbone
+    from diffalign.pipelines.settings import SamplingSettings
     from diffalign.rewards import Reward
     from diffalign.training.health import HealthMonitor
-    from diffalign.training.protocols import Say
 
 SHOWN_PROMPTS = 8
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Validation:
     """The model that draws validation images, their prompts, and the rewards that judge them.
 
-    encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; side: of an image, in pixels.
+    encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; sampling: how images are drawn.
     The first column of the first reward decides which weights are best.
     """
 
@@ -52,7 +54,7 @@ class Validation:
     prompts: Sequence[PromptRow]
     encoded: dict[str, Tensor]
     rewards: dict[str, Reward]
-    side: int
+    sampling: SamplingSettings
     seed: int = 0
 
     def run(self, run_dir: Path, done: int) -> Row:
@@ -79,10 +81,7 @@ class Validation:
                 images += backbone.sample_encoded(
                     {name: values[rows] for name, values in self.encoded.items()},
                     [int(draw(self.seed, "validation", inner=p, member=k).integers(2**32)) for p, k in batch],
-                    steps=settings.steps,
-                    guidance_scale=settings.guidance_scale,
-                    height=self.side,
-                    width=self.side,
+                    self.sampling,
                 )
         backbone.trunk.train(training)
         return images
@@ -143,7 +142,7 @@ class Validations:
         self.validation, self.run_dir = validation, run_dir
         self.accelerator, self.health, self.say = accelerator, health, say
         self.path, step = run_dir / "validation.jsonl", first or -1
-        self.rows: list[Row] = read_rows(self.path, step)
+        self.rows: list[Row] = read_json_lines(self.path, step)
         if accelerator.is_main_process:
             cut_rows(self.path, step)
 

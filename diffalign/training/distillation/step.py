@@ -144,7 +144,7 @@ def _advantages(config: DistillConfig, values: dict[str, Tensor], gap: Tensor, i
     Images of a prompt share the level, so that R_dm's weight, the same for all of them, falls out when it is standardised.
     """
     rewards = {name: value.view(-1, images) for name, value in values.items()}
-    weights = {term.name: term.weight for term in config.reward.terms if term.name in rewards}
+    weights = {term.label: term.weight for term in config.reward.terms if term.label in rewards}
     if config.group.advantage == "scalar_rdm":
         rewards["scalar_rdm"], weights["scalar_rdm"] = gap.view(-1, images), config.group.advantage_weight
     if not rewards:

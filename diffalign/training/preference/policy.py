@@ -3,7 +3,7 @@
 import torch
 
 from diffalign.config import ObjectiveSection, TrainConfig
-from diffalign.objectives import OBJECTIVES, Objective
+from diffalign.objectives import Objective
 from diffalign.pipelines import Backbone
 from diffalign.training.sharding import shard
 from diffalign.training.tune import make_trainable
@@ -11,7 +11,7 @@ from diffalign.training.tune import make_trainable
 
 def build_objective(section: ObjectiveSection) -> Objective:
     """Build the objective that a config's `objective` section names."""
-    return OBJECTIVES[section.name](**section.arguments())
+    return section.build()
 
 
 def prepare_policy(config: TrainConfig, backbone: Backbone, objective: Objective) -> bool:

@@ -157,7 +157,7 @@ def reward_gradient_step(
     _check_gradients(values)
 
     # ---- Loss: the rewards', and what holds the policy at the reference ----
-    terms = {term.name: RewardTerm(term.weight, term.form, term.threshold) for term in config.rewards}
+    terms = {term.label: RewardTerm(term.weight, term.form, term.threshold) for term in config.rewards}
     loss = reward_loss(values, terms)
     if config.drift.weight > 0:
         loss = loss + config.drift.weight * moved

@@ -1,0 +1,1 @@
+"""Parts that several benchmarks use, or that would make one too long. None of them is a benchmark."""

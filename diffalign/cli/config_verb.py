@@ -1,0 +1,47 @@
+"""What verbs with a config share: their arguments, and the config checked before torch is imported.
+
+@verbs.command()
+def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    \"\"\"Train a model on preference data.\"\"\"
+    with checked_config("train", config, overrides) as checked:
+        from diffalign.stages.train import train
+
+        train(checked, dry_run=dry_run)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffalign.cli.errors import plain_errors
+
+Source = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.SUB=VALUE", help="Values that replace those of CONFIG, such as train.steps=200."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the command would do; write nothing.")]
+
+
+@contextmanager
+def checked_config(kind: str, source: str, overrides: list[str] | None) -> Iterator[Any]:
+    """Yield the checked config of a verb; inside the block, a user's mistake is one line and exit code 2.
+
+    The block imports its stage, and with it torch: a mistyped key is reported before that. The config is typed Any since
+    its class follows from `kind`, and `--help` would have to import all classes to name them.
+    """
+    with plain_errors(resumes=True):
+        from diffalign import config
+
+        given = overrides or ()
+        if kind == "rank":  # also of a dataset's folder
+            yield config.load_rank_config(source, given)
+        elif kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
+            yield config.eval_config_of_run(Path(source), given)
+        else:
+            yield config.load(kind, source, given)

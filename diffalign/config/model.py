@@ -1,0 +1,142 @@
+"""Sections for the model: where it comes from, how it is loaded, and which of its weights are trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from diffalign.config.section import FilePath, Section, refuse
+
+Device = Literal["auto", "cpu", "cuda"]
+DEVICE = "auto: CUDA where there is one"
+
+# Keys of one family that stood among all models' keys, with the defaults they had there.
+FORMER_KEYS: dict[str, object] = {"use_t5": True, "max_sequence_length": None, "guidance": 3.5}
+
+
+def with_options(model: dict[str, Any]) -> dict[str, Any]:
+    """Return a plain `model` section with its former family keys moved to `options`; a default is left out there."""
+    rest = {key: value for key, value in model.items() if key not in FORMER_KEYS}
+    if len(rest) == len(model):
+        return model
+    options = dict(model.get("options") or {})
+    for key, default in FORMER_KEYS.items():
+        if key in model:
+            options.pop(key, None)
+            if model[key] != default:
+                options[key] = model[key]
+    return {**rest, "options": options}
+
+
+def current_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's plain config, as a checkpoint stores it, with today's keys, so that earlier runs resume."""
+    model = config.get("model")
+    return {**config, "model": with_options(model)} if isinstance(model, dict) else config
+
+
+class ModelSection(Section):
+    """Which model, and how it is loaded."""
+
+    path: str = Field(
+        min_length=1,
+        description="a diffusers folder, a Hugging Face id, or one of the small models shapes-sd3, shapes-sdxl",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a hub model; resolved to a commit and recorded"
+    )
+    variant: str | None = Field(
+        None, description="which weight files of a hub model, such as fp16; null: the plain ones"
+    )
+    token: str | None = Field(
+        None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out"
+    )
+    local_files_only: bool = Field(False, description="true: never ask the network, use what is in the cache")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
+    attention: Literal["sdpa", "xformers", "flash"] = Field(
+        "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
+    )
+    gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bits of the frozen layers under a LoRA: int8, or nf4 (4 bits; needs bitsandbytes)"
+    )
+    channels_last: bool = Field(False, description="true: memory format of a UNet's convolutions that GPUs prefer")
+    compile: bool = Field(
+        False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of the model's family. SD3: use_t5, max_sequence_length; FLUX: guidance (the scale to "
+        "train under, which must be that of the data), max_sequence_length",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_keys(cls, value: Any) -> Any:
+        """Read configs from before `options` existed."""
+        return with_options(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> ModelSection:
+        if self.compile and self.quantize != "none":
+            refuse("quantised layers are not compiled; leave one of them out", "compile", "quantize")
+        return self
+
+
+def check_device(model: ModelSection, device: str, *, autocast: bool = False) -> None:
+    """Refuse an attention kernel that the device or the number type lacks; for configs with `model` and `device`.
+
+    `autocast`: whether the model runs in half precision whatever its weights are.
+    """
+    if device == "cpu" and model.attention != "sdpa":
+        refuse(f"{model.attention} needs a GPU; use sdpa with device=cpu", "model.attention", "device")
+    if model.attention == "flash" and model.dtype == "float32" and not autocast:
+        refuse(
+            "flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype"
+        )
+
+
+class TuneSection(Section):
+    """What is trained."""
+
+    kind: Literal["lora", "full"] = Field(
+        "lora", description="low-rank adapters, or all weights of the UNet/transformer"
+    )
+    rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
+    alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
+    targets: list[str] | None = Field(
+        None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
+    )
+    init: FilePath | None = Field(None, description="folder of a LoRA to continue from (lora only)")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> TuneSection:
+        if self.kind == "full" and self.init is not None:
+            refuse(
+                "init loads a LoRA, but tune.kind=full trains no LoRA; set tune.kind=lora or leave init out",
+                "init",
+                "kind",
+            )
+        if self.kind == "full" and self.targets is not None:
+            refuse(
+                "targets choose where a LoRA goes, but tune.kind=full trains all weights; leave targets out", "targets"
+            )
+        return self
+
+
+class PolicySection(TuneSection):
+    """What is trained."""
+
+    reference: Literal["init", "base"] = Field(
+        "init", description="what the policy is compared with where init is given: that LoRA, or the model without one"
+    )
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> PolicySection:
+        if self.reference == "base" and self.init is None:
+            refuse(
+                "without tune.init the reference is the base anyway; give tune.init or leave reference out",
+                "reference",
+                "init",
+            )
+        return self

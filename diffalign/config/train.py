@@ -1,0 +1,196 @@
+"""The config of `diffalign train`: preference learning on a dataset folder."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from diffalign.config.data import DataSection, LabelSection, SelectionSection
+from diffalign.config.images import SamplingSection
+from diffalign.config.model import PolicySection
+from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
+from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
+from diffalign.config.run import AveragedStepSection, BackboneRunConfig, ValidationSection
+from diffalign.config.section import refuse
+
+
+class TrainSection(AveragedStepSection):
+    """Length and shape of the training."""
+
+    groups_per_step: int = Field(
+        8, gt=0, description="groups in one optimiser step, over all processes and micro-batches"
+    )
+    images_per_pass: int | None = Field(
+        None,
+        gt=0,
+        description="images of a micro-batch in the model at a time, for one more forward pass and the same gradient; null: "
+        "all, or one where all do not fit the GPU's memory",
+    )
+    prompt_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of groups whose prompt is replaced by the empty one"
+    )
+    skip_grad_norm: float | None = Field(
+        None, gt=1, description="skip steps whose gradient norm is more than this times the recent median; null: none"
+    )
+    auto_beta: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="find beta so that the gradient factor becomes this, as 0.3 (dpo and smpo); null: off",
+    )
+    shard: Literal["none", "fsdp2"] = Field(
+        "none", description="fsdp2: cut weights, gradients and averages over the processes (tune.kind full, adamw)"
+    )
+
+
+class SampledValidationSection(ValidationSection, SamplingSection):
+    """Images of prompts that are not trained on, drawn and scored during training; the best weights go to best/."""
+
+
+class TrainConfig(BackboneRunConfig):
+    """Train a model on preference data."""
+
+    compiles: ClassVar[bool] = True
+
+    kind: Literal["train"] = Field("train", description="which verb reads this file")
+    tune: PolicySection = PolicySection()
+    data: DataSection
+    labels: LabelSection = LabelSection()
+    selection: SelectionSection = SelectionSection()
+    objective: AnyObjective = DEFAULT_OBJECTIVE
+    noise: Literal["shared", "independent", "inverted"] = Field(
+        "shared", description="one noise for all images of a group, one each, or each image's own by inversion"
+    )
+    inversion: InversionSection = InversionSection()
+    error_space: Literal["native", "epsilon", "x0"] = Field(
+        "native", description="what the squared errors are errors of"
+    )
+    times: TimeSection = TimeSection()
+    reference: ReferenceSection = ReferenceSection()
+    train: TrainSection = TrainSection()
+    validation: SampledValidationSection = SampledValidationSection()
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> TrainConfig:
+        if self.device == "cpu" and self.train.mixed_precision == "fp16":
+            refuse("fp16 needs a GPU; use no or bf16 with device=cpu", "train.mixed_precision", "device")
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> TrainConfig:
+        objective, labels = self.objective, self.labels
+        unscaled = labels.source != "preference" and labels.transform in ("none", "zscore")
+        if unscaled and objective.build().unit_labels:
+            refuse(
+                f"{objective.name} compares scores between 0 and 1, and others would count as certain or as nothing; set "
+                "labels.transform=minmax, or the objective's own bounds to the reward's",
+                "labels.transform",
+                "labels.source",
+            )
+        if self.train.auto_beta is not None and not objective.kind.single_margin:
+            able = " and ".join(name for name, section in OBJECTIVE_SECTIONS.items() if section.kind.single_margin)
+            refuse(
+                f"auto_beta needs a beta and one margin a group that is proportional to it, as {able} have, not "
+                f"{objective.name}; leave it out",
+                "train.auto_beta",
+                "objective.name",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> TrainConfig:
+        selection, labels = self.selection, self.labels
+        if selection.images != "all" and self.data.group_size is not None:
+            refuse(
+                f"selection.images={selection.images} chooses the images of a step, and data.group_size draws them; leave "
+                "one out",
+                "selection.images",
+                "data.group_size",
+            )
+        if selection.weight == "mean" and (labels.source == "preference" or labels.centred):
+            refuse(
+                "vote shares, dvao and balanced labels have the same mean in every group, so none would count more; set "
+                "labels.source=scores.NAME, or selection.weight=gap",
+                "selection.weight",
+                "labels.source",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_inversion(self) -> TrainConfig:
+        changed = self.inversion.changed()
+        if changed and self.noise != "inverted":
+            refuse(
+                f"inversion has no effect with noise={self.noise}; set noise=inverted or leave it out",
+                *(f"inversion.{key}" for key in changed),
+                "noise",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> TrainConfig:
+        if self.reference.store is None:
+            return self
+        if self.noise == "inverted" and self.inversion.by == "policy":
+            refuse(
+                "the noise is found by the policy, which is another one at every step, so nothing can be kept; set "
+                "inversion.by=reference, or reference.store=null",
+                "reference.store",
+                "inversion.by",
+            )
+        if self.objective.kind.needs_gap and self.reference.keep == "errors":
+            refuse(
+                f"{self.objective.name} looks at the reference's predictions, not at its errors alone; set "
+                "reference.keep=predictions",
+                "reference.keep",
+                "objective.name",
+            )
+        if not self.objective.kind.needs_reference and self.noise != "inverted":
+            refuse(
+                f"{self.objective.name} has no reference, and nothing would be kept; leave reference.store out",
+                "reference.store",
+                "objective.name",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shard(self) -> TrainConfig:
+        if self.train.shard == "none":
+            return self
+        if self.tune.kind != "full":
+            refuse(
+                "a LoRA leaves little to cut over processes; use shard=none, or tune.kind=full",
+                "train.shard",
+                "tune.kind",
+            )
+        if self.optimizer.name != "adamw" or self.optimizer.offload:
+            refuse("shard=fsdp2 takes optimizer.name=adamw without offload", "train.shard", "optimizer.name")
+        if self.validation.every is not None:
+            refuse(
+                "one process draws the images of a validation, and none has all weights with shard=fsdp2; set "
+                "validation.every=null and evaluate afterwards",
+                "train.shard",
+                "validation.every",
+            )
+        if self.train.mixed_precision == "fp16":
+            refuse("shard=fsdp2 has no loss scaling; use bf16", "train.shard", "train.mixed_precision")
+        if self.reference.store is not None:
+            # One process may have a micro-batch that another lacks, and a forward pass needs all of them.
+            refuse(
+                "processes that hold a part of the reference each must compute it together; set reference.store=null",
+                "train.shard",
+                "reference.store",
+            )
+        if self.train.images_per_pass is not None:
+            refuse(
+                "passes predict again while gradients flow, which was not shown to work with shard=fsdp2; use "
+                "train.micro_batch=1 and model.gradient_checkpointing=true",
+                "train.shard",
+                "train.images_per_pass",
+            )
+        if self.model.compile:
+            refuse(
+                "compile with shard=fsdp2 was not shown to work; leave one of them out", "train.shard", "model.compile"
+            )
+        return self

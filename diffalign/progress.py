@@ -1,0 +1,52 @@
+"""Show how work proceeds: messages, and a plain line every few seconds while images are drawn or scored."""
+
+import sys
+import time
+from collections.abc import Callable
+
+Say = Callable[[str], None]
+"""A function that shows one line to the user."""
+
+OnImages = Callable[[int, int], None]
+"""A callback: (images done, images in all)."""
+
+
+OnNamedImages = Callable[[str, int, int], None]
+"""A callback: (name of the work, images done, images in all); `ImageProgress` is one."""
+
+
+def say(message: str) -> None:
+    """Print a line and flush it, so that it appears at once in a file or a pipe too."""
+    print(message, flush=True)
+
+
+def say_aside(message: str) -> None:
+    """Print a line to standard error, apart from a command's results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class ImageProgress:
+    """Prints `what: 64/256 images, 0.120 s each` at most every `every` seconds, and at the end.
+
+    The first call for a name starts the clock: it gives the number of images that existed already, and prints nothing.
+    A call with fewer images done than before starts the clock again.
+    """
+
+    def __init__(self, say: Say = say, every: float = 15.0) -> None:
+        self.say, self.every = say, every
+        self.what: str | None = None
+        self.first = self.done = 0
+        self.started = self.last = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self.what or done < self.done:
+            self.what, self.first, self.started, self.last = what, done, now, now
+        elif now - self.last >= self.every or done == total:
+            self.last = now
+            self.say(f"{what}: {done}/{total} images, {(now - self.started) / max(done - self.first, 1):.3f} s each")
+        self.done = done
+
+    def named(self, what: str) -> OnImages:
+        """Return a callback for one kind of work: called with (images done, images in all)."""
+        return lambda done, total: self(what, done, total)

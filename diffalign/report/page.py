@@ -1,0 +1,33 @@
+"""Render HTML pages from templates, with images inside the file."""
+
+import base64
+import io
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from diffalign import __version__
+
+
+def render_page(package: str, template: str, **values: object) -> str:
+    """Return a template of `package` with its values. Text is escaped; a name without a value is an error."""
+    environment = Environment(
+        loader=PackageLoader(package),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(version=__version__, **values)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return the bytes of an image file; kind: Pillow's format name, options: those of its writer."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return encoded image bytes as a data URI; kind: "png" or "jpeg"."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,169 @@
+"""Measure how often a reward and people choose the same image.
+
+Labels are a .jsonl, .csv or .parquet file with either
+
+    image_a, image_b, choice     choice: a, b or tie
+    image, rating                any numbers; images of equal `group` (without that column, of equal prompt) are compared
+
+Images are named as for `--prompts`: by path, by path below the source, by name or by stem.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from diffalign.data.tables import read_rows
+from diffalign.errors import DiffalignError
+from diffalign.scoring.run import Scores
+from diffalign.scoring.score_summary import columns_of
+
+CHOICES = {"a": 1, "b": -1, "tie": 0}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What people preferred: row a to row b (1), b to a (-1), or neither (0). group: what is resampled together."""
+
+    a: int
+    b: int
+    human: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a reward agrees with people.
+
+    pairs: those with a human preference and both scores. accuracy: share of correct ones, a predicted tie counts half;
+    [low, high] is its 95% interval over groups. kendall: tau-b, in which ties of either side reduce the denominator.
+    """
+
+    pairs: int
+    human_ties: int
+    predicted_ties: int
+    accuracy: float
+    low: float
+    high: float
+    kendall: float
+
+
+def read_choices(path: Path, scores: Scores) -> list[Choice]:
+    """Read the human choices of a labels file.
+
+    Raises DiffalignError for a table with other columns, an unknown image or an unknown choice.
+    """
+    index = _index(scores)
+    rows = list(read_rows(path))
+    if not rows:
+        raise DiffalignError(f"{path}: the table is empty")
+    if {"image_a", "image_b", "choice"} <= set(rows[0][1]):
+        return [_pairwise(row, where, index, scores) for where, row in rows]
+    if {"image", "rating"} <= set(rows[0][1]):
+        return _rated(rows, index, scores)
+    raise DiffalignError(f"{path}: columns image_a, image_b, choice or image, rating are needed")
+
+
+def _index(scores: Scores) -> dict[str, int | None]:
+    """Return every way to name an image; None where a short name fits two."""
+    index: dict[str, int | None] = {}
+    exact: dict[str, int | None] = {}
+    for i, item in enumerate(scores.items):
+        exact |= {item.name: i, item.key: i}
+        for short in {PurePosixPath(item.key).name, PurePosixPath(item.key).stem}:
+            index[short] = None if short in index else i
+    return index | exact
+
+
+def _row_of(name: object, where: str, index: dict[str, int | None]) -> int:
+    found = index.get(name) if isinstance(name, str) else None
+    if found is None:
+        fault = (
+            "names more than one image; give its path"
+            if isinstance(name, str) and name in index
+            else "is none of the scored images"
+        )
+        raise DiffalignError(f"{where}: {name!r} {fault}")
+    return found
+
+
+def _pairwise(row: dict[str, Any], where: str, index: dict[str, int | None], scores: Scores) -> Choice:
+    choice = str(row["choice"]).strip().lower()
+    if choice not in CHOICES:
+        raise DiffalignError(f"{where}: choice {row['choice']!r}; one of a, b, tie")
+    a, b = _row_of(row["image_a"], where, index), _row_of(row["image_b"], where, index)
+    return Choice(a, b, CHOICES[choice], scores.items[a].prompt or where)
+
+
+def _rated(rows: list[tuple[str, dict[str, Any]]], index: dict[str, int | None], scores: Scores) -> list[Choice]:
+    groups: dict[str, list[tuple[int, float]]] = {}
+    for where, row in rows:
+        try:
+            rating = float(row["rating"])
+        except (TypeError, ValueError):
+            rating = math.nan
+        if not math.isfinite(rating):
+            raise DiffalignError(f"{where}: rating {row['rating']!r} is not a number")
+        i = _row_of(row["image"], where, index)
+        groups.setdefault(str(row.get("group") or scores.items[i].prompt or ""), []).append((i, rating))
+    return [
+        Choice(a, b, int(x > y) - int(x < y), group)
+        for group, members in groups.items()
+        for (a, x), (b, y) in itertools.combinations(members, 2)
+    ]
+
+
+def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, resamples: int = 10_000) -> Agreement:
+    """Return the agreement of one column; pairs without both scores are left out."""
+    found = []
+    for c in choices:
+        a, b = scores.rows[c.a][column], scores.rows[c.b][column]
+        if math.isfinite(a) and math.isfinite(b):
+            found.append((c.human, int(a > b) - int(a < b), c.group))
+    human, model = np.array([f[0] for f in found]), np.array([f[1] for f in found])
+    decided = human != 0
+    if not found or not decided.any():
+        nan = math.nan
+        return Agreement(0, int((~decided).sum()), int((model == 0).sum()), nan, nan, nan, nan)
+    right = np.where(model == 0, 0.5, human == model)[decided]
+    untied = (human != 0) & (model != 0)
+    concordant = float((human * model)[untied].sum())
+    denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
+    low, high = _interval(right, [f[2] for f, kept in zip(found, decided, strict=True) if kept], seed, resamples)
+    return Agreement(
+        int(decided.sum()),
+        int((~decided).sum()),
+        int((model == 0).sum()),
+        float(right.mean()),
+        low,
+        high,
+        concordant / denominator if denominator else math.nan,
+    )
+
+
+def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of the mean, resampling whole groups: pairs of one prompt share their images."""
+    names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
+    place = np.array([names[g] for g in groups])
+    sums, sizes = np.bincount(place, right), np.bincount(place)
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(resamples)]
+    means = [sums[d].sum() / sizes[d].sum() for d in drawn]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def agreement_table(choices: list[Choice], scores: Scores) -> Table:
+    """Return every column's agreement as a table for a terminal."""
+    shown = Table(title=f"agreement with {len(choices)} human comparisons", title_justify="left")
+    for name in ("reward", "pairs", "human ties", "predicted ties", "accuracy", "95% interval", "Kendall tau-b"):
+        shown.add_column(name, justify="left" if name == "reward" else "right")
+    for column in columns_of(scores):
+        a = agree(choices, scores, column)
+        numbers = (f"{a.accuracy:.1%}", f"{a.low:.1%} to {a.high:.1%}", f"{a.kendall:+.3f}")
+        shown.add_row(column, str(a.pairs), str(a.human_ties), str(a.predicted_ties), *numbers)
+    return shown

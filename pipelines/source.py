@@ -1,0 +1,49 @@
+"""Where a model came from, and a hash that tells whether it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SAMPLES, SAMPLE_BYTES = 16, 65536
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from. `path` is what the user gave, `folder` where its files lie."""
+
+    path: str
+    folder: Path
+    revision: str | None
+    variant: str | None = None
+    absent: dict[str, None] = field(default_factory=dict)
+
+    def fingerprint(self, *more: str) -> str:
+        """Hash configs and weights: 16 hex digits.
+
+        Weights enter by name, size and samples of their bytes: a model trained again in the same folder gets another hash,
+        and a large one takes no minutes to read.
+        """
+        return self._hash(self.folder, self.path, str(self.revision), str(self.variant), *more)
+
+    def component_fingerprint(self, component: str) -> str:
+        """Hash one component alone, wherever it lies: two models that share a VAE share this."""
+        return self._hash(self.folder / component, str(self.variant))
+
+    def _hash(self, folder: Path, *more: str) -> str:
+        digest = hashlib.sha256("\0".join(more).encode())
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder)
+            if not file.is_file() or any(part.startswith(".") for part in name.parts) or name.parts[0] in self.absent:
+                continue
+            if file.suffix in (".json", ".txt", ".model"):
+                digest.update(f"\0{name}\0".encode() + file.read_bytes())
+            elif file.suffix == ".safetensors":
+                size = file.stat().st_size
+                digest.update(f"\0{name}\0{size}\0".encode())
+                with file.open("rb") as stream:
+                    for part in range(SAMPLES):
+                        stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                        digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:16]

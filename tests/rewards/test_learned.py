@@ -1,0 +1,340 @@
+"""Learnt rewards against independent ways to the same number, on small random weights in the published layouts.
+
+No published weights are reachable here: what is tested is that, given a checkpoint, the score is the definition's.
+HPSv2 and ImageReward beside their packages' own code: test_published_packages.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards import REWARDS, Reward, load_reward
+from diffalign.rewards.pixels import BOUND, CLIP_MEAN, CLIP_STD, crop_square, crop_square_tensor, letterbox, to_tensor
+from helpers import pictures, tiny_rewards
+
+PROMPTS = ["a red cat", "two dogs and a very long story " * 12, "a red cat", ""]
+SHAPES = [(96, 64), (300, 500), (224, 224), (513, 259)]
+IMAGES = [pictures.smooth(i, *size) for i, size in enumerate(SHAPES)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_rewards.clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def hps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    return tiny_rewards.hps_checkpoint(tmp_path_factory.mktemp("hps"))
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("blip")
+    return folder, tiny_rewards.imagereward_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def rewards(
+    clip: Path, hps: tuple[Path, dict], blip: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Reward]:
+    head = tmp_path_factory.mktemp("head") / "head.pth"
+    tiny_rewards.aesthetic_head(head, 24)
+    return {
+        "pickscore": load_reward("pickscore", weights=clip),
+        "clipscore": load_reward("clipscore", weights=clip),
+        "hpsv2": load_reward("hpsv2", weights=hps[0], architecture="tiny-hps"),
+        "imagereward": load_reward("imagereward", weights=blip[0], tokenizer=blip[0]),
+        "aesthetic": load_reward("aesthetic", weights=head, clip=clip),
+        "sharpness": load_reward("sharpness"),
+    }
+
+
+# --- parity ----------------------------------------------------------------------------------------------------
+
+
+def cosines(clip: Path, prompts: list[str], centre: str) -> torch.Tensor:
+    """Through CLIPModel.forward, one pair at a time. centre: where an odd margin of the crop goes; `floor` is transformers' PIL
+    processor, `round` open_clip's transform."""
+    import open_clip
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    transform = open_clip.image_transform(224, is_train=False)
+    found = []
+    for image, prompt in zip(IMAGES, prompts, strict=True):
+        tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        floor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        pixels = floor if centre == "floor" else transform(image)[None]
+        with torch.no_grad():
+            out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
+        found.append(F.cosine_similarity(out.text_embeds, out.image_embeds)[0])
+    return torch.stack(found)
+
+
+def test_pickscore(clip: Path, rewards: dict[str, Reward]) -> None:
+    from transformers import CLIPModel
+
+    scale = CLIPModel.from_pretrained(clip).logit_scale.exp().item()
+    expected = scale * cosines(clip, PROMPTS, "floor")
+    assert rewards["pickscore"].score(IMAGES, PROMPTS).numpy() == pytest.approx(expected.numpy(), abs=1e-4)
+    # By hand: cos = 5 / sqrt(26), times 100.
+    a, b = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([3.0, 4.0, 1.0])
+    assert 100 * F.cosine_similarity(a, b, dim=0).item() == pytest.approx(98.0580675691, rel=1e-6)
+    assert torch.tensor([21.4, 20.9]).softmax(0).tolist() == pytest.approx([0.6224593312, 0.3775406688], rel=1e-5)
+
+
+@pytest.mark.parametrize("convention", ["hessel", "torchmetrics", "cosine", "compbench"])
+def test_clipscore_conventions(clip: Path, convention: str) -> None:
+    prefix = "A photo depicts " if convention == "hessel" else ""
+    cosine = cosines(clip, [prefix + p for p in PROMPTS], "floor" if convention == "torchmetrics" else "round")
+    formula = {"hessel": 2.5 * cosine.clamp(min=0), "torchmetrics": (100 * cosine).clamp(min=0)}.get(convention, cosine)
+    reward = load_reward("clipscore", convention=convention, weights=clip)
+    # 96 x 64 becomes 336 x 224 and 300 x 500 373 x 224: even and odd margins.
+    assert reward.score(IMAGES, PROMPTS).numpy() == pytest.approx(formula.numpy(), abs=1e-4)
+    assert reward.identity()["options"]["convention"] == convention
+
+
+def published_letterbox(image: Image.Image) -> torch.Tensor:
+    """The transform of the hpsv2 package, written down again with torchvision."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as T
+
+    pixels = T.to_tensor(image.convert("RGB"))
+    scale = 224 / max(pixels.shape[1:])
+    size = [round(side * scale) for side in pixels.shape[1:]]
+    pixels = T.resize(pixels, size, InterpolationMode.BICUBIC) if scale != 1 else pixels
+    left, top = 224 - size[1], 224 - size[0]
+    padded = T.pad(pixels, [left // 2, top // 2, left - left // 2, top - top // 2], fill=0)
+    return T.normalize(padded, CLIP_MEAN, CLIP_STD)
+
+
+def test_hpsv2(hps: tuple[Path, dict], rewards: dict[str, Reward], tmp_path: Path) -> None:
+    """Through transformers' CLIP, another implementation of the same network."""
+    import open_clip
+    from transformers import CLIPModel
+
+    model = tiny_rewards.openclip_model(tmp_path, "tiny-hps")
+    model.load_state_dict(hps[1])
+    copy = CLIPModel.from_pretrained(tiny_rewards.openclip_as_folder(model, tmp_path / "copy", "gelu")).eval()
+    pixels = torch.stack([published_letterbox(image) for image in IMAGES])
+    with torch.no_grad():
+        out = copy(input_ids=open_clip.tokenize(PROMPTS), pixel_values=pixels)
+    expected = F.cosine_similarity(out.text_embeds, out.image_embeds)
+    found = rewards["hpsv2"].score(IMAGES, PROMPTS)
+    assert found.numpy() == pytest.approx(expected.numpy(), abs=2e-6)
+    assert rewards["hpsv2"].score([im.convert("RGBA") for im in IMAGES], PROMPTS).tolist() == found.tolist()
+
+
+def test_aesthetic_needs_quickgelu(clip: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    state = tiny_rewards.aesthetic_head(tmp_path / "head.pth", 24)
+    reward = load_reward("aesthetic", weights=tmp_path / "head.pth", clip=clip)
+    model = CLIPModel.from_pretrained(clip).eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    pixels = torch.stack([(crop_square(image, 224, "round") - mean) / std for image in IMAGES])
+
+    def by_hand(model: CLIPModel) -> np.ndarray:
+        with torch.no_grad():
+            x = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        x = x / x.norm(dim=-1, keepdim=True)
+        for place in (0, 2, 4, 6, 7):
+            x = x @ state[f"layers.{place}.weight"].T + state[f"layers.{place}.bias"]
+        return x[:, 0].numpy()
+
+    found = reward.score(IMAGES, PROMPTS).numpy()
+    assert found == pytest.approx(by_hand(model), abs=1e-4)
+    wrong = tiny_rewards.clip_folder(tmp_path / "gelu", activation="gelu")  # the same weights
+    assert np.abs(by_hand(CLIPModel.from_pretrained(wrong).eval()) - found).max() > 1e-3
+    with pytest.raises(DiffalignError, match="computes with gelu; OpenAI's CLIP needs hidden_act quick_gelu"):
+        load_reward("aesthetic", weights=tmp_path / "head.pth", clip=wrong).score(IMAGES, PROMPTS)
+
+
+# --- preprocessing and its differentiable twin --------------------------------------------------------------------
+
+
+def test_letterbox_geometry() -> None:
+    for width, height, rows, columns in ((1024, 768, 28, 0), (640, 480, 28, 0), (1920, 1080, 49, 0), (300, 600, 0, 56)):
+        boxed = letterbox(torch.ones(3, height, width), 224)
+        assert boxed.shape == (3, 224, 224)
+        inner = boxed[:, rows : 224 - rows, columns : 224 - columns]
+        assert inner.min() > 0.9 and boxed.sum() == pytest.approx(inner.sum().item())
+    black = (torch.zeros(3) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    assert black.tolist() == pytest.approx([-1.7922625337, -1.7520971282, -1.4802197688], rel=1e-5)
+    square = torch.rand(3, 224, 224)
+    assert torch.equal(letterbox(square, 224), square)
+    assert letterbox(torch.ones(3, 100, 224), 224).shape == (3, 224, 224)  # the original forgets to pad this one
+
+
+@pytest.mark.parametrize("size", [(512, 512), (640, 480), (96, 64), (300, 900), (513, 259)])
+@pytest.mark.parametrize("rounding", ["floor", "round"])
+def test_crops_agree_within_the_bound(size: tuple[int, int], rounding: str) -> None:
+    image = pictures.smooth(5, *size)
+    exact, floating = crop_square(image, 224, rounding), crop_square_tensor(to_tensor(image)[None], 224, rounding)[0]
+    assert (exact - floating).abs().max() <= BOUND
+
+
+TENSOR_BOUND = {
+    "pickscore": 0.05,
+    "clipscore": 2e-3,
+    "hpsv2": 1e-5,
+    "imagereward": 0.05,
+    "aesthetic": 0.02,
+    "sharpness": 1e-5,
+}
+"""Largest difference of `score_tensors` and `score` here; HPSv2 and sharpness have one path, the others an 8-bit resize."""
+
+
+@pytest.mark.parametrize("name", TENSOR_BOUND)
+def test_gradients_reach_the_pixels(name: str, rewards: dict[str, Reward]) -> None:
+    reward = rewards[name]
+    assert reward.differentiable
+    exact = reward.score(IMAGES, PROMPTS)
+    for image, prompt, score in zip(IMAGES, PROMPTS, exact, strict=True):
+        pixels = to_tensor(image)[None].requires_grad_()
+        found = reward.score_tensors(pixels, [prompt])
+        assert found.shape == (1,) and found.dtype == torch.float32
+        assert abs(found.item() - score.item()) <= TENSOR_BOUND[name], (found.item(), score.item())
+        if name != "clipscore" or score > 0:  # 2.5 max(cos, 0) is flat below 0
+            (gradient,) = torch.autograd.grad(found.sum(), pixels)
+            assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward"])
+def test_batches_change_nothing(name: str, rewards: dict[str, Reward]) -> None:
+    reward = rewards[name]
+    together = reward.score(IMAGES, PROMPTS)
+    alone = torch.cat([reward.score([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
+    assert together.numpy() == pytest.approx(alone.numpy(), abs=1e-4)
+    reward.free()
+    assert reward.score(IMAGES, PROMPTS).tolist() == together.tolist()
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pickscore", "model.safetensors and its config of https://huggingface.co/yuvalkirstain/PickScore_v1"),
+        ("hpsv2", "HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2"),
+        ("imagereward", "ImageReward.pt of https://huggingface.co/THUDM/ImageReward"),
+        ("aesthetic", "aesthetic-model.pth of https://huggingface.co/trl-lib/ddpo-aesthetic-predictor"),
+    ],
+)
+def test_unreachable_weights_are_named(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DiffalignError) as told:
+        load_reward(name, revision="nowhere").identity()
+    assert words in str(told.value) and f"--reward {name}:weights=PATH" in str(told.value)
+    assert "\n" not in str(told.value) and "nowhere" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("imagereward", ("weights",), "google-bert/bert-base-uncased|imagereward:tokenizer=PATH"),
+        ("aesthetic", ("weights",), "openai/clip-vit-large-patch14|aesthetic:clip=PATH"),
+        ("hpsv3", ("weights",), "Qwen/Qwen2-VL-7B-Instruct|hpsv3:base=PATH"),
+        ("geneval", ("weights",), "openai/clip-vit-large-patch14|geneval:clip=PATH"),
+        ("geneval", (), "facebook/mask2former-swin-small-coco-instance|geneval:weights=PATH"),
+    ],
+)
+def test_so_are_the_parts_beside_the_weights(
+    name: str, given: tuple[str, ...], words: str, blip: tuple[Path, dict], clip: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Before anything is scored, and with the option that gives that part."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    local = {"imagereward": blip[0] / "ImageReward.pt", "geneval": clip}.get(name, tmp_path / "any.pt")
+    (tmp_path / "any.pt").write_bytes(b"any")
+    with pytest.raises(DiffalignError) as told:
+        load_reward(name, **dict.fromkeys(given, local)).identity()
+    assert all(word in str(told.value) for word in words.split("|")), told.value
+
+
+def test_a_tokenizer_does_not_bring_its_models_weights(
+    blip: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.setdefault(repo, []).extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "any.pt").write_bytes(b"any")
+    load_reward("imagereward", weights=blip[0]).identity()
+    load_reward("hpsv3", weights=tmp_path / "any.pt").identity()
+    load_reward("pickscore").identity()
+    assert set(asked) == {
+        "google-bert/bert-base-uncased", "Qwen/Qwen2-VL-7B-Instruct", "yuvalkirstain/PickScore_v1",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }  # fmt: skip
+    assert [repo for repo, wanted in asked.items() if "*.safetensors" in wanted] == ["yuvalkirstain/PickScore_v1"]
+    # A repository without safetensors is asked for its older checkpoint.
+    assert [repo for repo, wanted in asked.items() if "pytorch_model*.bin" in wanted] == ["yuvalkirstain/PickScore_v1"]
+
+
+def test_folders_of_an_older_kind_and_broken_ones(clip: Path, rewards: dict[str, Reward], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(clip / "model.safetensors")
+    for part in clip.iterdir():
+        if part.suffix != ".safetensors":
+            (tmp_path / part.name).write_bytes(part.read_bytes())
+
+    def score() -> torch.Tensor:
+        return load_reward("pickscore", weights=tmp_path).score(IMAGES[:1], PROMPTS[:1])
+
+    with pytest.raises(DiffalignError, match="cannot be loaded as CLIPModel: .*no file named model.safetensors"):
+        score()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert torch.equal(score(), rewards["pickscore"].score(IMAGES[:1], PROMPTS[:1]))
+    torch.save({"x": Path}, tmp_path / "pytorch_model.bin")  # a pickle of something that is no tensor
+    with pytest.raises(DiffalignError, match="cannot be loaded as CLIPModel"):
+        score()
+    (tmp_path / "pytorch_model.bin").unlink()
+    state.pop("logit_scale")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DiffalignError, match="does not fit the model: logit_scale is missing"):
+        score()
+
+
+def test_wrong_weights_are_named(clip: Path, hps: tuple[Path, dict], tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match="does not exist; it should be HPS_v2.1_compressed.pt of xswu/HPSv2"):
+        load_reward("hpsv2", weights=tmp_path).identity()
+    with pytest.raises(DiffalignError, match="holds no model; it should be a folder with the files of yuvalkirstain"):
+        load_reward("pickscore", weights=tmp_path).identity()
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "HPS_v2.1_compressed.pt")
+    with pytest.raises(DiffalignError, match="does not fit the model: .* is missing"):
+        load_reward("hpsv2", weights=tmp_path, architecture="tiny-hps").score(IMAGES[:1], PROMPTS[:1])
+    torch.save({"state_dict": Path}, tmp_path / "HPS_v2.1_compressed.pt")  # a pickle of something that is no tensor
+    with pytest.raises(DiffalignError, match=r"cannot be loaded without running code .* safetensors\.torch\.save_file"):
+        load_reward("hpsv2", weights=tmp_path, architecture="tiny-hps").score(IMAGES[:1], PROMPTS[:1])
+    with pytest.raises(DiffalignError, match="dtype 'float8'"):
+        load_reward("hpsv2", dtype="float8")
+    with pytest.raises(DiffalignError, match="unknown option 'reelase'; did you mean 'release'"):
+        load_reward("hpsv2", reelase="2.0")
+
+
+def test_identity_follows_the_weights(clip: Path, tmp_path: Path) -> None:
+    other = tiny_rewards.clip_folder(tmp_path / "other", seed=1)
+    a, b = (load_reward("pickscore", weights=folder).identity() for folder in (clip, other))
+    assert a != b and a == load_reward("pickscore", weights=clip).identity()
+    assert load_reward("pickscore", weights=clip, dtype="bfloat16").identity() != a
+
+
+def test_not_differentiable_is_said() -> None:
+    for name, kind in REWARDS.items():
+        if not kind.differentiable and name not in ("geneval",):
+            with pytest.raises(DiffalignError, match="is not differentiable"):
+                load_reward(name).score_tensors(torch.rand(1, 3, 8, 8), ["x"])

@@ -1,0 +1,296 @@
+"""Exports: each layout gives the tuned image again in plain diffusers, and the card is the hub's and inert."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from diffalign.cli import app
+from diffalign.config import TrainConfig, resolved_yaml
+from diffalign.errors import DiffalignError
+from diffalign.pipelines import load_backbone
+from diffalign.pipelines.export import to_kohya
+from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
+from diffalign.stages.export import export
+from helpers.run_directory import SCRIPT, make_run
+
+PROMPT, SEED = "a red cube", 11
+SIZE: dict[str, Any] = {"height": 64, "width": 64}
+
+
+def tuned_run(folder: Path, model: Path, kind: str = "lora") -> np.ndarray:
+    """A run directory whose weights differ clearly from the base; returns the image they draw, [64, 64, 3] in [0, 1]."""
+    make_run(folder)
+    plain_config = {
+        "run_dir": str(folder), "device": "cpu", "model": {"path": str(model), **options_of(model)},
+        "tune": {"kind": kind, "rank": 4, "alpha": 6.0}, "data": {"path": str(folder / "data")},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(resolved_yaml(TrainConfig.model_validate(plain_config)))
+    backbone = load_backbone(model, **options_of(model))
+    if kind == "lora":
+        backbone.add_lora(4, 6.0)
+    else:
+        backbone.enable_full(keep_reference=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.trainable().values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    backbone.save_weights(folder / "weights")
+    tuned, base = draw(backbone, "policy"), None
+    if kind == "lora":
+        base = draw(backbone, "reference")
+        assert np.abs(tuned - base).max() > 0.05  # else any file would do
+    return tuned
+
+
+def draw(backbone: Any, role: str) -> np.ndarray:
+    with backbone.role(role):
+        pixels = backbone.sample([PROMPT], [SEED], steps=3, guidance_scale=2.0, output_type="pt", **SIZE)
+    return pixels[0].permute(1, 2, 0).numpy()
+
+
+def plain_image(pipeline: Any, **options: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(SEED)
+    given = {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "generator": generator,
+        "output_type": "np",
+        **SIZE,
+        **options,
+    }
+    return pipeline(PROMPT, **given).images[0]
+
+
+def options_of(model: Path) -> dict[str, Any]:
+    return {"max_sequence_length": 12} if "sd3" in str(model) else {}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_every_format_draws_the_tuned_image(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    from diffusers import DiffusionPipeline
+
+    model = request.getfixturevalue(f"{family}_dir")
+    tuned = tuned_run(tmp_path / "run", model)
+    options = options_of(model)
+    for form, file in (("diffusers", None), ("kohya", "kohya_lora.safetensors")):
+        if form == "kohya" and family == "sd3":
+            with pytest.raises(DiffalignError, match="use --format diffusers"):
+                export(tmp_path / "run", tmp_path / form, form)
+            continue
+        out = export(tmp_path / "run", tmp_path / form, form)
+        pipeline = DiffusionPipeline.from_pretrained(model)
+        pipeline.load_lora_weights(out, **({"weight_name": file} if file else {}))
+        assert np.abs(plain_image(pipeline, **options) - tuned).max() < 1e-4, form
+    out = export(tmp_path / "run", tmp_path / "merged", "merged")
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert np.abs(plain_image(pipeline, **options) - tuned).max() < 1e-3
+
+
+def test_merged_is_base_plus_adapter(tmp_path: Path, sdxl_dir: Path) -> None:
+    """W + alpha / rank B A, layer by layer, computed here from the LoRA's file."""
+    from diffusers import UNet2DConditionModel
+
+    tuned_run(tmp_path / "run", sdxl_dir)
+    out = export(tmp_path / "run", tmp_path / "merged", "merged")
+    base, merged = (
+        UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict() for folder in (sdxl_dir, out)
+    )
+    with safe_open(tmp_path / "run/weights/pytorch_lora_weights.safetensors", "pt") as file:
+        lora = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    adapted = {key.removeprefix("unet.").removesuffix(".lora_A.weight") for key in lora if ".lora_A." in key}
+    assert adapted
+    for key, value in base.items():
+        name = key.removesuffix(".weight")
+        if name in adapted:
+            value = value + 6.0 / 4 * lora[f"unet.{name}.lora_B.weight"] @ lora[f"unet.{name}.lora_A.weight"]
+        assert torch.allclose(merged[key], value, atol=1e-5), key
+
+
+def test_all_weights(tmp_path: Path, sdxl_dir: Path) -> None:
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    tuned = tuned_run(tmp_path / "run", sdxl_dir, kind="full")
+    out = export(tmp_path / "run", tmp_path / "trunk", "diffusers")
+    pipeline = DiffusionPipeline.from_pretrained(sdxl_dir)
+    pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(out, subfolder="unet"))
+    assert np.abs(plain_image(pipeline) - tuned).max() < 1e-4
+    merged = DiffusionPipeline.from_pretrained(export(tmp_path / "run", tmp_path / "merged", "merged"))
+    assert np.abs(plain_image(merged) - tuned).max() < 1e-4
+    with pytest.raises(DiffalignError, match="trained all weights"):
+        export(tmp_path / "run", tmp_path / "kohya", "kohya")
+
+
+def test_rank_and_alpha_stand_in_the_metadata(tmp_path: Path, sdxl_dir: Path) -> None:
+    tuned_run(tmp_path / "run", sdxl_dir)
+    facts = {}
+    for form, name in (("diffusers", "pytorch_lora_weights"), ("kohya", "kohya_lora")):
+        with safe_open(export(tmp_path / "run", tmp_path / form, form) / f"{name}.safetensors", "pt") as file:
+            facts[form] = file.metadata()
+    assert (facts["diffusers"]["rank"], facts["diffusers"]["alpha"]) == ("4", "6")
+    assert (facts["kohya"]["ss_network_dim"], facts["kohya"]["ss_network_alpha"]) == ("4", "6")
+
+
+def test_kohya_names() -> None:
+    """Names as the trainer's own files have them: diffusers' blocks for SD1.5, Stability's for SDXL (n = 2 resnets)."""
+    modules = {
+        "mid_block.attentions.0.proj_in": "middle_block_1_proj_in",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.2": "input_blocks_8_1_transformer_blocks_9_ff_net_2",
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_v": "output_blocks_2_1_transformer_blocks_0_attn2_to_v",
+        "up_blocks.1.attentions.0.transformer_blocks.1.attn1.to_k": "output_blocks_3_1_transformer_blocks_1_attn1_to_k",
+    }  # fmt: skip
+    shapes = {"A": (4, 8), "B": (16, 4)}
+    state = {f"unet.{m}.lora_{x}.weight": torch.ones(shape) for m in modules for x, shape in shapes.items()}
+    made = to_kohya(state, 3.0, "sgm")
+    stems = {f"lora_unet_{name}" for name in modules.values()}
+    assert set(made) == {f"{s}.{end}" for s in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    for stem in stems:
+        assert made[f"{stem}.lora_down.weight"].shape == (4, 8) and made[f"{stem}.lora_up.weight"].shape == (16, 4)
+        assert made[f"{stem}.alpha"].shape == () and made[f"{stem}.alpha"] == 3.0
+    plain = {f"lora_unet_{m.replace('.', '_')}" for m in modules}
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "diffusers")} == plain
+    state["unet.down_blocks.0.resnets.0.conv1.lora_A.weight"] = torch.ones(4, 8, 3, 3)
+    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sgm")} > plain  # never both kinds of names in a file
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_kohya_file_is_what_its_definition_says(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """W + alpha / rank up down, put by hand into the layer that each key names: the tuned image, without any loader."""
+    from diffusers import DiffusionPipeline
+
+    model = request.getfixturevalue(f"{family}_dir")
+    tuned = tuned_run(tmp_path / "run", model)
+    file = export(tmp_path / "run", tmp_path / "kohya", "kohya") / "kohya_lora.safetensors"
+    with safe_open(file, "pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    n = pipeline.unet.config.layers_per_block
+    by_key = {}
+    for name, layer in pipeline.unet.named_modules():
+        key = name
+        for side, kind in (("down_blocks", "input_blocks"), ("up_blocks", "output_blocks")):
+            if family == "sdxl" and name.startswith(side) and ".attentions." in name and name.count(".") > 3:
+                _, i, _, j, rest = name.split(".", 4)
+                key = f"{kind}.{int(i) * (n + 1) + int(j) + (side == 'down_blocks')}.1.{rest}"
+        if family == "sdxl":
+            key = key.replace("mid_block.attentions.0", "middle_block.1")
+        by_key[f"lora_unet_{key.replace('.', '_')}"] = layer
+    stems = {key.split(".")[0] for key in state}
+    assert stems and (any("input_blocks" in stem for stem in stems) == (family == "sdxl"))
+    with torch.no_grad():
+        for stem in stems:
+            up, down = state[f"{stem}.lora_up.weight"], state[f"{stem}.lora_down.weight"]
+            change = state[f"{stem}.alpha"] / len(down) * up.flatten(1) @ down.flatten(1)
+            by_key[stem].weight += change.view(by_key[stem].weight.shape)
+    assert np.abs(plain_image(pipeline) - tuned).max() < 1e-3
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def exported_card(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    return (export(run, out, "diffusers", **options) / "README.md").read_text()
+
+
+def test_the_card(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned_run(tmp_path / "run", sdxl_dir)
+    text = exported_card(tmp_path / "run", tmp_path / "out", monkeypatch, licence="mit")
+    head = front_matter(tmp_path / "out/README.md")
+    assert head["base_model"] == str(sdxl_dir)
+    assert head["license"] == "mit"
+    assert head["library_name"] == "diffusers"
+    assert head["base_model_relation"] == "adapter"
+    assert "lora" in head["tags"]
+    assert head["pipeline_tag"] == "text-to-image"
+    for said in ("## Training", "| rank | 4 |", "+0.200", "load_lora_weights", "health checks found nothing"):
+        assert said in text, said
+    assert (tmp_path / "out/samples/0-tuned.png").is_file()
+    assert "![tuned](samples/0-tuned.png)" in text
+
+
+def test_text_from_data_is_inert_in_a_card(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned_run(tmp_path / "run", sdxl_dir)
+    lines = (tmp_path / "run/eval/scores.jsonl").read_text().splitlines()
+    wild = SCRIPT + " | ![x](https://evil) \n# no"
+    rows = [{**json.loads(line), "prompt": wild} for line in lines]
+    (tmp_path / "run/eval/scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = exported_card(tmp_path / "run", tmp_path / "out", monkeypatch)
+    assert "<script" not in text
+    assert "![x](" not in text
+    assert "\n# no" not in text
+    assert plain("a|b\n<i>") == r"a\|b &lt;i&gt;"
+
+
+def test_the_licence_is_the_bases(tmp_path: Path) -> None:
+    assert licence_of("stabilityai/stable-diffusion-xl-base-1.0") == ("openrail++", None)
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n# A model\n")
+    assert licence_of(str(tmp_path)) == ("other", "my-terms") and licence_name(str(tmp_path)) == "my-terms"
+    (tmp_path / "README.md").write_text("---\n[broken\n---\n")
+    assert licence_of(str(tmp_path)) == licence_of("some/model") == ("unknown", None)
+    assert licence_name("shapes-sd3") == "apache-2.0" and licence_name("some/model") is None
+
+
+# --- the verb --------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as left:
+        app(["export", *map(str, arguments)], prog_name="diffalign")
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no run directory" in refused(capsys, tmp_path)
+    tuned_run(tmp_path / "run", sdxl_dir)
+    assert "one of diffusers, kohya, merged" in refused(capsys, tmp_path / "run", "--format", "safetensors")
+    assert "it had no validation" in refused(capsys, tmp_path / "run", "--best")
+    assert "named owner/name" in refused(capsys, tmp_path / "run", "--push", "https://x/y")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/precious.txt").write_text("mine")
+    assert "not empty" in refused(capsys, tmp_path / "run", "--out", tmp_path / "full")
+
+
+def test_push_by_name_only(
+    tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> None:
+            calls.append((name, options))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append((options["repo_id"], options))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    tuned_run(tmp_path / "run", sdxl_dir)
+    export(tmp_path / "run", tmp_path / "out", "diffusers", push="me/model", private=True)
+    assert [name for name, _ in calls] == ["me/model", "me/model"] and calls[0][1]["private"]
+    assert calls[1][1]["folder_path"] == str(tmp_path / "out")
+
+    def no_login(self: Hub, name: str, **options: Any) -> None:
+        raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
+
+    monkeypatch.setattr(Hub, "create_repo", no_login)
+    assert "hf auth login" in refused(capsys, tmp_path / "run", "--push", "me/model")
+    assert (tmp_path / "run/export/diffusers/README.md").is_file()  # the export itself is kept
+
+
+def test_the_front_matter_is_yaml_whatever_the_names(tmp_path: Path, sdxl_dir: Path) -> None:
+    tuned_run(tmp_path / "run", sdxl_dir)
+    out = export(tmp_path / "run", tmp_path / "out", "diffusers", licence="odd: [name")
+    assert yaml.safe_load((out / "README.md").read_text().split("---")[1])["license"] == "odd: [name"

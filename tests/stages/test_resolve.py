@@ -1,0 +1,70 @@
+"""Names in a config become devices, models, prompts and rewards, or one line that says what to mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign.config import ModelSection, RewardSection
+from diffalign.errors import DiffalignError
+from diffalign.stages import resolve
+from diffalign.testbed.detector import ShapeDetector
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve.resolve_device("auto") == resolve.resolve_device("cpu") == "cpu"
+    with pytest.raises(DiffalignError, match="device gpu: unknown; one of auto, cpu, cuda"):
+        resolve.resolve_device("gpu")
+    with pytest.raises(DiffalignError, match="no usable CUDA device; use cpu or auto"):
+        resolve.resolve_device("cuda")
+
+
+def test_processes_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve.process_device("auto") == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve.process_device("auto") == "cuda:1" and resolve.process_device("cpu") == "cpu"
+
+
+def test_a_pipeline_to_save_loads_without_what_only_a_gpu_has(sd3_dir: Path) -> None:
+    model = ModelSection(path=str(sd3_dir), dtype="bfloat16", attention="xformers", quantize="nf4")
+    backbone = resolve.open_plain_backbone(model)
+    assert (backbone.dtype, backbone.attention, backbone.device.type) == (torch.float32, "sdpa", "cpu")
+
+
+def test_prompts_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("caption,kind\na dog,x\na cat,y\na dog,z\na cow,x\n")
+    given = (str(tmp_path / "p.csv"), 3)
+    assert [r.prompt for r in resolve.resolve_prompts(*given, column="caption")] == ["a dog", "a cat", "a dog"]
+    rows = resolve.resolve_prompts(*given, column="caption", unique=True)
+    assert [r.prompt for r in rows] == ["a dog", "a cat", "a cow"] and rows[0].metadata == {"kind": "x"}
+
+
+def test_prompts_of_the_embedded_world() -> None:
+    rows = resolve.resolve_prompts("testbed:test", 5, seed=3)
+    assert len(rows) == 5 and all("include" in row.metadata for row in rows)
+    assert rows != resolve.resolve_prompts("testbed:test", 5, seed=4)
+
+
+def test_a_detector_goes_to_rewards_that_take_one() -> None:
+    """Every reward's section has `detector: shapes` by default."""
+    assert isinstance(resolve.open_reward(RewardSection(name="geneval"), "cpu").detector, ShapeDetector)
+    assert resolve.open_reward(RewardSection(name="sharpness"), "cpu").name == "sharpness"
+    assert isinstance(resolve.build_reward("geneval", {"detector": "shapes"}, "cpu").detector, ShapeDetector)
+    with pytest.raises(DiffalignError, match="reward geneval: unknown detector 'shape'; there are shapes"):
+        resolve.build_reward("geneval", {"detector": "shape"}, "cpu")
+
+
+def test_a_rewards_own_device_counts() -> None:
+    assert resolve.build_reward("pickscore", {}, "cuda:1").device == "cuda:1"
+    assert resolve.build_reward("pickscore", {"device": "cpu"}, "cuda:1").device == "cpu"
+
+
+def test_weights_without_tensors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match=r"no \.safetensors file in it"):
+        resolve.weights_digest(tmp_path)
