@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
 
 Make = Callable[[], Tensor]
@@ -143,6 +144,13 @@ def _narrow(values: Tensor) -> Tensor:
     return values.contiguous()
 
 
+def _current(key: dict[str, object]) -> dict[str, object]:
+    """A stored key with today's names of the model's options, so that stores of earlier versions still serve."""
+    model = {name.removeprefix("model."): value for name, value in key.items() if name.startswith("model.")}
+    renamed = {f"model.{name}": value for name, value in current_keys({"model": model})["model"].items()}
+    return renamed | {name: value for name, value in key.items() if not name.startswith("model.")}
+
+
 def _claim(folder: Path, key: dict[str, object]) -> None:
     """Write the key where there is none, or compare it, so that of two runs that begin at once one gives way."""
     path = folder / "key.json"
@@ -161,7 +169,7 @@ def _claim(folder: Path, key: dict[str, object]) -> None:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffalignError(f"reference.store {folder} cannot be used ({error}); choose another folder") from error
-    now = json.loads(json.dumps(key))
+    kept, now = _current(kept), json.loads(json.dumps(key))
     for field in {**now, **kept}:
         if kept.get(field) != now.get(field):
             raise DiffalignError(
