@@ -26,8 +26,9 @@ from diffalign.data.training_source import TrainingSource
 from diffalign.objectives import DiffusionDPO
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
+from diffalign.training.preference.draws import Draws, make_draws
 from diffalign.training.preference.selection import Selection
-from diffalign.training.preference.step import Draws, make_draws, preference_step
+from diffalign.training.preference.step import preference_step
 from shared.timing import seconds
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,7 +25,8 @@ from diffalign.draws import draw, normal
 from diffalign.objectives import OBJECTIVES
 from diffalign.pipelines import load_backbone
 from diffalign.testbed.models import BUILDERS, LATENTS, autoencoder
-from diffalign.training.preference.step import make_draws, preference_step
+from diffalign.training.preference.draws import make_draws
+from diffalign.training.preference.step import preference_step
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,4 +1,4 @@
-"""Judges against people: one row of numbers a judge, and all of them as a table."""
+"""Measures of a judge against people: a row of numbers for each judge, and all of them as a table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,9 @@ COLUMNS = {
 
 
 def measures(rated: Sequence[Rated], probabilities: np.ndarray) -> dict[str, Any]:
-    """`probabilities` [N, 9] for N rated images. CRPS and calibration look at single ratings, the others at aggregated scores.
+    """Measure predicted `probabilities` [N, 9] against N rated images.
+
+    CRPS and calibration look at single ratings, the others at aggregated scores.
 
     Pairs are images of one prompt and dimension. `bins`: expected and observed score of each bin of the calibration.
     """
@@ -45,7 +47,7 @@ def measures(rated: Sequence[Rated], probabilities: np.ndarray) -> dict[str, Any
 
 
 def by_dimension(rated: Sequence[Rated], probabilities: np.ndarray) -> dict[str, dict[str, Any]]:
-    """`measures` of all images under "all", and of each dimension where there are several."""
+    """Return the `measures` of all images under "all", and of each dimension where there are several."""
     found = {"all": measures(rated, probabilities)}
     names = list(dict.fromkeys(one.dimension for one in rated))
     for name in names if len(names) > 1 else ():
@@ -54,8 +56,8 @@ def by_dimension(rated: Sequence[Rated], probabilities: np.ndarray) -> dict[str,
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, Any]], first: str = "judge") -> str:
-    """Markdown: a row a judge (or dimension), the columns of `COLUMNS` that any of them has."""
+def table(rows: Mapping[str, Mapping[str, object]], first: str = "judge") -> str:
+    """Format as Markdown: a row for each judge (or dimension), the columns of `COLUMNS` that any of them has."""
     columns = [key for key in COLUMNS if any(key in row for row in rows.values())]
     lines = [f"| {first} | {' | '.join(COLUMNS[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():

@@ -1,4 +1,4 @@
-"""One pass of a judge over images with reasoning traces: what it says at the score position, and how likely each token was."""
+"""One pass of a judge over images with reasoning traces: its distribution at the score position, each token's probability."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +25,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reading:
-    """log_q [N, 9]: at the score position, over the nine levels. log_p, mask [N, T]: of the trace's tokens, right-aligned.
+    """The log-probabilities of one pass.
 
-    Where it was asked for, the tokens of the marker follow those of the trace.
+    log_q [N, 9]: at the score position, over the nine levels. log_p, mask [N, T]: of the trace's tokens, right-aligned; the
+    tokens of the marker follow them where `read` was asked for these.
     """
 
     log_q: Tensor
@@ -35,12 +36,12 @@ class Reading:
     mask: Tensor
 
     def rows(self) -> list[Tensor]:
-        """The log-probabilities of each sample's own tokens, detached."""
+        """Return the log-probabilities of each sample's own tokens, detached."""
         return [p[m.bool()].detach() for p, m in zip(self.log_p, self.mask, strict=True)]
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return the image in RGB. Raises DiffalignError if the file is no image."""
+    """Open an image as RGB. Raises DiffalignError where the file is no image."""
     try:
         return decode(read_file(path))
     except Unreadable as error:
@@ -48,16 +49,16 @@ def open_image(path: Path) -> Image.Image:
 
 
 def right_aligned(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths as [N, T], zeros before them: the form of `Reading.log_p`."""
+    """Stack rows of different lengths as [N, T], zeros before them: the form of `Reading.log_p`."""
     longest = max((len(row) for row in rows), default=0)
     return torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
 
 
 def read(judge: Judge, samples: Sequence[Sample], temperature: float = 1.0, marker: bool = False) -> Reading:
-    """`temperature`: that with which tokens were sampled; their log-probabilities belong to that policy. The score's is 1.
+    """Pass samples through the judge. All of them have a trace, or none has; ValueError otherwise.
 
-    `marker`: count the marker's tokens as the trace's, so that a model learns when to stop reasoning. All samples have a
-    trace or none has.
+    temperature: that with which tokens were sampled; their log-probabilities belong to that policy. The score's is 1.
+    marker: count the marker's tokens as the trace's, so that a model learns when to stop reasoning.
     """
     traces = [sample.trace for sample in samples if sample.trace is not None]
     if traces and len(traces) < len(samples):

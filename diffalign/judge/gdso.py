@@ -2,24 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.config import JudgeConfig
 from diffalign.judge import losses, policy
 from diffalign.judge.forward import read, right_aligned
-from diffalign.judge.method import Metrics, Weights, pair_metrics, sampled_traces, scores_of, sides
-from diffalign.judge.records import Pair
+from diffalign.judge.method import Metrics, pair_metrics, sampled_traces, scores_of, sides
+from diffalign.judge.records import RatedPair
 from diffalign.rewards.judge import Judge
 from diffalign.training.average import averaged
+from diffalign.training.protocols import Parameters, Weights
 
 
 @dataclass(frozen=True)
 class Rolled:
-    """A pair with its traces, w's then l's, and what does not change while it is learnt from: [2G] of each."""
+    """A pair with its traces, w's then l's, and what does not change over its updates: [2G] of each."""
 
-    pair: Pair
+    pair: RatedPair
     traces: tuple[tuple[int, ...], ...]
     advantages: Tensor
     rewards: Tensor
@@ -33,15 +34,16 @@ class GDSO:
     pairwise = True
     direct = True
 
-    def __init__(self, judge: Judge, settings: Any, policy_weights: Weights, teacher: Judge | None) -> None:
-        self.judge, self.settings, self.policy = judge, settings, policy_weights
+    def __init__(self, judge: Judge, config: JudgeConfig, policy_weights: Parameters, teacher: Judge | None) -> None:
+        self.judge, self.config, self.policy = judge, config, policy_weights
 
     def prepare(
-        self, step: int, indices: Sequence[int], records: Sequence[Pair], reference: Weights | None
+        self, step: int, indices: Sequence[int], records: Sequence[RatedPair], reference: Weights | None
     ) -> list[Rolled]:
-        chosen, weights = self.settings.rollout, self.settings.loss
-        traces = sampled_traces(self.judge, self.settings, step, indices, records)
-        work = []
+        """Sample traces of both sides of each pair, and compute their rewards and advantages."""
+        chosen, weights = self.config.rollout, self.config.loss
+        traces = sampled_traces(self.judge, self.config, step, indices, records)
+        prepared = []
         for pair, own in zip(records, traces, strict=True):
             with torch.no_grad():
                 reading = read(self.judge, sides(pair, own), chosen.temperature)
@@ -57,30 +59,31 @@ class GDSO:
                     with averaged(self.policy, reference):
                         asked = read(self.judge, sides(pair, own), chosen.temperature).rows()
             advantages = losses.group_advantages(rewards, weights.advantage_eps)
-            work.append(Rolled(pair, own, advantages.flatten(), rewards.flatten(), reading.rows(), asked))
-        return work
+            prepared.append(Rolled(pair, own, advantages.flatten(), rewards.flatten(), reading.rows(), asked))
+        return prepared
 
-    def loss(self, work: Sequence[Rolled], first: bool) -> tuple[Tensor, Metrics]:
-        chosen, weights = self.settings.rollout, self.settings.loss
-        reading = read(self.judge, [one for w in work for one in sides(w.pair, w.traces)], chosen.temperature)
-        log_q = reading.log_q.view(len(work), 2, chosen.traces, -1)
-        scores = scores_of([w.pair for w in work], log_q)
-        advantages = torch.cat([w.advantages for w in work])
-        old = None if first else right_aligned([row for w in work for row in w.old])
+    def loss(self, prepared: Sequence[Rolled], first: bool) -> tuple[Tensor, Metrics]:
+        """Return losses and metrics, [n] each."""
+        chosen, weights = self.config.rollout, self.config.loss
+        reading = read(self.judge, [one for w in prepared for one in sides(w.pair, w.traces)], chosen.temperature)
+        log_q = reading.log_q.view(len(prepared), 2, chosen.traces, -1)
+        scores = scores_of([w.pair for w in prepared], log_q)
+        advantages = torch.cat([w.advantages for w in prepared])
+        old = None if first else right_aligned([row for w in prepared for row in w.old])
         grpo = policy.policy_loss(reading.log_p, advantages, reading.mask, old, weights.clip, weights.length)
-        total = each = grpo.view(len(work), -1).mean(dim=1)
+        total = each = grpo.view(len(prepared), -1).mean(dim=1)
         metrics: Metrics = {"policy_loss": each.detach()}
-        asked = [row for w in work for row in w.reference or ()]
+        asked = [row for w in prepared for row in w.reference or ()]
         if asked:
             kl = policy.kl_to_reference(reading.log_p, right_aligned(asked), reading.mask, weights.length)
-            metrics["kl"] = kl.detach().view(len(work), -1).mean(dim=1)
-            total = total + weights.kl * kl.view(len(work), -1).mean(dim=1)
+            metrics["kl"] = kl.detach().view(len(prepared), -1).mean(dim=1)
+            total = total + weights.kl * kl.view(len(prepared), -1).mean(dim=1)
         if self.direct:
             point, gap = losses.pointwise_loss(log_q, scores), losses.pairwise_loss(log_q, scores)
             metrics |= {"pointwise_loss": point.detach(), "pairwise_loss": gap.detach()}
             total = total + weights.pointwise * point + weights.pairwise * gap
-        metrics["reward"] = torch.stack([w.rewards.mean() for w in work])
-        metrics["trace_tokens"] = reading.mask.sum(dim=1).view(len(work), -1).mean(dim=1)
+        metrics["reward"] = torch.stack([w.rewards.mean() for w in prepared])
+        metrics["trace_tokens"] = reading.mask.sum(dim=1).view(len(prepared), -1).mean(dim=1)
         return total, metrics | pair_metrics(losses.expected_score(log_q), scores)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.config import JudgeConfig
 from diffalign.errors import DiffalignError
 from diffalign.judge.methods import METHODS
-from diffalign.judge.records import Pair, Taught
+from diffalign.judge.records import RatedPair, Taught
 from diffalign.judge.tune import make_trainable, merged
 from diffalign.rewards.judge import Judge
 from diffalign.training.checkpoint import TrainState
@@ -37,7 +37,7 @@ class JudgeTraining:
     waiting_remedy: str | None = None  # images are read within the passes, so waiting for them is not measured
 
     def __init__(
-        self, config: JudgeConfig, judge: Judge, records: Sequence[Pair | Taught], teacher: Judge | None
+        self, config: JudgeConfig, judge: Judge, records: Sequence[RatedPair | Taught], teacher: Judge | None
     ) -> None:
         """Raise DiffalignError in several processes, and where nothing has a name in tune.targets."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -76,9 +76,9 @@ class JudgeTraining:
         # ---- Traces and a teacher's answers: before the first update, by the policy that is to be updated ----
         indices = groups_for_step(len(self.records), per_step, step, config.seed)
         with self._autocast():
-            work = self.method.prepare(step, indices, [self.records[i] for i in indices], reference)
+            prepared = self.method.prepare(step, indices, [self.records[i] for i in indices], reference)
 
-        # ---- Updates on the same work ----
+        # ---- Updates on the same prepared records ----
         # Checkpointing works in train mode alone, and would keep sampling from its cache.
         self.judge.model.train(config.model.gradient_checkpointing)
         self.updates = []
@@ -87,7 +87,7 @@ class JudgeTraining:
             for at in range(0, per_step, config.train.micro_batch):
                 part = slice(at, at + config.train.micro_batch)
                 with self._autocast():
-                    loss, metrics = self.method.loss(work[part], inner == 0)
+                    loss, metrics = self.method.loss(prepared[part], inner == 0)
                 self.policy.backward(step, [str(i) for i in indices[part]], loss, per_step)
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     sums.setdefault(name, []).append(value.sum())

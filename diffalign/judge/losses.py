@@ -19,17 +19,17 @@ RANGE = HIGHEST - LOWEST
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32 at least."""
+    """Return `x` in float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def levels(like: Tensor) -> Tensor:
-    """The nine scores, [9], on the device of `like`, wide."""
+    """Return the nine scores, [9], on the device of `like`, wide."""
     return torch.linspace(LOWEST, HIGHEST, LEVELS, device=like.device, dtype=wide(like).dtype)
 
 
 def level_of(scores: Tensor) -> Tensor:
-    """Index 0..8 of scores that lie on the levels. ValueError for one between two levels: it has no bin of its own."""
+    """Return the indices 0..8 of scores that lie on the levels. ValueError for one between two levels: it has no bin."""
     place = (scores.double() - LOWEST) * 2
     index = place.round()
     if bool(((place - index).abs() > 1e-4).any()) or bool((index < 0).any()) or bool((index >= LEVELS).any()):
@@ -38,23 +38,23 @@ def level_of(scores: Tensor) -> Tensor:
 
 
 def expected_score(log_q: Tensor) -> Tensor:
-    """mu = sum_s s q(s): [..., 9] -> [...]."""
+    """Return mu = sum_s s q(s): [..., 9] -> [...]."""
     return (wide(log_q).exp() * levels(log_q)).sum(dim=-1)
 
 
 def pointwise_reward(mu: Tensor, scores: Tensor) -> Tensor:
-    """Equation 7: 1 - |mu - score| / R, in [0, 1]. -> [B, 2, G]"""
+    """Return equation 7: 1 - |mu - score| / R, in [0, 1]. -> [B, 2, G]"""
     return 1 - (mu - scores[..., None]).abs() / RANGE
 
 
 def gap_error(mu: Tensor, scores: Tensor) -> Tensor:
-    """|(mu_w,i - mu_l,k) - (score_w - score_l)|: traces of w in rows, of l in columns. -> [B, G, G]"""
+    """Return |(mu_w,i - mu_l,k) - (score_w - score_l)|: traces of w in rows, of l in columns. -> [B, G, G]"""
     gap = mu[:, 0, :, None] - mu[:, 1, None, :]
     return (gap - (scores[:, 0] - scores[:, 1])[:, None, None]).abs()
 
 
 def pairwise_reward(mu: Tensor, scores: Tensor) -> Tensor:
-    """Equation 10: 1 - the mean gap error of a trace against all of the other side, over R; in [-1, 1]. -> [B, 2, G]
+    """Return equation 10: 1 - the mean gap error of a trace against all of the other side, over R; in [-1, 1]. -> [B, 2, G]
 
     From l's side gap and difference both change their sign, so the error is the same matrix, read by columns.
     """
@@ -63,13 +63,13 @@ def pairwise_reward(mu: Tensor, scores: Tensor) -> Tensor:
 
 
 def trace_reward(mu: Tensor, scores: Tensor, pointwise: float, pairwise: float) -> Tensor:
-    """Equation 13, a constant: rewards reach the model through advantages only. -> [B, 2, G]"""
+    """Return equation 13, a constant: rewards reach the model through advantages only. -> [B, 2, G]"""
     mu = mu.detach()
     return pointwise * pointwise_reward(mu, scores) + pairwise * pairwise_reward(mu, scores)
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """Equation 3 over the last dimension, the traces of one side: never over both sides together.
+    """Return equation 3 over the last dimension, the traces of one side: never over both sides together.
 
     The paper does not say which deviation; it is the population's here. Equal rewards give exactly 0.
     """
@@ -80,29 +80,32 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def pointwise_loss(log_q: Tensor, scores: Tensor) -> Tensor:
-    """Equation 8: cross-entropy at the annotated level, mean over sides and traces. -> [B]"""
+    """Return equation 8: cross-entropy at the annotated level, mean over sides and traces. -> [B]"""
     index = level_of(scores)[:, :, None, None].expand(*log_q.shape[:3], 1)
     return -wide(log_q).gather(-1, index).mean(dim=(1, 2, 3))
 
 
 def pairwise_loss(log_q: Tensor, scores: Tensor) -> Tensor:
-    """Equation 11: the mean gap error over R, with a gradient into both sides. -> [B]"""
+    """Return equation 11: the mean gap error over R, with a gradient into both sides. -> [B]"""
     return gap_error(expected_score(log_q), scores).mean(dim=(1, 2)) / RANGE
 
 
 def bradley_terry(mu: Tensor) -> Tensor:
-    """Equation 12, for contrast: -log sigmoid(mu_w - mu_l) of the sides' mean scores, which widens margins for ever. -> [B]"""
+    """Return equation 12, for contrast: -log sigmoid(mu_w - mu_l) of the sides' mean scores. -> [B]
+
+    It widens margins for ever.
+    """
     mean = wide(mu).mean(dim=-1)
     return -torch.nn.functional.logsigmoid(mean[:, 0] - mean[:, 1])
 
 
 def score_cross_entropy(log_q: Tensor, scores: Tensor) -> Tensor:
-    """-log q(score): [N, 9], [N] -> [N]."""
+    """Return -log q(score): [N, 9], [N] -> [N]."""
     return -wide(log_q).gather(-1, level_of(scores)[:, None])[:, 0]
 
 
 def forward_kl(log_q: Tensor, teacher: Tensor) -> Tensor:
-    """RISD, equation 15: KL(teacher || student) over the nine levels; the gradient on logits is q - teacher.
+    """Return RISD's loss, equation 15: KL(teacher || student) over the nine levels; the gradient on logits is q - teacher.
 
     `log_q` [N, 9] of the student; `teacher` [N, 9] probabilities. -> [N]
     """

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+from diffalign.config import JudgeConfig
 from diffalign.judge.direct import BradleyTerry, Distilled, Supervised
 from diffalign.judge.gdso import GDSO, GRPO
-from diffalign.judge.method import Method, Weights
+from diffalign.judge.method import JudgeMethod
 from diffalign.judge.opd import OnPolicy
 from diffalign.rewards.judge import Judge
+from diffalign.training.protocols import Parameters
 
-METHODS: dict[str, Callable[[Judge, Any, Weights, Judge | None], Method]] = {
+# Which records a method takes follows from the config, so their type is not known here.
+METHODS: dict[str, Callable[[Judge, JudgeConfig, Parameters, Judge | None], JudgeMethod[Any, Any]]] = {
     "sft": Supervised,
     "bt": BradleyTerry,
     "grpo": GRPO,

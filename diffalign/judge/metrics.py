@@ -1,4 +1,4 @@
-"""How well predicted scores and distributions agree with people. numpy, float64.
+"""Agreement of predicted scores and distributions with people. numpy, float64.
 
 PLCC, SRCC, human-preference accuracy (HPA) and its margin form are those of arXiv 2606.09076v2; calibration and CRPS judge
 the distribution and not only its mean.
@@ -14,7 +14,7 @@ MARGIN = 0.5
 
 
 def plcc(predicted: np.ndarray, human: np.ndarray) -> float:
-    """Pearson's correlation; NaN where one of them is constant or there are fewer than two."""
+    """Return Pearson's correlation; NaN where one of them is constant or there are fewer than two."""
     a, b = np.asarray(predicted, float), np.asarray(human, float)
     if len(a) < 2:
         return float("nan")
@@ -24,21 +24,21 @@ def plcc(predicted: np.ndarray, human: np.ndarray) -> float:
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Return ranks from 1; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def srcc(predicted: np.ndarray, human: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of average ranks."""
+    """Return Spearman's correlation: Pearson's of average ranks."""
     return plcc(average_ranks(predicted), average_ranks(human))
 
 
 def preference_accuracy(
     predicted: np.ndarray, human: np.ndarray, prompts: Sequence[str], margin: float = 0.0
 ) -> tuple[float, int]:
-    """HPA and the number of pairs: pairs of one prompt whose human scores differ by more than `margin`.
+    """Return HPA and the number of pairs: pairs of one prompt whose human scores differ by more than `margin`.
 
     A pair is right where (mu_a - mu_b)(s_a - s_b) > 0, so a predicted tie is wrong. HPA is `margin` 0, the margin form 0.5:
     strictly more, so neighbouring half-point levels are out. NaN where no pair counts.
@@ -59,7 +59,7 @@ def preference_accuracy(
 
 
 def crps(probabilities: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Continuous ranked probability score E|X - y| - E|X - X'| / 2, in points; 0 is best. [N, 9], [N] -> [N]
+    """Return the continuous ranked probability score E|X - y| - E|X - X'| / 2, in points; 0 is best. [N, 9], [N] -> [N]
 
     `observed` may lie between levels. For a distribution without spread it is the absolute error.
     """
@@ -87,7 +87,7 @@ class Calibration:
 
 
 def calibration(probabilities: np.ndarray, observed: np.ndarray, bins: int = 8) -> Calibration:
-    """`probabilities` [N, 9]; `observed` [N] single ratings. ValueError for none."""
+    """Measure the calibration of `probabilities` [N, 9] on single ratings `observed` [N]. ValueError for none."""
     q, y = np.asarray(probabilities, float), np.asarray(observed, float)
     if not len(y):
         raise ValueError("calibration of no ratings")

@@ -15,7 +15,7 @@ Length = Literal["sum", "mean"]
 
 
 def over_tokens(values: Tensor, mask: Tensor, length: Length) -> Tensor:
-    """Sum of a sample's tokens, as printed in equation 4, or their mean, which does not grow with the trace. -> [N]"""
+    """Sum a sample's tokens, as printed in equation 4, or average them, which does not grow with the trace. -> [N]"""
     total = (values * mask).sum(dim=-1)
     return total if length == "sum" else total / mask.sum(dim=-1).clamp(min=1)
 
@@ -28,7 +28,7 @@ def policy_loss(
     clip: float = 0.2,
     length: Length = "mean",
 ) -> Tensor:
-    """-A sum_t log pi on the first update of a batch; PPO's clipped ratio to the sampling policy on later ones. -> [N]
+    """Return -A sum_t log pi on the first update of a batch, PPO's clipped ratio to the sampling policy on later ones. -> [N]
 
     `advantages` [N]. `old` [N, T]: the tokens' log-probabilities when they were sampled; None says that the policy has not
     changed since, where both forms have the same gradient. The paper prints the first form, while its Algorithm 1 makes
@@ -43,18 +43,18 @@ def policy_loss(
 
 
 def kl_to_reference(log_p: Tensor, reference: Tensor, mask: Tensor, length: Length = "mean") -> Tensor:
-    """Estimate of KL(pi || pi_ref) from samples of pi: exp(d) - d - 1 with d = log pi_ref - log pi; never negative. -> [N]"""
+    """Estimate KL(pi || pi_ref) from samples of pi: exp(d) - d - 1 with d = log pi_ref - log pi; never negative. -> [N]"""
     difference = wide(reference) - wide(log_p)
     return over_tokens(difference.exp() - difference - 1, mask, length)
 
 
 def trace_cross_entropy(log_p: Tensor, mask: Tensor) -> Tensor:
-    """Supervised fine-tuning: -log p per token of a written trace; 0 where there is none. -> [N]"""
+    """Return -log p per token of a written trace; 0 where there is none. -> [N]"""
     return -over_tokens(wide(log_p), mask, "mean")
 
 
 def on_policy_distillation(log_p: Tensor, old: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """OPD: -(1/T) sum_t sg(A_t) log pi with A_t = log pi_teacher - log pi_old, the reverse KL per token. -> [N]
+    """Return OPD's loss: -(1/T) sum_t sg(A_t) log pi with A_t = log pi_teacher - log pi_old, the reverse KL per token. -> [N]
 
     The student's own samples; the last token is the score.
     """

@@ -1,4 +1,4 @@
-"""What a judge says about images: distributions for evaluation, and a teacher's for its student."""
+"""A judge's distributions for images: for evaluation, and a teacher's for its student."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from diffalign.rewards.judge import Judge
 
 @dataclass(frozen=True)
 class Thinking:
-    """How a judge comes to its score. traces: averaged distributions of so many; 0: the label at once."""
+    """How a judge reasons. traces: how many distributions are averaged for an image; 0: the label at once."""
 
     traces: int = 1
     max_tokens: int = 512
@@ -25,7 +25,7 @@ class Thinking:
 
 @dataclass(frozen=True)
 class Predictions:
-    """probabilities [N, 9], float32 on the CPU; tokens: written per image, the label among them; seconds: for all."""
+    """A judge's predictions. probabilities [N, 9], float32 on the CPU; tokens: written per image, with the label; seconds."""
 
     probabilities: Tensor
     tokens: float
@@ -36,7 +36,10 @@ class Predictions:
 def predict(
     judge: Judge, samples: Sequence[Sample], thinking: Thinking, seed: int, tell: Callable[[int], None] | None = None
 ) -> Predictions:
-    """`tell` is called with the number of finished images. Traces are averaged as probabilities, not as scores."""
+    """Predict a distribution for each sample. Traces are averaged as probabilities, not as scores.
+
+    tell: called with the number of finished images.
+    """
     started = time.monotonic()
     repeats, tokens = max(1, thinking.traces), 0
     found = []

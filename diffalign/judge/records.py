@@ -1,4 +1,4 @@
-"""Records about rated images, JSON lines, each read with its place so that a mistake can be found.
+"""Records about rated images: JSON lines, read with file and line, so that an error can name them.
 
     pairs.jsonl          {prompt, dimension, image_w, image_l, score_w, score_l, trace_w?, trace_l?}
     ratings.jsonl        {prompt, dimension, image, ratings: [...]}             several people's, for evaluation
@@ -23,8 +23,8 @@ Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt, one dimension, a better and a worse image with their scores; traces are written reasons, if any."""
+class RatedPair:
+    """A better and a worse image of one prompt in one dimension, with their scores; traces: written reasons, if any."""
 
     prompt: str
     dimension: str
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rated:
-    """An image and what people said about it, in one dimension."""
+    """An image and its ratings by people, in one dimension."""
 
     prompt: str
     dimension: str
@@ -44,7 +44,7 @@ class Rated:
 
     @property
     def score(self) -> float:
-        """The mean, without highest and lowest where there are three, as in the paper's test set; it may lie off the levels."""
+        """The mean, without highest and lowest where there are three, as in the paper's test set; it need not be a level."""
         kept = sorted(self.ratings)[1:-1] if len(self.ratings) > 2 else self.ratings
         return sum(kept) / len(kept)
 
@@ -59,23 +59,26 @@ class Taught:
     probabilities: tuple[float, ...]
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """Raises DiffalignError: no such file, no JSON, a key missing or wrong, an image outside the folder or absent."""
+def read_pairs(path: Path) -> list[RatedPair]:
+    """Read pairs.jsonl.
+
+    Raises DiffalignError: no such file, no JSON, a key missing or wrong, an image outside the folder or absent.
+    """
     return _read(path, _pair)
 
 
 def read_ratings(path: Path) -> list[Rated]:
-    """As `read_pairs`."""
+    """Read ratings.jsonl; errors as in `read_pairs`."""
     return _read(path, _rated)
 
 
 def read_taught(path: Path) -> list[Taught]:
-    """As `read_pairs`."""
+    """Read distributions.jsonl; errors as in `read_pairs`."""
     return _read(path, _taught)
 
 
-def rated_images(pairs: Iterable[Pair]) -> list[Rated]:
-    """Each side of each pair on its own, its annotated score as the only rating; an image that comes again is there once."""
+def rated_images(pairs: Iterable[RatedPair]) -> list[Rated]:
+    """Return each side of each pair by itself, its annotated score as the only rating; an image that recurs is there once."""
     found: dict[tuple[str, str, Path], Rated] = {}
     for pair in pairs:
         for image, score in zip(pair.images, pair.scores, strict=True):
@@ -83,8 +86,8 @@ def rated_images(pairs: Iterable[Pair]) -> list[Rated]:
     return list(found.values())
 
 
-def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """JSON lines, beside and renamed; the number of rows."""
+def write_records(path: Path, rows: Iterable[dict[str, object]]) -> int:
+    """Write JSON lines, under another name until they are complete; return the number of rows."""
     count = 0
     with replacing(path) as part, part.open("w", encoding="utf-8") as stream:
         for row in rows:
@@ -94,7 +97,7 @@ def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def inside(folder: Path, name: str, place: str, key: str) -> Path:
-    """The image's file. DiffalignError where it is outside the folder or not there."""
+    """Return an image's file. Raises DiffalignError where it is outside the folder or absent."""
     try:
         path = below(folder, name)
     except DiffalignError as error:
@@ -120,7 +123,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str, Path], Record]) -> l
     return found
 
 
-def _pair(row: dict[str, Any], place: str, folder: Path) -> Pair:
+def _pair(row: dict[str, Any], place: str, folder: Path) -> RatedPair:
     better, worse = _level(row, "score_w", place), _level(row, "score_l", place)
     if better <= worse:
         raise DiffalignError(
@@ -133,7 +136,7 @@ def _pair(row: dict[str, Any], place: str, folder: Path) -> Pair:
     traces = None
     if "trace_w" in row or "trace_l" in row:
         traces = (_text(row, "trace_w", place), _text(row, "trace_l", place))
-    return Pair(_text(row, "prompt", place), _text(row, "dimension", place), images, (better, worse), traces)
+    return RatedPair(_text(row, "prompt", place), _text(row, "dimension", place), images, (better, worse), traces)
 
 
 def _rated(row: dict[str, Any], place: str, folder: Path) -> Rated:

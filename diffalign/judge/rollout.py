@@ -1,4 +1,4 @@
-"""Sampling reasoning traces, many at once, with transformers' generate and its cache.
+"""Samples of reasoning traces, many at once, with transformers' generate and its cache.
 
 Every token is drawn from a generator of its own trace: greedy decoding of logits / temperature plus Gumbel noise is a sample
 of the softmax. So a trace depends on its key alone, not on what else is in the batch, and a resumed run draws it again.
@@ -16,7 +16,7 @@ from diffalign.rewards.judge import Judge
 
 
 class KeyedSampling(LogitsProcessor):
-    """Adds each row's own Gumbel noise; temperature 0 adds none."""
+    """A processor of logits that adds each row's own Gumbel noise; temperature 0 adds none."""
 
     def __init__(self, generators: Sequence[np.random.Generator], temperature: float) -> None:
         self.generators, self.temperature = generators, temperature
@@ -29,7 +29,7 @@ class KeyedSampling(LogitsProcessor):
 
 
 class AtMarker(StoppingCriteria):
-    """A row ends where it has written the answer marker: the score is read, not sampled."""
+    """A criterion that ends a row at the answer marker: the score is read, not sampled."""
 
     def __init__(self, marker: Sequence[int]) -> None:
         self.marker = torch.tensor(list(marker))
@@ -49,7 +49,7 @@ def sample_traces(
     temperature: float,
     batch_size: int,
 ) -> list[tuple[int, ...]]:
-    """Token ids of one trace for each sample, as `Sample.trace` takes them; `generators`: one each."""
+    """Sample a trace for each sample; return token ids, as `Sample.trace` takes them. generators: one for each."""
     ends = judge.model.generation_config.eos_token_id
     settings = GenerationConfig(
         max_new_tokens=max_tokens,
@@ -78,7 +78,7 @@ def sample_traces(
 
 
 def trimmed(judge: Judge, tokens: list[int]) -> tuple[int, ...]:
-    """The trace without the line break before the marker, which is appended again with it."""
+    """Return the trace without the line break before the marker, which is appended again with it."""
     trace = judge.trace(tokens)
     while trace and not str(judge.tokenizer.decode(trace[-1:])).strip():
         trace.pop()

@@ -1,16 +1,16 @@
-"""Making a judge trainable: adapters, or all weights; and putting adapters back into the weights."""
-
-from typing import Any
+"""Make a judge trainable, by adapters or in all weights, and merge adapters back into the weights."""
 
 import torch
 from torch import nn
 
+from diffalign.config import JudgeTuneSection
 from diffalign.errors import DiffalignError
 from diffalign.rewards.judge import Judge
+from diffalign.training.protocols import Parameters
 
 
-def make_trainable(judge: Judge, tune: Any, seed: int) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, float32. `tune`: the section of a config.
+def make_trainable(judge: Judge, tune: JudgeTuneSection, seed: int) -> Parameters:
+    """Free the parameters that train, and return them by name, float32.
 
     Dropout is set to 0 everywhere: it would make a token's probability differ between sampling and learning.
     Raises DiffalignError where no module has a name in tune.targets.
@@ -44,7 +44,7 @@ def make_trainable(judge: Judge, tune: Any, seed: int) -> dict[str, nn.Parameter
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Train mode then computes what eval mode does, and transformers checkpoints gradients in train mode only."""
+    """Set dropout to 0: train mode then computes what eval mode does, and transformers checkpoints in train mode only."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -54,7 +54,7 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def merged(judge: Judge) -> Judge:
-    """The judge with its adapters in its weights; the same judge where it has none. The adapters are gone afterwards."""
+    """Merge a judge's adapters, if it has any, into its weights, and return it. The adapters are gone afterwards."""
     if hasattr(judge.model, "merge_and_unload"):
         judge.model = judge.model.merge_and_unload()
     return judge

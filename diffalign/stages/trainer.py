@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffalign.config import RunConfig
 from diffalign.health import Finding
 from diffalign.progress import say
 from diffalign.report.render import write_report
-from diffalign.training.protocols import RunConfig
 from diffalign.training.run import Method, TrainResult, run
 from diffalign.training.validation import Validation
 

@@ -1,1 +1,1 @@
-"""Training: one loop on accelerate (`loop.py`), the preference step, seeded order, checkpoints, trackers, progress."""
+"""Training: one run for all methods (`run.py`), their steps, seeded order, checkpoints, trackers, progress."""

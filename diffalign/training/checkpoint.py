@@ -1,4 +1,4 @@
-"""Checkpoints: everything an exact resume needs, in safetensors and JSON, written beside and renamed.
+"""Checkpoints: everything an exact resume needs, in safetensors and JSON, written under another name and renamed.
 
 checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
 A run that trains further networks (distillation: "fake") has NAME.safetensors and NAME_optimizer.safetensors of each.
@@ -11,35 +11,19 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
-from diffalign.files import dotted_keys
-from diffalign.training.protocols import Parameters, Weights
+from diffalign.training.optimizer_state import optimizer_record, restore_optimizer
+from diffalign.training.protocols import Parameters, PlainConfig, Weights
+from diffalign.training.same_run import check_same_run
 from diffalign.training.sharding import placed, whole
 
 _NAME = re.compile(r"step-(\d{8})")
-# Keys that a run may change when it goes on; all others would make it another run.
-FREE_KEYS = (
-    "kind",  # runs from before there was this key have none
-    "run_dir",
-    "tracking",
-    "checkpoint",
-    "validation.patience",
-    "on_alarm",
-    "train.log_every",
-    "train.steps",
-    "model.token",
-    "data.cache_dir",
-    "reference",
-    "train.images_per_pass",
-)
 
 
 @dataclass(frozen=True)
@@ -50,8 +34,16 @@ class Partner:
     optimizer: torch.optim.Optimizer
 
 
-class Store(Protocol):
-    """Something that a run fills beside its checkpoints, and that may not lag behind them."""
+class Memory(TypedDict, total=False):
+    """Plain numbers that a method remembers from step to step (`preference/stabilise.py`)."""
+
+    usual_norms: list[float]
+    margin_size: float
+    margin_count: int
+
+
+class Flushable(Protocol):
+    """A store that a run fills beside its checkpoints, and that may not lag behind them."""
 
     def flush(self) -> None:
         """Write what has gathered since the last time."""
@@ -71,11 +63,10 @@ class TrainState:
     ema: Weights | None = None
     ema_decay: float | None = None
     scaler: torch.amp.GradScaler | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Plain numbers that a method remembers from step to step (`preference/stabilise.py`)."""
+    extra: Memory = field(default_factory=Memory)
     partners: dict[str, Partner] = field(default_factory=dict)
     sharded: bool = False
-    store: Store | None = None
+    store: Flushable | None = None
 
     @property
     def average(self) -> Weights | None:
@@ -84,47 +75,10 @@ class TrainState:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     folder = run_dir / "checkpoints"
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found)
-
-
-def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's per-parameter state as tensors and plain numbers, both named `index/key` or `index/dict/key`."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, entries in state.items():
-        for key, value in entries.items():
-            # bitsandbytes keeps its quantised tensors one level deeper.
-            for name, item in (
-                {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-            ).items():
-                (tensors if isinstance(item, Tensor) else scalars)[f"{index}/{name}"] = item
-    return {k: whole(v).detach().cpu().contiguous() for k, v in tensors.items()}, scalars
-
-
-def _optimizer_record(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors for a file of their own, and plain numbers for state.json."""
-    state = optimizer.state_dict()
-    tensors, scalars = _flatten(state["state"])
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
-    return tensors, {"scalars": scalars, "groups": groups}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    entries: dict[int, dict[str, Any]] = {}
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, value in {**tensors, **plain["scalars"]}.items():
-        index, *keys = name.split("/")
-        place = entries.setdefault(int(index), {})
-        for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        like = own[int(index)]
-        place[keys[-1]] = placed(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
-    groups = optimizer.state_dict()["param_groups"]
-    restored = [{**stored, "params": g["params"]} for stored, g in zip(plain["groups"], groups, strict=True)]
-    optimizer.load_state_dict({"state": entries, "param_groups": restored})
 
 
 def _sync(folder: Path) -> None:
@@ -135,7 +89,7 @@ def _sync(folder: Path) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, state: TrainState, config: dict[str, Any], keep: int, write: bool = True
+    run_dir: Path, step: int, state: TrainState, config: PlainConfig, keep: int, write: bool = True
 ) -> Path:
     """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were.
 
@@ -148,8 +102,8 @@ def save_checkpoint(
         state.store.flush()
     if not (write or state.sharded):
         return final
-    tensors, optimizer = _optimizer_record(state.optimizer)
-    partners = {name: _optimizer_record(partner.optimizer) for name, partner in state.partners.items()}
+    tensors, optimizer = optimizer_record(state.optimizer)
+    partners = {name: optimizer_record(partner.optimizer) for name, partner in state.partners.items()}
     policy = {k: whole(v).detach().cpu().contiguous() for k, v in state.policy.items()}
     averages = {k: whole(v).cpu().contiguous() for k, v in (state.ema or {}).items()}
     if not write:
@@ -197,31 +151,11 @@ def save_checkpoint(
     return final
 
 
-def check_same_run(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another config, naming what differs."""
-    before, now = dotted_keys(current_keys(stored)), dotted_keys(current_keys(config))
-    different = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-    ]
-    # A schedule's shape hangs on the number of steps; a constant one can simply go on.
-    scheduled = now.get("optimizer.schedule") != "constant" or any(
-        now.get(key, "all") != "all" for key in ("selection.groups", "selection.images")
-    )
-    if before.get("train.steps") != now.get("train.steps") and scheduled:
-        different.append("train.steps")
-    if different:
-        key = different[0]
-        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        raise DiffalignError(
-            f"{path} belongs to another config: {key} was {before.get(key)!r}, is now {now.get(key)!r}{more}; "
-            "choose another run_dir, or restore the old value to go on"
-        )
+def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
+    """Put a checkpoint into policy, optimiser and average, in place; return its step.
 
-
-def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> int:
-    """Put a checkpoint into policy, optimiser and average, in place; returns its step."""
+    Raises DiffalignError for one that cannot be read, and for one of another config.
+    """
     try:
         record = json.loads((path / "state.json").read_text())
         policy = load_file(path / "policy.safetensors")
@@ -233,7 +167,7 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
         }
     except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(
-            f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before"
+            f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before"
         ) from error
     check_same_run(path, record["config"], config)
     with torch.no_grad():
@@ -244,16 +178,16 @@ def load_checkpoint(path: Path, state: TrainState, config: dict[str, Any]) -> in
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])
-    _restore_optimizer(state.optimizer, tensors, record["optimizer"])
+    restore_optimizer(state.optimizer, tensors, record["optimizer"])
     for name, partner in state.partners.items():
-        _restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
+        restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
     state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
     return int(record["step"])
 
 
-def resume(run_dir: Path, state: TrainState, config: dict[str, Any], steps: int) -> int:
+def resume(run_dir: Path, state: TrainState, config: PlainConfig, steps: int) -> int:
     """Load the newest complete checkpoint into `state`; return how many steps are done, 0 without one.
 
     Raises DiffalignError for a checkpoint of another config, for one that cannot be read, and for more than `steps` steps.

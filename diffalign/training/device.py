@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffalign.config import BackboneRunConfig
 from diffalign.errors import DiffalignError
-from diffalign.training.protocols import TrainerConfig
 
 
-def start_accelerator(config: TrainerConfig) -> Accelerator:
+def start_accelerator(config: BackboneRunConfig) -> Accelerator:
     """Start accelerate on the config's device, in its precision.
 
     Raises DiffalignError where the launcher started other processes than accelerate sees.

@@ -15,8 +15,10 @@ Row = dict[str, float]
 
 
 class HealthMonitor:
-    """Watches a run's rows. Every process has one and feeds it the same rows, so all stop together; only the main one
-    prints and writes."""
+    """The health checks of a running job.
+
+    Every process has one and feeds it the same rows, so all stop together; only the main one prints and writes.
+    """
 
     def __init__(
         self,
@@ -49,9 +51,9 @@ class HealthMonitor:
         return self.stop_on_alarm and bool(self.watch.alarms)
 
     def reason(self) -> str:
-        """Say why a run with on_alarm=stop ends."""
+        """Return the message of a run that an alarm ends."""
         return (
-            f"{self.run_dir} stops, as on_alarm=stop says. {describe(self.watch.alarms[0])} Set on_alarm=warn to go on; "
+            f"{self.run_dir} stops, as on_alarm=stop says. {describe(self.watch.alarms[0])} Set on_alarm=warn to continue; "
             "nothing that was trained is lost"
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from diffalign.config import TrainConfig
+from diffalign.pipelines import Backbone
 from diffalign.training.preference.policy import build_objective, prepare_policy
 
+Output = TypeVar("Output")
 BLOCK, SMALL = 256, 4096
-"""bitsandbytes' 8-bit states: a float32 scale for so many numbers; smaller tensors than SMALL stay in 32 bits."""
+"""bitsandbytes' 8-bit states: a float32 scale for BLOCK numbers; tensors smaller than SMALL stay in 32 bits."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still alive: `now`, and at most, `peak`.
+    """A count of the bytes of storages that operators made and that are still alive: `now`, and at most, `peak`.
 
-    Works for any device, the meta device included. What was there before the block is not counted.
+    It works on any device, the meta device included. What was there before the block is not counted.
     """
 
     def __init__(self) -> None:
@@ -62,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._seen.pop(key)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """These belong to the parts that are known by counting; operators that write into them make nothing new."""
+        """Do not count these: they belong to the parts that are known, and operators that write into them make nothing new."""
         for tensor in tensors:
             self._seen.setdefault(tensor.untyped_storage()._cdata, 0)
 
@@ -83,7 +86,7 @@ class _Attention(torch.autograd.Function):
 
 
 class CudaRules(TorchFunctionMode):
-    """On the meta device: fused attention, and with `autocast` the casts that torch.autocast makes on CUDA.
+    """CUDA's rules on the meta device: fused attention, and with `autocast` the casts that torch.autocast makes.
 
     autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
     kept until `forget`, as autocast's cache keeps them to the end of the forward pass.
@@ -113,18 +116,19 @@ class CudaRules(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def forget(self) -> None:
-        """The forward pass is over: copies live as long as the graph needs them, and new ones are not kept."""
+        """End the forward pass: copies live as long as the graph needs them, and new ones are not kept."""
         self._copies.clear()
         self._keeps = False
 
-    def checkpoint(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """torch's gradient checkpointing, under these rules also when backward predicts again (where no mode reaches)."""
+    def checkpoint(self, function: Callable[..., Output], *inputs: object, **options: Any) -> Output:
+        """Checkpoint a function as torch does, under these rules also when backward repeats it (where no mode reaches)."""
 
-        def ruled(*inputs: Any, **options: Any) -> Any:
+        def ruled(*inputs: object, **options: object) -> Output:
             with nullcontext() if self._keeps else CudaRules(self.autocast):
                 return function(*inputs, **options)
 
-        return checkpoint(ruled, *inputs, use_reentrant=False, **options)
+        output: Output = checkpoint(ruled, *inputs, use_reentrant=False, **options)
+        return output
 
     def _lowered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -145,7 +149,7 @@ def _widened(value: Any) -> Any:
 
 
 def stored_bytes(module: nn.Module | None, wanted: Callable[[str], bool] = lambda _: True) -> int:
-    """Bytes of a module's parameters and buffers whose names are wanted, with the scales of 4-bit weights."""
+    """Return the bytes of a module's parameters and buffers whose names are wanted, with the scales of 4-bit weights."""
     if module is None:
         return 0
     total = 0
@@ -163,7 +167,7 @@ def _state_bytes(state: Any) -> int:
 
 
 def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
-    """What an optimiser keeps beside the weights, after its first step.
+    """Return the bytes that an optimiser keeps beside the weights, after its first step.
 
     adamw: two float32 averages a number, and a float32 counter a tensor. adamw8bit: two bytes a number and two float32
     scales for every 256; tensors below 4,096 numbers as adamw without the counter. adafactor: for a tensor of two or more
@@ -181,8 +185,8 @@ def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
     return total
 
 
-def to_meta(backbone: Any) -> None:
-    """Leave only the shapes of the trunk. The backbone predicts on, without numbers."""
+def to_meta(backbone: Backbone) -> None:
+    """Leave only the shapes of the trunk. The backbone can still predict, without numbers."""
     from diffalign.pipelines.quantize import as_shapes
 
     as_shapes(backbone.trunk)
@@ -191,7 +195,7 @@ def to_meta(backbone: Any) -> None:
 
 
 def step_peak(
-    backbone: Any,
+    backbone: Backbone,
     latents: tuple[int, ...],
     conditioning: dict[str, Tensor],
     *,
@@ -199,20 +203,22 @@ def step_peak(
     autocast: torch.dtype | None,
     micro_batches: int = 1,
 ) -> tuple[int, int]:
-    """Bytes at the fullest moment of forward and backward beside weights and optimiser, and how many of them are gradients
-    when all are there. The backbone lies on the meta device; latents [N, C, h, w] is a shape, conditioning of one prompt.
-    From the second of several micro-batches on, all gradients are there while activations are.
+    """Return the bytes at the fullest moment of forward and backward, and how many of them are gradients when all are there.
+
+    Weights and optimiser are not counted. The backbone is on the meta device; latents [N, C, h, w] is a shape, conditioning
+    of one prompt. From the second of several micro-batches on, all gradients are there while activations are.
     """
     noisy = torch.empty(latents, device="meta")
     times = torch.empty(latents[0], device="meta")
     repeated = {name: value.expand(latents[0], *value.shape[1:]).to("meta") for name, value in conditioning.items()}
     trained = list(backbone.trainable().values())
+    trunk: Any = backbone.trunk  # diffusers' models carry methods that nn.Module does not declare
     with LiveBytes() as live:
-        live.ignore([weight for trunk in backbone.trunks() for weight in trunk.parameters()])
+        live.ignore([weight for module in backbone.trunks() for weight in module.parameters()])
         for _ in range(min(micro_batches, 2)):
             rules = CudaRules(autocast)
-            if backbone.trunk.is_gradient_checkpointing:
-                backbone.trunk.enable_gradient_checkpointing(rules.checkpoint)
+            if trunk.is_gradient_checkpointing:
+                trunk.enable_gradient_checkpointing(rules.checkpoint)
             with rules:
                 kept = None
                 if reference:
@@ -230,9 +236,11 @@ def step_peak(
     return live.peak, gradients
 
 
-def gathered_bytes(backbone: Any) -> int:
-    """What fsdp2 puts together again during a step: of each trunk the weights outside its blocks, which stay whole, and two
-    blocks (one at work, one on its way); of the policy as much again for their gradients.
+def gathered_bytes(backbone: Backbone) -> int:
+    """Return the bytes that fsdp2 gathers during a step.
+
+    Of each trunk the weights outside its blocks, which stay whole, and two blocks (one at work, one on its way); of the
+    policy as much again for their gradients.
     """
     total = 0
     for trunk in backbone.trunks():
@@ -243,15 +251,15 @@ def gathered_bytes(backbone: Any) -> int:
 
 
 def predict_memory(
-    config: Any,
-    backbone: Any,
+    config: TrainConfig,
+    backbone: Backbone,
     latents: tuple[int, ...],
     conditioning: dict[str, Tensor],
     *,
     cuda: bool,
     processes: int = 1,
 ) -> dict[str, int]:
-    """Bytes by part, `peak` their sum, and `host` what the optimiser keeps in the host's memory.
+    """Return bytes by part, `peak` their sum, and `host` what the optimiser keeps in the host's memory.
 
     `backbone` is untuned, on the CPU, and unusable afterwards. latents: [images of a micro-batch, C, h, w]. processes: over
     how many the weights are cut where train.shard is fsdp2.
@@ -301,8 +309,10 @@ def predict_memory(
     return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
 
 
-def described(config: Any, backbone: Any, members: int, *, cuda: bool, processes: int = 1) -> dict[str, str]:
-    """`predict_memory` of a micro-batch of groups with `members` images each, in words for `--dry-run`."""
+def described(
+    config: TrainConfig, backbone: Backbone, members: int, *, cuda: bool, processes: int = 1
+) -> dict[str, str]:
+    """Describe `predict_memory` of a micro-batch of groups with `members` images each, for `--dry-run`."""
     conditioning = backbone.encode_prompts([""])
     used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
     groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))

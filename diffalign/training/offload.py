@@ -1,4 +1,4 @@
-"""AdamW whose averages live in the host's memory: a large GPU's worth of full fine-tuning on a small one."""
+"""AdamW whose averages live in the host's memory, for full fine-tuning on a GPU that cannot hold them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """Fused AdamW, one parameter after the other: its two averages come to its device for the update and go back.
+    """Fused AdamW, one parameter after the other: its two averages come to the parameter's device for the update only.
 
-    The same numbers as fused AdamW. An update moves 16 bytes a trained number over the bus.
+    It computes the same numbers. An update moves 16 bytes a trained number over the bus.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], **options: Any) -> None:
@@ -25,7 +25,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. A closure is not taken: the loop has the gradients already."""
+        """Take one update. A closure is refused: the gradients are there already."""
         if closure is not None:
             raise ValueError("OffloadedAdamW.step takes no closure")
         groups = self.param_groups
@@ -49,7 +49,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 state[name] = value.to(device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch would put the averages beside their parameters."""
+        """Put the averages into the host's memory; torch would put them beside their parameters."""
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, entries in state_dict["state"].items():

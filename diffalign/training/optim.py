@@ -1,4 +1,4 @@
-"""Optimisers by name, and the learning rate as a function of the step (so that it needs no state to resume)."""
+"""Optimisers by name, and the learning rate as a function of the step, so that it needs no state to resume."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from diffalign.training.offload import OffloadedAdamW
 
 
 def check_installed(settings: OptimizerSection) -> None:
-    """Raise DiffalignError where the optimiser needs a package that is absent: known before anything is loaded."""
+    """Raise DiffalignError where the optimiser needs a package that is absent, before anything is loaded."""
     if settings.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'")
 

@@ -17,18 +17,18 @@ from diffalign.errors import DiffalignError
 
 @lru_cache(maxsize=2)
 def permutation(n_groups: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of all groups in one epoch, [n_groups]."""
+    """Draw the order of all groups in one epoch, [n_groups]."""
     return draw(seed, "epoch", step=epoch).permutation(n_groups)
 
 
 def groups_for_step(n_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
-    """Slice `step` of the endless concatenation of the epochs' permutations."""
+    """Return slice `step` of the endless concatenation of the epochs' permutations."""
     positions = range(step * groups_per_step, (step + 1) * groups_per_step)
     return [int(permutation(n_groups, seed, p // n_groups)[p % n_groups]) for p in positions]
 
 
 class BucketOrder:
-    """The groups of each step. `buckets`: a number for each group; only groups of one number may share a unit."""
+    """An order of groups, step by step. buckets: a number for each group; only groups of one number may share a unit."""
 
     def __init__(self, buckets: Sequence[int], unit: int, groups_per_step: int, seed: int) -> None:
         self.unit, self.groups_per_step, self.seed = unit, groups_per_step, seed
@@ -36,7 +36,7 @@ class BucketOrder:
         self.members = [np.flatnonzero(numbers == number) for number in sorted(set(buckets))]
 
     def step(self, step: int) -> list[int]:
-        """The groups of a step, [groups_per_step]."""
+        """Return the groups of a step, [groups_per_step]."""
         if len(self.members) == 1:
             return groups_for_step(len(self.members[0]), self.groups_per_step, step, self.seed)
         units = self.groups_per_step // self.unit
@@ -85,7 +85,7 @@ def _own_permutation(n_groups: int, seed: int, bucket: int, epoch: int) -> np.nd
 
 
 def check_units(buckets: Sequence[int], unit: int, micro: int) -> None:
-    """Refuse a cut in which a micro-batch would hold groups of two units, and so perhaps of two shapes."""
+    """Raise DiffalignError where a micro-batch would hold groups of two units, and so perhaps of two shapes."""
     if len(set(buckets)) > 1 and unit % micro:
         raise DiffalignError(
             f"data.buckets: this number of processes cuts steps into {micro} groups, which do not divide train.micro_batch="

@@ -16,7 +16,7 @@ SHOWN = ("loss", "student_loss", "fake_loss", "reward")
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU where there is one, else of the process."""
+    """Return the peak memory in GiB: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -24,7 +24,7 @@ def peak_memory() -> float:
 
 
 def describe(metrics: dict[str, float], seconds: float) -> str:
-    """`loss 0.671  margin +0.042  accuracy 0.62  0.21 s/step  1.3 GiB`."""
+    """Describe a step, as `loss 0.671  margin +0.042  accuracy 0.62  0.21 s/step  1.3 GiB`."""
     parts = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in SHOWN if name in metrics]
     if "margin" in metrics:
         parts.append(f"margin {metrics['margin']:+.3f}")
@@ -34,7 +34,10 @@ def describe(metrics: dict[str, float], seconds: float) -> str:
 
 
 class TrainProgress:
-    """Use as a context manager; `update` once a step. Smoothed over about 20 steps: single batches only flicker."""
+    """A progress bar or lines, as a context manager; `update` it once a step.
+
+    Metrics are smoothed over about 20 steps: single batches only flicker.
+    """
 
     def __init__(self, first: int, steps: int, say: Callable[[str], None], show: bool = True) -> None:
         self.first, self.steps, self.say, self.show = first, steps, say, show
@@ -65,7 +68,7 @@ class TrainProgress:
             self.bar.stop()
 
     def update(self, done: int, metrics: dict[str, float]) -> None:
-        """`done` steps are finished; `metrics` are those of the last."""
+        """Show that `done` steps are finished; `metrics` are those of the last."""
         if not self.show:
             return
         share = 1 / min(20, done - self.first)

@@ -1,4 +1,4 @@
-"""Types that the trainers share: their configs, and what they train on, which a caller may bring as an object of its own."""
+"""Types that the trainers share, such as what they train on, which a caller may bring as an object of its own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
-
 if TYPE_CHECKING:
     from diffalign.data.training_source import Batch
 
-TrainerConfig = TrainConfig | DistillConfig | RewardGradientConfig
-"""Configs of runs that train a diffusion model."""
-RunConfig = TrainerConfig | JudgeConfig
-"""Configs of all runs."""
+PlainConfig = dict[str, object]
+"""A resolved config as JSON would have it, nested."""
 
 Say = Callable[[str], None]
 ValidationRow = dict[str, Any]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
+from diffalign.config import BackboneRunConfig, DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
 
 TRAIN = """# {name}
 
 `{base}` fine-tuned with diffalign: objective `{objective}`, {steps} steps of {groups} groups, {kind}.
 
-- `config.yaml`: the resolved config; `diffalign train {folder}/config.yaml` goes on where this run stopped.
+- `config.yaml`: the resolved config; `diffalign train {folder}/config.yaml` resumes this run.
 - `metrics.jsonl`: one row a step. `timing.jsonl`: seconds, the share of them spent waiting for data, peak memory.
 - `weights/`: what was trained, in diffusers' format. {how}
-- `checkpoints/`: the state to go on from.
+- `checkpoints/`: the state to resume from.
 """
 
 LORA = """Use it with
@@ -29,34 +29,34 @@ DISTILL = """# {name}
 `{base}` distilled to {steps} steps with diffalign: {updates} updates of the student, {fake} of the fake network, guidance
 {guidance:g}, groups of {group}.
 
-- `config.yaml`: the resolved config; `diffalign distill {folder}/config.yaml` goes on where this run stopped.
+- `config.yaml`: the resolved config; `diffalign distill {folder}/config.yaml` resumes this run.
 - `metrics.jsonl`: one row an update of the student. `timing.jsonl`: seconds and peak memory.
 - `weights/`: the student, in diffusers' format. `student/`, if asked for: the whole pipeline, with how to call it.
-- `checkpoints/`: the state to go on from: student, fake network and their optimisers.
+- `checkpoints/`: the state to resume from: student, fake network and their optimisers.
 """
 
 REWARD_GRADIENT = """# {name}
 
 `{base}` fine-tuned with diffalign on the gradient of {rewards}: {method}, {steps} steps of {images} images, {kind}.
 
-- `config.yaml`: the resolved config; `diffalign reward-gradient {folder}/config.yaml` goes on where this run stopped.
+- `config.yaml`: the resolved config; `diffalign reward-gradient {folder}/config.yaml` resumes this run.
 - `metrics.jsonl`: one row a step. `timing.jsonl`: seconds and peak memory.
 - `weights/`: what was trained, in diffusers' format. {how}
-- `checkpoints/`: the state to go on from.
+- `checkpoints/`: the state to resume from.
 """
 
 JUDGE = """# {name}
 
 `{base}` trained as a {role} of image scores with diffalign: method `{method}`, {steps} steps of {records} records, {kind}.
 
-- `config.yaml`: the resolved config; `diffalign judge {folder}/config.yaml` goes on where this run stopped.
+- `config.yaml`: the resolved config; `diffalign judge {folder}/config.yaml` resumes this run.
 - `metrics.jsonl`: one row a step. `timing.jsonl`: seconds and peak memory.
 - `weights/`: model, processor and read-out, adapters merged; measure it with `diffalign judge-eval {folder}/weights RATINGS`.
-- `checkpoints/`: the state to go on from.
+- `checkpoints/`: the state to resume from.
 """
 
 
-def _common(config: TrainConfig | DistillConfig | RewardGradientConfig | JudgeConfig) -> dict[str, str]:
+def _common(config: BackboneRunConfig | JudgeConfig) -> dict[str, str]:
     """What every README names."""
     lora, base, folder = config.tune.kind == "lora", str(config.model.path), config.run_dir.as_posix()
     return {

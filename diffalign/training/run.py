@@ -14,13 +14,14 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 
+from diffalign.config import RunConfig
 from diffalign.health import Finding
 from diffalign.training.average import averaged, keep_average, update_average
 from diffalign.training.checkpoint import TrainState, resume, save_checkpoint
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import HealthMonitor, OnAlarm
 from diffalign.training.progress import Pace, TrainProgress
-from diffalign.training.protocols import RunConfig, Say
+from diffalign.training.protocols import PlainConfig, Say
 from diffalign.training.run_dir import open_run_dir
 from diffalign.training.tracking import Metrics
 from diffalign.training.validation import Validation, Validations
@@ -56,7 +57,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """run_dir/weights holds the trained weights after `step` steps; metrics are those of the last row."""
+    """A finished run: run_dir/weights holds the weights after `step` steps; metrics are those of the last row."""
 
     run_dir: Path
     step: int
@@ -81,7 +82,7 @@ def run(
         torch.set_num_threads(config.train.threads)
     accelerator, state, finite = method.accelerator, method.state, method.finite
     main, run_dir, steps = accelerator.is_main_process, Path(config.run_dir), config.train.steps
-    plain_config = config.model_dump(mode="json", exclude={"model": {"token"}})
+    plain_config: PlainConfig = config.model_dump(mode="json", exclude={"model": {"token"}})
 
     # ---- Resume: before anything is written, so that a run of another config is refused and stays as it was ----------
     first = resume(run_dir, state, plain_config, steps)

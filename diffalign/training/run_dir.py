@@ -1,14 +1,14 @@
 """The folder of a run: the resolved config and a short README, written before the first step."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from diffalign.errors import DiffalignError
+from diffalign.training.protocols import PlainConfig
 
 
-def open_run_dir(run_dir: Path, config: dict[str, Any], readme: str) -> None:
+def open_run_dir(run_dir: Path, config: PlainConfig, readme: str) -> None:
     """Create the folder with `config.yaml` and `README.md`; an existing run keeps its files but these two.
 
     Raises DiffalignError for a folder that cannot be made.

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines import Backbone
 
 # torch.distributed's parts for this take most of a second to import, which runs without them need not wait for.
 
 
-def shard(backbone: Any) -> None:
+def shard(backbone: Backbone) -> None:
     """Cut the trunk, and the full reference where there is one, over all processes. Before the optimiser is built.
 
     Raises DiffalignError in a process that was started alone.
@@ -45,7 +46,7 @@ def _plain(value: Tensor) -> bool:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor gathered from all processes, which must all call this; an uncut one as it is."""
+    """Return a tensor gathered from all processes, which must all call this; one that is not cut as it is."""
     if _plain(value):
         return value
     from torch.distributed.tensor import DTensor
@@ -54,7 +55,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
-    """`value`, which every process has read whole, cut as `like` is."""
+    """Cut `value`, which every process has read whole, as `like` is cut."""
     if _plain(like):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -65,7 +66,7 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def save_sharded(backbone: Any, folder: Path, *, write: bool) -> None:
+def save_sharded(backbone: Backbone, folder: Path, *, write: bool) -> None:
     """Gather the policy's trunk and write it in diffusers' layout. All processes call this, and one has `write`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule

@@ -4,21 +4,27 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines, write_whole
+from diffalign.training.protocols import PlainConfig
 
 
 class Tracker(Protocol):
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
+    """Another place for metrics."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of a step."""
+
+    def close(self) -> None:
+        """Finish, so that nothing is lost."""
 
 
 class TensorBoard:
     """Event files in the run directory."""
 
-    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, project: str, config: PlainConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir / "tensorboard"))
@@ -34,7 +40,7 @@ class TensorBoard:
 class WandB:
     """Weights & Biases; offline unless the user is logged in, so no run waits for a login."""
 
-    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, project: str, config: PlainConfig) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -55,7 +61,7 @@ class WandB:
 class Trackio:
     """Hugging Face's local-first tracker."""
 
-    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, project: str, config: PlainConfig) -> None:
         try:
             import trackio
         except ImportError as error:
@@ -82,9 +88,9 @@ def cut_rows(path: Path, step: int) -> None:
 
 
 class Metrics:
-    """Rows to files and trackers. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
+    """The files and trackers that rows go to. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], project: str, config: dict[str, Any], step: int) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[str], project: str, config: PlainConfig, step: int) -> None:
         for name in ("metrics.jsonl", "timing.jsonl"):
             cut_rows(run_dir / name, step)
         # Line by line: a checkpoint must never be ahead of its metrics.
@@ -93,16 +99,18 @@ class Metrics:
         self.trackers: list[Tracker] = [TRACKERS[name](run_dir, project, config) for name in trackers]
 
     def log(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+        """Write a row of each file, and hand the metrics to the trackers."""
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.timing.write(json.dumps({"step": step, **timing}) + "\n")
         self.track(step, metrics)
 
     def track(self, step: int, metrics: dict[str, float]) -> None:
-        """To the trackers alone."""
+        """Hand metrics to the trackers alone."""
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
     def close(self) -> None:
+        """Close files and trackers."""
         self.metrics.close()
         self.timing.close()
         for tracker in self.trackers:

@@ -43,7 +43,7 @@ SHOWN_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Validation:
-    """What draws validation images, and what judges them.
+    """The model that draws validation images, their prompts, and the rewards that judge them.
 
     encoded: `Backbone.encode_guided` of the prompts, since training frees the text encoders; sampling: how images are drawn.
     The first column of the first reward decides which weights are best.
@@ -106,7 +106,10 @@ class Validation:
 
 
 def score_of(row: Row) -> float:
-    """The number that chooses: the mean over prompts of the first column."""
+    """Return the number that decides which weights are best: the mean over prompts of the first column.
+
+    Raises DiffalignError where no image could be scored.
+    """
     column, values = next(iter(row["scores"].items()))
     known = [v for v in values if v is not None]
     if not known:
@@ -115,7 +118,7 @@ def score_of(row: Row) -> float:
 
 
 def best_of(rows: Sequence[Row]) -> tuple[int, int]:
-    """Step of the best trained weights so far, the earliest among equals, and how many validations came after it."""
+    """Return the step of the best trained weights so far, the earliest among equals, and how many validations came after it."""
     trained = [row for row in rows if row["step"] > 0]
     if not trained:
         return 0, 0
@@ -144,7 +147,7 @@ class Validations:
             cut_rows(self.path, step)
 
     def due(self, done: int, steps: int) -> bool:
-        """Return whether to validate after `done` of `steps` steps: every so many, and at the end."""
+        """Return whether to validate after `done` of `steps` steps: every `every` steps, and at the end."""
         every = self.validation.settings.every
         return every is not None and (done % every == 0 or done == steps)
 
@@ -179,10 +182,10 @@ class Validations:
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many validations in a row were no better as the run's patience allows."""
+        """Whether the run's patience is used up by validations in a row that were no better."""
         patience = self.validation.settings.patience
         return patience is not None and self.idle >= patience
 
     def why_stopped(self, step: int) -> str:
-        """Say why a run whose patience is used up ended at `step`."""
+        """Return the message of a run that ended at `step` because its patience was used up."""
         return f"no better validation in {self.idle} of them: stopped at step {step}; best/ is step {self.best}"

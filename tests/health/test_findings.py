@@ -261,7 +261,7 @@ def test_a_healthy_run_says_so(tmp_path: Path) -> None:
 def test_stop_keeps_what_was_trained_and_warn_goes_on(tmp_path: Path) -> None:
     warned = run(tmp_path / "warn", train={"steps": 40}, **SMALL_BETA)
     step = json.loads((tmp_path / "warn/health.json").read_text())[0]["step"]
-    with pytest.raises(DiffalignError, match=r"on_alarm=stop.*beta is too small.*Set on_alarm=warn to go on"):
+    with pytest.raises(DiffalignError, match=r"on_alarm=stop.*beta is too small.*Set on_alarm=warn to continue"):
         run(tmp_path / "stop", train={"steps": 40}, on_alarm="stop", **SMALL_BETA)
     assert (tmp_path / f"stop/checkpoints/step-{step:08d}/policy.safetensors").is_file()
     assert (tmp_path / "stop/weights/weights.safetensors").is_file()
@@ -277,10 +277,10 @@ def test_what_is_wrong_before_training_stops_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "health.json").read_text())[0]["name"] == "labels_oppose_scores"
 
 
-# --- what steadies a run ---------------------------------------------------------------------------------------------
+# --- optional stabilisers ---------------------------------------------------------------------------------------------
 
 
-def test_freak_gradients_are_skipped_and_not_remembered() -> None:
+def test_outlier_gradients_are_skipped_and_not_remembered() -> None:
     state: dict[str, Any] = {}
     assert not any(is_outlier(1.0 + 0.01 * i, 5.0, state) for i in range(20))
     assert is_outlier(50.0, 5.0, state) and is_outlier(float("nan"), 5.0, state) and max(state["usual_norms"]) < 2

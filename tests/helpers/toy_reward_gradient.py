@@ -17,7 +17,7 @@ from diffalign.training.device import start_accelerator
 from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
 from diffalign.training.reward_gradient.method import RewardGradient
-from diffalign.training.reward_gradient.step import StepOutput, reward_gradient_step
+from diffalign.training.reward_gradient.step import RewardGradientOutput, reward_gradient_step
 from diffalign.training.run import run as train
 from helpers import toy
 from helpers.toy_distill import ToyPrompts
@@ -88,7 +88,7 @@ def run(
 
 def one_step(
     config: RewardGradientConfig, backbone: ToyBackbone, step: int = 0, scores: LatentScores = bright
-) -> tuple[StepOutput, dict[str, Tensor]]:
+) -> tuple[RewardGradientOutput, dict[str, Tensor]]:
     """Output of a step on prompts 0 and 1, and the gradients of the mean loss by name."""
     prompts = ToyPrompts()
     backbone.trunk.zero_grad()

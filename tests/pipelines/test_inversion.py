@@ -257,7 +257,8 @@ def test_training_on_inverted_noise(tmp_path: Path) -> None:
 def test_gradients_survive_an_inversion_under_autocast(family: str, request: pytest.FixtureRequest) -> None:
     """Autocast may hand the inversion's casts of weights, which have no gradient, to the policy's forward."""
     from diffalign.objectives import RankDPO
-    from diffalign.training.preference.step import make_draws, preference_step
+    from diffalign.training.preference.draws import make_draws
+    from diffalign.training.preference.step import preference_step
     from helpers.tiny_training import Source, config_for
 
     folder: Path = request.getfixturevalue(f"{family}_dir")

@@ -16,7 +16,7 @@ from diffalign.rewards import load_reward
 from diffalign.stages.reward_gradient import check_differentiable, gradient_scores
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.reward_gradient.draws import make_gradient_draws, span_of
-from diffalign.training.reward_gradient.step import Sampler, reward_gradient_step
+from diffalign.training.reward_gradient.step import UnrolledSampler, reward_gradient_step
 from helpers.command_line import run
 
 PROMPTS = "a red cube\ntwo dogs\na cat left of a cup\nsnow\n"
@@ -54,7 +54,7 @@ def test_training_sees_the_images_that_sampling_gives(family: str, request: pyte
     expected = backbone.sample(texts, seeds, steps=5, guidance_scale=scale, height=64, width=64, output_type="latent")
     source = PromptSource(backbone, [PromptRow(text) for text in texts], cache=True)
     empty = {name: value.expand(2, *value.shape[1:]) for name, value in source.unconditional.items()}
-    sampler = Sampler(backbone, backbone.sampling_times(5, 64, 64), source.batch([0, 1]), empty, scale)
+    sampler = UnrolledSampler(backbone, backbone.sampling_times(5, 64, 64), source.batch([0, 1]), empty, scale)
     shape = (1, backbone.latent_channels, 64 // backbone.vae_scale_factor, 64 // backbone.vae_scale_factor)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     rolled = sampler.roll(backbone.process.initial(noise), 5)

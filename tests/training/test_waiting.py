@@ -19,7 +19,8 @@ from diffalign.training import finite as reading
 from diffalign.training.device import to_device
 from diffalign.training.order import BucketOrder
 from diffalign.training.preference import method
-from diffalign.training.preference.step import make_draws, preference_step
+from diffalign.training.preference.draws import make_draws
+from diffalign.training.preference.step import preference_step
 from diffalign.training.progress import Pace
 from helpers import toy
 

@@ -10,7 +10,7 @@ from diffalign.training.protocols import Conditioning, Prompts
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """B prompts with M images each, a prompt's images side by side.
 
     ids [B]: the prompts'; indices [B M]: each image's prompt; conditioning [B M, ...]; critic_draws: None without a critic.
@@ -31,7 +31,7 @@ def make_batch(
     slots: list[int],
     prompts: list[int],
     shape: tuple[int, int, int],
-) -> Batch:
+) -> PromptBatch:
     """Read and draw the prompts at positions `slots` of an iteration. prompts: their indices; shape: (C, h, w) of a latent."""
     images, _ = group_shape(config)
     ids = [source.ids[i] for i in prompts]
@@ -40,4 +40,4 @@ def make_batch(
     critic_draws = None
     if config.gan.weight:
         critic_draws = make_critic_draws(config, student.process, iteration, slots, ids, shape, images)
-    return Batch(ids, [i for i in prompts for _ in range(images)], conditioning, draws, critic_draws)
+    return PromptBatch(ids, [i for i in prompts for _ in range(images)], conditioning, draws, critic_draws)

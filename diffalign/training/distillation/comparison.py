@@ -15,8 +15,11 @@ from diffalign.training.protocols import Conditioning
 
 @dataclass(frozen=True)
 class TeacherAgainstFake:
-    """dm, ca, guided [N R, C, h, w]: the two parts of the direction and the whole; size [N R]; gap [N R]: the fake network's
-    epsilon error less the un-guided teacher's, mean over elements."""
+    """How teacher and fake network differ at N R re-noised images.
+
+    dm, ca, guided [N R, C, h, w]: the two parts of the direction and the whole; size [N R]: what it is normalised by; gap [N
+    R]: the fake network's epsilon error less the un-guided teacher's, mean over elements.
+    """
 
     dm: Tensor
     ca: Tensor

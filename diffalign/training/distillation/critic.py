@@ -26,7 +26,7 @@ from diffalign.training.protocols import Conditioning, RealBatches
 
 
 class Critic(nn.Module):
-    """Features [N, positions, width] -> logits [N]: how real an image looks, mean over positions."""
+    """A head on features [N, positions, width] that says how real an image looks: logits [N], mean over positions."""
 
     def __init__(self, width: int, hidden: int, seed: int) -> None:
         super().__init__()
@@ -46,8 +46,12 @@ class Critic(nn.Module):
 
 @dataclass(frozen=True)
 class CriticDraws:
-    """Of N = B M images: noise [N, C, h, w] and times [N] for the student's update and for the real images; which real
-    image [N] stands beside each. Those of the student's images in the critic's update are the fake network's own."""
+    """What was drawn for the critic on N = B M images.
+
+    times [N], noise [N, C, h, w]: for the student's update; real_times, real_noise, real [N]: for the real images, and which
+    of them are compared with each of the student's. In the critic's update the student's images have the fake network's
+    draws.
+    """
 
     times: Tensor
     noise: Tensor

@@ -1,7 +1,7 @@
 """Everything random in distillation, by name: neither micro-batches nor processes nor a resume can change it.
 
-An iteration is one roll-out of the student and one update of the fake network; `inner` numbers them over a whole run, since
-a step has several. What belongs to the iteration leaves out the group: the step at which the student stops is the same in
+An iteration is one roll-out of the student and one update of the fake network; they are numbered over a whole run, since a
+step has several. What belongs to the iteration leaves out the group: the step at which the student stops is the same in
 all processes (and so is the work they do).
 """
 
@@ -18,7 +18,7 @@ from diffalign.pipelines.few_step import FewStep
 
 @dataclass(frozen=True)
 class DistillDraws:
-    """Of a micro-batch of B prompts with M images each, N = B M; a prompt's images stand side by side.
+    """What was drawn for a micro-batch of B prompts with M images each, N = B M; a prompt's images are side by side.
 
     stop: the student's step that learns. noise [N, steps, C, h, w]: the start, then what each transition takes.
     times [N R], renoise [N R, C, h, w]: where teacher and fake are compared, R re-noisings of an image side by side.

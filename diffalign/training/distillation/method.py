@@ -25,7 +25,7 @@ from diffalign.pipelines.few_step import FewStep
 from diffalign.training.average import start_average
 from diffalign.training.checkpoint import Partner, TrainState
 from diffalign.training.device import share_of_step
-from diffalign.training.distillation.batch import Batch, make_batch
+from diffalign.training.distillation.batch import PromptBatch, make_batch
 from diffalign.training.distillation.critic import adversarial_step, critic_step, make_critic
 from diffalign.training.distillation.draws import group_shape
 from diffalign.training.distillation.policy_gradient import Transition, policy_step
@@ -112,24 +112,24 @@ class Distillation:
         self.plain |= rates
         return self.waited
 
-    def _batches(self, iteration: int, indices: list[int]) -> Iterator[Batch]:
-        """This process's micro-batches of an iteration, one by one: a GPU is at work on one while the next is drawn."""
+    def _batches(self, iteration: int, indices: list[int]) -> Iterator[PromptBatch]:
+        """This process's micro-batches of an iteration, one by one, so that a GPU computes while the next is drawn."""
         for slots in self.share.micro_batches():
             began, chosen = time.monotonic(), [indices[s] for s in slots]
             batch = make_batch(self.config, self.student, self.source, iteration, slots, chosen, self.shape)
             self.waited += time.monotonic() - began
             yield batch
 
-    def _rolled_out(self, batch: Batch) -> tuple[Batch, Tensor]:
+    def _rolled_out(self, batch: PromptBatch) -> tuple[PromptBatch, Tensor]:
         """The batch with the student's images, without a gradient."""
         with self.accelerator.autocast(), torch.no_grad():
             rolled = roll_out(self.backbone, self.student, batch.conditioning, batch.draws, learn=False, finish=False)
         return batch, rolled.x
 
-    def _move_student(self, step: int, iteration: int, indices: list[int]) -> list[tuple[Batch, Tensor]]:
+    def _move_student(self, step: int, iteration: int, indices: list[int]) -> list[tuple[PromptBatch, Tensor]]:
         """Update the student; return the batches with the images that it made."""
         config, rolled_out = self.config, []
-        transitions: list[tuple[Batch, Transition]] = []
+        transitions: list[tuple[PromptBatch, Transition]] = []
 
         # ---- Distribution matching, rewards and critic, micro-batch by micro-batch ----
         for batch in self._batches(iteration, indices):
@@ -162,7 +162,7 @@ class Distillation:
             self.learner.update(step)
         return rolled_out
 
-    def _move_fake(self, step: int, rolled_out: list[tuple[Batch, Tensor]]) -> None:
+    def _move_fake(self, step: int, rolled_out: list[tuple[PromptBatch, Tensor]]) -> None:
         """Update the fake network, and the critic's head with it, on the student's images."""
         for batch, x in rolled_out:
             # Gradient checkpointing repeats the forward in backward, and must find the same role there.
@@ -173,7 +173,7 @@ class Distillation:
             self.sums.add(metrics, share=1 / self.config.fake.updates)
         self.plain["fake_grad_norm"] = self.fake.update(step)
 
-    def _fake_loss(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _fake_loss(self, x: Tensor, batch: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of the fake network, with the head's where there is one, and metrics of [N]."""
         draws, critic_draws = batch.draws, batch.critic_draws
         if self.critic is None or self.real is None or critic_draws is None:

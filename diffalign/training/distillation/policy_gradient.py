@@ -19,7 +19,11 @@ from diffalign.training.protocols import Conditioning
 
 @dataclass(frozen=True)
 class Transition:
-    """before, action [N, C, h, w]: the latent that step `stop` began with, and the one it drew; log [N] of that draw."""
+    """A stochastic step of a roll-out, kept without its graph.
+
+    before, action [N, C, h, w]: the latent that step `stop` began with, and the one it drew; log [N]: of that draw's
+    probability; advantage [N]: of the finished image.
+    """
 
     stop: int
     before: Tensor

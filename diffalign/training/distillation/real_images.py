@@ -1,4 +1,4 @@
-"""Real images and their prompts as the adversarial part of distillation takes them: encoded once, kept in memory."""
+"""Real images and their prompts for the adversarial part of distillation: encoded once, kept in memory."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice

@@ -14,10 +14,10 @@ from diffalign.training.protocols import Conditioning
 
 @dataclass(frozen=True)
 class RollOut:
-    """x [N, C, h, w]: the image after the step that learns, with its gradient; final: after all steps, without.
+    """A student's roll-out.
 
-    before, mean [N, C, h, w] (with its gradient), rho [N], action: the transition that the step makes, rho 0 where it draws
-    nothing.
+    x [N, C, h, w]: the image after the step that learns, with its gradient; final: after all steps, without. before, mean
+    [N, C, h, w] (with its gradient), rho [N], action: the transition that the step makes, rho 0 where it draws nothing.
     """
 
     x: Tensor
@@ -33,8 +33,8 @@ def roll_out(
 ) -> RollOut:
     """Sample with the student from noise to its step `draws.stop` (backward simulation, DMD2 section 4.5).
 
-    Only that step carries a gradient, and only if `learn`; what comes before is the student's own doing, not noised data,
-    so that training sees what inference sees. `finish`: sample on to the end, for rewards.
+    Only that step carries a gradient, and only if `learn`; the steps before it are the student's own, not noised data, so
+    that training sees what inference sees. `finish`: sample on to the end, for rewards.
     """
     device = backbone.device
     x = to_device(draws.noise[:, 0], device).float()  # unit noise, whatever the base's own sampler starts from

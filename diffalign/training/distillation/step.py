@@ -37,9 +37,10 @@ Adversary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """loss [N] with gradient to the student; x [N, C, h, w] detached, for the fake network; metrics [N] each.
+    """A student's step.
 
-    transition: for further updates by PPO, None where the step drew nothing or has no advantage.
+    loss [N] with gradient to the student; x [N, C, h, w] detached, for the fake network; metrics [N] each. transition: for
+    further updates by PPO, None where the step drew nothing or has no advantage.
     """
 
     loss: Tensor
@@ -63,7 +64,7 @@ def student_step(
 ) -> StudentOutput:
     """Return the student's loss on N = B M images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of prompts.
 
-    `rewarded`: False before `reward.start_step`; then neither rewards nor R_dm have a say.
+    rewarded: False before `reward.start_step`; then neither rewards nor R_dm count.
     """
     group, reward = config.group, config.reward
     if not rewarded:
@@ -124,7 +125,7 @@ def _compared(
 def _rewarded_direction(
     config: DistillConfig, found: TeacherAgainstFake, values: dict[str, Tensor], rewarded: bool
 ) -> tuple[Tensor, Tensor]:
-    """The direction with the rewards' say in it, and the advantages [N], 0 where there are none."""
+    """The direction as the rewards change it, and the advantages [N], 0 where there are none."""
     images, renoisings = group_shape(config)
     nothing = torch.zeros_like(found.gap[::renoisings])
     if config.reward.use == "exponential" and values:

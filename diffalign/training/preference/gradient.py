@@ -1,4 +1,4 @@
-"""The gradient of one step: its micro-batches, forward and backward."""
+"""The gradient of one preference step: its micro-batches, forward and backward."""
 
 import time
 from contextlib import nullcontext
@@ -16,10 +16,11 @@ from diffalign.objectives import Objective
 from diffalign.pipelines import Backbone
 from diffalign.training.device import Share, to_device
 from diffalign.training.finite import FiniteGuard
+from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.posterior import with_samples
 from diffalign.training.preference.reference_store import ReferenceStore, live
 from diffalign.training.preference.selection import Selection
-from diffalign.training.preference.step import PreferenceOutput, make_draws, preference_step
+from diffalign.training.preference.step import PreferenceOutput, preference_step
 from diffalign.training.protocols import GroupSource, Parameters, Say
 
 STORED_MARGIN = 0.05
@@ -62,11 +63,11 @@ class StepGradient:
 
     @property
     def waited(self) -> float:
-        """Seconds so far in which groups were read and drawn, or kept numbers read, and nothing else was done."""
+        """Seconds so far in which groups were read and drawn, or the store was read, and nothing else was done."""
         return self.drawing + (self.store.waited if self.store else 0.0)
 
     def __call__(self, step: int, indices: list[int], objective: Objective) -> dict[str, Tensor]:
-        """Sums over this process's micro-batches of what is logged; `indices` are the groups of the step."""
+        """Compute the gradient of the groups `indices`; return sums over this process's micro-batches of what is logged."""
         while True:
             try:
                 return self._accumulated(step, indices, objective)
@@ -180,7 +181,7 @@ def _add(totals: dict[str, Tensor], result: PreferenceOutput, share: Tensor) -> 
 
 
 def logged(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, float]:
-    """Global means of what `StepGradient` returns: one reduction, one transfer."""
+    """Return global means of what `StepGradient` returns: one reduction, one transfer."""
     names = sorted(totals)
     values = accelerator.reduce(torch.stack([totals[n].float() for n in names]), reduction="sum")
     row = dict(zip(names, values.tolist(), strict=True))

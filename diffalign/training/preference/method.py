@@ -21,7 +21,7 @@ from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import OnAlarm
 from diffalign.training.optim import build_optimizer, learning_rate, set_rate
 from diffalign.training.order import check_units
-from diffalign.training.preference.gradient import StepGradient, logged
+from diffalign.training.preference.gradient import HasBeta, StepGradient, logged
 from diffalign.training.preference.policy import build_objective, prepare_policy
 from diffalign.training.preference.reference_key import open_store
 from diffalign.training.preference.selection import Selection
@@ -101,7 +101,7 @@ class Preference:
         self.plain: dict[str, float | Tensor] = {"grad_norm": norm, "lr": rate}
         if config.train.skip_grad_norm:
             self.plain["skipped"] = float(skipped)
-        if config.train.auto_beta:
+        if config.train.auto_beta and isinstance(objective, HasBeta):
             self.plain["beta"] = objective.beta
             self.finite.check()
             remember_margin(self.row(), objective.beta, extra)

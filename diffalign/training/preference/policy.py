@@ -1,4 +1,4 @@
-"""What a preference run trains, and towards what: the objective and the policy that a config names."""
+"""The objective that a config names, and the policy that learns it."""
 
 import torch
 

@@ -1,35 +1,38 @@
-"""Latents drawn anew from the VAE's posterior, for `data.latent_sampling: posterior`."""
+"""Samples of the VAE's posterior in place of its mean, for `data.latent_sampling: posterior`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from diffalign.config import TrainConfig
 from diffalign.draws import draw, normal
 
+if TYPE_CHECKING:
+    from diffalign.data.training_source import Batch
 
-def with_samples(config: Any, batch: Any, step: int, slots: list[int]) -> Any:
-    """The batch with a sample of each image's posterior in place of its mean; the batch itself where no spread is known.
 
-    Keyed by step, position in the step, group and image, as every other draw: neither processes nor micro-batches
+def with_samples(config: TrainConfig, batch: Batch, step: int, slots: list[int]) -> Batch:
+    """Replace each image's posterior mean by a sample; return the batch itself where no spread is known.
+
+    The draw is keyed by step, position in the step, group and image, as every other: neither processes nor micro-batches
     change it, and each image has its own, also where a group shares the training noise.
     """
     if batch.spread is None:
         return batch
-    _, members, *shape = batch.latents.shape
-    noise = torch.stack(
+    members, shape = batch.latents.shape[1], tuple(batch.latents.shape[2:])
+
+    def noise(slot: int, group: str, member: int) -> Tensor:
+        key = draw(config.seed, "posterior", step=step, inner=slot, group=group, member=member)
+        return torch.from_numpy(normal(key, shape))
+
+    drawn = torch.stack(
         [
-            torch.stack(
-                [
-                    torch.from_numpy(
-                        normal(draw(config.seed, "posterior", step=step, inner=s, group=g, member=m), shape)
-                    )
-                    for m in range(members)
-                ]
-            )
-            for s, g in zip(slots, batch.group_ids, strict=True)
+            torch.stack([noise(slot, group, member) for member in range(members)])
+            for slot, group in zip(slots, batch.group_ids, strict=True)
         ]
     )
-    return replace(batch, latents=batch.latents + batch.spread * noise, spread=None)
+    return replace(batch, latents=batch.latents + batch.spread * drawn, spread=None)

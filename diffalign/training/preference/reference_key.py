@@ -1,14 +1,13 @@
-"""All that decides what the reference says of a step: the key of a `ReferenceStore`, and the store that has it.
+"""The key of a `ReferenceStore`: everything that decides the reference's predictions in a step; and the store with that key.
 
-What is not in it may differ between runs that share a store: the objective among those that look at the same images, beta,
-the optimiser, LoRA or full fine-tuning, `error_space`, the number of steps, group weights, and labels as far as they choose
-no images.
+What is not in the key may differ between runs that share a store: the objective among those that look at the same images,
+beta, the optimiser, LoRA or full fine-tuning, `error_space`, the number of steps, group weights, and labels as far as they
+choose no images.
 """
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -56,7 +55,7 @@ def open_store(
 
 def reference_key(
     config: TrainConfig, source: GroupSource, backbone: Backbone, objective: Objective, *, micro: int, precision: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return dotted fields of the config, and hashes of what they stand for; in the order in which a difference is named.
 
     `micro`: groups in one forward pass; `precision`: accelerate's, since `auto` is another on another machine.
@@ -83,7 +82,7 @@ def reference_key(
         "selection.phases": selection.phases if chosen else None,
         "selection.sizes": selection.sizes,
         "train.steps": train.steps if chosen else None,  # phases are parts of the run
-        "labels": _labels(source.rewards, objective.members, selection),
+        "labels": _labels(config, source.rewards, objective.members),
         "train.groups_per_step": train.groups_per_step,
         "train.micro_batch": micro,
         "train.images_per_pass": train.images_per_pass,
@@ -96,9 +95,9 @@ def reference_key(
     }
 
 
-def _labels(rewards: Tensor, members: str, selection: Any) -> str | None:
+def _labels(config: TrainConfig, rewards: Tensor, members: str) -> str | None:
     """Hash of the labels as far as they choose images: their values, their order within each group, or nothing."""
-    values = rewards.nan_to_num(float("-inf")).numpy()
+    selection, values = config.selection, rewards.nan_to_num(float("-inf")).numpy()
     if selection.groups != "all" or selection.images in ("variance", "score_gap"):
         return _hash([np.ascontiguousarray(values).tobytes()])
     if members == "all" and selection.images == "all":

@@ -1,8 +1,8 @@
-"""The reference's part of each step, kept by the first run and taken by later ones.
+"""The frozen reference's predictions or errors, stored by the first run and read by later ones.
 
-Draws are seeded, so what the frozen reference says of a step is the same in every run that draws alike: another learning
-rate, another beta, another objective on the same images. The first run computes and keeps it, at the price of a file; the
-next one takes it from there and spares the forward pass. What is not there yet is computed, and kept in turn.
+Draws are seeded, so the reference's predictions in a step are the same in every run that draws alike: another learning rate,
+another beta, another objective on the same images. The first run computes and stores them; the next one reads them and skips
+the forward pass. What is not stored yet is computed, and stored in turn.
 
     FOLDER/key.json                              all that decides the numbers; a run of another key is refused
     FOLDER/step-00000001-00000100-0.safetensors  "step/slot/name": of the micro-batch that begins at a slot of a step:
@@ -11,7 +11,7 @@ next one takes it from there and spares the forward pass. What is not there yet 
         prediction  [B, k, C, h, w]: what it was taken of, float32 or a narrower type that loses nothing (keep: predictions)
         noise       [B k, C, h, w]: likewise, where noise is found by inverting the reference
 
-Files are written beside and renamed, and never touched again, so a kill loses what was not yet written and no more.
+Files are written under another name, renamed, and never touched again, so a kill loses only what was not yet written.
 """
 
 import json
@@ -26,28 +26,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
 
 Make = Callable[[], Tensor]
 Recall = Callable[[str, Tensor, Make], Tensor]
-"""(name, members [B, k], how it is made) -> the tensor, on the CPU or the device."""
+"""(name, members [B, k], function that computes it) -> the tensor, on the CPU or the device."""
 
 FILE_BYTES = 64 * 2**20
-"""So much is gathered at most before a file is written; checkpoints write one in any case."""
+"""How much gathers at most before a file is written; checkpoints write one in any case."""
 DAY = 24 * 3600
 NARROW = (torch.bfloat16, torch.float16)
 
 
 def live(name: str, members: Tensor, make: Make) -> Tensor:
-    """A `Recall` that remembers nothing."""
+    """Compute a tensor: a `Recall` that stores nothing."""
     return make()
 
 
 class ReferenceStore:
-    """A folder of kept tensors. Every process has one and keeps what it computes; all read what was there at the start."""
+    """A folder of stored tensors. Every process stores what it computes; all read what was there at the start."""
 
-    def __init__(self, folder: Path, key: dict[str, Any], process: int = 0) -> None:
-        """Raises DiffalignError where the folder holds another key's numbers, or cannot be made or read."""
+    def __init__(self, folder: Path, key: dict[str, object], process: int = 0) -> None:
+        """Open a folder. Raises DiffalignError where it holds another key's numbers, or cannot be made or read."""
         self.folder, self.process = folder, process
         self.waited = 0.0
         """Seconds spent reading so far."""
@@ -63,15 +64,15 @@ class ReferenceStore:
                 part.unlink(missing_ok=True)
 
     def count(self) -> int:
-        """How many micro-batches are there."""
+        """Return how many micro-batches are stored."""
         return sum(name.endswith("/members") for name in self._at)
 
     def holds(self, step: int, slot: int) -> bool:
-        """Whether the micro-batch that begins at `slot` of `step` was kept by an earlier run."""
+        """Return whether the micro-batch that begins at `slot` of `step` was stored by an earlier run."""
         return f"{step}/{slot}/members" in self._at
 
     def recall(self, step: int, slot: int) -> Recall:
-        """Of this micro-batch: what was kept, or what is made now and kept from now on."""
+        """Return a `Recall` for this micro-batch: it reads what is stored, and stores what it must compute."""
 
         def recalled(name: str, members: Tensor, make: Make) -> Tensor:
             place = f"{step}/{slot}"
@@ -92,7 +93,7 @@ class ReferenceStore:
         return recalled
 
     def tidy(self) -> None:
-        """Write a file where enough has gathered. Call it between steps."""
+        """Write a file where enough has gathered. To be called between steps."""
         if sum(values.numel() * 4 for values in self._new.values()) >= FILE_BYTES:
             self.flush()
 
@@ -112,7 +113,7 @@ class ReferenceStore:
             part.unlink(missing_ok=True)
             raise DiffalignError(
                 f"reference.store {path} cannot be written ({error}); free some space and run the same command again, or set "
-                "reference.store=null to go on without"
+                "reference.store=null to continue without"
             ) from error
         # From now on they count as kept: a step that is repeated after a resume reads them.
         self._at |= dict.fromkeys(self._new, path)
@@ -143,7 +144,14 @@ def _narrow(values: Tensor) -> Tensor:
     return values.contiguous()
 
 
-def _claim(folder: Path, key: dict[str, Any]) -> None:
+def _current(key: dict[str, object]) -> dict[str, object]:
+    """A stored key with today's names of the model's options, so that stores of earlier versions still serve."""
+    model = {name.removeprefix("model."): value for name, value in key.items() if name.startswith("model.")}
+    renamed = {f"model.{name}": value for name, value in current_keys({"model": model})["model"].items()}
+    return renamed | {name: value for name, value in key.items() if not name.startswith("model.")}
+
+
+def _claim(folder: Path, key: dict[str, object]) -> None:
     """Write the key where there is none, or compare it, so that of two runs that begin at once one gives way."""
     path = folder / "key.json"
     part = folder / f"key.{os.getpid()}.part"
@@ -161,7 +169,7 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffalignError(f"reference.store {folder} cannot be used ({error}); choose another folder") from error
-    now = json.loads(json.dumps(key))
+    kept, now = _current(kept), json.loads(json.dumps(key))
     for field in {**now, **kept}:
         if kept.get(field) != now.get(field):
             raise DiffalignError(

@@ -1,33 +1,37 @@
 """Which groups a step draws from, which of their images it looks at, and how much a group counts.
 
 All of it is a function of labels, seed and step: nothing is remembered, so a resumed run and any number of processes choose
-alike. With the defaults nothing is chosen, and no number of a run changes.
+alike. With the defaults every group and image is used.
 """
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.config import TrainConfig
 from diffalign.data.choose_members import choose_members
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.objectives import GroupErrors, has_preference, label_range, labelled_count, ranking
 from diffalign.training.order import BucketOrder
-from diffalign.training.preference.step import Draws
+from diffalign.training.preference.draws import Draws
+from diffalign.training.protocols import GroupSource
 
 
 def phase_of(step: int, steps: int, phases: int) -> tuple[int, int]:
-    """The phase (from 0) that a step falls into, and the phase's first step; phases are equally long."""
+    """Return the phase (from 0) that a step falls into, and the phase's first step; phases are equally long."""
     phase = min(step * phases // steps, phases - 1)
     return phase, -(-phase * steps // phases)
 
 
 def easiest(gaps: np.ndarray, phase: int, phases: int) -> np.ndarray:
-    """Groups to draw from, ascending: the (phase + 1) / phases of them whose labels lie farthest apart.
+    """Return the groups to draw from, ascending: the (phase + 1) / phases of them whose labels lie farthest apart.
 
     Curry-DPO (arXiv 2403.07230) goes from pairs that are easy to tell apart to close ones. Here the easy ones stay in
     (ours), so nothing is unlearnt. gaps [N]; equal gaps in their order; the last phase has all.
@@ -37,7 +41,7 @@ def easiest(gaps: np.ndarray, phase: int, phases: int) -> np.ndarray:
 
 
 def relaxed(first: int, last: int, step: int, steps: int) -> int:
-    """How many images of a group: linear from `first` to `last` over the run (D3S, arXiv 2509.22115, its schedule)."""
+    """Return how many images of a group to use: linear from `first` to `last` over the run (D3S, arXiv 2509.22115)."""
     progress = step / max(steps - 1, 1)
     return round((1 - progress) * first + progress * last)
 
@@ -52,7 +56,7 @@ def filled(chosen: np.ndarray, size: int, members: int) -> np.ndarray:
 
 
 def loser_by_rank(ranked: Tensor, phase: int, phases: int, counts: Tensor | None = None) -> Tensor:
-    """[B, 1]: the image that stands against the best one, by its place: the last in the first phase, then closer ones.
+    """Choose the image that is compared with the best one by its place: the last in the first phase, then closer ones. [B, 1]
 
     ranked [B, K]: images from best to worst. counts [B]: how many of each group have a label, the first ones; None: all.
     Curry-DPO's curriculum by rank; its pairs, too, all hold the best image.
@@ -63,9 +67,9 @@ def loser_by_rank(ranked: Tensor, phase: int, phases: int, counts: Tensor | None
 
 
 def loser_by_score(ranked: Tensor, labels: Tensor, phase: int, phases: int) -> Tensor:
-    """[B, 1]: as `loser_by_rank`, by the difference of the labels: that nearest to a falling share of the group's gap.
+    """Choose the image whose label's distance from the best is nearest to a falling share of the group's gap. [B, 1]
 
-    Only images strictly below the best one come into question; where there is none, the last one with a label.
+    Only images strictly below the best one are eligible; where there is none, the last one with a label is chosen.
     """
     ordered = labels.gather(1, ranked)
     gap = ordered[:, :1] - ordered
@@ -78,7 +82,7 @@ def loser_by_score(ranked: Tensor, labels: Tensor, phase: int, phases: int) -> T
 
 
 def weights_by_gap(gaps: np.ndarray, strength: float) -> np.ndarray:
-    """Weight of each group, mean 1: close labels count more, clear ones less.
+    """Return the weight of each group, mean 1: close labels count more, clear ones less.
 
     In the spirit of DA-DPO (arXiv 2601.00623), which weighs pairs by how hard they are to tell apart and maps its scores
     through their own distribution; the form is ours: 1 + strength (1 - 2 Phi(z)) with z the gap's z-score over the dataset.
@@ -90,7 +94,7 @@ def weights_by_gap(gaps: np.ndarray, strength: float) -> np.ndarray:
 
 
 def weights_by_mean(means: np.ndarray, temperature: float) -> np.ndarray:
-    """Weight of each group, mean 1: prompts with a low mean reward count more, N softmax(-mean / temperature).
+    """Return the weight of each group, mean 1: prompts with a low mean reward count more, N softmax(-mean / temperature).
 
     MathForge's difficulty weights (arXiv 2601.20614), over the dataset instead of a batch. For rewards in [0, 1] and
     temperature 2 the largest is at most e^0.5 = 1.65 times the smallest.
@@ -99,83 +103,86 @@ def weights_by_mean(means: np.ndarray, temperature: float) -> np.ndarray:
     return np.asarray(powers / powers.mean())
 
 
+def group_weights(config: TrainConfig, labels: Tensor, known: Tensor, gaps: np.ndarray) -> Tensor:
+    """Return the weight of each group, [N] float32, by `selection.weight`; 1 for groups without a preference.
+
+    labels [N, K] float64; known [N]: which groups state a preference; gaps [N]: best less worst label.
+    """
+    section, weights, rated = config.selection, np.ones(len(gaps)), known.numpy()
+    if section.weight != "none" and rated.any():
+        if section.weight == "gap":
+            weights[rated] = weights_by_gap(gaps[rated], section.strength)
+        else:
+            weights[rated] = weights_by_mean(labels.nanmean(1).numpy()[rated], section.temperature)
+    return torch.from_numpy(weights).float()
+
+
+Pool = tuple[np.ndarray, BucketOrder]
+"""Groups to draw from, ascending, and their order."""
+
+
 @dataclass(frozen=True)
 class Selection:
-    """A run's choices. section: the config's `selection`; pools: for each phase the groups to draw from, ascending, and
-    their order; weights [N] float32."""
+    """The groups and images that a run trains on. pools: one for each phase; weights [N] float32: of the groups."""
 
-    section: Any
-    steps: int
-    seed: int
-    pools: list[tuple[np.ndarray, BucketOrder]]
+    config: TrainConfig
+    pools: list[Pool]
     weights: Tensor
 
     @classmethod
-    def of(cls, config: Any, source: Any) -> "Selection":
-        """For a TrainConfig and a source of groups, whose `rewards` and `mask` are read only where something is chosen.
+    def of(cls, config: TrainConfig, source: GroupSource) -> Selection:
+        """Choose for a source of groups, whose `rewards` and `mask` are read only where something is chosen.
 
         Raises DiffalignError where all groups have too few images.
         """
         section, train, buckets = config.selection, config.train, np.asarray(source.buckets)
 
-        def ordered(pool: np.ndarray) -> tuple[np.ndarray, BucketOrder]:
+        def ordered(pool: np.ndarray) -> Pool:
             order = BucketOrder(buckets[pool].tolist(), train.micro_batch, train.groups_per_step, config.seed)
             return pool, order
 
         everything = [ordered(np.arange(len(source)))]
         if section.groups == "all" and section.weight == "none" and section.sizes is None:
-            return cls(section, train.steps, config.seed, everything, torch.ones(len(source)))
-        # gap: best less worst label of each group, -1 where a group states no preference; without a label, no member
+            return cls(config, everything, torch.ones(len(source)))
         labels = source.rewards.double()
         labels = labels.masked_fill(~labels.isfinite(), math.nan)
         if section.sizes is not None and max(section.sizes) > labels.shape[1]:
             raise DiffalignError(
-                f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most so many"
+                f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most that many"
             )
+        # gaps: best less worst label of each group, -1 where a group states no preference; without a label, no member
         known = has_preference(labels, source.mask)
         high, low = label_range(labels)
         gaps = torch.where(known, high - low, torch.tensor(-1.0, dtype=labels.dtype)).numpy()
-        weights = np.ones(len(gaps))
-        if section.weight != "none" and known.any():
-            telling = known.numpy()
-            if section.weight == "gap":
-                weights[telling] = weights_by_gap(gaps[telling], section.strength)
-            else:
-                weights[telling] = weights_by_mean(labels.nanmean(1).numpy()[telling], section.temperature)
         pools = everything
         if section.groups != "all":
             pools = [ordered(easiest(gaps, phase, section.phases)) for phase in range(section.phases)]
-        return cls(section, train.steps, config.seed, pools, torch.from_numpy(weights).float())
+        return cls(config, pools, group_weights(config, labels, known, gaps))
 
     def groups(self, step: int) -> list[int]:
-        """The groups of a step."""
-        phase, first = phase_of(step, self.steps, len(self.pools))
+        """Return the groups of a step."""
+        phase, first = phase_of(step, self.config.train.steps, len(self.pools))
         pool, order = self.pools[phase]
         return [int(pool[i]) for i in order.step(step - first)]
 
     def narrow(self, draws: Draws, labels: Tensor, step: int, slots: list[int], group_ids: list[str]) -> Draws:
-        """The same draws for the images that the step looks at; labels [B, K], NaN where there is none."""
-        how = self.section.images
-        if how == "all":
+        """Restrict draws to the images that the step looks at; labels [B, K], NaN where there is none."""
+        section, steps = self.config.selection, self.config.train.steps
+        if section.images == "all":
             return draws
-        if how == "variance":
-            first, last = self.section.sizes
-            size = relaxed(first, last, step, self.steps)
+        if section.images == "variance":
+            assert section.sizes is not None  # the config is checked
+            size, seed = relaxed(*section.sizes, step, steps), self.config.seed
+            draws_of = partial(draw, seed, "selection", step=step)
             chosen = [
-                filled(
-                    choose_members(
-                        row, "variance", size, draw(self.seed, "selection", step=step, inner=slot, group=group)
-                    ),
-                    size,
-                    len(row),
-                )
+                filled(choose_members(row, "variance", size, draws_of(inner=slot, group=group)), size, len(row))
                 for row, slot, group in zip(labels.double().numpy(), slots, group_ids, strict=True)
             ]
             return replace(draws, members=torch.from_numpy(np.stack(chosen)))
         ranked = ranking(GroupErrors(labels, rewards=labels, order=draws.order))
-        phase, _ = phase_of(step, self.steps, self.section.phases)
-        if how == "rank_gap":
-            loser = loser_by_rank(ranked, phase, self.section.phases, labelled_count(labels))
+        phase, _ = phase_of(step, steps, section.phases)
+        if section.images == "rank_gap":
+            loser = loser_by_rank(ranked, phase, section.phases, labelled_count(labels))
         else:
-            loser = loser_by_score(ranked, labels, phase, self.section.phases)
+            loser = loser_by_score(ranked, labels, phase, section.phases)
         return replace(draws, members=torch.cat([ranked[:, :1], loser], dim=1).sort(dim=1).values)

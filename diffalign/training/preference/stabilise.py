@@ -1,16 +1,18 @@
-"""What may steady a run, each off by default: steps with a freak gradient are skipped, beta is found while training.
+"""Optional stabilisers, all off by default: skip steps with an outlier gradient norm; adapt beta.
 
-Both keep plain numbers that go into the checkpoint, and both see metrics that are already reduced over processes, so
+Both remember plain numbers, which go into the checkpoint, and both see metrics that are already reduced over processes, so
 every process decides alike.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from statistics import median
-from typing import Any
 
 from torch import Tensor
+
+from diffalign.objectives import DiffusionDPO, Objective, SmPO
+from diffalign.training.checkpoint import Memory
 
 USUAL_STEPS = 50
 NEEDED_STEPS = 10
@@ -19,12 +21,12 @@ AUTO_BETA_MEMORY = 0.95
 AUTO_BETA_REACH = 100.0
 
 
-def is_outlier(norm: float | Tensor, factor: float | None, state: MutableMapping[str, Any]) -> bool:
-    """Whether a gradient norm is `factor` times the median of recent ones; ordinary norms are remembered in `state`."""
+def is_outlier(norm: float | Tensor, factor: float | None, memory: Memory) -> bool:
+    """Return whether a gradient norm is `factor` times the median of recent ones; remember ordinary norms."""
     if factor is None:
         return False
     norm = float(norm)
-    usual = state.setdefault("usual_norms", [])
+    usual = memory.setdefault("usual_norms", [])
     if len(usual) >= NEEDED_STEPS and not norm <= factor * median(usual):
         return True
     usual.append(norm)
@@ -32,15 +34,15 @@ def is_outlier(norm: float | Tensor, factor: float | None, state: MutableMapping
     return False
 
 
-def with_auto_beta(objective: Any, target: float | None, state: MutableMapping[str, Any]) -> Any:
-    """The objective with the beta at which the mean margin gives the gradient factor `target`: sigmoid(-margin) = target.
+def with_auto_beta(objective: Objective, target: float | None, memory: Memory) -> Objective:
+    """Return the objective with the beta at which the mean margin gives the gradient factor sigmoid(-margin) = `target`.
 
-    The margin is beta times a size that is remembered as a moving average in `state`; before there is one, and while it
-    is not above 0, beta stays what it was.
+    The margin is beta times a size that is remembered as a moving average; before there is one, and while it is not above
+    0, beta stays what it was. Objectives other than dpo and smpo, which the config refuses, stay as they are.
     """
-    if target is None:
+    if target is None or not isinstance(objective, DiffusionDPO | SmPO):
         return objective
-    size = state.get("margin_size", 0.0) / (1 - AUTO_BETA_MEMORY ** state.get("margin_count", 0) or 1.0)
+    size = memory.get("margin_size", 0.0) / (1 - AUTO_BETA_MEMORY ** memory.get("margin_count", 0) or 1.0)
     if size <= 0:
         return objective
     wanted = math.log((1 - target) / target) / size
@@ -49,7 +51,7 @@ def with_auto_beta(objective: Any, target: float | None, state: MutableMapping[s
 
 
 def pulled_margin(row: Mapping[str, float]) -> float | None:
-    """The step's mean margin, each group with the weight that it has in the gradient; None where no group pulls.
+    """Return a step's mean margin, each group with the weight that it has in the gradient; None where no group pulls.
 
     In DPO all groups weigh alike. SmPO has its smoothing gamma (2p - 1) both inside the margin and before the gradient:
     near-ties have a margin of 0, a factor of 1/2 and no gradient, whatever beta is. Counted in full they would send beta
@@ -62,11 +64,11 @@ def pulled_margin(row: Mapping[str, float]) -> float | None:
     return row["smoothed_margin"] / row["smoothing"] if row["smoothing"] > 0 else None
 
 
-def remember_margin(row: Mapping[str, float], beta: float, state: MutableMapping[str, Any]) -> None:
+def remember_margin(row: Mapping[str, float], beta: float, memory: Memory) -> None:
     """Take the margin of a step's metrics into the moving average of margin / beta."""
     margin = pulled_margin(row)
     if margin is None:
         return
-    old = state.get("margin_size", 0.0)
-    state["margin_size"] = AUTO_BETA_MEMORY * old + (1 - AUTO_BETA_MEMORY) * margin / beta
-    state["margin_count"] = state.get("margin_count", 0) + 1
+    old = memory.get("margin_size", 0.0)
+    memory["margin_size"] = AUTO_BETA_MEMORY * old + (1 - AUTO_BETA_MEMORY) * margin / beta
+    memory["margin_count"] = memory.get("margin_count", 0) + 1

@@ -1,38 +1,39 @@
-"""What is random in a step of reward-gradient training, by name: neither micro-batches, processes nor a resume change it.
+"""Everything random in a step of reward-gradient training, by name: micro-batches, processes and a resume do not change it.
 
 Which of the sampler's steps carry a gradient belongs to the training step: it is the same for all its images, and so all
 processes do the same work (ReFL's code draws it once a batch, too).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.config import RewardGradientConfig
 from diffalign.draws import draw, normal
 
 
 @dataclass(frozen=True)
 class Span:
-    """Steps `first` to `stop` of the sampler, counted from 0, carry a gradient; the x0 of step `stop` is what is judged."""
+    """The sampler's steps that carry a gradient: `first` to `stop`, counted from 0; the x0 of step `stop` is judged."""
 
     first: int
     stop: int
 
     @property
     def length(self) -> int:
+        """How many steps carry a gradient."""
         return self.stop - self.first + 1
 
 
 def late_steps(steps: int) -> tuple[int, int]:
-    """The last quarter of a sampler's steps, first and last of them: ReFL's 30 to 39 of 40."""
+    """Return the first and the last of a sampler's last quarter of steps: ReFL's 30 to 39 of 40."""
     return steps - max(1, steps // 4), steps - 1
 
 
-def span_of(config: Any, step: int) -> Span:
-    """The steps that training step `step` differentiates, by `config.method`."""
+def span_of(config: RewardGradientConfig, step: int) -> Span:
+    """Draw the sampler's steps that training step `step` differentiates, by `config.method`."""
     method, steps = config.method, config.sampler.steps
     generator = draw(config.seed, "reward_gradient_span", step=step)
     if method.name == "refl":
@@ -49,16 +50,19 @@ def span_of(config: Any, step: int) -> Span:
 
 @dataclass(frozen=True)
 class GradientDraws:
-    """noise [N, C, h, w]: what the sampler starts from; renoise [N R, C, h, w]: of DRaFT-LV, R an image, side by side."""
+    """What was drawn for N images.
+
+    noise [N, C, h, w]: what the sampler starts from; renoise [N R, C, h, w]: for DRaFT-LV, R for each image, side by side.
+    """
 
     noise: Tensor
     renoise: Tensor | None
 
 
 def make_gradient_draws(
-    config: Any, step: int, slots: list[int], prompts: list[str], shape: tuple[int, ...]
+    config: RewardGradientConfig, step: int, slots: list[int], prompts: list[str], shape: tuple[int, ...]
 ) -> GradientDraws:
-    """`slots`: positions of the prompts in the step; `prompts`: their ids; `shape`: (C, h, w) of the latents."""
+    """Draw for prompts with the ids `prompts` at positions `slots` of a step. shape: (C, h, w) of the latents."""
     again = config.method.noises if config.method.name == "draft_lv" else 0
     noise: list[np.ndarray] = []
     renoise: list[np.ndarray] = []

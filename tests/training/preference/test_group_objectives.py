@@ -14,7 +14,8 @@ import torch
 from diffalign.objectives import GDRO, SFT, DiffusionDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.process import Flow
-from diffalign.training.preference.step import make_draws, used_members
+from diffalign.training.preference.draws import make_draws
+from diffalign.training.preference.step import used_members
 from helpers import toy
 from helpers.tiny_training import TRAJECTORIES, Source, config_for
 

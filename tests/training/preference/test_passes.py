@@ -17,8 +17,9 @@ from diffalign.objectives import OBJECTIVES, DiffusionDPO, DisCO, RankDPO
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.training.device import Share
+from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.gradient import StepGradient
-from diffalign.training.preference.step import make_draws, preference_step
+from diffalign.training.preference.step import preference_step
 from helpers import toy
 from helpers.processes import command, finish, torchrun
 from helpers.tiny_training import Source, config_for

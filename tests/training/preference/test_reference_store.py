@@ -220,6 +220,20 @@ def test_noise_of_images_inverted_by_the_reference_is_kept(tmp_path: Path) -> No
     assert filling == reading == without_drift(alone)
 
 
+def test_a_store_from_before_the_models_options_had_a_section_serves(tmp_path: Path) -> None:
+    """Its key has them as keys of the model; a value that is not the default is still another model."""
+    run(tmp_path / "a", tmp_path / "kept")
+    path = tmp_path / "kept/key.json"
+    key = json.loads(path.read_text())
+    assert key.pop("model.options") == {}
+    former = {"model.use_t5": True, "model.max_sequence_length": None, "model.guidance": 3.5}
+    path.write_text(json.dumps({**key, **former}))
+    assert run(tmp_path / "b", tmp_path / "kept")[1] == 0
+    path.write_text(json.dumps({**key, **former, "model.guidance": 5.0}))
+    with pytest.raises(DiffalignError, match=r"belongs to other draws: model\.options was \{'guidance': 5\.0\}"):
+        run(tmp_path / "c", tmp_path / "kept")
+
+
 def test_nothing_but_whole_safetensors_lies_in_a_store(tmp_path: Path) -> None:
     run(tmp_path / "a", tmp_path / "kept", reference={"keep": "predictions"})
     names = sorted(path.name for path in (tmp_path / "kept").iterdir())

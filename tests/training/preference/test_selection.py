@@ -21,6 +21,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import Flow
 from diffalign.rewards.aggregate import dvao
 from diffalign.training.order import groups_for_step
+from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.selection import (
     Selection,
     easiest,
@@ -31,7 +32,6 @@ from diffalign.training.preference.selection import (
     weights_by_gap,
     weights_by_mean,
 )
-from diffalign.training.preference.step import make_draws
 from helpers import toy
 from helpers.small_datasets import scored
 
@@ -260,7 +260,7 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str, tmp_pat
 
 
 def test_too_large_subsets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DiffalignError, match="the groups have 4 images; use at most so many"):
+    with pytest.raises(DiffalignError, match="the groups have 4 images; use at most that many"):
         seen(tmp_path, images="variance", sizes=[4, 8])
 
 

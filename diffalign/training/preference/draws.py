@@ -1,0 +1,73 @@
+"""Everything random in a preference step, by name: neither micro-batches, processes nor a resume can change it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.config import TrainConfig
+from diffalign.draws import draw, normal
+from diffalign.pipelines import NoiseProcess
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for a micro-batch of B groups of K images.
+
+    members [B, n]: the images of each group that this step looks at, all of them or `data.group_size`. noise [B, K, C,
+    h, w] float32, None where it is found by inversion; times [B] in the process's units; order [B, K] breaks ties;
+    dropped [B] bool, groups whose prompt is replaced by the empty one.
+    """
+
+    members: Tensor
+    noise: Tensor | None
+    times: Tensor
+    order: Tensor
+    dropped: Tensor
+
+
+def make_draws(
+    config: TrainConfig,
+    process: NoiseProcess,
+    step: int,
+    slots: list[int],
+    group_ids: list[str],
+    shape: torch.Size,
+    labelled: Tensor | None = None,
+) -> Draws:
+    """Draw for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
+
+    labelled: bool [B, K], which images `data.group_size` draws from first; None: all.
+    The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
+    """
+    _, members, *latent = shape
+    size = config.data.group_size or members
+
+    def one(stream: str, slot: int, group: str, member: int | None = None) -> np.random.Generator:
+        return draw(config.seed, stream, step=step, inner=slot, group=group, member=member)
+
+    noise, uniform, order, dropped, chosen = [], [], [], [], []
+    for row, (slot, group) in enumerate(zip(slots, group_ids, strict=True)):
+        if config.noise == "shared":
+            noise.append(normal(one("noise", slot, group), (1, *latent)).repeat(members, axis=0))
+        elif config.noise == "independent":
+            each = [normal(one("noise", slot, group, m), (1, *latent)) for m in range(members)]
+            noise.append(torch.cat([torch.from_numpy(n) for n in each]).numpy())
+        uniform.append(one("time", slot, group).random())
+        order.append(one("order", slot, group).permutation(members))
+        every = np.arange(members) if size == members else one("members", slot, group).permutation(members)
+        if labelled is not None and size < members:
+            every = every[np.argsort(~labelled[row].numpy()[every], kind="stable")]
+        chosen.append(np.sort(every[:size]))
+        dropped.append(bool(one("prompt_dropout", slot, group).random() < config.train.prompt_dropout))
+    times = process.draw_times(torch.tensor(uniform, dtype=torch.float64), **config.times.model_dump())
+    if config.noise == "inverted":
+        times = process.invertible_times(times, config.inversion.steps)
+    return Draws(
+        torch.from_numpy(np.stack(chosen)),
+        torch.stack([torch.from_numpy(n) for n in noise]) if noise else None,
+        times,
+        torch.stack([torch.from_numpy(o) for o in order]),
+        torch.tensor(dropped),
+    )
