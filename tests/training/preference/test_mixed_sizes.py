@@ -15,8 +15,9 @@ from torch import Tensor
 
 from diffalign.objectives import DDO, GDRO, IPO, SFT, DiffusionDPO, DisCO, Objective, RankDPO, SimPO, SmPO
 from diffalign.pipelines.process import Flow
+from diffalign.training.preference.draws import Draws, make_draws
 from diffalign.training.preference.selection import Selection, loser_by_rank, loser_by_score
-from diffalign.training.preference.step import Draws, make_draws, preference_step, used_members
+from diffalign.training.preference.step import preference_step, used_members
 from helpers import toy
 
 NAN = float("nan")
