@@ -1,6 +1,7 @@
 """Score a dataset's images into `scores/<reward>.parquet`, one image file at a time, with any number of processes."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
@@ -17,6 +17,8 @@ from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.progress import OnImages
 from diffalign.rewards import Reward
+from diffalign.rewards.base import Prepared
+from diffalign.rewards.batches import measure_batch, reason_of
 
 
 def score_images(
@@ -36,14 +38,18 @@ def score_images(
     schema = score_schema(reward.columns, made_by)
     work = dataset.folder / WORK_FOLDER
     pieces = [work / "scores" / reward.name / shard.name for shard in dataset.shards]
+    proven = False  # whether the reward has scored an image, so that whatever fails is that image's fault
 
     def piece_task(shard: int) -> Task:
         def make() -> None:
+            nonlocal proven
             with parquet_writer(pieces[shard], schema) as writer:
                 for rows in dataset.iter_shard(shard, batch_size):
                     known = [row for row in rows if dataset.row(row.group_id) is not None]
-                    if known:
-                        writer.write_table(pa.Table.from_pylist(_score(dataset, known, reward), schema=schema))
+                    scored = _score(dataset, known, reward, proven)
+                    proven = proven or any(math.isfinite(row[reward.columns[0]]) for row in scored)
+                    if scored:
+                        writer.write_table(pa.Table.from_pylist(scored, schema=schema))
 
         size = pq.ParquetFile(dataset.shards[shard]).metadata.num_rows
         done = lambda: pieces[shard].is_file() or path.is_file()  # noqa: E731
@@ -72,9 +78,9 @@ def unscored(dataset: PreferenceDataset, reward: str) -> Counter[str]:
     return Counter(reason for reason in table["reason"].to_pylist() if reason)
 
 
-def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> list[dict[str, Any]]:
-    """Return the rows of the score file for these images."""
-    images: list[Image.Image] = []
+def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward, proven: bool) -> list[dict[str, Any]]:
+    """Return the rows of the score file for these images. proven: as `measure_batch` takes it."""
+    images: list[Prepared] = []
     prompts: list[str] = []
     facts: list[dict[str, Any]] = []
     broken: dict[int, str] = {}
@@ -84,22 +90,27 @@ def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> 
             broken[i] = reason
             continue
         try:
-            images.append(row.decode())
+            image = row.decode()
         except DiffalignError as error:
             broken[i] = str(error)
+            continue
+        try:
+            images.append(reward.prepare(image))
+        except Exception as error:  # an image that this reward cannot take; another reward may
+            broken[i] = reason_of(error)
             continue
         prompts.append(group["prompt"])
         facts.append({**group["metadata"], "prompt": group["prompt"]})
     good = [i for i in range(len(rows)) if i not in broken]
-    measured = reward.measure(images, prompts, facts) if images else {}
-    reasons = dict(zip(good, reward.reasons, strict=True)) if images else {}
-    place = {i: n for n, i in enumerate(good)}
+    measured = measure_batch(reward, images, prompts, facts, proven) if images else []
+    found = dict(zip(good, measured, strict=True))
+    none = dict.fromkeys(reward.columns, math.nan)
     return [
         {
             "group_id": row.group_id,
             "index": row.index,
-            **{c: float(measured[c][place[i]]) if i in place else float("nan") for c in reward.columns},
-            "reason": broken.get(i) or reasons.get(i, ""),
+            **(found[i].values if i in found else none),
+            "reason": found[i].reason if i in found else broken[i],
         }
         for i, row in enumerate(rows)
     ]

@@ -446,3 +446,34 @@ def test_a_reward_opens_on_the_device_and_its_settings_leave_it_out(name: str) -
     assert str(reward.device) == "cuda" and "device" not in reward.options()
     given: Any = open_reward(RewardSection(name=name, options={"device": "cpu"}), "cuda")
     assert str(given.device) == "cpu" and "device" not in given.options()
+
+
+class Choosy(Channel):
+    """Fails on a batch with a prompt of one kind, as a reward does on a picture that it cannot take."""
+
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: Any = None) -> dict[str, Any]:
+        if any("odd" in prompt for prompt in prompts):
+            raise ValueError("this picture is odd")
+        return super().measure(images, prompts, facts)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_an_image_on_which_a_reward_fails_costs_only_itself(
+    batch: int, world: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synth, "open_reward", lambda section, device: Choosy(section.name))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{'odd' if i % 9 == 4 else 'prompt'} {i}" for i in range(21)))
+    dataset = PreferenceDataset(world("choosy", f"reward_batch={batch}"))
+    place = dict(zip(dataset.column("group_id"), dataset.column("prompt"), strict=True))
+    for (group, _), score in dataset.scores("red").items():
+        assert np.isfinite(score) == ("odd" not in place[group])
+    assert dataset.column("dropped").count("fewer than two images left") == 2  # nobody scored them
+
+
+def test_a_reward_that_fails_on_all_images_ends_the_scoring(
+    world: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synth, "open_reward", lambda section, device: Choosy(section.name))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"odd {i}" for i in range(21)))
+    with pytest.raises(ValueError, match="this picture is odd"):
+        world("odd")

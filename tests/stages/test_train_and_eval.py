@@ -249,3 +249,18 @@ def test_weights_are_known_by_their_tensors(tmp_path: Path) -> None:
     assert weights_digest(tmp_path / "one") == weights_digest(tmp_path / "two")
     save_file(tensors | {"a": torch.arange(1.0, 5.0)}, tmp_path / "two" / "w.safetensors")
     assert weights_digest(tmp_path / "one") != weights_digest(tmp_path / "two")
+
+
+def test_a_run_on_shuffled_labels_says_so_in_its_report(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control must not be taken for the run that it controls."""
+    assert run("rank", tmp_path / "data", "shuffle=true", "seed=1") == 0
+    assert run("train", config) == 0
+    words = "Preferences were shuffled within each group (seed 1), as a control"
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert words in (tmp_path / "run" / "report.html").read_text()
+    shutil.rmtree(tmp_path / "run")
+    assert run("rank", tmp_path / "data") == 0
+    assert run("train", config) == 0
+    assert words not in (tmp_path / "run" / "report.html").read_text()
