@@ -4,7 +4,7 @@
 #   make docs           docs/config.md from the config's schema
 #   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
-#   make oracles        packages that tests compare with (10 MB), in a folder of their own; part of `make test`
+#   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ORACLES := $(VENV)/oracles
+HPSV3 := $(VENV)/oracles-hpsv3
 ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
 VIEW := $(ROOT)/build/view
@@ -28,10 +29,13 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 # Without their dependencies, which do not go with ours; what they lack when they are imported, tests/helpers/oracles.py lends them.
-oracles: $(ORACLES)/.installed
+# hpsv3 has a folder of its own, since it brings the transformers it pins; tests run it in a process of its own.
+oracles: $(ORACLES)/.installed $(HPSV3)/.installed
 $(ORACLES)/.installed: tests/helpers/oracles.txt | $(STAMP)
-	rm -rf $(ORACLES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(ORACLES) -r tests/helpers/oracles.txt
+$(HPSV3)/.installed: tests/helpers/oracles-hpsv3.txt | $(STAMP)
+$(ORACLES)/.installed $(HPSV3)/.installed:
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --target $(@D) -r $<
 	touch $@
 
 quickstart: $(STAMP)

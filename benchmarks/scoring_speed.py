@@ -40,9 +40,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from diffalign.files.images import decode
 from diffalign.rewards import Reward, load_reward
 from diffalign.scoring.allocator import keep_freed_memory
-from diffalign.scoring.decode import decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import score_items
 from diffalign.scoring.sources import Prompting, collect

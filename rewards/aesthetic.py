@@ -56,6 +56,7 @@ class Aesthetic(ClipReward):
     repo = HEAD_REPO
     file = HEAD_FILE
     reads = ()
+    longest = 0
     rounding = "round"
 
     def __init__(self, *, clip: str | Path | None = None, **shared: Unpack[ClipOptions]) -> None:

@@ -16,17 +16,16 @@ def vote_shares(scores: np.ndarray, weights: np.ndarray | None = None) -> np.nda
 
     Syn-Pic: RankDPO, arXiv 2410.18013, section 3.2. Every reward compares every pair; only a strictly higher score
     wins, so a tie gives neither a vote. A pair with a NaN casts no vote and is not counted in the denominator; an image
-    that was never compared gets 0. No reward is rescaled: any increasing transform of any reward leaves the shares
-    unchanged. weights: [R], how many votes each reward has.
+    that was never compared gets NaN, since absent is not lowest. No reward is rescaled: any increasing transform of any
+    reward leaves the shares unchanged. weights: [R], how many votes each reward has; with 0 it has no say.
     """
     a, b = scores[:, :, None], scores[:, None, :]
     known = np.isfinite(a) & np.isfinite(b) & ~np.eye(scores.shape[1], dtype=bool)
     won = (a > b) & known
     if weights is None:
-        wins, compared = won.sum(axis=(0, 2)), known.sum(axis=(0, 2))
-        return (wins / np.maximum(compared, 1)).astype(np.float64)
+        weights = np.ones(len(scores))
     wins, compared = (np.einsum("r,rij->i", weights, x.astype(np.float64)) for x in (won, known))
-    return np.where(compared > 0, wins / np.where(compared > 0, compared, 1.0), 0.0)
+    return np.where(compared > 0, wins / np.where(compared > 0, compared, 1.0), np.nan)
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,15 @@ def dvao(scores: np.ndarray, weights: Sequence[float] | None = None) -> tuple[np
     A = sum_k w~_k (r_k - mean r_k) / sigma_k with w~_k = w_k sigma_k / sum_l w_l sigma_l and the population standard
     deviation (a std, despite the method's name). This equals the centred weighted sum of raw rewards over sum_l w_l
     sigma_l, so it ranks a group as a plain sum of raw rewards does: put rewards on one scale first, and expect no
-    effect on losses that use only the order. A group without any spread gets zeros. A NaN in a reward is a NaN in the
-    advantage.
+    effect on losses that use only the order. A group without any spread gets zeros. A NaN in a reward with a weight above
+    0 is a NaN in the advantage.
     """
     w = _weights(scores, weights if weights is not None else [1.0] * len(scores))
     spread = w * np.array([row[np.isfinite(row)].std() if np.isfinite(row).any() else 0.0 for row in scores])
     total = spread.sum()
-    if not total > 0:
-        return np.where(np.isfinite(scores).all(axis=0), 0.0, np.nan), np.zeros(len(scores))
     used = w != 0
+    if not total > 0:
+        return np.where(np.isfinite(scores[used]).all(axis=0), 0.0, np.nan), np.zeros(len(scores))
     combined = (w[used, None] * scores[used]).sum(axis=0)
     return (combined - np.nanmean(combined)) / total, spread / total
 
@@ -88,7 +87,8 @@ def gated(preferences: np.ndarray, passed: np.ndarray) -> np.ndarray:
 
     preferences: [K], higher is better. passed: bool [C constraints, K]. An image that passes more constraints comes
     first, whatever its preference; among equals the preference decides. The score is the number of passed constraints
-    plus the preference's rank in [0, 1) (ties share their rank), so no scale has to be chosen. NaN stays NaN.
+    plus the preference's rank in [0, 1) (ties share their rank), so no scale has to be chosen. NaN stays NaN, and takes
+    no place in the ranks.
     """
     preferences = np.asarray(preferences, dtype=np.float64)
     known = np.isfinite(preferences)

@@ -26,8 +26,9 @@ class Reward(ABC):
     columns: what `measure` returns, the score first; NAME@LEVEL is a bin of a distribution, which no summary shows.
     range: the score's bounds. usual: where most images lie, if the bounds do not say. licence, weights: of the model it
     runs. requires: what must be installed besides diffalign. version: changes whenever scores may. source: paper or
-    code that defines it. size: size of the weights. reads: what a score depends on besides the image. preprocessing:
-    how pixels become the model's input. reasons: after a call, why image i was not scored ("" if it was).
+    code that defines it. size: size of the weights. reads: what a score depends on besides the image. longest: the
+    tokens that it reads of a prompt, 0 for all of them. preprocessing: how pixels become the model's input. reasons:
+    after a call, why image i was not scored ("" if it was).
 
     Building a reward loads nothing: weights are loaded with the first image, or by `identity`, which names them.
     """
@@ -44,6 +45,7 @@ class Reward(ABC):
     source: ClassVar[str] = ""
     size: ClassVar[str] = "none"
     reads: ClassVar[tuple[str, ...]] = ("prompt",)
+    longest: ClassVar[int] = 0
 
     preprocessing: str = "RGB"
     reasons: list[str]
@@ -79,6 +81,15 @@ class Reward(ABC):
         """Return why an image with this prompt cannot be scored, "" if it can. Nothing is decoded for that."""
         return "no prompt" if "prompt" in self.reads and not (prompt or "").strip() else ""
 
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many distinct prompts are longer than `longest` tokens, so that the score reads them in part."""
+        unique = dict.fromkeys(prompts)
+        return sum(length > self.longest for length in self.lengths(list(unique))) if self.longest and unique else 0
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """Return the prompts' lengths in tokens, as the model counts them; needed of a reward with `longest`."""
+        raise NotImplementedError
+
     def options(self) -> dict[str, Any]:
         """Return the options that change a score."""
         return {}
@@ -86,6 +97,21 @@ class Reward(ABC):
     def weights_id(self) -> str:
         """Return which weights these are, with revision or fingerprint."""
         return self.weights
+
+    def licence_id(self) -> str:
+        """Return the licence of these weights."""
+        return self.licence
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a score file says of the reward that judged: name, version, weights, licence and settings."""
+        return {
+            "reward": self.name,
+            "version": self.version,
+            "weights": self.weights_id(),
+            "licence": self.licence_id(),
+            "settings": self.options(),
+            "format": 2,  # 1, without this key: weights of the class, and settings as the user gave them
+        }
 
     def identity(self) -> dict[str, Any]:
         """Return what a score depends on besides image, prompt and metadata: equal identities give equal scores."""

@@ -32,6 +32,7 @@ class ClipReward(TensorReward):
     """A reward on image and text embeddings of a CLIPModel folder; subclasses define the score."""
 
     preprocessing = "shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
+    longest = TOKENS
     rounding: Rounding = "floor"
     tokenizer_repo: str | None = None
     """The hub repository of the tokenizer if it is not beside the weights."""
@@ -62,6 +63,13 @@ class ClipReward(TensorReward):
             return self.path
         repo = self.tokenizer_repo or self.repo
         return fetch(self.name, repo, None, "main", self.local_tokenizer, "tokenizer", SMALL_FILES)
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer([self.wording(p) for p in prompts], verbose=False)["input_ids"]]
+
+    def wording(self, prompt: str) -> str:
+        """Return the text that is embedded for a prompt."""
+        return prompt
 
     def weights_id(self) -> str:
         # Included so that a missing tokenizer is reported before anything is scored.
@@ -184,6 +192,9 @@ class CLIPScore(ClipReward):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "convention": self.convention}
 
+    def wording(self, prompt: str) -> str:
+        return self.formula.prefix + prompt
+
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        cosine = self.cosine(pixels, [self.formula.prefix + prompt for prompt in prompts])
+        cosine = self.cosine(pixels, [self.wording(prompt) for prompt in prompts])
         return (self.formula.scale * cosine).clamp(min=self.formula.floor)

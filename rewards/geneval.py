@@ -10,7 +10,8 @@ Four scores, because the field uses four under one name:
   dense     graded, ours: the mean of terms in [0, 1]. Each include clause gives max(0, 1 - |n - count| / count) for its n
             detections, and one term each for colour and place if it asks for them; these are 0 while n is not `count`.
   server    the dense formula of the reward server that Flow-GRPO trains with. Its count term is not clipped (one object
-            wanted and three found is -1), and a wrong place counts 0 and then 1 more.
+            wanted and three found is -1), and a wrong place counts 0 and then 1 more. A place is 0 unless the clause that it
+            refers to is right, in number, colour and place.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Reward, by_column
 from diffalign.rewards.detection import Detection, Detector
+from diffalign.rewards.facts import fault_of_facts, geneval_facts
 from diffalign.rewards.mask2former import Mask2FormerDetector
 
 Box = tuple[float, float, float, float]
@@ -112,41 +114,43 @@ def _official(objects: dict[str, list[Detection]], metadata: Metadata, s: GenEva
     return reason
 
 
-def _graded(
-    objects: dict[str, list[Detection]], metadata: Metadata, s: GenEvalSettings
-) -> tuple[list[float], list[float], bool]:
-    """Return the terms of `dense`, the terms of `server`, and whether everything is exactly as asked."""
-    dense: list[float] = []
-    server: list[float] = []
-    exact = True
+def _dense(objects: dict[str, list[Detection]], metadata: Metadata, s: GenEvalSettings) -> list[float]:
+    """Return the terms of `dense`: the count comes first, colours and places are graded only if it is right."""
+    terms: list[float] = []
     for clause in metadata["include"]:
         found, count = objects.get(clause["class"], []), clause["count"]
-        # The count comes first: colours and places are graded only if it is right.
-        term = 1 - abs(len(found) - count) / count
-        dense.append(max(0.0, term))
-        server.append(term)
+        counted = len(found) == count
+        terms.append(max(0.0, 1 - abs(len(found) - count) / count))
+        if "color" in clause:
+            colored = sum(d.color == clause["color"] for d in found)
+            terms.append(1 - abs(count - colored) / count if counted else 0.0)
+        if "position" in clause:
+            targets = objects.get(metadata["include"][clause["position"][1]]["class"], [])
+            terms.append(float(counted and _in_place(clause, found, targets, s)))
+    return terms
+
+
+def _server(objects: dict[str, list[Detection]], metadata: Metadata, s: GenEvalSettings) -> tuple[list[float], bool]:
+    """Return the terms of `server`, and whether everything is exactly as asked."""
+    terms: list[float] = []
+    groups: list[list[Detection] | None] = []  # of each clause its objects; None if number, colour or place is wrong
+    for clause in metadata["include"]:
+        found, count = objects.get(clause["class"], []), clause["count"]
+        terms.append(1 - abs(len(found) - count) / count)
         right = len(found) == count
-        attributes = [key for key in ("color", "position") if key in clause]
-        if not right:
-            dense += [0.0] * len(attributes)
-            server += [0.0] if attributes else []
-        elif attributes:
-            for key in attributes:
-                if key == "color":
-                    colored = sum(d.color == clause["color"] for d in found)
-                    dense.append(1 - abs(count - colored) / count)
-                    server.append(dense[-1])
-                    right = right and colored == count
-                else:
-                    target = metadata["include"][clause["position"][1]]
-                    targets = objects.get(target["class"], [])
-                    placed = _in_place(clause, found, targets, s)
-                    dense.append(float(placed))
-                    # The server skips the place where the target clause failed, and only then counts a plain 0.
-                    server += [1.0] if placed else [0.0, 1.0] if len(targets) == target["count"] else [0.0]
-                    right = right and placed
-        exact = exact and right
-    return dense, server, exact
+        if not right and ("color" in clause or "position" in clause):
+            terms.append(0.0)
+        if right and "color" in clause:
+            colored = sum(d.color == clause["color"] for d in found)
+            terms.append(1 - abs(count - colored) / count)
+            right = colored == count
+        if right and "position" in clause:
+            targets = groups[clause["position"][1]]
+            right = _in_place(clause, found, targets, s)
+            # A wrong place counts 0 and then 1 more; without a right target it is a plain 0.
+            terms += [1.0] if right else [0.0] if targets is None else [0.0, 1.0]
+        groups.append(found if right else None)
+    return terms, None not in groups
 
 
 def decide(detections: list[Detection], metadata: Metadata, settings: GenEvalSettings | None = None) -> Decision:
@@ -154,7 +158,8 @@ def decide(detections: list[Detection], metadata: Metadata, settings: GenEvalSet
     s = settings or GenEvalSettings()
     objects = _objects(detections, metadata, s)
     reason = _official(objects, metadata, s)
-    dense, server, exact = _graded(objects, metadata, s)
+    dense = _dense(objects, metadata, s)
+    server, exact = _server(objects, metadata, s)
     return Decision(not reason, exact, sum(dense) / len(dense), sum(server) / len(server), reason)
 
 
@@ -172,6 +177,7 @@ class GenEvalReward(Reward):
     weights = "facebook/mask2former-swin-small-coco-instance, openai/clip-vit-large-patch14"
     size = "2 GB"
     source = "arXiv 2310.11513"
+    version = "2"
     reads = ("prompt", "metadata")
 
     def __init__(
@@ -197,12 +203,16 @@ class GenEvalReward(Reward):
         self.reasons: list[str] = []
 
     def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
-        return super().reason_not_scorable(prompt, metadata) or (
-            "" if metadata.get("include") else "no GenEval metadata (include)"
-        )
+        return super().reason_not_scorable(prompt, metadata) or fault_of_facts(geneval_facts(metadata))
 
     def weights_id(self) -> str:
-        return self.detector.weights_id() if isinstance(self.detector, Mask2FormerDetector) else "the detector's"
+        if isinstance(self.detector, Mask2FormerDetector):
+            return self.detector.weights_id()
+        return f"the detector {type(self.detector).__name__}"
+
+    def licence_id(self) -> str:
+        ours = isinstance(self.detector, Mask2FormerDetector)
+        return self.licence if ours else "MIT (the decisions), the detector's own"
 
     def free(self) -> None:
         if isinstance(self.detector, Mask2FormerDetector):
@@ -214,12 +224,15 @@ class GenEvalReward(Reward):
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
     ) -> dict[str, Tensor]:
-        for prompt, facts in zip(prompts, metadata or [{}] * len(prompts), strict=True):
+        metadata = [geneval_facts(facts) for facts in metadata or [{}] * len(prompts)]
+        for prompt, facts in zip(prompts, metadata, strict=True):
             if not facts.get("include"):
                 raise DiffalignError(
                     f"reward geneval: prompt {prompt!r} has no GenEval metadata; give prompts as jsonl rows with "
                     '"tag", "include" and "prompt"'
                 )
+            if fault := fault_of_facts(facts):
+                raise DiffalignError(f"reward geneval: prompt {prompt!r}: {fault}")
         readable, self.reasons = [], []
         for image in images:
             try:
@@ -230,7 +243,7 @@ class GenEvalReward(Reward):
                 self.reasons.append(f"unreadable image: {error}")
         detections = iter(self.detector.detect(readable))
         rows = []
-        for reason, facts in zip(self.reasons, metadata or [], strict=True):
+        for reason, facts in zip(self.reasons, metadata, strict=True):
             if reason:
                 rows.append((float("nan"),) * len(self.columns))
             else:

@@ -38,6 +38,7 @@ class HPSv2(TensorReward):
     size = "2 GB"
     source = "arXiv 2306.09341"
     repo = "xswu/HPSv2"
+    longest = 77
     preprocessing = "longer side to 224 bicubic on floats, black letterbox, CLIP normalisation"
 
     def __init__(
@@ -55,10 +56,22 @@ class HPSv2(TensorReward):
         self.file = FILES[self.release]
         self.antialias = antialias
         self.architecture = architecture
-        self._tokenize: Any = None
+        self._tokenizer: Any = None
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "release": self.release, "antialias": self.antialias}
+
+    @property
+    def tokenizer(self) -> Any:
+        """open_clip's tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            import open_clip
+
+            self._tokenizer = open_clip.get_tokenizer(self.architecture)
+        return self._tokenizer
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        return [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts]  # with beginning and end
 
     def build(self) -> torch.nn.Module:
         import open_clip
@@ -72,7 +85,6 @@ class HPSv2(TensorReward):
         finally:
             logger.level = before
         fill(model, state, path, self.name)
-        self._tokenize = open_clip.get_tokenizer(self.architecture)
         return model.to(self.dtype)
 
     def prepare(self, image: Image.Image) -> Tensor:
@@ -86,7 +98,7 @@ class HPSv2(TensorReward):
         network = self.network
         unique = list(dict.fromkeys(prompts))
         with torch.no_grad():
-            tokens = self._tokenize(unique).to(self.device)
+            tokens = self.tokenizer(unique).to(self.device)
             text = F.normalize(network.encode_text(tokens).float(), dim=-1)
         place = {prompt: i for i, prompt in enumerate(unique)}
         image = F.normalize(network.encode_image(pixels.to(self.dtype)).float(), dim=-1)

@@ -2,6 +2,10 @@
 
 The score is the mean, output 0; output 1 is log sigma. The score is not bound to the "0 to 10" of its instruction. The
 image is scaled to about 200,704 pixels with sides that are multiples of 28, whatever its size.
+
+Two things are not Qwen2-VL's, since the network was trained without them. Tokens are counted 0, 1, 2, ... through the
+image as well: the published class passes no positions, and the transformers 4.45.2 that it pins then counts. And the
+rotary frequencies are rounded to bfloat16: the published code casts the whole network, buffers included.
 """
 
 from collections.abc import Sequence
@@ -40,10 +44,22 @@ class HPSv3Model(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], token: int) -> Tensor:
         """Return (mean, log sigma) [B, 2] at the reward token."""
-        hidden = self.base(**batch).last_hidden_state
+        hidden = self.base(**batch, position_ids=plain_positions(batch["attention_mask"])).last_hidden_state
         at = (batch["input_ids"] == token).float().argmax(1)
         found: Tensor = self.rm_head(hidden[torch.arange(len(at)), at].float())
         return found
+
+
+def plain_positions(mask: Tensor) -> Tensor:
+    """Return positions [3, B, L] that count the tokens of each row of a mask [B, L], wherever its padding is."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0).expand(3, *mask.shape)
+
+
+def round_frequencies(model: nn.Module) -> None:
+    """Round the rotary frequencies to bfloat16, in place; they stay float32."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.bfloat16())
 
 
 def under_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,6 +95,7 @@ class HPSv3(VisionLanguageReward):
     repo = "MizzenAI/HPSv3"
     file = "HPSv3.safetensors"
     preprocessing = "RGB, Qwen2-VL's processor at 200704 pixels"
+    version = "2"
 
     def __init__(
         self, *, base: str | Path | None = None, pixels: int = PIXELS, **shared: Unpack[VisionLanguageOptions]
@@ -105,6 +122,7 @@ class HPSv3(VisionLanguageReward):
         return int(tokenizer.convert_tokens_to_ids(TOKEN))
 
     def build(self) -> nn.Module:
+        from accelerate import init_empty_weights
         from transformers import AutoConfig, Qwen2VLModel
 
         config = AutoConfig.from_pretrained(self.processor_path)
@@ -112,14 +130,16 @@ class HPSv3(VisionLanguageReward):
         words = state.get("base.language_model.embed_tokens.weight")
         if words is None:
             raise DiffalignError(f"reward hpsv3: {self.path} holds no Qwen2-VL; is it another model's file?")
-        base = Qwen2VLModel(config)
-        base.resize_token_embeddings(
-            len(words)
-        )  # one was added for the reward token; the checkpoint says how many there are
-        model = HPSv3Model(base, config.text_config.hidden_size)
-        fill(model, state, self.path, self.name)
-        model.base.to(self.dtype)
-        model.rm_head.float()
+        # One row was added for the reward token; the checkpoint says how many there are.
+        config.text_config.vocab_size = len(words)
+        with init_empty_weights(include_buffers=False):
+            model = HPSv3Model(Qwen2VLModel(config), config.text_config.hidden_size)
+        for key, value in state.items():  # in place: the file's own tensors are let go one by one
+            wanted = torch.float32 if key.startswith("rm_head.") else self.dtype
+            state[key] = value.to(self.device, wanted, copy=True)
+        del value, words
+        fill(model, state, self.path, self.name, assign=True)
+        round_frequencies(model.base)
         return model
 
     def _inputs(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ class ImageReward(TensorReward):
     source = "arXiv 2304.05977"
     repo = "THUDM/ImageReward"
     file = "ImageReward.pt"
+    longest = TOKENS
     # The original resizes before it converts to RGB, so it interpolates a palette image on palette indices.
     preprocessing = "RGB, shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
 
@@ -130,10 +131,19 @@ class ImageReward(TensorReward):
     def weights_id(self) -> str:
         return f"{super().weights_id()}, tokenizer {fingerprint(self.tokenizer_path)}"
 
-    def build(self) -> nn.Module:
-        from transformers import BertTokenizer
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            from transformers import BertTokenizer
 
-        self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer_path)
+            self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer_path)
+        return self._tokenizer
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+
+    def build(self) -> nn.Module:
         path = self.path
         state = renamed(load_state(path))
         model = ImageRewardModel(state)
@@ -149,7 +159,7 @@ class ImageReward(TensorReward):
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         network = self.network
-        tokens = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         scores: Tensor = network(
             pixels.to(self.dtype), tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
         )

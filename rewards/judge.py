@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.rewards.chat import written_chat
 from diffalign.rewards.image_tensors import tensor_inputs
 from diffalign.rewards.judge_prompt import LABELS, Wording, escaped, load_settings, write_settings
 from diffalign.rewards.published_weights import pretrained
@@ -92,12 +93,7 @@ class Judge:
         ask = ask.replace("{rubric}", escaped(self.rubrics[dimension], self.tokenizer)).strip()
         text = self.wording.question.replace("{prompt}", escaped(prompt, self.tokenizer)) + ask
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        template = self.processor.chat_template or self.tokenizer.chat_template
-        more = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
-        written = str(self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **more))
-        # Some templates open a thought in any case; an answer inside it would be read at the wrong place.
-        if written.rfind("<think>") > written.rfind("</think>"):
-            written += "\n</think>\n\n"
+        written = written_chat(self.processor, chat)
         # The template may strip or wrap the text, so the cut is found in what it wrote.
         at = written.rfind(ask)
         return (written[:at], written[at:]) if at >= 0 else (written, "")

@@ -1,9 +1,11 @@
 """GenEval's detector without mmdet: Mask2Former (Swin-S, COCO instances) from transformers, and CLIP for colours.
 
-The steps after the network are those of mmdet's instance head, so that confidences mean what the evaluator's thresholds
-(0.3, and 0.9 for counting) were chosen for: the 100 best (query, class) pairs; confidence = class probability times the
-mean mask probability inside the mask; masks enlarged bilinearly, without padding, to the image; a box is its mask's
-extent.
+The steps before and after the network are mmdet's, so that confidences mean what the evaluator's thresholds (0.3, and
+0.9 for counting) were chosen for. Before: the shorter side becomes 800 pixels, or the longer 1333 if that is less; the
+aspect stays; zeros are added on the right and below, up to multiples of 32. The folder's own image processor is not
+used, since those of the published folders squash every image to 384 x 384. After: the 100 best (query, class) pairs;
+confidence = class probability times the mean mask probability inside the mask; masks enlarged bilinearly, without
+padding, to the image; a box is its mask's extent.
 
 Colours: each object is cut out by its box, pixels outside its mask become grey (#999), and CLIP ViT-L/14 chooses among
 ten colours with three prompts each. The evaluator uses open_clip's ViT-L/14 with OpenAI's weights. transformers' copy
@@ -22,12 +24,16 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.clip import L14, CLIPScore, quick_gelu
 from diffalign.rewards.detection import Detection
 from diffalign.rewards.learned import DTYPES
+from diffalign.rewards.pixels import normalise, to_tensor
 from diffalign.rewards.published_weights import fetch, fingerprint, pretrained
 
 REPO = "facebook/mask2former-swin-small-coco-instance"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOR_PROMPTS = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 GREY = "#999"
+SHORTEST, LONGEST, DIVISOR = 800, 1333, 32
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, which the Swin backbone was trained with."""
 MAX_DETECTIONS = 100
 # COCO's 80 classes in their order, under GenEval's names (three are longer than COCO's: computer mouse, tv remote,
 # computer keyboard).
@@ -41,6 +47,21 @@ LABELS = (
     "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
+
+
+def network_input(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    """Return what mmdet's test pipeline gives the network of an RGB image, and its height and width without padding.
+
+    The input is float32 [1, 3, H, W]. Bilinear on 8 bits without antialiasing, as OpenCV resizes; the padding is 0 after
+    the normalisation, as there.
+    """
+    short, long = min(image.size), max(image.size)
+    scale = min(SHORTEST / short, LONGEST / long)
+    height, width = (max(1, int(side * scale + 0.5)) for side in (image.height, image.width))
+    levels = to_tensor(image)[None] * 255
+    resized = F.interpolate(levels, (height, width), mode="bilinear", align_corners=False).round() / 255
+    bottom, right = -height % DIVISOR, -width % DIVISOR
+    return F.pad(normalise(resized, MEAN, STD), (0, right, 0, bottom)), (height, width)
 
 
 def instances(
@@ -82,7 +103,9 @@ def cut_out(image: Image.Image, mask: Tensor, box: tuple[float, float, float, fl
 
 
 class Mask2FormerDetector:
-    """The detector behind GenEval's published numbers. weights, clip: local copies of the two models' folders.
+    """The architecture of GenEval's detector, with Facebook's weights of it. weights, clip: local copies of the folders.
+
+    GenEval's own weights are OpenMMLab's training of the same network, which no hub folder for transformers holds.
 
     Detections below `threshold` are not returned and their colours not computed; GenEval keeps those above 0.3.
     """
@@ -108,7 +131,6 @@ class Mask2FormerDetector:
         self._shared = {"device": device, "dtype": dtype}
         self._network: Any = None
         self._clipscore: CLIPScore | None = None
-        self._processor: Any = None
         self._palette: dict[str, Tensor] = {}
 
     @property
@@ -132,14 +154,13 @@ class Mask2FormerDetector:
         self._clipscore = None
 
     def _load(self) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
+        from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
         classes = AutoConfig.from_pretrained(self.path).num_labels
         if classes != len(LABELS):
             raise DiffalignError(f"reward geneval: {self.path} knows {classes} classes, not COCO's 80")
         model = pretrained(Mask2FormerForUniversalSegmentation, self.path, "geneval", self.dtype)
         self._network = model.to(self.device).eval().requires_grad_(False)
-        self._processor = AutoImageProcessor.from_pretrained(self.path)
 
     @property
     def _clip(self) -> CLIPScore:
@@ -158,11 +179,8 @@ class Mask2FormerDetector:
         return [self._detect(image.convert("RGB")) for image in images]
 
     def _detect(self, image: Image.Image) -> list[Detection]:
-        inputs = self._processor(images=[image], return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.device, self.dtype)
-        mask = inputs["pixel_mask"][0].bool()
-        valid = (int(mask.any(1).sum()), int(mask.any(0).sum()))
-        out = self._network(pixel_values=pixels)
+        pixels, valid = network_input(image)
+        out = self._network(pixel_values=pixels.to(self.device, self.dtype))
         size = (image.height, image.width)
         padded = (pixels.shape[-2], pixels.shape[-1])
         found = [

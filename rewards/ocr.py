@@ -1,10 +1,10 @@
 """Does the image show the quoted text? Flow-GRPO's OCR reward (Liu et al. 2025, arXiv 2505.05470) on rapidocr.
 
-The target is the first text in straight double quotes. Recognised lines are joined in reading order without a
-separator; both strings lose their ASCII spaces and their case. If the target is a substring of what was read, the score
-is 1; otherwise 1 - min(edit distance, target length) / target length. Three consequences: more text beside the target
-costs nothing, lines in another order cost much, and "cat" is found inside "concatenate". The column `exact` says
-whether the words of the target, and nothing else, were read.
+The target is the first text in straight double quotes; a line break in it is a space, and empty quotes are no text.
+Recognised lines are joined in reading order without a separator; both strings lose their ASCII spaces and their case.
+If the target is a substring of what was read, the score is 1; otherwise 1 - min(edit distance, target length) / target
+length. Three consequences: more text beside the target costs nothing, lines in another order cost much, and "cat" is
+found inside "concatenate". The column `exact` says whether the words of the target, and nothing else, were read.
 
 The recogniser is not the original's (PaddleOCR 2.9): decisions on equal recognised lines are equal, but the lines may
 differ.
@@ -27,9 +27,9 @@ Line = tuple[str, float]
 
 
 def target_of(prompt: str) -> str | None:
-    """Return the first text between straight double quotes; None if there is none or it is blank."""
-    found = re.search(r'"([^"]*)"', prompt)
-    return found.group(1) if found and _plain(found.group(1)) else None
+    """Return the first text between straight double quotes that is not blank, in one line; None if there is none."""
+    quoted = (" ".join(text.split()) for text in re.findall(r'"([^"]*)"', prompt))
+    return next((text for text in quoted if text), None)
 
 
 def _plain(text: str) -> str:
@@ -75,6 +75,7 @@ class OCRReward(Reward):
     size = "31 MB, installed with rapidocr"
     requires = ("diffalign[ocr]",)
     source = "arXiv 2505.05470"
+    version = "2"
 
     def __init__(self, side: int = 512, threads: int = 0) -> None:
         if side < 32:

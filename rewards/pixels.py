@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.files.images import resized_crop
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BOUND = 1.25 / 255
@@ -46,9 +48,9 @@ def _offset(margin: int, rounding: Rounding) -> int:
 def crop_square(image: Image.Image, size: int, rounding: Rounding) -> Tensor:
     """Resize the shorter side to `size` (bicubic, 8-bit) and crop the centre: float32 [3, size, size] in [0, 1]."""
     height, width = _scaled(image.height, image.width, size)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = _offset(width - size, rounding), _offset(height - size, rounding)
-    return to_tensor(resized.crop((left, top, left + size, top + size)))
+    box = (left, top, left + size, top + size)
+    return to_tensor(resized_crop(image.convert("RGB"), (width, height), box, Image.Resampling.BICUBIC))
 
 
 def crop_square_tensor(pixels: Tensor, size: int, rounding: Rounding) -> Tensor:

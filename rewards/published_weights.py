@@ -140,10 +140,14 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
-def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str) -> None:
-    """Load `state` into `module`. Raises DiffalignError unless exactly its parameters are there."""
+def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str, *, assign: bool = False) -> None:
+    """Load `state` into `module`. Raises DiffalignError unless exactly its parameters are there.
+
+    assign: make the tensors the module's parameters, in their own dtype, and copy nothing. The module may be without
+    memory (on the meta device) until then.
+    """
     try:
-        missing, extra = module.load_state_dict(state, strict=False)
+        missing, extra = module.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:
         raise DiffalignError(f"reward {reward}: {path} does not fit the model: {_one_line(error)}") from error
     missing = [name for name in missing if not name.endswith("position_ids")]

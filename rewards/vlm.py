@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Prepared
+from diffalign.rewards.chat import written_chat
 from diffalign.rewards.learned import LearnedOptions, LearnedReward
 from diffalign.rewards.published_weights import pretrained
 
@@ -69,7 +70,7 @@ class VisionLanguageReward(LearnedReward):
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
             for image, text in zip(images, texts, strict=True)
         ]
-        written = [self.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        written = [written_chat(self.processor, chat) for chat in chats]
         batch = self.processor(
             text=written, images=[[image] for image in images], padding=True, return_tensors="pt", **image_options
         )
@@ -82,7 +83,8 @@ class VisionLanguageReward(LearnedReward):
         """Return the id of a word. Raises DiffalignError if the model's tokenizer does not write it as one token."""
         ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise DiffalignError(f"reward {self.name}: {self.repo} writes {word!r} as {len(ids)} tokens; one is needed")
+            whose = self.repo if self.local is None else self.local
+            raise DiffalignError(f"reward {self.name}: {whose} writes {word!r} as {len(ids)} tokens; one is needed")
         return int(ids[0])
 
 

@@ -16,6 +16,13 @@ data = typer.Typer(
 
 verbs = typer.Typer()
 
+Split = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=SHARE", help="Hold out this share of the prompts, such as validation=0.1; may be given again."
+    ),
+]
+
 
 @verbs.command("pairs")
 def pairs(
@@ -28,15 +35,16 @@ def pairs(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The dataset folder to write.")],
+    split: Split = None,
 ) -> None:
     """Make a dataset from your own pairs of images.
 
     `diffalign train` reads it as data.path.
     """
     with plain_errors():
-        from diffalign.data.convert import import_pairs
+        from diffalign.stages.data import pairs as write_pairs
 
-        print(f"{import_pairs(sources, out).groups} pairs in {out}; train on them with data.path={out}")
+        write_pairs(sources, out, split or [])
 
 
 @verbs.command()
@@ -96,9 +104,10 @@ def data_convert(
         str | None,
         typer.Option(
             "--format",
-            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, csv or two_folders; without it, guessed.",
+            help="pickapic, hpdv2, hpdv3, hpdv3pp, imagefolder, w_l, table or two_folders; without it, guessed.",
         ),
     ] = None,
+    split: Split = None,
 ) -> None:
     """Convert other datasets into one for all verbs here.
 
@@ -107,7 +116,7 @@ def data_convert(
     with plain_errors():
         from diffalign.stages.data import convert
 
-        convert(sources, out, form)
+        convert(sources, out, form, split)
 
 
 @data.command("inspect")

@@ -31,8 +31,8 @@ def score_images(
     prompt_from: Annotated[
         str,
         typer.Option(
-            help="Where prompts are: auto (metadata.jsonl, else a .txt beside the image), metadata, txt, name (that of the "
-            "file), or none."
+            help="Where prompts are: auto (metadata file, else a .txt beside the image, else in the image), metadata, txt, "
+            "image, name (that of the file), or none."
         ),
     ] = "auto",
     prompt_column: Annotated[

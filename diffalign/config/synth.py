@@ -62,11 +62,23 @@ class LimitSection(Section):
     max: float | None = Field(None, description="highest score that stays; null: no ceiling")
 
 
+def split_problem(splits: dict[str, float]) -> str | None:
+    """Return what is wrong with the shares of splits, with the remedy; None if they can be used."""
+    if "train" in splits:
+        return "train gets what the other splits leave; name only those"
+    if not all(share >= 0 for share in splits.values()) or not sum(splits.values()) < 1:
+        return "shares must be positive and leave some prompts to train"
+    return None
+
+
 class RankSection(Section):
     """How scores become preferences."""
 
     sources: list[str] | None = Field(
-        None, min_length=1, description="the rewards that vote, as geneval or geneval.exact; null: all, first columns"
+        None,
+        min_length=1,
+        description="the rewards that vote, as geneval or geneval.exact, and human, the preferences that people gave; null: "
+        "human where there are any, else all rewards by their first columns",
     )
     aggregate: Literal["votes", "mean"] = Field(
         "votes", description="votes: share of won comparisons; mean: order by the mean of z-scores"
@@ -87,7 +99,9 @@ class RankSection(Section):
         description="leave out images within this many of 64 hash bits of a better one; null: all stay",
     )
     splits: dict[str, float] | None = Field(
-        None, description="share of the prompts in each split but train, as {test: 0.05}; null: as they are"
+        None,
+        description="share of the prompts in each split but train, as {test: 0.05}; alone it leaves labels as they are; null: "
+        "as they are",
     )
     seed: int = Field(0, ge=0, description="seed of random choices and of the split")
 
@@ -99,12 +113,8 @@ class RankSection(Section):
 
     @model_validator(mode="after")
     def _check_splits(self) -> RankSection:
-        if self.splits is None:
-            return self
-        if any(share < 0 for share in self.splits.values()) or sum(self.splits.values()) >= 1:
-            refuse("shares must be positive and leave some prompts to train", "splits")
-        if "train" in self.splits:
-            refuse("train gets what the other splits leave; name only those", "splits")
+        if self.splits is not None and (problem := split_problem(self.splits)):
+            refuse(problem, "splits")
         return self
 
     @model_validator(mode="after")

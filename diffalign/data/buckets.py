@@ -4,7 +4,6 @@ The images of a group share their noise, so a group has one shape. Its bucket is
 its images; images of another aspect are cropped to it. Nothing is flipped.
 """
 
-import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
+from diffalign.files.images import Unreadable, displayed_size, resized_crop
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -30,10 +30,9 @@ def fit(image: Image.Image, size: Size) -> np.ndarray:
     width, height = size
     scale = max(width / image.width, height / image.height)
     scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if scaled != image.size:
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    box = (left, top, left + width, top + height)
+    return np.asarray(resized_crop(image, scaled, box, Image.Resampling.LANCZOS))
 
 
 def to_pixels(images: list[np.ndarray]) -> Tensor:
@@ -104,11 +103,13 @@ def most(of: dict[int, Size]) -> Size:
 
 
 def header_size(data: bytes, group: str, index: int) -> Size:
-    """Return width and height of an encoded image without decoding it. Raises DiffalignError if it is no image."""
+    """Return width and height of an encoded image as people see it, from its header.
+
+    Raises DiffalignError if it is no image.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return displayed_size(data)
+    except Unreadable as error:
         raise DiffalignError(f"image {index} of group {group} cannot be decoded: {error}") from error
 
 

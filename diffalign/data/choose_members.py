@@ -20,28 +20,29 @@ class Limit:
         """Return bool [K]: whether each score lies within the bounds."""
         low = -np.inf if self.low is None else self.low
         high = np.inf if self.high is None else self.high
-        return np.asarray((values >= low) & (values <= high))
+        return np.asarray(np.isfinite(values) & (values >= low) & (values <= high))
 
 
 def choose_members(values: np.ndarray, how: str, k: int | None, generator: np.random.Generator) -> np.ndarray:
-    """Return the positions of the images that count, ascending. values [K]: higher is better, NaN comes last.
+    """Return the positions of the images that count, ascending. values [K]: higher is better; NaN never counts.
 
     `extremes`: the best ceil(k / 2) and the worst floor(k / 2). `random`: any k. `variance`: the k with the largest
     variance (D3S, arXiv 2509.22115), i from the top and k - i from the bottom for the best i. Ties are broken at
     random.
     """
-    n = len(values)
+    known = np.flatnonzero(np.isfinite(values))
+    n = len(known)
     if how == "all" or k is None or k >= n:
-        return np.arange(n)
-    order = generator.permutation(n)  # the position of an image must not decide between equals
+        return known
+    order = known[generator.permutation(n)]  # the position of an image must not decide between equals
     if how == "random":
         return np.sort(order[:k])
-    ranked = order[np.argsort(-np.nan_to_num(values[order], nan=-np.inf), kind="stable")]
+    ranked = order[np.argsort(-values[order], kind="stable")]
     if how == "extremes":
         return np.sort(np.concatenate([ranked[: k - k // 2], ranked[n - k // 2 :]]))
     if how == "variance":
         splits = [np.concatenate([ranked[:i], ranked[n - (k - i) :]]) for i in range(k + 1)]
-        spread = [np.nan_to_num(np.var(values[chosen]), nan=-1.0) for chosen in splits]
+        spread = [np.var(values[chosen]) for chosen in splits]
         return np.sort(splits[int(np.argmax(spread))])
     raise DiffalignError(f"rank.choose={how}: unknown; all, extremes, random or variance")
 

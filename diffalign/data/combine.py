@@ -25,7 +25,7 @@ def calibrations(dataset: PreferenceDataset, groups: list[int], combine: Combine
 def combined_labels(
     dataset: PreferenceDataset, groups: list[int], combine: CombineSettings, stats: dict[str, float]
 ) -> list[np.ndarray]:
-    """Return one array [K] a group; NaN where a reward with a weight above 0 could not score an image.
+    """Return one array [K] a group; NaN where a reward with a weight above 0, or a gate, could not score an image.
 
     stats: what `calibrations` returned. Every reward is z-scored over the dataset, so that none dominates by its unit.
     `sum` adds them up. `dvao` divides the centred sum by the group's weighted deviations: the order is that of `sum`,
@@ -44,7 +44,9 @@ def combined_labels(
             continue
         total = weighted_sum(scores, weights, scales)
         if combine.how == "gated":
-            # A score that is missing passes no gate.
-            total = gated(total, np.stack([values[place] >= floor for values, floor in gates]))
+            constraints = np.stack([values[place] for values, _ in gates])
+            floors = np.array([[floor] for _, floor in gates])
+            # Whether an image without a score passes is unknown: it has no place in the order.
+            total = gated(np.where(np.isfinite(constraints).all(axis=0), total, np.nan), constraints >= floors)
         found.append(total)
     return found

@@ -7,17 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
-from diffalign.data.read_groups import read_hpdv2, read_imagefolder
+from diffalign.data.read_groups import metadata_files, read_hpdv2, read_imagefolder
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
-    read_csv,
     read_hpdv3,
     read_hpdv3pp,
     read_pickapic,
     read_two_folders,
     read_w_l,
 )
-from diffalign.data.tables import json_rows
+from diffalign.data.read_tables import is_table_of_pairs, read_table
+from diffalign.data.tables import column_for, json_rows, table_kind
 from diffalign.errors import DiffalignError
 
 READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
@@ -27,7 +27,8 @@ READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
     "hpdv3pp": read_hpdv3pp,
     "imagefolder": read_imagefolder,
     "w_l": read_w_l,
-    "csv": read_csv,
+    "csv": read_table,
+    "table": read_table,
 }
 
 
@@ -45,17 +46,17 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[Impo
     return name, READERS[name](sources[0])
 
 
-def import_pairs(sources: list[Path], out: Path) -> Report:
-    """Write your own pairs as a dataset: from a csv, or from a folder of winners and a folder of losers.
+def import_pairs(sources: list[Path], out: Path, splits: dict[str, float] | None = None) -> Report:
+    """Write your own pairs as a dataset: from a table, or from a folder of winners and a folder of losers.
 
-    Raises DiffalignError at the first row or file that is broken.
+    splits: as `write_imported` takes them. Raises DiffalignError at the first row or file that is broken.
     """
     if len(sources) > 2:
         raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
     if len(sources) == 1 and sources[0].is_dir():
         raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
-    rows = read_two_folders(*sources) if len(sources) == 2 else read_csv(sources[0])
-    return write_imported(rows, out, strict=True)
+    rows = read_two_folders(*sources) if len(sources) == 2 else read_table(sources[0])
+    return write_imported(rows, out, strict=True, splits=splits)
 
 
 def guess_form(path: Path) -> str:
@@ -65,7 +66,7 @@ def guess_form(path: Path) -> str:
     if path.is_dir():
         if (path / "w").is_dir() and (path / "l").is_dir():
             return "w_l"
-        if (path / "metadata.jsonl").is_file() or (path / "metadata.csv").is_file():
+        if any(file.is_file() for file in metadata_files(path)):
             return "imagefolder"
         named = [path / f"{split}.json" for split in ("train", "test") if (path / f"{split}.json").is_file()]
         for file in named or sorted([*path.glob("*.json"), *path.glob("*.jsonl")]):
@@ -73,8 +74,12 @@ def guess_form(path: Path) -> str:
         parquet = next(iter(sorted(path.rglob("*.parquet"))), None)
         if parquet is not None:
             return _parquet_form(parquet)
-    elif path.suffix == ".csv":
+        if next(path.rglob("*.tar"), None) is not None:
+            return "table"
+    elif table_kind(path) in (".csv", ".tsv"):
         return "csv"
+    elif path.suffix == ".tar":
+        return "table"
     elif path.suffix == ".parquet":
         return _parquet_form(path)
     elif path.suffix in (".json", ".jsonl"):
@@ -87,8 +92,12 @@ def _json_form(path: Path) -> str:
         if isinstance(row, dict):
             if "path1" in row:
                 return "hpdv3"
-            if "human_preference" in row or "rank" in row:
+            if "human_preference" in row or isinstance(row.get("rank"), list):
                 return "hpdv2"
+            if is_table_of_pairs(row):
+                return "table"
+            if column_for("image", row) and column_for("prompt", row):
+                return "imagefolder"
             raise DiffalignError(f"{path}: rows with {', '.join(list(row)[:8])} fit no known format")
     raise DiffalignError(f"{path}: holds no row")
 
@@ -100,4 +109,8 @@ def _parquet_form(path: Path) -> str:
         raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
     if "jpg_0" in names:
         return "pickapic"
+    if path.stem == "metadata":
+        return "imagefolder"
+    if is_table_of_pairs(names):
+        return "table"
     raise DiffalignError(f"{path}: columns {', '.join(names[:8])} fit no known format; pickapic has jpg_0")

@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffalign.data.image_index import ImageIndex, row_numbers
-from diffalign.data.schema import GROUPS, GROUPS_FILE, GroupRow
+from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
+from diffalign.files import read_json
+from diffalign.files.images import Unreadable, decode
 
+RANKING_FILE = "ranking.json"
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
 
 
@@ -34,8 +36,8 @@ class ImageRow:
     def decode(self) -> Image.Image:
         """Return the image in RGB. Raises DiffalignError if the bytes are not a complete image."""
         try:
-            return Image.open(io.BytesIO(self.data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode(self.data)
+        except Unreadable as error:
             raise DiffalignError(f"image {self.index} of group {self.group_id} cannot be decoded: {error}") from error
 
 
@@ -73,6 +75,7 @@ class PreferenceDataset:
             "metadata": json.loads(stored.get("metadata") or "{}"),
             "members": stored.get("members"),  # older files lack this and the next
             "dropped": stored.get("dropped"),
+            "human": self.human[i],
         }
 
     def row(self, group_id: str) -> int | None:
@@ -84,6 +87,22 @@ class PreferenceDataset:
         if name not in self._table.column_names and name in GROUPS.names:
             return [None] * len(self)
         return list(self._table[name].to_pylist())
+
+    @cached_property
+    def human(self) -> list[list[float] | None]:
+        """For each group the preference that people gave, a value for every image; None where they gave none.
+
+        Older files lack the column: their preferences are people's unless they were drawn or ranked by this package.
+        """
+        if HUMAN in self._table.column_names:
+            return self.column(HUMAN)
+        made_here = (self.folder / "sampling.json").is_file() or self.ranking() is not None
+        return [None if made_here else preference or None for preference in self.column("preference")]
+
+    def ranking(self) -> dict[str, Any] | None:
+        """Return the settings and the report of the last ranking; None if there was none."""
+        found: dict[str, Any] | None = read_json(self.folder / RANKING_FILE)
+        return found
 
     def split(self, name: str) -> list[int]:
         """Return the row numbers of a split's groups, without those that ranking dropped.
@@ -168,14 +187,20 @@ class PreferenceDataset:
 
     def scores(self, reward: str, column: str | None = None) -> dict[tuple[str, int], float]:
         """Return (group id, index) -> score, by default the reward's first column; NaN where it could not score."""
+        if reward == HUMAN and any(self.human):
+            ids, index, values = self.column("group_id"), self.image_index, self._human_array().tolist()
+            images = [(ids[row], int(k)) for row in range(len(self)) for k in index.indices(row)]
+            return dict(zip(images, values, strict=True))
         table, name = self._score_table(reward, column)
         keys = zip(table["group_id"].to_pylist(), table["index"].to_pylist(), strict=True)
         return {key: float("nan") if v is None else v for key, v in zip(keys, table[name].to_pylist(), strict=True)}
 
     def score_array(self, source: str) -> np.ndarray:
         """Return the scores of "reward" or "reward.column" as [images], in the order of `image_index`; NaN where
-        missing.
+        missing. "human": the preferences that people gave.
         """
+        if source == HUMAN and any(self.human):
+            return self._human_array()
         reward, _, column = source.partition(".")
         table, name = self._score_table(reward, column or None)
         group = pc.index_in(table["group_id"], value_set=self._table["group_id"].combine_chunks())
@@ -183,6 +208,20 @@ class PreferenceDataset:
         values = np.full(len(self.image_index), np.nan)
         scored = np.asarray(table[name].cast("float64").fill_null(float("nan")).to_numpy())
         values[at[at >= 0]] = scored[at >= 0]
+        return values
+
+    def _human_array(self) -> np.ndarray:
+        values = np.full(len(self.image_index), np.nan)
+        for i, given in enumerate(self.human):
+            start, end = self.image_index.starts[i : i + 2]
+            if given and len(given) != end - start:
+                group = self.column("group_id")[i]
+                raise DiffalignError(
+                    f"group {group} of {self.folder} has {end - start} images and {len(given)} preferences of people; "
+                    "convert the data again"
+                )
+            if given:
+                values[start:end] = given
         return values
 
     def image_column(self, name: str) -> np.ndarray:

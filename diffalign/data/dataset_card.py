@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.files import read_json, write_whole
+from diffalign.data.schema import HUMAN
+from diffalign.files import write_whole
 from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -37,7 +38,7 @@ def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[st
         *_table(("split", "groups" if form == "folder" else "rows"), list(counts.items())),
         *_generator_section(generators),
         *_reward_section({name: dataset.scored_by(name) for name in dataset.rewards()}),
-        *_ranking_section(dataset.folder / "ranking.json"),
+        *_ranking_section(dataset.ranking()),
     ]
     write_whole(out / "README.md", "\n".join(lines))
 
@@ -87,30 +88,44 @@ def _reward_section(rewards: dict[str, dict[str, Any]]) -> list[str]:
     if not rewards:
         return []
     rows = [
-        (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown")) for name, r in rewards.items()
+        (name, r.get("version", "?"), _weights(name, r), r.get("licence", "unknown"), _settings(r))
+        for name, r in rewards.items()
     ]
-    table = _table(("reward", "version", "weights", "licence"), rows)
+    table = _table(("reward", "version", "weights", "licence", "settings"), rows)
     return ["## Rewards", "", *table, "Scores are those of models, not of people.", ""]
 
 
-def _ranking_section(ranking: Path) -> list[str]:
-    done = read_json(ranking)
+def _ranking_section(done: dict[str, Any] | None) -> list[str]:
     if done is None:
         return []
     settings, report = done["settings"], done["report"]
     how = "vote shares" if settings["aggregate"] == "votes" else "the mean of z-scores"
     text = f"Preferences are {how} of {', '.join(settings['sources'])}. "
+    if settings["sources"] == [HUMAN]:
+        text = "Preferences are those that people gave. "
+    if settings["shuffle"]:
+        text += f"{shuffled_words(settings)}: they say nothing about the images. "
     text += f"{report['groups']} groups, of which {sum(report['dropped'].values())} were dropped."
+    if absent := report.get("without_score"):  # older files lack it
+        text += f" {absent} images without a score are left out: they are neither better nor worse than others."
     if report["generator_explains"] is not None:
         text += f" The generators' means alone explain {report['generator_explains']:.0%} of the preferences."
     return ["## Ranking", "", text, ""]
 
 
+def shuffled_words(settings: dict[str, Any]) -> str:
+    """Return what a ranking with `shuffle: true` did, in words."""
+    return f"Preferences were shuffled within each group (seed {settings['seed']}), as a control"
+
+
 def _weights(name: str, reward: dict[str, Any]) -> str:
-    """Return the weights behind a reward: those of its detector, if it was given one."""
-    detector = reward.get("settings", {}).get("detector")
-    given = detector is not None and takes(name, "detector")
-    return f"the detector {detector}" if given else str(reward.get("weights", "?"))
+    """Return the weights behind a reward. Files of older versions name the class's; `shapes` is their detector's name."""
+    shapes = reward.get("settings", {}).get("detector") == "shapes" and takes(name, "detector")
+    return "the detector shapes" if shapes else str(reward.get("weights", "?"))
+
+
+def _settings(reward: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(reward.get("settings", {}).items())) or "-"
 
 
 def _table(names: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:

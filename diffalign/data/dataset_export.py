@@ -131,15 +131,19 @@ def _pickapic(
 
 
 def strict_pairs(preference: list[float], pairs: str) -> Iterator[tuple[int, int]]:
-    """Yield (better, worse) positions: of the best and the worst image, or of all pairs; none that are tied."""
-    if len(preference) < 2:
+    """Yield (better, worse) positions: of the best and the worst image, or of all pairs; none that are tied.
+
+    An image without a preference (NaN) is in no pair.
+    """
+    known = [n for n, value in enumerate(preference) if value is not None and math.isfinite(value)]
+    if len(known) < 2:
         return
     if pairs == "best_worst":
-        best, worst = int(np.argmax(preference)), int(np.argmin(preference))
+        best, worst = (decide(known, key=lambda n: preference[n]) for decide in (max, min))
         if preference[best] > preference[worst]:
             yield best, worst
         return
-    for a, b in combinations(range(len(preference)), 2):
+    for a, b in combinations(known, 2):
         if preference[a] != preference[b]:
             yield (a, b) if preference[a] > preference[b] else (b, a)
 

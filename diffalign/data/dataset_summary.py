@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import shuffled_words
 from diffalign.data.rank import generator_explains
+from diffalign.data.schema import HUMAN
 from diffalign.errors import DiffalignError
 
 SIZES_LOOKED_AT = 500
@@ -68,6 +70,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
         "sizes": _counted(picture_sizes(dataset)),
         "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
+        **_labelled_by(dataset),
         "tied pairs": f"{tied_pairs(ranked):.1%}",
         "dropped": _counted(Counter(row["dropped"] for row in rows if row["dropped"])) or "none",
     }
@@ -87,12 +90,23 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
                 else "nothing scored"
             )
         arrays[reward] = dataset.score_array(reward)
+    if any(dataset.human):
+        arrays[HUMAN] = dataset.score_array(HUMAN)
     names = list(arrays)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             found = pair_agreement(dataset, arrays[a], arrays[b])
             facts[f"{a} and {b}"] = f"agree on {found['agree']:.0%} of pairs, tau {found['tau']:+.2f}"
     return facts
+
+
+def _labelled_by(dataset: PreferenceDataset) -> dict[str, str]:
+    """Return what the preferences are of, and how many groups people gave one for."""
+    done, people = dataset.ranking(), sum(map(bool, dataset.human))
+    facts = {"ranked by": ", ".join(done["settings"]["sources"])} if done else {}
+    if done and done["settings"]["shuffle"]:
+        facts["shuffled"] = shuffled_words(done["settings"])
+    return facts | ({"judged by people": f"{people} groups"} if people else {})
 
 
 def tied_pairs(preferences: list[list[float]]) -> float:

@@ -1,16 +1,19 @@
 """Turn what a reader of other people's data yields into a dataset folder."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.dataset import ImageRow
+from diffalign.data.choose_members import split_of
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
+from diffalign.files.images import Unreadable, decode, read_file
 
 IMAGES_PER_FILE = 4096
 
@@ -18,7 +21,7 @@ IMAGES_PER_FILE = 4096
 @dataclass(frozen=True)
 class ImportedGroup:
     """A group as it stands in somebody's files. images: encoded bytes, or files that are read when the group is
-    written.
+    written. preference: a value an image, NaN for one without a label, or () where nobody gave any.
     """
 
     prompt: str
@@ -44,13 +47,19 @@ class Report:
     """What became of the rows."""
 
     groups: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
     images: int = 0
     counted: Counter[str] = field(default_factory=Counter)
     faults: list[SkippedRow] = field(default_factory=list)
 
 
-def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False) -> Report:
+def write_imported(
+    rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False, splits: dict[str, float] | None = None
+) -> Report:
     """Write a dataset; images are kept byte for byte. A broken row is skipped, or is an error if `strict`.
+
+    splits: share of the prompts in each split except `train`, which gets the rest. Groups that the files themselves put
+    into another split than `train` stay there.
 
     Raises DiffalignError if `out` holds a dataset already, or if no row gives a group.
     """
@@ -78,7 +87,10 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
             if writer is None:
                 writer, in_file = ImageWriter(out, f"part-{files:05d}").__enter__(), 0
                 files += 1
+            if splits and kept.split == "train":
+                kept = replace(kept, split=split_of(kept.prompt, splits, 0))
             groups.append(_write(writer, kept, len(groups)))
+            report.splits[kept.split] += 1
             in_file += len(kept.images)
             report.images += len(kept.images)
     except BaseException as error:
@@ -95,24 +107,39 @@ def write_imported(rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict
 
 
 def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
-    """Return preferences from ranks (1 is the best): the share of the others that are ranked worse."""
-    others = max(len(ranks) - 1, 1)
-    return tuple(sum(other > rank for other in ranks) / others for rank in ranks)
+    """Return preferences from ranks (1 is the best): the share of the others that are ranked worse.
+
+    An image without a rank (NaN) gets none and is nobody's other.
+    """
+    others = max(sum(map(isfinite, ranks)) - 1, 1)
+    return tuple(sum(other > rank for other in ranks) / others if isfinite(rank) else nan for rank in ranks)
+
+
+def finite_number(value: object) -> float | None:
+    """Return a finite number, also from text such as "8,5"; None for anything else."""
+    try:
+        text = value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 else value
+        number = float(text) if isinstance(text, int | float | str) and not isinstance(text, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """Return the row with its files read and checked, or why it is skipped."""
+    if row.preference and sum(map(isfinite, row.preference)) < 2:
+        return SkippedRow(row.where, "fewer than two images have a label", fault=False)
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
         try:
-            data = image.read_bytes() if isinstance(image, Path) else image
-        except OSError as error:
-            return SkippedRow(row.where, f"{name}: {error.strerror}")
+            data = read_file(image) if isinstance(image, Path) else image
+        except Unreadable as error:
+            return SkippedRow(row.where, f"{name}: {error}")
         try:
-            ImageRow("", n, data, "", 0).decode()
-        except DiffalignError:
-            return SkippedRow(row.where, f"{name} is not a complete image")
+            decode(data)
+        except Unreadable as error:
+            return SkippedRow(row.where, f"{name} is not a complete image ({error})")
         loaded.append(data)
     return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
 
@@ -124,11 +151,14 @@ def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> GroupRow:
         generator = row.generators[index] if row.generators else "imported"
         assert isinstance(image, bytes)
         writer.write(group, index, image, generator, 0, {"from": Path(row.where).name})
+    labelled = [index for index, value in enumerate(row.preference) if isfinite(value)]
     return {
         "group_id": group,
         "prompt_id": prompt.prompt_id,
         "prompt": row.prompt,
-        "preference": list(row.preference),
+        "preference": [row.preference[index] for index in labelled],
         "split": row.split,
         "metadata": row.metadata,
+        "members": labelled if len(labelled) < len(row.preference) else None,
+        "human": list(row.preference) or None,
     }

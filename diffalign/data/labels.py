@@ -3,8 +3,9 @@
 import numpy as np
 
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import shuffled_words
 from diffalign.errors import DiffalignError
-from diffalign.health import LabelledGroup
+from diffalign.health import Finding, LabelledGroup
 from diffalign.rewards.aggregate import vote_shares
 
 
@@ -68,7 +69,7 @@ def scaled(raw: list[np.ndarray], transform: str, stats: dict[str, float]) -> li
     if transform == "none":
         return raw
     if transform == "votes":
-        return [np.where(np.isfinite(r), vote_shares(r[None]), float("nan")) for r in raw]
+        return [vote_shares(r[None]) for r in raw]
     if transform == "balanced":
         return [balanced(r) for r in raw]
     if transform == "minmax":
@@ -82,6 +83,14 @@ def balanced(values: np.ndarray) -> np.ndarray:
     centre = known.mean() if known.size else 0.0
     deviation = np.abs(known - centre).mean() if known.size else 0.0
     return np.asarray((values - centre) / (deviation if deviation > 0 else 1.0))
+
+
+def shuffled_labels(dataset: PreferenceDataset) -> list[Finding]:
+    """Return a finding if the preferences of this dataset were shuffled as a control, else none."""
+    done = dataset.ranking()
+    if done is None or not done["settings"]["shuffle"]:
+        return []
+    return [Finding("labels_shuffled", 0, shuffled_words(done["settings"]))]
 
 
 def labelled_groups(dataset: PreferenceDataset, groups: list[int], values: list[np.ndarray]) -> list[LabelledGroup]:

@@ -1,6 +1,5 @@
 """Read prompts: one a line (.txt), one JSON object a line (.jsonl, with GenEval's metadata if wanted), or a table."""
 
-import csv
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.tables import json_rows
+from diffalign.data.tables import column_for, json_rows, parquet_rows, read_text, table_kind, table_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.rewards.facts import KEYS, geneval_facts
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ def read_prompts(path: Path | str, column: str = "prompt", split: str = "train")
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path, split)
-    readers = {".txt": _lines, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
+    readers = {".txt": _lines, ".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    if table_kind(path) not in readers:
         raise DiffalignError(
             f"prompts {path}: unknown kind of file; use .txt (a prompt a line), .jsonl, .csv or .parquet"
         )
     with reading(path, "prompts "):
-        rows = readers[path.suffix](path, column)
+        rows = readers[table_kind(path)](path, column)
     if not rows:
         raise DiffalignError(f"prompts {path}: the file holds no prompt")
     return rows
@@ -78,7 +78,8 @@ def _in_folder(folder: Path, split: str) -> Path:
 
 
 def _lines(path: Path, column: str) -> list[PromptRow]:
-    return [PromptRow(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines(): it also breaks at U+0085, U+2028 and form feeds, which may stand in a prompt.
+    return [PromptRow(line.strip()) for line in read_text(path).split("\n") if line.strip()]
 
 
 def _jsonl(path: Path, column: str) -> list[PromptRow]:
@@ -86,32 +87,43 @@ def _jsonl(path: Path, column: str) -> list[PromptRow]:
     for where, row in json_rows(path):
         if isinstance(row, str):
             raise DiffalignError(f'{where}: {row}; every line must be one object with a "prompt"')
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        name = column if column in row else column_for("prompt", row)
+        text = row.get(name) if name else None
+        if not isinstance(text, str) or not text.strip():
             raise DiffalignError(f'{where}: no "prompt"; every line must be one object with a non-empty "prompt"')
-        rows.append(PromptRow(row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
+        rows.append(PromptRow(text, {k: v for k, v in row.items() if k != name} | geneval_facts(row)))
     return rows
 
 
 def _csv(path: Path, column: str) -> list[PromptRow]:
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        if column not in (reader.fieldnames or []):
-            raise DiffalignError(
-                f"prompts {path}:1: no column {column!r}; it has {', '.join(reader.fieldnames or []) or 'none'}"
-            )
-        return [
-            PromptRow(row[column].strip(), {k: v for k, v in row.items() if k != column and isinstance(k, str)})
-            for row in reader
-            if (row[column] or "").strip()
-        ]
+    rows = []
+    for where, row in table_rows(path):
+        if isinstance(row, str):
+            raise DiffalignError(f"prompts {where}: {row}")
+        name = _prompt_column(column, list(row), f"{path}:1")
+        if (row[name] or "").strip():
+            rows.append(PromptRow(row[name].strip(), {k: v for k, v in row.items() if k != name} | geneval_facts(row)))
+    return rows
 
 
 def _parquet(path: Path, column: str) -> list[PromptRow]:
     try:
-        file = pq.ParquetFile(path)
+        names = pq.read_schema(path).names
     except pa.ArrowInvalid as error:
         raise DiffalignError(f"prompts {path}: not a complete parquet file ({error})") from error
-    if column not in file.schema_arrow.names:
-        raise DiffalignError(f"prompts {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
-    texts = file.read(columns=[column])[column].to_pylist()
-    return [PromptRow(text.strip()) for text in texts if isinstance(text, str) and text.strip()]
+    name = _prompt_column(column, names, str(path))
+    rows = []
+    for where, row in parquet_rows(path, [name, *(n for n in (*KEYS, "metadata") if n in names and n != name)]):
+        if isinstance(row, str):
+            raise DiffalignError(f"prompts {where}: {row}")
+        if isinstance(row[name], str) and row[name].strip():
+            rows.append(PromptRow(row[name].strip(), geneval_facts(row)))
+    return rows
+
+
+def _prompt_column(column: str, names: list[str], where: str) -> str:
+    """Return `column`, or if it is the default and not there, the column with a name that is as common."""
+    found = column if column in names else column_for("prompt", names) if column == "prompt" else None
+    if found is None:
+        raise DiffalignError(f"prompts {where}: no column {column!r}; it has {', '.join(names) or 'none'}")
+    return found

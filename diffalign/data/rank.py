@@ -1,6 +1,7 @@
 """Turn scores into preferences: Syn-Pic's vote shares (RankDPO, arXiv 2410.18013, section 3.2 and Algorithm 1).
 
 Only groups.parquet is written; images and scores stay as they are, so a dataset can be ranked again at any time.
+Absent is not lowest: an image that no reward with a say has scored is left out of the ranking, and the others stay.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from diffalign.data.choose_members import Limit, choose_members, near_duplicates, split_of
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.hashes import image_hashes
-from diffalign.data.schema import GroupRow
+from diffalign.data.schema import HUMAN, GroupRow
 from diffalign.data.writer import write_groups
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
@@ -46,22 +47,25 @@ class Rules:
 def rank(
     dataset: PreferenceDataset, sources: list[str], shuffle_seed: int | None = None, rules: Rules | None = None
 ) -> dict[str, Any]:
-    """Write `preference` into groups.parquet from the named rewards ("geneval" or "geneval.exact").
+    """Write `preference` into groups.parquet from the named rewards ("geneval" or "geneval.exact") or `human`.
 
+    `human` alone puts back the preferences that people gave, to the last bit; beside rewards it is one more voter.
     `shuffle_seed` permutes each group's shares at random: the control that any honest result must beat. Returns a
-    report: groups, how many were dropped for which reason, images that count, and `generator_explains`, the share of
-    the preferences' variance that the generators' means alone explain (None with one generator).
+    report: groups, how many were dropped for which reason, images that count, `without_score`, the images that are left
+    out because no voter has scored them (with `mean`: because one has not), and `generator_explains`, the share of the
+    preferences' variance that the generators' means alone explain (None with one generator).
     """
     rules = rules or Rules()
     if not sources:
         raise DiffalignError(f"{dataset.folder}: no reward to rank by; score it first")
     evidence = _gather(dataset, sources, rules)
     index, rows = dataset.image_index, []
+    without_score = int((~evidence.scored).sum())
     for i in range(len(dataset)):
         row, members, start = dataset.group(i), index.indices(i), int(index.starts[i])
         kept = _kept(evidence, rules, start, len(members), draw(rules.seed, "choose", group=row["group_id"]))
         values = evidence.values(start + kept)
-        shares = values if evidence.combined is None else vote_shares(values[None])
+        shares = vote_shares(values[None]) if evidence.reduced else values
         if shuffle_seed is not None:
             shares = draw(shuffle_seed, "shuffle", group=row["group_id"]).permutation(shares)
         row["preference"] = [float(s) for s in shares]
@@ -71,7 +75,7 @@ def rank(
             row["split"] = split_of(row["prompt"], rules.splits, rules.seed)
         rows.append(row)
     write_groups(dataset.folder, rows)
-    return _report(dataset, rows)
+    return {**_report(dataset, rows), "without_score": without_score}
 
 
 @dataclass(frozen=True)
@@ -80,29 +84,48 @@ class _Evidence:
 
     scores: np.ndarray
     """[R, images] scores of the rewards that vote."""
-    weights: np.ndarray | None
-    """[R] votes of each reward; None: one each."""
+    weights: np.ndarray
+    """[R] votes of each reward, above 0."""
     combined: np.ndarray | None
-    """[images] the one voter of `aggregate: mean`."""
+    """[images] the one voter of `aggregate: mean`, or the preferences of people where nobody else votes."""
+    reduced: bool
+    """Whether `combined` is still to be turned into vote shares."""
     limits: list[tuple[Limit, np.ndarray]]
     """Each with the scores [images] that it bounds."""
     hashes: np.ndarray | None
     """[images] uint64, where near duplicates are left out."""
 
+    @property
+    def scored(self) -> np.ndarray:
+        """Which images have what they are ranked by, bool [images]."""
+        return np.isfinite(self.scores).any(axis=0) if self.combined is None else np.isfinite(self.combined)
+
     def values(self, places: np.ndarray) -> np.ndarray:
-        """Return what orders the images at these places, which are of one group: [n], higher is better."""
-        if not len(places):
-            return np.zeros(0)
-        return vote_shares(self.scores[:, places], self.weights) if self.combined is None else self.combined[places]
+        """Return what orders the scored images at these places, which are of one group: [n], higher is better.
+
+        NaN for an image that none of the others can be compared with.
+        """
+        if self.combined is not None:
+            return self.combined[places]
+        if len(places) < 2:
+            return np.zeros(len(places))
+        return vote_shares(self.scores[:, places], self.weights)
 
 
 def _gather(dataset: PreferenceDataset, sources: list[str], rules: Rules) -> _Evidence:
-    scores = np.stack([dataset.score_array(source) for source in sources])
     weights = _weights(sources, rules.weights)
+    has_say = weights > 0
+    if not has_say.any():
+        raise DiffalignError("rank.weights: no voter has a weight above 0; give one to at least one of them")
+    scores = np.stack([dataset.score_array(source) for source, say in zip(sources, has_say, strict=True) if say])
+    weights = weights[has_say]
+    as_given = sources == [HUMAN]
+    mean = _mean_score(scores, weights) if rules.aggregate == "mean" and not as_given else None
     return _Evidence(
         scores,
-        weights if rules.weights else None,
-        _mean_score(scores, weights) if rules.aggregate == "mean" else None,
+        weights,
+        scores[0] if as_given else mean,
+        mean is not None,
         [(limit, dataset.score_array(limit.source)) for limit in rules.limits],
         image_hashes(dataset) if rules.duplicates is not None else None,
     )
@@ -110,15 +133,15 @@ def _gather(dataset: PreferenceDataset, sources: list[str], rules: Rules) -> _Ev
 
 def _kept(evidence: _Evidence, rules: Rules, start: int, count: int, generator: np.random.Generator) -> np.ndarray:
     """Return which of a group's images count, as positions below `count`; the first of them is at place `start`."""
-    kept = np.arange(count)
+    kept = np.flatnonzero(evidence.scored[start : start + count])
     for limit, scores in evidence.limits:
         kept = kept[limit.holds(scores[start + kept])]
     if evidence.hashes is not None and rules.duplicates is not None:
         values = evidence.values(start + kept)
         kept = kept[~near_duplicates(evidence.hashes[start + kept], values, rules.duplicates)]
-    if len(kept):
-        kept = kept[choose_members(evidence.values(start + kept), rules.choose, rules.k, generator)]
-    return kept
+    kept = kept[choose_members(evidence.values(start + kept), rules.choose, rules.k, generator)]
+    # What was chosen may hold an image that can be compared with none of the others: they have no voter in common.
+    return kept[np.isfinite(evidence.values(start + kept))]
 
 
 def _weights(sources: list[str], given: dict[str, float]) -> np.ndarray:
@@ -130,6 +153,10 @@ def _weights(sources: list[str], given: dict[str, float]) -> np.ndarray:
 
 def _mean_score(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the weighted mean of z-scores [images]; NaN where any reward has none."""
+    known = np.isfinite(scores)
+    if not known.any(axis=1).all():
+        return np.full(scores.shape[1], np.nan)
+    scores = np.where(known, scores, np.nan)
     mean = np.nanmean(scores, axis=1, keepdims=True)
     std = np.nanstd(scores, axis=1, keepdims=True)
     return np.asarray(np.average((scores - mean) / np.maximum(std, 1e-12), axis=0, weights=weights))
@@ -140,10 +167,21 @@ def _dropped(values: np.ndarray, members: int, min_gap: float) -> str | None:
     if len(values) < 2 and len(values) < members:
         return "fewer than two images left"
     if min_gap > 0:
-        gap = np.nanmax(values, initial=-np.inf) - np.nanmin(values, initial=np.inf)
-        if len(values) < 2 or not gap >= min_gap:
+        if len(values) < 2 or not np.ptp(values) >= min_gap:
             return "near tie"
     return None
+
+
+def write_splits(dataset: PreferenceDataset, shares: dict[str, float], seed: int) -> None:
+    """Write the splits into groups.parquet, by each group's prompt; no label is touched."""
+    rows = [dataset.group(i) for i in range(len(dataset))]
+    write_groups(dataset.folder, [{**row, "split": split_of(row["prompt"], shares, seed)} for row in rows])
+
+
+def is_split(dataset: PreferenceDataset, shares: dict[str, float], seed: int) -> bool:
+    """Return whether the groups lie in these splits already."""
+    prompts, splits = dataset.column("prompt"), dataset.column("split")
+    return all(split_of(prompt, shares, seed) == name for prompt, name in zip(prompts, splits, strict=True))
 
 
 def _report(dataset: PreferenceDataset, rows: list[GroupRow]) -> dict[str, Any]:

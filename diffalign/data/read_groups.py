@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.imported import ImportedGroup, SkippedRow, vote_shares_of_ranks
+from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
 from diffalign.data.schema import inside
-from diffalign.data.tables import csv_rows, json_rows
+from diffalign.data.tables import column_for, json_rows, table_rows
 from diffalign.errors import DiffalignError
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 # Columns of metadata.jsonl that mean something here; the others are a group's facts.
 OWN = {"file_name", "prompt", "text", "group_id", "preference", "rank", "score", "split", "model"}
 OWN |= {"chosen_file_name", "rejected_file_name"}
+USUAL = {"prompt": "prompt", "image": "file_name", "winner": "chosen_file_name", "loser": "rejected_file_name"}
 
 
 def read_hpdv2(path: Path) -> Rows:
@@ -57,6 +58,11 @@ def _hpdv2_row(row: dict[str, Any], where: str, file: Path) -> ImportedGroup | S
     return ImportedGroup(row["prompt"].strip(), tuple(images), preference, where, split=file.stem)
 
 
+def metadata_files(folder: Path) -> list[Path]:
+    """Return the names that the metadata of a folder may have."""
+    return [folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")]
+
+
 def read_imagefolder(path: Path) -> Rows:
     """Read a folder of images with metadata.jsonl (or .csv): file_name and text or prompt, one row an image.
 
@@ -64,7 +70,7 @@ def read_imagefolder(path: Path) -> Rows:
     `score` (higher is better) orders them; a group with none of these is kept without a preference. Or one row a pair:
     chosen_file_name and rejected_file_name.
     """
-    files = [p for p in (path / "metadata.jsonl", path / "metadata.csv") if p.is_file()] if path.is_dir() else [path]
+    files = [p for p in metadata_files(path) if p.is_file()] if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds neither metadata.jsonl nor metadata.csv")
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -72,7 +78,7 @@ def read_imagefolder(path: Path) -> Rows:
         if isinstance(row, str):
             yield SkippedRow(where, row)
             continue
-        prompt = row.get("prompt") or row.get("text")
+        prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             yield SkippedRow(where, "no prompt or text")
         elif row.get("chosen_file_name") and row.get("rejected_file_name"):
@@ -82,7 +88,9 @@ def read_imagefolder(path: Path) -> Rows:
             yield SkippedRow(where, "no file_name")
         else:
             row["prompt"] = prompt.strip()
-            groups.setdefault(str(row.get("group_id") or row["prompt"]), []).append((where, row))
+            groups.setdefault(str(row.get("group_id") or row.get("prompt_id") or row["prompt"]), []).append(
+                (where, row)
+            )
     for rows in groups.values():
         if len({row["prompt"] for _, row in rows}) > 1:
             yield SkippedRow(rows[0][0], "the rows of this group_id have different prompts")
@@ -102,7 +110,7 @@ def _folder_group(
     where = rows[0][0]
     preference: tuple[float, ...] = ()
     for name in ("preference", "rank", "score"):
-        values = [_number(row.get(name)) for _, row in rows]
+        values = [finite_number(row.get(name)) for _, row in rows]
         known = [v for v in values if v is not None]
         if known and len(known) < len(values):
             return SkippedRow(where, f"{name} is missing, or no number, for some images of the group")
@@ -118,15 +126,13 @@ def _folder_group(
 
 
 def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    if path.suffix != ".csv":
-        yield from json_rows(path)
-        return
-    for where, row in csv_rows(path, {"file_name"}):
-        yield where, {k: v for k, v in row.items() if v != ""}
-
-
-def _number(value: object) -> float | None:
-    try:
-        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except (TypeError, ValueError):
-        return None
+    """Yield the rows of a metadata file: its image, prompt and pair under their usual names, empty cells left out."""
+    for where, row in table_rows(path):
+        if isinstance(row, str):
+            yield where, row
+            continue
+        names = {column_for(meaning, row): name for meaning, name in USUAL.items()}
+        yield (
+            where,
+            {names.get(k, k): v.strip() if isinstance(v, str) else v for k, v in row.items() if v not in ("", None)},
+        )

@@ -8,15 +8,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.imported import ImportedGroup, SkippedRow
+from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import inside
-from diffalign.data.tables import csv_rows, json_rows
+from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.images import SUFFIXES
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "validation", "test")
 AXES = {"aes": "aesthetic", "tf": "text_following"}
+
+
+def split_of(file: Path) -> str:
+    """Return the split that a file's name begins with, as in validation-00000.parquet; train if it names none."""
+    return next((split for split in SPLITS if file.name.startswith(split)), "train")
 
 
 def read_pickapic(path: Path) -> Rows:
@@ -40,7 +46,7 @@ def read_pickapic(path: Path) -> Rows:
             yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
-        split = next((s for s in SPLITS if file.name.startswith(s)), "train")
+        split = split_of(file)
         number = 0
         for batch in table.iter_batches(batch_size=64, columns=[*PICKAPIC, *more]):
             for row in batch.to_pylist():
@@ -77,7 +83,7 @@ def read_hpdv3(path: Path) -> Rows:
     Everything else in a row (confidence, choice_dist) becomes its metadata.
     """
     for file in _json_files(path):
-        split = next((s for s in SPLITS if file.stem.startswith(s)), "train")
+        split = split_of(file)
         yield from _hpdv3_rows(file, file.parent, split, {})
 
 
@@ -130,18 +136,6 @@ def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Ro
         yield ImportedGroup(prompt.strip(), paths, (1.0, 0.0), where, models, split, {**metadata, **facts})
 
 
-def read_csv(path: Path) -> Rows:
-    """Read a csv with columns prompt, winner and loser; files are relative to it and below its folder."""
-    for where, row in csv_rows(path, {"prompt", "winner", "loser"}):
-        paths = _paths(path.parent, row, ("winner", "loser"))
-        if not row["prompt"]:
-            yield SkippedRow(where, "no prompt")
-        elif isinstance(paths, str):
-            yield SkippedRow(where, paths)
-        else:
-            yield ImportedGroup(row["prompt"], paths, (1.0, 0.0), where)
-
-
 def read_two_folders(winners: Path, losers: Path) -> Rows:
     """Read images of equal stem. The caption of a.png is in a.txt beside the winner, beside the loser, or one folder
     up.
@@ -149,15 +143,16 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
     for folder in (winners, losers):
         if not folder.is_dir():
             raise DiffalignError(f"{folder}: no such folder")
-    others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in PICTURES}
-    for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in PICTURES):
-        beside = [folder / f"{winner.stem}.txt" for folder in (winners, losers, winners.parent)]
-        caption = next((p.read_text(encoding="utf-8", errors="replace").strip() for p in beside if p.is_file()), "")
+    others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in SUFFIXES}
+    for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in SUFFIXES):
+        beside = [prompt_beside(folder / winner.name) for folder in (winners, losers, winners.parent)]
+        caption = next((prompt for prompt, _ in beside if prompt), None) or prompt_within(winner)
+        fault = next((fault for _, fault in beside if fault), f"write it into {winner.stem}.txt beside it")
         loser = others.pop(winner.stem, None)
         if loser is None:
             yield SkippedRow(str(winner), f"no image of the same name in {losers}")
         elif not caption:
-            yield SkippedRow(str(winner), f"no caption; write it into {winner.stem}.txt beside it")
+            yield SkippedRow(str(winner), f"no caption; {fault}")
         else:
             yield ImportedGroup(caption, (winner, loser), (1.0, 0.0), str(winner))
     for stem in sorted(others):

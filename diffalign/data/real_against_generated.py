@@ -35,5 +35,6 @@ def write_real_against_generated(real: Sequence[RealImage], drawn: PreferenceDat
             made = drawn.images(name)
             for place, one in enumerate(made, start=1):
                 writer.write(name, place, one.data, one.generator, one.seed, {})
-            rows.append({**group, "preference": [1.0] + [0.0] * len(made), "members": None, "dropped": None})
+            roles = [1.0] + [0.0] * len(made)
+            rows.append({**group, "preference": roles, "human": roles, "members": None, "dropped": None})
     return write_groups(out, rows)

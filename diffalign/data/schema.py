@@ -8,6 +8,7 @@ The image columns carry the metadata with which `datasets.load_dataset("parquet"
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -50,14 +51,23 @@ GROUPS = pa.schema(
             pa.list_(pa.int32()),
         ),  # which images of the group count, where not all do: `preference` is of these
         ("dropped", pa.string()),  # why `diffalign rank` leaves the group out; null: it does not
+        # The preference that people gave, a value for every image of the group, NaN for one that they did not judge.
+        # Ranking keeps it, whatever it writes into `preference`; null: nobody gave one.
+        ("human", pa.list_(pa.float32())),
     ]
 )
 
 GROUPS_FILE = "groups.parquet"
+HUMAN = "human"
+"""The source, beside the rewards, by which a dataset can be ranked where people gave preferences."""
 
 
 class GroupRow(TypedDict):
-    """A row of groups.parquet, its metadata as a dict. `preference` has a value for each image that counts."""
+    """A row of groups.parquet, its metadata as a dict. `preference` has a value for each image that counts.
+
+    human: the preference that people gave, with a value for each image. `write_groups` takes `preference` where a row lacks
+    the key.
+    """
 
     group_id: str
     prompt_id: str
@@ -67,6 +77,7 @@ class GroupRow(TypedDict):
     metadata: dict[str, Any]
     members: NotRequired[list[int] | None]
     dropped: NotRequired[str | None]
+    human: NotRequired[list[float] | None]
 
 
 def with_latents() -> pa.Schema:
@@ -80,12 +91,12 @@ def with_latents() -> pa.Schema:
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def score_schema(columns: tuple[str, ...], made_by: dict[str, Any] | None = None) -> pa.Schema:
+def score_schema(columns: tuple[str, ...], made_by: dict[str, Any]) -> pa.Schema:
     """Return the columns of a score file: group_id, index, a float32 for every reward column, and why a value is NaN.
 
-    made_by: what identifies the reward, kept in the schema's metadata.
+    made_by: the `provenance` of the reward, kept in the schema's metadata.
     """
-    metadata = {"diffalign": json.dumps(made_by, sort_keys=True)} if made_by else None
+    metadata = {"diffalign": json.dumps(made_by, sort_keys=True)}
     return pa.schema(
         [
             ("group_id", pa.string()),
@@ -98,8 +109,11 @@ def score_schema(columns: tuple[str, ...], made_by: dict[str, Any] | None = None
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return `folder / name`. Raises DiffalignError if it lies outside the folder."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    """Return `folder / name`. Raises DiffalignError if the name leads out of the folder.
+
+    The name is judged, not where a link in the folder leads: who made the folder may link its images from a store.
+    """
+    below = os.path.relpath(folder / os.path.normpath(name), folder) if name and "\0" not in name else os.pardir
+    if Path(below).parts[:1] == (os.pardir,):
         raise DiffalignError(f"path {name!r} leaves its folder {folder}; only files below it are read")
-    return path
+    return folder / below

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,14 @@ def score_images(
     reward: Reward,
     batch_size: int = 64,
     on_progress: OnImages | None = None,
-    settings: dict[str, Any] | None = None,
 ) -> int:
     """Score every image as a stream; return how many this process scored. Complete scores are kept.
 
-    An image that cannot be decoded or scored gets NaN and the reason. `settings` (what the reward was built with) are
-    stored with its version, weights and licence. Raises DiffalignError if the file holds scores of another version or
-    other settings.
+    An image that cannot be decoded or scored gets NaN and the reason; so does one whose prompt the reward cannot use.
+    The file says which reward judged. Raises DiffalignError if it holds scores of another version, of other weights or
+    of other settings.
     """
-    made_by = {
-        "reward": reward.name,
-        "version": reward.version,
-        "weights": reward.weights,
-        "licence": reward.licence,
-        "settings": settings or {},
-    }
+    made_by = reward.provenance()
     path = dataset.folder / "scores" / f"{reward.name}.parquet"
     schema = score_schema(reward.columns, made_by)
     work = dataset.folder / WORK_FOLDER
@@ -72,19 +66,32 @@ def score_images(
     return mine
 
 
+def unscored(dataset: PreferenceDataset, reward: str) -> Counter[str]:
+    """Count the images without a score of a reward, by reason."""
+    table = pq.read_table(dataset.folder / "scores" / f"{reward}.parquet", columns=["reason"])
+    return Counter(reason for reason in table["reason"].to_pylist() if reason)
+
+
 def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> list[dict[str, Any]]:
     """Return the rows of the score file for these images."""
     images: list[Image.Image] = []
+    prompts: list[str] = []
+    facts: list[dict[str, Any]] = []
     broken: dict[int, str] = {}
     for i, row in enumerate(rows):
+        group = dataset.group(dataset.row(row.group_id) or 0)
+        if reason := reward.reason_not_scorable(group["prompt"], group["metadata"]):
+            broken[i] = reason
+            continue
         try:
             images.append(row.decode())
         except DiffalignError as error:
             broken[i] = str(error)
+            continue
+        prompts.append(group["prompt"])
+        facts.append({**group["metadata"], "prompt": group["prompt"]})
     good = [i for i in range(len(rows)) if i not in broken]
-    groups = [dataset.group(dataset.row(rows[i].group_id) or 0) for i in good]
-    facts = [{**g["metadata"], "prompt": g["prompt"]} for g in groups]
-    measured = reward.measure(images, [g["prompt"] for g in groups], facts) if images else {}
+    measured = reward.measure(images, prompts, facts) if images else {}
     reasons = dict(zip(good, reward.reasons, strict=True)) if images else {}
     place = {i: n for n, i in enumerate(good)}
     return [
@@ -99,10 +106,12 @@ def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward) -> 
 
 
 def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuse scores of another version of the reward. Files without a note are accepted."""
+    """Refuse scores of another version, other weights or other settings. Files without a note are accepted."""
     note = (pq.read_schema(path).metadata or {}).get(b"diffalign")
     before = json.loads(note) if note else made_by
-    changed = next((key for key in ("version", "weights", "settings") if before.get(key) != made_by[key]), None)
+    # An older note does not say what really judged, so only its version can be compared.
+    compared = ("version", "weights", "settings") if before.get("format") == made_by["format"] else ("version",)
+    changed = next((key for key in compared if before.get(key) != made_by[key]), None)
     if changed:
         raise DiffalignError(
             f"{path} was scored with {changed}={before.get(changed)!r}, now it is {made_by[changed]!r}; delete the file to "

@@ -1,8 +1,14 @@
-"""Read tables that others wrote (a JSON list, JSON lines, csv, parquet), each row with its place in the file."""
+"""Read tables that others wrote (csv, tsv, JSON, JSON lines, parquet), each row with its place in the file.
+
+Text is UTF-8 with or without a byte order mark, or UTF-16 with one. Any table may be compressed as NAME.gz.
+"""
 
 import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +19,97 @@ from diffalign.errors import DiffalignError
 from diffalign.files import reading
 
 Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row | str]]
+"""(place, row) of each row; for a row that cannot be read, what is wrong instead of the row."""
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = ",;\t|"
+BATCH = 64  # rows of a parquet file in memory
+COLUMNS = {
+    "prompt": ("prompt", "text", "caption"),
+    "image": ("file_name", "filename", "image_path", "image", "file", "path", "name", "id"),
+    "winner": ("winner", "chosen", "preferred", "chosen_file_name", "image_w", "win"),
+    "loser": ("loser", "rejected", "rejected_file_name", "image_l", "lose"),
+    "a": ("image_a", "image_0", "image1", "a"),
+    "b": ("image_b", "image_1", "image2", "b"),
+    "choice": ("choice", "label", "preference"),
+}
+"""What columns mean -> the names they have in people's tables, the first one that is there wins."""
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    """Yield (place, row) of a JSON list or JSON lines; for a row that is no JSON object, what is wrong instead of the
-    row.
+def column_for(meaning: str, names: Iterable[str]) -> str | None:
+    """Return the column with this meaning (a key of `COLUMNS`); capitals and blanks around a name do not matter."""
+    by_plain = {name.strip().lower(): name for name in reversed([n for n in names if isinstance(n, str)])}
+    return next((by_plain[name] for name in COLUMNS[meaning] if name in by_plain), None)
+
+
+def no_column(meaning: str, names: Iterable[str]) -> str:
+    """Return what to tell the user if there is no column with this meaning: the names that are known and those found."""
+    found = ", ".join(n for n in names if isinstance(n, str)) or "none"
+    return f"column {meaning} is missing (known as {', '.join(COLUMNS[meaning])}); there are {found}"
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content. A byte order mark names the encoding and is removed; without one it is UTF-8.
+
+    Raises DiffalignError for a file that cannot be read or has another encoding.
+    """
+    with reading(path):
+        return decoded_text(_bytes(path))
+
+
+def decoded_text(data: bytes) -> str:
+    """Return text by its byte order mark, UTF-8 without one. Raises UnicodeDecodeError."""
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def printable(text: str) -> str:
+    """Return valid Unicode: bytes that are not UTF-8 and lone surrogates, as in file names, become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def table_kind(path: Path) -> str:
+    """Return the suffix that says what a table is, without `.gz`."""
+    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def table_rows(path: Path) -> Rows:
+    """Yield the rows of a table, with cells unchanged. A broken row costs only itself.
+
+    Raises DiffalignError for a file that cannot be read as a whole.
+    """
+    kind = table_kind(path)
+    if kind == ".parquet":
+        yield from parquet_rows(path)
+    elif kind in (".csv", ".tsv"):
+        yield from _csv(path)
+    elif kind in (".jsonl", ".json"):
+        yield from json_rows(path)
+    else:
+        raise DiffalignError(f"{path}: unknown kind of table; use {', '.join(ENDINGS)}")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) of a table, with cells unchanged.
+
+    Raises DiffalignError with file and line for the first row that cannot be read.
+    """
+    for where, row in table_rows(path):
+        if isinstance(row, str):
+            raise DiffalignError(f"{where}: {row}")
+        yield where, row
+
+
+def json_rows(path: Path) -> Rows:
+    """Yield the rows of a JSON list or JSON lines.
 
     Raises DiffalignError for a file that cannot be read or is not JSON as a whole.
     """
-    with reading(path):
-        text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     try:
-        rows = None if path.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:
+        rows = None if table_kind(path) == ".jsonl" else json.loads(text)
+    except (ValueError, RecursionError) as error:
         if text.lstrip()[:1] != "{":
             raise DiffalignError(f"{path}: not JSON ({error})") from error
         rows = None  # JSON lines under another name
@@ -33,67 +117,86 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
         # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield f"{path}:{number}", _object(line)
+                yield f"{path}:{number}", json_object(line)
         return
+    if isinstance(rows, dict):
+        rows = [rows]
     if not isinstance(rows, list):
         raise DiffalignError(f"{path}: a list of rows is expected, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
-        yield (
-            f"{path}[{number}]",
-            row if isinstance(row, dict) else f"an object is expected, not {type(row).__name__}",
-        )
+        fits = isinstance(row, dict)
+        yield f"{path}[{number}]", _valid(row) if fits else f"an object is expected, not {type(row).__name__}"
 
 
-def csv_rows(path: Path, needed: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (file:line, row) of a csv; cells are stripped, empty ones are "".
-
-    Raises DiffalignError for a file that cannot be read, is not UTF-8, or lacks one of the columns `needed`.
-    """
-    for where, row in _csv_rows(path, needed):
-        yield where, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a .jsonl, .csv or .parquet file, with cells unchanged.
-
-    Raises DiffalignError with file and line for the first row that cannot be read.
-    """
-    if path.suffix == ".parquet":
-        try:
-            with reading(path):
-                rows = pq.read_table(path).to_pylist()
-        except pa.ArrowInvalid as error:
-            raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
-    elif path.suffix == ".csv":
-        yield from _csv_rows(path, strict=True)
-    elif path.suffix == ".jsonl":
-        for where, found in json_rows(path):
-            if isinstance(found, str):
-                raise DiffalignError(f"{where}: {found}")
-            yield where, found
-    else:
-        raise DiffalignError(f"{path}: unknown kind of table; use .jsonl, .csv or .parquet")
-
-
-def _csv_rows(path: Path, needed: set[str] | None = None, strict: bool = False) -> Iterator[tuple[str, Row]]:
+def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
+    """Yield the rows of a parquet file, `BATCH` at a time. A damaged row group costs only itself."""
     try:
-        with reading(path), path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, strict=strict)
-            missing = (needed or set()) - set(reader.fieldnames or [])
-            if missing:
-                raise DiffalignError(
-                    f"{path}:1: column {', '.join(sorted(missing))} is missing; {', '.join(sorted(needed or ()))} are needed"
-                )
-            for row in reader:
-                yield f"{path}:{reader.line_num}", dict(row)
-    except csv.Error as error:
+        with reading(path):
+            file = pq.ParquetFile(path)
+    except pa.ArrowException as error:
         raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
+    number = 0
+    for group in range(file.num_row_groups):
+        first = number
+        try:
+            for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            yield f"{path} row {number}", f"rows from here cannot be read ({str(error).splitlines()[0]})"
+        number = first + file.metadata.row_group(group).num_rows
 
 
-def _object(line: str) -> Row | str:
+def _bytes(path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        with gzip.open(path) as stream:
+            return stream.read()
+    except (EOFError, zlib.error) as error:
+        raise OSError(f"not a complete gzip file ({error})") from error
+
+
+def _csv(path: Path) -> Rows:
+    text = read_text(path)
+    head = text.lstrip().split("\n", 1)[0]
+    delimiter = "\t" if table_kind(path) == ".tsv" else max(DELIMITERS, key=head.count)
+    csv.field_size_limit(2**31 - 1)  # the limit of 131,072 is not for prompts and JSON in a cell
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=f"{delimiter} " in head
+    )
+    names: list[str] | None = None
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f"{path}:{reader.line_num}", f"cannot be read as a table: {error}"
+            continue
+        where = f"{path}:{reader.line_num}"
+        if names is None:
+            names = [name.strip() for name in cells]
+        elif len(cells) > len(names):
+            yield where, f"{len(cells)} cells for {len(names)} columns; write text that holds {delimiter!r} in quotes"
+        elif cells:
+            yield where, dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
+
+
+def json_object(line: str) -> Row | str:
+    """Return the object that a line of JSON holds, or what is wrong with it."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON ({error})"
-    return row if isinstance(row, dict) else f"an object is expected, not {type(row).__name__}"
+    return _valid(row) if isinstance(row, dict) else f"an object is expected, not {type(row).__name__}"
+
+
+def _valid(value: Any) -> Any:
+    """Return JSON with valid Unicode in its texts; JSON can hold lone surrogates, which no file can."""
+    if isinstance(value, str):
+        return value if value.isascii() else printable(value)
+    if isinstance(value, list):
+        return [_valid(one) for one in value]
+    return {_valid(k): _valid(v) for k, v in value.items()} if isinstance(value, dict) else value

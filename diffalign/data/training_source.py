@@ -25,7 +25,7 @@ class Batch:
     """B groups of K images.
 
     latents: [B, K, C, h, w] float32. conditioning: each [B, ...]. rewards: [B, K] float32, NaN without a label. mask:
-    bool [B], False for a group with fewer than K images. spread: the standard deviation of the latents' posterior, of
+    bool [B], False for a group with fewer than two images. spread: the standard deviation of the latents' posterior, of
     their shape, if `data.latent_sampling` is posterior.
     """
 
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Groups to train on, all with K image slots.
+    """Groups to train on, all with K image slots; a slot without a label is no image of its group.
 
     label_stats: what labels.transform took from the labels, or was given. buckets: a number for each group; only groups
     with equal numbers have one shape and may share a batch. plan: the cache that it reads.
@@ -147,7 +147,9 @@ def prepare_source(
     """
     chosen, members, smaller = choose_groups(data, dataset)
     if smaller:
-        say(f"{smaller} of {len(chosen)} groups have fewer than {members} images and get no weight")
+        say(
+            f"{smaller} of {len(chosen)} groups have fewer than {members} images and are trained on with those they have"
+        )
     # Labels: from stored preferences or scores, scaled over the chosen groups unless a scale is given.
     if label.source == "combined":
         assert label.combine is not None  # the config is checked
@@ -171,7 +173,7 @@ def prepare_source(
         plan.latents(say),
         plan.embeddings(say),
         torch.from_numpy(rewards),
-        torch.tensor([len(v) == members for v in values]),
+        torch.tensor([len(v) >= 2 for v in values]),
         [ids[i] for i in chosen],
         plan.prompts,
         stats,

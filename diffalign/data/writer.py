@@ -113,7 +113,8 @@ class ImageWriter:
 def write_groups(folder: Path, rows: Iterable[GroupRow], batch: int = 4096) -> int:
     """Write `groups.parquet` from rows with the columns of `schema.GROUPS`; return how many.
 
-    Raises DiffalignError if a group id occurs twice.
+    The preference of a row without `human` is taken to be given by people, so that ranking keeps it. Raises
+    DiffalignError if a group id occurs twice.
     """
     seen: set[str] = set()
     pending: list[dict[str, Any]] = []
@@ -122,7 +123,8 @@ def write_groups(folder: Path, rows: Iterable[GroupRow], batch: int = 4096) -> i
             if row["group_id"] in seen:
                 raise DiffalignError(f"group id {row['group_id']!r} occurs twice; group ids must be unique")
             seen.add(row["group_id"])
-            pending.append({**row, "metadata": json.dumps(row["metadata"], sort_keys=True)})
+            human = row["human"] if "human" in row else (not row.get("members") and row["preference"]) or None
+            pending.append({**row, "human": human, "metadata": json.dumps(row["metadata"], sort_keys=True)})
             if len(pending) == batch:
                 writer.write_table(pa.Table.from_pylist(pending, schema=GROUPS))
                 pending = []

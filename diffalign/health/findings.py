@@ -31,6 +31,12 @@ FINDINGS: dict[str, Words] = {
         "look at a few groups with their labels; rank the dataset again; if the labels are people's and the score "
         "measures something else, this is expected",
     ),
+    "labels_shuffled": Words(
+        "note",
+        "the labels were shuffled, as a control",
+        "preferences were given to the images of a group at random: what this run learns is what chance teaches",
+        "compare it with a run on the true labels; `diffalign rank DATASET` without shuffle=true makes them",
+    ),
     "generators_explain_ranking": Words(
         "note",
         "the generator of an image explains its rank",
@@ -41,7 +47,8 @@ FINDINGS: dict[str, Words] = {
     "labels_without_spread": Words(
         "alarm",
         "most groups state no preference",
-        "groups whose labels are all equal get no weight, so most of every step is wasted",
+        "groups whose labels are all equal, or of which fewer than two images have one, get no weight, so most of every step "
+        "is wasted",
         "use a finer score (labels.source=scores.NAME.COLUMN), more images per prompt, or harder prompts",
     ),
     "accuracy_stuck": Words(

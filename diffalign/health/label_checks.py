@@ -5,7 +5,7 @@ from itertools import combinations
 from math import isfinite, sqrt
 
 from diffalign.health.findings import Finding
-from diffalign.health.row_checks import NEAR_CHANCE
+from diffalign.health.row_checks import NEAR_CHANCE, TOO_MANY_WEIGHTLESS
 
 # Fewer pairs are not judged.
 PAIRS_NEEDED = 64
@@ -79,6 +79,9 @@ def _generators(groups: list[LabelledGroup]) -> Finding | None:
 def examine_labels(groups: list[LabelledGroup]) -> list[Finding]:
     """Return findings on labels alone. The labels need not come from the rewards whose scores are stored."""
     found = []
+    weightless = sum(len(set(filter(isfinite, group.labels))) < 2 for group in groups)
+    if weightless > TOO_MANY_WEIGHTLESS * len(groups):
+        found.append(Finding("labels_without_spread", 0, f"{weightless / len(groups):.0%} of {len(groups)} groups"))
     rewards = sorted({name for group in groups for name in group.scores})
     agreements = {reward: _agreement(groups, reward) for reward in rewards}
     agreements = {reward: a for reward, a in agreements.items() if a.pairs >= PAIRS_NEEDED}

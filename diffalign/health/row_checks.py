@@ -19,6 +19,9 @@ WINDOW = 20
 NEAR_CHANCE = 0.55
 """An accuracy or agreement that is clearly below this is useless, since chance gives 0.5."""
 
+TOO_MANY_WEIGHTLESS = 0.5
+"""The share of groups that may state no preference."""
+
 
 def mean(rows: Sequence[Row], name: str) -> float:
     """Return the mean of a metric's finite values; NaN if there is none."""
@@ -42,7 +45,7 @@ def no_spread(rows: Sequence[Row]) -> str | None:
     if not has(rows, "share_without_preference"):
         return None
     without = mean(list(rows)[-WINDOW:], "share_without_preference")
-    return f"{without:.0%} of the groups" if without > 0.5 else None
+    return f"{without:.0%} of the groups" if without > TOO_MANY_WEIGHTLESS else None
 
 
 ACCURACY_ROWS, ACCURACY_SKIPPED = 80, 40

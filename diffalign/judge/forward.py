@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.files.images import Unreadable, decode, read_file
 from diffalign.rewards.judge import Judge
 
 
@@ -42,9 +43,8 @@ class Reading:
 def open_image(path: Path) -> Image.Image:
     """Open an image as RGB. Raises DiffalignError where the file is no image."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return decode(read_file(path))
+    except Unreadable as error:
         raise DiffalignError(f"{path}: cannot be read as an image ({error})") from error
 
 

@@ -8,12 +8,12 @@ Further keys are allowed and ignored. Images are named relative to the file's fo
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffalign.data.schema import inside as below
 from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
@@ -98,9 +98,10 @@ def write_records(path: Path, rows: Iterable[dict[str, object]]) -> int:
 
 def inside(folder: Path, name: str, place: str, key: str) -> Path:
     """Return an image's file. Raises DiffalignError where it is outside the folder or absent."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise DiffalignError(f"{place}: {key} {name} lies outside {folder}; keep images beside the records")
+    try:
+        path = below(folder, name)
+    except DiffalignError as error:
+        raise DiffalignError(f"{place}: {key} {name} lies outside {folder}; keep images beside the records") from error
     if not path.is_file():
         raise DiffalignError(f"{place}: {key} {name} is not in {folder}")
     return path
@@ -168,7 +169,8 @@ def _text(row: dict[str, Any], key: str, place: str) -> str:
 
 
 def _number(value: Any, key: str, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # An integer of more than 308 digits is no float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e308 < value < 1e308:
         raise DiffalignError(f"{place}: {key} should be a number, not {value!r}")
     return float(value)
 

@@ -16,6 +16,8 @@ from diffalign.objectives.base import (
     best_and_worst,
     check_labels,
     has_preference,
+    label_range,
+    labelled_count,
     ranking,
 )
 from diffalign.objectives.constrained import ConstrainedDPO
@@ -86,5 +88,7 @@ __all__ = [
     "check_labels",
     "find_objective",
     "has_preference",
+    "label_range",
+    "labelled_count",
     "ranking",
 ]

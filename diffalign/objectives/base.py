@@ -6,6 +6,7 @@ beta in this package belongs to the *mean* reduction.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class GroupErrors:
     policy_error: squared error of the policy's prediction, mean over the latent's elements.
     reference_error: the same for the reference; None where the objective has `needs_reference = False`.
     rewards: labels, higher is better.
-    mask: [B], False where a group has fewer than K images.
+    mask: [B], False where a group has fewer than two images.
     order: a seeded random permutation of 0..K-1 in each group, used only to break ties.
     prediction_gap: mean squared difference of policy and reference predictions, where `needs_gap`.
     role: 1 for a real image, 0 for a generated one, where `label_kind` is "role".
@@ -116,10 +117,13 @@ def logsigmoid(x: Tensor) -> Tensor:
 
 
 def ranking(group: GroupErrors) -> Tensor:
-    """Return the indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position."""
+    """Return the indices of the images from best to worst, [B, K]; equal rewards follow `order`, else their position.
+
+    Images without a label (NaN) come last.
+    """
     import torch
 
-    rewards = group.labels
+    rewards = group.labels.masked_fill(~group.labels.isfinite(), -math.inf)
     order = group.order if group.order is not None else torch.arange(rewards.shape[1]).expand_as(rewards)
     by_order = order.to(rewards.device).argsort(dim=1)
     ranked = rewards.gather(1, by_order).argsort(dim=1, descending=True, stable=True)
@@ -127,16 +131,44 @@ def ranking(group: GroupErrors) -> Tensor:
 
 
 def best_and_worst(group: GroupErrors) -> tuple[Tensor, Tensor]:
-    """Return the indices [B, 1] of the best and of the worst image of each group; ties by `order`."""
+    """Return the indices [B, 1] of the best and of the worst image of each group; ties by `order`.
+
+    An image without a label is neither, unless the whole group has none.
+    """
     ranked = ranking(group)
-    return ranked[:, :1], ranked[:, -1:]
+    last = (labelled_count(group.labels) - 1).clamp_min(0)
+    return ranked[:, :1], ranked.gather(1, last[:, None])
+
+
+def labelled_count(rewards: Tensor) -> Tensor:
+    """Return how many images of each group have a label, [B]."""
+    return rewards.isfinite().sum(dim=1)
+
+
+def label_range(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest and the lowest label of each group, [B] each; -inf and inf for a group without labels."""
+    unknown = ~rewards.isfinite()
+    return rewards.masked_fill(unknown, -math.inf).amax(dim=1), rewards.masked_fill(unknown, math.inf).amin(dim=1)
+
+
+def all_labels(group: GroupErrors) -> Tensor:
+    """Return the labels, [B, K], for a loss that needs one of every image.
+
+    Raises ValueError where one is missing. On a GPU, where looking would wait for the device, the loss becomes NaN.
+    """
+    labels = group.labels
+    if labels.device.type == "cpu" and not labels.isfinite().all():
+        raise ValueError("an image has no label: give this objective the labelled images of a group alone")
+    return labels
 
 
 def has_preference(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return which groups state a strict preference, [B]; a group that has a NaN label or is masked out does not."""
-    spread = rewards.amax(dim=1) > rewards.amin(dim=1)
-    known = rewards.isfinite().all(dim=1) & spread
-    return known if mask is None else known & mask
+    """Return which groups state a strict preference, [B]: two of their labels differ, and they are not masked out.
+
+    Images without a label (NaN) are no members of their group.
+    """
+    high, low = label_range(rewards)
+    return high > low if mask is None else (high > low) & mask
 
 
 def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.objectives.base import Charts, GroupErrors, LabelKind, Members, Objective, ObjectiveOutput
+from diffalign.objectives.base import Charts, GroupErrors, LabelKind, Members, Objective, ObjectiveOutput, all_labels
 from diffalign.objectives.dpo import PAIR_CHARTS
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ class DisCO(Objective):
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         if group.prediction_gap is None:
             raise ValueError("DisCO's trust region needs the prediction gap: prediction_gap is missing")
-        positive, d = self.positives(group.labels), group.error_difference
-        gained = discrimination(-self.beta * d, positive, self.tau)
+        labels, d = all_labels(group), group.error_difference
+        positive = self.positives(labels)
+        gained = discrimination(-self.beta * d, positive, self.tau).masked_fill(labels.isnan().any(dim=1), math.nan)
         gap = group.prediction_gap.mean(dim=1)
         outside = (gap - self.radius).relu()
         up, down = positive.to(d.dtype), (~positive).to(d.dtype)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.objectives.base import Charts, GroupErrors, LabelKind, Members, Objective, ObjectiveOutput, ranking
+from diffalign.objectives.base import (
+    Charts,
+    GroupErrors,
+    LabelKind,
+    Members,
+    Objective,
+    ObjectiveOutput,
+    all_labels,
+    ranking,
+)
 from diffalign.objectives.dpo import MARGIN_CHARTS
 
 if TYPE_CHECKING:
@@ -84,7 +93,7 @@ class GDRO(Objective):
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
         ranked = ranking(group)
         d = group.error_difference.gather(1, ranked)
-        implicit, rewards = -self.beta * d, group.labels.gather(1, ranked)
+        implicit, rewards = -self.beta * d, all_labels(group).gather(1, ranked)
         listwise = listwise_loss(implicit, rewards, self.tau)
         best = group.policy_error.gather(1, ranked[:, :1]).squeeze(1)
         better = (rewards[:, :, None] > rewards[:, None, :]).to(d.dtype)

@@ -52,6 +52,8 @@ def inverse_discounts(group: GroupErrors, ranked_by: RankedBy = "labels") -> Ten
 def pair_weights(group: GroupErrors, kind: PairWeight = "delta", ranked_by: RankedBy = "labels") -> Tensor:
     """Return the weights of "image i is better than image j", [B, K, K]; 0 unless label i is strictly higher.
 
+    An image without a label (NaN) is in no pair.
+
     `delta`: |G_i - G_j| |1/D_i - 1/D_j| with gain G = 2^label - 1 and discount D = ln(1 + rank) (equation 6). `gain`:
     the first factor alone. `none`: 1, which is Diffusion-DPO on all pairs.
     """
@@ -60,11 +62,11 @@ def pair_weights(group: GroupErrors, kind: PairWeight = "delta", ranked_by: Rank
     if kind == "none":
         return better
     gain = labels.exp2() - 1
-    weights = better * (gain[:, :, None] - gain[:, None, :]).abs()
-    if kind == "gain":
-        return weights
-    inverse = inverse_discounts(group, ranked_by)
-    return weights * (inverse[:, :, None] - inverse[:, None, :]).abs()
+    weights = (gain[:, :, None] - gain[:, None, :]).abs()
+    if kind == "delta":
+        inverse = inverse_discounts(group, ranked_by)
+        weights = weights * (inverse[:, :, None] - inverse[:, None, :]).abs()
+    return (better * weights).masked_fill(better == 0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
-"""Find the prompts of images: metadata files, a .txt beside the image, its name, or a table given with `--prompts`."""
+"""Find the prompts of images: metadata files, files beside the image, its name, or a table given with `--prompts`."""
 
-import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.schema import inside
-from diffalign.data.tables import read_rows
+from diffalign.data.tables import COLUMNS, column_for, no_column, read_rows
 from diffalign.errors import DiffalignError
+from diffalign.rewards.facts import geneval_facts
 
-PROMPT_COLUMNS = ("prompt", "text", "caption")
-FILE_COLUMNS = ("file_name", "image", "file", "path", "name")
-SOURCES = ("auto", "metadata", "txt", "name", "none")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+SOURCES = ("auto", "metadata", "txt", "image", "name", "none")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -28,55 +27,48 @@ def caption_of(row: dict[str, Any], where: str, column: str | None) -> Caption:
     """Return prompt and metadata of a table's row; the prompt is None if its cell is empty."""
     if column is not None and column not in row:
         raise DiffalignError(f"{where}: no column {column!r}; there are {', '.join(map(str, row))}")
-    name = column or next((c for c in PROMPT_COLUMNS if c in row), None)
+    name = column or column_for("prompt", row)
     prompt = row.get(name) if name else None
-    return Caption(prompt if isinstance(prompt, str) and prompt.strip() else None, facts_of(row))
-
-
-def facts_of(row: dict[str, Any]) -> dict[str, Any]:
-    """Return GenEval's metadata if the row has it, also from JSON text in a column `metadata`."""
-    packed = row.get("metadata")
-    if isinstance(packed, str) and packed.startswith("{"):
-        try:
-            packed = json.loads(packed)
-        except ValueError:
-            packed = None
-    facts = dict(packed) if isinstance(packed, dict) else {}
-    return facts | {key: row[key] for key in ("tag", "include", "exclude") if row.get(key) is not None}
+    return Caption(prompt if isinstance(prompt, str) and prompt.strip() else None, geneval_facts(row))
 
 
 def folder_metadata(folder: Path, column: str | None) -> tuple[dict[Path, Caption], Caption | None]:
-    """Return the captions in a folder's metadata file by image, and GenEval's one caption for the whole folder."""
+    """Return the captions in a folder's metadata file by image, and GenEval's one caption for the whole folder.
+
+    Images may lie in folders below. Raises DiffalignError for a broken row, and for one that names no image.
+    """
     for name in METADATA_FILES:
         path = folder / name
         if path.is_file():
             rows = list(read_rows(path))
-            if len(rows) == 1 and not any(c in rows[0][1] for c in FILE_COLUMNS[:1]):
+            if len(rows) == 1 and "file_name" not in rows[0][1] and geneval_facts(rows[0][1]).get("include"):
                 return {}, caption_of(rows[0][1], rows[0][0], column)
             found = {}
             for where, row in rows:
-                if not isinstance(row.get("file_name"), str):
+                file = _named(row)
+                if file is None:
                     raise DiffalignError(f"{where}: no file_name; each row of {name} must name its image")
-                found[_below(folder, row["file_name"], where)] = caption_of(row, where, column)
+                found[_below(folder, file, where)] = caption_of(row, where, column)
             return found, None
     return {}, None
 
 
+def _named(row: dict[str, Any]) -> str | None:
+    """Return the file that a row names, in any of the columns with that meaning."""
+    columns = (column_for("image", [n for n in row if isinstance(row[n], str) and row[n]]),)
+    return next((row[c] for c in columns if c), None)
+
+
 def _below(folder: Path, name: str, where: str) -> Path:
     try:
-        inside(folder, name)
+        return inside(folder, name)
     except (DiffalignError, OSError, RuntimeError, ValueError) as error:
         raise DiffalignError(f"{where}: file_name {name!r} leaves its folder {folder}") from error
-    return folder / name
 
 
-def sidecar(path: Path) -> str | None:
-    """Return the text of `a.txt` beside `a.png`; None if there is none."""
-    text = path.with_suffix(".txt")
-    try:
-        return text.read_text(encoding="utf-8").strip() or None if text.is_file() else None
-    except (OSError, UnicodeDecodeError):
-        return None
+def plain_path(path: Path) -> str:
+    """Return an absolute path without `.` and `..`; links are not followed."""
+    return os.path.normpath(path.absolute())
 
 
 def from_name(path: Path) -> str | None:
@@ -88,22 +80,49 @@ def from_name(path: Path) -> str | None:
 
 
 class PromptTable:
-    """The table of `--prompts FILE`: a prompt for each image, found by path, name or stem."""
+    """The table of `--prompts FILE`: a prompt for each image, found by path, name or stem.
+
+    Paths are relative to the table or to where the command runs. Raises DiffalignError for a broken row, and for an
+    image with two prompts.
+    """
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
         self.by_name: dict[str, Caption] = {}
+        self.by_path: dict[str, str] = {}
+        self.used: set[str] = set()
         for where, row in read_rows(path):
-            name = next((row[c] for c in FILE_COLUMNS if isinstance(row.get(c), str)), None)
+            name = _named(row)
             if name is None:
-                raise DiffalignError(f"{where}: no column that names the image; one of {', '.join(FILE_COLUMNS)}")
-            self.by_name[name] = caption_of(row, where, column)
+                raise DiffalignError(f"{where}: no column that names the image; one of {', '.join(COLUMNS['image'])}")
+            caption = caption_of(row, where, column)
+            if self.by_name.setdefault(name, caption).prompt != caption.prompt:
+                raise DiffalignError(f"{where}: {name!r} has another prompt above; name each image once")
+            self.by_path.setdefault(plain_path(path.parent / name), name)
         if not self.by_name:
             raise DiffalignError(f"{path}: the table is empty")
+        first = next(iter(self.by_name.values()))
+        if first.prompt is None and not first.facts and column_for("prompt", row) is None:
+            raise DiffalignError(f"{path}: {no_column('prompt', row)}")
 
-    def find(self, name: str, key: str) -> Caption | None:
-        """Return the caption of an image by its name, its key, or the key's file name or stem; None if it has none."""
-        for candidate in (name, key, Path(key).name, Path(key).stem):
+    def find(self, name: str, key: str, path: Path | None = None) -> Caption | None:
+        """Return the caption of an image by its file, its name, its key, or the key's file name or stem.
+
+        None if the table does not name it.
+        """
+        by_path = self.by_path.get(plain_path(path)) if path is not None else None
+        for candidate in (by_path, name, key, os.path.normpath(key), f"./{key}", Path(key).name, Path(key).stem):
             if candidate in self.by_name:
+                self.used.add(candidate)
                 return self.by_name[candidate]
         return None
+
+    def unused(self) -> str:
+        """Return a line about rows whose image was not found, "" if all were. Raises DiffalignError if none was."""
+        rest = [name for name in self.by_name if name not in self.used]
+        if rest and not self.used:
+            raise DiffalignError(
+                f"--prompts {self.path}: none of its {len(rest)} rows names an image that is scored, the first is "
+                f"{rest[0]!r}; paths are relative to the table"
+            )
+        return f"{self.path}: {len(rest)} rows name no image that is scored, such as {rest[0]!r}" if rest else ""

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from diffalign.files import write_whole
+from diffalign.files.images import Unreadable, decode
 from diffalign.report.page import data_uri, encoded, render_page
-from diffalign.scoring.decode import Unreadable, decode
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import Summary, columns_of, summarise

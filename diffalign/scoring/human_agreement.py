@@ -1,15 +1,17 @@
 """Measure how often a reward and people choose the same image.
 
-Labels are a .jsonl, .csv or .parquet file with either
+Labels are a table with one of
 
     image_a, image_b, choice     choice: a, b or tie
+    winner, loser                the table that `diffalign pairs` reads
     image, rating                any numbers; images of equal `group` (without that column, of equal prompt) are compared
 
-Images are named as for `--prompts`: by path, by path below the source, by name or by stem.
+Images are named as for `--prompts`: by path (relative to the table too), by path below the source, by name or by stem.
 """
 
 import itertools
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from diffalign.data.tables import read_rows
+from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
+from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
 
@@ -53,34 +56,42 @@ class Agreement:
 
 
 def read_choices(path: Path, scores: Scores) -> list[Choice]:
-    """Read the human choices of a labels file.
+    """Read the human choices of a labels file; only the items of `scores` are looked at.
 
     Raises DiffalignError for a table with other columns, an unknown image or an unknown choice.
     """
-    index = _index(scores)
+    index = _index(scores, path.parent)
     rows = list(read_rows(path))
     if not rows:
         raise DiffalignError(f"{path}: the table is empty")
-    if {"image_a", "image_b", "choice"} <= set(rows[0][1]):
-        return [_pairwise(row, where, index, scores) for where, row in rows]
-    if {"image", "rating"} <= set(rows[0][1]):
-        return _rated(rows, index, scores)
-    raise DiffalignError(f"{path}: columns image_a, image_b, choice or image, rating are needed")
+    names = {meaning: column_for(meaning, rows[0][1]) for meaning in ("a", "b", "choice", "winner", "loser", "image")}
+    a, b, choice, winner, loser, image = names.values()
+    if a and b and choice:
+        return [_pairwise(row, where, (a, b), choice, index, scores) for where, row in rows]
+    if winner and loser:
+        return [_pairwise(row, where, (winner, loser), None, index, scores) for where, row in rows]
+    if image and "rating" in rows[0][1]:
+        return _rated(rows, image, index, scores)
+    found = ", ".join(map(str, rows[0][1]))
+    raise DiffalignError(f"{path}: columns image_a, image_b, choice or image, rating are needed; there are {found}")
 
 
-def _index(scores: Scores) -> dict[str, int | None]:
-    """Return every way to name an image; None where a short name fits two."""
+def _index(scores: Scores, folder: Path) -> dict[str, int | None]:
+    """Return every way to name an image; None where a short name fits two. folder: paths may be relative to it."""
     index: dict[str, int | None] = {}
     exact: dict[str, int | None] = {}
     for i, item in enumerate(scores.items):
         exact |= {item.name: i, item.key: i}
+        if item.path is not None:
+            full = plain_path(item.path)
+            exact |= {full: i, os.path.relpath(full, plain_path(folder)): i}
         for short in {PurePosixPath(item.key).name, PurePosixPath(item.key).stem}:
             index[short] = None if short in index else i
     return index | exact
 
 
 def _row_of(name: object, where: str, index: dict[str, int | None]) -> int:
-    found = index.get(name) if isinstance(name, str) else None
+    found = index.get(name, index.get(os.path.normpath(name))) if isinstance(name, str) else None
     if found is None:
         fault = (
             "names more than one image; give its path"
@@ -91,24 +102,34 @@ def _row_of(name: object, where: str, index: dict[str, int | None]) -> int:
     return found
 
 
-def _pairwise(row: dict[str, Any], where: str, index: dict[str, int | None], scores: Scores) -> Choice:
-    choice = str(row["choice"]).strip().lower()
+def _pairwise(
+    row: dict[str, Any],
+    where: str,
+    images: tuple[str, str],
+    column: str | None,
+    index: dict[str, int | None],
+    scores: Scores,
+) -> Choice:
+    """Return the choice between two images; without a column of choices, the first is preferred."""
+    choice = str(row.get(column)).strip().lower() if column else "a"
     if choice not in CHOICES:
-        raise DiffalignError(f"{where}: choice {row['choice']!r}; one of a, b, tie")
-    a, b = _row_of(row["image_a"], where, index), _row_of(row["image_b"], where, index)
+        raise DiffalignError(f"{where}: choice {row.get(column or '')!r}; one of a, b, tie")
+    a, b = (_row_of(row.get(name), where, index) for name in images)
     return Choice(a, b, CHOICES[choice], scores.items[a].prompt or where)
 
 
-def _rated(rows: list[tuple[str, dict[str, Any]]], index: dict[str, int | None], scores: Scores) -> list[Choice]:
+def _rated(
+    rows: list[tuple[str, dict[str, Any]]], image: str, index: dict[str, int | None], scores: Scores
+) -> list[Choice]:
     groups: dict[str, list[tuple[int, float]]] = {}
     for where, row in rows:
         try:
             rating = float(row["rating"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             rating = math.nan
         if not math.isfinite(rating):
-            raise DiffalignError(f"{where}: rating {row['rating']!r} is not a number")
-        i = _row_of(row["image"], where, index)
+            raise DiffalignError(f"{where}: rating {row.get('rating')!r} is not a number")
+        i = _row_of(row.get(image), where, index)
         groups.setdefault(str(row.get("group") or scores.items[i].prompt or ""), []).append((i, rating))
     return [
         Choice(a, b, int(x > y) - int(x < y), group)

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.scoring.decode import Unreadable, read_file
+from diffalign.data.schema import inside
+from diffalign.errors import DiffalignError
+from diffalign.files.images import Unreadable, read_file
 
 
 class Origin(Protocol):
@@ -49,19 +52,34 @@ class ParquetImages:
         """Return an image's encoded bytes. Raises Unreadable if the row holds none."""
         with self._lock:
             if row_group not in self._kept:
-                table = self._file.read_row_group(row_group, columns=[self.column])
-                self._kept[row_group] = table[self.column].to_pylist()
+                try:
+                    table = self._file.read_row_group(row_group, columns=[self.column])
+                    self._kept[row_group] = table[self.column].to_pylist()
+                except (pa.ArrowException, OSError) as error:
+                    raise Unreadable(f"damaged parquet file: {str(error).splitlines()[0]}") from error
                 while len(self._kept) > self.KEEP:
                     self._kept.popitem(last=False)
             value = self._kept[row_group][row]
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(data, bytes):
-            return data
-        path = value.get("path") if isinstance(value, dict) else None
-        # The path was written by somebody else, so only files beside the parquet file are opened.
-        if isinstance(path, str) and (self.path.parent / path).resolve().is_relative_to(self.path.parent.resolve()):
-            return read_file(self.path.parent / path)
+        return image_bytes(value, self.path.parent)
+
+
+def image_bytes(value: Any, folder: Path) -> bytes:
+    """Return the encoded bytes in a table's cell: bytes, a struct with bytes, or the path of a file below `folder`.
+
+    Raises Unreadable if the cell holds none.
+    """
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, bytes):
+        return data
+    path = value.get("path") if isinstance(value, dict) else None
+    # The path was written by somebody else, so only files beside the table are opened.
+    try:
+        file = inside(folder, path) if isinstance(path, str) else None
+    except DiffalignError:
+        file = None
+    if file is None:
         raise Unreadable("the row holds no image bytes")
+    return read_file(file)
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class Item:
     """An image to score.
 
     name: unique among the items, as the user would write it. key: the name below its source, for pairing two folders.
-    group: (group id, index) if it comes from a dataset folder.
+    group: (group id, index) if it comes from a dataset folder. fault: why a file that should hold the prompt is unreadable.
     """
 
     name: str
@@ -90,13 +108,14 @@ class Item:
     prompt: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     group: tuple[str, int] | None = None
+    fault: str = ""
+
+    @property
+    def path(self) -> Path | None:
+        """The image's file; None if it lies in a container."""
+        return self.origin.path if isinstance(self.origin, FileOrigin) else None
 
 
 def digest(data: bytes) -> str:
     """Return SHA-256 in hex, as `sha256sum` prints it."""
     return hashlib.sha256(data).hexdigest()
-
-
-def printable(text: str) -> str:
-    """Return valid Unicode: bytes that are not UTF-8 and lone surrogates, as in file names, become escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -13,12 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from diffalign.files.images import Unreadable, decode
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
-from diffalign.scoring.decode import Unreadable, decode
+from diffalign.rewards.batches import measure_batch, reason_of
 from diffalign.scoring.items import Item, digest
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.store import IDENTITY, REASON, Result, Store, key_of, with_facts
@@ -38,6 +37,33 @@ class Scores:
     items: list[Item] = field(default_factory=list)
 
 
+Known = dict[str, Result]
+"""Results by key."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """An image that was read ahead: prepared for a reward, or unreadable, or `failed` in the reward's preparation."""
+
+    sha256: str
+    prepared: Prepared | None = None
+    unreadable: str = ""
+    failed: str = ""
+
+
+@dataclass
+class Found:
+    """What one process found with one reward.
+
+    broken: reasons of images that cannot be decoded, by hash. failed: the reward raised an error; not stored, so that
+    the next run tries again.
+    """
+
+    results: Known = field(default_factory=dict)
+    failed: Known = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
 def score_items(
     items: list[Item],
     rewards: dict[str, Reward],
@@ -50,7 +76,8 @@ def score_items(
 ) -> Scores:
     """Score every item with every reward (label -> reward) that has not scored it yet; all processes get all rows.
 
-    An image that cannot be read or decoded gets the reason and no score; so does one whose prompt a reward cannot use.
+    An image that cannot be read or decoded gets the reason and no score; so does one whose prompt a reward cannot use, and
+    one on which a reward fails.
     """
     processes = processes or Processes()
     # Of all rewards first, so that missing weights are reported before an hour is spent on another reward.
@@ -58,23 +85,23 @@ def score_items(
     with ThreadPoolExecutor(workers) as pool:
         hashes, broken = _scan(items, pool, processes)
         computed = known = 0
+        failures: dict[str, Known] = {label: {} for label in rewards}
         for label, reward in rewards.items():
             # This process scores its share of what nobody has scored yet.
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
             known += sum(key in store.known for key in wanted)
-            found, bad = _score(
-                items, processes.share(todo), hashes, reward, store, batch_size, pool, label, on_progress
-            )
+            mine = _score(items, processes.share(todo), hashes, reward, store, batch_size, pool, label, on_progress)
             # All processes learn all results, so that each could write the rows.
-            for results, reasons in processes.gather((found, bad)):
-                store.known |= results
-                broken |= reasons
-                computed += len(results)
+            for found in processes.gather(mine):
+                store.known |= found.results
+                broken |= found.broken
+                failures[label] |= found.failed
+                computed += len(found.results)
             # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
-    rows = [_row(item, hashes[i], broken, rewards, identities, store) for i, item in enumerate(items)]
+    rows = [_row(item, hashes[i], broken, rewards, identities, store.known, failures) for i, item in enumerate(items)]
     failed = sum(any(_reason_of(row, label) for label in rewards) for row in rows)
     return Scores(rows, {label: r.columns for label, r in rewards.items()}, computed, known, failed, items)
 
@@ -110,19 +137,23 @@ def _wanted(items: list[Item], hashes: list[str], reward: Reward, identity: dict
 
 def _ahead(
     items: list[Item], todo: list[tuple[str, int]], reward: Reward, pool: ThreadPoolExecutor, window: int
-) -> Iterator[tuple[str, int, tuple[str, Prepared | Unreadable]]]:
-    """Yield (key, item, (hash, prepared image or Unreadable)) in order; at most `window` are in memory."""
+) -> Iterator[tuple[str, int, Ahead]]:
+    """Yield (key, item, what reading it gave) in order; at most `window` are in memory."""
 
-    def one(i: int) -> tuple[str, Prepared | Unreadable]:
+    def one(i: int) -> Ahead:
         sha256 = ""
         try:
             data = items[i].origin.read()
             sha256 = digest(data)
-            return sha256, reward.prepare(decode(data))
+            image = decode(data)
         except Unreadable as error:
-            return sha256, error
+            return Ahead(sha256, unreadable=str(error))
+        try:
+            return Ahead(sha256, reward.prepare(image))
+        except Exception as error:  # an image that this reward cannot take; another reward may
+            return Ahead(sha256, failed=reason_of(error))
 
-    pending: list[tuple[str, int, Future[tuple[str, Prepared | Unreadable]]]] = []
+    pending: list[tuple[str, int, Future[Ahead]]] = []
     for key, i in todo:
         pending.append((key, i, pool.submit(one, i)))
         if len(pending) > window:
@@ -142,56 +173,54 @@ def _score(
     pool: ThreadPoolExecutor,
     label: str,
     on_progress: OnNamedImages | None,
-) -> tuple[dict[str, Result], dict[str, str]]:
-    """Score this process's share; return new results, and reasons of images that could not be decoded."""
-    results: dict[str, Result] = {}
-    broken: dict[str, str] = {}
+) -> Found:
+    """Score this process's share."""
+    found = Found()
     batch: list[tuple[str, int, Prepared]] = []
 
     def flush() -> None:
         if batch:
-            fresh = _measure(items, batch, reward)
+            fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
             store.add(fresh)
-            results.update(fresh)
+            found.results.update(fresh)
+            found.failed.update(failed)
             batch.clear()
 
     if on_progress:
         on_progress(label, 0, len(todo))
-    for done, (key, i, (sha256, prepared)) in enumerate(_ahead(items, todo, reward, pool, 2 * batch_size), start=1):
-        if isinstance(prepared, Unreadable):
-            broken[hashes[i]] = str(prepared)
-        elif sha256 != hashes[i]:
-            broken[hashes[i]] = "changed while it was being scored"
+    for done, (key, i, ahead) in enumerate(_ahead(items, todo, reward, pool, 2 * batch_size), start=1):
+        if ahead.unreadable:
+            found.broken[hashes[i]] = ahead.unreadable
+        elif ahead.sha256 != hashes[i]:
+            found.broken[hashes[i]] = "changed while it was being scored"
+        elif ahead.prepared is None:
+            found.failed[key] = Result({}, ahead.failed)
         else:
-            batch.append((key, i, prepared))
+            batch.append((key, i, ahead.prepared))
         if len(batch) == batch_size:
             flush()
         if on_progress:
             on_progress(label, done, len(todo))
     flush()
-    return results, broken
+    return found
 
 
-def _measure(items: list[Item], batch: list[tuple[str, int, Prepared]], reward: Reward) -> dict[str, Result]:
-    """Return the scores of a batch; if it does not fit in the GPU's memory, score its halves."""
+def _measure(
+    items: list[Item], batch: list[tuple[str, int, Prepared]], reward: Reward, proven: bool
+) -> tuple[Known, Known]:
+    """Return the scores of a batch by key, and apart from them the images on which the reward failed."""
     prompts = [items[i].prompt or "" for _, i, _ in batch]
     facts = [{**items[i].metadata, "prompt": items[i].prompt or ""} for _, i, _ in batch]
-    try:
-        measured = reward.measure_prepared([prepared for _, _, prepared in batch], prompts, facts)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-        half = len(batch) // 2
-    else:
-        columns = {name: values.tolist() for name, values in measured.items()}
-        return {key: Result(_named(reward, columns, n), reward.reasons[n]) for n, (key, _, _) in enumerate(batch)}
-    torch.cuda.empty_cache()
-    return _measure(items, batch[:half], reward) | _measure(items, batch[half:], reward)
+    measured = measure_batch(reward, [prepared for _, _, prepared in batch], prompts, facts, proven)
+    found: tuple[Known, Known] = ({}, {})
+    for (key, _, _), one in zip(batch, measured, strict=True):
+        found[one.error is not None][key] = Result(_named(reward, one.values), one.reason)
+    return found
 
 
-def _named(reward: Reward, columns: dict[str, list[float]], n: int) -> dict[str, float]:
-    """Return the values of image n by the names they have in a row: "" for the score, the others by column."""
-    return {("" if k == 0 else name): columns[name][n] for k, name in enumerate(reward.columns)}
+def _named(reward: Reward, values: dict[str, float]) -> dict[str, float]:
+    """Return values by the names they have in a row: "" for the score, the others by column."""
+    return {("" if k == 0 else name): values[name] for k, name in enumerate(reward.columns)}
 
 
 def _row(
@@ -200,19 +229,23 @@ def _row(
     broken: dict[str, str],
     rewards: dict[str, Reward],
     identities: dict[str, dict[str, Any]],
-    store: Store,
+    known: Known,
+    failures: dict[str, Known],
 ) -> dict[str, Any]:
     unread = sha256.startswith("unread ")
     row: dict[str, Any] = {"image": item.name, "sha256": None if unread else sha256, "prompt": item.prompt}
     row["reason"] = broken.get(sha256, "")
     for label, reward in rewards.items():
         identity = with_facts(identities[label], item.metadata)
-        result = store.known.get(key_of(sha256, item.prompt, identity))
+        key = key_of(sha256, item.prompt, identity)
+        result, failure = known.get(key), failures[label].get(key)
         not_scorable = reward.reason_not_scorable(item.prompt, item.metadata)
+        if not_scorable and item.fault and not item.prompt:
+            not_scorable = f"{not_scorable} ({item.fault})"
         values = result.values if result and not not_scorable else {}
         for k, name in enumerate(reward.columns):
             row[label if k == 0 else f"{label}.{name}"] = values.get("" if k == 0 else name, math.nan)
-        row[label + REASON] = not_scorable or (result.reason if result else "")
+        row[label + REASON] = not_scorable or next((r.reason for r in (result, failure) if r), "")
         # Without an identity the row is tried again next time.
         row[label + IDENTITY] = identity if result and not not_scorable else None
     return row

@@ -1,15 +1,19 @@
 """Summarise scores: mean, spread, best and worst, counts for a histogram."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from diffalign.rewards import Reward
 from diffalign.scoring.run import Scores
 
 BINS = 24
+ALIKE = 3
+"""So many images with one reason get a line each; more share one."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,30 @@ def _short(name: str, longest: int = 40) -> str:
     return clean if len(clean) <= longest else "…" + clean[1 - longest :]
 
 
+def cut_lines(rewards: Mapping[str, Reward], prompts: Sequence[str | None]) -> list[str]:
+    """Return a line for each reward (label -> reward) that reads some of the prompts in part only."""
+    given = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+    counts = {label: reward.count_cut(given) for label, reward in rewards.items()}
+    return [
+        f"{label} reads {rewards[label].longest} tokens of a prompt: {count} of {len(given)} prompts are longer and were cut"
+        for label, count in counts.items()
+        if count
+    ]
+
+
 def faults(scores: Scores, most: int = 10) -> list[str]:
-    """Return a line for each image without a score, the first `most` of them."""
-    lines = []
+    """Return a line for each image without a score, or one for a reason that many share; the first `most` of them."""
+    images: dict[str, list[str]] = {}
     for row in scores.rows:
         reasons = {row["reason"]} if row["reason"] else {row[f"{label}.reason"] for label in scores.columns}
         reasons |= {"not scored" for label in scores.columns if not math.isfinite(row[label]) and reasons == {""}}
         for reason in sorted(r for r in reasons if r):
-            lines.append(f"{_short(row['image'], 80)}: {reason}")
+            images.setdefault(reason, []).append(_short(row["image"], 80))
+    lines = []
+    for reason, names in images.items():
+        if len(names) > ALIKE:
+            lines.append(f"{len(names)} images, the first {names[0]}: {reason}")
+        else:
+            lines += [f"{name}: {reason}" for name in names]
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return lines[:most] + more

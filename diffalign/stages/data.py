@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from diffalign.config import TrainConfig
+from diffalign.config.synth import split_problem
 from diffalign.data.buckets import describe
 from diffalign.data.cache import plan_cache
-from diffalign.data.convert import open_rows
+from diffalign.data.convert import import_pairs, open_rows
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_export import export
 from diffalign.data.dataset_summary import summarise_dataset
@@ -46,10 +47,42 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
     return facts
 
 
-def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
-    """Convert another dataset into `out`: `diffalign data convert`. Broken rows are reported and skipped."""
+def pairs(sources: list[Path], out: Path, split: list[str]) -> None:
+    """Write your own pairs as a dataset into `out`: `diffalign pairs`. split: as `read_splits` takes it."""
+    report = import_pairs(sources, out, read_splits(split))
+    print(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
+
+
+def read_splits(given: list[str]) -> dict[str, float] | None:
+    """Return the shares of splits from words such as `validation=0.1`; None for none.
+
+    Raises DiffalignError for words of another form, and for shares that leave nothing to train.
+    """
+    splits: dict[str, float] = {}
+    for word in given:
+        name, _, share = word.partition("=")
+        try:
+            splits[name.strip()] = float(share)
+        except ValueError:
+            raise DiffalignError(f"--split {word}: should be a name and a share, such as validation=0.1") from None
+    if problem := split_problem(splits):
+        raise DiffalignError(f"--split {' '.join(given)}: {problem}")
+    return splits or None
+
+
+def _split_counts(report: Report) -> str:
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(report.splits.items()))
+    return f" ({counts})" if len(report.splits) > 1 else ""
+
+
+def convert(sources: list[Path], out: Path, form: str | None = None, split: list[str] | None = None) -> Report:
+    """Convert another dataset into `out`: `diffalign data convert`. Broken rows are reported and skipped.
+
+    split: as `read_splits` takes it.
+    """
+    splits = read_splits(split or [])
     name, rows = open_rows(sources, form)
-    report = write_imported(rows, out)
+    report = write_imported(rows, out, splits=splits)
     for fault in report.faults[:FAULTS_SHOWN]:
         print(f"{fault.where}: {fault.reason}", file=sys.stderr)
     if report.faults:
@@ -57,7 +90,8 @@ def convert(sources: list[Path], out: Path, form: str | None = None) -> Report:
         print(f"{len(report.faults)} broken rows were skipped{more}", file=sys.stderr)
     for reason, count in report.counted.items():
         print(f"{count} rows skipped: {reason}")
-    print(f"{name}: {report.groups} groups, {report.images} images in {out}; train on them with data.path={out}")
+    found = f"{report.groups} groups, {report.images} images in {out}{_split_counts(report)}"
+    print(f"{name}: {found}; train on them with data.path={out}")
     return report
 
 

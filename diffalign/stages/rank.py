@@ -1,55 +1,114 @@
 """`diffalign rank`: scores to preferences, with the report of it and the dataset's card."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from diffalign.config import RankConfig, RankSection
 from diffalign.data.choose_members import Limit
-from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.dataset_card import write_own_card
-from diffalign.data.rank import Rules, generator_warning
+from diffalign.data.dataset import RANKING_FILE, PreferenceDataset
+from diffalign.data.dataset_card import shuffled_words, write_own_card
+from diffalign.data.rank import Rules, generator_warning, is_split, write_splits
 from diffalign.data.rank import rank as rank_groups
 from diffalign.data.sample import clean_up
+from diffalign.data.schema import HUMAN
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.files import write_whole
 from diffalign.progress import say
 
+RULES = 2
+"""Part of a ranking's settings. A ranking made under older rules, by which an unscored image was the worst, is made again."""
+
 
 def rank(config: RankConfig) -> None:
-    """Rank a scored dataset again: `diffalign rank`."""
+    """Rank a scored dataset again: `diffalign rank`.
+
+    Preferences that people gave are the default source. Where nothing but splits is asked for, labels stay as they are.
+    """
     dataset = PreferenceDataset(config.data)
-    rank_dataset(dataset, config, dataset.rewards(), config.shuffle)
+    voters = [HUMAN] if any(dataset.human) else dataset.rewards()
+    labelled = any(dataset.column("preference"))
+    if config.splits is not None and _asks_for_splits_alone(config) and (labelled or not voters):
+        _split_dataset(dataset, config.splits, config.seed)
+    else:
+        rank_dataset(dataset, config, voters, config.shuffle)
     if (config.data / "sampling.json").is_file():  # `diffalign synth` wrote the card; other datasets keep theirs
         write_card_once(config.data)
     clean_up(config.data)
 
 
-def rank_dataset(dataset: PreferenceDataset, section: RankSection, rewards: list[str], shuffle: bool = False) -> None:
+def rank_dataset(dataset: PreferenceDataset, section: RankSection, voters: list[str], shuffle: bool = False) -> None:
     """Write preferences into groups.parquet and what was done into ranking.json, in one of the processes.
 
-    rewards: those that vote where the section names none. shuffle: permute each group's preferences, as a control. With
+    voters: those that vote where the section names none. shuffle: permute each group's preferences, as a control. With
     the same settings and scores as before nothing is done.
     """
-    sources = section.sources or rewards
-    scored_by = {name: dataset.scored_by(name) for name in sorted({source.partition(".")[0] for source in sources})}
+    sources = section.sources or voters
+    names = {source.partition(".")[0] for source in sources}
+    scored_by = {name: dataset.scored_by(name) for name in sorted(names) if name in dataset.rewards()}
     settings = {**section.model_dump(mode="json", include=set(RankSection.model_fields)), "sources": sources}
-    settings |= {"shuffle": shuffle, "scored_by": scored_by}
-    path = dataset.folder / "ranking.json"
+    settings |= {"shuffle": shuffle, "scored_by": scored_by, "rules": RULES}
 
     def done() -> bool:
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings
+        before = dataset.ranking()
+        return before is not None and before["settings"] == settings
 
     def make() -> None:
+        _say_what_is_replaced(dataset, sources)
         report = rank_groups(dataset, sources, section.seed if shuffle else None, _rules(section))
-        # Both show the old order; `synth` writes them again.
-        (dataset.folder / "contact.html").unlink(missing_ok=True)
-        if (dataset.folder / "sampling.json").is_file():
-            (dataset.folder / "README.md").unlink(missing_ok=True)
-        write_whole(path, json.dumps({"settings": settings, "report": report}, indent=1) + "\n")
+        _forget_pages(dataset.folder)
+        _write_ranking(dataset.folder, {"settings": settings, "report": report})
 
     complete_all([Task("rank", done, make)], dataset.folder / WORK_FOLDER / "locks")
-    _print_report(json.loads(path.read_text(encoding="utf-8"))["report"], sources)
+    made = dataset.ranking()
+    assert made is not None
+    _print_report(made)
+
+
+def _split_dataset(dataset: PreferenceDataset, splits: dict[str, float], seed: int) -> None:
+    """Write the splits into groups.parquet in one of the processes, and what was done into ranking.json, if there is one."""
+
+    def make() -> None:
+        write_splits(dataset, splits, seed)
+        _forget_pages(dataset.folder)
+        if done := dataset.ranking():
+            # `split_seed` makes these settings differ from those of every ranking, so that the next one is made.
+            settings = {**done["settings"], "splits": splits, "split_seed": seed}
+            _write_ranking(dataset.folder, {**done, "settings": settings})
+
+    done = lambda: is_split(PreferenceDataset(dataset.folder), splits, seed)  # noqa: E731
+    complete_all([Task("split", done, make)], dataset.folder / WORK_FOLDER / "locks")
+    names = Counter(PreferenceDataset(dataset.folder).column("split"))
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(names.items()))
+    say(f"split {len(dataset)} groups: {counts}; their labels stay as they are")
+
+
+def _asks_for_splits_alone(config: RankConfig) -> bool:
+    plain = RankConfig(data=config.data, splits=config.splits, seed=config.seed)
+    return config.model_dump() == plain.model_dump()
+
+
+def _write_ranking(folder: Path, ranking: dict[str, Any]) -> None:
+    write_whole(folder / RANKING_FILE, json.dumps(ranking, indent=1) + "\n")
+
+
+def _forget_pages(folder: Path) -> None:
+    """Delete the pages that show the old order or splits; `synth` and `rank` write them again."""
+    (folder / "contact.html").unlink(missing_ok=True)
+    if (folder / "sampling.json").is_file():
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def _say_what_is_replaced(dataset: PreferenceDataset, sources: list[str]) -> None:
+    before, people = dataset.ranking(), sum(map(bool, dataset.human))
+    if before is not None and before["settings"]["sources"] != sources:
+        say(f"this replaces the ranking by {', '.join(before['settings']['sources'])}")
+    if people and sources != [HUMAN]:
+        say(
+            f"the preferences that people gave for {people} groups are kept as the source {HUMAN}: `diffalign rank "
+            f"{dataset.folder} sources=[{HUMAN}]` brings them back"
+        )
 
 
 def write_card_once(folder: Path) -> None:
@@ -72,9 +131,15 @@ def _rules(section: RankSection) -> Rules:
     )
 
 
-def _print_report(report: dict[str, Any], sources: list[str]) -> None:
+def _print_report(ranking: dict[str, Any]) -> None:
+    settings, report = ranking["settings"], ranking["report"]
+    sources = settings["sources"]
     dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items())
     say(f"ranked {report['groups']} groups by {', '.join(sources)}{dropped}; {report['images']} images count")
+    if settings["shuffle"]:
+        say(f"{shuffled_words(settings)}: do not train on them for use")
+    if report["without_score"]:
+        say(f"{report['without_score']} images without a score are left out of the ranking")
     if report["without_preference"]:
         say(f"{report['without_preference']} groups state no preference (all equal)")
     if warning := generator_warning(report["generator_explains"]):

@@ -3,6 +3,8 @@
 import os
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +18,15 @@ from diffalign.data.schema import score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.progress import ImageProgress, say_aside
-from diffalign.rewards import REWARDS, foreign_rewards
+from diffalign.rewards import REWARDS, Reward, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
 from diffalign.scoring.gallery import write_gallery
-from diffalign.scoring.human_agreement import agreement_table, read_choices
+from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import faults, summary_table
+from diffalign.scoring.score_summary import cut_lines, faults, summary_table
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
@@ -59,7 +61,7 @@ def score(request: ScoreRequest) -> int:
     processes = Processes.start()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode.py has a limit of its own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
             return _score(request, processes)
     finally:
         processes.stop()
@@ -73,16 +75,35 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
-    items = {side: collect(paths, prompting) for side, paths in sources.items() if paths}
+    skipped: Counter[str] = Counter()
+    items = {side: collect(paths, prompting, skipped) for side, paths in sources.items() if paths}
+    if processes.main and skipped:
+        print(
+            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}",
+            file=sys.stderr,
+        )
+    if given and (unused := given.unused()) and processes.main:
+        print(f"prompts: {unused}", file=sys.stderr)
     if "B" in items:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
+    # Before any weights are asked for.
+    every = [item for side in items.values() for item in side]
+    without = not any((item.prompt or "").strip() or item.fault for item in every)
+    if without and all("prompt" in reward.reads for reward in rewards.values()):
+        raise DiffalignError(
+            f"{', '.join(rewards)}: no image has a prompt; give --prompt or --prompts, or write a.txt beside a.png"
+        )
+    # Labels and pairs are checked before hours are spent on scores.
+    choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
+    if "B" in items:
+        pair_up(*(Scores([], {}, items=side) for side in items.values()))
     # Score the items of both sides in one run, so that each reward loads once.
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
         both = score_items(
-            [item for side in items.values() for item in side],
+            every,
             rewards,
             store,
             batch_size=request.batch_size,
@@ -94,11 +115,18 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
             return 0
         kept = store.finish(both.rows, [Path(s).as_posix() for paths in sources.values() for s in paths])
     parts = _split(both, len(items["A"]))
-    _show(request, both, parts, kept)
+    _show(request, both, parts, choices, kept, rewards)
     return UNSCORED if both.failed else 0
 
 
-def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -> None:
+def _show(
+    request: ScoreRequest,
+    both: Scores,
+    parts: list[Scores],
+    choices: list[Choice],
+    kept: int,
+    rewards: Mapping[str, Reward],
+) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for part in parts:
         console.print(summary_table(part))
@@ -109,11 +137,13 @@ def _show(request: ScoreRequest, both: Scores, parts: list[Scores], kept: int) -
         print(heading(pairing, names))
         console.print(comparison_table(compare_scores(a, b, pairing)))
     if request.labels:
-        console.print(agreement_table(read_choices(request.labels, both), both))
+        console.print(agreement_table(choices, both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
+    for line in cut_lines(rewards, [item.prompt for item in both.items]):
+        print(line)
     if request.into_dataset:
-        for path in write_into_dataset(parts[0], request.images):
+        for path in write_into_dataset(parts[0], request.images, rewards):
             print(f"scores: {path}")
     if request.html:
         print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
@@ -128,17 +158,18 @@ def _split(both: Scores, first: int) -> list[Scores]:
     return [Scores(both.rows[c], both.columns, items=both.items[c]) for c in cuts]
 
 
-def write_into_dataset(scores: Scores, sources: list[str]) -> list[Path]:
+def write_into_dataset(scores: Scores, sources: list[str], rewards: Mapping[str, Reward]) -> list[Path]:
     """Write `scores/<label>.parquet` into the dataset that was scored, where `rank` and `train` find them.
 
-    One file per label, replaced whole. Return the files; raise DiffalignError if `sources` is no dataset folder.
+    One file per label, replaced whole, with a note of the reward that judged. Return the files; raise DiffalignError if
+    `sources` is no dataset folder.
     """
     if len(sources) != 1 or any(item.group is None for item in scores.items):
         raise DiffalignError("--into-dataset: IMAGES must be one dataset folder (a folder with groups.parquet)")
     written = []
     for label, columns in scores.columns.items():
         path = Path(sources[0]) / "scores" / f"{label}.parquet"
-        schema = score_schema(columns)
+        schema = score_schema(columns, rewards[label].provenance())
         rows = [
             {
                 "group_id": item.group[0] if item.group else "",

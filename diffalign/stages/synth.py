@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from diffalign.config import GeneratorSection, RewardSection, SynthConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
-from diffalign.data.score import score_images
+from diffalign.data.score import score_images, unscored
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
@@ -30,6 +31,7 @@ from diffalign.files import free_bytes, write_whole
 from diffalign.pipelines.generator import Generator
 from diffalign.progress import ImageProgress, say
 from diffalign.report.model_card import licence_name
+from diffalign.rewards import Reward
 from diffalign.stages.data import write_sheet
 from diffalign.stages.rank import rank_dataset, write_card_once
 from diffalign.stages.resolve import (
@@ -44,6 +46,7 @@ from diffalign.stages.resolve import (
 Result = TypeVar("Result")
 
 PROBE_BATCHES = 2
+REASONS_SHOWN = 5
 
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
@@ -54,6 +57,8 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     plan = make_plan(config)
+    rewards = [open_reward(section, device) for section in config.rewards]  # weights load with the first image
+    _check_rewards(config, plan, rewards)
     if dry_run:
         estimate(config, plan, device)
         return
@@ -69,9 +74,10 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
     # Score, one reward in memory at a time.
     dataset = PreferenceDataset(out)
     for section in config.rewards:
-        settings = section.model_dump(exclude={"name"})
-        scored = score_images(dataset, open_reward(section, device), config.reward_batch, settings=settings)
+        scored = score_images(dataset, rewards.pop(0), config.reward_batch)
         say(f"{section.name}: this process scored {scored} images")
+        for reason, count in unscored(dataset, section.label).most_common(REASONS_SHOWN):
+            say(f"{section.name}: {count} images have no score: {reason}")
 
     # Rank, and describe what came out.
     if config.rewards:
@@ -98,6 +104,20 @@ def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> 
     count = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
     generator.close()
     say(f"{section.name}: this process drew {count} images")
+
+
+def _check_rewards(config: SynthConfig, plan: SynthPlan, rewards: list[Reward]) -> None:
+    """Say before anything is drawn how many prompts a reward cannot score; refuse a reward that can score none."""
+    for section, reward in zip(config.rewards, rewards, strict=True):
+        reasons = [reward.reason_not_scorable(row.prompt, row.metadata) for row in plan.prompts]
+        found = Counter(reason for reason in reasons if reason)
+        total, reason = sum(found.values()), next(iter(found), "")
+        if total == len(reasons):
+            raise DiffalignError(
+                f"rewards: {section.name} cannot score any prompt of {config.prompts.source}: {reason}"
+            )
+        if total:
+            say(f"{section.name}: {total} of {len(reasons)} prompts cannot be scored, the first: {reason}")
 
 
 def make_plan(config: SynthConfig) -> SynthPlan:
@@ -172,8 +192,12 @@ def _probe_generator(config: SynthConfig, plan: SynthPlan, part: int, device: st
 def _probe_reward(section: RewardSection, plan: SynthPlan, images: list[tuple[str, Image.Image]], device: str) -> float:
     """Return the seconds that a reward needs for all images of the plan."""
     facts = {row.prompt: {**row.metadata, "prompt": row.prompt} for row in plan.prompts}
-    prompts = [prompt for prompt, _ in images]
     reward = open_reward(section, device)
+    images = [(p, image) for p, image in images if not reward.reason_not_scorable(p, facts[p])]
+    if not images:
+        say(f"  {section.name}: none of the drawn prompts can be scored, so its time is not in the estimate")
+        return 0.0
+    prompts = [prompt for prompt, _ in images]
     measure = partial(reward.measure, [image for _, image in images], prompts, [facts[p] for p in prompts])
     seconds = [timed(measure)[0] for _ in range(PROBE_BATCHES)][-1] / len(images)
     say(f"  {section.name}: {seconds:.3g} s an image")

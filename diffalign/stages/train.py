@@ -6,6 +6,7 @@ import torch
 
 from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.labels import shuffled_labels
 from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.health import examine_labels
@@ -48,6 +49,8 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
     findings = [] if roles else examine_labels(source.labelled(dataset))
+    if config.labels.source == "preference":
+        findings += shuffled_labels(dataset)
     wanted, side = config.validation, config.data.resolution or backbone.default_resolution
     drawn = SamplingSettings(wanted.steps, wanted.guidance_scale, wanted.negative_prompt, side, side)
     validation = open_validation(wanted, backbone, device, config.seed, drawn)

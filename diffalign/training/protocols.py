@@ -37,7 +37,7 @@ class GroupSource(Protocol):
 
     @property
     def mask(self) -> Tensor:
-        """[groups]: False where a group has fewer than K images."""
+        """[groups]: False where a group has fewer than two images."""
 
     @property
     def group_ids(self) -> list[str]: ...

@@ -140,7 +140,9 @@ def test_a_full_disk_is_seen_before_anything_is_encoded(folder: Path, monkeypatc
 def test_source_pairs_latents_with_labels(folder: Path) -> None:
     said: list[str] = []
     source = prepare_source(settings(), LABELS, PreferenceDataset(folder), Encoder(), said.append)
-    assert source.mask.tolist() == [True, True, False] and any("1 of 3 groups have fewer" in s for s in said)
+    assert source.mask.tolist() == [True, True, True]
+    assert any("1 of 3 groups have fewer than 3 images and are trained on with those they have" in s for s in said)
+    assert source.rewards[2].isnan().tolist() == [False, False, True]
     batch = source.batch([1, 2])
     assert batch.rewards[0].tolist() == [0.0, 0.5, 1.0] and batch.prompts == ["prompt b", "prompt c"]
     assert torch.equal(batch.latents[0], source.latents.batch([1])[0][0])

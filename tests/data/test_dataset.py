@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,20 @@ import torch
 from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import write_own_card
 from diffalign.data.labels import labels
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import rank
 from diffalign.data.sample import image_seed, sample_groups
+from diffalign.data.schema import score_schema
 from diffalign.data.score import score_images
 from diffalign.data.training_source import choose_groups
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.rewards import Reward, load_reward
 from diffalign.rewards.aggregate import vote_shares
+from diffalign.testbed.detector import ShapeDetector
 from helpers.small_datasets import picture
 
 
@@ -53,16 +58,19 @@ def folder(tmp_path: Path) -> Path:
     return out
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward with two columns."""
 
     name, columns, version, weights, licence = "brightness", ("mean", "half"), "1", "none", "none"
+    range = (0.0, 255.0)
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
-    def measure(self, images: list[Image.Image], prompts: list[str], facts: list[dict[str, Any]]) -> dict[str, Any]:
-        assert [f["prompt"] for f in facts] == prompts and all(f["tag"] == "single_object" for f in facts)
+    def measure(
+        self, images: list[Image.Image], prompts: list[str], facts: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        assert facts and [f["prompt"] for f in facts] == prompts and all(f["tag"] == "single_object" for f in facts)
         self.reasons = [""] * len(images)
         values = torch.tensor([float(np.asarray(i).mean()) for i in images])
         return {"mean": values, "half": values / 2}
@@ -155,7 +163,7 @@ def _png(image: Image.Image) -> bytes:
     [
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.xml", b"a", "unknown kind of file"),
-        ("p.csv", b"caption,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has caption, n"),
+        ("p.csv", b"words,n\na,1\n", r"p\.csv:1: no column 'prompt'; it has words, n"),
         ("p.parquet", b"a", "not a complete parquet file"),
         ("p.jsonl", b'{"prompt": "a"}\n{"x": 1}\n', r'p\.jsonl:2: no "prompt"'),
         ("p.jsonl", b"{nonsense\n", r"p\.jsonl:1: not JSON"),
@@ -278,6 +286,38 @@ def test_scores_are_stored_once(folder: Path) -> None:
         dataset.scores("brightness", "max")
 
 
+def test_a_score_file_names_what_really_judged(folder: Path) -> None:
+    dataset = PreferenceDataset(folder)
+    judges = [load_reward("jpeg_compressibility", quality=50), load_reward("sharpness"), Brightness()]
+    for reward in judges:
+        score_images(dataset, reward)
+    judges.append(load_reward("geneval", detector=ShapeDetector(), threshold=0.25))
+    schema = score_schema(judges[-1].columns, judges[-1].provenance())
+    pq.write_table(pa.table({name: [] for name in schema.names}, schema), folder / "scores" / "geneval.parquet")
+    for reward in judges:
+        noted = PreferenceDataset(folder).scored_by(reward.name)
+        assert noted == json.loads(json.dumps(reward.provenance()))
+        assert (noted["weights"], noted["settings"]) == (reward.weights_id(), reward.options())
+    noted = dataset.scored_by("geneval")
+    assert noted["weights"] == "the detector ShapeDetector" and "Mask2Former" not in noted["licence"]
+    assert noted["settings"]["detector"] == "ShapeDetector" and noted["settings"]["threshold"] == 0.25
+    write_own_card(PreferenceDataset(folder))
+    card = (folder / "README.md").read_text()
+    assert "| jpeg_compressibility | 1 | none | Apache-2.0 (this project) | quality=50, sign=1 |" in card
+    assert "| geneval | 2 | the detector ShapeDetector | MIT (the decisions), the detector's own | counting_" in card
+    # Another judge under the same name is refused; notes of older versions say too little for that.
+    with pytest.raises(DiffalignError, match=r"was scored with settings=\{'quality': 50"):
+        score_images(dataset, load_reward("jpeg_compressibility"))
+    path = folder / "scores" / "jpeg_compressibility.parquet"
+    table = pq.read_table(path)
+    for older in ({"version": "1", "weights": "none", "settings": {"options": {}}}, {"version": "1"}, None):
+        pq.write_table(table.replace_schema_metadata({"diffalign": json.dumps(older)} if older else None), path)
+        assert score_images(dataset, load_reward("jpeg_compressibility")) == 0
+    pq.write_table(table.replace_schema_metadata({"diffalign": json.dumps({"version": "0"})}), path)
+    with pytest.raises(DiffalignError, match="was scored with version='0'"):
+        score_images(dataset, load_reward("jpeg_compressibility"))
+
+
 def test_a_broken_image_scores_nan_with_its_reason(tmp_path: Path) -> None:
     with ImageWriter(tmp_path) as writer:
         writer.write("a", 0, _png(picture(1))[:150], "model", 0, {})
@@ -298,7 +338,7 @@ def test_vote_shares() -> None:
     assert vote_shares(np.exp(scores / 7)) == pytest.approx(by_hand)
     # A tie gives nobody a vote and stays in the denominator; a NaN leaves it.
     assert vote_shares(np.array([[1.0, 1.0, 0.0]])) == pytest.approx([0.5, 0.5, 0.0])
-    assert vote_shares(np.array([[1.0, np.nan, 0.0]])) == pytest.approx([1.0, 0.0, 0.0])
+    assert vote_shares(np.array([[1.0, np.nan, 0.0]])) == pytest.approx([1.0, np.nan, 0.0], nan_ok=True)
 
 
 def test_ranking_and_its_control(folder: Path) -> None:

@@ -20,6 +20,7 @@ from diffalign.data.dataset_summary import pair_agreement
 from diffalign.data.hashes import difference_hash
 from diffalign.data.labels import labels
 from diffalign.data.rank import Rules, generator_warning, rank
+from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import vote_shares
 from helpers.small_datasets import picture, scored
@@ -97,10 +98,11 @@ def test_the_k_that_differ_most(k: int, variance: float) -> None:
 
 def test_other_choices() -> None:
     values = np.array([0.5, np.nan, 0.9, 0.1, 0.7])
-    assert choose_members(values, "extremes", 3, np.random.default_rng(0)).tolist() == [1, 2, 4]
-    assert choose_members(values, "all", None, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 4]
+    assert choose_members(values, "extremes", 3, np.random.default_rng(0)).tolist() == [2, 3, 4]
+    assert choose_members(values, "variance", 2, np.random.default_rng(0)).tolist() == [2, 3]
+    assert choose_members(values, "all", None, np.random.default_rng(0)).tolist() == [0, 2, 3, 4]  # absent is not last
     drawn = {tuple(choose_members(values, "random", 2, np.random.default_rng(s))) for s in range(60)}
-    assert len(drawn) == 10 and all(len(d) == 2 for d in drawn)
+    assert len(drawn) == 6 and all(len(d) == 2 and 1 not in d for d in drawn)
     tied = {tuple(choose_members(np.zeros(4), "extremes", 2, np.random.default_rng(s))) for s in range(60)}
     assert len(tied) == 6  # between equals, the position of an image decides nothing
 
@@ -115,6 +117,99 @@ def test_chosen_images_are_those_that_training_sees(tmp_path: Path) -> None:
     assert [list(x) for x in labels(ranked, [0, 1])] == [[1, 0], [0, 1]]
     assert [list(x) for x in labels(ranked, [0, 1], "scores.a")] == [[4, 1], [1, 4]]
     assert [i.index for i in ranked.images("g1")] == [0, 3]
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize("aggregate", ["votes", "mean"])
+@pytest.mark.parametrize("place", range(4))
+def test_an_image_without_a_score_is_not_the_worst(place: int, aggregate: str, tmp_path: Path) -> None:
+    """It is no member of the ranking and of no pair, and the others rank as if it were not there."""
+    values = [4.5, 2.0, 3.0, 2.5]
+    values[place] = NAN
+    others = [k for k in range(4) if k != place]
+    report = rank(scored(tmp_path / "own", {"a": [values]}), ["a"], rules=Rules(aggregate=aggregate))
+    ranked = PreferenceDataset(tmp_path / "own")
+    assert report["without_score"] == 1 and report["images"] == 3 and not report["dropped"]
+    assert ranked.members("g0") == others
+    best, worst = max(others, key=lambda k: values[k]), min(others, key=lambda k: values[k])
+    assert dict(zip(others, ranked.group(0)["preference"], strict=True))[best] == 1.0
+    export(ranked, tmp_path / "pap", "pickapic")
+    (row,) = pq.read_table(next((tmp_path / "pap" / "data").glob("*.parquet"))).to_pylist()
+    assert {row["image_0_uid"], row["image_1_uid"]} == {f"g0-{best}", f"g0-{worst}"}
+    assert row["best_image_uid"] == f"g0-{best}"
+
+
+@pytest.mark.parametrize(
+    ("scores", "weights", "members", "preference"),
+    [
+        # One voter could not score an image: it is ranked by the other.
+        ({"a": [NAN, 0.2, 0.1], "b": [0.9, 0.5, 0.1]}, {}, None, [1.0, 2 / 3, 0.0]),
+        # The voter that could not has weight 0 and no say, whatever it says.
+        ({"a": [NAN, 0.1, 0.2], "b": [0.9, 0.5, 0.1]}, {"a": 0}, None, [1.0, 0.5, 0.0]),
+        ({"a": [0.1, 0.5, 0.9], "b": [0.9, NAN, 0.1]}, {"a": 0}, [0, 2], [1.0, 0.0]),
+        # No voter has scored it, or it says infinity.
+        ({"a": [0.5, NAN, 0.2], "b": [0.5, NAN, 0.2]}, {}, [0, 2], [1.0, 0.0]),
+        ({"a": [0.5, math.inf, 0.2], "b": [0.5, NAN, 0.2]}, {}, [0, 2], [1.0, 0.0]),
+        # Its only voter has scored nobody else: it can be compared with none.
+        ({"a": [0.5, NAN, 0.2], "b": [NAN, 0.7, NAN]}, {}, [0, 2], [1.0, 0.0]),
+    ],
+)
+def test_who_has_a_say(
+    scores: dict[str, list[float]],
+    weights: dict[str, float],
+    members: list[int] | None,
+    preference: list[float],
+    tmp_path: Path,
+) -> None:
+    dataset = scored(tmp_path, {name: [values] for name, values in scores.items()})
+    rank(dataset, list(scores), rules=Rules(weights=weights))
+    group = PreferenceDataset(tmp_path).group(0)
+    assert group["members"] == members and group["preference"] == pytest.approx(preference)
+
+
+def test_the_mean_leaves_a_voter_of_weight_0_out(tmp_path: Path) -> None:
+    dataset = scored(tmp_path, {"a": [[NAN, 1, 2]], "b": [[3, 2, 1]]})
+    assert rank(dataset, ["a", "b"], rules=Rules(aggregate="mean", weights={"a": 0}))["without_score"] == 0
+    assert PreferenceDataset(tmp_path).group(0)["preference"] == [1.0, 0.5, 0.0]
+    with pytest.raises(DiffalignError, match="no voter has a weight above 0"):
+        rank(dataset, ["a", "b"], rules=Rules(weights={"a": 0, "b": 0}))
+
+
+@pytest.mark.parametrize(
+    ("how", "k", "members"), [("extremes", 2, [0, 3]), ("variance", 2, [0, 3]), ("random", 3, [0, 2, 3])]
+)
+def test_no_choice_takes_an_image_without_a_score(how: str, k: int, members: list[int], tmp_path: Path) -> None:
+    rank(scored(tmp_path, {"a": [[4.5, NAN, 3.0, 2.0]]}), ["a"], rules=Rules(choose=how, k=k))  # type: ignore[arg-type]
+    ranked = PreferenceDataset(tmp_path).group(0)
+    assert ranked["members"] == members and max(ranked["preference"] or []) == 1.0
+
+
+def test_groups_without_two_scores_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored(tmp_path, {"a": [[1, NAN, 2], [NAN, 2, NAN], [NAN, NAN, NAN], [1, 2, 3]]})
+    (tmp_path / "sampling.json").write_text("{}")  # so that the card is written
+    with pytest.raises(SystemExit):
+        app(["rank", str(tmp_path)], prog_name="diffalign")
+    told = capsys.readouterr().out
+    assert "2 dropped (fewer than two images left)" in told and "6 images without a score are left out" in told
+    assert "6 images without a score are left out" in (tmp_path / "README.md").read_text()
+    assert PreferenceDataset(tmp_path).split("train") == [0, 3]
+
+
+def test_a_ranking_of_older_rules_is_made_again(tmp_path: Path) -> None:
+    import json
+
+    scored(tmp_path, {"a": [[1, NAN, 2]]})
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            app(["rank", str(tmp_path)], prog_name="diffalign")
+        assert PreferenceDataset(tmp_path).group(0)["members"] == [0, 2]
+        ranking = json.loads((tmp_path / "ranking.json").read_text())
+        del ranking["settings"]["rules"]
+        (tmp_path / "ranking.json").write_text(json.dumps(ranking))
+        row = PreferenceDataset(tmp_path).group(0)
+        write_groups(tmp_path, [{**row, "members": None, "preference": [0.5, 0.0, 1.0]}])
 
 
 def test_limits_and_duplicates(tmp_path: Path) -> None:

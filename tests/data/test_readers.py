@@ -105,7 +105,7 @@ def test_broken_pickapic(tmp_path: Path) -> None:
     assert told[:5] == [
         "a.parquet:4: labels 2.0 and 0.0; 1 and 0, 0 and 1, or 0.5 each are known",
         "a.parquet:5: jpg_1 is empty",
-        "a.parquet:6: image 0 is not a complete image",
+        "a.parquet:6: image 0 is not a complete image (not an image of a known format)",
         "a.parquet:7: no caption",
         "b.parquet: column jpg_1, label_0, label_1 is missing",
     ]
@@ -282,8 +282,8 @@ def test_what_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_bytes(b"prompt,winner,loser\ncaf\xe9,a,b\n")
     with pytest.raises(DiffalignError, match=r"p\.csv: not UTF-8 at byte"):
         list(open_rows([tmp_path / "p.csv"], None)[1])
-    (tmp_path / "p.csv").write_text("prompt,chosen\na,b\n")
-    with pytest.raises(DiffalignError, match=r"p\.csv:1: column loser, winner is missing"):
+    (tmp_path / "p.csv").write_text("prompt,best\na,b\n")
+    with pytest.raises(DiffalignError, match=r"p\.csv:1: column winner is missing .*; there are prompt, best"):
         list(open_rows([tmp_path / "p.csv"], None)[1])
     with pytest.raises(DiffalignError, match="--format x: unknown; there are pickapic"):
         open_rows([tmp_path], "x")

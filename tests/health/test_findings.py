@@ -370,3 +370,13 @@ def test_remedies_of_dpo() -> None:
     assert clamped.loss.tolist() == pytest.approx([np.log1p(np.exp(-1.0)), plain[1]])  # the first margin is 2
     clamped.loss.sum().backward()
     assert policy.grad is not None and not policy.grad[0].any() and policy.grad[1].all()
+
+
+@pytest.mark.parametrize(
+    "weightless", [[0.5, 0.5], [1.0, float("nan")], [float("nan")] * 3, [0.3], [0.2, 0.2, float("nan")]], ids=str
+)
+def test_most_groups_without_weight_are_named_before_training(weightless: list[float]) -> None:
+    fine = LabelledGroup([1.0, float("nan"), 0.0])
+    assert examine_labels([fine] * 50 + [LabelledGroup(weightless)] * 50) == []
+    (finding,) = examine_labels([fine] * 30 + [LabelledGroup(weightless)] * 70)
+    assert (finding.name, finding.measured) == ("labels_without_spread", "70% of 100 groups")

@@ -15,6 +15,8 @@ image-reward 1.5
     init_weights                             expects what newer models set up; all weights are loaded anyway
     init_tokenizer                           downloads bert-base-uncased, and an attribute it reads is gone: a given tokenizer
     create_vit, MLP's 768                    the published sizes are written into the code; here they are reduced ones
+
+hpsv3 1.0.0 comes with the transformers 4.45.2 that it pins, so it runs in another process (oracle_hpsv3.py).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -32,6 +35,7 @@ from typing import Any
 from unittest import mock
 
 FOLDER = Path(os.environ.get("DIFFALIGN_ORACLES") or Path(sys.prefix) / "oracles")
+HPSV3 = Path(os.environ.get("DIFFALIGN_ORACLES_HPSV3") or Path(sys.prefix) / "oracles-hpsv3")
 
 
 class OraclesMissing(Exception):
@@ -40,12 +44,16 @@ class OraclesMissing(Exception):
 
 def folder() -> Path:
     """Where the packages are. Raises OraclesMissing, so that a comparison never passes by not taking place."""
-    for package in ("hpsv2", "ImageReward"):
-        if not (FOLDER / package).is_dir():
+    return installed(FOLDER, "hpsv2", "ImageReward")
+
+
+def installed(where: Path, *packages: str) -> Path:
+    for package in packages:
+        if not (where / package).is_dir():
             raise OraclesMissing(
-                f"{FOLDER / package} is not there: `make oracles` installs what these tests compare with"
+                f"{where / package} is not there: `make oracles` installs what these tests compare with"
             )
-    return FOLDER
+    return where
 
 
 def module(name: str, **attributes: Any) -> types.ModuleType:
@@ -143,3 +151,18 @@ def imagereward(work: Path, tokenizer: Any, *, width: int, text: int, layers: in
         model = package.ImageReward(str(work / "med_config.json"))
     model.mlp = package.MLP(text)
     return model.eval()
+
+
+def hpsv3(command: str, folder: Path, **request: Any) -> Any:
+    """What oracle_hpsv3.py answers to a command; the packages' folder comes first on its path, before ours."""
+    script = Path(__file__).with_name("oracle_hpsv3.py")
+    path = str(installed(HPSV3, "hpsv3", "transformers"))
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), command, str(folder)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]) if command == "score" else None

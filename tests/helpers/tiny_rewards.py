@@ -66,12 +66,12 @@ def openclip_model(folder: Path, name: str, seed: int = 0, **more: bool) -> nn.M
 
 
 def hps_checkpoint(folder: Path, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint as xswu/HPSv2 publishes it, of the open_clip config `tiny-hps`."""
+    """A checkpoint as xswu/HPSv2 publishes it, in float16, of the open_clip config `tiny-hps`; its values in float32."""
     model = openclip_model(folder, "tiny-hps", seed)
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    state = {k: v.detach().half() for k, v in model.state_dict().items()}
     path = folder / "HPS_v2.1_compressed.pt"
     torch.save({"state_dict": state}, path)
-    return path, state
+    return path, {k: v.float() for k, v in state.items()}
 
 
 def as_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def by_counting(scores: np.ndarray) -> list[float]:
                 if i != j and not np.isnan(scores[r, i]) and not np.isnan(scores[r, j]):
                     compared += 1
                     wins += scores[r, i] > scores[r, j]
-        shares.append(wins / compared if compared else 0.0)
+        shares.append(wins / compared if compared else np.nan)
     return shares
 
 
@@ -43,7 +43,13 @@ def test_vote_shares() -> None:
     broken = SYNPIC.copy()
     broken[2, 1] = broken[4, 3] = np.nan
     assert vote_shares(broken).tolist() == pytest.approx(by_counting(broken))
-    assert vote_shares(np.full((2, 3), np.nan)).tolist() == [0, 0, 0]
+    assert np.isnan(vote_shares(np.full((2, 3), np.nan))).all()  # never compared: no share, which is not the lowest one
+    unscored = np.array([[0.9, np.nan, 0.2], [np.nan, np.nan, np.nan]])
+    assert vote_shares(unscored).tolist() == pytest.approx([1, np.nan, 0], nan_ok=True)
+    # A voter of weight 0 has no say: neither its order nor what it could not score counts.
+    voters = np.array([[np.nan, 0.9, 0.1], [0.3, 0.2, 0.1]])
+    assert vote_shares(voters, np.array([0.0, 1.0])).tolist() == vote_shares(voters[1:]).tolist() == [1, 0.5, 0]
+    assert vote_shares(voters, np.array([1.0, 0.0])).tolist() == pytest.approx([np.nan, 1, 0], nan_ok=True)
     assert vote_shares(np.exp(SYNPIC / 7)).tolist() == pytest.approx(shares.tolist())
 
 

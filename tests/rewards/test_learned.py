@@ -6,6 +6,7 @@ HPSv2 and ImageReward beside their packages' own code: test_published_packages.p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, Reward, load_reward
 from diffalign.rewards.pixels import BOUND, CLIP_MEAN, CLIP_STD, crop_square, crop_square_tensor, letterbox, to_tensor
+from diffalign.scoring.score_summary import cut_lines
 from helpers import pictures, tiny_rewards
 
 PROMPTS = ["a red cat", "two dogs and a very long story " * 12, "a red cat", ""]
@@ -100,6 +102,48 @@ def test_clipscore_conventions(clip: Path, convention: str) -> None:
     # 96 x 64 becomes 336 x 224 and 300 x 500 373 x 224: even and odd margins.
     assert reward.score(IMAGES, PROMPTS).numpy() == pytest.approx(formula.numpy(), abs=1e-4)
     assert reward.identity()["options"]["convention"] == convention
+
+
+@pytest.fixture(scope="module")
+def openclip(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """One network twice: in open_clip, which shares no code with transformers, and as a hub folder."""
+    folder = tmp_path_factory.mktemp("openclip")
+    model = tiny_rewards.openclip_model(folder / "config", "tiny-openai", seed=5, quick_gelu=True)
+    return model, tiny_rewards.openclip_as_folder(model, folder / "clip", "quick_gelu")
+
+
+@pytest.mark.parametrize("name", ["hessel", "torchmetrics", "cosine", "compbench", "pickscore", "aesthetic"])
+def test_the_clip_family_beside_open_clip(name: str, openclip: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    """Images through open_clip's transform, prompts through its tokenizer, both through its network; then the formula."""
+    import open_clip
+
+    model, folder = openclip
+    transform, tokenize = open_clip.image_transform(224, is_train=False), open_clip.get_tokenizer("tiny-openai")
+    even = [image for image in IMAGES if image.size != (513, 259)]  # an odd margin goes elsewhere in transformers
+    images = IMAGES if name in ("hessel", "cosine", "compbench", "aesthetic") else even
+    prompts = ["a red cat", "two dogs and a very long story " * 12, "Größe, 3 Äpfel & a <b>dog</b>!", "red"][
+        : len(images)
+    ]
+    before = "A photo depicts " if name == "hessel" else ""
+    with torch.no_grad():
+        seen = F.normalize(model.encode_image(torch.stack([transform(image) for image in images])), dim=-1)
+        read = F.normalize(model.encode_text(tokenize([before + prompt for prompt in prompts])), dim=-1)
+    cosine = (seen * read).sum(-1)
+    if name == "aesthetic":
+        head = tiny_rewards.aesthetic_head(tmp_path / "head.pth", 24)
+        expected = seen
+        for n in (0, 2, 4, 6, 7):
+            expected = expected @ head[f"layers.{n}.weight"].T + head[f"layers.{n}.bias"]
+        expected, ours = expected[:, 0], load_reward("aesthetic", weights=tmp_path / "head.pth", clip=folder)
+    elif name == "pickscore":
+        expected, ours = model.logit_scale.exp().detach() * cosine, load_reward("pickscore", weights=folder)
+    else:
+        expected = {"hessel": 2.5 * cosine.clamp(min=0), "torchmetrics": (100 * cosine).clamp(min=0)}.get(name, cosine)
+        ours = load_reward("clipscore", convention=name, weights=folder)
+    found = ours.score(images, prompts)
+    scale = 100.0 if name == "torchmetrics" else max(1.0, float(expected.abs().max()))
+    assert (found - expected).abs().max() < 2e-6 * scale
+    assert found.max() - found.min() > 0.01 * scale
 
 
 def published_letterbox(image: Image.Image) -> torch.Tensor:
@@ -338,3 +382,35 @@ def test_not_differentiable_is_said() -> None:
         if not kind.differentiable and name not in ("geneval",):
             with pytest.raises(DiffalignError, match="is not differentiable"):
                 load_reward(name).score_tensors(torch.rand(1, 3, 8, 8), ["x"])
+
+
+# --- prompts that are cut ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("pickscore", 75), ("clipscore", None), ("hpsv2", 75), ("imagereward", 33), ("sharpness", 999)]
+)
+def test_prompts_that_are_cut_are_counted(name: str, most: int | None, rewards: dict[str, Reward]) -> None:
+    """A prompt is cut if its last word does not move the score. `most`: letters that fit beside beginning and end."""
+    reward = rewards[name]
+    prompts = [" ".join("abcdefg"[i % 7] for i in range(n)) for n in range(20, 84)]
+    scores = reward.score([IMAGES[0]] * len(prompts), prompts).tolist()
+    unmoved = [abs(a - b) < 1e-6 for a, b in pairwise(scores)] if reward.longest else [False] * (len(prompts) - 1)
+    assert [reward.count_cut([prompt]) for prompt in prompts[1:]] == [int(cut) for cut in unmoved]
+    assert any(unmoved) == bool(reward.longest)
+    if most is not None:
+        assert [reward.count_cut(["a " * n]) for n in (most, most + 1)] == [0, int(most < 999)]
+    # Each prompt counts once, and one that is read in full not at all.
+    assert reward.count_cut([prompts[-1]] * 3 + prompts[:1] * 2) == int(bool(reward.longest)) and not reward.count_cut(
+        []
+    )
+
+
+def test_one_line_for_each_reward_that_cuts(rewards: dict[str, Reward]) -> None:
+    long = "very " * 50 + "red"
+    given = {"p": rewards["pickscore"], "i": rewards["imagereward"], "aesthetic": rewards["aesthetic"]}
+    assert cut_lines(given, ["a cat", long, long, None]) == [
+        "p reads 77 tokens of a prompt: 1 of 2 prompts are longer and were cut",
+        "i reads 35 tokens of a prompt: 1 of 2 prompts are longer and were cut",
+    ]
+    assert cut_lines(given, ["a cat"]) == cut_lines(given, []) == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +15,15 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.mask2former import COLORS, LABELS, Mask2FormerDetector, cut_out, extent, instances
 from helpers import pictures, tiny_rewards
+
+PUBLISHED_PROCESSOR = {
+    "_max_size": 1333, "do_normalize": True, "do_reduce_labels": False, "do_rescale": True, "do_resize": True,
+    "feature_extractor_type": "MaskFormerFeatureExtractor", "ignore_index": 255, "image_mean": [0.48500001430511475,
+    0.4560000002384186, 0.4059999883174896], "image_processor_type": "MaskFormerImageProcessor",
+    "image_std": [0.2290000021457672, 0.2239999920129776, 0.22499999403953552], "num_labels": 80, "resample": 2,
+    "rescale_factor": 0.00392156862745098, "size": {"height": 384, "width": 384}, "size_divisor": 32,
+}  # fmt: skip
+"""What preprocessor_config.json of Facebook's Mask2Former folders says: every image to 384 x 384."""
 
 
 def logits(*rows: list[float]) -> torch.Tensor:
@@ -59,12 +70,7 @@ def test_extent_and_cut_out() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessorPil,
-        SwinConfig,
-    )
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     path = tmp_path_factory.mktemp("detector")
     torch.manual_seed(0)
@@ -77,8 +83,57 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=8, num_labels=80,
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(config).save_pretrained(path)
-    Mask2FormerImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}, size_divisor=32).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED_PROCESSOR))
     return path, tiny_rewards.clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+def mmdets_input(image: Image.Image) -> np.ndarray:
+    """Resize, normalise and pad as the test pipeline of mmdet's mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco, with OpenCV.
+
+    img_scale (1333, 800), keep_ratio, mean and std in levels, Pad to multiples of 32: float32 [3, H, W].
+    """
+    import cv2
+
+    levels = np.asarray(image)
+    height, width = levels.shape[:2]
+    scale = min(1333 / max(height, width), 800 / min(height, width))
+    resized = cv2.resize(levels, (int(width * scale + 0.5), int(height * scale + 0.5)), interpolation=cv2.INTER_LINEAR)
+    normal = (resized - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
+    height, width = resized.shape[:2]
+    return np.pad(normal, ((0, -height % 32), (0, -width % 32), (0, 0))).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width"),  # of the network's input, before the padding
+    [
+        ((512, 512), 800, 800),
+        ((1024, 1024), 800, 800),
+        ((1344, 768), 762, 1333),
+        ((768, 1344), 1333, 762),
+        ((640, 480), 800, 1067),
+        ((1500, 100), 89, 1333),
+        ((101, 67), 800, 1206),
+    ],
+)
+def test_the_input_is_mmdets(
+    folders: tuple[Path, Path], size: tuple[int, int], height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Mask2FormerDetector(weights=folders[0], clip=folders[1])
+    detector._load()
+    seen: list[torch.Tensor] = []
+    network = detector._network
+    monkeypatch.setattr(network, "forward", lambda pixel_values: seen.append(pixel_values) or EMPTY)
+    image = pictures.smooth(8, *size)
+    assert detector.detect([image]) == [[]]
+    pixels, expected = seen[0][0].numpy(), mmdets_input(image)
+    assert pixels.shape == expected.shape == (3, height + -height % 32, width + -width % 32)
+    assert not pixels[:, height:].any() and not pixels[:, :, width:].any()
+    # OpenCV interpolates with weights of 11 bits, so a value may differ by one level.
+    levels = np.abs(pixels - expected) * np.array([58.395, 57.12, 57.375])[:, None, None]
+    assert levels.max() < 1.01 and levels.mean() < 0.15
+
+
+EMPTY = SimpleNamespace(class_queries_logits=torch.zeros(1, 8, 81), masks_queries_logits=torch.full((1, 8, 8, 8), -9.0))
 
 
 def test_detector_end_to_end(folders: tuple[Path, Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -56,11 +58,57 @@ def test_edit_distance_is_a_metric() -> None:
             assert all(edit_distance(a, b) <= edit_distance(a, c) + edit_distance(c, b) for c in words)
 
 
+def flow_grpos_reward(prompt: str, lines: list[tuple[str, float]]) -> float:
+    """Flow-GRPO's OCR reward derived once more from the text of its flow_grpo/ocr.py, edit distance by its definition."""
+
+    @cache
+    def distance(i: int, j: int) -> int:
+        if not (i and j):
+            return i + j
+        return min(
+            distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (read[i - 1] != asked[j - 1])
+        )
+
+    asked = prompt.split('"')[1].replace(" ", "").lower()
+    read = "".join(text * (confidence > 0) for text, confidence in lines).replace(" ", "").lower()
+    return 1 - min(0 if asked in read else distance(len(read), len(asked)), len(asked)) / len(asked)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_lines_are_scored_as_by_flow_grpo(seed: int) -> None:
+    draw = random.Random(seed)
+    letters = "abcABC 12äßÉéıİ中!'\t"
+    partly = 0
+    for _ in range(200):
+        text = "".join(draw.choices(letters, k=draw.randint(1, 9))).strip() or "x"
+        read = list(text)
+        for _ in range(draw.randrange(4)):
+            read.insert(draw.randrange(len(read) + 1), draw.choice(letters))
+            del read[draw.randrange(len(read))]
+        cut = draw.randrange(len(read) + 1)
+        lines = [("".join(part), draw.choice([0.0, 0.4, 0.9, 0.9])) for part in (read[:cut], read[cut:])]
+        prompt = f'a sign that says "{text}", at night'
+        target = target_of(prompt)
+        assert target is not None
+        expected = flow_grpos_reward(prompt.replace(text, target), lines)
+        assert similarity(target, lines) == pytest.approx(expected, abs=1e-12), (text, lines)
+        partly += 0 < expected < 1
+    assert partly > 40
+
+
 def test_targets() -> None:
     assert target_of('New York with "Hello World" written') == "Hello World"
     assert target_of('"OPEN" beside "CLOSED"') == "OPEN"
     assert target_of("no quotes") is None and target_of('"  "') is None and target_of("“curly”") is None
     assert target_of('one " alone') is None
+    # Quotes that hold nothing are no text, and a sign of two lines is one text.
+    assert (
+        target_of('"" and "OPEN"') == "OPEN" and target_of('" \n" or "A" or "B"') == "A" and target_of('"" ""') is None
+    )
+    for between in ("\n", "\r\n", "\n\n", "\t", "\u2028"):
+        target = target_of(f'a sign "Hello{between}World"')
+        assert target == HELLO
+        assert similarity(target, [("HELLO", 0.9), ("WORLD", 0.9)]) == exact_match(target, [(HELLO, 0.9)]) == 1.0
 
 
 @pytest.mark.soak

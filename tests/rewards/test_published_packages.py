@@ -1,4 +1,4 @@
-"""HPSv2 and ImageReward beside the published packages' own code (see oracles.py), on the same random checkpoint.
+"""HPSv2, HPSv3 and ImageReward beside the published packages' own code (see oracles.py), on the same random checkpoint.
 
 Each package opens the file, tokenises, runs its network and gives its number; ours gets the same file and the same prompt.
 """
@@ -74,7 +74,41 @@ def test_imagereward(files: list[Path], tmp_path: Path) -> None:
     assert (gradient - wanted).abs().max() < 1e-5 * wanted.abs().max() + 1e-7
 
 
+@pytest.fixture(scope="module")
+def hpsv3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that the package itself wrote, beside a base model in the published layout."""
+    folder = tmp_path_factory.mktemp("hpsv3")
+    oracles.hpsv3("make", folder)
+    return folder
+
+
+def test_hpsv3(files: list[Path], hpsv3: Path) -> None:
+    images = [Image.open(path) for path in files]
+    prompts = (PROMPTS * 2)[: len(files)]
+    request = {"files": [str(path) for path in files], "prompts": prompts, "dtype": "bfloat16"}
+    batches = [[0, 1, 2, 3, 4, 5], [4, 1], *([i] for i in range(6))]
+    theirs = oracles.hpsv3("score", hpsv3, batches=batches, widen=True, **request)
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 3e-2)):
+        ours = load_reward("hpsv3", weights=hpsv3, base=hpsv3 / "base", dtype=dtype)
+        for batch, wanted in zip(batches, theirs["scores"], strict=True):
+            found = ours.measure([images[i] for i in batch], [prompts[i] for i in batch])
+            assert found["hpsv3"].numpy() == pytest.approx([row[0] for row in wanted], abs=bound)
+            assert found["sigma"].log().numpy() == pytest.approx([row[1] for row in wanted], abs=bound)
+        frequencies = {name: b for name, b in ours.network.named_buffers() if name.endswith(".inv_freq")}
+        assert frequencies["base.language_model.rotary_emb.inv_freq"].tolist() == theirs["language"]
+        assert frequencies["base.visual.rotary_pos_emb.inv_freq"].tolist() == theirs["vision"]
+        assert {b.dtype for b in frequencies.values()} == {torch.float32}
+    scores = [row[0] for row in theirs["scores"][0]]
+    assert max(scores) - min(scores) > 0.1
+    # As published, bfloat16 throughout: as close as bfloat16 brings the package to its own numbers in float32.
+    published = oracles.hpsv3("score", hpsv3, batches=batches[2:], widen=False, **request)["scores"]
+    assert [p[0][0] for p in published] == pytest.approx([t[0][0] for t in theirs["scores"][2:]], abs=3e-2)
+
+
 def test_a_missing_oracle_is_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracles, "FOLDER", tmp_path)
+    monkeypatch.setattr(oracles, "HPSV3", tmp_path)
     with pytest.raises(oracles.OraclesMissing, match="`make oracles` installs"):
         oracles.hpsv2(tiny_rewards.HPS)
+    with pytest.raises(oracles.OraclesMissing, match="`make oracles` installs"):
+        oracles.hpsv3("make", tmp_path)

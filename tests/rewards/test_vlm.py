@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLConfig, Qwen2VLModel
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
-from diffalign.rewards.hpsv3 import ASK, INSTRUCTION, PIXELS, TOKEN, HPSv3, area
+from diffalign.rewards.hpsv3 import ASK, INSTRUCTION, PIXELS, TOKEN, HPSv3, HPSv3Model, area
 from diffalign.rewards.pixels import BOUND, resize, to_tensor
 from diffalign.rewards.unifiedreward import UnifiedReward, parse
 from diffalign.rewards.vlm import plain
 from diffalign.rewards.vqascore import yes_probability
 from helpers import pictures, tiny
+from helpers.oracle_hpsv3 import layout
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE = (
@@ -34,7 +38,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2-VL folder: every byte a token, plus "Yes" and "No"."""
     from transformers import (
         Qwen2Tokenizer,
-        Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
         Qwen2VLImageProcessor,
         Qwen2VLProcessor,
@@ -107,7 +110,7 @@ def test_vqascore(qwen: Path) -> None:
     assert reward.identity()["options"]["question"].startswith("Does this figure")
     with pytest.raises(DiffalignError, match="no {prompt} in it"):
         load_reward("vqascore", weights=qwen, question="Is it good?")
-    with pytest.raises(DiffalignError, match="writes 'Maybe' as 5 tokens"):
+    with pytest.raises(DiffalignError, match=f"{qwen} writes 'Maybe' as 5 tokens"):
         reward.one_token("Maybe")
 
 
@@ -126,6 +129,10 @@ PUBLISHED = (
 """The example answer of the model's repository."""
 
 
+GOOD = "Alignment Score (1-5): 4\nCoherence Score (1-5): 2\nStyle Score (1-5): 3"
+FAIR = "Alignment Score (1-5): 1\nCoherence Score (1-5): 1\nStyle Score (1-5): 1"
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -138,6 +145,14 @@ PUBLISHED = (
         ("Alignment Score (1-5): 6\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
         ("Alignment Score (1-5): 4\nAlignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
         ("", None),
+        (f"<think>\n{FAIR}, no: 2.</think>\n\n{GOOD}", (4.0, 2.0, 3.0)),  # with other scores in the thought
+        (f"Let me see: {FAIR}\n</think>\n\n{GOOD}", (4.0, 2.0, 3.0)),  # the template opened the thought
+        (f"<think></think><think>{FAIR}</think>{GOOD}", (4.0, 2.0, 3.0)),
+        (f"<think>\n{GOOD}", None),  # cut before the thought ended
+        (f"{GOOD}\n</think>", None),  # nothing after it
+        ("Alignment Score (1-5): 0.9947\nCoherence Score (1-5): 5.02\nStyle Score (1-5): 3", (0.9947, 5.02, 3.0)),
+        ("Alignment Score (1-5): 0.4\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
+        ("Alignment Score (1-5): 8/10\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", None),
     ],
 )
 def test_answers(answer: str, expected: tuple[float, ...] | None) -> None:
@@ -154,10 +169,52 @@ def test_unifiedreward(qwen: Path) -> None:
     reward = UnifiedReward(weights=qwen, max_new_tokens=4)
     measured = reward.measure(IMAGES[:2], PROMPTS[:2])  # random weights answer with noise
     assert torch.isnan(measured["mean"]).all() and all("no three scores" in reason for reason in reward.reasons)
-    good = "Alignment Score (1-5): 4\nCoherence Score (1-5): 2\nStyle Score (1-5): 3"
-    read = reward.read([good, "I cannot"])
+    read = reward.read([GOOD, "I cannot", f"<think>{GOOD}", GOOD.replace("4", "9")])
     assert [read[c][0].item() for c in reward.columns] == [3.0, 4.0, 2.0, 3.0]
-    assert math.isnan(read["mean"][1]) and reward.reasons[0] == ""
+    assert read["mean"][1:].isnan().all() and reward.reasons[0] == ""
+    assert [reason.split(":")[0].split(" in ")[0] for reason in reward.reasons[1:]] == [
+        "no three scores", "the model's thought did not end within max_new_tokens=4", "a score outside 1 to 5",
+    ]  # fmt: skip
+    assert (
+        reward.identity()["options"] == {"max_new_tokens": 4}
+        and "options" not in UnifiedReward(weights=qwen).identity()
+    )
+
+
+# --- thoughts ---------------------------------------------------------------------------------------------------
+
+OPENED = {
+    # Qwen3.5: open unless thinking is off. DeepSeek's and others: open in any case. Qwen2-VL: none.
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}": (
+        "<think>\n\n</think>\n\n"
+    ),
+    "<think>\n": "<think>\n\n</think>\n\n",
+    "{% if enable_thinking %}<think>\n{% endif %}": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("opening", OPENED)
+@pytest.mark.parametrize("name", ["vqascore", "unifiedreward"])
+@pytest.mark.parametrize("prompt", ["a cat", "a cat that says <think>", "a </think> cat"])
+def test_no_thought_is_left_open(qwen: Path, name: str, opening: str, prompt: str) -> None:
+    reward = load_reward(name, weights=qwen)
+    reward.processor.chat_template = TEMPLATE.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif")
+    batch = reward.encode(IMAGES[:1], [f"Is it {prompt}?"])
+    written = reward.processor.tokenizer.decode(batch["input_ids"][0])
+    assert written.endswith(f"Is it {prompt}?<|im_end|>\n<|im_start|>assistant\n{OPENED[opening]}")
+
+
+def test_a_generated_thought_is_left_out(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = UnifiedReward(weights=qwen)
+    tokenizer = reward.processor.tokenizer
+    answers = [f"<think>{FAIR}</think>\n{GOOD}<|im_end|>", f"{GOOD}<|im_end|>", f"<think>{GOOD}"]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})  # as some models have them
+    rows = tokenizer(answers, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    monkeypatch.setattr(reward.network, "generate", lambda input_ids, **_: torch.cat([input_ids, rows], 1))
+    measured = reward.measure(IMAGES, PROMPTS)
+    assert measured["alignment"][:2].tolist() == [4.0, 4.0] and measured["alignment"][2].isnan()
+    assert reward.reasons[:2] == ["", ""] and "did not end" in reward.reasons[2]
 
 
 # --- HPSv3 ------------------------------------------------------------------------------------------------------
@@ -184,7 +241,7 @@ def hps3_checkpoint(qwen: Path, path: Path, rows: int) -> dict[str, torch.Tensor
 
 
 def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(qwen)
     token = len(tokenizer)
@@ -199,6 +256,9 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
                if not k.startswith(("rm_head", "lm_head"))}  # fmt: skip
     base.load_state_dict(renamed)
     base.eval()
+    for name, buffer in base.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.bfloat16())
     for i, (image, prompt) in enumerate(zip(IMAGES, PROMPTS, strict=True)):
         before, after = (INSTRUCTION + ASK).replace("{prompt}", plain(prompt)).split(TOKEN)
         sized = image.resize(area(image.width, image.height, 56 * 56), Image.Resampling.BICUBIC)
@@ -206,7 +266,8 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
         place = (inputs["input_ids"][0] == tokenizer("\x01")["input_ids"][0]).nonzero()[0, 0]
         inputs["input_ids"][0, place] = token
         with torch.no_grad():
-            x = base(**inputs).last_hidden_state[0, place]
+            plain_places = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
+            x = base(**inputs, position_ids=plain_places).last_hidden_state[0, place]
             for layer in (0, 3, 5):
                 x = state[f"rm_head.{layer}.weight"] @ x + state[f"rm_head.{layer}.bias"]
                 x = x.relu() if layer != 5 else x
@@ -222,6 +283,54 @@ def test_hpsv3(qwen: Path, tmp_path: Path) -> None:
         assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
     with pytest.raises(DiffalignError, match=r"float \[B, 3, H, W\]"):
         reward.score_tensors(torch.rand(1, 3, 8, 8), ["a", "b"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_hpsv3_loads_without_a_float32_copy(tmp_path: Path) -> None:
+    layout(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    settings |= {"hidden_size": 512, "num_attention_heads": 32, "num_key_value_heads": 4}
+    settings["vision_config"] |= {"hidden_size": 512}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    config = Qwen2VLConfig.from_pretrained(tmp_path / "base")
+    config.text_config.vocab_size = 80_000
+    with torch.device("meta"):
+        model = HPSv3Model(Qwen2VLModel(config), 512)
+    save_file(
+        {
+            f"model.{k.removeprefix('base.')}" if k.startswith("base.") else k: torch.zeros(
+                v.shape, dtype=torch.float32 if k.startswith("rm_head") else torch.bfloat16
+            )
+            for k, v in model.state_dict().items()
+        },
+        tmp_path / "HPSv3.safetensors",
+    )
+    size = (tmp_path / "HPSv3.safetensors").stat().st_size
+    assert size > 70e6
+    for dtype, allowed in (("bfloat16", 1.3), ("float32", 2.3)):
+        peak, before, done = 0, anonymous(), threading.Event()
+
+        def watch(done: threading.Event = done) -> None:
+            nonlocal peak
+            while not done.wait(0.0005):
+                peak = max(peak, anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        reward = HPSv3(weights=tmp_path, base=tmp_path / "base", dtype=dtype)
+        network = reward.network
+        done.set()
+        watcher.join()
+        assert (peak - before) / size < allowed
+        assert {p.dtype for p in network.base.parameters()} == {getattr(torch, dtype)}
+        assert {p.dtype for p in network.rm_head.parameters()} == {torch.float32}
+        assert not any(t.is_meta for t in network.state_dict().values())
+
+
+def anonymous() -> int:
+    """Memory of this process that no file backs, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 @pytest.mark.parametrize("size", [(512, 512), (640, 480), (96, 64), (300, 900)])

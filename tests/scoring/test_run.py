@@ -294,3 +294,61 @@ def test_freed_memory_is_used_again(kept: bool) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     faults = int(done.stdout)
     assert faults < 100 if kept or platform.libc_ver()[0] != "glibc" else faults > 100
+
+
+# --- one odd picture costs one row -----------------------------------------------------------------------------
+
+
+class Picky(Counting):
+    """Fails on pictures of some widths, in `measure` or already in `prepare`; 0 fails on all."""
+
+    def __init__(self, *widths: int, early: bool = False, error: type[Exception] = ValueError) -> None:
+        super().__init__()
+        self.widths, self.early, self.error = widths, early, error
+
+    def _check(self, image: Image.Image) -> None:
+        if image.width in self.widths or 0 in self.widths:
+            raise self.error(f"absolute aspect ratio must be smaller than 200\nwidth {image.width}")
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        if self.early:
+            self._check(image)
+        return image
+
+    def measure(self, images: list[Image.Image], prompts: list[str], metadata: Any = None) -> dict[str, Any]:
+        for image in images:
+            self._check(image)
+        return super().measure(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, ZeroDivisionError, IndexError])
+def test_a_picture_on_which_a_reward_fails_is_one_row(tmp_path: Path, early: bool, error: type[Exception]) -> None:
+    pictures.folder(tmp_path / "in", 11)
+    for name in ("002.png", "005.png"):
+        pictures.smooth(1, 30, 30).save(tmp_path / "in" / name)
+    output = tmp_path / "o.jsonl"
+    scores, _ = run([tmp_path / "in"], output, Picky(30, early=early, error=error))
+    reasons = {Path(row["image"]).name: row["counting.reason"] for row in scores.rows}
+    wanted = f"{error.__name__}: absolute aspect ratio must be smaller than 200"
+    assert {name: reason for name, reason in reasons.items() if reason} == {"002.png": wanted, "005.png": wanted}
+    assert scores.failed == 2 and scores.computed == 9
+    assert all(row["reason"] == "" for row in scores.rows)  # another reward may take the same picture
+    # The next run tries them again and knows the others.
+    again, _ = run([tmp_path / "in"], output, Picky(early=early))
+    assert again.known == 9 and again.failed == 0
+
+
+def test_a_reward_that_fails_on_everything_ends_the_run(tmp_path: Path) -> None:
+    pictures.folder(tmp_path / "in", 6)
+    with pytest.raises(ValueError, match="smaller than 200"):
+        run([tmp_path / "in"], None, Picky(0))
+    pictures.folder(tmp_path / "few", 3)
+    assert run([tmp_path / "few"], None, Picky(0))[0].failed == 3
+
+
+@pytest.mark.parametrize("error", [ImportError, DiffalignError])
+def test_errors_that_no_picture_causes_are_raised(tmp_path: Path, error: type[Exception]) -> None:
+    pictures.folder(tmp_path / "in", 3)
+    with pytest.raises(error):
+        run([tmp_path / "in"], None, Picky(48, error=error))

@@ -16,14 +16,15 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
+from diffalign.files.images import Unreadable, decode
+from diffalign.rewards import load_reward
 from diffalign.scoring.captions import PromptTable, from_name
-from diffalign.scoring.compare_folders import compare_scores, pair_up
-from diffalign.scoring.decode import Unreadable, decode
+from diffalign.scoring.compare_folders import compare_scores, heading, pair_up
 from diffalign.scoring.gallery import choose
 from diffalign.scoring.human_agreement import agree, read_choices
 from diffalign.scoring.items import FileOrigin, Item
 from diffalign.scoring.run import Scores
-from diffalign.scoring.score_summary import summarise
+from diffalign.scoring.score_summary import faults, summarise
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse, parse_all
 from diffalign.stages.score import ScoreRequest, score
@@ -138,6 +139,7 @@ def test_a_dataset_of_ours(tmp_path: Path) -> None:
     assert score(request) == 0
     dataset = PreferenceDataset(tmp_path / "set")
     found = dataset.scores("s")
+    assert dataset.scored_by("s") == load_reward("sharpness").provenance()
     assert dataset.rewards() == ["s"]
     assert len(found) == 4
     assert all(map(math.isfinite, found.values()))
@@ -185,6 +187,26 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
         pair_up(a, made([1.0], ["z"], ["z.png"], "b"))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "how", "pairs", "other"),
+    [
+        (["p0", "p1", "p2"], "name", [(0, 0), (1, 1), (2, 2)], 0),
+        (["p2", "p0", "p1"], "prompt", [(0, 1), (1, 2), (2, 0)], 3),
+        (["p0", "p2", "p1"], "name or prompt", [(0, 0), (1, 2), (2, 1)], 2),
+        ([None, None, "p2"], "name", [(0, 0), (1, 1), (2, 2)], 0),
+        (["x", "p1", "p2"], "name or prompt", [(1, 1), (2, 2)], 1),
+    ],
+)
+def test_equal_names_with_other_prompts(
+    theirs: list[str | None], how: str, pairs: list[tuple[int, int]], other: int
+) -> None:
+    a, b = made([1.0] * 3, ["p0", "p1", "p2"]), made([1.0] * 3, theirs, side="b")
+    pairing = pair_up(a, b)
+    assert pairing.how == how and pairing.other_prompt == other
+    assert sorted(pair for group in pairing.prompts for pair in group) == pairs
+    assert ("equal names with different prompts" in heading(pairing, ("A", "B"))) == bool(other)
+
+
 def test_against_agrees_with_evaluation() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=40), rng.normal(0.3, size=40)
@@ -227,6 +249,36 @@ def test_broken_labels_are_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "c.csv").write_text(text)
     with pytest.raises(DiffalignError, match=words):
         read_choices(tmp_path / "c.csv", made([1.0, 2.0], ["p", "p"]))
+
+
+@pytest.mark.parametrize(
+    "head", ["image_a,image_b,choice", "winner,loser,note", "chosen;rejected;note", "image1,image2,label"]
+)
+def test_labels_name_images_as_pairs_do(tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures.folder(tmp_path / "set" / "in", 3)
+    monkeypatch.chdir(tmp_path)
+    mark = ";" if ";" in head else ","
+    full = str(tmp_path / "set" / "in" / "002.png")
+    rows = [("in/000.png", "./in/001.png", "a"), (full, "in/000.png", "a")]
+    (tmp_path / "set" / "c.csv").write_text("\n".join([head, *map(mark.join, rows)]))
+    items = collect(["set/in"])
+    choices = read_choices(Path("set/c.csv"), Scores([], {}, items=items))
+    assert [(c.a, c.b, c.human) for c in choices] == [(0, 1, 1), (2, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["000.png,001.png,left", "000.png,nowhere.png,a", "000.png,,a", "000.png"],
+    ids=["choice", "image", "empty", "short"],
+)
+def test_labels_are_checked_before_anything_is_scored(
+    tmp_path: Path, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures.folder(tmp_path / "in", 3)
+    (tmp_path / "c.csv").write_text(f"image_a,image_b,choice\n{row}\n")
+    monkeypatch.setattr("diffalign.stages.score.score_items", lambda *a, **k: pytest.fail("scored"))
+    with pytest.raises(DiffalignError, match=r"c\.csv:2"):
+        score(ScoreRequest([str(tmp_path / "in")], ["sharpness"], labels=tmp_path / "c.csv"))
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -279,3 +331,132 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("rewards") == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("pickscore", "hpsv2", "geneval", "Apache-2.0", "[ocr]"))
+
+
+# --- layouts of metadata -----------------------------------------------------------------------------------------
+
+
+def below(tmp_path: Path) -> Path:
+    """The imagefolder of the `datasets` library: metadata at the root, images in folders below."""
+    for place in ("images", "images/deep"):
+        (tmp_path / "set" / place).mkdir(parents=True)
+    for n, name in enumerate(("images/0.png", "images/1.png", "images/deep/2.png")):
+        pictures.smooth(n).save(tmp_path / "set" / name)
+    return tmp_path / "set"
+
+
+NAMES = ("images/0.png", "./images/1.png", "images/deep/../deep/2.png")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("column", ["file_name", "filename", "image_path", "image"])
+def test_metadata_at_the_root_and_images_below(tmp_path: Path, ending: str, column: str) -> None:
+    folder = below(tmp_path)
+    rows = [{column: name, "caption": f"prompt {n}"} for n, name in enumerate(NAMES)]
+    path = folder / f"metadata.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        lines = [json.dumps(row) for row in rows]
+        path.write_text(
+            "\n".join(lines if ending == "jsonl" else [f"{column},caption", *(",".join(r.values()) for r in rows)])
+        )
+    found = prompts_of([str(folder)])
+    assert found == {"images/0.png": "prompt 0", "images/1.png": "prompt 1", "images/deep/2.png": "prompt 2"}
+
+
+def test_the_nearest_metadata_counts_and_missing_images_get_a_row(tmp_path: Path) -> None:
+    folder = below(tmp_path)
+    rows = [{"file_name": name, "text": "from the root"} for name in (*NAMES, "images/none.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "images" / "metadata.csv").write_text("file_name;text\n0.png;near\n")
+    items = collect([str(folder)])
+    assert [(item.key, item.prompt) for item in items] == [
+        ("images/0.png", "near"), ("images/1.png", "from the root"), ("images/none.png", "from the root"),
+        ("images/deep/2.png", "from the root"),
+    ]  # fmt: skip
+    assert score(ScoreRequest([str(folder)], ["sharpness"], output=tmp_path / "o.jsonl")) == 3
+
+
+def test_linked_images_with_metadata(tmp_path: Path) -> None:
+    folder = below(tmp_path)
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "0.png").symlink_to(folder / "images" / "0.png")
+    (links / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n')
+    assert prompts_of([str(links)]) == {"0.png": "x"}
+
+
+def test_a_stray_row_does_not_rule_the_folder(tmp_path: Path) -> None:
+    folder = below(tmp_path)
+    (folder / "metadata.jsonl").write_text('{"title": "my set", "prompt": "no prompt of an image"}')
+    with pytest.raises(DiffalignError, match=r"metadata.jsonl:1: no file_name"):
+        collect([str(folder)])
+
+
+@pytest.mark.parametrize("column", ["file_name", "filename", "image_path", "path", "id"])
+def test_prompt_tables_are_relative_to_themselves(tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = below(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    names = (*NAMES[:2], str(folder / "images" / "deep" / "2.png"))
+    (folder / "t.csv").write_text(f"{column},prompt\n" + "".join(f"{name},p{n}\n" for n, name in enumerate(names)))
+    found = prompts_of([str(folder / "images")], table=PromptTable(folder / "t.csv", None))
+    assert found == {"0.png": "p0", "1.png": "p1", "deep/2.png": "p2"}
+
+
+def test_tables_that_say_nothing_or_two_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = below(tmp_path)
+    table = tmp_path / "t.csv"
+    table.write_text("file,prompt\n0.png,a\n9.png,b\n8.png,c\n")
+    request = ScoreRequest([str(folder)], ["sharpness"], prompts=table)
+    assert score(request) == 0
+    assert "2 rows name no image that is scored, such as '9.png'" in capsys.readouterr().err
+    table.write_text("file,prompt\nx.png,a\n9.png,b\n")
+    with pytest.raises(DiffalignError, match="none of its 2 rows names an image that is scored"):
+        score(request)
+    table.write_text("file,prompt\n0.png,a\n0.png,b\n")
+    with pytest.raises(DiffalignError, match=r"t\.csv:3: '0\.png' has another prompt above"):
+        score(request)
+    table.write_text("file,words\n0.png,a\n")
+    with pytest.raises(DiffalignError, match="column prompt is missing .*; there are file, words"):
+        score(request)
+
+
+def test_skipped_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = below(tmp_path)
+    for name in ("a.tga", "b.TGA", "c.mp4", "noend", "0.txt"):
+        (folder / name).write_bytes(b"x")
+    for name in ("d.jfif", "e.jpe"):
+        pictures.smooth(1).save(folder / name, "JPEG")
+    (folder / "link").symlink_to(folder / "images", target_is_directory=True)
+    assert score(ScoreRequest([str(folder)], ["sharpness"], output=tmp_path / "o.jsonl")) == 0
+    assert "skipped: 2 .tga, 1 .mp4, 1 linked folders, 1 without a suffix" in capsys.readouterr().err
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 5
+
+
+def test_an_unreadable_file_beside_an_image_is_the_reason(tmp_path: Path) -> None:
+    folder = below(tmp_path)
+    (folder / "images" / "0.txt").write_bytes("größe".encode("latin-1"))
+    (item, *_) = collect([str(folder)])
+    assert item.prompt is None and item.fault == "0.txt: not UTF-8 at byte 2; save it as UTF-8"
+
+
+def test_images_without_any_prompt_are_refused_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = below(tmp_path)
+    monkeypatch.setattr("diffalign.stages.score.score_items", lambda *a, **k: pytest.fail("scored"))
+    for rewards in (["pickscore"], ["ocr"], ["hpsv2", "imagereward"], ["geneval:detector=shapes"]):
+        with pytest.raises(DiffalignError, match="no image has a prompt; give --prompt"):
+            score(ScoreRequest([str(folder)], rewards))
+
+
+@pytest.mark.parametrize(("count", "lines"), [(1, 1), (3, 3), (4, 1), (40, 1)])
+def test_one_reason_of_many_images_is_one_line(count: int, lines: int) -> None:
+    scores = made([math.nan] * count, ["p"] * count)
+    for row in scores.rows:
+        row["r.reason"] = "no text in straight double quotes"
+    found = faults(scores)
+    assert len(found) == lines
+    assert (f"{count} images, the first a/0.png: no text" in found[0]) == (lines < count)

@@ -27,6 +27,7 @@ from diffalign.data.plan import Part, SynthPlan
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.rewards import Reward
 from diffalign.stages import synth
 from helpers.files import tree
 from helpers.processes import in_a_child
@@ -71,15 +72,15 @@ class Painter:
         pass
 
 
-class Channel:
+class Channel(Reward):
     """Mean of one colour channel."""
 
-    columns, version, weights, licence = ("mean",), "1", "none", "none"
+    columns, version, weights, licence, range = ("mean",), "1", "none", "none", (0.0, 255.0)
 
     def __init__(self, name: str) -> None:
         self.name, self.reasons = name, [""]
 
-    def measure(self, images: list[Image.Image], prompts: list[str], facts: Any) -> dict[str, Any]:
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: Any = None) -> dict[str, Any]:
         self.reasons = [""] * len(images)
         channel = {"bright": slice(None), "red": 0}[self.name]
         return {"mean": torch.tensor([float(np.asarray(i)[..., channel].mean()) for i in images])}
@@ -326,3 +327,122 @@ def test_dry_run_writes_nothing(world: Callable[..., Path], tmp_path: Path, caps
     cost = float(said.split("cost: ")[1].split()[0])
     assert 0.4 < cost < 1.6
     assert not (tmp_path / "dry").exists()
+
+
+# --- prompts that a reward cannot use ---------------------------------------------------------------------------------
+
+
+class Quoted(Channel):
+    """As `ocr`: it needs a text in quotes, and ends with an error where no prompt of a batch has one."""
+
+    def reason_not_scorable(self, prompt: str | None, metadata: dict[str, Any]) -> str:
+        return "" if '"' in (prompt or "") or metadata.get("tag") else "no quotes"
+
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: Any = None) -> dict[str, Any]:
+        for prompt, fact in zip(prompts, facts, strict=True):
+            if reason := self.reason_not_scorable(prompt, fact):
+                raise DiffalignError(f"prompt {prompt!r}: {reason}")
+        return super().measure(images, prompts, facts)
+
+
+def quoted(section: RewardSection, device: str) -> Channel:
+    return (Quoted if section.name == "red" else Channel)(section.name)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize(
+    "scorable",
+    [lambda i: i % 2 == 0, lambda i: i > 15, lambda i: i == 20, lambda i: i < 5],
+    ids=["half", "end", "last", "start"],
+)
+def test_a_prompt_that_a_reward_cannot_use_costs_only_its_images(
+    batch: int,
+    scorable: Callable[[int], bool],
+    world: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However the prompts fall into batches, the scoring ends, and every image has a score or the reason."""
+    monkeypatch.setattr(synth, "open_reward", quoted)
+    prompts = [f'sign "{i}"' if scorable(i) else f"prompt {i}" for i in range(21)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    without = sum(not scorable(i) for i in range(21))
+    out = world("some", f"reward_batch={batch}")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"red: {without} of 21 prompts cannot be scored, the first: no quotes" in told
+    assert f"red: {3 * without} images have no score: no quotes" in told
+    dataset = PreferenceDataset(out)
+    place = dict(zip(dataset.column("group_id"), dataset.column("prompt"), strict=True))
+    for (group, _), score in dataset.scores("red").items():
+        assert np.isfinite(score) == ('"' in place[group])
+    # The other reward ranks them.
+    assert all(len(preference) == 3 for preference in dataset.column("preference"))
+
+
+def test_facts_of_a_prompt_count_too(
+    world: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synth, "open_reward", quoted)
+    rows = [{"prompt": f"prompt {i}", **({"tag": "counting"} if i % 3 else {})} for i in range(21)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = PreferenceDataset(world("facts", f"prompts.source={tmp_path / 'prompts.jsonl'}")).scores("red")
+    assert sum(np.isnan(score) for score in scores.values()) == 21
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_reward_that_can_score_no_prompt_is_refused_before_drawing(
+    dry_run: bool, world: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synth, "open_reward", quoted)
+    with pytest.raises(DiffalignError, match=r"rewards: red cannot score any prompt of .*prompts\.txt: no quotes"):
+        world("none", dry_run=dry_run)
+    assert not (tmp_path / "log").exists() and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("first", ["prompt", "sign"])
+def test_a_dry_run_times_what_can_be_scored(
+    first: str,
+    world: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(synth, "open_reward", quoted)
+    last = 'sign "{}"' if first == "prompt" else "prompt {}"
+    start = "prompt {}" if first == "prompt" else 'sign "{}"'
+    (tmp_path / "prompts.txt").write_text("\n".join((start if i < 15 else last).format(i) for i in range(21)))
+    world("dry", dry_run=True)
+    told = capsys.readouterr().out
+    assert ("red: none of the drawn prompts can be scored" in told) == (first == "prompt")
+    assert re.search(r"  bright: [\d.e-]+ s an image", told)
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "cuda", "cuda:1"])
+def test_rewards_score_on_the_device_and_the_score_file_does_not_name_it(
+    wanted: str, world: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a set begun on one device can be scored further on another."""
+    devices: list[str] = []
+
+    def open_reward(section: RewardSection, device: str) -> Channel:
+        devices.append(device)
+        return Channel(section.name)
+
+    monkeypatch.setattr(synth, "open_reward", open_reward)
+    monkeypatch.setattr(synth, "process_device", lambda _: wanted)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    dataset = PreferenceDataset(world("set"))
+    assert devices == [wanted] * 2
+    for name in ("red", "bright"):
+        assert wanted not in json.dumps(dataset.scored_by(name)) and "device" not in json.dumps(dataset.scored_by(name))
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "clipscore", "aesthetic", "unifiedreward", "vqascore"])
+def test_a_reward_opens_on_the_device_and_its_settings_leave_it_out(name: str) -> None:
+    from diffalign.stages.resolve import open_reward
+
+    reward: Any = open_reward(RewardSection(name=name), "cuda")
+    assert str(reward.device) == "cuda" and "device" not in reward.options()
+    given: Any = open_reward(RewardSection(name=name, options={"device": "cpu"}), "cuda")
+    assert str(given.device) == "cpu" and "device" not in given.options()

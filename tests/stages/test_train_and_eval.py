@@ -17,6 +17,7 @@ from diffalign.data.convert import import_pairs
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
+from diffalign.rewards import Reward
 from diffalign.stages.resolve import weights_digest
 from helpers.command_line import run
 
@@ -134,13 +135,13 @@ def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.Cap
         assert fact in said, fact
 
 
-class Red:
+class Red(Reward):
     """A reward that tells the images of a pair apart: the first pixel's red."""
 
-    name, columns, reasons = "red", ("red",), ("",) * 8
+    name, columns, reasons, range = "red", ("red",), [""] * 8, (0.0, 255.0)
     version, weights, licence = "1", "none", "none"
 
-    def measure(self, images: list[Image.Image], prompts: list[str], facts: object) -> dict[str, torch.Tensor]:
+    def measure(self, images: list[Image.Image], prompts: list[str], facts: object = None) -> dict[str, torch.Tensor]:
         return {"red": torch.tensor([float(np.asarray(image)[0, 0, 0]) for image in images])}
 
 

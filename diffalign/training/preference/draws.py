@@ -28,10 +28,17 @@ class Draws:
 
 
 def make_draws(
-    config: TrainConfig, process: NoiseProcess, step: int, slots: list[int], group_ids: list[str], shape: torch.Size
+    config: TrainConfig,
+    process: NoiseProcess,
+    step: int,
+    slots: list[int],
+    group_ids: list[str],
+    shape: torch.Size,
+    labelled: Tensor | None = None,
 ) -> Draws:
     """Draw for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
 
+    labelled: bool [B, K], which images `data.group_size` draws from first; None: all.
     The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
     """
     _, members, *latent = shape
@@ -41,7 +48,7 @@ def make_draws(
         return draw(config.seed, stream, step=step, inner=slot, group=group, member=member)
 
     noise, uniform, order, dropped, chosen = [], [], [], [], []
-    for slot, group in zip(slots, group_ids, strict=True):
+    for row, (slot, group) in enumerate(zip(slots, group_ids, strict=True)):
         if config.noise == "shared":
             noise.append(normal(one("noise", slot, group), (1, *latent)).repeat(members, axis=0))
         elif config.noise == "independent":
@@ -50,6 +57,8 @@ def make_draws(
         uniform.append(one("time", slot, group).random())
         order.append(one("order", slot, group).permutation(members))
         every = np.arange(members) if size == members else one("members", slot, group).permutation(members)
+        if labelled is not None and size < members:
+            every = every[np.argsort(~labelled[row].numpy()[every], kind="stable")]
         chosen.append(np.sort(every[:size]))
         dropped.append(bool(one("prompt_dropout", slot, group).random() < config.train.prompt_dropout))
     times = process.draw_times(torch.tensor(uniform, dtype=torch.float64), **config.times.model_dump())

@@ -85,7 +85,10 @@ class StepGradient:
             # ---- Groups and everything random about them; the time that nothing else is done in ----
             began, first = time.monotonic(), slots[0]
             batch = with_samples(self.config, self.source.batch([indices[s] for s in slots]), step, slots)
-            draws = make_draws(self.config, self.backbone.process, step, slots, batch.group_ids, batch.latents.shape)
+            draws = make_draws(
+                self.config, self.backbone.process, step, slots, batch.group_ids, batch.latents.shape,
+                batch.rewards.isfinite(),
+            )  # fmt: skip
             draws = self.selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
             self.drawing += time.monotonic() - began
             counts = to_device(self.selection.weights[[indices[s] for s in slots]], self.backbone.device)

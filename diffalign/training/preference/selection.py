@@ -17,7 +17,7 @@ from diffalign.config import TrainConfig
 from diffalign.data.choose_members import choose_members
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.objectives import GroupErrors, has_preference, ranking
+from diffalign.objectives import GroupErrors, has_preference, label_range, labelled_count, ranking
 from diffalign.training.order import BucketOrder
 from diffalign.training.preference.draws import Draws
 from diffalign.training.protocols import GroupSource
@@ -45,26 +45,38 @@ def relaxed(first: int, last: int, step: int, steps: int) -> int:
     return round((1 - progress) * first + progress * last)
 
 
-def loser_by_rank(ranked: Tensor, phase: int, phases: int) -> Tensor:
+def filled(chosen: np.ndarray, size: int, members: int) -> np.ndarray:
+    """Return the positions `chosen` and, where they are fewer than `size`, others below `members`, ascending.
+
+    Groups of a micro-batch have equally many; the others have no label, so no objective gets to see them.
+    """
+    others = np.setdiff1d(np.arange(members), chosen)
+    return np.sort(np.concatenate([chosen, others[: size - len(chosen)]]))
+
+
+def loser_by_rank(ranked: Tensor, phase: int, phases: int, counts: Tensor | None = None) -> Tensor:
     """Choose the image that is compared with the best one by its place: the last in the first phase, then closer ones. [B, 1]
 
-    ranked [B, K]: images from best to worst. Curry-DPO's curriculum by rank; its pairs, too, all hold the best image.
+    ranked [B, K]: images from best to worst. counts [B]: how many of each group have a label, the first ones; None: all.
+    Curry-DPO's curriculum by rank; its pairs, too, all hold the best image.
     """
-    k = ranked.shape[1]
-    place = k - 1 - round((k - 2) * phase / max(phases - 1, 1))
-    return ranked[:, place : place + 1]
+    k = torch.full((len(ranked),), ranked.shape[1]) if counts is None else counts
+    place = k - 1 - ((k - 2).double() * phase / max(phases - 1, 1)).round().long()
+    return ranked.gather(1, place.clamp_min(0)[:, None])
 
 
 def loser_by_score(ranked: Tensor, labels: Tensor, phase: int, phases: int) -> Tensor:
     """Choose the image whose label's distance from the best is nearest to a falling share of the group's gap. [B, 1]
 
-    Only images strictly below the best one are eligible; where there is none, the last one is chosen.
+    Only images strictly below the best one are eligible; where there is none, the last one with a label is chosen.
     """
     ordered = labels.gather(1, ranked)
     gap = ordered[:, :1] - ordered
-    wanted = (1 - phase / max(phases - 1, 1)) * gap[:, -1:]
-    distance = (gap - wanted).abs().masked_fill(gap <= 0, math.inf)
-    distance[:, -1] = distance[:, -1].clamp(max=torch.finfo(distance.dtype).max)
+    last = (labelled_count(labels) - 1).clamp_min(0)[:, None]
+    wanted = (1 - phase / max(phases - 1, 1)) * gap.gather(1, last)
+    distance = (gap - wanted).abs().masked_fill(~(gap > 0), math.inf)
+    largest = torch.finfo(distance.dtype).max
+    distance = distance.scatter(1, last, distance.gather(1, last).clamp(max=largest))
     return ranked.gather(1, distance.argmin(dim=1, keepdim=True))
 
 
@@ -93,14 +105,14 @@ def weights_by_mean(means: np.ndarray, temperature: float) -> np.ndarray:
 def group_weights(config: TrainConfig, labels: Tensor, known: Tensor, gaps: np.ndarray) -> Tensor:
     """Return the weight of each group, [N] float32, by `selection.weight`; 1 for groups without a preference.
 
-    labels [N, K] float64; known [N]: which groups state a preference; gaps [N]: best less worst label.
+    labels [N, K] float64, NaN where there is none; known [N]: which groups state a preference; gaps [N]: best less worst label.
     """
     section, weights, rated = config.selection, np.ones(len(gaps)), known.numpy()
     if section.weight != "none" and rated.any():
         if section.weight == "gap":
             weights[rated] = weights_by_gap(gaps[rated], section.strength)
         else:
-            weights[rated] = weights_by_mean(labels.mean(1).numpy()[rated], section.temperature)
+            weights[rated] = weights_by_mean(labels.nanmean(1).numpy()[rated], section.temperature)
     return torch.from_numpy(weights).float()
 
 
@@ -120,7 +132,7 @@ class Selection:
     def of(cls, config: TrainConfig, source: GroupSource) -> Selection:
         """Choose for a source of groups, whose `rewards` and `mask` are read only where something is chosen.
 
-        Raises DiffalignError where groups have too few images.
+        Raises DiffalignError where all groups have too few images.
         """
         section, train, buckets = config.selection, config.train, np.asarray(source.buckets)
 
@@ -132,13 +144,15 @@ class Selection:
         if section.groups == "all" and section.weight == "none" and section.sizes is None:
             return cls(config, everything, torch.ones(len(source)))
         labels = source.rewards.double()
+        labels = labels.masked_fill(~labels.isfinite(), math.nan)
         if section.sizes is not None and max(section.sizes) > labels.shape[1]:
             raise DiffalignError(
                 f"selection.sizes={list(section.sizes)}: the groups have {labels.shape[1]} images; use at most that many"
             )
-        # gaps: best less worst label of each group, -1 where a group states no preference
+        # gaps: best less worst label of each group, -1 where a group states no preference; without a label, no member
         known = has_preference(labels, source.mask)
-        gaps = torch.where(known, labels.amax(1) - labels.amin(1), torch.tensor(-1.0, dtype=labels.dtype)).numpy()
+        high, low = label_range(labels)
+        gaps = torch.where(known, high - low, torch.tensor(-1.0, dtype=labels.dtype)).numpy()
         pools = everything
         if section.groups != "all":
             pools = [ordered(easiest(gaps, phase, section.phases)) for phase in range(section.phases)]
@@ -159,15 +173,18 @@ class Selection:
             assert section.sizes is not None  # the config is checked
             size, seed = relaxed(*section.sizes, step, steps), self.config.seed
             chosen = [
-                choose_members(row, "variance", size, draw(seed, "selection", step=step, inner=slot, group=group))
+                filled(
+                    choose_members(row, "variance", size, draw(seed, "selection", step=step, inner=slot, group=group)),
+                    size,
+                    len(row),
+                )
                 for row, slot, group in zip(labels.double().numpy(), slots, group_ids, strict=True)
             ]
             return replace(draws, members=torch.from_numpy(np.stack(chosen)))
-        values = labels.nan_to_num(-math.inf)
-        ranked = ranking(GroupErrors(values, rewards=values, order=draws.order))
+        ranked = ranking(GroupErrors(labels, rewards=labels, order=draws.order))
         phase, _ = phase_of(step, steps, section.phases)
         if section.images == "rank_gap":
-            loser = loser_by_rank(ranked, phase, section.phases)
+            loser = loser_by_rank(ranked, phase, section.phases, labelled_count(labels))
         else:
-            loser = loser_by_score(ranked, labels.nan_to_num(0.0), phase, section.phases)
+            loser = loser_by_score(ranked, labels, phase, section.phases)
         return replace(draws, members=torch.cat([ranked[:, :1], loser], dim=1).sort(dim=1).values)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
-from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, check_labels, has_preference, ranking
+from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, best_and_worst, check_labels, has_preference
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.pipelines.inversion import inverted_noise
 from diffalign.training.device import to_device
 from diffalign.training.preference.draws import Draws
+from diffalign.training.preference.mixed_sizes import by_size, labelled_first, member_means, sizes_of
 from diffalign.training.preference.reference_store import Recall, live
 from diffalign.training.protocols import Conditioning
 
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 
 
 def used_members(objective: Objective, rewards: Tensor, draws: Draws) -> Tensor:
-    """Return the indices [B, k] of those among `draws.members` that the objective's loss depends on."""
-    if objective.members == "all":
-        return draws.members
+    """Return the indices [B, k] of those among `draws.members` that the objective's loss depends on.
+
+    Images without a label are none of them, unless a group has fewer of the others than the rest of the micro-batch.
+    """
     labels, order = rewards.gather(1, draws.members), draws.order.gather(1, draws.members)
-    ranked = ranking(GroupErrors(policy_error=labels, rewards=labels.nan_to_num(float("-inf")), order=order))
-    return draws.members.gather(1, ranked[:, :1] if objective.members == "best" else ranked[:, [0, -1]])
+    if objective.members == "all":
+        return labelled_first(draws.members, labels)
+    best, worst = best_and_worst(GroupErrors(policy_error=labels, rewards=labels, order=order))
+    return draws.members.gather(1, best if objective.members == "best" else torch.cat([best, worst], dim=1))
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -167,14 +171,15 @@ def preference_step(
     policy_error = squared_error(policy, target)
     gap = None if reference is None else squared_error(policy, reference)
 
-    # ---- Objective ----
+    # ---- Objective, on each group's labelled images ----
     errors = _group_errors(config, objective, backbone, batch, draws, chosen, policy_error, reference_error, gap)
-    output = objective(errors)
-    metrics = {"policy_error": errors.policy_error.mean(1), **output.metrics}
+    sizes = sizes_of(batch.rewards.gather(1, chosen))
+    output = by_size(objective, errors, sizes)
+    metrics = {"policy_error": member_means(errors.policy_error, sizes), **output.metrics}
     if errors.reference_error is not None:
-        metrics["reference_error"] = errors.reference_error.mean(1)
+        metrics["reference_error"] = member_means(errors.reference_error, sizes)
     if gap is not None:
-        metrics["drift"] = gap.mean(1)
+        metrics["drift"] = member_means(gap, sizes)
 
     # ---- Weight: a group without a strict preference has no say where labels do ----
     weight = torch.ones(len(chosen))
@@ -198,7 +203,7 @@ def _group_errors(
     """What the objective sees, [B, k] each, in the error space of the config."""
     device = backbone.device
     scale = to_device(backbone.process.error_scale(draws.times, config.error_space), device)[:, None]
-    # A group with an image without label has no weight, but 0 times NaN would still be NaN.
+    # A group without two labels has no weight, but 0 times NaN would still be NaN.
     labels = to_device(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
     return GroupErrors(
         policy_error=scale * policy_error,

@@ -52,11 +52,16 @@ def test_learns_the_order(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_missing_labels_and_images_cost_weight_and_nothing_else(name: str, tmp_path: Path) -> None:
-    """NaN labels, a smaller group, a group of ties: no NaN reaches the loss, and the share is logged."""
+    """NaN labels, smaller groups, a group of ties: no NaN reaches the loss, and the share is logged.
+
+    A group with two labels that differ counts, whatever it lacks; one of ties, of one label or masked out does not.
+    """
     source = shares(toy.ToySource())
     source.rewards[0, 1] = float("nan")
     source.rewards[1, 2:], source.mask[1] = float("nan"), False
     source.rewards[2] = 0.5
+    source.rewards[3, 1:] = float("nan")
+    source.rewards[4, 2:] = float("nan")
     rows = run(tmp_path, source=source, objective=OBJECTIVES[name], train={"steps": 13})
     assert all(np.isfinite(r["loss"]) and np.isfinite(r["margin"]) for r in rows)
     assert np.mean([r["share_without_preference"] for r in rows]) == pytest.approx(3 / 13)

@@ -19,6 +19,7 @@ from diffalign.data.combine import calibrations, combined_labels
 from diffalign.data.labels import balanced
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import Flow
+from diffalign.rewards.aggregate import dvao
 from diffalign.training.order import groups_for_step
 from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.selection import (
@@ -207,7 +208,7 @@ def test_weights_count_in_the_loss_and_leave_the_shares_alone(tmp_path: Path) ->
 
 def test_groups_without_preference_come_last_and_nan_labels_harm_nothing(tmp_path: Path) -> None:
     source = toy.ToySource()
-    source.rewards[0], source.rewards[1, 0] = 0.5, float("nan")
+    source.rewards[0], source.rewards[1, 1:], source.rewards[2, 0] = 0.5, float("nan"), float("nan")
     for number, selection in enumerate(
         ({"groups": "curriculum"}, {"images": "variance", "sizes": [2, 3]}, {"images": "score_gap"})
     ):
@@ -218,6 +219,10 @@ def test_groups_without_preference_come_last_and_nan_labels_harm_nothing(tmp_pat
         for pool, _ in Selection.of(toy.toy_config(tmp_path, selection={"groups": "curriculum"}), source).pools
     ]
     assert all(not pool & {0, 1} for pool in pools[:-1]) and pools[-1] >= {0, 1}
+    # A group that lacks a label has its place by those it has.
+    gap = (source.rewards[2, 1:].max() - source.rewards[2, 1:].min()).item()
+    wider = [i for i in range(3, 13) if source.rewards[i].max() - source.rewards[i].min() > gap]
+    assert (2 in pools[0]) == (len(wider) < len(pools[0]))
 
 
 def test_a_schedule_cannot_go_on_with_another_length(tmp_path: Path) -> None:
@@ -307,3 +312,22 @@ def test_a_reward_without_spread_cannot_be_combined(tmp_path: Path) -> None:
     dataset = scored(tmp_path, {"a": [[1.0, 1.0], [1.0, 1.0]]})
     with pytest.raises(DiffalignError, match="labels.combine.weights: a: 4 scores without any spread"):
         calibrations(dataset, [0, 1], combine("sum", {"a": 1.0}))
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_an_image_without_a_gates_score_has_no_label(place: int, tmp_path: Path) -> None:
+    """Whether it passes is unknown; the others are ranked as if it were not there."""
+    gate, values = [1.0, 0.0, 1.0], [0.1, 0.9, 0.5]
+    gate[place] = float("nan")
+    dataset = scored(tmp_path, {"a": [gate], "b": [values]})
+    alone = combine("gated", {"b": 1.0}, {"a": 1.0})
+    (found,) = combined_labels(dataset, [0], alone, calibrations(dataset, [0], alone))
+    others = [k for k in range(3) if k != place]
+    assert np.isnan(found[place]) and np.isfinite(found[others]).all()
+    assert max(others, key=lambda k: found[k]) == max(others, key=lambda k: (gate[k], values[k]))
+
+
+def test_a_reward_of_weight_0_may_lack_scores() -> None:
+    scores = np.array([[np.nan, 1.0], [0.5, 0.5]])
+    advantages, _ = dvao(scores, [0.0, 1.0])
+    assert advantages.tolist() == [0.0, 0.0]
