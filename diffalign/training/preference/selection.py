@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def weights_by_mean(means: np.ndarray, temperature: float) -> np.ndarray:
 def group_weights(config: TrainConfig, labels: Tensor, known: Tensor, gaps: np.ndarray) -> Tensor:
     """Return the weight of each group, [N] float32, by `selection.weight`; 1 for groups without a preference.
 
-    labels [N, K] float64, NaN where there is none; known [N]: which groups state a preference; gaps [N]: best less worst label.
+    labels [N, K] float64; known [N]: which groups state a preference; gaps [N]: best less worst label.
     """
     section, weights, rated = config.selection, np.ones(len(gaps)), known.numpy()
     if section.weight != "none" and rated.any():
@@ -172,12 +173,9 @@ class Selection:
         if section.images == "variance":
             assert section.sizes is not None  # the config is checked
             size, seed = relaxed(*section.sizes, step, steps), self.config.seed
+            draws_of = partial(draw, seed, "selection", step=step)
             chosen = [
-                filled(
-                    choose_members(row, "variance", size, draw(seed, "selection", step=step, inner=slot, group=group)),
-                    size,
-                    len(row),
-                )
+                filled(choose_members(row, "variance", size, draws_of(inner=slot, group=group)), size, len(row))
                 for row, slot, group in zip(labels.double().numpy(), slots, group_ids, strict=True)
             ]
             return replace(draws, members=torch.from_numpy(np.stack(chosen)))

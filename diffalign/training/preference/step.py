@@ -171,7 +171,7 @@ def preference_step(
     policy_error = squared_error(policy, target)
     gap = None if reference is None else squared_error(policy, reference)
 
-    # ---- Objective, on each group's labelled images ----
+    # ---- Objective: of each group's labelled images and no others ----
     errors = _group_errors(config, objective, backbone, batch, draws, chosen, policy_error, reference_error, gap)
     sizes = sizes_of(batch.rewards.gather(1, chosen))
     output = by_size(objective, errors, sizes)
