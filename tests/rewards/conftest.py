@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffalign.rewards import Reward, load_reward
 from diffalign.rewards.judge import Judge, load_judge
-from helpers import tiny_vlm
+from helpers import tiny_rewards, tiny_vlm
 from helpers.judge_inputs import RUBRICS
 
 
@@ -20,3 +22,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def judges(folders: dict[str, Path]) -> dict[str, Judge]:
     return {family: load_judge(folder, rubrics=RUBRICS) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_rewards.clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def hps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    return tiny_rewards.hps_checkpoint(tmp_path_factory.mktemp("hps"))
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("blip")
+    return folder, tiny_rewards.imagereward_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def rewards(
+    clip: Path, hps: tuple[Path, dict], blip: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Reward]:
+    head = tmp_path_factory.mktemp("head") / "head.pth"
+    tiny_rewards.aesthetic_head(head, 24)
+    return {
+        "pickscore": load_reward("pickscore", weights=clip),
+        "clipscore": load_reward("clipscore", weights=clip),
+        "hpsv2": load_reward("hpsv2", weights=hps[0], architecture="tiny-hps"),
+        "imagereward": load_reward("imagereward", weights=blip[0], tokenizer=blip[0]),
+        "aesthetic": load_reward("aesthetic", weights=head, clip=clip),
+        "sharpness": load_reward("sharpness"),
+    }
