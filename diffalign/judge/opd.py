@@ -73,7 +73,7 @@ class OnPolicy:
         return loss, {"reverse_kl": apart, "trace_tokens": tokens} | pair_metrics(mu, scores)
 
     def _labels(self, log_q: Tensor, step: int, index: int) -> Tensor:
-        """The score that ends each sample, drawn by its own key: [N] levels."""
+        """Draw the score that ends each sample, drawn by its own key: [N] levels."""
         probabilities = log_q.exp().double().cpu().numpy()
         drawn = [
             int(draw(self.config.seed, "judge-label", step=step, group=index, member=i).choice(len(q), p=q / q.sum()))

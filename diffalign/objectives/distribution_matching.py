@@ -26,7 +26,7 @@ Scale = Literal["per_sample", "group_mean", "none"]
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, 1, ...]."""
+    """Reshape [N] to [N, 1, ...]."""
     return values.reshape(-1, *([1] * (like.dim() - 1)))
 
 

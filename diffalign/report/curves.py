@@ -66,7 +66,7 @@ class Series:
 
 
 def series(run: int, name: str, rows: list[dict[str, float]]) -> Series | None:
-    """The finite values of a metric; None where there are fewer than two."""
+    """Return the finite values of a metric; None where there are fewer than two."""
     points = [(float(r["step"]), float(r[name])) for r in rows if name in r and math.isfinite(r[name])]
     if len(points) < 2:
         return None
@@ -101,7 +101,7 @@ def number(value: float) -> str:
 
 
 def static_svg(name: str, lines: list[Series]) -> str:
-    """The chart without a script: raw lines and their moving averages."""
+    """Return the chart without a script: raw lines and their moving averages."""
     xs, ys = [s for line in lines for s in line.steps], [v for line in lines for v in line.values]
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     if low == high:

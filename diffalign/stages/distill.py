@@ -58,7 +58,7 @@ It was trained with CPS, eta {eta:g}, which no scheduler of diffusers has: Euler
 
 
 def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, Any]:
-    """The student's sampler, and the diffusers scheduler that it is saved with."""
+    """Return the student's sampler, and the diffusers scheduler that it is saved with."""
     if backbone.guided:
         raise DiffalignError(
             f"model.path {config.model.path}: its guidance is an input of the network, so there is no prediction without; "
@@ -124,7 +124,7 @@ def latent_scores(
 
 
 def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImages | None:
-    """The real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
+    """Return the real images for the critic, resized and cropped to squares of `side` pixels; None where none are wanted."""
     if config.gan.real is None:
         return None
     found = real_images(config.gan.real, config.prompts, config.gan.n or config.n, config.seed)
@@ -142,7 +142,7 @@ def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImage
 
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
-    """`diffalign distill`. The same command again goes on where it stopped."""
+    """Distil a model: `diffalign distill`. The same command resumes where it stopped."""
     device = resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)
@@ -175,7 +175,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
 
 
 def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
-    """The whole pipeline with the student's weights and scheduler, for `from_pretrained`; README.md says how to call it.
+    """Write the whole pipeline with the student's weights and scheduler, for `from_pretrained`; README.md says how to call it.
 
     A CPS student between Euler and re-noising has no scheduler in diffusers: it is saved with its times and Euler, and the
     README says so.
@@ -202,7 +202,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
 
 
 def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None:
-    """What a run would do, from the files alone: nothing is written, no GPU memory is taken."""
+    """Print what a run would do, from the files alone: nothing is written, no GPU memory is taken."""
     backbone = open_backbone(config.model, "cpu")
     student, _ = open_student(config, backbone)
     steps, updates = config.train.steps, config.train.steps * config.fake.updates

@@ -26,7 +26,7 @@ from diffalign.training.optim import check_installed
 
 
 def judge_data(out: Path, split: str, groups: int, images: int, raters: int, seed: int) -> None:
-    """`diffalign testbed judge-data`: images/, pairs.jsonl, ratings.jsonl and data.json, which says how they were made."""
+    """Write data for judges: images/, pairs.jsonl, ratings.jsonl, and data.json, which says how they were made."""
     made = {"split": split, "groups": groups, "images": images, "raters": raters, "seed": seed}
     told = out / "data.json"
     if told.is_file():
@@ -50,7 +50,7 @@ def judge_data(out: Path, split: str, groups: int, images: int, raters: int, see
 
 
 def judge_base(out: Path, size: str, steps: int, seed: int) -> None:
-    """`diffalign testbed judge-base`."""
+    """Train a base for judges: `diffalign testbed judge-base`."""
     if out.exists() and any(out.iterdir()):
         raise DiffalignError(f"{out}: is not empty; choose another folder")
     with quiet_progress():
@@ -59,7 +59,7 @@ def judge_base(out: Path, size: str, steps: int, seed: int) -> None:
 
 
 def train_from_config(config: JudgeConfig) -> Path:
-    """`diffalign judge`. The same command again goes on where it stopped; returns the folder of the trained judge."""
+    """Train a judge: `diffalign judge`. The same command resumes where it stopped. Returns the folder of the trained judge."""
     check_installed(config.optimizer)
     device = resolve_device(config.device)
     source = config.data.distributions if config.method == "risd" else config.data.pairs
@@ -93,7 +93,7 @@ def check_dimensions(judge: Judge, wanted: set[str], source: Path) -> None:
 
 
 def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, device: str, seed: int) -> None:
-    """`diffalign judge-distributions`: what a teacher says about every image of some records, written once."""
+    """Write a teacher's score distributions for every image of some records: `diffalign judge-distributions`."""
     _beside_images(source, out)
     if out.exists():
         raise DiffalignError(f"{out}: is there already; a teacher is asked once, delete it to ask again")
@@ -115,7 +115,7 @@ def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, de
 def evaluate_judge(
     folder: Path, source: Path, out: Path | None, thinking: Thinking, device: str, seed: int
 ) -> dict[str, Any]:
-    """`diffalign judge-eval`: the measures of all images and of each dimension; `out` gets them as JSON."""
+    """Measure a judge, `diffalign judge-eval`: the measures of all images and of each dimension; `out` gets them as JSON."""
     rated, judge = _rated(source), open_judge(JudgeModelSection(path=folder), resolve_device(device))
     check_dimensions(judge, {one.dimension for one in rated}, source)
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
@@ -130,7 +130,7 @@ def evaluate_judge(
 
 
 def _rated(source: Path) -> list[Rated]:
-    """Ratings, or the images of pairs with one rating each: whichever the first row is."""
+    """Read ratings, or the images of pairs with one rating each: whichever the first row is."""
     if not source.is_file():
         raise DiffalignError(f"{source}: no such file; give pairs.jsonl or ratings.jsonl")
     with source.open(encoding="utf-8", errors="replace") as stream:
@@ -143,7 +143,7 @@ def _samples(rated: list[Rated]) -> list[Sample]:
 
 
 def _beside_images(source: Path, out: Path) -> None:
-    """Records name images below their own folder, so what is written about them must lie there too."""
+    """Refuse to write apart from the images, since records name images below their own folder."""
     if out.parent.resolve() != source.parent.resolve():
         raise DiffalignError(
             f"{out}: must be in {source.parent}, where the images are; records may not point elsewhere"
@@ -151,7 +151,7 @@ def _beside_images(source: Path, out: Path) -> None:
 
 
 def _counter(total: int) -> Callable[[int], None]:
-    """A callback that shows how many images are judged."""
+    """Return a callback that shows how many images are judged."""
     show = ImageProgress().named("judge")
     show(0, total)
     return lambda done: show(done, total)

@@ -27,7 +27,7 @@ from diffalign.training.reward_gradient.method import RewardGradient
 
 
 def check_differentiable(config: RewardGradientConfig) -> None:
-    """Raises DiffalignError for a reward without a gradient, before a model is loaded."""
+    """Refuse a reward without a gradient, before a model is loaded. Raises DiffalignError."""
     for term in config.rewards:
         if not find_reward(term.name).differentiable:
             known = ", ".join(name for name, kind in (REWARDS | foreign_rewards()[0]).items() if kind.differentiable)
@@ -40,7 +40,7 @@ def check_differentiable(config: RewardGradientConfig) -> None:
 def gradient_scores(
     config: RewardGradientConfig, backbone: Backbone, rows: list[PromptRow], rewards: dict[str, Reward]
 ) -> LatentScores:
-    """Decodes latents and scores them, with a gradient throughout. The VAE goes to float32 for good."""
+    """Return a function that decodes latents and scores them and keeps the gradient. The VAE stays in float32 from here."""
     vae = backbone.pipeline.vae.float()
     if config.decoder.checkpointing:
         vae.enable_gradient_checkpointing()
@@ -64,7 +64,7 @@ def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
 
 
 def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None:
-    """`diffalign reward-gradient`. The same command again goes on where it stopped."""
+    """Train a model on the gradient of rewards: `diffalign reward-gradient`. The same command resumes where it stopped."""
     device = resolve_device(config.device)
     check_installed(config.optimizer)
     check_differentiable(config)
@@ -100,7 +100,7 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
 
 
 def describe_steps(config: RewardGradientConfig) -> str:
-    """Which of the sampler's steps carry a gradient, in words; counted from 0."""
+    """Say which of the sampler's steps carry a gradient, in words; counted from 0."""
     method, steps = config.method, config.sampler.steps
     if method.name == "refl":
         low, high = method.between or late_steps(steps)
@@ -115,7 +115,7 @@ def describe_steps(config: RewardGradientConfig) -> str:
 
 
 def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) -> None:
-    """What a run would do, from the files alone: nothing is written, no GPU memory is taken."""
+    """Print what a run would do, from the files alone: nothing is written, no GPU memory is taken."""
     backbone = open_backbone(config.model, "cpu")
     side = check_sampler(config, backbone)
     open_rewards(config.rewards, rows, "cpu", "rewards", config.prompts)

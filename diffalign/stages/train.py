@@ -22,7 +22,7 @@ from diffalign.training.preference.method import Preference
 
 
 def train(config: TrainConfig, dry_run: bool = False) -> None:
-    """`diffalign train`."""
+    """Train a model on preference data: `diffalign train`."""
     device = resolve_device(config.device)
     check_installed(config.optimizer)
     dataset = PreferenceDataset(config.data.path)
@@ -61,7 +61,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:
-    """What a run would do, from the files alone: nothing is written, no GPU memory is taken."""
+    """Print what a run would do, from the files alone: nothing is written, no GPU memory is taken."""
     chosen, members, smaller = choose_groups(config.data, dataset)
     facts = dataset.facts(config.data.split)
     backbone = open_backbone(config.model, "cpu")

@@ -42,6 +42,6 @@ def run_and_report(
 
 
 def _has_rows(run_dir: Path) -> bool:
-    """Whether the run has logged anything to report."""
+    """Return whether the run has logged anything to report."""
     metrics = run_dir / "metrics.jsonl"
     return metrics.is_file() and metrics.stat().st_size > 0

@@ -161,7 +161,7 @@ def stored_bytes(module: nn.Module | None, wanted: Callable[[str], bool] = lambd
 
 
 def _state_bytes(state: Any) -> int:
-    """A 4-bit weight's scales; with double quantisation they are 8-bit numbers with scales of their own."""
+    """Return the bytes of a 4-bit weight's scales; with double quantisation they are 8-bit numbers with scales of their own."""
     nested = _state_bytes(state.state2) if state.nested else 0
     return int(state.absmax.nbytes) + int(state.code.nbytes) + nested
 

@@ -12,7 +12,7 @@ PlainState = dict[str, Any]
 
 
 def _flatten(state: dict[Any, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's per-parameter state as tensors and plain numbers, both named `index/key` or `index/dict/key`."""
+    """Return an optimiser's per-parameter state as tensors and plain numbers, both named `index/key` or `index/dict/key`."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, entries in state.items():

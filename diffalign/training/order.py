@@ -43,7 +43,7 @@ class BucketOrder:
         return [group for position in range(step * units, (step + 1) * units) for group in self._unit(position)]
 
     def _unit(self, position: int) -> list[int]:
-        """The groups of the unit at a position of the endless sequence of units."""
+        """Return the groups of the unit at a position of the endless sequence of units."""
         epoch = self._epoch(position)
         before = self._given(epoch)
         counts = tuple(n - b for n, b in zip(self._given(epoch + 1), before, strict=True))
@@ -56,11 +56,11 @@ class BucketOrder:
         return [int(own[_own_permutation(len(own), self.seed, bucket, p // len(own))[p % len(own)]]) for p in places]
 
     def _given(self, epoch: int) -> list[int]:
-        """How many units each bucket has given before an epoch."""
+        """Count the units that each bucket has given before an epoch."""
         return [epoch * len(own) // self.unit for own in self.members]
 
     def _epoch(self, position: int) -> int:
-        """The epoch that holds a unit: the last one before which no more than `position` units were given."""
+        """Return the epoch that holds a unit: the last one before which no more than `position` units were given."""
         total = sum(len(own) for own in self.members)
         epoch = position * self.unit // total  # never too late, as rounding down only delays units
         while sum(self._given(epoch + 1)) <= position:
@@ -70,7 +70,7 @@ class BucketOrder:
 
 @lru_cache(maxsize=2)
 def _units(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bucket of each unit of an epoch, and how many units of that bucket come before it in the epoch."""
+    """Return the bucket of each unit of an epoch, and how many units of that bucket come before it in the epoch."""
     order = draw(seed, "buckets", step=epoch).permutation(np.repeat(np.arange(len(counts)), counts))
     # Counted once an epoch: a step must not take longer where there are more groups.
     before = np.empty_like(order)
@@ -80,7 +80,7 @@ def _units(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, 
 
 @lru_cache(maxsize=64)
 def _own_permutation(n_groups: int, seed: int, bucket: int, epoch: int) -> np.ndarray:
-    """The order of a bucket's groups in one of its rounds."""
+    """Return the order of a bucket's groups in one of its rounds."""
     return draw(seed, "bucket", step=epoch, inner=bucket).permutation(n_groups)
 
 

@@ -57,7 +57,7 @@ JUDGE = """# {name}
 
 
 def _common(config: BackboneRunConfig | JudgeConfig) -> dict[str, str]:
-    """What every README names."""
+    """Return what every README names."""
     lora, base, folder = config.tune.kind == "lora", str(config.model.path), config.run_dir.as_posix()
     return {
         "name": config.run_dir.name,

@@ -69,7 +69,7 @@ class Validation:
             return {"step": done, "scores": self._scores(images, cells)}
 
     def _draw(self, cells: list[tuple[int, int]]) -> list[Image.Image]:
-        """Images of (prompt, number among its images)."""
+        """Draw images of (prompt, number among its images)."""
         backbone, settings = self.backbone, self.settings
         images: list[Image.Image] = []
         training = backbone.trunk.training

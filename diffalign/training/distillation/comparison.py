@@ -66,7 +66,7 @@ def compare(
     process, device, w = backbone.process, backbone.device, config.match.guidance
 
     def predict_pair(role: str, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """x0 and epsilon as `role` predicts them."""
+        """Return x0 and epsilon as `role` predicts them."""
         with backbone.role(role):
             prediction = backbone.predict(noisy, t, conditioning)
         return process.x0(noisy, prediction, t), process.epsilon(noisy, prediction, t)

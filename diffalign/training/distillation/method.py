@@ -113,7 +113,7 @@ class Distillation:
         return self.waited
 
     def _batches(self, iteration: int, indices: list[int]) -> Iterator[PromptBatch]:
-        """This process's micro-batches of an iteration, one by one, so that a GPU computes while the next is drawn."""
+        """Yield this process's micro-batches of an iteration, one by one, so that a GPU computes while the next is drawn."""
         for slots in self.share.micro_batches():
             began, chosen = time.monotonic(), [indices[s] for s in slots]
             batch = make_batch(self.config, self.student, self.source, iteration, slots, chosen, self.shape)
@@ -121,7 +121,7 @@ class Distillation:
             yield batch
 
     def _rolled_out(self, batch: PromptBatch) -> tuple[PromptBatch, Tensor]:
-        """The batch with the student's images, without a gradient."""
+        """Return the batch with the student's images, without a gradient."""
         with self.accelerator.autocast(), torch.no_grad():
             rolled = roll_out(self.backbone, self.student, batch.conditioning, batch.draws, learn=False, finish=False)
         return batch, rolled.x

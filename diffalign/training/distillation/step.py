@@ -114,7 +114,7 @@ def _compared(
     unconditional: Conditioning,
     draws: DistillDraws,
 ) -> TeacherAgainstFake:
-    """`compare` for R re-noisings of each of N images x, side by side."""
+    """Call `compare` for R re-noisings of each of N images x, side by side."""
     _, renoisings = group_shape(config)
     x = x.detach().repeat_interleave(renoisings, dim=0)
     repeated = {name: value.repeat_interleave(renoisings, dim=0) for name, value in conditioning.items()}
@@ -125,7 +125,7 @@ def _compared(
 def _rewarded_direction(
     config: DistillConfig, found: TeacherAgainstFake, values: dict[str, Tensor], rewarded: bool
 ) -> tuple[Tensor, Tensor]:
-    """The direction as the rewards change it, and the advantages [N], 0 where there are none."""
+    """Return the direction as the rewards change it, and the advantages [N], 0 where there are none."""
     images, renoisings = group_shape(config)
     nothing = torch.zeros_like(found.gap[::renoisings])
     if config.reward.use == "exponential" and values:
@@ -139,7 +139,7 @@ def _rewarded_direction(
 
 
 def _advantages(config: DistillConfig, values: dict[str, Tensor], gap: Tensor, images: int) -> Tensor:
-    """A [N], from scores [N] by reward and R_dm's draw [N]; 0 where there is nothing to compare.
+    """Return A [N], from scores [N] by reward and R_dm's draw [N]; 0 where there is nothing to compare.
 
     Images of a prompt share the level, so that R_dm's weight, the same for all of them, falls out when it is standardised.
     """
@@ -161,7 +161,7 @@ def _advantages(config: DistillConfig, values: dict[str, Tensor], gap: Tensor, i
 def _reward_loss(
     x: Tensor, direction: Tensor, differentiable_score: DifferentiableScore, indices: list[int], balance: bool
 ) -> Tensor:
-    """[N], whose gradient to x is minus the rewards' (ReFL), balanced against the matching loss's if asked."""
+    """Return [N], whose gradient to x is minus the rewards' (ReFL), balanced against the matching loss's if asked."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(differentiable_score(leaf, indices).sum(), leaf)
@@ -181,7 +181,7 @@ def _metrics(
     advantage: Tensor,
     values: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """What is logged of a student's step, [N] each."""
+    """Return what is logged of a student's step, [N] each."""
     images, renoisings = group_shape(config)
     parts = {"dm": found.dm, "ca": found.ca}
     metrics = {name: v.abs().flatten(1).mean(1).view(-1, renoisings).mean(1) for name, v in parts.items()}

@@ -173,7 +173,7 @@ def _check_margin(result: PreferenceOutput, stored_beta: float | None) -> None:
 
 
 def _add(totals: dict[str, Tensor], result: PreferenceOutput, share: Tensor) -> None:
-    """Sums of a micro-batch: metrics over groups that count, and how many these are."""
+    """Add a micro-batch to the sums: metrics over groups that count, and how many these are."""
     new = {name: (result.weight * value).sum() for name, value in result.metrics.items()}
     new |= {"loss": share.detach(), "_count": result.weight.sum(), "_groups": torch.ones_like(result.weight).sum()}
     for name, value in new.items():

@@ -136,7 +136,7 @@ def _reading(path: Path) -> Any:
 
 
 def _narrow(values: Tensor) -> Tensor:
-    """The values in 16 bits where that loses nothing, as with predictions of a model that computes in 16 bits."""
+    """Return the values in 16 bits where that loses nothing, as with predictions of a model that computes in 16 bits."""
     if values.dtype == torch.float32 and values.dim() > 2:
         for dtype in NARROW:
             if torch.equal(values.to(dtype).float(), values):
@@ -145,7 +145,7 @@ def _narrow(values: Tensor) -> Tensor:
 
 
 def _current(key: dict[str, object]) -> dict[str, object]:
-    """A stored key with today's names of the model's options, so that stores of earlier versions still serve."""
+    """Return a stored key with today's names of the model's options, so that stores of earlier versions still serve."""
     model = {name.removeprefix("model."): value for name, value in key.items() if name.startswith("model.")}
     renamed = {f"model.{name}": value for name, value in current_keys({"model": model})["model"].items()}
     return renamed | {name: value for name, value in key.items() if not name.startswith("model.")}

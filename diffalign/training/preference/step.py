@@ -49,7 +49,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def _inverted(
     config: TrainConfig, backbone: Backbone, latents: Tensor, times: Tensor, conditioning: Conditioning
 ) -> Tensor:
-    """Each image's own noise, [N, C, h, w]: under the caption that the loss sees, without guidance or gradient."""
+    """Find each image's own noise, [N, C, h, w]: under the caption that the loss sees, without guidance or gradient."""
     settings = config.inversion.model_dump()
 
     def predict(noisy: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _inputs(
     unconditional: Conditioning,
     recall: Recall,
 ) -> Inputs:
-    """Inputs for the images `chosen` [B, k], on the device."""
+    """Return the inputs for the images `chosen` [B, k], on the device."""
     process, device, k = backbone.process, backbone.device, chosen.shape[1]
     pick = chosen[:, :, None, None, None].expand(-1, -1, *batch.latents.shape[2:])
     latents = to_device(batch.latents.gather(1, pick).flatten(0, 1), device)
@@ -105,7 +105,7 @@ def _inputs(
 def _predicted(
     backbone: Backbone, role: str, inputs: Inputs, images_per_pass: int | None, module: nn.Module | None
 ) -> Tensor:
-    """The prediction of a role, [B k, C, h, w]; `module` stands in for its trunk."""
+    """Return the prediction of a role, [B k, C, h, w]; `module` stands in for its trunk."""
 
     def predict(noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return backbone.predict(noisy, t, conditioning, module=module)
@@ -200,7 +200,7 @@ def _group_errors(
     reference_error: Tensor | None,
     gap: Tensor | None,
 ) -> GroupErrors:
-    """What the objective sees, [B, k] each, in the error space of the config."""
+    """Return what the objective sees, [B, k] each, in the error space of the config."""
     device = backbone.device
     scale = to_device(backbone.process.error_scale(draws.times, config.error_space), device)[:, None]
     # A group without two labels has no weight, but 0 times NaN would still be NaN.

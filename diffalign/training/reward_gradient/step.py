@@ -64,7 +64,7 @@ class UnrolledSampler:
         return process.step(x, prediction, t, self._at(index + 1, x))
 
     def _at(self, index: int, x: Tensor) -> Tensor:
-        """The time of step `index` for each latent, [N]."""
+        """Return the time of step `index` for each latent, [N]."""
         return self.times[index].expand(len(x)).to(x.device)
 
     @torch.no_grad()
@@ -170,12 +170,12 @@ def reward_gradient_step(
 
 
 def _measured(config: RewardGradientConfig) -> bool:
-    """Whether the reference's predictions are needed."""
+    """Return whether the reference's predictions are needed."""
     return config.drift.measure or config.drift.weight > 0
 
 
 def _learn(config: RewardGradientConfig, sampler: UnrolledSampler, x: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-    """The latent after the steps of `span`, with its gradient, and the mean drift over them, [N]."""
+    """Return the latent after the steps of `span`, with its gradient, and the mean drift over them, [N]."""
     method, drifts = config.method, []
     for index in range(span.first, span.stop + 1):
 
@@ -206,7 +206,7 @@ def _check_gradients(values: dict[str, Tensor]) -> None:
 
 
 def _metrics(values: dict[str, Tensor], terms: dict[str, RewardTerm]) -> dict[str, Tensor]:
-    """What is logged of the scores, [N] each."""
+    """Return what is logged of the scores, [N] each."""
     metrics = {"reward": mean_score(values, terms)}
     if len(values) > 1:
         metrics |= {f"reward/{name}": value for name, value in values.items()}
