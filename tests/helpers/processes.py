@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import traceback
@@ -23,8 +24,11 @@ def command(run_dir: Path, steps: int, groups: int, micro: int, seconds: float =
     return [str(PROGRAM), str(run_dir), *map(str, (steps, groups, micro, seconds))]
 
 
-def torchrun(port: int) -> list[str]:
-    """Return the command that starts a program as two processes, which meet at this port of the machine."""
+def torchrun() -> list[str]:
+    """Return the command that starts a program as two processes, which meet at a free port of the machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
 
 

@@ -47,8 +47,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Validation is drawn by the main process while the other waits. It changes no number of the training of two, and what
     is validated and kept is what one process validates and keeps."""
     finish([sys.executable, *command(tmp_path / "one", 10, 4, 2), "2"])
-    finish([*torchrun(29517), *command(tmp_path / "two", 10, 4, 2), "2"])
-    finish([*torchrun(29517), *command(tmp_path / "unwatched", 10, 4, 2)])
+    finish([*torchrun(), *command(tmp_path / "two", 10, 4, 2), "2"])
+    finish([*torchrun(), *command(tmp_path / "unwatched", 10, 4, 2)])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 10
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
@@ -76,7 +76,7 @@ def test_two_processes_choose_the_same_groups_and_images(tmp_path: Path) -> None
         }
     )
     finish([sys.executable, *command(tmp_path / "one", 10, 4, 2), "0", chosen])
-    finish([*torchrun(29517), *command(tmp_path / "two", 10, 4, 2), "0", chosen])
+    finish([*torchrun(), *command(tmp_path / "two", 10, 4, 2), "0", chosen])
     finish([sys.executable, *command(tmp_path / "all", 10, 4, 2)])
     one, two, unchosen = (rows(tmp_path / name) for name in ("one", "two", "all"))
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)

@@ -17,7 +17,7 @@ from helpers.tiny_training import Source, config_for
 
 def test_two_processes_with_cut_weights_equal_one(sd3_dir: Path, tmp_path: Path) -> None:
     program = sharded_run.__file__
-    finish([*torchrun(29547), program, str(sd3_dir), str(tmp_path / "two"), "fsdp2", "4", "10"])
+    finish([*torchrun(), program, str(sd3_dir), str(tmp_path / "two"), "fsdp2", "4", "10"])
 
     config = config_for(sd3_dir, tmp_path / "one", 10, optimizer={"lr": 1e-3})
     tuned = {"tune": config.tune.model_copy(update={"kind": "full"})}

@@ -112,7 +112,7 @@ def test_resume_and_micro_batches(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [toy.__file__]
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun(29523))):
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun())):
         finish([*launcher, *program, str(tmp_path / name), "4", "4", "2", "0.5"])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     for name in ("grad_norm", "fake_grad_norm"):

@@ -377,7 +377,7 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [toy.__file__]
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun(29523))):
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun())):
         finish([*launcher, *program, str(tmp_path / name), "10", "4", "2"])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 10
