@@ -187,7 +187,7 @@ def _meaning(field: FieldInfo, model: type[BaseModel], name: str) -> str:
 
 
 def _default(field: FieldInfo) -> Any:
-    return field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
+    return field.get_default(call_default_factory=True)
 
 
 def _plain(value: Any) -> Any:
