@@ -102,7 +102,9 @@ def test_the_printed_recipe_has_every_key_and_loads_to_the_same(tmp_path: Path, 
         if isinstance(value, dict) and key != "options":
             assert set(printed[key]) == set(value), f"{name}: {key} is incomplete"
     _, notes = read_notes(config_path(name))
-    for note in notes.values():
+    base = base_of(config_path(name))
+    below = read_notes(base)[1] if base else {}
+    for note in {**below, **notes}.values():
         assert note in text, f"{name}: the note {note!r} is lost"
     lines = text.splitlines()
     first = lines.index(f"kind: {kind_of(name)}")

@@ -79,7 +79,8 @@ def test_a_run_that_fails_before_its_first_row_shows_why(
         words, reason = (*judge(tmp_path), "train.log_every=2"), "the loss is "
     capsys.readouterr()
     assert call(tmp_path / "run", *words) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "report:" not in out  # there is no row to report
     assert error.startswith(f"error: {reason}") and error.count("\n") == 1, error
     assert f"at step {2 if verb == 'judge' else 1}" in error and "the last good checkpoint is none: " in error
     assert not (tmp_path / "run/metrics.jsonl").read_text() and not (tmp_path / "run/report.html").exists()
