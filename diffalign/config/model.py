@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.section import NAMED, ROUNDING, UNAFFECTED, FilePath, Section, refuse
 
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "auto: CUDA where there is one"
@@ -38,30 +38,36 @@ def current_keys(config: dict[str, Any]) -> dict[str, Any]:
 class ModelSection(Section):
     """Which model, and how it is loaded."""
 
-    path: str = Field(
+    path: Annotated[str, NAMED] = Field(
         min_length=1,
         description="a diffusers folder, a Hugging Face id, or one of the small models shapes-sd3, shapes-sdxl",
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, NAMED] = Field(
         None, description="branch, tag or commit of a hub model; resolved to a commit and recorded"
     )
-    variant: str | None = Field(
+    variant: Annotated[str | None, NAMED] = Field(
         None, description="which weight files of a hub model, such as fp16; null: the plain ones"
     )
-    token: str | None = Field(
+    token: Annotated[str | None, UNAFFECTED] = Field(
         None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out"
     )
-    local_files_only: bool = Field(False, description="true: never ask the network, use what is in the cache")
+    local_files_only: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: never ask the network, use what is in the cache"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
-    attention: Literal["sdpa", "xformers", "flash"] = Field(
+    attention: Annotated[Literal["sdpa", "xformers", "flash"], ROUNDING] = Field(
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
     )
-    gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
+    gradient_checkpointing: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: less memory, more time, same gradients"
+    )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="bits of the frozen layers under a LoRA: int8, or nf4 (4 bits; needs bitsandbytes)"
     )
-    channels_last: bool = Field(False, description="true: memory format of a UNet's convolutions that GPUs prefer")
-    compile: bool = Field(
+    channels_last: Annotated[bool, ROUNDING] = Field(
+        False, description="true: memory format of a UNet's convolutions that GPUs prefer"
+    )
+    compile: Annotated[bool, ROUNDING] = Field(
         False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
     )
     options: dict[str, Any] = Field(
@@ -107,7 +113,7 @@ class TuneSection(Section):
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(None, description="folder of a LoRA to continue from (lora only)")
+    init: Annotated[FilePath | None, NAMED] = Field(None, description="folder of a LoRA to continue from (lora only)")
 
     @model_validator(mode="after")
     def _check_kind(self) -> TuneSection:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from diffalign.config.run import PRECISION, PROMPT_COUNT, AveragedStepSection, BackboneRunConfig, RewardSection
-from diffalign.config.section import Section, Sizes, refuse, refuse_twice
+from diffalign.config.section import NAMED, ROUNDING, UNAFFECTED, Section, Sizes, refuse, refuse_twice
 
 DETACH_INPUT = (
     "true: what the network sees carries no gradient from earlier steps (DRTune); the latents themselves still do"
@@ -21,7 +21,7 @@ class SamplerSection(Section):
     guidance_scale: float = Field(
         1.0, ge=0, description="classifier-free guidance, also in the steps with a gradient; 1 or less: none"
     )
-    checkpointing: bool = Field(
+    checkpointing: Annotated[bool, UNAFFECTED] = Field(
         True,
         description="true: a step with a gradient keeps its input alone and is computed again in the backward pass; same "
         "gradients",
@@ -96,7 +96,7 @@ class DriftSection(Section):
     weight: float = Field(
         0.0, ge=0, description="lambda, in units of the loss for a mean squared difference of 1; 0: none"
     )
-    measure: bool = Field(
+    measure: Annotated[bool, UNAFFECTED] = Field(
         True,
         description="true: drift is logged where weight is 0 too, for a pass of the reference more in steps with a gradient",
     )
@@ -105,7 +105,9 @@ class DriftSection(Section):
 class DecoderSection(Section):
     """How latents are decoded with a gradient: in float32, one micro-batch at once."""
 
-    checkpointing: bool = Field(True, description="true: block by block again in the backward pass: less memory")
+    checkpointing: Annotated[bool, UNAFFECTED] = Field(
+        True, description="true: block by block again in the backward pass: less memory"
+    )
     tiling: bool = Field(
         False, description="true: tile by tile where images are larger than a tile, which changes them slightly"
     )
@@ -120,8 +122,8 @@ class GradientTrainSection(AveragedStepSection):
     images_per_step: int = Field(
         8, gt=0, description="images of one update, each of its own prompt, over all processes and micro-batches"
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
-    cache_prompts: bool = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], NAMED] = Field("auto", description=PRECISION)
+    cache_prompts: Annotated[bool, ROUNDING] = Field(
         True, description="true: encode all prompts first and free the text encoders; false: as they come up"
     )
 
@@ -130,7 +132,7 @@ class RewardGradientConfig(BackboneRunConfig):
     """Train a model on the gradient of differentiable rewards."""
 
     kind: Literal["reward-gradient"] = Field("reward-gradient", description="which verb reads this file")
-    prompts: str = Field(
+    prompts: Annotated[str, NAMED] = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
     n: int | None = Field(None, gt=0, description=PROMPT_COUNT)

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 COMBINATION = "combination"
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
 Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a list of two becomes one
 Sizes = Annotated[tuple[int, int], Field(strict=False)]
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """What a new value of a key does to a run that resumes. A key without this makes it another run, which is refused.
+
+    effect: none: no number of the training changes; rounding: only last digits may; named: none, where the value stands for
+    the same as before (a moved folder with the same content); derived: null stands for what is computed from the data.
+    only_where: keys of the checkpoint's config and the values that they must have; else the key makes another run.
+    formerly: the value of runs from before there was the key, where it is not the default; ...: the default.
+    """
+
+    effect: Literal["none", "rounding", "named", "derived"]
+    only_where: tuple[tuple[str, object], ...] = ()
+    formerly: object = ...
+
+
+UNAFFECTED, ROUNDING, NAMED, DERIVED = OnResume("none"), OnResume("rounding"), OnResume("named"), OnResume("derived")
 
 
 class Section(BaseModel):
@@ -35,11 +54,38 @@ class Section(BaseModel):
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
 
+    def resume_rules(self) -> dict[str, OnResume]:
+        """Return dotted keys of this config and what new values of them do on resume; a section's rule holds for all in it."""
+        found: dict[str, OnResume] = {}
+        for key, value in self:
+            if (rule := _rule(type(self), key)) is not None:
+                found[key] = rule
+            if isinstance(value, Section):
+                found |= {f"{key}.{inner}": rule for inner, rule in value.resume_rules().items()}
+        return found
+
+    def former_values(self) -> dict[str, Any]:
+        """Return plain values, nested, of a run that was written before there were these keys: mostly the defaults."""
+        found: dict[str, Any] = {}
+        for key, value in self:
+            rule, field = _rule(type(self), key), type(self).model_fields[key]
+            if isinstance(value, Section):
+                found[key] = value.former_values()
+            elif rule is not None and rule.formerly is not ...:
+                found[key] = rule.formerly
+            elif not field.is_required():
+                found[key] = to_jsonable_python(field.get_default(call_default_factory=True))
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _empty(cls, value: Any) -> Any:
         """Read `tune:` with every key below it commented out as the section with its defaults."""
         return {} if value is None else value
+
+
+def _rule(section: type[Section], key: str) -> OnResume | None:
+    return next((one for one in section.model_fields[key].metadata if isinstance(one, OnResume)), None)
 
 
 def refuse(message: str, *keys: str) -> NoReturn:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign import stopping
 from diffalign.data.protocols import PromptEncoder
 from diffalign.files import check_space
 from diffalign.progress import Say
@@ -80,6 +81,7 @@ class PromptStore:
                     kept = trimmed(values)
                     shapes[name].append(tuple(kept.shape))
                     parts[name].write(_bits(kept).tobytes())
+                stopping.check()
         finally:
             for part in parts.values():
                 part.close()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from diffalign import stopping
 from diffalign.data.buckets import Size, fit, header_size, to_pixels
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.protocols import ImageEncoder
@@ -176,6 +177,7 @@ class LatentStore:
                     files = [_create(folder / f"{name}.npy", shape) for name in names]
                 for file, value in zip(files, values, strict=True):
                     file[n, : len(value)] = value
+                stopping.check()
                 done += 1
                 if done % 1000 == 0:
                     say(f"encoded the images of {done}/{len(frames.groups)} groups")

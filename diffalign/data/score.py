@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign import stopping
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.schema import score_schema
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
@@ -50,6 +51,7 @@ def score_images(
                     proven = proven or any(math.isfinite(row[reward.columns[0]]) for row in scored)
                     if scored:
                         writer.write_table(pa.Table.from_pylist(scored, schema=schema))
+                    stopping.check()  # a shard may take hours; what is kept are whole ones
 
         size = pq.ParquetFile(dataset.shards[shard]).metadata.num_rows
         done = lambda: pieces[shard].is_file() or path.is_file()  # noqa: E731
@@ -67,7 +69,7 @@ def score_images(
         _same_reward(path, made_by)
         return 0
     # Shard by shard, so that several processes share the work and a kill costs one shard at most; then one file.
-    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress, kept="scores")
     complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 

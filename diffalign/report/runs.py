@@ -8,6 +8,7 @@ import yaml
 
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines
+from diffalign.files.metric_rows import read_metrics
 from diffalign.health import examine
 
 # Settings worth showing first, and their names in the report.
@@ -74,7 +75,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     """Read a run directory. Raises DiffalignError if it holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = read_json_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
+    rows, result = read_metrics(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
     validations = read_json_lines(folder / "validation.jsonl")

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffalign import stopping
 from diffalign.files.images import Unreadable, decode
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
@@ -180,8 +181,12 @@ def _score(
 
     def flush() -> None:
         if batch:
-            fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
-            store.add(fresh)
+            with stopping.deferred():
+                fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
+                store.add(fresh)
+            if store.path is not None:
+                stopping.keep(f"{len(store.known)} scores are")
+            stopping.check()
             found.results.update(fresh)
             found.failed.update(failed)
             batch.clear()

@@ -9,6 +9,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
+from diffalign.stages.fingerprints import of_model, of_prompts
 from diffalign.stages.resolve import (
     check_guidance_scale,
     open_backbone,
@@ -18,6 +19,7 @@ from diffalign.stages.resolve import (
     resolve_prompts,
 )
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
@@ -67,12 +69,15 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
     """Train a model on the gradient of rewards: `diffalign reward-gradient`. The same command resumes where it stopped."""
     device = resolve_device(config.device)
     check_installed(config.optimizer)
+    check_before_loading(config)
     check_differentiable(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     if dry_run:
         _describe(config, rows, device)
         return
     accelerator = start_accelerator(config)
+    resolved = {"train.mixed_precision": accelerator.mixed_precision, **of_prompts(rows)}
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     backbone = open_backbone(config.model, str(accelerator.device))
@@ -96,7 +101,8 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
         backbone.drop_encoders(keep_vae=True)
     places = side // backbone.vae_scale_factor
     method = RewardGradient(config, backbone, source, (backbone.latent_channels, places, places), scores, accelerator)
-    run_and_report(config, method, validation=validation)
+    resolved |= of_model(backbone, config.tune)
+    run_and_report(config, method, validation=validation, resolved=resolved)
 
 
 def describe_steps(config: RewardGradientConfig) -> str:

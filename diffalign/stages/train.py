@@ -13,8 +13,10 @@ from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say
+from diffalign.stages.fingerprints import of_data, of_model
 from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
 from diffalign.training.optim import check_installed
@@ -25,11 +27,14 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     """Train a model on preference data: `diffalign train`."""
     device = resolve_device(config.device)
     check_installed(config.optimizer)
+    check_before_loading(config)
     dataset = PreferenceDataset(config.data.path)
     if dry_run:
         _describe(config, dataset, device)
         return
     accelerator = start_accelerator(config)
+    resolved = {"train.mixed_precision": accelerator.mixed_precision}
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     backbone = open_backbone(config.model, str(accelerator.device))
@@ -57,7 +62,8 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     method = Preference(config, backbone, source, accelerator, say)
-    run_and_report(config, method, validation=validation, findings=findings)
+    resolved |= of_model(backbone, config.tune) | of_data(dataset, source)
+    run_and_report(config, method, validation=validation, findings=findings, resolved=resolved)
 
 
 def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:

@@ -5,20 +5,21 @@ from contextlib import contextmanager
 
 import torch
 
+from diffalign.training.average_decay import AverageDecay
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.protocols import Parameters, Weights
 
 
-def start_average(policy: Parameters, decay: float | None) -> Weights | None:
+def start_average(policy: Parameters, decay: AverageDecay | None) -> Weights | None:
     """Return copies of the weights, for an average that begins with them; None where no average is wanted."""
     return {name: p.detach().clone() for name, p in policy.items()} if decay else None
 
 
-def update_average(state: TrainState) -> None:
-    """Move the average towards the weights as they are after a step."""
-    if state.ema_decay and state.average is not None:
+def update_average(state: TrainState, step: int) -> None:
+    """Move the average towards the weights as they are after step 0, 1, ..."""
+    if state.decay and state.average is not None:
         weights = [p.detach() for p in state.policy.values()]
-        torch._foreach_lerp_(list(state.average.values()), weights, 1 - state.ema_decay)
+        torch._foreach_lerp_(list(state.average.values()), weights, 1 - state.decay.at(step))
 
 
 @torch.no_grad()

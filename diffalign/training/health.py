@@ -7,6 +7,7 @@ from typing import Literal
 
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
+from diffalign.files.metric_rows import read_metrics
 from diffalign.health import Finding, Watch, describe
 from diffalign.training.protocols import Say, ValidationRow
 
@@ -37,10 +38,8 @@ class HealthMonitor:
         self.watch = Watch(findings)
         self._announce(list(self.watch.findings.values()))
         if first:  # a resumed run sees its past as the first one did
-            rows, validations = (
-                read_json_lines(run_dir / f"{name}.jsonl", first) for name in ("metrics", "validation")
-            )
-            self.watch.replay(rows, validations)
+            rows = read_metrics(run_dir / "metrics.jsonl", first)
+            self.watch.replay(rows, read_json_lines(run_dir / "validation.jsonl", first))
         if self.stops:
             self._write()
             raise DiffalignError(self.reason())
