@@ -1,5 +1,6 @@
 """`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
 
+import math
 import os
 import sys
 import warnings
@@ -21,16 +22,18 @@ from diffalign.progress import ImageProgress, say_aside
 from diffalign.rewards import REWARDS, Reward, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
-from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
+from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import cut_lines, faults, summary_table
+from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
+from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
+from diffalign.terminal import console
 
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
@@ -127,29 +130,49 @@ def _show(
     kept: int,
     rewards: Mapping[str, Reward],
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for part in parts:
-        console.print(summary_table(part))
-    if len(parts) == 2:
-        a, b = parts
-        pairing = pair_up(a, b)
-        names = (" ".join(request.images), " ".join(request.against or []))
-        print(heading(pairing, names))
-        console.print(comparison_table(compare_scores(a, b, pairing)))
+    shown = console()
+    for side, part, sources in zip("AB", parts, (request.images, request.against or []), strict=False):
+        found = summarise(part)
+        title = f"{side} {' '.join(sources)}: " if len(parts) == 2 else ""
+        title += f"{len(part.rows)} image{'' if len(part.rows) == 1 else 's'}"
+        if any(s.scored for s in found):
+            shown.print(summary_table(found, title))
+        else:
+            print(f"{title}, none has a score")
+    compared = _show_comparison(request, *parts) if len(parts) == 2 else None
     if request.labels:
-        console.print(agreement_table(choices, both))
+        shown.print(agreement_table(choices, both))
     for line in faults(both):
         print(f"not scored: {line}", file=sys.stderr)
-    for line in cut_lines(rewards, [item.prompt for item in both.items]):
+    scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
+    for line in cut_lines(scored, [item.prompt for item in both.items]):
         print(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
             print(f"scores: {path}")
-    if request.html:
+    if compared:
+        print(compared)
+    elif request.html:
         print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
         print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+
+
+def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
+    """Print how B compares with A; return a line about the page, if one was asked for and written."""
+    pairing = pair_up(a, b)
+    names = (" ".join(request.images), " ".join(request.against or []))
+    print(f"A against B: {heading(pairing)}")
+    found = outcomes(a, b, pairing)
+    if any(outcome.comparison for outcome in found.values()):
+        console().print(comparison_table(found))
+    for line in verdict_lines(found):
+        print(line)
+    if request.html is None:
+        return None
+    pairs = write_side_by_side(request.html, a, b, pairing, names)
+    return f"side by side: {request.html} ({pairs} pairs)"
 
 
 def _split(both: Scores, first: int) -> list[Scores]:
