@@ -22,6 +22,7 @@ from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.files.lock import writing_folder
 from diffalign.intervals import interval_in
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.progress import say
@@ -72,6 +73,11 @@ def rounds(config: RoundsConfig) -> dict[str, Any]:
         raise DiffalignError(
             "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
         )
+    with writing_folder(config.out, "out"):
+        return _rounds(config)
+
+
+def _rounds(config: RoundsConfig) -> dict[str, Any]:
     # Check the whole config before the first round; later only that it is the same.
     begun = _remembered(config).is_file() and any(config.out.glob("round-*/*"))
     if begun:
