@@ -59,7 +59,7 @@ def infect(folder: Path, config: str) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
     path = folder / config
     content = json.loads(path.read_text()) if path.is_file() else {}
-    content["auto_map"] = {name: "evil.Evil" for name in CLASSES}
+    content["auto_map"] = dict.fromkeys(CLASSES, "evil.Evil")
     if config == "config.json":
         content["model_type"] = "evil"
     else:
