@@ -26,18 +26,25 @@ from diffalign.data.protocols import PromptEncoder
 from diffalign.files import check_space
 from diffalign.progress import Say
 
+UNCONDITIONAL = "unconditional"
+"""What the index calls the row that takes the place of a dropped prompt; no prompt's hash is of this length."""
 
-def encoded(backbone: PromptEncoder, prompt: str) -> dict[str, Tensor]:
-    """Return everything that the model needs of one prompt, each [...] bfloat16 on the CPU."""
-    return {name: values[0].to(torch.bfloat16) for name, values in backbone.encode_prompts([prompt]).items()}
+
+def encoded(backbone: PromptEncoder, prompt: str | None) -> dict[str, Tensor]:
+    """Return everything that the model needs of one prompt, or of none (None), each [...] bfloat16 on the CPU."""
+    found = backbone.encode_unconditional() if prompt is None else backbone.encode_prompts([prompt])
+    return {name: values[0].to(torch.bfloat16) for name, values in found.items()}
 
 
 class LivePrompts:
-    """Embeddings made when asked for (`data.cache: latents` or `off`); the text encoders stay in memory."""
+    """Embeddings made when asked for (`data.cache: latents` or `off`); the text encoders stay in memory.
+
+    `unconditional`: what a dropped prompt is replaced by, which is what sampling steers away from; [1, ...] each.
+    """
 
     def __init__(self, backbone: PromptEncoder) -> None:
         self.backbone = backbone
-        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, "").items()}
+        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, None).items()}
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of B prompts, each [B, ...] float32."""
@@ -56,18 +63,20 @@ class PromptStore:
             name: _Ragged(folder / f"{name}.bf16", tuple(entry["full"]), [tuple(s) for s in entry["shapes"]])
             for name, entry in index["arrays"].items()
         }
-        self.unconditional = self.batch([""])
+        self.unconditional = self._rows([self._at[UNCONDITIONAL]])
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of B cached prompts, each [B, ...] float32."""
-        rows = [self._at[prompt_digest(prompt)] for prompt in prompts]
+        return self._rows([self._at[prompt_digest(prompt)] for prompt in prompts])
+
+    def _rows(self, rows: list[int]) -> dict[str, Tensor]:
         return {name: torch.stack([array.read(row) for row in rows]).float() for name, array in self._arrays.items()}
 
     @classmethod
     def write(cls, folder: Path, prompts: Sequence[str], backbone: PromptEncoder, say: Say) -> None:
-        """Encode the distinct `prompts` and the empty prompt into `folder`."""
-        distinct = list(dict.fromkeys([*prompts, ""]))
-        check_space(folder, prompt_bytes(distinct, backbone), "the cache of prompt embeddings")
+        """Encode the distinct `prompts`, and what replaces a dropped one, into `folder`."""
+        distinct: list[str | None] = [*dict.fromkeys(prompts), None]
+        check_space(folder, prompt_bytes(prompts, backbone), "the cache of prompt embeddings")
         full: dict[str, list[int]] = {}
         shapes: dict[str, list[tuple[int, ...]]] = {}
         parts = {}
@@ -84,15 +93,17 @@ class PromptStore:
             for part in parts.values():
                 part.close()
         arrays = {name: {"full": full[name], "shapes": shapes[name]} for name in sorted(parts)}
-        index = {"prompts": [prompt_digest(prompt) for prompt in distinct], "arrays": arrays}
+        digests = [UNCONDITIONAL if prompt is None else prompt_digest(prompt) for prompt in distinct]
+        index = {"prompts": digests, "arrays": arrays}
         (folder / "index.json").write_text(json.dumps(index))
         say(f"cached embeddings of {len(distinct) - 1} prompts")
 
 
 def prompt_bytes(prompts: Sequence[str], backbone: PromptEncoder) -> int:
     """Return the size of the cached embeddings in bytes; encodes one prompt to learn its shape."""
-    distinct = list(dict.fromkeys([*prompts, ""]))
-    return 2 * len(distinct) * sum(trimmed(values).numel() for values in encoded(backbone, distinct[0]).values())
+    distinct = list(dict.fromkeys(prompts))
+    of_one = sum(trimmed(values).numel() for values in encoded(backbone, distinct[0] if distinct else None).values())
+    return 2 * (len(distinct) + 1) * of_one
 
 
 def trimmed(values: Tensor) -> Tensor:
