@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from diffalign.config.images import SchedulerSection
 from diffalign.config.run import PRECISION, PROMPT_COUNT, AveragedStepSection, BackboneRunConfig, RewardSection
 from diffalign.config.section import Section, Sizes, refuse, refuse_twice
 
@@ -15,9 +16,12 @@ DETACH_INPUT = (
 
 
 class SamplerSection(Section):
-    """How images are drawn, in training as in validation: by the model's own deterministic sampler."""
+    """How images are drawn, in training as in validation: by a deterministic sampler of one prediction a step."""
 
     steps: int = Field(40, gt=0, le=1000, description="denoising steps")
+    scheduler: SchedulerSection | None = Field(
+        None, description="ddim, euler or flow_euler where the model's own cannot be followed; null: its own"
+    )
     guidance_scale: float = Field(
         1.0, ge=0, description="classifier-free guidance, also in the steps with a gradient; 1 or less: none"
     )

@@ -27,6 +27,7 @@ from diffalign.files import check_space
 from diffalign.progress import Say
 
 VERSION = "2"
+PROMPT_VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class CachePlan:
     @cached_property
     def prompt_folder(self) -> Path:
         """The folder of the prompt embeddings."""
-        parts = (VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
+        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
         return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
 
     def missing(self) -> dict[Path, int]:

@@ -1,4 +1,4 @@
-"""Read caches of versions before 0.2, which hold no checksums: one array of all groups of a size, one of all prompts.
+"""Read latents cached by versions before 0.2: one array of all groups of a size, without checksums.
 
 latents-<key>/<width>x<height>.npy          [groups of this size, K, C, h, w] float16
 latents-<key>/<width>x<height>-spread.npy   the same shape
@@ -41,31 +41,6 @@ class EarlierLatents:
         """Return the tensors of a row by name."""
         size, place = self._places[number]
         return {name: torch.from_numpy(array[place].copy()) for name, array in self._arrays[size].items()}
-
-
-class EarlierEmbeddings:
-    """Embeddings by prompt, each without the zeros at its end."""
-
-    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
-        self._shapes = {name: [tuple(s) for s in entry["shapes"]] for name, entry in index["arrays"].items()}
-        self._starts, self._flat = {}, {}
-        for name, shapes in self._shapes.items():
-            path = folder / f"{name}.bf16"
-            with reading(path, mend=MEND):
-                starts = np.concatenate([[0], np.cumsum([int(np.prod(shape)) for shape in shapes])])
-                flat = np.memmap(path, np.int16, mode="r")
-                if len(flat) != starts[-1]:
-                    raise ValueError(f"{len(flat)} values, not {starts[-1]}")
-            self._starts[name], self._flat[name] = starts, flat
-
-    def read(self, number: int) -> Record:
-        """Return the tensors of a prompt by name, bfloat16."""
-        found = {}
-        for name, flat in self._flat.items():
-            start, end = self._starts[name][number : number + 2]
-            values = torch.from_numpy(np.array(flat[start:end]))
-            found[name] = values.view(torch.bfloat16).view(self._shapes[name][number])
-        return found
 
 
 def _array(path: Path) -> np.ndarray:

@@ -20,24 +20,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.data.earlier_cache import EarlierEmbeddings
 from diffalign.data.protocols import PromptEncoder
-from diffalign.data.records import INDEX, MEND, Reader, Record, Records, finished_index, make_records, share
+from diffalign.data.records import INDEX, MEND, Record, Records, finished_index, make_records, share
 from diffalign.files import reading
 from diffalign.progress import Say
 
+UNCONDITIONAL = "unconditional"
+"""What the index calls the row that takes the place of a dropped prompt; no prompt's hash is of this length."""
 
-def encoded(backbone: PromptEncoder, prompt: str) -> dict[str, Tensor]:
-    """Return everything that the model needs of one prompt, each [...] bfloat16 on the CPU."""
-    return {name: values[0].to(torch.bfloat16) for name, values in backbone.encode_prompts([prompt]).items()}
+
+def encoded(backbone: PromptEncoder, prompt: str | None) -> dict[str, Tensor]:
+    """Return everything that the model needs of one prompt, or of none (None), each [...] bfloat16 on the CPU."""
+    found = backbone.encode_unconditional() if prompt is None else backbone.encode_prompts([prompt])
+    return {name: values[0].to(torch.bfloat16) for name, values in found.items()}
 
 
 class LivePrompts:
-    """Embeddings made when asked for (`data.cache: latents` or `off`); the text encoders stay in memory."""
+    """Embeddings made when asked for (`data.cache: latents` or `off`); the text encoders stay in memory.
+
+    `unconditional`: what a dropped prompt is replaced by, which is what sampling steers away from; [1, ...] each.
+    """
 
     def __init__(self, backbone: PromptEncoder) -> None:
         self.backbone = backbone
-        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, "").items()}
+        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, None).items()}
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of B prompts, each [B, ...] float32."""
@@ -54,27 +60,31 @@ class PromptStore:
         index = finished_index(folder)
         with reading(folder / INDEX, mend=MEND):
             self._at = {digest: n for n, digest in enumerate(index["prompts"])}
-            self._full = {name: tuple(entry["full"]) for name, entry in index["arrays"].items()}
-            self._reader: Reader = Records(folder, index) if "files" in index else EarlierEmbeddings(folder, index)
-        self.unconditional = self.batch([""])
+            self._full = {name: tuple(full) for name, full in index["full"].items()}
+            self._records = Records(folder, index)
+            row = self._at[UNCONDITIONAL]
+        self.unconditional = self._rows([row])
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of B cached prompts, each [B, ...] float32."""
-        records = [self._reader.read(self._at[prompt_digest(prompt)]) for prompt in prompts]
+        return self._rows([self._at[prompt_digest(prompt)] for prompt in prompts])
+
+    def _rows(self, rows: list[int]) -> dict[str, Tensor]:
+        records = [self._records.read(row) for row in rows]
         return {name: torch.stack([_whole(r[name], full) for r in records]) for name, full in self._full.items()}
 
     @classmethod
     def make(cls, folder: Path, prompts: Sequence[str], backbone: PromptEncoder, say: Say) -> None:
-        """Encode the distinct `prompts` and the empty prompt into `folder`, together with other processes."""
+        """Encode the distinct `prompts`, and what replaces a dropped one, into `folder`, together with other processes."""
         distinct = _distinct(prompts)
 
         def record(number: int) -> Record:
             return {name: trimmed(values) for name, values in encoded(backbone, distinct[number]).items()}
 
-        arrays = {name: {"full": list(values.shape)} for name, values in sorted(encoded(backbone, distinct[0]).items())}
-        facts = {"prompts": [prompt_digest(prompt) for prompt in distinct], "arrays": arrays}
-        if mine := make_records(folder, len(distinct), record, facts):
-            say(f"cached embeddings of {share(mine, len(distinct))} prompts, the empty one included")
+        digests = [UNCONDITIONAL if prompt is None else prompt_digest(prompt) for prompt in distinct]
+        full = {name: list(values.shape) for name, values in sorted(encoded(backbone, distinct[0]).items())}
+        if mine := make_records(folder, len(distinct), record, {"prompts": digests, "full": full}):
+            say(f"cached embeddings of {share(mine, len(distinct))} prompts, the dropped one included")
 
 
 def prompt_bytes(prompts: Sequence[str], backbone: PromptEncoder) -> int:
@@ -102,8 +112,9 @@ def _whole(kept: Tensor, full: tuple[int, ...]) -> Tensor:
     return whole
 
 
-def _distinct(prompts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*prompts, ""]))
+def _distinct(prompts: Sequence[str]) -> list[str | None]:
+    """Return each prompt once, and None for a dropped one."""
+    return [*dict.fromkeys(prompts), None]
 
 
 def prompt_digest(prompt: str) -> str:

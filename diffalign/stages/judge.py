@@ -16,7 +16,7 @@ from diffalign.judge.forward import Sample
 from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pretrained import quiet_progress
 from diffalign.progress import ImageProgress, say
 from diffalign.rewards.judge import Judge
 from diffalign.stages.resolve import open_judge, resolve_device

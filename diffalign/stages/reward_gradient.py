@@ -8,6 +8,7 @@ from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
+from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
@@ -56,7 +57,16 @@ def gradient_scores(
 
 
 def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
-    """Side of the images in pixels. Raises DiffalignError for one that the model cannot draw, or another guidance."""
+    """Give the backbone the sampler that the config names, and return the side of the images in pixels.
+
+    Raises DiffalignError for a side that the model cannot draw, another guidance than the network's, and a sampler whose
+    steps training cannot repeat.
+    """
+    wanted = config.sampler.scheduler
+    if wanted is not None:
+        backbone.use_scheduler(wanted.name, wanted.options)
+    if reason := reason_not_followed(backbone.pipeline.scheduler):
+        raise DiffalignError(f"{config.model.path}: {reason}")
     side = config.resolution or int(backbone.default_resolution)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")

@@ -23,6 +23,7 @@ from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
 from diffalign.files.lock import writing_folder
+from diffalign.intervals import interval_in
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.progress import say
 from diffalign.report.render import write_reports
@@ -226,6 +227,7 @@ def _summary(config: RoundsConfig, done: list[dict[str, Any]]) -> dict[str, Any]
     report = write_reports(runs, config.out / "report.html")
     say(f"{found['column']} of the base: {done[0]['base']:.4f}")
     for one in done:
-        say(f"round {one['round']}: {one['tuned']:.4f} ({one['low']:+.3f} to {one['high']:+.3f} against the base)")
+        change = f"{one['difference']:+.3f} against the base, 95%: {interval_in(one).words()}"
+        say(f"round {one['round']}: {one['tuned']:.4f} ({change})")
     say(f"best: {best['weights']}\nreport: {report}")
     return found

@@ -194,30 +194,23 @@ def test_the_checksum_is_that_of_zlib() -> None:
 
 
 def earlier(made: CachePlan) -> None:
-    """Write the same latents and embeddings as versions before 0.2 did: arrays of all groups of a size and of all prompts."""
-    for kind, folder in (("latents", made.latent_folder), ("prompts", made.prompt_folder)):
-        index = json.loads((folder / "index.json").read_text())
-        files = sorted(folder.glob("*.safetensors"))
-        records = [load_file(path) for path in files]
-        for path in files:
-            path.unlink()
-        if kind == "latents":
-            for name, end in (("mean", ""), ("spread", "-spread")):
-                found = [record[f"{n}/{name}"].numpy() for n, record in enumerate(records)]
-                array = np.zeros((3, 3, *found[0].shape[1:]), np.float16)
-                for n, value in enumerate(found):
-                    array[n, : len(value)] = value
-                np.save(folder / f"16x16{end}.npy", array)
-            index = {"sizes": index["sizes"], "spread": True}
-        else:
-            kept = [record[f"{n}/length"] for n, record in enumerate(records)]
-            (folder / "length.bf16").write_bytes(b"".join(k.view(torch.int16).numpy().tobytes() for k in kept))
-            shapes = [list(k.shape) for k in kept]
-            index = {"prompts": index["prompts"], "arrays": {"length": {"full": [1], "shapes": shapes}}}
-        (folder / "index.json").write_text(json.dumps(index))
+    """Write the same latents as versions before 0.2 did: an array of all groups of a size."""
+    folder = made.latent_folder
+    index = json.loads((folder / "index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    records = [load_file(path) for path in files]
+    for path in files:
+        path.unlink()
+    for name, end in (("mean", ""), ("spread", "-spread")):
+        found = [record[f"{n}/{name}"].numpy() for n, record in enumerate(records)]
+        array = np.zeros((3, 3, *found[0].shape[1:]), np.float16)
+        for n, value in enumerate(found):
+            array[n, : len(value)] = value
+        np.save(folder / f"16x16{end}.npy", array)
+    (folder / "index.json").write_text(json.dumps({"sizes": index["sizes"], "spread": True}))
 
 
-def test_an_earlier_cache_is_read(folder: Path) -> None:
+def test_earlier_latents_are_read(folder: Path) -> None:
     made = fill(folder, latent_sampling="posterior")
     want = values(made)
     earlier(made)
@@ -229,8 +222,8 @@ def test_an_earlier_cache_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_half, _empty, Path.unlink])
-@pytest.mark.parametrize("name", ["latents-*/*x16.npy", "latents-*/*-spread.npy", "prompts-*/length.bf16"])
-def test_a_damaged_earlier_cache_is_named(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("name", ["latents-*/*x16.npy", "latents-*/*-spread.npy"])
+def test_damaged_earlier_latents_are_named(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
     made = fill(folder, latent_sampling="posterior")
     earlier(made)
     (path,) = made.folder.glob(name)
@@ -244,6 +237,5 @@ def test_an_earlier_index_that_is_damaged_is_made_again(folder: Path) -> None:
     before = tree(made.folder)
     earlier(made)
     _half(made.latent_folder / "index.json")
-    _half(made.prompt_folder / "index.json")
     fill(folder, latent_sampling="posterior")
     assert tree(made.folder) == before  # and nothing of the earlier layout is left

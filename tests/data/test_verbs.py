@@ -84,6 +84,9 @@ class Encoder:
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": torch.ones(len(prompts), 5)}
 
+    def encode_unconditional(self) -> dict[str, torch.Tensor]:
+        return self.encode_prompts([""])
+
 
 def test_the_cache_ahead_of_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
