@@ -9,13 +9,11 @@ processes made it, nor on kills. A complete file is never made again unless it i
 
 import json
 import shutil
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,12 +21,12 @@ from torch import Tensor
 from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, replacing, write_whole
+from diffalign.files.checksums import check_crc, crc_metadata, stored_crcs, tensor_crc
 from diffalign.progress import OnImages
 
 INDEX = "index.json"
 FILES, MOST_RECORDS = 64, 128  # so many files, unless one would hold more records than this
 OPEN_FILES = 64
-CRC = "crc32"
 
 MEND = "delete it, and the same command makes it again"
 
@@ -77,23 +75,14 @@ class _File:
         for key in sorted(self._stored.keys()):
             number, _, name = key.partition("/")
             self.names.setdefault(int(number), []).append(name)
-        self.crcs = dict(zip(sorted(self.names), json.loads(self._stored.metadata()[CRC]), strict=True))
+        self._crcs = stored_crcs(self._stored.metadata())
 
     def read(self, number: int) -> Record:
         return {name: self._stored.get_tensor(f"{number}/{name}") for name in self.names[number]}
 
     def check(self, number: int, record: Record) -> None:
         """Raise ValueError where a record is not as it was written."""
-        if checksum(record) != self.crcs[number]:
-            raise ValueError(f"the checksum of record {number} differs")
-
-
-def checksum(record: Record) -> int:
-    """Return the CRC-32 of a record's bytes, its tensors by name."""
-    crc = 0
-    for name in sorted(record):
-        crc = zlib.crc32(record[name].contiguous().flatten().view(torch.uint8).numpy().data, crc)
-    return crc
+        check_crc(str(number), _crc(record), self._crcs)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
@@ -150,10 +139,8 @@ def make_records(
             tensors = {
                 f"{n}/{name}": value.contiguous() for n, record in records.items() for name, value in record.items()
             }
-            # One entry: safetensors writes several in any order.
-            metadata = {CRC: json.dumps([checksum(records[number]) for number in numbers])}
             with replacing(path) as part:
-                save_file(tensors, part, metadata)
+                save_file(tensors, part, crc_metadata({str(n): _crc(record) for n, record in records.items()}))
 
         return Task(f"{place:05d}", path.is_file, write, len(numbers))
 
@@ -183,6 +170,10 @@ def _remove_if_damaged(path: Path) -> None:
                 file.check(number, file.read(number))
     except DiffalignError:
         path.unlink(missing_ok=True)
+
+
+def _crc(record: Record) -> int:
+    return tensor_crc(record[name] for name in sorted(record))
 
 
 def _file(folder: Path, place: int) -> Path:

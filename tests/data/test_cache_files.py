@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from diffalign.data.cache import CachePlan, plan_cache
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.data.records import Records, checksum, make_records, read_index
+from diffalign.data.records import Records, make_records, read_index
 from diffalign.errors import DiffalignError
+from diffalign.files.checksums import tensor_crc
 from helpers.processes import in_a_child
 from helpers.small_datasets import Encoder, group_rows, quiet, settings, write_groups, write_images
 
@@ -185,9 +186,9 @@ def test_large_numbers_of_records(tmp_path: Path) -> None:
 def test_the_checksum_is_that_of_zlib() -> None:
     import zlib
 
-    record = {"b": torch.arange(3, dtype=torch.float16), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    tensors = [torch.ones(2, 2, dtype=torch.bfloat16), torch.arange(3, dtype=torch.float16)]
     want = zlib.crc32(b"\x80\x3f" * 4 + np.arange(3, dtype=np.float16).tobytes())
-    assert checksum(record) == want
+    assert tensor_crc(tensors) == want
 
 
 # --- caches of earlier versions --------------------------------------------------------------------------------------
