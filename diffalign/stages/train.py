@@ -40,9 +40,8 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
         torch.set_num_threads(config.train.threads)
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
-    # The first process fills the cache; the others then find it.
-    with accelerator.main_process_first():
-        source = prepare_source(config.data, config.labels, dataset, backbone, say)
+    # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
+    source = prepare_source(config.data, config.labels, dataset, backbone, say)
     if config.objective.kind.label_kind != "none" and not has_preference(source.rewards, source.mask).any():
         raise DiffalignError(
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
