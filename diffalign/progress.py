@@ -1,8 +1,15 @@
 """Show how work proceeds: messages, and a plain line every few seconds while images are drawn or scored."""
 
+from __future__ import annotations
+
+import re
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Say = Callable[[str], None]
 """A function that shows one line to the user."""
@@ -15,14 +22,49 @@ OnNamedImages = Callable[[str, int, int], None]
 """A callback: (name of the work, images done, images in all); `ImageProgress` is one."""
 
 
+# Control characters, marks that turn the direction of text or cannot be seen, and lone surrogates. The joiners of emoji
+# and scripts stay.
+HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return text from anywhere as a terminal may show it: what would move the cursor, ring or hide becomes an escape.
+
+    keep: characters that stay as they are, such as the newlines of a block.
+    """
+    return HIDDEN.sub(lambda found: found.group() if found.group() in keep else _escape(found.group()), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def say(message: str) -> None:
     """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(message, flush=True)
+    print(visible(message), flush=True)
 
 
 def say_aside(message: str) -> None:
     """Print a line to standard error, apart from a command's results."""
-    print(message, file=sys.stderr, flush=True)
+    print(visible(message), file=sys.stderr, flush=True)
+
+
+def say_block(text: str) -> None:
+    """Print a text of several lines, such as a config or a table."""
+    print(visible(text, keep="\n\t"), flush=True)
+
+
+def show_table(table: Table, width: int) -> None:
+    """Print a table, `width` columns wide where there is no terminal: rich takes a pipe for 80, which breaks lines."""
+    from rich.console import Console
+    from rich.segment import Segment, Segments
+
+    console = Console(width=None if sys.stdout.isatty() else width)
+    # Cells hold names and prompts, and rich lets an escape sequence in them pass.
+    shown = [s if s.control else Segment(visible(s.text, keep="\n"), s.style) for s in console.render(table)]
+    console.print(Segments(shown), end="")
 
 
 class ImageProgress:

@@ -1,14 +1,12 @@
 """`diffalign eval`: the base model and trained weights on the same prompts and seeds."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
@@ -19,7 +17,7 @@ from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import ImageProgress, say
+from diffalign.progress import ImageProgress, say, show_table
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -68,8 +66,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         base_folder=base_folder,
         on_progress=ImageProgress(),
     )
-    # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
+    show_table(comparison_table(result), 120)
     say(f"report: {write_report(config.out, result)}")
     return result
 

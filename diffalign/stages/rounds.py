@@ -221,5 +221,6 @@ def _summary(config: RoundsConfig, done: list[dict[str, Any]]) -> dict[str, Any]
     say(f"{found['column']} of the base: {done[0]['base']:.4f}")
     for one in done:
         say(f"round {one['round']}: {one['tuned']:.4f} ({one['low']:+.3f} to {one['high']:+.3f} against the base)")
-    say(f"best: {best['weights']}\nreport: {report}")
+    say(f"best: {best['weights']}")
+    say(f"report: {report}")
     return found

@@ -1,7 +1,6 @@
 """`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
 
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -10,14 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from diffalign.data.schema import score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
-from diffalign.progress import ImageProgress, say_aside
+from diffalign.progress import ImageProgress, say, say_aside, show_table
 from diffalign.rewards import REWARDS, Reward, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
@@ -32,6 +30,7 @@ from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
 
+SCORE_WIDTH = 140
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
 
@@ -78,12 +77,11 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     skipped: Counter[str] = Counter()
     items = {side: collect(paths, prompting, skipped) for side, paths in sources.items() if paths}
     if processes.main and skipped:
-        print(
-            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}",
-            file=sys.stderr,
+        say_aside(
+            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}"
         )
     if given and (unused := given.unused()) and processes.main:
-        print(f"prompts: {unused}", file=sys.stderr)
+        say_aside(f"prompts: {unused}")
     if "B" in items:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
@@ -127,29 +125,28 @@ def _show(
     kept: int,
     rewards: Mapping[str, Reward],
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
     for part in parts:
-        console.print(summary_table(part))
+        show_table(summary_table(part), SCORE_WIDTH)
     if len(parts) == 2:
         a, b = parts
         pairing = pair_up(a, b)
         names = (" ".join(request.images), " ".join(request.against or []))
-        print(heading(pairing, names))
-        console.print(comparison_table(compare_scores(a, b, pairing)))
+        say(heading(pairing, names))
+        show_table(comparison_table(compare_scores(a, b, pairing)), SCORE_WIDTH)
     if request.labels:
-        console.print(agreement_table(choices, both))
+        show_table(agreement_table(choices, both), SCORE_WIDTH)
     for line in faults(both):
-        print(f"not scored: {line}", file=sys.stderr)
+        say_aside(f"not scored: {line}")
     for line in cut_lines(rewards, [item.prompt for item in both.items]):
-        print(line)
+        say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
-            print(f"scores: {path}")
+            say(f"scores: {path}")
     if request.html:
-        print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
-        print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+        say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
 
 
 def _split(both: Scores, first: int) -> list[Scores]:
@@ -208,6 +205,6 @@ def show_rewards() -> None:
             ", ".join(kind.requires),
         )
         shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
-    Console(width=None if sys.stdout.isatty() else 180).print(shown)
+    show_table(shown, 180)
     for problem in problems:
-        print(f"not listed: {problem}", file=sys.stderr)
+        say_aside(f"not listed: {problem}")
