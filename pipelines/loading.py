@@ -5,7 +5,6 @@ Only safetensors weights are read and no code from a repository is run.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import parse_json
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.components import check_files, is_component, load_components
 from diffalign.pipelines.flux import Flux
@@ -109,8 +109,8 @@ def _family(path: str, components: dict[str, Any]) -> type[Backbone]:
 def read_index(path: str, index: Path) -> dict[str, Any]:
     """Read a model_index.json; `path` names the model in messages."""
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        components = parse_json(index.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} is not valid JSON ({error})") from error
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} names no _class_name")

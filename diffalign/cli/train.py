@@ -7,6 +7,7 @@ import typer
 
 from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
+from diffalign.progress import say, say_block
 
 verbs = typer.Typer()
 
@@ -108,7 +109,7 @@ def show_recipes(
         if name is not None:
             from diffalign.config.commented import commented_recipe
 
-            print(commented_recipe(name), end="")
+            say_block(commented_recipe(name).rstrip("\n"))
             return
         from diffalign.config import list_recipes
 
@@ -138,7 +139,7 @@ def report(
         from diffalign.report.render import write_reports
 
         target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-        print(f"report: {write_reports(runs, target, shown=images)}")
+        say(f"report: {write_reports(runs, target, shown=images)}")
 
 
 @verbs.command("export")

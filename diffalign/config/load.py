@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +21,7 @@ from diffalign.config.section import Section
 from diffalign.config.synth import RankConfig, SynthConfig
 from diffalign.config.train import TrainConfig
 from diffalign.errors import DiffalignError
+from diffalign.progress import say_aside
 
 KIND = "kind"
 KINDS: dict[str, type[BaseModel]] = {
@@ -181,7 +181,7 @@ def _loaded(document: Document, model: type[Config], overrides: Sequence[str]) -
     notes.append(_fit_micro_batch(document, model, before.get("train", {})))
     config = _validate(document, model)
     for note in filter(None, notes):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        say_aside(f"note: {note}")
     return config
 
 

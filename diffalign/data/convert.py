@@ -106,7 +106,7 @@ def _json_form(path: Path) -> str:
 def _parquet_form(path: Path) -> str:
     try:
         names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
     if "jpg_0" in names:
         return "pickapic"

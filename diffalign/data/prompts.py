@@ -110,7 +110,7 @@ def _csv(path: Path, column: str) -> list[PromptRow]:
 def _parquet(path: Path, column: str) -> list[PromptRow]:
     try:
         names = pq.read_schema(path).names
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise DiffalignError(f"prompts {path}: not a complete parquet file ({error})") from error
     name = _prompt_column(column, names, str(path))
     rows = []

@@ -1,6 +1,7 @@
 """Read data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
 
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _hpdv2_row(row: dict[str, Any], where: str, file: Path) -> ImportedGroup | S
         return SkippedRow(
             where, f"{'rank' if ranked else 'human_preference'} must have {len(names)} values, one an image"
         )
-    if not all(isinstance(x, int | float) and (ranked or x in (0, 1)) for x in labels):
+    if not all(isinstance(x, int | float) and isfinite(x) and (ranked or x in (0, 1)) for x in labels):
         return SkippedRow(where, f"label out of range: {labels}")
     preference = vote_shares_of_ranks(list(labels)) if ranked else tuple(map(float, labels))
     if len(set(preference)) < 2:
@@ -103,6 +104,8 @@ def _folder_group(
 ) -> ImportedGroup | SkippedRow:
     images: list[bytes | Path] = []
     for where, row in rows:
+        if not isinstance(row["file_name"], str):
+            return SkippedRow(where, f"{row['file_name']!r} is no file name")
         try:
             images.append(inside(folder, row["file_name"]))
         except DiffalignError as error:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.imported import ImportedGroup, SkippedRow
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
-from diffalign.data.tables import json_rows
+from diffalign.data.tables import json_rows, parquet_rows
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
 from diffalign.files.paths import inside, own_file, own_files
@@ -36,22 +36,19 @@ def read_pickapic(path: Path) -> Rows:
         raise DiffalignError(f"{path}: holds no .parquet file")
     for file in files:
         try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
+            names = set(pq.read_schema(file).names)
+        except (pa.ArrowException, OSError) as error:
             yield SkippedRow(str(file), f"not a complete parquet file ({error})")
             continue
-        names = set(table.schema_arrow.names)
         missing = [name for name in PICKAPIC if name not in names]
         if missing:
             yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
         split = split_of(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=64, columns=[*PICKAPIC, *more]):
-            for row in batch.to_pylist():
-                yield _pickapic_row(row, f"{file}:{number}", split)
-                number += 1
+        for place, row in parquet_rows(file, [*PICKAPIC, *more]):
+            where = f"{file}:{place.rpartition(' ')[2]}"
+            yield SkippedRow(where, row) if isinstance(row, str) else _pickapic_row(row, where, split)
 
 
 def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup | SkippedRow:
@@ -66,7 +63,7 @@ def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup 
         return SkippedRow(where, "no caption")
     images = []
     for name in ("jpg_0", "jpg_1"):
-        data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+        data = row[name].get("bytes") if isinstance(row[name], dict) else row[name]
         if not isinstance(data, bytes) or not data:
             return SkippedRow(where, f"{name} is empty")
         images.append(data)

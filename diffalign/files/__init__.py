@@ -1,6 +1,5 @@
 """Read and write small files (text, JSON, JSON lines) and check free disk space."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import parse_json
 
 DAMAGE = (
     ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, EOFError, OverflowError, RecursionError,
@@ -73,16 +73,17 @@ def _reason(error: Exception) -> str:
 def read_json_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """Return the rows of a .jsonl file, without those whose `step` is above `last_step`; [] if there is no file.
 
-    A line that a kill left unfinished is skipped.
+    A line that a kill left unfinished, or that holds no object, is skipped.
     """
     rows = []
     # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if last_step is None or row["step"] <= last_step:
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(row, dict) and (last_step is None or (isinstance(step, int | float) and step <= last_step)):
             rows.append(row)
     return rows
 
@@ -95,7 +96,8 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DiffalignError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
 

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
-from diffalign.data.tables import printable
+from diffalign.data.tables import UNREADABLE_CELLS
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
+from diffalign.files.parse import valid_unicode
 from diffalign.files.paths import leads_out, own_file
 from diffalign.scoring.captions import (
     SOURCES,
@@ -75,7 +76,7 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
     if twice:
         raise DiffalignError(f"{twice[0]!r} is given twice; name each image once")
     captioned = (prompting.apply(item) for item in items)
-    return [replace(item, prompt=item.prompt and printable(item.prompt)) for item in captioned]
+    return [replace(item, prompt=item.prompt and valid_unicode(item.prompt)) for item in captioned]
 
 
 def _expand(source: str) -> list[Path]:
@@ -83,7 +84,7 @@ def _expand(source: str) -> list[Path]:
     path = Path(source)
     if os.path.lexists(path) or not any(c in source for c in "*?["):
         if not os.path.lexists(path):
-            raise DiffalignError(f"{printable(source)}: no such file or folder")
+            raise DiffalignError(f"{valid_unicode(source)}: no such file or folder")
         return [path]
     root = Path(path.anchor) if path.is_absolute() else Path()
     return sorted(root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
@@ -140,7 +141,7 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         try:
             yield _file(own_file(folder, path), key, listed.get(path) or inherited, prompting, folder)
         except DiffalignError as error:
-            yield Item(printable(path.as_posix()), printable(key), RefusedOrigin(str(error)))
+            yield Item(valid_unicode(path.as_posix()), valid_unicode(key), RefusedOrigin(str(error)))
 
 
 def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
@@ -151,7 +152,7 @@ def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
 def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting, root: Path | None = None) -> Item:
     prompt, fault = _prompt(path, caption, prompting.source, root)
     facts = caption.facts if caption else {}
-    return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts, fault=fault)
+    return Item(valid_unicode(path.as_posix()), valid_unicode(key), FileOrigin(path), prompt, facts, fault=fault)
 
 
 def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None) -> tuple[str | None, str]:
@@ -177,8 +178,8 @@ def _contained(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
             name = f"{path.as_posix()}#{member.origin.name}"
             prompt = None if prompting.source in ("name", "none", "metadata") else member.prompt
             prompt = from_name(Path(member.origin.name)) if prompting.source == "name" else prompt
-            key = printable(f"{below}#{member.origin.name}" if below else member.origin.name)
-            yield Item(printable(name), key, member.origin, prompt, member.facts, fault=member.fault)
+            key = valid_unicode(f"{below}#{member.origin.name}" if below else member.origin.name)
+            yield Item(valid_unicode(name), key, member.origin, prompt, member.facts, fault=member.fault)
 
 
 def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
@@ -190,7 +191,7 @@ def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
     for number, (batch, row, facts) in enumerate(images.rows(column)):
         caption = caption_of(facts, f"{path} row {number}", prompting.column)
         name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
-        yield Item(printable(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
+        yield Item(valid_unicode(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
 
 
 def _image_column(names: list[str], path: Path) -> str:
@@ -206,11 +207,14 @@ def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
     """Yield the rows of a parquet file with an image column and possibly a prompt column."""
     try:
         names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DiffalignError(f"{path}: not a parquet file: {error}") from error
     column = _image_column(names, path)
     images = ParquetImages(path, column)
-    others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
+    try:
+        others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
+    except UNREADABLE_CELLS as error:
+        raise DiffalignError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     number = 0
     for row_group, rows in enumerate(images.row_counts()):
         for row in range(rows):
@@ -219,7 +223,11 @@ def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
             caption = caption_of(facts, f"{path} row {number}", prompting.column)
             name = f"{path.as_posix()}#{number}"
             yield Item(
-                printable(name), f"{below}#{number}", RowOrigin(images, row_group, row), caption.prompt, caption.facts
+                valid_unicode(name),
+                f"{below}#{number}",
+                RowOrigin(images, row_group, row),
+                caption.prompt,
+                caption.facts,
             )
             number += 1
 

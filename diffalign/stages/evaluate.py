@@ -1,14 +1,12 @@
 """`diffalign eval`: the base model and trained weights on the same prompts and seeds."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
@@ -31,6 +29,7 @@ from diffalign.stages.resolve import (
     sampling_settings,
     weights_digest,
 )
+from diffalign.terminal import show_table
 from diffalign.training.checkpoint import checkpoints
 
 
@@ -74,8 +73,7 @@ def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
         base_folder=base_folder,
         on_progress=ImageProgress(),
     )
-    # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
+    show_table(comparison_table(result))
     say(f"report: {write_report(config.out, result)}")
     return result
 
