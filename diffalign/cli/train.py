@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
+from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config, reward_overrides
 from diffalign.cli.errors import plain_errors
 
 verbs = typer.Typer()
@@ -71,12 +71,20 @@ def evaluate(
         ),
     ],
     overrides: Overrides = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "-r",
+            help="What scores, as in `diffalign score`: NAME or NAME:key=value,... Repeat for more_rewards.",
+        ),
+    ] = None,
 ) -> None:
     """Compare trained weights with the base model.
 
     Both draw images of the same prompts at the same seeds, the rewards score them, and report.html shows the differences.
     """
-    with checked_config("eval", source, overrides) as checked:
+    with checked_config("eval", source, [*(overrides or ()), *reward_overrides(reward or ())]) as checked:
         from diffalign.stages.evaluate import evaluate
 
         evaluate(checked)

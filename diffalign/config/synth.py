@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from diffalign.config.section import FilePath, Section, refuse, refuse_twice
 
 class PromptSection(Section):
     """Which prompts."""
+
+    text_key: ClassVar[str | None] = "source"
 
     source: str = Field(
         min_length=1,
