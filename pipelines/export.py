@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, brief, has_adapter, lora_file
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.errors import DiffalignError, brief
+from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
+from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Backbone

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.errors import DiffalignError, brief
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
@@ -21,7 +20,7 @@ from diffalign.pipelines.options import Value, read_options
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

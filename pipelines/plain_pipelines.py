@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.errors import DiffalignError, brief
 from diffalign.pipelines.hub import download, hub_errors
 from diffalign.pipelines.loading import check_files, read_index
 from diffalign.pipelines.source import Source
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

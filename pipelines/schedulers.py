@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.errors import DiffalignError, brief
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -71,7 +71,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DiffalignError(f"{path}: not JSON ({error})") from error
     rubrics, wording = (texts(stored.get(k) if isinstance(stored, dict) else None) for k in ("rubrics", "wording"))
     words = [f.name for f in fields(Wording)]

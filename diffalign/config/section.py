@@ -6,14 +6,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 COMBINATION = "combination"
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
 Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a list of two becomes one
 Sizes = Annotated[tuple[int, int], Field(strict=False)]
+
+
+def _plain_name(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError(f"{name!r} {NOT_PLAIN}")
+    return name
+
+
+PlainName = Annotated[str, AfterValidator(_plain_name)]  # becomes a part of a file's name
 
 
 class Section(BaseModel):

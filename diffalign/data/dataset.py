@@ -18,6 +18,7 @@ from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
 from diffalign.files.images import Unreadable, decode
+from diffalign.files.paths import is_plain_name
 
 RANKING_FILE = "ranking.json"
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
@@ -240,7 +241,7 @@ class PreferenceDataset:
 
     def _score_file(self, reward: str) -> Path:
         path = self.folder / "scores" / f"{reward}.parquet"
-        if not path.is_file():
+        if not is_plain_name(reward) or not path.is_file():
             have = ", ".join(self.rewards()) or "none"
             raise DiffalignError(f"labels.source: {self.folder} has no scores of {reward!r}; scored by: {have}")
         return path

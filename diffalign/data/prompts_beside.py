@@ -13,7 +13,9 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data.tables import column_for, decoded_text
+from diffalign.errors import DiffalignError
 from diffalign.files.images import TEXT_CHUNKS
+from diffalign.files.paths import own_file
 
 TEXTS = (".txt", ".caption")
 USER_COMMENT = 0x9286  # EXIF
@@ -35,18 +37,21 @@ TEXT_INPUTS = (
 )
 
 
-def prompt_beside(path: Path) -> tuple[str | None, str]:
-    """Return the prompt in `a.txt`, `a.caption` or `a.json` beside `a.png`, and a fault if such a file is unreadable."""
+def prompt_beside(path: Path, root: Path | None = None) -> tuple[str | None, str]:
+    """Return the prompt in `a.txt`, `a.caption` or `a.json` beside `a.png`, and a fault if such a file is unreadable.
+
+    root: the folder that links may not leave, by default the image's own.
+    """
     fault = ""
     for suffix in (*TEXTS, ".json"):
         file = path.with_suffix(suffix)
         try:
             if not file.is_file():
                 continue
-            prompt = prompt_in_text(file.read_bytes(), suffix)
+            prompt = prompt_in_text(own_file(root or file.parent, file).read_bytes(), suffix)
         except UnicodeDecodeError as error:
             fault = fault or f"{file.name}: not UTF-8 at byte {error.start}; save it as UTF-8"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DiffalignError) as error:
             fault = fault or f"{file.name}: {error}"
         else:
             if prompt:

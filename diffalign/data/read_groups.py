@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
-from diffalign.data.schema import inside
 from diffalign.data.tables import column_for, json_rows, table_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside, own_file
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 # Columns of metadata.jsonl that mean something here; the others are a group's facts.
@@ -23,7 +23,7 @@ def read_hpdv2(path: Path) -> Rows:
     both, preferred) is counted and not kept.
     """
     files = [path / f"{s}.json" for s in ("train", "test")] if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
+    files = [own_file(file.parent, file) if path.is_dir() else file for file in files if file.is_file()]
     if not files:
         raise DiffalignError(f"{path}: holds neither train.json nor test.json")
     for file in files:
@@ -70,7 +70,7 @@ def read_imagefolder(path: Path) -> Rows:
     `score` (higher is better) orders them; a group with none of these is kept without a preference. Or one row a pair:
     chosen_file_name and rejected_file_name.
     """
-    files = [p for p in metadata_files(path) if p.is_file()] if path.is_dir() else [path]
+    files = [own_file(path, p) for p in metadata_files(path) if p.is_file()] if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds neither metadata.jsonl nor metadata.csv")
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}

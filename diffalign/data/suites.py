@@ -23,6 +23,7 @@ from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.paths import own_files
 
 csv.field_size_limit(1 << 20)
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -47,7 +48,7 @@ def _table(path: Path, delimiter: str, prompt: str, tag: str | None) -> list[Pro
 
 
 def _folder(path: Path, pattern: str) -> list[Path]:
-    files = sorted(path.glob(pattern)) if path.is_dir() else []
+    files = own_files(path, pattern) if path.is_dir() else []
     if not files:
         raise DiffalignError(f"suite folder {path}: it holds no {pattern}")
     return files

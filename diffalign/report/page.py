@@ -7,6 +7,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffalign import __version__
+from diffalign.intervals import interval_in
 
 
 def render_page(package: str, template: str, **values: object) -> str:
@@ -18,6 +19,7 @@ def render_page(package: str, template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["interval"] = interval_in
     return environment.get_template(template).render(version=__version__, **values)
 
 

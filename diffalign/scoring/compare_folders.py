@@ -90,8 +90,8 @@ def comparison_table(found: dict[str, Comparison]) -> Table:
             f"{c.base:.4f}",
             f"{c.tuned:.4f}",
             f"{c.difference:+.4f}",
-            f"{c.low:+.4f} to {c.high:+.4f}",
+            c.interval.words("+.4f"),
             f"{c.win_rate:.1%}",
-            f"{c.win_low:.1%} to {c.win_high:.1%}",
+            c.win_interval.words(".1%"),
         )
     return shown

@@ -16,6 +16,7 @@ from diffalign.data.schema import GROUPS_FILE
 from diffalign.data.tables import printable
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
+from diffalign.files.paths import leads_out, own_file
 from diffalign.scoring.captions import (
     SOURCES,
     Caption,
@@ -25,7 +26,7 @@ from diffalign.scoring.captions import (
     from_name,
 )
 from diffalign.scoring.containers import ArrowImages, CellOrigin, archive_members
-from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin
+from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RefusedOrigin, RowOrigin
 
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
 """Suffixes of files that are expected beside images; they are not reported as skipped."""
@@ -127,12 +128,19 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         )
         for shard in shards:
             skipped[shard.suffix.lower()] -= shard.suffix.lower() not in BESIDE
+            if leads_out(folder, shard):
+                skipped["links that lead out of the folder"] += 1
+                continue
             yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting)
         for suffix in [s for s, n in skipped.items() if n <= 0]:
             del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
-        yield _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
+        key = path.relative_to(folder).as_posix()
+        try:
+            yield _file(own_file(folder, path), key, listed.get(path) or inherited, prompting, folder)
+        except DiffalignError as error:
+            yield Item(printable(path.as_posix()), printable(key), RefusedOrigin(str(error)))
 
 
 def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
@@ -140,19 +148,19 @@ def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
     return found[0].parent.parts, found[0].name
 
 
-def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting) -> Item:
-    prompt, fault = _prompt(path, caption, prompting.source)
+def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting, root: Path | None = None) -> Item:
+    prompt, fault = _prompt(path, caption, prompting.source, root)
     facts = caption.facts if caption else {}
     return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts, fault=fault)
 
 
-def _prompt(path: Path, caption: Caption | None, source: str) -> tuple[str | None, str]:
-    """Return the prompt, and why a file that should hold it cannot be read."""
+def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None) -> tuple[str | None, str]:
+    """Return the prompt, and why a file that should hold it cannot be read. root: as `prompt_beside` takes it."""
     if source in ("auto", "metadata") and caption is not None and caption.prompt:
         return caption.prompt, ""
     if source == "name":
         return from_name(path), ""
-    prompt, fault = prompt_beside(path) if source in ("auto", "txt") else (None, "")
+    prompt, fault = prompt_beside(path, root) if source in ("auto", "txt") else (None, "")
     if prompt is None and source in ("auto", "image"):
         prompt = prompt_within(path)
     return prompt, fault

@@ -16,6 +16,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.settings import SamplingSettings
@@ -39,6 +40,11 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     base_folder: where the base's images lie or go, so that several evaluations share them. Raises DiffalignError for
     weights that are missing, a reward that cannot score a prompt, and prompts that chose the weights.
     """
+    with writing_folder(config.out, "out"):
+        return _evaluate(config, base_folder)
+
+
+def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
     weights = _weights_to_compare(config)
     device = resolve_device(config.device)
     backbone = open_backbone(config.model, device)

@@ -6,6 +6,7 @@ from torch import Tensor
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
@@ -75,6 +76,11 @@ def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
 
 def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None:
     """Train a model on the gradient of rewards: `diffalign reward-gradient`. The same command resumes where it stopped."""
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        _reward_gradient(config, dry_run)
+
+
+def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     device = resolve_device(config.device)
     check_installed(config.optimizer)
     check_differentiable(config)

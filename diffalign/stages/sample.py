@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffalign.config import SampleConfig
 from diffalign.data.sample import sample_groups
+from diffalign.files.lock import writing_folder
 from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -17,6 +18,11 @@ from diffalign.stages.resolve import (
 
 def sample(config: SampleConfig) -> None:
     """Draw groups of images for prompts into a dataset folder: `diffalign sample`."""
+    with writing_folder(config.out, "out", shared=True):
+        _sample(config)
+
+
+def _sample(config: SampleConfig) -> None:
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config.guidance_scale, backbone)
     # Record the name that the user gave: the folder of a shipped model differs from machine to machine.

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffalign.data.schema import score_schema
+from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_file, writing_folder
 from diffalign.progress import ImageProgress, say_aside
 from diffalign.rewards import REWARDS, Reward, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
@@ -59,8 +60,13 @@ class ScoreRequest:
 def score(request: ScoreRequest) -> int:
     """Score images: `diffalign score`. Return the exit code: 0, or 3 if some image has no score."""
     processes = Processes.start()
+    dataset = Path(request.images[0]) if request.into_dataset else None
     try:
-        with warnings.catch_warnings():
+        with (
+            writing_file(request.output, "--output"),
+            writing_folder(dataset if dataset and (dataset / GROUPS_FILE).is_file() else None, "dataset"),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
             return _score(request, processes)
     finally:

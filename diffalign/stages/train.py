@@ -9,6 +9,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import shuffled_labels
 from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
@@ -23,6 +24,11 @@ from diffalign.training.preference.method import Preference
 
 def train(config: TrainConfig, dry_run: bool = False) -> None:
     """Train a model on preference data: `diffalign train`."""
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        _train(config, dry_run)
+
+
+def _train(config: TrainConfig, dry_run: bool) -> None:
     device = resolve_device(config.device)
     check_installed(config.optimizer)
     dataset = PreferenceDataset(config.data.path)
