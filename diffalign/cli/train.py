@@ -51,7 +51,13 @@ def reward_gradient(config: Source, overrides: Overrides = None, dry_run: DryRun
 
 
 @verbs.command()
-def sample(config: Source, overrides: Overrides = None) -> None:
+def sample(
+    config: Source,
+    overrides: Overrides = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Also write every image as a file into this folder, to look at.")
+    ] = None,
+) -> None:
     """Draw images for prompts into a dataset folder.
 
     Several images per prompt make a group. The same command resumes where it stopped.
@@ -59,7 +65,7 @@ def sample(config: Source, overrides: Overrides = None) -> None:
     with checked_config("sample", config, overrides) as checked:
         from diffalign.stages.sample import sample
 
-        sample(checked)
+        sample(checked, images)
 
 
 @verbs.command("eval")

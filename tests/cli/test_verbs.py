@@ -79,7 +79,7 @@ def test_the_rewards_of_an_evaluation_by_option(
 
 def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    install(monkeypatch, "sample", sample=lambda c: calls.append(("sample", c.n)))
+    install(monkeypatch, "sample", sample=lambda c, images: calls.append(("sample", c.n, images)))
     install(monkeypatch, "evaluate", evaluate=lambda c: calls.append(("eval", str(c.weights), c.n)))
     path = tmp_path / "i.yaml"
     path.write_text(IMAGES)
@@ -88,7 +88,7 @@ def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.Monkey
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(CONFIG)
     assert run("eval", str(tmp_path / "run"), "prompts=testbed:test", "n=5") == 0
-    assert calls == [("sample", 3), ("eval", "w", None), ("eval", str(tmp_path / "run" / "weights"), 5)]
+    assert calls == [("sample", 3, None), ("eval", "w", None), ("eval", str(tmp_path / "run" / "weights"), 5)]
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
