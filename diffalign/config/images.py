@@ -17,6 +17,8 @@ SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "fl
 class SchedulerSection(Section):
     """What integrates the model's prediction, in place of the model's own."""
 
+    text_key: ClassVar[str | None] = "name"
+
     name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
     options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 class PromptSection(Section):
     """Which prompts."""
+
+    text_key: ClassVar[str | None] = "source"
 
     source: str = Field(
         min_length=1,

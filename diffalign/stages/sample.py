@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from diffalign.config import SampleConfig
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.pictures import write_pictures
 from diffalign.data.sample import sample_groups
 from diffalign.files.lock import writing_folder
 from diffalign.progress import ImageProgress, say
@@ -16,10 +18,12 @@ from diffalign.stages.resolve import (
 )
 
 
-def sample(config: SampleConfig) -> None:
-    """Draw groups of images for prompts into a dataset folder: `diffalign sample`."""
+def sample(config: SampleConfig, images: Path | None = None) -> None:
+    """Draw groups of images for prompts into a dataset folder: `diffalign sample`; `images`: a folder of plain files, too."""
     with writing_folder(config.out, "out", shared=True):
         _sample(config)
+    if images is not None:
+        say(f"images:  {write_pictures(PreferenceDataset(config.out), images)} in {images}")
 
 
 def _sample(config: SampleConfig) -> None:
