@@ -6,10 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Say = Callable[[str], None]
 """A function that shows one line to the user."""
@@ -54,17 +50,6 @@ def say_aside(message: str) -> None:
 def say_block(text: str) -> None:
     """Print a text of several lines, such as a config or a table."""
     print(visible(text, keep="\n\t"), flush=True)
-
-
-def show_table(table: Table, width: int) -> None:
-    """Print a table, `width` columns wide where there is no terminal: rich takes a pipe for 80, which breaks lines."""
-    from rich.console import Console
-    from rich.segment import Segment, Segments
-
-    console = Console(width=None if sys.stdout.isatty() else width)
-    # Cells hold names and prompts, and rich lets an escape sequence in them pass.
-    shown = [s if s.control else Segment(visible(s.text, keep="\n"), s.style) for s in console.render(table)]
-    console.print(Segments(shown), end="")
 
 
 class ImageProgress:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
 from diffalign.files.parse import parse_json
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, brief, has_adapter, lora_file
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
+from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Backbone

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
 from diffalign.files.parse import parse_json
+from diffalign.pretrained import load_part
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fingerprint, pretrained
@@ -53,7 +54,7 @@ class ClipReward(TensorReward):
         if self._tokenizer is None:
             from transformers import CLIPTokenizer
 
-            self._tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_path)
+            self._tokenizer = load_part(CLIPTokenizer, self.tokenizer_path, f"reward {self.name}")
         return self._tokenizer
 
     @property
@@ -145,7 +146,7 @@ def quick_gelu(reward: str, folder: Path) -> Path:
     try:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DiffalignError(f"reward {reward}: {folder}/config.json cannot be read: {error}") from error
     if activation != "quick_gelu":
         raise DiffalignError(

@@ -57,7 +57,8 @@ def reference() -> str:
         "# Every key of every config",
         "Written by `make docs` from the schema; a test compares the two. A config states what differs from the defaults: "
         "see [the recipes](../configs). `diffalign recipes NAME` prints a recipe with every key. A list's entry is reached "
-        "by its index: `generators.0.batch_size=8`.",
+        "by its index: `generators.0.batch_size=8`. A text in a section's place is its main key: `reward=pickscore` is "
+        "`reward.name=pickscore`.",
     ]
     for kind, model in KINDS.items():
         doc = (model.__doc__ or "").strip().splitlines()[0]

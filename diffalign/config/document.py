@@ -85,16 +85,17 @@ def read_document(path: Path) -> Document:
     return document
 
 
-def apply_override(document: Document, argument: str) -> None:
+def apply_override(document: Document, argument: str, below: str | None = None) -> None:
     """Put `section.key=value` into the document. The value is YAML: 1e-4, [a, b], null, {name: sft}.
 
-    An entry of a list is named by its index: `generators.0.batch_size=8`. Raises DiffalignError for an argument of another
+    An entry of a list is named by its index: `generators.0.batch_size=8`. below: a key under the named one, where the
+    argument is short for it. Raises DiffalignError for an argument of another
     form, a key below a plain value, and an index that the list does not have.
     """
     shown = " ".join(argument.split())
     place = f"argument '{shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '...'}'"
     dotted, equals, text = argument.partition("=")
-    words = dotted.strip().split(".")
+    words = [*dotted.strip().split("."), *([] if below is None else [below])]
     if not equals or not all(words):
         raise DiffalignError(f"{place}: write key.sub=value, such as train.steps=400")
     if len(words) > MAX_DEPTH:
@@ -132,6 +133,12 @@ def _step(document: Document, target: Any, key: Key, word: str, place: str) -> s
             f"or give the whole list as {_dotted(key)}=[...]"
         )
     return int(word)
+
+
+def is_text(argument: str) -> bool:
+    """Return whether the value of `key=value` is a plain text, not a number, a list, a section or null."""
+    node, _ = compose_yaml(argument.partition("=")[2], f"argument '{argument}'")
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
 
 
 def _plain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,17 @@ from diffalign.config.model import DEVICE, Device, ModelSection, check_device
 from diffalign.config.run import PROMPT_COUNT, RewardSection
 from diffalign.config.section import FilePath, Section, refuse, refuse_twice
 from diffalign.files.paths import is_plain_name
+
+SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
+
+
+class SchedulerSection(Section):
+    """What integrates the model's prediction, in place of the model's own."""
+
+    text_key: ClassVar[str | None] = "name"
+
+    name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
+    options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
 
 
 class SamplingSection(Section):

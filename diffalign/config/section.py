@@ -46,11 +46,21 @@ class Section(BaseModel):
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
 
+    text_key: ClassVar[str | None] = None
+    """The key that a text in the section's place gives: `reward: pickscore` is `reward: {name: pickscore}`."""
+
     @model_validator(mode="before")
     @classmethod
-    def _empty(cls, value: Any) -> Any:
-        """Read `tune:` with every key below it commented out as the section with its defaults."""
+    def _abbreviated(cls, value: Any) -> Any:
+        """Read a text as the section's `text_key`, and `tune:` with every key commented out as the defaults."""
+        if isinstance(value, str) and cls.text_key is not None:
+            return {cls.text_key: value}
         return {} if value is None else value
+
+
+def by_name(value: Any) -> Any:
+    """Read a text in the place of one of several sections as its `name`: `objective: ipo`."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def refuse(message: str, *keys: str) -> NoReturn:

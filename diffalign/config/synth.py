@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.images import SizedSamplingSection
+from diffalign.config.images import SchedulerSection, SizedSamplingSection
 from diffalign.config.model import DEVICE, Device, ModelSection, check_device
 from diffalign.config.run import PROMPT_COUNT, RewardSection
 from diffalign.config.section import FilePath, PlainName, Section, refuse, refuse_twice
 from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
-SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
-
 
 class PromptSection(Section):
     """Which prompts."""
+
+    text_key: ClassVar[str | None] = "source"
 
     source: str = Field(
         min_length=1,
@@ -27,13 +27,6 @@ class PromptSection(Section):
     split: str = Field("train", min_length=1, description="which split (folder, hub)")
     n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
     unique: bool = Field(True, description="true: leave out a prompt that repeats")
-
-
-class SchedulerSection(Section):
-    """What integrates the model's prediction, in place of the model's own."""
-
-    name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
-    options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
 
 
 class GeneratorSection(SizedSamplingSection):

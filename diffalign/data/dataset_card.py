@@ -1,7 +1,7 @@
 """Write a dataset's card (README.md as the hub reads it): content, generators, rewards and licences."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,21 @@ FORM_WORDS = {
 }
 
 
-def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[str, int]) -> None:
+def write_card(
+    dataset: PreferenceDataset,
+    out: Path,
+    form: str,
+    counts: dict[str, int],
+    features: Sequence[Mapping[str, object]] = (),
+) -> None:
     """Write README.md of an export, or (form `folder`) of a dataset folder itself.
 
-    A licence that is not known is stated as unknown. Equal data give equal bytes: the card holds neither time nor host.
+    features: the columns in the form of a card's `dataset_info`, where `datasets` cannot find them in the files. A
+    licence that is not known is stated as unknown. Equal data give equal bytes: the card holds neither time nor host.
     """
     generators = _generators(dataset)
     lines = [
-        *_front_matter(generators, form, counts),
+        *_front_matter(generators, form, counts, features),
         "",
         f"# {dataset.folder.name}",
         "",
@@ -57,7 +64,9 @@ def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     return {path.stem: read_json(path) for path in files}
 
 
-def _front_matter(generators: dict[str, dict[str, Any]], form: str, counts: dict[str, int]) -> list[str]:
+def _front_matter(
+    generators: dict[str, dict[str, Any]], form: str, counts: dict[str, int], features: Sequence[Mapping[str, object]]
+) -> list[str]:
     """Return the YAML that the hub reads: licence, tags, size, and where the data files are."""
     licences = sorted({str(g.get("licence") or "unknown") for g in generators.values()})
     size = next((name for limit, name in SIZES if sum(counts.values()) < limit), "n>1M")
@@ -67,10 +76,13 @@ def _front_matter(generators: dict[str, dict[str, Any]], form: str, counts: dict
     if form == "folder":
         lines += ["configs:", "- config_name: images", '  data_files: "images/*.parquet"']
         lines += ["- config_name: groups", '  data_files: "groups.parquet"']
-    elif form != "webdataset":
+    else:
+        ending = "tar" if form == "webdataset" else "parquet"
         lines += ["configs:", "- config_name: default", "  data_files:"]
         for split in (split for split, count in counts.items() if count):
-            lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.parquet"']
+            lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.{ending}"']
+    if features:
+        lines.append(f"dataset_info: {json.dumps({'features': features})}")
     return [*lines, "---"]
 
 

@@ -12,6 +12,7 @@ from diffalign import __version__
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
 from diffalign.files.parse import parse_yaml
+from diffalign.intervals import interval_in
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
 
@@ -107,6 +108,7 @@ def write_card(
         loader=PackageLoader("diffalign.report"), autoescape=False, undefined=StrictUndefined, trim_blocks=True
     )  # Markdown, not HTML: what comes from data goes through `plain`
     environment.filters["plain"] = plain
+    environment.filters["interval"] = interval_in
     text = environment.get_template("model_card.md.j2").render(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
         name=run.name,

@@ -19,6 +19,7 @@ from diffalign.data.dataset_summary import summarise_dataset
 from diffalign.data.imported import Report, write_imported
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.progress import say, say_aside
 from diffalign.report.contact_sheet import small_picture, write_contact_sheet
 from diffalign.stages.resolve import open_backbone, resolve_device
@@ -49,7 +50,8 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
 
 def pairs(sources: list[Path], out: Path, split: list[str]) -> None:
     """Write your own pairs as a dataset into `out`: `diffalign pairs`. split: as `read_splits` takes it."""
-    report = import_pairs(sources, out, read_splits(split))
+    with writing_folder(out, "--out"):
+        report = import_pairs(sources, out, read_splits(split))
     say(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
 
 
@@ -81,8 +83,9 @@ def convert(sources: list[Path], out: Path, form: str | None = None, split: list
     split: as `read_splits` takes it.
     """
     splits = read_splits(split or [])
-    name, rows = open_rows(sources, form)
-    report = write_imported(rows, out, splits=splits)
+    with writing_folder(out, "--out"):
+        name, rows = open_rows(sources, form)
+        report = write_imported(rows, out, splits=splits)
     for fault in report.faults[:FAULTS_SHOWN]:
         say_aside(f"{fault.where}: {fault.reason}")
     if report.faults:
@@ -97,7 +100,8 @@ def convert(sources: list[Path], out: Path, form: str | None = None, split: list
 
 def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int]:
     """Export a dataset and return the rows of each split: `diffalign data export`."""
-    counts = export(PreferenceDataset(folder), out, form, pairs)
+    with writing_folder(out, "--out"):
+        counts = export(PreferenceDataset(folder), out, form, pairs)
     for split, count in counts.items():
         say(f"{split}: {count} rows")
     say(f"{form}: {out}")

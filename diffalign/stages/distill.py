@@ -12,6 +12,7 @@ from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
@@ -143,6 +144,11 @@ def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImage
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
     """Distil a model: `diffalign distill`. The same command resumes where it stopped."""
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        _distill(config, dry_run)
+
+
+def _distill(config: DistillConfig, dry_run: bool) -> None:
     device = resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)

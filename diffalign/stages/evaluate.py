@@ -14,10 +14,11 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import ImageProgress, say, show_table
+from diffalign.progress import ImageProgress, say
 from diffalign.report.render import write_report
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -28,6 +29,7 @@ from diffalign.stages.resolve import (
     sampling_settings,
     weights_digest,
 )
+from diffalign.terminal import show_table
 from diffalign.training.checkpoint import checkpoints
 
 
@@ -37,6 +39,11 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     base_folder: where the base's images lie or go, so that several evaluations share them. Raises DiffalignError for
     weights that are missing, a reward that cannot score a prompt, and prompts that chose the weights.
     """
+    with writing_folder(config.out, "out"):
+        return _evaluate(config, base_folder)
+
+
+def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
     weights = _weights_to_compare(config)
     device = resolve_device(config.device)
     backbone = open_backbone(config.model, device)
@@ -66,7 +73,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         base_folder=base_folder,
         on_progress=ImageProgress(),
     )
-    show_table(comparison_table(result), 120)
+    show_table(comparison_table(result))
     say(f"report: {write_report(config.out, result)}")
     return result
 

@@ -18,7 +18,8 @@ from rich.text import Text
 from diffalign.cli.terminal import guard_libraries
 from diffalign.config.document import dump
 from diffalign.errors import DiffalignError
-from diffalign.progress import say, say_aside, say_block, show_table, visible
+from diffalign.progress import say, say_aside, say_block, visible
+from diffalign.terminal import show_table
 from helpers import pictures
 from helpers.command_line import run
 
