@@ -9,6 +9,7 @@ import typer
 
 from diffalign import __version__
 from diffalign.cli import data, judge, score, testbed, train
+from diffalign.cli.terminal import guard_libraries
 
 EXIT_CODES = (
     "Exit codes: 0 success. 2 a mistake that you can mend, in one line. 3 `score` ended, but some image has no score. "
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    guard_libraries()
     if version:
         print(f"diffalign {__version__}")
         raise typer.Exit

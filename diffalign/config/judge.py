@@ -15,6 +15,8 @@ METHODS = {"teacher": ("gdso", "grpo", "sft", "bt"), "student": ("risd", "sft", 
 class JudgeModelSection(Section):
     """Which image-text model, and how it is loaded."""
 
+    text_key: ClassVar[str | None] = "path"
+
     path: Annotated[FilePath, NAMED] = Field(
         description="a transformers folder with processor and chat template, or a judge's weights/"
     )

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffalign import stopping
 from diffalign.config import RunConfig
 from diffalign.health import Finding
+from diffalign.training.alone import Alone
 from diffalign.training.average import averaged, keep_average, update_average
 from diffalign.training.checkpoint import About, TrainState, resume, save_checkpoint
 from diffalign.training.finite import FiniteGuard
@@ -103,9 +104,10 @@ def run(
         open_run_dir(run_dir, plain, method.readme)
         rows, track = resumed.rows, config.tracking
         log = Metrics(run_dir, track.trackers, track.project, plain, first, rows, resumed.interim)
+    alone = Alone(accelerator, run_dir)
     alarm = method.on_alarm
     health = HealthMonitor(run_dir, alarm, findings, first, say, main) if alarm else None
-    validations = Validations(validation, run_dir, first, accelerator, health, say) if validation else None
+    validations = Validations(validation, run_dir, first, accelerator, alone, health, say) if validation else None
     if first:
         stopping.keep(f"step {first} of {steps} is")
 
@@ -117,7 +119,8 @@ def run(
         with averaged(state.policy, state.average):
             means = validations.run(done)
             if done and validations.best == done:
-                method.save_weights(run_dir / "best")
+                with alone.main_alone():
+                    method.save_weights(run_dir / "best")
         if log and done:
             log.track(done, means)
 
@@ -162,8 +165,8 @@ def run(
                 finite.check()
                 interim = asked and done % config.checkpoint.every != 0
                 about = About(plain, resolved or {}, log.recent() if log else (), interim)
-                save_checkpoint(run_dir, done, state, about, config.checkpoint.keep, write=main)
-                accelerator.wait_for_everyone()
+                with alone.main_alone():
+                    save_checkpoint(run_dir, done, state, about, config.checkpoint.keep, write=main)
                 stopping.keep(f"step {done} of {steps} is")
             if stopping_here or asked:
                 steps = done
@@ -175,10 +178,12 @@ def run(
     if asked:
         if health:
             health.close()
+        alone.close()
         raise stopping.Stopped
     keep_average(state)
-    method.save_weights(run_dir / "weights")
-    accelerator.wait_for_everyone()
+    with alone.main_alone():
+        method.save_weights(run_dir / "weights")
+    alone.close()
 
     # ---- Last words: why it stopped, what slowed it down, what was found ---------------------------------------------
     if main and validations and validations.exhausted:
