@@ -34,7 +34,8 @@ class OnResume:
 
     effect: none: no number of the training changes; rounding: only last digits may; named: none, where the value stands for
     the same as before (a moved folder with the same content); derived: null stands for what is computed from the data.
-    only_where: keys of the checkpoint's config and the values that they must have; else the key makes another run.
+    only_where: keys and the values that they must have, in the checkpoint's config or the new one, which matters where they may
+    change themselves; else the key makes another run.
     formerly: the value of runs from before there was the key, where it is not the default; ...: the default.
     """
 

@@ -8,7 +8,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines
 from diffalign.files.metric_rows import read_metrics
 from diffalign.files.parse import parse_yaml
-from diffalign.health import examine
+from diffalign.health import ENDINGS, Finding, examine, examine_ending
 
 # Settings worth showing first, and their names in the report.
 FACTS: dict[str, str] = {
@@ -85,7 +85,16 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     loaded = parse_yaml(text, str(path))
     config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
+    if rows:
+        findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
+
+
+def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
+    """Return the findings of health.json with what holds as far as the run has got; a killed run could not write that."""
+    kept = [one for one in findings if one["name"] not in ENDINGS]
+    known = {one["name"] for one in kept}
+    return [*kept, *(one.as_dict() for one in ending if one.name not in known)]
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

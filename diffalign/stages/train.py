@@ -58,7 +58,9 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
-    findings = [] if roles else examine_labels(source.labelled(dataset))
+    compared = config.objective.kind.label_kind != "none"
+    weightless = int((~has_preference(source.rewards, source.mask)).sum()) if compared else 0
+    findings = [] if roles else examine_labels(source.labelled(dataset), weightless)
     if config.labels.source == "preference":
         findings += shuffled_labels(dataset)
     wanted, side = config.validation, config.data.resolution or backbone.default_resolution

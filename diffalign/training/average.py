@@ -5,9 +5,21 @@ from contextlib import contextmanager
 
 import torch
 
+from diffalign.health import Finding
 from diffalign.training.average_decay import AverageDecay
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.protocols import Parameters, Weights
+
+MOST_START = 0.1
+"""The share of the average that its start may have in the end."""
+
+
+def examine_average(decay: AverageDecay | None, steps: int) -> list[Finding]:
+    """Return a finding where an average over `steps` steps is dominated by the weights before the first."""
+    share = 0.0 if decay is None else decay.share_of_start(steps)
+    if share <= MOST_START:
+        return []
+    return [Finding("average_is_start", 0, f"after {steps} steps {share:.0%} of it is the weights before the first")]
 
 
 def start_average(policy: Parameters, decay: AverageDecay | None) -> Weights | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
 from diffalign.files.metric_rows import read_metrics
-from diffalign.health import Finding, Watch, describe
+from diffalign.health import ENDINGS, WITHOUT_SPREAD, Finding, Watch, describe
 from diffalign.training.protocols import Say, ValidationRow
 
 OnAlarm = Literal["warn", "stop"]
@@ -70,12 +70,22 @@ class HealthMonitor:
                 self.say(describe(finding))
             self._write()
 
-    def close(self) -> None:
-        """Print once more what was found, since a long run scrolls it away; raise DiffalignError where an alarm ended it."""
+    def close(self, steps: int) -> None:
+        """Print once more what was found, since a long run scrolls it away; raise DiffalignError where an alarm ended it.
+
+        steps: those that the run should have had.
+        """
+        self.watch.end(steps)
         if self.main:
             self._write()
-            found = self.watch.in_order()
-            self.say("health: " + ("; ".join(f"{f.words.title} (step {f.step})" for f in found) or "nothing found"))
+            said = [
+                f"{f.words.title} ({f.measured if f.name in (*ENDINGS, WITHOUT_SPREAD) else f'step {f.step}'})"
+                for f in self.watch.in_order()
+            ]
+            weightless = self.watch.ending.share_weightless
+            if weightless and WITHOUT_SPREAD not in self.watch.findings:
+                said.append(f"{weightless:.0%} of the groups drawn state no preference and weighed nothing")
+            self.say("health: " + ("; ".join(said) or "nothing found"))
         if self.stops:
             raise DiffalignError(self.reason())
 

@@ -18,7 +18,7 @@ from diffalign import stopping
 from diffalign.config import RunConfig
 from diffalign.health import Finding
 from diffalign.training.alone import Alone
-from diffalign.training.average import averaged, keep_average, update_average
+from diffalign.training.average import averaged, examine_average, keep_average, update_average
 from diffalign.training.checkpoint import About, TrainState, resume, save_checkpoint
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import HealthMonitor, OnAlarm
@@ -106,7 +106,8 @@ def run(
         log = Metrics(run_dir, track.trackers, track.project, plain, first, rows, resumed.interim)
     alone = Alone(accelerator, run_dir)
     alarm = method.on_alarm
-    health = HealthMonitor(run_dir, alarm, findings, first, say, main) if alarm else None
+    found = [*findings, *examine_average(state.decay, steps)]
+    health = HealthMonitor(run_dir, alarm, found, first, say, main) if alarm else None
     validations = Validations(validation, run_dir, first, accelerator, alone, health, say) if validation else None
     if first:
         stopping.keep(f"step {first} of {steps} is")
@@ -177,7 +178,7 @@ def run(
         log.close()
     if asked:
         if health:
-            health.close()
+            health.close(config.train.steps)
         alone.close()
         raise stopping.Stopped
     keep_average(state)
@@ -191,5 +192,5 @@ def run(
     if main and (warning := pace.waiting_warning()):
         say(warning)
     if health:
-        health.close()
+        health.close(config.train.steps)
     return TrainResult(run_dir, steps, row)

@@ -55,7 +55,7 @@ def changes(
                 continue
             allowed = False
         else:
-            allowed = rule is not None and rule.effect != "named" and _holds(rule, old)
+            allowed = rule is not None and rule.effect != "named" and (_holds(rule, old) or _holds(rule, new))
         if not same:
             effect = rule.effect if rule is not None and allowed else None
             found.append(Change(key, repr(old.get(key)), repr(new.get(key)), effect))
@@ -73,9 +73,9 @@ def _rule_of(key: str, rules: Mapping[str, OnResume]) -> OnResume | None:
     return next((rules[k] for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in rules), None)
 
 
-def _holds(rule: OnResume, old: Mapping[str, object]) -> bool:
-    """Return whether a rule holds for a checkpoint's config."""
-    return all(key not in old or old[key] == value for key, value in rule.only_where)
+def _holds(rule: OnResume, config: Mapping[str, object]) -> bool:
+    """Return whether a rule holds for a config with dotted keys."""
+    return all(key not in config or config[key] == value for key, value in rule.only_where)
 
 
 def refuse_another_run(path: Path, found: list[Change], config: RunConfig) -> None:

@@ -202,6 +202,7 @@ def test_images_of_validations_stay_the_same_once_there_are_some(tmp_path: Path)
     with pytest.raises(DiffalignError, match=r"validation.prompts was 'a.txt', is now 'b.txt'"):
         check_before_loading(toy.toy_config(tmp_path, validation={"every": 2, "prompts": "b.txt"}))
     check_before_loading(toy.toy_config(tmp_path, validation={"every": 3, "prompts": "a.txt", "patience": 1}))
+    check_before_loading(toy.toy_config(tmp_path))  # without a validation nothing is compared
 
 
 # --- configs of earlier versions --------------------------------------------------------------------------------------
