@@ -31,6 +31,7 @@ def tuned_run(folder: Path, model: Path, kind: str = "lora") -> np.ndarray:
     plain_config = {
         "run_dir": str(folder), "device": "cpu", "model": {"path": str(model), **options_of(model)},
         "tune": {"kind": kind, "rank": 4, "alpha": 6.0}, "data": {"path": str(folder / "data")},
+        "train": {"steps": 40},
     }  # fmt: skip
     (folder / "config.yaml").write_text(resolved_yaml(TrainConfig.model_validate(plain_config)))
     backbone = load_backbone(model, **options_of(model))
@@ -211,7 +212,7 @@ def test_the_card(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatc
     assert head["base_model_relation"] == "adapter"
     assert "lora" in head["tags"]
     assert head["pipeline_tag"] == "text-to-image"
-    for said in ("## Training", "| rank | 4 |", "+0.200", "load_lora_weights", "too short to judge"):
+    for said in ("## Training", "| rank | 4 |", "+0.200", "load_lora_weights", "health checks found nothing"):
         assert said in text, said
     assert (tmp_path / "out/samples/0-tuned.png").is_file()
     assert "![tuned](samples/0-tuned.png)" in text
