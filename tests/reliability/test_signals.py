@@ -79,8 +79,7 @@ def state_of(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", TOYS)
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize(("number", "keep"), [(signal.SIGTERM, 1), *((number, 2) for number in SIGNALS)])
 def test_a_signal_finishes_the_step_and_the_run_resumes_bit_for_bit(
     method: str, number: signal.Signals, keep: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
