@@ -2,18 +2,27 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.containers import (
+    CONTAINERS,
+    TABLES,
+    Archive,
+    FileOrigin,
+    ParquetImages,
+    RowOrigin,
+    containers_below,
+    image_rows,
+    kind_of,
+)
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
-from diffalign.data.tables import printable
+from diffalign.data.tables import printable, table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
 from diffalign.scoring.captions import (
@@ -24,12 +33,11 @@ from diffalign.scoring.captions import (
     folder_metadata,
     from_name,
 )
-from diffalign.scoring.containers import ArrowImages, CellOrigin, archive_members
-from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin
+from diffalign.scoring.containers import archive_members
+from diffalign.scoring.items import Item
 
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
 """Suffixes of files that are expected beside images; they are not reported as skipped."""
-CONTAINERS = (".parquet", ".arrow", ".tar", ".zip")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "bytes")
 
 
@@ -93,8 +101,8 @@ def _items(path: Path, prompting: Prompting, skipped: Counter[str]) -> Iterator[
         yield from _dataset(path)
     elif path.is_dir():
         yield from _folder(path, prompting, skipped)
-    elif path.suffix.lower() in CONTAINERS:
-        yield from _contained(path, "", prompting)
+    elif kind_of(path) in CONTAINERS:
+        yield from _contained(path, "", prompting, skipped)
     else:
         listed, above = folder_metadata(path.parent, prompting.column)
         yield _file(path, path.name, listed.get(path) or above, prompting)
@@ -117,22 +125,24 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         if inherited is not None:
             above[here] = inherited
         found += [(here / name, inherited) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES]
-        suffixes = (Path(name).suffix.lower() or "without a suffix" for name in files)
-        skipped.update(s for s in suffixes if s not in SUFFIXES and s not in BESIDE)
+        _count_skipped(files, skipped)
         skipped.update("linked folders" for name in folders if (here / name).is_symlink())
     if not found and not listed:
         # Shards are read where nothing else is there: img2dataset, for one, writes a parquet file beside its images.
-        shards = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in CONTAINERS and not p.name.startswith("cache-")
-        )
-        for shard in shards:
-            skipped[shard.suffix.lower()] -= shard.suffix.lower() not in BESIDE
-            yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting)
+        for shard in containers_below(folder):
+            skipped[kind_of(shard)] -= kind_of(shard) not in BESIDE
+            yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting, skipped)
         for suffix in [s for s, n in skipped.items() if n <= 0]:
             del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
         yield _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
+
+
+def _count_skipped(names: Iterable[str], skipped: Counter[str]) -> None:
+    """Count, by suffix, the files that are neither images nor expected beside them."""
+    kinds = (kind_of(PurePosixPath(name)) or "without a suffix" for name in names)
+    skipped.update(kind for kind in kinds if kind not in SUFFIXES and kind not in BESIDE)
 
 
 def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
@@ -158,62 +168,41 @@ def _prompt(path: Path, caption: Caption | None, source: str) -> tuple[str | Non
     return prompt, fault
 
 
-def _contained(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+def _contained(path: Path, below: str, prompting: Prompting, skipped: Counter[str]) -> Iterator[Item]:
     """Yield the images of a parquet, arrow, tar or zip file. below: its path in the folder that is scored."""
-    if path.suffix.lower() == ".parquet":
-        yield from _parquet(path, below, prompting)
-    elif path.suffix.lower() == ".arrow":
-        yield from _arrow(path, below, prompting)
-    else:
-        for member in archive_members(path):
-            name = f"{path.as_posix()}#{member.origin.name}"
-            prompt = None if prompting.source in ("name", "none", "metadata") else member.prompt
-            prompt = from_name(Path(member.origin.name)) if prompting.source == "name" else prompt
-            key = printable(f"{below}#{member.origin.name}" if below else member.origin.name)
-            yield Item(printable(name), key, member.origin, prompt, member.facts, fault=member.fault)
-
-
-def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
-    """Yield the rows of an arrow file, as `datasets` saves them to disk."""
-    images = ArrowImages(path)
-    if not images.names:
+    if kind_of(path) in TABLES:
+        yield from _table(path, below, prompting)
         return
-    column = _image_column(images.names, path)
-    for number, (batch, row, facts) in enumerate(images.rows(column)):
-        caption = caption_of(facts, f"{path} row {number}", prompting.column)
-        name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
-        yield Item(printable(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
+    archive = Archive(path)
+    _count_skipped(archive.sizes, skipped)
+    for member in archive_members(archive, prompting.column):
+        inner = member.origin.name
+        prompt, facts, source = None, dict(member.facts), prompting.source
+        if source in ("auto", "metadata") and member.caption is not None:
+            prompt, facts = member.caption.prompt, facts | member.caption.facts
+        if source == "name":
+            prompt = from_name(Path(inner))
+        elif prompt is None and source not in ("none", "metadata"):
+            prompt = member.beside
+        key = printable(f"{below}#{inner}" if below else inner)
+        yield Item(printable(f"{path.as_posix()}#{inner}"), key, member.origin, prompt, facts, fault=member.fault)
 
 
-def _image_column(names: list[str], path: Path) -> str:
+def _table(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+    """Yield the rows of a parquet or arrow file with an image column and possibly a prompt column."""
+    names = table_schema(path).names
+    if not names:
+        return
     column = next((c for c in IMAGE_COLUMNS if c in names), None)
     if column is None:
         raise DiffalignError(
             f"{path}: no image column; one of {', '.join(IMAGE_COLUMNS)} is needed, not {', '.join(names)}"
         )
-    return column
-
-
-def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
-    """Yield the rows of a parquet file with an image column and possibly a prompt column."""
-    try:
-        names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: not a parquet file: {error}") from error
-    column = _image_column(names, path)
-    images = ParquetImages(path, column)
-    others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
-    number = 0
-    for row_group, rows in enumerate(images.row_counts()):
-        for row in range(rows):
-            # A file with nothing but images has rows without any key.
-            facts: dict[str, Any] = others[number] if number < len(others) else {}
-            caption = caption_of(facts, f"{path} row {number}", prompting.column)
-            name = f"{path.as_posix()}#{number}"
-            yield Item(
-                printable(name), f"{below}#{number}", RowOrigin(images, row_group, row), caption.prompt, caption.facts
-            )
-            number += 1
+    for number, (where, row, origin) in enumerate(image_rows(path, column)):
+        caption = Caption(None) if isinstance(row, str) else caption_of(row, where, prompting.column)
+        fault = row if isinstance(row, str) else ""
+        name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
+        yield Item(printable(name), key, origin, caption.prompt, caption.facts, fault=fault)
 
 
 def _dataset(folder: Path) -> Iterator[Item]:
