@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
     sizes = np.diff(dataset.image_index.starts)
     preferred = [row["preference"] or [] for row in rows]
     ranked = [p for p in preferred if p]
+    unlabelled = sum(value is None or not isfinite(value) for given in dataset.human for value in given or [])
     generators = (
         Counter(str(name) for name in dataset.image_column("generator")) if len(dataset.image_index) else Counter()
     )
@@ -71,6 +73,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
         "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
         **_labelled_by(dataset),
+        **({"without a label": f"{unlabelled} images"} if unlabelled else {}),
         "tied pairs": f"{tied_pairs(ranked):.1%}",
         "dropped": _counted(Counter(row["dropped"] for row in rows if row["dropped"])) or "none",
     }

@@ -8,6 +8,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal
 
+from diffalign.data.absent_labels import FEWER_THAN_TWO
 from diffalign.data.choose_members import split_of
 from diffalign.data.containers import Origin
 from diffalign.data.prompts import PromptRow
@@ -149,7 +150,7 @@ def finite_number(value: object) -> float | None:
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """Return the row with its files read and checked, or why it is skipped."""
     if row.preference and sum(map(isfinite, row.preference)) < 2:
-        return SkippedRow(row.where, "fewer than two images have a label", fault=False)
+        return SkippedRow(row.where, FEWER_THAN_TWO, fault=False)
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
