@@ -35,6 +35,7 @@ from diffalign.scoring.captions import (
 )
 from diffalign.scoring.containers import archive_members
 from diffalign.scoring.items import Item
+from diffalign.scoring.numbered_rows import GENEVAL_FILE, NumberedRows, is_numbered
 
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
 """Suffixes of files that are expected beside images; they are not reported as skipped."""
@@ -46,7 +47,7 @@ class Prompting:
     """How prompts are found. one: the same for all. table: from `--prompts`. source: one of captions.SOURCES."""
 
     one: str | None = None
-    table: PromptTable | None = None
+    table: PromptTable | NumberedRows | None = None
     source: str = "auto"
     column: str | None = None
 
@@ -58,7 +59,11 @@ class Prompting:
         """Return the item with the prompt given by the user, which takes precedence over what stands beside the image."""
         if self.one is not None:
             return replace(item, prompt=self.one)
-        caption = self.table.find(item.name, item.key, item.path) if self.table else None
+        caption = None
+        if isinstance(self.table, PromptTable):
+            caption = self.table.find(item.name, item.key, item.path)
+        elif self.table is not None:
+            caption = self.table.find(item.key, item.prompt)
         if caption is None:
             return item
         return replace(item, prompt=caption.prompt or item.prompt, metadata=item.metadata | caption.facts)
@@ -116,11 +121,15 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
     above: dict[Path, Caption] = {}
     listed: dict[Path, Caption] = {}
     found: list[tuple[Path, Caption | None]] = []
+    numbered: dict[Path, NumberedRows] = {}
     for place, folders, files in os.walk(folder, followlinks=False):
         folders.sort()
         here = Path(place)
         named, one = folder_metadata(here, prompting.column)
         listed |= named
+        by_number = prompting.source in ("auto", "metadata") and GENEVAL_FILE in files
+        if by_number and is_numbered(here / GENEVAL_FILE):
+            numbered[here] = NumberedRows(here / GENEVAL_FILE, prompting.column)
         inherited = one or above.get(here.parent)
         if inherited is not None:
             above[here] = inherited
@@ -136,7 +145,12 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
             del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
-        yield _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
+        item = _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
+        rows = next((place for place in path.parents if place in numbered), None)
+        if rows is not None and not item.metadata:
+            caption = numbered[rows].find(path.relative_to(rows).as_posix(), item.prompt)
+            item = replace(item, prompt=item.prompt or caption.prompt, metadata=caption.facts) if caption else item
+        yield item
 
 
 def _count_skipped(names: Iterable[str], skipped: Counter[str]) -> None:

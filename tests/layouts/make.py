@@ -170,6 +170,8 @@ LAYOUTS: dict[str, Layout] = {
                               {**PAIR, "metadata.jsonl": lines({"file_name": "a.png", "text": "a cat", "score": 1},
                                                            {"file_name": "b.png", "text": "a cat", "score": 2}) + b"\n{"}),
     "geneval": Layout("GenEval's folders", {"00000/metadata.jsonl": lines(FACTS), "00000/samples/0000.png": A}),
+    "geneval-flat": Layout("images in one folder, named by their row of GenEval's `evaluation_metadata.jsonl` beside them",
+                           {"00000_0.png": A, "00001_0.png": B, "evaluation_metadata.jsonl": lines(FACTS, FACTS)}),
     "w-l": Layout("`w/` and `l/` with `.txt`", {"w/a.png": A, "l/a.png": B, "w/a.txt": b"a cat"}),
     "two-folders": Layout("two folders, `.txt` beside the winners", {"x/a.png": A, "y/a.png": B, "x/a.txt": b"a cat"}, ("x", "y")),
     "two-folders-a1111": Layout("two folders, prompts in the PNGs",
