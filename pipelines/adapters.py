@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,12 +104,6 @@ def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], di
 
     config: Any = vars(trunk)["peft_config"][adapter]
     return get_peft_model_state_dict(trunk, adapter_name=adapter), config.to_dict()
-
-
-def brief(error: BaseException) -> str:
-    """Return a library's message on one line, cut to 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def lora_file(folder: str | Path) -> Path:

@@ -26,11 +26,11 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.schema import inside
-from diffalign.data.tables import Row, arrow_batches
+from diffalign.data.tables import UNREADABLE_CELLS, Row, arrow_batches
 from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes
 from diffalign.files.images import Unreadable, read_file
+from diffalign.files.paths import inside, own_file
 
 LARGEST = 1_000_000_000
 """Bytes of a member; larger ones are refused, since a zip file of a few kilobytes can hold them."""
@@ -74,6 +74,16 @@ class FileOrigin:
         return read_file(self.path)
 
 
+@dataclass(frozen=True)
+class RefusedOrigin:
+    """An image that is not read, and why."""
+
+    reason: str
+
+    def read(self) -> bytes:
+        raise Unreadable(self.reason)
+
+
 class ParquetImages:
     """The image column of a parquet file, read a row group at a time; threads share what is in memory."""
 
@@ -110,9 +120,13 @@ class ParquetImages:
         try:
             # A file with nothing but images has rows without any key.
             found = self._file.read_row_group(row_group, columns=names).to_pylist() if names else []
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            return [f"cannot be read ({str(error).splitlines()[0]})"] * count
+        except UNREADABLE_CELLS as error:
+            return [_unreadable(error)] * count
         return [*found, *({} for _ in range(count - len(found)))]
+
+
+def _unreadable(error: Exception) -> str:
+    return f"cannot be read ({' '.join(str(error).split())})"
 
 
 def image_bytes(value: Any, folder: Path) -> bytes:
@@ -156,7 +170,10 @@ class ArrowImages:
         """Return the other columns of a batch's rows."""
         whole = self._batches[batch]
         rest = whole.select([name for name in whole.schema.names if name != self.column])
-        return rest.to_pylist() if rest.num_columns else [{} for _ in range(whole.num_rows)]
+        try:
+            return rest.to_pylist() if rest.num_columns else [{} for _ in range(whole.num_rows)]
+        except UNREADABLE_CELLS as error:
+            return [_unreadable(error)] * whole.num_rows
 
 
 @dataclass(frozen=True)
@@ -277,5 +294,8 @@ def containers_below(folder: Path) -> list[Path]:
 
 
 def tables_below(folder: Path) -> list[Path]:
-    """Return those of `containers_below` that are parquet or arrow files."""
-    return [path for path in containers_below(folder) if kind_of(path) in TABLES]
+    """Return those of `containers_below` that are parquet or arrow files.
+
+    Raises DiffalignError for a link that leads out of the folder.
+    """
+    return [own_file(folder, path) for path in containers_below(folder) if kind_of(path) in TABLES]

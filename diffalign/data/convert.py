@@ -22,6 +22,7 @@ from diffalign.data.read_tables import csv_files, is_table_of_pairs, read_table
 from diffalign.data.tables import column_for, json_files, json_rows, table_kind, table_schema
 from diffalign.data.webdataset import is_export
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -115,7 +116,7 @@ def guess_form(path: Path) -> str:
             return "w_l"
         if any(file.is_file() for file in metadata_files(path)):
             return "imagefolder"
-        named = [path / f"{split}.json" for split in ("train", "test") if (path / f"{split}.json").is_file()]
+        named = [inside(path, f"{split}.json") for split in ("train", "test") if (path / f"{split}.json").is_file()]
         for file in named or json_files(path):
             return _json_form(file)
         found = containers_below(path)

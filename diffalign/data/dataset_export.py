@@ -20,6 +20,7 @@ from diffalign.data.writer import parquet_writer
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
+from diffalign.files.paths import member_name, plain_name
 
 GROUPS_PER_FILE = 1000
 ROWS_PER_GROUP = 50
@@ -43,7 +44,7 @@ def export(dataset: PreferenceDataset, out: Path, form: str, pairs: str = "best_
     scores = StoredScores(dataset)
     splits, dropped = dataset.column("split"), dataset.column("dropped")
     counts = {}
-    for split in sorted(set(splits)):
+    for split in sorted({plain_name(split, f"{dataset.folder}: split") for split in splits}):
         groups = [i for i, s in enumerate(splits) if s == split and not dropped[i]]
         files = max(1, math.ceil(len(groups) / GROUPS_PER_FILE))
         counts[split] = 0
@@ -175,12 +176,15 @@ def _webdataset(
     """Write a tar of <group>.json and <group>.<index>.png, without times or owners: equal data give equal bytes.
 
     `datasets` gives every key of the JSON one type, so metadata, which may hold anything, is JSON text, as in `rows`.
+    A group's id is in its record; in the members' names it is escaped.
     """
     with replacing(out / f"{name}.tar") as part, tarfile.open(part, "w") as tar:
         for i in _fullest_first(dataset, scores, groups):
             row = dataset.group(i)
             images = dataset.images(row["group_id"])
+            key = member_name(row["group_id"])
             record = {
+                "group_id": row["group_id"],
                 "prompt": row["prompt"],
                 "preference": row["preference"] or [],
                 "scores": scores.of(i, [image.index for image in images]) or None,
@@ -189,9 +193,9 @@ def _webdataset(
                 "seeds": [image.seed for image in images],
                 "metadata": json.dumps(row["metadata"], sort_keys=True),
             }
-            _add(tar, f"{row['group_id']}.json", json.dumps(record, sort_keys=True).encode())
+            _add(tar, f"{key}.json", json.dumps(record, sort_keys=True).encode())
             for image in images:
-                _add(tar, f"{row['group_id']}.{image.index}.{suffix(image.data)}", image.data)
+                _add(tar, f"{key}.{image.index}.{suffix(image.data)}", image.data)
     return len(groups)
 
 

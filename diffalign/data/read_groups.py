@@ -17,9 +17,9 @@ from diffalign.data.imported import (
     preference_of,
 )
 from diffalign.data.read_pairs import split_of
-from diffalign.data.schema import inside
 from diffalign.data.tables import column_for, json_files, json_rows, table_rows, table_schema
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside, own_file
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 # Columns of metadata.jsonl that mean something here; the others are a group's facts.
@@ -36,7 +36,7 @@ def read_hpdv2(path: Path) -> Rows:
     both, preferred) is counted and not kept.
     """
     files = [path / f"{s}.json" for s in ("train", "test")] if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
+    files = [own_file(file.parent, file) if path.is_dir() else file for file in files if file.is_file()]
     if not files:
         raise DiffalignError(f"{path}: holds neither train.json nor test.json")
     for file in files:
@@ -86,7 +86,8 @@ def read_imagefolder(path: Path) -> Rows:
     """
     files = [path]
     if path.is_dir():
-        files = [p for p in metadata_files(path) if p.is_file()][:1] or json_files(path) or tables_below(path)
+        files = [own_file(path, p) for p in metadata_files(path) if p.is_file()][:1]
+        files = files or json_files(path) or tables_below(path)
     if not files:
         raise DiffalignError(f"{path}: holds neither metadata.jsonl nor metadata.csv")
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -128,6 +129,8 @@ def _folder_group(
     try:
         for _, row in rows:
             named = row["file_name"]
+            if not isinstance(named, str | RowOrigin):
+                return SkippedRow(where, f"{named!r} is no file name")
             images.append(_located(row["folder"], named) if isinstance(named, str) else named)
         name = next((n for n in LABELS if any(finite_number(row.get(n)) is not None for _, row in rows)), None)
         name = name or next((n for n in LABELS if any(row.get(n) is not None for _, row in rows)), None)

@@ -7,10 +7,10 @@ from typing import Any
 from diffalign.data.containers import tables_below
 from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
-from diffalign.data.schema import inside
 from diffalign.data.tables import json_files, json_rows, table_rows, table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
+from diffalign.files.paths import inside, own_file
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -50,7 +50,8 @@ def read_pickapic(path: Path) -> Rows:
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
         split = split_of(file)
-        for where, row in table_rows(file, [*PICKAPIC, *more]):
+        for place, row in table_rows(file, [*PICKAPIC, *more]):
+            where = f"{file}:{place.rpartition(' ')[2]}"
             yield SkippedRow(where, row) if isinstance(row, str) else _pickapic_row(row, where, split)
 
 
@@ -66,7 +67,7 @@ def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup 
         return SkippedRow(where, "no caption")
     images = []
     for name in ("jpg_0", "jpg_1"):
-        data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+        data = row[name].get("bytes") if isinstance(row[name], dict) else row[name]
         if not isinstance(data, bytes) or not data:
             return SkippedRow(where, f"{name} is empty")
         images.append(data)
@@ -107,7 +108,9 @@ def is_hpdv3pp(path: Path) -> bool:
 
 
 def _axis_files(path: Path) -> list[Path]:
-    return [file for file in (sorted(path.glob("*/*.json")) if path.is_dir() else [path]) if _axis(file)]
+    if not path.is_dir():
+        return [path] if _axis(path) else []
+    return [own_file(path, file) for file in sorted(path.glob("*/*.json")) if _axis(file)]
 
 
 def _axis(file: Path) -> str | None:
@@ -145,10 +148,17 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
             raise DiffalignError(f"{folder}: no such folder")
     others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in SUFFIXES}
     for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in SUFFIXES):
+        loser = others.pop(winner.stem, None)
+        try:
+            for folder, image in ((winners, winner), (losers, loser)):
+                if image is not None:
+                    own_file(folder, image)
+        except DiffalignError as error:
+            yield SkippedRow(str(winner), str(error))
+            continue
         beside = [prompt_beside(folder / winner.name) for folder in (winners, losers, winners.parent)]
         caption = next((prompt for prompt, _ in beside if prompt), None) or prompt_within(winner)
         fault = next((fault for _, fault in beside if fault), f"write it into {winner.stem}.txt beside it")
-        loser = others.pop(winner.stem, None)
         if loser is None:
             yield SkippedRow(str(winner), f"no image of the same name in {losers}")
         elif not caption:
@@ -161,7 +171,7 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
 
 def read_w_l(path: Path) -> Rows:
     """Read a folder with the winners in w/ and the losers in l/."""
-    yield from read_two_folders(path / "w", path / "l")
+    yield from read_two_folders(inside(path, "w"), inside(path, "l"))
 
 
 def _json_files(path: Path) -> list[Path]:

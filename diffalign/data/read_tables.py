@@ -25,10 +25,10 @@ from diffalign.data.containers import TABLES, TARS, containers_below, kind_of
 from diffalign.data.imported import ImportedGroup, LabelKind, SkippedRow, finite_number, preference_of
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.read_pairs import split_of
-from diffalign.data.schema import inside
 from diffalign.data.tables import COLUMNS, column_for, json_files, no_column, table_kind, table_rows
 from diffalign.data.webdataset import export_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside, own_file
 from diffalign.rewards.facts import KEYS, geneval_facts
 
 Rows = Iterator[ImportedGroup | SkippedRow]
@@ -79,7 +79,7 @@ def tables_of(path: Path) -> list[Path]:
     """Return a file, or a folder's parquet, arrow or tar files in the order of their names, or else its JSON files."""
     if not path.is_dir():
         return [path]
-    found = [file for file in containers_below(path) if kind_of(file) in (*TABLES, *TARS)]
+    found = [own_file(path, file) for file in containers_below(path) if kind_of(file) in (*TABLES, *TARS)]
     found = found or json_files(path) or csv_files(path)
     if not found:
         raise DiffalignError(f"{path}: holds no .parquet, .arrow, .tar, .json, .jsonl, .csv or .tsv file")
@@ -88,7 +88,7 @@ def tables_of(path: Path) -> list[Path]:
 
 def csv_files(folder: Path) -> list[Path]:
     """Return the csv and tsv files of a folder, compressed ones too."""
-    return sorted(file for file in folder.iterdir() if table_kind(file) in (".csv", ".tsv"))
+    return [own_file(folder, file) for file in sorted(folder.iterdir()) if table_kind(file) in (".csv", ".tsv")]
 
 
 def _group(row: dict[str, Any], where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:

@@ -1,6 +1,5 @@
 """Images in tar and zip files with the prompts that stand beside them, as in a folder."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from diffalign.data.containers import Archive, MemberOrigin
 from diffalign.data.prompts_beside import TEXTS, prompt_in_text
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES, Unreadable
+from diffalign.files.parse import parse_json
 from diffalign.rewards.facts import geneval_facts
 from diffalign.scoring.captions import METADATA_FILES, Caption, folder_metadata
 
@@ -79,8 +79,8 @@ def _beside(archive: Archive, name: str) -> tuple[str | None, dict[str, Any], st
         try:
             data = archive.read(file)
             prompt = prompt or prompt_in_text(data, suffix)
-            if suffix == ".json" and isinstance(row := json.loads(data), dict):
+            if suffix == ".json" and isinstance(row := parse_json(data), dict):
                 facts = geneval_facts(row)
-        except (Unreadable, ValueError, RecursionError) as error:
+        except (Unreadable, ValueError) as error:
             fault = fault or f"{PurePosixPath(file).name}: {error}"
     return prompt, facts, fault

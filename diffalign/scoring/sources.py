@@ -14,6 +14,7 @@ from diffalign.data.containers import (
     Archive,
     FileOrigin,
     ParquetImages,
+    RefusedOrigin,
     RowOrigin,
     containers_below,
     image_rows,
@@ -22,9 +23,11 @@ from diffalign.data.containers import (
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
-from diffalign.data.tables import printable, table_schema
+from diffalign.data.tables import table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
+from diffalign.files.parse import valid_unicode
+from diffalign.files.paths import inside, leads_out, own_file
 from diffalign.scoring.captions import (
     SOURCES,
     Caption,
@@ -87,7 +90,7 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
     if twice:
         raise DiffalignError(f"{twice[0]!r} is given twice; name each image once")
     captioned = (prompting.apply(item) for item in items)
-    return [replace(item, prompt=item.prompt and printable(item.prompt)) for item in captioned]
+    return [replace(item, prompt=item.prompt and valid_unicode(item.prompt)) for item in captioned]
 
 
 def _expand(source: str) -> list[Path]:
@@ -95,7 +98,7 @@ def _expand(source: str) -> list[Path]:
     path = Path(source)
     if os.path.lexists(path) or not any(c in source for c in "*?["):
         if not os.path.lexists(path):
-            raise DiffalignError(f"{printable(source)}: no such file or folder")
+            raise DiffalignError(f"{valid_unicode(source)}: no such file or folder")
         return [path]
     root = Path(path.anchor) if path.is_absolute() else Path()
     return sorted(root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
@@ -128,7 +131,7 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         named, one = folder_metadata(here, prompting.column)
         listed |= named
         by_number = prompting.source in ("auto", "metadata") and GENEVAL_FILE in files
-        if by_number and is_numbered(here / GENEVAL_FILE):
+        if by_number and is_numbered(inside(here, GENEVAL_FILE)):
             numbered[here] = NumberedRows(here / GENEVAL_FILE, prompting.column)
         inherited = one or above.get(here.parent)
         if inherited is not None:
@@ -140,12 +143,20 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         # Shards are read where nothing else is there: img2dataset, for one, writes a parquet file beside its images.
         for shard in containers_below(folder):
             skipped[kind_of(shard)] -= kind_of(shard) not in BESIDE
+            if leads_out(folder, shard):
+                skipped["links that lead out of the folder"] += 1
+                continue
             yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting, skipped)
         for suffix in [s for s, n in skipped.items() if n <= 0]:
             del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
-        item = _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
+        key = path.relative_to(folder).as_posix()
+        try:
+            item = _file(own_file(folder, path), key, listed.get(path) or inherited, prompting, folder)
+        except DiffalignError as error:
+            yield Item(valid_unicode(path.as_posix()), valid_unicode(key), RefusedOrigin(str(error)))
+            continue
         rows = next((place for place in path.parents if place in numbered), None)
         if rows is not None and not item.metadata:
             caption = numbered[rows].find(path.relative_to(rows).as_posix(), item.prompt)
@@ -164,19 +175,19 @@ def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
     return found[0].parent.parts, found[0].name
 
 
-def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting) -> Item:
-    prompt, fault = _prompt(path, caption, prompting.source)
+def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting, root: Path | None = None) -> Item:
+    prompt, fault = _prompt(path, caption, prompting.source, root)
     facts = caption.facts if caption else {}
-    return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts, fault=fault)
+    return Item(valid_unicode(path.as_posix()), valid_unicode(key), FileOrigin(path), prompt, facts, fault=fault)
 
 
-def _prompt(path: Path, caption: Caption | None, source: str) -> tuple[str | None, str]:
-    """Return the prompt, and why a file that should hold it cannot be read."""
+def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None) -> tuple[str | None, str]:
+    """Return the prompt, and why a file that should hold it cannot be read. root: as `prompt_beside` takes it."""
     if source in ("auto", "metadata") and caption is not None and caption.prompt:
         return caption.prompt, ""
     if source == "name":
         return from_name(path), ""
-    prompt, fault = prompt_beside(path) if source in ("auto", "txt") else (None, "")
+    prompt, fault = prompt_beside(path, root) if source in ("auto", "txt") else (None, "")
     if prompt is None and source in ("auto", "image"):
         prompt = prompt_within(path)
     return prompt, fault
@@ -198,8 +209,8 @@ def _contained(path: Path, below: str, prompting: Prompting, skipped: Counter[st
             prompt = from_name(Path(inner))
         elif prompt is None and source not in ("none", "metadata"):
             prompt = member.beside
-        key = printable(f"{below}#{inner}" if below else inner)
-        yield Item(printable(f"{path.as_posix()}#{inner}"), key, member.origin, prompt, facts, fault=member.fault)
+        key = valid_unicode(f"{below}#{inner}" if below else inner)
+        yield Item(valid_unicode(f"{path.as_posix()}#{inner}"), key, member.origin, prompt, facts, fault=member.fault)
 
 
 def _table(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
@@ -216,7 +227,7 @@ def _table(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
         caption = Caption(None) if isinstance(row, str) else caption_of(row, where, prompting.column)
         fault = row if isinstance(row, str) else ""
         name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
-        yield Item(printable(name), key, origin, caption.prompt, caption.facts, fault=fault)
+        yield Item(valid_unicode(name), key, origin, caption.prompt, caption.facts, fault=fault)
 
 
 def _dataset(folder: Path) -> Iterator[Item]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import holds_files, writing_folder
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
@@ -90,13 +91,21 @@ def export(
     `hf auth login`); private: make it private if it is new. Raises DiffalignError where the run has no such weights, and
     for a format that does not fit them.
     """
+    with writing_folder(out, "--out"):
+        _export(run_dir, out, form, best, licence, push)
+    if push is not None:
+        _push(out, push, private)
+    return out
+
+
+def _export(run_dir: Path, out: Path, form: str, best: bool, licence: str | None, push: str | None) -> None:
     # Refuse wrong arguments before anything is written.
     if form not in FORMATS:
         raise DiffalignError(f"--format {form}: unknown; one of {', '.join(FORMATS)}")
     if push is not None and not HUB_ID.fullmatch(push):
         raise DiffalignError(f"--push {push}: a repository is named owner/name")
     config, weights = _config(run_dir), _weights(run_dir, best)
-    if out.exists() and any(out.iterdir()) and not (out / "README.md").is_file():
+    if holds_files(out) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     model = config.model
     folder = model_folder(model.path)
@@ -117,9 +126,6 @@ def export(
     usage = _usage(form, config, out, family.trunk_name, full)
     write_card(read_run(run_dir), out, kind=form, usage=usage, generators=_generators(config), licence=licence)
     say(f"exported: {out}")
-    if push is not None:
-        _push(out, push, private)
-    return out
 
 
 def _push(out: Path, name: str, private: bool) -> None:

@@ -15,6 +15,7 @@ from diffalign.data.sample import clean_up
 from diffalign.data.schema import HUMAN
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.files import write_whole
+from diffalign.files.lock import writing_folder
 from diffalign.progress import say
 
 RULES = 2
@@ -26,6 +27,12 @@ def rank(config: RankConfig) -> None:
 
     Preferences that people gave are the default source. Where nothing but splits is asked for, labels stay as they are.
     """
+    PreferenceDataset(config.data)  # refuses a folder that is no dataset, before a lock makes the folder
+    with writing_folder(config.data, "data"):
+        _rank(config)
+
+
+def _rank(config: RankConfig) -> None:
     dataset = PreferenceDataset(config.data)
     voters = [HUMAN] if any(dataset.human) else dataset.rewards()
     labelled = any(dataset.column("preference"))

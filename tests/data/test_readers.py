@@ -103,10 +103,10 @@ def test_broken_pickapic(tmp_path: Path) -> None:
     report, dataset = converted(tmp_path, folder, form="pickapic")
     told = [f"{Path(f.where).name}: {f.reason}" for f in report.faults]
     assert told[:5] == [
-        "a.parquet row 4: labels 2.0 and 0.0; 1 and 0, 0 and 1, or 0.5 each are known",
-        "a.parquet row 5: jpg_1 is empty",
-        "a.parquet row 6: image 0 is not a complete image (not an image of a known format)",
-        "a.parquet row 7: no caption",
+        "a.parquet:4: labels 2.0 and 0.0; 1 and 0, 0 and 1, or 0.5 each are known",
+        "a.parquet:5: jpg_1 is empty",
+        "a.parquet:6: image 0 is not a complete image (not an image of a known format)",
+        "a.parquet:7: no caption",
         "b.parquet: column jpg_1, label_0, label_1 is missing",
     ]
     assert told[5].startswith("c.parquet: not a complete parquet file")
