@@ -18,6 +18,7 @@ from diffalign.pipelines.components import check_files, is_component, load_compo
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.options import Value, read_options
+from diffalign.pipelines.prompt_length import hide_truncation_warnings
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
@@ -78,6 +79,7 @@ def load_backbone(
     source = Source(path, folder, commit, variant, absent)
     check_files(source, components)
     pipeline = _load_pipeline(source, kind, components, dtype)
+    hide_truncation_warnings()
     return kind(
         pipeline,
         source,
