@@ -1,14 +1,12 @@
 """`diffalign eval`: the base model and trained weights on the same prompts and seeds."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
@@ -21,7 +19,8 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import ImageProgress, say
-from diffalign.report.render import write_report
+from diffalign.report.images import Candidate
+from diffalign.report.render import verdicts, write_report
 from diffalign.stages.resolve import (
     check_guidance_scale,
     open_backbone,
@@ -31,6 +30,7 @@ from diffalign.stages.resolve import (
     sampling_settings,
     weights_digest,
 )
+from diffalign.terminal import console
 from diffalign.training.checkpoint import checkpoints
 
 
@@ -74,8 +74,9 @@ def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
         base_folder=base_folder,
         on_progress=ImageProgress(),
     )
-    # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
+    console().print(comparison_table(result))
+    (verdict,) = verdicts([Candidate("tuned", config.out, result["scores"], "tuned")])
+    say(f"{verdict['headline']}: {verdict['reason']}")
     say(f"report: {write_report(config.out, result)}")
     return result
 
