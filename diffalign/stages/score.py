@@ -23,6 +23,7 @@ from diffalign.scoring.compare_folders import comparison_table, heading, outcome
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.list_rewards import rewards_table
+from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
@@ -78,7 +79,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
-    given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
+    given = _prompt_table(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
     skipped: Counter[str] = Counter()
@@ -122,6 +123,10 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     parts = _split(both, len(items["A"]))
     _show(request, both, parts, choices, kept, rewards)
     return UNSCORED if both.failed else 0
+
+
+def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
+    return NumberedRows(path, column) if is_numbered(path) else PromptTable(path, column)
 
 
 def _show(
