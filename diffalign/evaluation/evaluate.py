@@ -28,6 +28,8 @@ from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
 
+ALL = "all"
+"""The kind of all prompts together; a tag of that name is shown as another."""
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 """Draws one image per prompt and seed."""
 
@@ -196,8 +198,9 @@ def summarise(
     scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
-    tags = [p.metadata.get("tag", "") for p in plan.prompts]
-    kinds = {"all": np.ones(len(tags), dtype=bool)}
+    tags = [str(p.metadata.get("tag") or "") for p in plan.prompts]
+    tags = [f"{ALL} (tag)" if tag == ALL else tag for tag in tags]
+    kinds = {ALL: np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
     return {
         column: {

@@ -32,7 +32,7 @@ from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
-from diffalign.terminal import show_table
+from diffalign.terminal import counted, show_table
 
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
@@ -136,7 +136,7 @@ def _show(
     for side, part, sources in zip("AB", parts, (request.images, request.against or []), strict=False):
         found = summarise(part)
         title = f"{side} {' '.join(sources)}: " if len(parts) == 2 else ""
-        title += f"{len(part.rows)} image{'' if len(part.rows) == 1 else 's'}"
+        title += counted(len(part.rows), "image")
         if any(s.scored for s in found):
             show_table(summary_table(found, title))
         else:
