@@ -6,10 +6,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from diffalign.files.paths import NOT_PLAIN, is_plain_name
+from diffalign.redaction import redacted
 
 COMBINATION = "combination"
 
@@ -45,6 +55,12 @@ class Section(BaseModel):
         kind = [key for key in cls.model_fields if key == "kind"]
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, values: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Leave tokens out of what is written (JSON); in Python the section keeps them."""
+        plain: dict[str, Any] = values(self)
+        return redacted(plain) if info.mode == "json" else plain
 
     text_key: ClassVar[str | None] = None
     """The key that a text in the section's place gives: `reward: pickscore` is `reward: {name: pickscore}`."""
