@@ -15,7 +15,8 @@ def rewards_table(names: Iterable[str] = ()) -> tuple[Table, list[str]]:
 
     Raises DiffalignError for an unknown name.
     """
-    names, problems = list(names), []
+    names = list(names)
+    problems: list[str] = []
     if names:
         kinds = {name: find_reward(name) for name in names}
     else:
