@@ -14,6 +14,7 @@ from PIL import Image
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import writing_file, writing_folder
 from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import Reward
@@ -76,6 +77,8 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
+    if processes.main and request.html:
+        make_folder(request.html.parent)
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
