@@ -11,6 +11,7 @@ A row is one of these, with a prompt:
 
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from diffalign.rewards.facts import KEYS, geneval_facts
 Rows = Iterator[ImportedGroup | SkippedRow]
 Image = bytes | Path
 LISTS = ("images", "generations")
-CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
+TIE = (0.5, 0.5)
+CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": TIE}
 NUMBERED = {"image_0": 0, "image1": 1}
 """Column of the first image -> the number that a label gives it."""
 VOTES = ("votes_image{}", "weighted_results_image{}_preference", "weighted_results_image{}")
@@ -106,31 +108,52 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
         yield where, f"{missing[0]} is not in the file"
 
 
-def _group(row: dict[str, Any], where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
-    """Return the row's group. Raises DiffalignError with what is wrong."""
+@dataclass(frozen=True)
+class Judged:
+    """What a row says. images: (column, cell) of each; preference: of each, higher is better, () if nobody said.
+
+    used: the columns that were read. tie: the row is a choice between two images, and is for neither.
+    """
+
+    images: tuple[tuple[str, Any], ...]
+    preference: tuple[float, ...]
+    used: frozenset[str]
+    tie: bool = False
+
+
+def judged(row: Row) -> Judged:
+    """Return the images and the preference of a row in any of the known forms.
+
+    Raises DiffalignError with what is wrong.
+    """
     many = next((n for n in LISTS if isinstance(row.get(n), list)), None)
     if many is not None:
-        images = tuple(_image(folder, value, f"{many}[{i}]") for i, value in enumerate(row[many]))
-        preference = _of_list(row, len(images))
-        used = {many, "preference", "ranking"}
-    elif column_for("winner", row) and column_for("loser", row):
+        images = tuple((f"{many}[{i}]", value) for i, value in enumerate(row[many]))
+        return Judged(images, _of_list(row, len(images)), frozenset({many, "preference", "ranking"}))
+    if column_for("winner", row) and column_for("loser", row):
         names = [str(column_for(meaning, row)) for meaning in ("winner", "loser")]
-        images = tuple(_image(folder, row[n], meaning) for n, meaning in zip(names, ("winner", "loser"), strict=True))
-        preference, used = (1.0, 0.0), set(names)
-    else:
-        names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
-        preference = _of_choice(row, names[0])
-        if preference == (0.5, 0.5):
-            return SkippedRow(where, "ties", fault=False)
-        images = tuple(_image(folder, row[n], n) for n in names)
-        used = {*names, str(column_for("choice", row))}
+        images = tuple((meaning, row[n]) for n, meaning in zip(names, ("winner", "loser"), strict=True))
+        return Judged(images, (1.0, 0.0), frozenset(names))
+    names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
+    preference = _of_choice(row, names[0])
+    used = frozenset({*names, str(column_for("choice", row))})
+    return Judged(tuple((n, row[n]) for n in names), preference, used, tie=preference == TIE)
+
+
+def _group(row: Row, where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
+    """Return the row's group. Raises DiffalignError with what is wrong."""
+    said = judged(row)
+    if said.tie:
+        return SkippedRow(where, "ties", fault=False)
+    images = tuple(_image(folder, value, name) for name, value in said.images)
     if len(images) == 2 and images[0] == images[1]:
         return SkippedRow(where, "the two images are the same")
     prompt = _prompt(row, images)
     if not prompt:
         return SkippedRow(where, "no prompt")
     split = row["split"].strip() if isinstance(row.get("split"), str) and row["split"].strip() else split
-    return ImportedGroup(prompt, images, preference, where, _generators(row, len(images)), split, _rest(row, used))
+    rest = _rest(row, set(said.used))
+    return ImportedGroup(prompt, images, said.preference, where, _generators(row, len(images)), split, rest)
 
 
 def _image(folder: Path, value: Any, name: str) -> Image:
@@ -149,15 +172,13 @@ def _of_choice(row: dict[str, Any], first: str) -> tuple[float, float]:
     for votes in VOTES:
         one, two = (finite_number(row.get(votes.format(i))) for i in (1, 2))
         if one is not None and two is not None:
-            return (0.5, 0.5) if one == two else (1.0, 0.0) if one > two else (0.0, 1.0)
+            return TIE if one == two else (1.0, 0.0) if one > two else (0.0, 1.0)
     name = column_for("choice", row)
     if name is None:
         raise DiffalignError(no_column("choice", row))
     value = str(row[name]).strip().lower().removesuffix(".0")
-    start = NUMBERED.get(first)
-    known = (
-        CHOICES if start is None else {str(start): (1.0, 0.0), str(start + 1): (0.0, 1.0), "0.5": (0.5, 0.5), **CHOICES}
-    )
+    start = NUMBERED.get(first.strip().lower())
+    known = CHOICES if start is None else {str(start): (1.0, 0.0), str(start + 1): (0.0, 1.0), "0.5": TIE, **CHOICES}
     if value not in known:
         raise DiffalignError(f"{name} {row[name]!r}; one of {', '.join(known)}")
     return known[value]

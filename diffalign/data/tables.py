@@ -33,6 +33,8 @@ COLUMNS = {
     "a": ("image_a", "image_0", "image1", "a"),
     "b": ("image_b", "image_1", "image2", "b"),
     "choice": ("choice", "label", "preference"),
+    "rating": ("rating", "score", "stars"),
+    "group": ("group", "group_id", "prompt_id"),
 }
 """What columns mean -> the names they have in people's tables, the first one that is there wins."""
 
