@@ -50,7 +50,7 @@ def score_images(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Human choices (image_a, image_b, choice) or ratings (image, rating) to compare with."),
+        typer.Option(help="Human choices, in any form that `pairs` reads, or ratings (image, rating) to compare with."),
     ] = None,
     into_dataset: Annotated[
         bool,
