@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.files import replacing, write_whole
+from diffalign.files import make_folder, replacing, write_whole
 from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -115,7 +115,7 @@ class Store:
         if self.journal is None:
             return
         if self._stream is None:
-            self.journal.mkdir(parents=True, exist_ok=True)
+            make_folder(self.journal)
             path = self.journal / f"{self._process}.jsonl"
             torn = path.is_file() and not path.read_bytes().endswith(b"\n")
             self._stream = path.open("a", encoding="utf-8")
