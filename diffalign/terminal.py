@@ -1,4 +1,4 @@
-"""Tables for a terminal of 80 columns: numbers stay whole, long paths lose their beginning, and nothing is markup."""
+"""Words and tables for a terminal of 80 columns: numbers stay whole, long paths lose their beginning, and nothing is markup."""
 
 import math
 import sys
@@ -40,6 +40,11 @@ def plain_table(first: str, *numbers: str, title: str | None = None) -> Table:
 def number(value: float, form: str = ".4f") -> str:
     """Return a number in this format, and a dash for one that is not there."""
     return f"{value:{form}}" if math.isfinite(value) else "–"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 tie` or `2 ties`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def shortened(text: str, width: int) -> str:

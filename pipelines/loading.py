@@ -17,6 +17,7 @@ from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.components import check_files, is_component, load_components
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
+from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value, read_options
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
@@ -52,6 +53,7 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     quantize: str = "none",
     channels_last: bool = False,
+    lora_text_encoders: TextEncoders = "refuse",
     **options: Value,
 ) -> Backbone:
     """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
@@ -59,6 +61,7 @@ def load_backbone(
     path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
     variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
     ones are exact. quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
+    lora_text_encoders: "ignore" takes the trunk's part of LoRAs that adapt text encoders, which are refused otherwise.
     options: those of the family alone, such as use_t5=False for SD3; `diffalign.pipelines.options` lists them.
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
     missing file, unsupported class, an option that the family does not have, absent device or attention kernel.
@@ -78,7 +81,7 @@ def load_backbone(
     source = Source(path, folder, commit, variant, absent)
     check_files(source, components)
     pipeline = _load_pipeline(source, kind, components, dtype)
-    return kind(
+    backbone = kind(
         pipeline,
         source,
         dtype=dtype,
@@ -89,6 +92,8 @@ def load_backbone(
         channels_last=channels_last,
         options=chosen,
     )
+    backbone.lora_text_encoders = lora_text_encoders
+    return backbone
 
 
 def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
@@ -109,7 +114,7 @@ def _family(path: str, components: dict[str, Any]) -> type[Backbone]:
 def read_index(path: str, index: Path) -> dict[str, Any]:
     """Read a model_index.json; `path` names the model in messages."""
     try:
-        components = parse_json(index.read_text(encoding="utf-8"))
+        components = parse_json(index.read_bytes())
     except ValueError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} is not valid JSON ({error})") from error
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):

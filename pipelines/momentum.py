@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.files import make_folder
-from diffalign.pipelines.adapters import LORA_FILE, lora_file
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 
 
 def extrapolate(

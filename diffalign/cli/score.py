@@ -50,7 +50,7 @@ def score_images(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Human choices (image_a, image_b, choice) or ratings (image, rating) to compare with."),
+        typer.Option(help="Human choices, in any form that `pairs` reads, or ratings (image, rating) to compare with."),
     ] = None,
     into_dataset: Annotated[
         bool,
@@ -77,12 +77,16 @@ def score_images(
 
 
 @verbs.command("rewards")
-def list_rewards() -> None:
+def list_rewards(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Rewards, or module:Class: say more of them.")
+    ] = None,
+) -> None:
     """List the rewards and what each needs.
 
-    Range, licence, weights and their size, and packages to install.
+    Range, licence, weights and their size, and packages to install. With a NAME, also its columns and options.
     """
     with plain_errors():
         from diffalign.stages.score import show_rewards
 
-        show_rewards()
+        show_rewards(names or ())

@@ -79,7 +79,9 @@ class SampleConfig(ImagesConfig):
     """Draw images for prompts into a dataset folder."""
 
     kind: Literal["sample"] = Field("sample", description="which verb reads this file")
-    weights: FilePath | None = Field(None, description="a run's weights/ folder; null: the model as it is")
+    weights: FilePath | None = Field(
+        None, description="a run's weights/ folder or checkpoint, or a LoRA; null: the model as it is"
+    )
     out: FilePath = Field(description="the dataset folder to write; the same command resumes where it stopped")
     images_per_prompt: int = Field(8, gt=0, le=MOST_IMAGES, description="images per prompt, one group")
 
@@ -97,7 +99,7 @@ class EvalConfig(ImagesConfig):
     """Compare a model without and with trained weights, on the same prompts and seeds."""
 
     kind: Literal["eval"] = Field("eval", description="which verb reads this file")
-    weights: FilePath = Field(description="a run's weights/ folder")
+    weights: FilePath = Field(description="a run's weights/ folder or checkpoint, or a LoRA")
     seeds: int = Field(4, gt=0, le=MOST_IMAGES, description="images per prompt and model")
     reward: RewardSection = RewardSection()
     more_rewards: list[RewardSection] = Field(

@@ -44,7 +44,9 @@ class GeneratorSection(SizedSamplingSection):
     name: PlainName = Field(description="how the dataset names it")
     model: ModelSection
     prior: str | None = Field(None, description="folder or id of the first stage (Stable Cascade only)")
-    weights: FilePath | None = Field(None, description="a LoRA, or a run's weights/ folder; null: the model as it is")
+    weights: FilePath | None = Field(
+        None, description="a LoRA, or a run's weights/ folder or checkpoint; null: the model as it is"
+    )
     scheduler: SchedulerSection | None = Field(None, description="null: the model's own")
     images_per_prompt: int = Field(1, gt=0, le=MOST_IMAGES, description="images of every prompt")
     batch_size: int = Field(

@@ -11,7 +11,7 @@ from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
-from diffalign.terminal import number, plain_table
+from diffalign.terminal import counted, number, plain_table
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Outcome:
 
     def counts(self) -> str:
         """Return how many pairs each side wins."""
-        unscored = f", {_count(self.unscored, 'pair')} without both scores" if self.unscored else ""
-        return f"A wins {self.a_wins}, B wins {self.b_wins}, {_count(self.ties, 'tie')}{unscored}"
+        unscored = f", {counted(self.unscored, 'pair')} without both scores" if self.unscored else ""
+        return f"A wins {self.a_wins}, B wins {self.b_wins}, {counted(self.ties, 'tie')}{unscored}"
 
 
 def outcomes(a: Scores, b: Scores, pairing: Pairing, seed: int = 0) -> dict[str, Outcome]:
@@ -124,14 +124,10 @@ def outcomes(a: Scores, b: Scores, pairing: Pairing, seed: int = 0) -> dict[str,
 def heading(pairing: Pairing) -> str:
     """Return what is compared: how many pairs, how they were found, and what was left out."""
     pairs = sum(len(p) for p in pairing.prompts)
-    alone = f", {_count(pairing.unpaired, 'image')} without a partner" if pairing.unpaired else ""
-    other = f", {_count(pairing.other_prompt, 'equal name')} with different prompts" if pairing.other_prompt else ""
-    prompts = _count(len(pairing.prompts), "prompt")
-    return f"{_count(pairs, 'pair')} by {pairing.how}, {prompts}{other}{alone}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    alone = f", {counted(pairing.unpaired, 'image')} without a partner" if pairing.unpaired else ""
+    other = f", {counted(pairing.other_prompt, 'equal name')} with different prompts" if pairing.other_prompt else ""
+    prompts = counted(len(pairing.prompts), "prompt")
+    return f"{counted(pairs, 'pair')} by {pairing.how}, {prompts}{other}{alone}"
 
 
 def comparison_table(found: dict[str, Outcome]) -> Table:
@@ -151,6 +147,6 @@ def verdict_lines(found: dict[str, Outcome]) -> list[str]:
     """Return a line for each reward: who wins, how many pairs, over how many prompts."""
     return [
         f"{column}: {outcome.verdict}"
-        + (f" ({outcome.counts()}; {_count(outcome.comparison.prompts, 'prompt')})" if outcome.comparison else "")
+        + (f" ({outcome.counts()}; {counted(outcome.comparison.prompts, 'prompt')})" if outcome.comparison else "")
         for column, outcome in found.items()
     ]

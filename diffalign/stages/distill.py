@@ -21,6 +21,7 @@ from diffalign.progress import say, say_block
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
+    note_other_base,
     open_backbone,
     open_plain_backbone,
     open_rewards,
@@ -159,6 +160,7 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays

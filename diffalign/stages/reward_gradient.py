@@ -14,6 +14,7 @@ from diffalign.progress import say, say_block
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     open_rewards,
     open_validation,
@@ -92,6 +93,7 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     side = check_sampler(config, backbone)
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)

@@ -10,6 +10,7 @@ from diffalign.files.lock import writing_folder
 from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     resolve_device,
     resolve_prompts,
@@ -32,6 +33,7 @@ def _sample(config: SampleConfig) -> None:
     # Record the name that the user gave: the folder of a shipped model differs from machine to machine.
     origin: dict[str, str | None] = {"model": config.model.path}
     if config.weights is not None:
+        note_other_base(config.weights, config.model)
         backbone.load_weights(config.weights)
         origin["weights"] = weights_digest(Path(config.weights))
     sample_groups(
