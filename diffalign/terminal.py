@@ -7,17 +7,22 @@ from collections.abc import Iterator
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
+
+from diffalign.progress import visible
 
 PIPE = 120
 """Columns where the output is no terminal: rich would take a pipe for 80."""
 
 
-def console() -> Console:
-    """Return the console for results: as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else PIPE)
+def show_table(table: Table, width: int = PIPE) -> None:
+    """Print a table as wide as the terminal, or `width` columns wide where there is none."""
+    console = Console(width=None if sys.stdout.isatty() else width)
+    # Cells hold names and prompts, and rich lets an escape sequence in them pass.
+    shown = [s if s.control else Segment(visible(s.text, keep="\n"), s.style) for s in console.render(table)]
+    console.print(Segments(shown), end="")
 
 
 def plain_table(first: str, *numbers: str, title: str | None = None) -> Table:
@@ -42,11 +47,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def printable_name(text: str) -> str:
-    """Return text without control characters, which could move the cursor or ring a bell."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def shortened(text: str, width: int) -> str:
     """Return a name in at most `width` columns: its end, which tells files apart, behind an ellipsis."""
     if cell_len(text) <= width:
@@ -60,7 +60,7 @@ class NameCell:
     """A cell of a number and a name, in one line: the name is shortened to the column."""
 
     def __init__(self, lead: str, name: str) -> None:
-        self.lead, self.name = lead, printable_name(name)
+        self.lead, self.name = lead, visible(name)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         room = max(1, options.max_width - cell_len(self.lead) - 1)

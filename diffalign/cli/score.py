@@ -56,8 +56,8 @@ def score_images(
         bool,
         typer.Option("--into-dataset", help="Also write the dataset's scores/LABEL.parquet, which training reads."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 32,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and decode.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads that read and decode.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score images with one or more rewards.

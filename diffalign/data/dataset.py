@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from diffalign.data.absent_labels import has_absent_labels, without_absent_labels
 from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
 from diffalign.files.images import Unreadable, decode
+from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
 
 RANKING_FILE = "ranking.json"
@@ -57,8 +58,14 @@ class PreferenceDataset:
     # --- groups --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _table(self) -> pa.Table:
+    def _stored(self) -> pa.Table:
         return pq.read_table(self.folder / GROUPS_FILE, memory_map=True)
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return (
+            without_absent_labels(self._stored, self.image_index) if has_absent_labels(self._stored) else self._stored
+        )
 
     def __len__(self) -> int:
         """Return the number of groups."""
@@ -73,7 +80,7 @@ class PreferenceDataset:
             "prompt": stored["prompt"],
             "preference": stored.get("preference"),
             "split": stored["split"],
-            "metadata": json.loads(stored.get("metadata") or "{}"),
+            "metadata": self._json(stored.get("metadata"), f"metadata of group {stored['group_id']!r}"),
             "members": stored.get("members"),  # older files lack this and the next
             "dropped": stored.get("dropped"),
             "human": self.human[i],
@@ -98,7 +105,10 @@ class PreferenceDataset:
         if HUMAN in self._table.column_names:
             return self.column(HUMAN)
         made_here = (self.folder / "sampling.json").is_file() or self.ranking() is not None
-        return [None if made_here else preference or None for preference in self.column("preference")]
+        stored = (
+            self._stored["preference"].to_pylist() if "preference" in self._stored.column_names else [None] * len(self)
+        )
+        return [None if made_here else preference or None for preference in stored]
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""
@@ -121,7 +131,7 @@ class PreferenceDataset:
     @cached_property
     def image_index(self) -> ImageIndex:
         """Where each image is stored."""
-        return ImageIndex(self.shards, self._table["group_id"])
+        return ImageIndex(self.shards, self._stored["group_id"])
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -178,7 +188,7 @@ class PreferenceDataset:
         for path in self.shards:
             table = pq.read_table(path, columns=["group_id", "provenance"])
             for group, text in zip(table["group_id"].to_pylist(), table["provenance"].to_pylist(), strict=True):
-                yield group, json.loads(text or "{}")
+                yield group, self._json(text, f"provenance of an image of group {group!r}")
 
     # --- scores --------------------------------------------------------------------------------------------------------
 
@@ -223,7 +233,7 @@ class PreferenceDataset:
                 )
             if given:
                 values[start:end] = given
-        return values
+        return np.where(np.isfinite(values), values, np.nan)
 
     def image_column(self, name: str) -> np.ndarray:
         """Return a column of the image files other than `image`, such as `generator`, in the order of `image_index`."""
@@ -237,7 +247,7 @@ class PreferenceDataset:
     def scored_by(self, reward: str) -> dict[str, Any]:
         """Return what is stored about the reward that made these scores: version, weights, licence, settings."""
         known = (pq.read_schema(self._score_file(reward)).metadata or {}).get(b"diffalign")
-        return dict(json.loads(known)) if known else {}
+        return self._json(known, f"note of the reward {reward}")
 
     def _score_file(self, reward: str) -> Path:
         path = self.folder / "scores" / f"{reward}.parquet"
@@ -252,6 +262,16 @@ class PreferenceDataset:
             raise DiffalignError(f"labels.source: {path} has no column {column!r}; it has {', '.join(names)}")
         name = column or names[0]
         return pq.read_table(path, columns=["group_id", "index", name]), name
+
+    def _json(self, text: str | bytes | None, what: str) -> dict[str, Any]:
+        """Return the object of a cell of JSON. Raises DiffalignError, which names `what`, if it holds none."""
+        try:
+            found = parse_json(text or "{}")
+        except ValueError as error:
+            raise DiffalignError(f"{self.folder}: {what} is not JSON ({error}); make the dataset again") from error
+        if not isinstance(found, dict):
+            raise DiffalignError(f"{self.folder}: {what} is no object; make the dataset again")
+        return found
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 

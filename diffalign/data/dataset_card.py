@@ -7,7 +7,7 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.schema import HUMAN
-from diffalign.files import write_whole
+from diffalign.files import read_json, write_whole
 from diffalign.files.paths import own_files
 from diffalign.rewards import takes
 
@@ -61,7 +61,7 @@ def write_own_card(dataset: PreferenceDataset) -> None:
 def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     """Return name -> settings of the generators that drew the images; {} for imported data."""
     files = own_files(dataset.folder, "generators/*.json")
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {path.stem: read_json(path) for path in files}
 
 
 def _front_matter(

@@ -24,12 +24,14 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
-from diffalign.files import read_json_lines, replacing, write_whole
+from diffalign.files import make_folder, read_json_lines, replacing, write_whole
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
 from diffalign.terminal import counted, plain_table
 
+ALL = "all"
+"""The kind of all prompts together; a tag of that name is shown as another."""
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 """Draws one image per prompt and seed."""
 
@@ -91,7 +93,7 @@ def sample_images(
     `identity` names what draws them: model, weights, sampler. Images of another identity or plan are deleted first, so
     that an old model's images are never taken for a new one's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     texts = "\0".join(p.prompt for p in plan.prompts)
     wanted = hashlib.blake2b(
         f"{identity}\0{plan.seed}\0{plan.batch_size}\0{texts}".encode(), digest_size=12
@@ -201,8 +203,9 @@ def summarise(
 
     A kind of which no image was scored for both is left out. Raises DiffalignError where that is so of all prompts.
     """
-    tags = [p.metadata.get("tag", "") for p in plan.prompts]
-    kinds = {"all": np.ones(len(tags), dtype=bool)}
+    tags = [str(p.metadata.get("tag") or "") for p in plan.prompts]
+    tags = [f"{ALL} (tag)" if tag == ALL else tag for tag in tags]
+    kinds = {ALL: np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for column, base in scores["base"].items():

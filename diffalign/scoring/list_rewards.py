@@ -16,8 +16,12 @@ def rewards_table(names: Iterable[str] = ()) -> tuple[Table, list[str]]:
     Raises DiffalignError for an unknown name.
     """
     names = list(names)
-    others, problems = ({}, []) if names else foreign_rewards()
-    kinds = {name: find_reward(name) for name in names} if names else REWARDS | others
+    problems: list[str] = []
+    if names:
+        kinds = {name: find_reward(name) for name in names}
+    else:
+        others, problems = foreign_rewards()
+        kinds = REWARDS | others
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")

@@ -10,9 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from diffalign.progress import visible
 from diffalign.rewards import Reward
 from diffalign.scoring.run import Scores
-from diffalign.terminal import NameCell, plain_table, printable_name, shortened
+from diffalign.terminal import NameCell, plain_table, shortened
 
 BINS = 24
 
@@ -108,11 +109,11 @@ def faults(scores: Scores, most: int = 10) -> list[str]:
     images: dict[str, list[str]] = {}
     for row in scores.rows:
         for reason in _reasons(row, scores):
-            images.setdefault(printable_name(reason), []).append(row["image"])
+            images.setdefault(visible(reason), []).append(row["image"])
     lines = [
         f"{len(names)} x {reason}; the first is {name}" if len(names) > 1 else f"{name}: {reason}"
         for reason, names in sorted(images.items(), key=lambda one: -len(one[1]))
-        for name in [shortened(printable_name(names[0]), 80)]
+        for name in [shortened(visible(names[0]), 80)]
     ]
     return lines[:most] + ([f"... and {len(lines) - most} more reasons"] if len(lines) > most else [])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
+from diffalign.config.model import complete_keys
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.data.sample import clean_up
@@ -209,7 +210,7 @@ def _decisive(config: RoundsConfig) -> dict[str, Any]:
 
 def _same_config(config: RoundsConfig) -> None:
     """Refuse to continue rounds under other settings."""
-    before, now = json.loads(_remembered(config).read_text(encoding="utf-8")), _decisive(config)
+    before, now = complete_keys(json.loads(_remembered(config).read_text(encoding="utf-8"))), _decisive(config)
     changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if changed:
         raise DiffalignError(

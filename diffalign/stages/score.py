@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,8 +14,9 @@ from PIL import Image
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import writing_file, writing_folder
-from diffalign.progress import ImageProgress, say_aside
+from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
@@ -24,6 +24,7 @@ from diffalign.scoring.compare_folders import comparison_table, heading, outcome
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.list_rewards import rewards_table
+from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
@@ -32,7 +33,7 @@ from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
-from diffalign.terminal import console, counted
+from diffalign.terminal import counted, show_table
 
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
@@ -76,21 +77,22 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
+    if processes.main and request.html:
+        make_folder(request.html.parent)
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
-    given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
+    given = _prompt_table(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
     skipped: Counter[str] = Counter()
     items = {side: collect(paths, prompting, skipped) for side, paths in sources.items() if paths}
     if processes.main and skipped:
-        print(
-            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}",
-            file=sys.stderr,
+        say_aside(
+            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}"
         )
     if given and (unused := given.unused()) and processes.main:
-        print(f"prompts: {unused}", file=sys.stderr)
+        say_aside(f"prompts: {unused}")
     if "B" in items:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
@@ -126,6 +128,10 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     return UNSCORED if both.failed else 0
 
 
+def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
+    return NumberedRows(path, column) if is_numbered(path) else PromptTable(path, column)
+
+
 def _show(
     request: ScoreRequest,
     both: Scores,
@@ -134,45 +140,44 @@ def _show(
     kept: int,
     rewards: Mapping[str, Reward],
 ) -> None:
-    shown = console()
     for side, part, sources in zip("AB", parts, (request.images, request.against or []), strict=False):
         found = summarise(part)
         title = f"{side} {' '.join(sources)}: " if len(parts) == 2 else ""
         title += counted(len(part.rows), "image")
         if any(s.scored for s in found):
-            shown.print(summary_table(found, title))
+            show_table(summary_table(found, title))
         else:
-            print(f"{title}, none has a score")
+            say(f"{title}, none has a score")
     compared = _show_comparison(request, *parts) if len(parts) == 2 else None
     if request.labels:
-        shown.print(agreement_table(choices, both))
+        show_table(agreement_table(choices, both))
     for line in faults(both):
-        print(f"not scored: {line}", file=sys.stderr)
+        say_aside(f"not scored: {line}")
     scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
     for line in cut_lines(scored, [item.prompt for item in both.items]):
-        print(line)
+        say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
-            print(f"scores: {path}")
+            say(f"scores: {path}")
     if compared:
-        print(compared)
+        say(compared)
     elif request.html:
-        print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
-        print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+        say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
 
 
 def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
     """Print how B compares with A; return a line about the page, if one was asked for and written."""
     pairing = pair_up(a, b)
     names = (" ".join(request.images), " ".join(request.against or []))
-    print(f"A against B: {heading(pairing)}")
+    say(f"A against B: {heading(pairing)}")
     found = outcomes(a, b, pairing)
     if any(outcome.comparison for outcome in found.values()):
-        console().print(comparison_table(found))
+        show_table(comparison_table(found))
     for line in verdict_lines(found):
-        print(line)
+        say(line)
     if request.html is None:
         return None
     pairs = write_side_by_side(request.html, a, b, pairing, names)
@@ -217,7 +222,7 @@ def show_rewards(names: Iterable[str] = ()) -> None:
     names = list(names)
     shown, problems = rewards_table(names)
     if not names:
-        print(f"{shown.row_count} rewards; higher is better. `diffalign rewards NAME` says more of one.")
-    console().print(shown)
+        say(f"{shown.row_count} rewards; higher is better. `diffalign rewards NAME` says more of one.")
+    show_table(shown)
     for problem in problems:
-        print(f"not listed: {problem}", file=sys.stderr)
+        say_aside(f"not listed: {problem}")

@@ -335,7 +335,7 @@ def test_one_reason_of_many_images_is_one_line(count: int) -> None:
             [f"reason {i}" for i in range(14)],
             [*(f"a/{i}.png: reason {i}" for i in range(10)), "... and 4 more reasons"],
         ),
-        (["bell \a", "bell \a"], ["2 x bell \N{REPLACEMENT CHARACTER}; the first is a/0.png"]),
+        (["bell \a", "bell \a"], ["2 x bell \\x07; the first is a/0.png"]),
     ],
 )
 def test_reasons_are_counted(reasons: list[str], lines: list[str]) -> None:
