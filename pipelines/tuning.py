@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.tensors import read_tensors
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
@@ -231,7 +232,7 @@ class Tunable(ABC):
     def save_weights(self, folder: str | Path) -> None:
         """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if adapters.has_adapter(self.trunk, adapters.POLICY):
             weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
             self.pipeline.save_lora_weights(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.section import MOST_RANK, FilePath, Section, refuse
 
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "auto: CUDA where there is one"
@@ -127,7 +127,7 @@ class TuneSection(Section):
     kind: Literal["lora", "full"] = Field(
         "lora", description="low-rank adapters, or all weights of the UNet/transformer"
     )
-    rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
+    rank: int = Field(16, gt=0, le=MOST_RANK, description="rank of the adapters (lora only)")
     alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from diffalign.data.absent_labels import has_absent_labels, without_absent_labels
 from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
@@ -57,8 +58,14 @@ class PreferenceDataset:
     # --- groups --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _table(self) -> pa.Table:
+    def _stored(self) -> pa.Table:
         return pq.read_table(self.folder / GROUPS_FILE, memory_map=True)
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return (
+            without_absent_labels(self._stored, self.image_index) if has_absent_labels(self._stored) else self._stored
+        )
 
     def __len__(self) -> int:
         """Return the number of groups."""
@@ -98,7 +105,10 @@ class PreferenceDataset:
         if HUMAN in self._table.column_names:
             return self.column(HUMAN)
         made_here = (self.folder / "sampling.json").is_file() or self.ranking() is not None
-        return [None if made_here else preference or None for preference in self.column("preference")]
+        stored = (
+            self._stored["preference"].to_pylist() if "preference" in self._stored.column_names else [None] * len(self)
+        )
+        return [None if made_here else preference or None for preference in stored]
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""
@@ -121,7 +131,7 @@ class PreferenceDataset:
     @cached_property
     def image_index(self) -> ImageIndex:
         """Where each image is stored."""
-        return ImageIndex(self.shards, self._table["group_id"])
+        return ImageIndex(self.shards, self._stored["group_id"])
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -223,7 +233,7 @@ class PreferenceDataset:
                 )
             if given:
                 values[start:end] = given
-        return values
+        return np.where(np.isfinite(values), values, np.nan)
 
     def image_column(self, name: str) -> np.ndarray:
         """Return a column of the image files other than `image`, such as `generator`, in the order of `image_index`."""

@@ -12,10 +12,12 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -24,7 +26,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.files import replacing, write_whole
+from diffalign.files import make_folder, replacing, write_whole
 from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -113,7 +115,7 @@ class Store:
         if self.journal is None:
             return
         if self._stream is None:
-            self.journal.mkdir(parents=True, exist_ok=True)
+            make_folder(self.journal)
             path = self.journal / f"{self._process}.jsonl"
             torn = path.is_file() and not path.read_bytes().endswith(b"\n")
             self._stream = path.open("a", encoding="utf-8")
@@ -151,7 +153,29 @@ def _keys(row: dict[str, Any]) -> set[str]:
 
 
 def _below(name: str, sources: list[str]) -> bool:
-    return any(name == s or name.startswith((s.rstrip("/") + "/", s + "#")) for s in sources)
+    """Return whether an image belongs to one of the sources: files, folders, containers, and globs of these."""
+    for source in sources:
+        if name == source or name.startswith((source.rstrip("/") + "/", source + "#")):
+            return True
+        # As when images are listed, a path that exists is no pattern. Of an image that is gone, only the name is left.
+        if any(c in source for c in "*?[") and not os.path.lexists(source) and _matches(name, source):
+            return True
+    return False
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a glob matches a path, a folder above it, or the container that `#` ends."""
+    file = name.partition("#")[0]
+    places = {part for path in (PurePath(name), PurePath(file)) for part in (path, *path.parents)}
+    return any(_parts_match(place.parts, PurePath(pattern).parts) for place in places)
+
+
+def _parts_match(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_parts_match(parts[n:], patterns[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
 
 
 def _carried(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:

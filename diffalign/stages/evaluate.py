@@ -17,7 +17,8 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.pipelines.tuning import trains_all
 from diffalign.progress import ImageProgress, say
-from diffalign.report.render import write_report
+from diffalign.report.images import Candidate
+from diffalign.report.render import verdicts, write_report
 from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
@@ -76,6 +77,8 @@ def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
         on_progress=ImageProgress(),
     )
     show_table(comparison_table(result))
+    (verdict,) = verdicts([Candidate("tuned", config.out, result["scores"], "tuned")])
+    say(f"{verdict['headline']}: {verdict['reason']}")
     say(f"report: {write_report(config.out, result)}")
     return result
 

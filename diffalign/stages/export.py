@@ -6,6 +6,7 @@ from pathlib import Path
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import holds_files, writing_folder
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
@@ -133,7 +134,7 @@ def _export(
         backbone.save_weights(saved)
         weights = saved
     # Write the weights, then the card.
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if form == "diffusers":
         export_diffusers(weights, family.trunk_name, out)
     elif form == "kohya":
