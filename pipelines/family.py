@@ -36,6 +36,8 @@ class Family(Tunable):
     """Short name, as in `diffalign.pipelines.options.OPTIONS`."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a checkpoint may lack, all of them or none."""
+    single_files: ClassVar[bool] = False
+    """Whether checkpoints in one file are read."""
     loading_options: ClassVar[dict[str, bool]] = {}
     """Further arguments of the pipeline's `from_pretrained`."""
     options: Options

@@ -26,6 +26,7 @@ class StableDiffusion3(TransformerBackbone):
     """
 
     family: ClassVar[str] = "sd3"
+    single_files: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
