@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.own_parquet import IMAGES_MEND, read_columns
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.data.tables import printable
@@ -230,7 +231,7 @@ def _dataset(folder: Path) -> Iterator[Item]:
     place = {group: i for i, group in enumerate(dataset.column("group_id"))}
     for shard in dataset.shards:
         images = ParquetImages(shard, "image")
-        keys = pq.read_table(shard, columns=["group_id", "index"]).to_pylist()
+        keys = read_columns(shard, ["group_id", "index"], IMAGES_MEND).to_pylist()
         number = 0
         for row_group, rows in enumerate(images.row_counts()):
             for row in range(rows):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
 
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
 from diffalign.data.prompts import PromptRow
@@ -31,7 +30,7 @@ from diffalign.stages.resolve import (
     sampling_settings,
     weights_digest,
 )
-from diffalign.training.checkpoint import checkpoints
+from diffalign.training.checkpoint_files import checkpoints, read_record, read_tensors, verify
 
 
 def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
@@ -92,6 +91,8 @@ def _weights_to_compare(config: EvalConfig) -> dict[str, Path]:
     for path in weights.values():
         if not path.exists():
             raise DiffalignError(f"no weights at {path}: the folder does not exist")
+        if (path / "state.json").is_file():
+            verify(path)
     return weights
 
 
@@ -132,9 +133,9 @@ def load_trained(backbone: Backbone, weights: Path) -> None:
     if not (weights / "state.json").is_file():
         backbone.load_weights(weights)
         return
-    tune = _tuning(weights)
-    average = weights / "ema.safetensors"
-    values = load_file(average if average.is_file() else weights / "policy.safetensors")
+    record = read_record(weights)
+    tune, average = record["config"]["tune"], "ema.safetensors"
+    values = read_tensors(weights, record, average if (weights / average).is_file() else "policy.safetensors")
     if tune["kind"] == "lora" and not has_adapter(backbone.trunk, POLICY):
         backbone.add_lora(tune["rank"], tune["alpha"], targets=tune["targets"])
     own = dict(backbone.trunk.named_parameters())
@@ -148,14 +149,8 @@ def load_trained(backbone: Backbone, weights: Path) -> None:
 def _trains_all(weights: Path, trunk_name: str) -> bool:
     """Return whether a folder of weights, or a checkpoint, holds the whole trunk and not a LoRA."""
     if (weights / "state.json").is_file():
-        return bool(_tuning(weights)["kind"] == "full")
+        return bool(read_record(weights)["config"]["tune"]["kind"] == "full")
     return (weights / trunk_name).is_dir()
-
-
-def _tuning(checkpoint: Path) -> dict[str, Any]:
-    """Return the `tune` section of the config that a checkpoint was trained under."""
-    tune: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]["tune"]
-    return tune
 
 
 def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None:

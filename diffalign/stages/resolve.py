@@ -26,6 +26,7 @@ from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
+from diffalign.files import reading
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
@@ -190,7 +191,8 @@ def weights_digest(weights: Path) -> str:
     if not files:
         raise DiffalignError(f"weights {weights}: no .safetensors file in it")
     for path in files:
-        tensors = load_file(path)
+        with reading(path, mend="write it again with the command that made it, or copy it once more"):
+            tensors = load_file(path)
         for name in sorted(tensors):
             digest.update(f"{path.relative_to(weights)} {name}".encode())
             digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
