@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
+from diffalign.files.parse import parse_json
+from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        config = json.loads(metadata[DIFFUSERS_METADATA])
+        config = parse_json(metadata[DIFFUSERS_METADATA])
     except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(f"{path} cannot be read as a LoRA: {brief(error)}") from error
     except KeyError as error:

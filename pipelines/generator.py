@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign.errors import DiffalignError, brief
+from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import find_index
 from diffalign.pipelines.loading import BACKBONES, load_backbone, read_index
+from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value
 from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline, pixart
 from diffalign.pipelines.sampling import seeded
@@ -83,7 +84,7 @@ class Generator(ABC):
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
-        """Load a LoRA in diffusers' layout; with a backbone, also a run's weights."""
+        """Load a LoRA; with a backbone, anything that `Backbone.load_weights` takes."""
 
     def facts(self) -> dict[str, str | None]:
         """Return what decides the images besides the arguments of `draw`."""
@@ -188,10 +189,9 @@ class PlainGenerator(Generator):
         return images
 
     def load_weights(self, folder: Path) -> None:
-        try:
-            self.pipeline.load_lora_weights(str(folder))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DiffalignError(f"weights {folder}: no LoRA for {self.source.path}: {brief(error)}") from error
+        raise DiffalignError(
+            f"weights {folder}: {self.source.path} is only drawn from, and diffusers reads no LoRA for it; leave weights out"
+        )
 
 
 class PixArtGenerator(PlainGenerator):
@@ -253,6 +253,7 @@ def load_generator(
     gradient_checkpointing: bool = False,
     quantize: str = "none",
     channels_last: bool = False,
+    lora_text_encoders: TextEncoders = "refuse",
     **options: Value,
 ) -> Generator:
     """Load a model to draw from. The kind follows from its model_index.json.
@@ -276,6 +277,7 @@ def load_generator(
             gradient_checkpointing=gradient_checkpointing,
             quantize=quantize,
             channels_last=channels_last,
+            lora_text_encoders=lora_text_encoders,
             **options,
         )
         return BackboneGenerator(backbone)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import LORA_FILE, lora_file
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 
 
 def extrapolate(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
 from diffalign.files.tensors import SUFFIX, read_tensors
+from diffalign.hub import download_command, hub_answers
 from diffalign.kernels import align_weights, avoid_cudnn_attention
 from diffalign.pretrained import Loadable, load_model, quiet_libraries
 
@@ -51,16 +52,18 @@ def fetch(
 
     try:
         if file is None:
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+            given: dict[str, Any] = {"revision": revision, "local_files_only": not hub_answers()}
+            folder = Path(snapshot_download(repo, allow_patterns=list(patterns), **given))
             if patterns == FOLDER_FILES and not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(OLDER_FILES)))
+                folder = Path(snapshot_download(repo, allow_patterns=list(OLDER_FILES), **given))
             return folder
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not hub_answers()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         what = file or ("model.safetensors and its config" if "*.safetensors" in patterns else f"the {option}'s files")
         raise DiffalignError(
-            f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: {brief(error)} "
-            f"Download it elsewhere and point to the copy: --reward {reward}:{option}=PATH"
+            f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: "
+            f"{brief(error).rstrip('.')}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and point to "
+            f"the copy: --reward {reward}:{option}=PATH"
         ) from error
 
 

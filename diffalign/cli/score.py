@@ -42,7 +42,9 @@ def score_images(
         Path | None,
         typer.Option("--output", "-o", help="The .jsonl, .csv or .parquet to write; scores in it are kept."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a gallery: one HTML file, sorted by any reward.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one HTML file: a gallery, or with --against the pairs side by side.")
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Other images of the same prompts: print paired win rates.")
     ] = None,
@@ -75,12 +77,16 @@ def score_images(
 
 
 @verbs.command("rewards")
-def list_rewards() -> None:
+def list_rewards(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Rewards, or module:Class: say more of them.")
+    ] = None,
+) -> None:
     """List the rewards and what each needs.
 
-    Range, licence, weights and their size, and packages to install.
+    Range, licence, weights and their size, and packages to install. With a NAME, also its columns and options.
     """
     with plain_errors():
         from diffalign.stages.score import show_rewards
 
-        show_rewards()
+        show_rewards(names or ())

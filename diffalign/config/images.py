@@ -17,6 +17,8 @@ SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "fl
 class SchedulerSection(Section):
     """What integrates the model's prediction, in place of the model's own."""
 
+    text_key: ClassVar[str | None] = "name"
+
     name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
     options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
 
@@ -68,7 +70,9 @@ class SampleConfig(ImagesConfig):
     """Draw images for prompts into a dataset folder."""
 
     kind: Literal["sample"] = Field("sample", description="which verb reads this file")
-    weights: FilePath | None = Field(None, description="a run's weights/ folder; null: the model as it is")
+    weights: FilePath | None = Field(
+        None, description="a run's weights/ folder or checkpoint, or a LoRA; null: the model as it is"
+    )
     out: FilePath = Field(description="the dataset folder to write; the same command resumes where it stopped")
     images_per_prompt: int = Field(8, gt=0, description="images per prompt, one group")
 
@@ -86,7 +90,7 @@ class EvalConfig(ImagesConfig):
     """Compare a model without and with trained weights, on the same prompts and seeds."""
 
     kind: Literal["eval"] = Field("eval", description="which verb reads this file")
-    weights: FilePath = Field(description="a run's weights/ folder")
+    weights: FilePath = Field(description="a run's weights/ folder or checkpoint, or a LoRA")
     seeds: int = Field(4, gt=0, description="images per prompt and model")
     reward: RewardSection = RewardSection()
     more_rewards: list[RewardSection] = Field(

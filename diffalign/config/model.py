@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,14 +29,27 @@ def with_options(model: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "options": options}
 
 
+# Keys that earlier runs lack, with what was done then.
+LATER_KEYS: dict[str, object] = {"lora_text_encoders": "refuse"}
+
+
 def current_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return a run's plain config, as a checkpoint stores it, with today's keys, so that earlier runs resume."""
     model = config.get("model")
     return {**config, "model": with_options(model)} if isinstance(model, dict) else config
 
 
+def complete_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `current_keys` with the keys that were added since, at what was done before them."""
+    config = current_keys(config)
+    model = config.get("model")
+    return {**config, "model": {**LATER_KEYS, **model}} if isinstance(model, dict) else config
+
+
 class ModelSection(Section):
     """Which model, and how it is loaded."""
+
+    text_key: ClassVar[str | None] = "path"
 
     path: str = Field(
         min_length=1,
@@ -63,6 +76,11 @@ class ModelSection(Section):
     channels_last: bool = Field(False, description="true: memory format of a UNet's convolutions that GPUs prefer")
     compile: bool = Field(
         False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
+    )
+    lora_text_encoders: Literal["refuse", "ignore"] = Field(
+        "refuse",
+        description="a LoRA that adapts text encoders too: refuse it, or ignore that part and take the UNet's or "
+        "transformer's",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -107,7 +125,9 @@ class TuneSection(Section):
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(None, description="folder of a LoRA to continue from (lora only)")
+    init: FilePath | None = Field(
+        None, description="a LoRA, or a run's weights/ folder or checkpoint, to continue from (lora only)"
+    )
 
     @model_validator(mode="after")
     def _check_kind(self) -> TuneSection:

@@ -6,10 +6,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from diffalign.files.paths import NOT_PLAIN, is_plain_name
+from diffalign.redaction import redacted
 
 COMBINATION = "combination"
 
@@ -46,11 +56,27 @@ class Section(BaseModel):
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
 
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, values: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Leave tokens out of what is written (JSON); in Python the section keeps them."""
+        plain: dict[str, Any] = values(self)
+        return redacted(plain) if info.mode == "json" else plain
+
+    text_key: ClassVar[str | None] = None
+    """The key that a text in the section's place gives: `reward: pickscore` is `reward: {name: pickscore}`."""
+
     @model_validator(mode="before")
     @classmethod
-    def _empty(cls, value: Any) -> Any:
-        """Read `tune:` with every key below it commented out as the section with its defaults."""
+    def _abbreviated(cls, value: Any) -> Any:
+        """Read a text as the section's `text_key`, and `tune:` with every key commented out as the defaults."""
+        if isinstance(value, str) and cls.text_key is not None:
+            return {cls.text_key: value}
         return {} if value is None else value
+
+
+def by_name(value: Any) -> Any:
+    """Read a text in the place of one of several sections as its `name`: `objective: ipo`."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def refuse(message: str, *keys: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 class PromptSection(Section):
     """Which prompts."""
+
+    text_key: ClassVar[str | None] = "source"
 
     source: str = Field(
         min_length=1,
@@ -33,7 +35,9 @@ class GeneratorSection(SizedSamplingSection):
     name: PlainName = Field(description="how the dataset names it")
     model: ModelSection
     prior: str | None = Field(None, description="folder or id of the first stage (Stable Cascade only)")
-    weights: FilePath | None = Field(None, description="a LoRA, or a run's weights/ folder; null: the model as it is")
+    weights: FilePath | None = Field(
+        None, description="a LoRA, or a run's weights/ folder or checkpoint; null: the model as it is"
+    )
     scheduler: SchedulerSection | None = Field(None, description="null: the model's own")
     images_per_prompt: int = Field(1, gt=0, description="images of every prompt")
     batch_size: int = Field(

@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from diffalign.data.absent_labels import has_absent_labels, without_absent_labels
 from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.own_parquet import GROUPS_MEND, IMAGES_MEND, SCORES_MEND, open_parquet, read_batches, read_columns
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json, reading
 from diffalign.files.images import Unreadable, decode
+from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
 
 RANKING_FILE = "ranking.json"
@@ -58,13 +59,19 @@ class PreferenceDataset:
     # --- groups --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _table(self) -> pa.Table:
+    def _stored(self) -> pa.Table:
         path = self.folder / GROUPS_FILE
         table = read_columns(path, None, GROUPS_MEND)
         with reading(path, mend=GROUPS_MEND):
             for name in NEEDED:
                 table[name]
         return table
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return (
+            without_absent_labels(self._stored, self.image_index) if has_absent_labels(self._stored) else self._stored
+        )
 
     def __len__(self) -> int:
         """Return the number of groups."""
@@ -79,19 +86,13 @@ class PreferenceDataset:
             "prompt": stored["prompt"],
             "preference": stored.get("preference"),
             "split": stored["split"],
-            "metadata": self._object(stored.get("metadata")),
+            "metadata": self._json(
+                stored.get("metadata"), self.folder / GROUPS_FILE, f"metadata of group {stored['group_id']!r}"
+            ),
             "members": stored.get("members"),  # older files lack this and the next
             "dropped": stored.get("dropped"),
             "human": self.human[i],
         }
-
-    def _object(self, text: str | None) -> dict[str, Any]:
-        """Return metadata as stored: a JSON object, {} for none."""
-        with reading(self.folder / GROUPS_FILE, mend=GROUPS_MEND):
-            found = json.loads(text or "{}")
-            if not isinstance(found, dict):
-                raise ValueError(f"metadata is no JSON object: {text}")
-        return found
 
     def row(self, group_id: str) -> int | None:
         """Return the row number of a group in groups.parquet; None if it is not there."""
@@ -112,7 +113,10 @@ class PreferenceDataset:
         if HUMAN in self._table.column_names:
             return self.column(HUMAN)
         made_here = (self.folder / "sampling.json").is_file() or self.ranking() is not None
-        return [None if made_here else preference or None for preference in self.column("preference")]
+        stored = (
+            self._stored["preference"].to_pylist() if "preference" in self._stored.column_names else [None] * len(self)
+        )
+        return [None if made_here else preference or None for preference in stored]
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""
@@ -140,7 +144,7 @@ class PreferenceDataset:
     @cached_property
     def image_index(self) -> ImageIndex:
         """Where each image is stored."""
-        return ImageIndex(self.shards, self._table["group_id"])
+        return ImageIndex(self.shards, self._stored["group_id"])
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -196,9 +200,8 @@ class PreferenceDataset:
         """Yield (group id, provenance) of every image, without reading the images."""
         for path in self.shards:
             table = read_columns(path, ["group_id", "provenance"], IMAGES_MEND)
-            with reading(path, mend=IMAGES_MEND):
-                found = [json.loads(text or "{}") for text in table["provenance"].to_pylist()]
-            yield from zip(table["group_id"].to_pylist(), found, strict=True)
+            for group, text in zip(table["group_id"].to_pylist(), table["provenance"].to_pylist(), strict=True):
+                yield group, self._json(text, path, f"provenance of an image of group {group!r}")
 
     # --- scores --------------------------------------------------------------------------------------------------------
 
@@ -243,7 +246,7 @@ class PreferenceDataset:
                 )
             if given:
                 values[start:end] = given
-        return values
+        return np.where(np.isfinite(values), values, np.nan)
 
     def image_column(self, name: str) -> np.ndarray:
         """Return a column of the image files other than `image`, such as `generator`, in the order of `image_index`."""
@@ -257,8 +260,7 @@ class PreferenceDataset:
     def scored_by(self, reward: str) -> dict[str, Any]:
         """Return what is stored about the reward that made these scores: version, weights, licence, settings."""
         known = (self._score_schema(reward).metadata or {}).get(b"diffalign")
-        with reading(self._score_file(reward), mend=SCORES_MEND):
-            return dict(json.loads(known)) if known else {}
+        return self._json(known, self._score_file(reward), f"note of the reward {reward}")
 
     def _score_schema(self, reward: str) -> pa.Schema:
         return open_parquet(self._score_file(reward), SCORES_MEND).schema_arrow
@@ -279,6 +281,16 @@ class PreferenceDataset:
             table = read_columns(path, ["group_id", "index", name], SCORES_MEND)
             table = table.set_column(2, name, table[name].cast("float64"))
         return table, name
+
+    def _json(self, text: str | bytes | None, path: Path, what: str) -> dict[str, Any]:
+        """Return the object of a cell of JSON. Raises DiffalignError, which names `what`, if it holds none."""
+        try:
+            found = parse_json(text or "{}")
+        except ValueError as error:
+            raise DiffalignError(f"{path}: {what} is not JSON ({error}); make the dataset again") from error
+        if not isinstance(found, dict):
+            raise DiffalignError(f"{path}: {what} is no object; make the dataset again")
+        return found
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
@@ -27,7 +28,10 @@ from diffalign.files import read_json_lines, reading, replacing, write_whole
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
+from diffalign.terminal import counted, plain_table
 
+ALL = "all"
+"""The kind of all prompts together; a tag of that name is shown as another."""
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 """Draws one image per prompt and seed."""
 
@@ -200,17 +204,26 @@ def _spread(folder: Path, plan: EvaluationPlan) -> dict[str, np.ndarray]:
 def summarise(
     scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
-    tags = [p.metadata.get("tag", "") for p in plan.prompts]
-    kinds = {"all": np.ones(len(tags), dtype=bool)}
+    """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base.
+
+    A kind of which no image was scored for both is left out. Raises DiffalignError where that is so of all prompts.
+    """
+    tags = [str(p.metadata.get("tag") or "") for p in plan.prompts]
+    tags = [f"{ALL} (tag)" if tag == ALL else tag for tag in tags]
+    kinds = {ALL: np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
-    return {
-        column: {
-            kind: compare(values[rows], scores[model][column][rows], seed=plan.seed).as_dict()
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for column, base in scores["base"].items():
+        other = scores[model][column]
+        both = (np.isfinite(base) & np.isfinite(other)).any(axis=1)
+        if not both.any():
+            raise DiffalignError(f"{column}: no image was scored for both models; the scores' reasons say why")
+        found[column] = {
+            kind: compare(base[rows], other[rows], seed=plan.seed).as_dict()
             for kind, rows in kinds.items()
+            if both[rows].any()
         }
-        for column, values in scores["base"].items()
-    }
+    return found
 
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
@@ -224,14 +237,9 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
 
 
 def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
-    """Return the comparison as a table for a terminal."""
-    shown = Table(
-        title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left"
-    )
-    shown.add_column("score")
-    shown.add_column("kind")
-    for name in ("prompts", "base", "tuned", "difference", "95% interval", "win rate"):
-        shown.add_column(name, justify="right")
+    """Return the comparison as a table for a terminal: a line for each score, below it one for each kind of prompt."""
+    title = f"base against tuned: {len(result['prompts'])} prompts x {counted(result['seeds'], 'seed')}"
+    shown = plain_table("score", "prompts", "base", "tuned", "difference", "95% interval", "win\nrate", title=title)
     compared = {"": result["scores"], **result.get("others", {})}
     for model, scores in compared.items():
         found = dict(scores)
@@ -243,16 +251,14 @@ def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -
             for kind, c in kinds.items():
                 if kind != "all" and (model or column == "diversity"):
                     continue  # further weights and diversity get one line each
-                interval = interval_in(c).words()
-                values = (
-                    f"{c['base']:.3f}",
-                    f"{c['tuned']:.3f}",
-                    f"{c['difference']:+.3f}",
-                    interval,
-                    f"{c['win_rate']:.1%}",
-                )
-                style = "bold" if kind == "all" else None
                 name = f"{model}: {column}" if model else column
-                shown.add_row(name if kind == "all" else "", kind, str(int(c["prompts"])), *values, style=style)
-            shown.add_section()
+                shown.add_row(
+                    Text(name if kind == "all" else f"  {kind}"),
+                    str(int(c["prompts"])),
+                    *(f"{c[side]:.3f}" for side in ("base", "tuned")),
+                    f"{c['difference']:+.3f}",
+                    interval_in(c).words(),
+                    f"{c['win_rate']:.1%}",
+                    style="bold" if kind == "all" else None,
+                )
     return shown

@@ -1,6 +1,5 @@
 """Read and write small files (text, JSON, JSON lines) and check free disk space."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import yaml
 from safetensors import SafetensorError
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
 
 DAMAGE = (
     ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, EOFError, OverflowError, RecursionError,
@@ -87,7 +87,7 @@ def read_json_lines(
     rows = []
     for number, line in enumerate([*lines, unfinished], start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             step: float = row["step"] + 0 if "step" in needs else 0
             for key in needs:
                 row[key]
@@ -100,7 +100,7 @@ def read_json_lines(
     return rows
 
 
-def read_json(path: Path, mend: str, *keys: str) -> Any:
+def read_json(path: Path, mend: str = "delete it and make it again", *keys: str) -> Any:
     """Return the content of a .json file of ours; None if there is no file.
 
     keys: of an object that must be there. Raises DiffalignError, with `mend`, if it is no valid JSON or lacks a key.
@@ -108,7 +108,7 @@ def read_json(path: Path, mend: str, *keys: str) -> Any:
     if not path.is_file():
         return None
     with reading(path, mend=mend):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         for key in keys:
             found[key]
     return found

@@ -9,7 +9,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffalign import __version__
+from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.files.parse import parse_yaml
 from diffalign.intervals import interval_in
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
@@ -36,8 +38,8 @@ def front_matter(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        values = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+        values = parse_yaml(found.group(1), str(path)) if found else None
+    except DiffalignError:
         values = None
     return values if isinstance(values, dict) else {}
 

@@ -3,7 +3,7 @@
 import base64
 import io
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffalign import __version__
@@ -11,9 +11,13 @@ from diffalign.intervals import interval_in
 
 
 def render_page(package: str, template: str, **values: object) -> str:
-    """Return a template of `package` with its values. Text is escaped; a name without a value is an error."""
+    """Return a template of `package` with its values. Text is escaped; a name without a value is an error.
+
+    All pages extend `base.html.j2`, which lies here: the head, the colours of both modes, and a policy by which a browser
+    fetches nothing.
+    """
     environment = Environment(
-        loader=PackageLoader(package),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("diffalign.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

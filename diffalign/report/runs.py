@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
+from diffalign.files.parse import parse_yaml
 from diffalign.health import examine
 
 # Settings worth showing first, and their names in the report.
@@ -87,7 +86,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     if path.is_file():
         with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
             text = path.read_text(encoding="utf-8")
-            config = dotted_keys(dict(yaml.safe_load(text)))
+            config = dotted_keys(dict(parse_yaml(text, str(path))))
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
@@ -25,6 +26,7 @@ from diffalign.intervals import Interval, bootstrap
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
+from diffalign.terminal import number, plain_table
 
 CHOICES = {"a": 1, "b": -1, "tie": 0}
 
@@ -176,11 +178,12 @@ def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:
     """Return every column's agreement as a table for a terminal."""
-    shown = Table(title=f"agreement with {len(choices)} human comparisons", title_justify="left")
-    for name in ("reward", "pairs", "human ties", "predicted ties", "accuracy", "95% interval", "Kendall tau-b"):
-        shown.add_column(name, justify="left" if name == "reward" else "right")
+    names = ("pairs", "human\nties", "reward\nties", "accuracy", "95% interval", "Kendall\ntau-b")
+    shown = plain_table("reward", *names, title=f"agreement with {len(choices)} human comparisons")
     for column in columns_of(scores):
         a = agree(choices, scores, column)
-        numbers = (f"{a.accuracy:.1%}", a.interval.words(".1%"), f"{a.kendall:+.3f}")
-        shown.add_row(column, str(a.pairs), str(a.human_ties), str(a.predicted_ties), *numbers)
+        counts = map(str, (a.pairs, a.human_ties, a.predicted_ties))
+        shown.add_row(
+            Text(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
+        )
     return shown

@@ -12,10 +12,12 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -26,6 +28,7 @@ from diffalign.data.own_parquet import open_parquet
 from diffalign.data.tables import table_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, replacing, write_whole
+from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
@@ -96,7 +99,7 @@ class Store:
         for path in sorted(self.journal.glob("*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
                     self.known[row["key"]] = Result(values, row["reason"])
                     self._journaled.add(row["key"])
@@ -157,7 +160,29 @@ def _keys(row: dict[str, Any]) -> set[str]:
 
 
 def _below(name: str, sources: list[str]) -> bool:
-    return any(name == s or name.startswith((s.rstrip("/") + "/", s + "#")) for s in sources)
+    """Return whether an image belongs to one of the sources: files, folders, containers, and globs of these."""
+    for source in sources:
+        if name == source or name.startswith((source.rstrip("/") + "/", source + "#")):
+            return True
+        # As when images are listed, a path that exists is no pattern. Of an image that is gone, only the name is left.
+        if any(c in source for c in "*?[") and not os.path.lexists(source) and _matches(name, source):
+            return True
+    return False
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a glob matches a path, a folder above it, or the container that `#` ends."""
+    file = name.partition("#")[0]
+    places = {part for path in (PurePath(name), PurePath(file)) for part in (path, *path.parents)}
+    return any(_parts_match(place.parts, PurePath(pattern).parts) for place in places)
+
+
+def _parts_match(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_parts_match(parts[n:], patterns[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
 
 
 def _carried(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +204,7 @@ def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
 def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as it was before a csv or parquet file flattened it."""
     return {
-        name: json.loads(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
+        name: parse_json(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
         None if value == "" and name != "reason" else value
         for name, value in row.items()
     }  # fmt: skip

@@ -17,10 +17,11 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say
+from diffalign.progress import say, say_block
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
+    note_other_base,
     open_backbone,
     open_plain_backbone,
     open_rewards,
@@ -159,6 +160,7 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
@@ -212,7 +214,7 @@ def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None
     backbone = open_backbone(config.model, "cpu")
     student, _ = open_student(config, backbone)
     steps, updates = config.train.steps, config.train.steps * config.fake.updates
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
     for title, values in (
         ("model", backbone.facts()),
         ("student", {
@@ -226,6 +228,6 @@ def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None
             "images": f"{config.train.groups_per_step * config.group.size} an update",
         }),
     ):  # fmt: skip
-        print(f"# {title}")
+        say(f"# {title}")
         for key, value in values.items():
-            print(f"#   {key}: {value}")
+            say(f"#   {key}: {value}")

@@ -18,7 +18,7 @@ from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pretrained import quiet_progress
-from diffalign.progress import ImageProgress, say
+from diffalign.progress import ImageProgress, say, say_block
 from diffalign.rewards.judge import Judge
 from diffalign.stages.resolve import open_judge, resolve_device
 from diffalign.stages.trainer import run_and_report
@@ -138,7 +138,7 @@ def evaluate_judge(
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     rows = by_dimension(rated, found.probabilities.double().numpy())
     rows["all"] |= {"tokens": found.tokens, "images_per_second": len(rated) / found.seconds}
-    print(table(rows, "images"))
+    say_block(table(rows, "images"))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         told = {"judge": folder.as_posix(), "ratings": source.as_posix(), "measures": rows}

@@ -10,9 +10,11 @@ from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say, say_block
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     open_rewards,
     open_validation,
@@ -91,6 +93,7 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     side = check_sampler(config, backbone)
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
@@ -136,7 +139,7 @@ def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) 
     side = check_sampler(config, backbone)
     open_rewards(config.rewards, rows, "cpu", "rewards", config.prompts)
     times = backbone.sampling_times(config.sampler.steps, side, side)
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
     for title, values in (
         ("model", backbone.facts()),
         ("run", {
@@ -148,6 +151,6 @@ def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) 
             "rewards": ", ".join(f"{term.weight:g} x {term.name}" for term in config.rewards),
         }),
     ):  # fmt: skip
-        print(f"# {title}")
+        say(f"# {title}")
         for key, value in values.items():
-            print(f"#   {key}: {value}")
+            say(f"#   {key}: {value}")

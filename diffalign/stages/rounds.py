@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
+from diffalign.config.model import complete_keys
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.data.sample import clean_up
@@ -214,7 +215,7 @@ def _same_config(config: RoundsConfig) -> None:
     """Refuse to continue rounds under other settings."""
     before, now = read_json(_remembered(config), MEND), _decisive(config)
     with reading(_remembered(config), mend=MEND):
-        before = dict(before)
+        before = complete_keys(dict(before))
     changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if changed:
         raise DiffalignError(

@@ -13,8 +13,8 @@ from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say
-from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
+from diffalign.progress import say, say_block
+from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
@@ -38,6 +38,7 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
@@ -72,7 +73,7 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
     backbone = open_backbone(config.model, "cpu")
     check_guidance(config.data, dataset, backbone)
     epochs = config.train.steps * config.train.groups_per_step / len(chosen)
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
     for title, values in (
         ("model", backbone.facts()),
         ("dataset", facts),
@@ -83,11 +84,11 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
             "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
         }),
     ):  # fmt: skip
-        print(f"# {title}")
+        say(f"# {title}")
         for key, value in values.items():
-            print(f"#   {key}: {value}")
+            say(f"#   {key}: {value}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     memory = described(config, backbone, members, cuda=device != "cpu", processes=processes)  # uses the backbone up
-    print("# memory of a process, predicted")
+    say("# memory of a process, predicted")
     for key, value in memory.items():
-        print(f"#   {key}: {value}")
+        say(f"#   {key}: {value}")

@@ -65,7 +65,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at
 
 
-ADVICE = ("delete", "make", "again", "restore", "choose", "save")
+ADVICE = ("delete", "make", "again", "restore", "choose", "save", "once more", "not valid YAML")
 MAY_CHANGE = ("r/config.yaml", "r/README.md", "data/.work/locks")  # what a resumed run writes first; locks
 
 
@@ -212,5 +212,5 @@ def test_damage_around_a_run(
     Path("p.txt").write_text("a red cube\n")
     damage(Path(file))
     # Weights and configs of others are read in the same way, so the line cannot say which command made them.
-    advice = ("cannot be read", "not", "missing") if file.startswith(("r/weights", "r/config")) else ADVICE
+    advice = ("cannot be read", "not", "missing", "once more") if file.startswith(("r/weights", "r/config")) else ADVICE
     refused(tmp_path / "a", LATEST if file == STATE else file, command, capsys, advice)

@@ -58,7 +58,7 @@ def test_a_tokenizer_does_not_bring_its_models_weights(
 ) -> None:
     asked: dict[str, list[str]] = {}
 
-    def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+    def download(repo: str, *, revision: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.setdefault(repo, []).extend(allow_patterns)
         return str(tmp_path)
 
