@@ -22,13 +22,14 @@ from PIL import Image
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
 from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import GENERATOR_MEND
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images, unscored
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
-from diffalign.files import free_bytes, write_whole
+from diffalign.files import free_bytes, read_json, write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.pipelines.generator import Generator
 from diffalign.progress import ImageProgress, say
@@ -255,7 +256,7 @@ def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, GENERATOR_MEND, "licence")
     # `vae` follows from the fingerprint, and older folders lack it.
     compared = [key for key in provenance if key not in ("licence", "vae")]
     changed = next((key for key in compared if before.get(key) != provenance[key]), None)
