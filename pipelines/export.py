@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
 from diffalign.files.parse import parse_json
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
+from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:

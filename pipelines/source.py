@@ -18,6 +18,8 @@ class Source:
     revision: str | None
     variant: str | None = None
     absent: dict[str, None] = field(default_factory=dict)
+    file: Path | None = None
+    """All weights, for a checkpoint in one file; `folder` then holds its configs."""
 
     def fingerprint(self, *more: str) -> str:
         """Hash configs and weights: 16 hex digits.
@@ -45,4 +47,6 @@ class Source:
                 digest.update(f"\0{name}\0".encode() + file.read_bytes())
             elif file.suffix == ".safetensors":
                 add_samples(digest, str(name), file)
+        if self.file is not None:
+            add_samples(digest, self.file.name, self.file)
         return digest.hexdigest()[:DIGITS]

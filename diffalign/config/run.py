@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from diffalign.config.model import DEVICE, Device, ModelSection, TuneSection, check_device
 from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PROMPTS,
+    MOST_THREADS,
     NAMED,
     ROUNDING,
     UNAFFECTED,
@@ -62,13 +65,14 @@ class StepSection(Section):
     micro_batch: Annotated[int, MICRO_BATCH] = Field(
         8,
         gt=0,
+        le=MOST_IMAGES,
         description="groups, images or records in one forward pass; must divide what a step draws. Not given: its largest "
         "divisor up to 8 (4 for judges)",
     )
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], NAMED] = Field("auto", description=PRECISION)
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     threads: Annotated[int | None, ROUNDING] = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
+        None, gt=0, le=MOST_THREADS, description="CPU threads of torch; fix it where runs must agree bit for bit"
     )
     log_every: Annotated[int, UNAFFECTED] = Field(1, gt=0, description="steps between rows in metrics.jsonl")
 
@@ -206,14 +210,14 @@ class ValidationSection(Section):
     prompts: str | None = Field(
         None, description="a .txt or .jsonl file, or testbed:validation; never those of the final evaluation"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     rewards: list[RewardSection] = Field(
         [RewardSection()],
         min_length=1,
         description="what scores, better none that is trained on; the first column of the first decides what is best",
     )
-    seeds: int = Field(1, gt=0, description="images per prompt")
-    batch_size: Annotated[int, ROUNDING] = Field(8, gt=0, description="images drawn at once")
+    seeds: int = Field(1, gt=0, le=MOST_IMAGES, description="images per prompt")
+    batch_size: Annotated[int, ROUNDING] = Field(8, gt=0, le=MOST_IMAGES, description="images drawn at once")
     patience: Annotated[int | None, UNAFFECTED] = Field(
         None, gt=0, description="stop after this many validations in a row without a better one; null: never"
     )

@@ -1,18 +1,22 @@
 """`diffalign export`: a run's weights in a layout that other programs read, with a model card, also on the hub."""
 
+import tempfile
 from pathlib import Path
 
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import holds_files, writing_folder
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
+from diffalign.pipelines.lora_file import is_checkpoint
 from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages.resolve import model_folder, open_plain_backbone
+from diffalign.training.readme import for_single_file
 
 FORMATS = ("diffusers", "kohya", "merged")
 LOAD = 'pipeline = DiffusionPipeline.from_pretrained("{path}")\n'
@@ -71,6 +75,7 @@ def _usage(form: str, config: TrainConfig | RewardGradientConfig, out: Path, tru
     kind = "full" if full and form != "merged" else form
     path = out.as_posix() if form == "merged" else config.model.path
     text = USAGE[kind].format(path=path, out=out.as_posix(), trunk=trunk, kind=f"{trunk}_class")
+    text = for_single_file(text, config.model.path)
     return f'from diffusers import DiffusionPipeline\n\n{text.strip()}\nimage = pipeline("...").images[0]'
 
 
@@ -86,35 +91,50 @@ def export(
 ) -> Path:
     """Write the weights of `run_dir` in format `form`, with their model card, into `out`: `diffalign export`. Return `out`.
 
-    best: export the weights of the best validation, not the last. licence: what the card states; None: the base's.
-    push: a repository "owner/name" on the hub to upload to, with the token that huggingface_hub finds (HF_TOKEN or
-    `hf auth login`); private: make it private if it is new. Raises DiffalignError where the run has no such weights, and
-    for a format that does not fit them.
+    run_dir: a run, or one of its checkpoints (`RUN/checkpoints/step-N`), of which the average is taken if it was kept.
+    best: export the weights of the best validation, not the last. licence: what the card states; None: the base's. push: a
+    repository "owner/name" on the hub to upload to, with the token that huggingface_hub finds (HF_TOKEN or `hf auth login`);
+    private: make it private if it is new. Raises DiffalignError where the run has no such weights, and for a format that
+    does not fit them.
     """
-    with writing_folder(out, "--out"):
-        _export(run_dir, out, form, best, licence, push)
+    with writing_folder(out, "--out"), tempfile.TemporaryDirectory() as saved:
+        _export(run_dir, out, form, best, licence, push, Path(saved))
     if push is not None:
         _push(out, push, private)
     return out
 
 
-def _export(run_dir: Path, out: Path, form: str, best: bool, licence: str | None, push: str | None) -> None:
+def _export(
+    run_dir: Path, out: Path, form: str, best: bool, licence: str | None, push: str | None, saved: Path
+) -> None:
+    """Do what `export` does, but for pushing. saved: an empty folder for the weights of a checkpoint."""
     # Refuse wrong arguments before anything is written.
     if form not in FORMATS:
         raise DiffalignError(f"--format {form}: unknown; one of {', '.join(FORMATS)}")
     if push is not None and not HUB_ID.fullmatch(push):
         raise DiffalignError(f"--push {push}: a repository is named owner/name")
-    config, weights = _config(run_dir), _weights(run_dir, best)
+    checkpoint = run_dir if is_checkpoint(run_dir) else None
+    if checkpoint is not None:
+        run_dir = checkpoint.absolute().parent.parent
+        if best:
+            raise DiffalignError(f"--best: {checkpoint} is a checkpoint; give the run's directory, or leave --best out")
+    config = _config(run_dir)
+    weights = checkpoint or _weights(run_dir, best)
     if holds_files(out) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     model = config.model
     folder = model_folder(model.path)
-    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only)]
+    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only, model.config)]
     full = config.tune.kind == "full"
     if full and form == "kohya":
         raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")
+    if checkpoint is not None and form != "merged":
+        backbone = open_plain_backbone(config.model)
+        backbone.load_weights(checkpoint)
+        backbone.save_weights(saved)
+        weights = saved
     # Write the weights, then the card.
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if form == "diffusers":
         export_diffusers(weights, family.trunk_name, out)
     elif form == "kohya":

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig, resolved_yaml
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
@@ -15,6 +16,7 @@ from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.fingerprints import of_model, of_prompts
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     open_rewards,
     open_validation,
@@ -97,6 +99,7 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     side = check_sampler(config, backbone)
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
@@ -113,6 +116,8 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
             if (s.name, s.options) == (r.name, r.options)
         ]
         validation.rewards.update({name: rewards[name] for name in same})
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)

@@ -5,9 +5,7 @@ A run that trains further networks (distillation: "fake") has NAME.safetensors a
 """
 
 import errno
-import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,18 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffalign.config import RunConfig
 from diffalign.errors import DiffalignError
 from diffalign.training.average_decay import AverageDecay
+from diffalign.training.checkpoint_files import checkpoints, damage, read_record, read_tensors, write_record
 from diffalign.training.optimizer_state import optimizer_record, restore_optimizer
 from diffalign.training.protocols import Parameters, PlainConfig, PlainRow, Weights
 from diffalign.training.same_run import Resolved, changes, describe_changes, refuse_another_run
 from diffalign.training.sharding import placed, whole
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -92,13 +88,6 @@ class About:
     interim: bool = False
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found)
-
-
 def _sync(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -149,7 +138,7 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
             save_file(partners[name][0], part / f"{name}_optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps(record, indent=1))
+        write_record(part, record)
         _sync(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
@@ -181,34 +170,21 @@ def _is_interim(path: Path) -> bool:
         return False
 
 
-def _unreadable(path: Path, error: Exception) -> DiffalignError:
-    return DiffalignError(f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json. Raises DiffalignError for one that cannot be read."""
-    try:
-        record: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    return record
-
-
 def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> None:
     """Put a checkpoint into policy, optimiser and average, in place; `record`: its state.json.
 
     Raises DiffalignError for one that cannot be read.
     """
-    try:
-        policy = load_file(path / "policy.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
-        averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
-        others = {
-            name: (load_file(path / f"{name}.safetensors"), load_file(path / f"{name}_optimizer.safetensors"))
-            for name in state.partners
-        }
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    policy = read_tensors(path, record, "policy.safetensors", state.policy)
+    tensors = read_tensors(path, record, "optimizer.safetensors")
+    averages = read_tensors(path, record, "ema.safetensors", state.ema) if state.ema is not None else {}
+    others = {
+        name: (
+            read_tensors(path, record, f"{name}.safetensors", partner.parameters),
+            read_tensors(path, record, f"{name}_optimizer.safetensors"),
+        )
+        for name, partner in state.partners.items()
+    }
     with torch.no_grad():
         for name, parameter in state.policy.items():
             parameter.copy_(placed(policy[name], parameter))
@@ -217,10 +193,11 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])
-    restore_optimizer(state.optimizer, tensors, record["optimizer"])
-    for name, partner in state.partners.items():
-        restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
-    state.extra.update(record.get("extra", {}))
+    with damage(path):
+        restore_optimizer(state.optimizer, tensors, record["optimizer"])
+        for name, partner in state.partners.items():
+            restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
+        state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
 

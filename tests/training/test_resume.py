@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
 from diffalign.config.section import OnResume, Section
 from diffalign.errors import DiffalignError
+from diffalign.files.checksums import CRC
 from diffalign.training.checkpoint import check_before_loading
 from helpers import toy
 
@@ -218,7 +219,7 @@ def older(run_dir: Path, *dropped: str) -> None:
         for section in sections:
             place = place[section]
         del place[name]
-    for name in ("resolved", "rows", "interim"):
+    for name in ("resolved", "rows", "interim", CRC):
         record.pop(name)
     path.write_text(json.dumps(record))
 
