@@ -39,8 +39,7 @@ RANKS: dict[str, LabelKind] = {"preference": "preference", "ranking": "rank", "r
 """Column with a label for each image of a list -> what it is."""
 TIE = (0.5, 0.5)
 CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": TIE}
-CHOICES |= {"leftvote": CHOICES["a"], "rightvote": CHOICES["b"], "tievote": CHOICES["tie"]}
-CHOICES |= {"bothbad_vote": CHOICES["tie"]}
+CHOICES |= {"leftvote": CHOICES["a"], "rightvote": CHOICES["b"], "tievote": TIE, "bothbad_vote": TIE}
 NUMBERED = {"image_0": 0, "image1": 1}
 """Column of the first image -> the number that a label gives it."""
 MODELS = (("model_0", "model_1"), ("model1", "model2"), ("left_model", "right_model"))
@@ -97,13 +96,13 @@ def csv_files(folder: Path) -> list[Path]:
 class Judged:
     """What a row says. images: (column, cell) of each; preference: of each, higher is better, () if nobody said.
 
-    used: the columns that were read. choice: the row is a choice between two images, which may be for neither.
+    used: the columns that were read. skipped: why a choice between two images states no preference, "" if it does.
     """
 
     images: tuple[tuple[str, Any], ...]
     preference: tuple[float, ...]
     used: frozenset[str]
-    choice: bool = False
+    skipped: str = ""
 
 
 def judged(row: Row) -> Judged:
@@ -121,15 +120,17 @@ def judged(row: Row) -> Judged:
         images = tuple((meaning, row[n]) for n, meaning in zip(names, ("winner", "loser"), strict=True))
         return Judged(images, (1.0, 0.0), frozenset(names))
     names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
+    preference = _of_choice(row, names[0])
+    skipped = "without a label" if preference is None else "ties" if preference == TIE else ""
     used = frozenset({*names, str(column_for("choice", row))})
-    return Judged(tuple((n, row[n]) for n in names), _of_choice(row, names[0]) or (), used, choice=True)
+    return Judged(tuple((n, row[n]) for n in names), preference or (), used, skipped)
 
 
 def _group(row: Row, where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
     """Return the row's group. Raises DiffalignError with what is wrong."""
     said = judged(row)
-    if said.choice and said.preference in ((), TIE):
-        return SkippedRow(where, "ties" if said.preference else "without a label", fault=False)
+    if said.skipped:
+        return SkippedRow(where, said.skipped, fault=False)
     images = tuple(_image(folder, value, name) for name, value in said.images)
     if len(images) == 2 and images[0] == images[1]:
         return SkippedRow(where, "the two images are the same")

@@ -126,6 +126,7 @@ def _choices(row: dict[str, Any], where: str, images: _Images) -> list[Choice]:
     return [
         Choice(a, b, int(x > y) - int(x < y), group)
         for (a, x), (b, y) in itertools.combinations(zip(places, said.preference, strict=False), 2)
+        if math.isfinite(x) and math.isfinite(y)
     ]
 
 
