@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.lora_file import as_trained, write_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -98,12 +99,16 @@ def use_adapter(trunk: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights (diffusers' key names, without prefix) and config of an adapter; the config carries rank and alpha."""
+def save_adapter(trunk: nn.Module, trunk_name: str, adapter: str, folder: Path) -> None:
+    """Write an adapter into `folder` as a LoRA for diffusers' `load_lora_weights`."""
+    from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict
 
     config: Any = vars(trunk)["peft_config"][adapter]
-    return get_peft_model_state_dict(trunk, adapter_name=adapter), config.to_dict()
+    layers = {name: m for name, m in trunk.named_modules() if isinstance(m, LoraLayer) and adapter in m.scaling}
+    scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
+    state = get_peft_model_state_dict(trunk, adapter_name=adapter)
+    write_lora(folder / LORA_FILE, state, config.to_dict(), scales, trunk_name)
 
 
 def brief(error: BaseException) -> str:
@@ -174,14 +179,21 @@ def _read(
     pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the state dict, with component prefixes, and the options (alphas or metadata) that loading needs."""
+    from safetensors import safe_open
+
     where = {"weight_name": path.name, "return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
     if trunk_name == "transformer":
         state, metadata = pipeline.lora_state_dict(str(path.parent), **where)
-        return state, {"metadata": metadata}
-    # UNet pipelines also read older formats, whose alphas come beside the weights instead of in the metadata.
-    config: Any = trunk.config
-    state, alphas, metadata = pipeline.lora_state_dict(str(path.parent), unet_config=config, **where)
-    return state, {"metadata": metadata} if metadata else {"network_alphas": alphas}
+        alphas = None
+    else:
+        # UNet pipelines also read older formats, whose alphas come beside the weights instead of in the metadata.
+        config: Any = trunk.config
+        state, alphas, metadata = pipeline.lora_state_dict(str(path.parent), unet_config=config, **where)
+    if not metadata:
+        return state, {"metadata": metadata} if trunk_name == "transformer" else {"network_alphas": alphas}
+    with safe_open(path, framework="pt") as file:
+        state, alpha = as_trained(state, file.metadata() or {})
+    return state, {"metadata": metadata if alpha is None else {**metadata, f"{trunk_name}.lora_alpha": alpha}}
 
 
 def check_rank(

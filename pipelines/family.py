@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.process import NoiseProcess
 from diffalign.pipelines.tuning import Tunable
@@ -194,10 +195,8 @@ class Family(Tunable):
 
     # --- export ------------------------------------------------------------------------------------------------
 
-    kohya_base: ClassVar[str | None] = None
-    """What kohya's LoRA files call the base model; None: its layout fuses layers that a LoRA adapts one by one."""
-    kohya_blocks: ClassVar[str] = "diffusers"
-    """Whose names kohya's files have for a UNet's blocks: "diffusers" or "sgm", Stability's code."""
+    kohya: ClassVar[KohyaLayout | None] = None
+    """How kohya's LoRA files name the base model and its layers; None where they are not known."""
 
 
 def padded(embeds: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import FluxOptions
+from diffalign.pipelines.original_names import flux_place
 from diffalign.pipelines.process import Flow
 
 if TYPE_CHECKING:
@@ -91,6 +93,8 @@ class Flux(TransformerBackbone):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux1", "networks.lora_flux", flux_place)
 
     process: FluxFlow
     options: FluxOptions

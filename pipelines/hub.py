@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import brief
@@ -40,6 +42,31 @@ def find_index(path: str, revision: str | None, token: str | None, local_files_o
         )
     # The cache names a snapshot's folder after its commit.
     return Path(found), Path(found).parent.name
+
+
+def component_config(
+    path: str, component: str, revision: str | None, token: str | None, local_files_only: bool
+) -> dict[str, Any]:
+    """Read a component's config.json, without its weights."""
+    index, commit = find_index(path, revision, token, local_files_only)
+    file = index.parent / component / "config.json"
+    if commit is not None and not file.is_file():
+        import huggingface_hub
+
+        wanted = f"{component}/config.json"
+        with hub_errors(path, commit, wanted):
+            file = Path(
+                huggingface_hub.hf_hub_download(
+                    path, wanted, revision=commit, token=token, local_files_only=local_files_only
+                )
+            )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffalignError(f"{path}: {component}/config.json cannot be read ({brief(error)})") from error
+    if not isinstance(found, dict):
+        raise DiffalignError(f"{path}: {component}/config.json is not a component's config")
+    return found
 
 
 def download(path: str, commit: str, variant: str | None, token: str | None, absent: Mapping[str, None]) -> Path:

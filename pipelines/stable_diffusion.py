@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.kohya import KohyaLayout, diffusers_place
+from diffalign.pipelines.original_names import unet_place
 from diffalign.pipelines.process import Diffusion
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class StableDiffusion15(_UNetBackbone):
     loading_options: ClassVar[dict[str, bool]] = {"requires_safety_checker": False}
     conditioning: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     encoder_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-    kohya_base: ClassVar[str | None] = "sd_v1"
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd_v1", "networks.lora", diffusers_place)
 
     @classmethod
     def pipeline_class(cls) -> type[StableDiffusionPipeline]:
@@ -97,8 +99,7 @@ class StableDiffusionXL(_UNetBackbone):
 
     family: ClassVar[str] = "sdxl"
     loading_options: ClassVar[dict[str, bool]] = {"add_watermarker": False}
-    kohya_base: ClassVar[str | None] = "sdxl_base_v1-0"
-    kohya_blocks: ClassVar[str] = "sgm"
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sdxl_base_v1-0", "networks.lora", unet_place)
 
     @classmethod
     def pipeline_class(cls) -> type[StableDiffusionXLPipeline]:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options, SD3Options
+from diffalign.pipelines.original_names import sd3_place
 from diffalign.pipelines.process import Flow
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class StableDiffusion3(TransformerBackbone):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd3", "networks.lora_sd3", sd3_place)
 
     options: SD3Options
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.files.published import drop_local_paths
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
 from diffalign.pipelines.quantize import is_quantized
@@ -242,15 +243,11 @@ class Tunable(ABC):
     # --- save and load -----------------------------------------------------------------------------------------
 
     def save_weights(self, folder: str | Path) -> None:
-        """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
+        """Write the policy for use in diffusers: a LoRA for `load_lora_weights`, or the trunk's folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if adapters.has_adapter(self.trunk, adapters.POLICY):
-            weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
-            self.pipeline.save_lora_weights(
-                folder,
-                **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
-            )
+            adapters.save_adapter(self.trunk, self.trunk_name, adapters.POLICY, folder)
         else:
             self.save_trunk(self._model, folder)
 
@@ -258,6 +255,7 @@ class Tunable(ABC):
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
         with quiet_progress():
             trunk.save_pretrained(Path(folder) / self.trunk_name)
+        drop_local_paths(Path(folder) / self.trunk_name)
 
     def load_weights(self, folder: str | Path) -> None:
         """Put weights that `save_weights` or diffusers wrote into the policy: for inference, or before training.

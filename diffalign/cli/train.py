@@ -148,14 +148,19 @@ def export_weights(
         str,
         typer.Option(
             "--format",
-            help="diffusers: what load_lora_weights reads; kohya: for ComfyUI, A1111 and others (UNets); "
-            "merged: the whole pipeline with the LoRA in it.",
+            help="weights: a LoRA as two files, for diffusers and for ComfyUI, A1111, Forge and sd-scripts; or the trunk's "
+            "folder if all weights were trained. diffusers, kohya: one of the two. merged: the whole pipeline with the LoRA "
+            "in it.",
         ),
-    ] = "diffusers",
+    ] = "weights",
     out: Annotated[Path | None, typer.Option(help="The folder to write; without it, RUN/export/FORMAT.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best validation, not the last.")] = False,
     licence: Annotated[
         str | None, typer.Option(help="The licence in the model card, as the hub names it; without it, the base's.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="The base model's name on the hub, if the run read it from a folder."),
     ] = None,
     push: Annotated[
         str | None,
@@ -170,4 +175,5 @@ def export_weights(
     with plain_errors():
         from diffalign.stages.export import export
 
-        export(run, out or run / "export" / form, form, best=best, licence=licence, push=push, private=private)
+        target = out or run / "export" / form
+        export(run, target, form, best=best, licence=licence, base=base, push=push, private=private)
