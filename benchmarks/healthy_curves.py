@@ -218,7 +218,7 @@ def chosen_table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| | from | to | difference | 95 % interval |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         c = Comparison(**row)
-        lines.append(f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | {c.low:+.3f} to {c.high:+.3f} |")
+        lines.append(f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | {c.interval.words()} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.buckets import to_pixels
+from diffalign.intervals import bootstrap
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.inversion import renoise_step
 from diffalign.testbed import model_path
@@ -90,17 +91,16 @@ def main() -> None:
                 values = psnr(backbone.decode_latents(latents), wanted)
             plain = values if plain is None else plain
             gain = values - plain
-            means = gain[np.random.default_rng(1).integers(len(gain), size=(10_000, len(gain)))].mean(1)
-            low, high = np.quantile(means, [0.025, 0.975])
+            (interval,) = bootstrap(gain[:, None], seed=1, unit="images")
             kind = "one" if iterations == 0 else "all" if average_from == 0 else "last only"
             print(
                 f"| {steps} | {iterations} | {kind} | {model.calls} | {values.mean():.2f} | {gain.mean():+.2f} "
-                f"({low:+.2f} to {high:+.2f}) | {seconds:.1f} |",
+                f"({interval.words('+.2f')}) | {seconds:.1f} |",
                 flush=True,
             )
             found.append({
                 "steps": steps, "iterations": iterations, "average_from": average_from, "calls": model.calls,
-                "psnr": float(values.mean()), "gain": float(gain.mean()), "low": float(low), "high": float(high),
+                "psnr": float(values.mean()), "gain": float(gain.mean()), "low": interval.low, "high": interval.high,
             })  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     document = {"base": given.base, "images": given.images, "machine": platform.machine(), "rows": found}

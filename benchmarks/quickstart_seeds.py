@@ -55,7 +55,7 @@ def one_seed(base: str, seed: int, out: Path, prompts: str, overrides: list[str]
 
 def line(name: str, c: Comparison) -> str:
     return (
-        f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | {c.low:+.3f} to {c.high:+.3f} "
+        f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | {c.interval.words()} "
         f"| {100 * c.win_rate:.1f} % |"
     )
 

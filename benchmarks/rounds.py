@@ -20,6 +20,7 @@ import numpy as np
 from diffalign.config import EvalConfig, RoundsConfig, load_config, load_rounds_config
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.intervals import interval_in
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rounds import round_folder, rounds
 from diffalign.testbed.shape_prompts import draw_prompts
@@ -83,7 +84,7 @@ def main() -> None:
         }
         result[kind] = {name: asdict(compare(*pair)) for name, pair in pairs.items()}
         for name, found in result[kind].items():
-            print(f"{kind}, {name}: {found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})")
+            print(f"{kind}, {name}: {found['difference']:+.3f} ({interval_in(found).words()})")
     if not given.tiny:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
         print(RESULT)

@@ -6,3 +6,9 @@ class DiffalignError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def brief(error: BaseException) -> str:
+    """Return a library's message on one line, cut to 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

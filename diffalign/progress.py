@@ -1,5 +1,8 @@
 """Show how work proceeds: messages, and a plain line every few seconds while images are drawn or scored."""
 
+from __future__ import annotations
+
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,14 +18,38 @@ OnNamedImages = Callable[[str, int, int], None]
 """A callback: (name of the work, images done, images in all); `ImageProgress` is one."""
 
 
+# Control characters, marks that turn the direction of text or cannot be seen, and lone surrogates. The joiners of emoji
+# and scripts stay.
+HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return text from anywhere as a terminal may show it: what would move the cursor, ring or hide becomes an escape.
+
+    keep: characters that stay as they are, such as the newlines of a block.
+    """
+    return HIDDEN.sub(lambda found: found.group() if found.group() in keep else _escape(found.group()), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def say(message: str) -> None:
     """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(message, flush=True)
+    print(visible(message), flush=True)
 
 
 def say_aside(message: str) -> None:
     """Print a line to standard error, apart from a command's results."""
-    print(message, file=sys.stderr, flush=True)
+    print(visible(message), file=sys.stderr, flush=True)
+
+
+def say_block(text: str) -> None:
+    """Print a text of several lines, such as a config or a table."""
+    print(visible(text, keep="\n\t"), flush=True)
 
 
 class ImageProgress:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.lora_file import as_trained, write_lora
+from diffalign.errors import DiffalignError, brief
+from diffalign.pipelines.save_lora import as_trained, write_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -109,12 +109,6 @@ def save_adapter(trunk: nn.Module, trunk_name: str, adapter: str, folder: Path) 
     scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
     state = get_peft_model_state_dict(trunk, adapter_name=adapter)
     write_lora(folder / LORA_FILE, state, config.to_dict(), scales, trunk_name)
-
-
-def brief(error: BaseException) -> str:
-    """Return a library's message on one line, cut to 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def lora_file(folder: str | Path) -> Path:

@@ -6,6 +6,7 @@ layers, one file each: `tuning`, `family` (what differs between families), `enco
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.options import OPTIONS, Options
 from diffalign.pipelines.quantize import number_of_weights, quantize_blocks
 from diffalign.pipelines.sampling import Sampling
+from diffalign.pipelines.schedulers import replace_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -68,6 +70,11 @@ class Backbone(Sampling):
                 )
             self._model.to(memory_format=torch.channels_last)
         self.vae = self.vae_kind(pipeline.vae.config)
+
+    def use_scheduler(self, name: str, options: Mapping[str, object]) -> None:
+        """Draw with another sampler from here on; see `replace_scheduler`."""
+        replace_scheduler(self.pipeline, name, options)
+        self.process = self.build_process(self.pipeline.scheduler)
 
     # --- facts -------------------------------------------------------------------------------------------------
 

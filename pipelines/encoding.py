@@ -27,9 +27,7 @@ class Encoding(Family):
         self._require("text_encoder")
         if isinstance(prompts, str) or not prompts:
             raise DiffalignError("encode_prompts: a non-empty list of prompts is needed")
-        encoded = self.encode(list(prompts))
-        # float16 is widened: not everything that stores or mixes these knows it.
-        return {k: (v.float() if v.dtype == torch.float16 else v).cpu() for k, v in encoded.items()}
+        return _widened(self.encode(list(prompts)))
 
     @torch.no_grad()
     def encode_guided(self, prompts: Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
@@ -40,6 +38,16 @@ class Encoding(Family):
         self._require("text_encoder")
         negatives = self.negative_prompts(negative_prompt, len(prompts))
         return {name: value.cpu() for name, value in self.encode_guided_prompts(list(prompts), negatives).items()}
+
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        """Return what the pipeline steers away from where no negative prompt is given, for `predict`: [1, ...] on the CPU.
+
+        Zeros for an SDXL with `force_zeros_for_empty_prompt`, the empty prompt's embedding for most others. A network with
+        the guidance built in steers away from nothing; there it is the empty prompt's, too.
+        """
+        prefix, guided = "negative_", self.encode_guided([""])
+        negative = {name.removeprefix(prefix): v for name, v in guided.items() if name.startswith(prefix)}
+        return _widened({name: negative[name] for name in self.conditioning}) if negative else self.encode_prompts([""])
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Encode pixels [B, 3, H, W] in [0, 1] to latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""
@@ -106,3 +114,8 @@ class Encoding(Family):
             vae.to(home)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _widened(encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return embeddings on the CPU, float16 as float32: not everything that stores or mixes them knows float16."""
+    return {k: (v.float() if v.dtype == torch.float16 else v).cpu() for k, v in encoded.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
 from diffalign.files.published import drop_local_paths
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, brief, has_adapter, lora_file
+from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
 from diffalign.pipelines.kohya import KOHYA_FILE, to_kohya
-from diffalign.pipelines.lora_file import LORA_METADATA, as_trained, write_lora, write_tensors
 from diffalign.pipelines.original_names import Config
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pipelines.save_lora import LORA_METADATA, as_trained, write_lora, write_tensors
+from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Backbone
@@ -48,7 +48,7 @@ def read_lora(folder: Path) -> Lora:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        config = {key.split(".", 1)[1]: value for key, value in json.loads(metadata[LORA_METADATA]).items()}
+        config = {key.split(".", 1)[1]: value for key, value in parse_json(metadata[LORA_METADATA]).items()}
         state, alpha = as_trained(state, metadata)
     except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(f"{path} cannot be read as a LoRA: {brief(error)}") from error

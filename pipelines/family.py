@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
+from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
 from diffalign.pipelines.process import NoiseProcess
 from diffalign.pipelines.tuning import Tunable
 from diffalign.pipelines.vae import NormalVAE
@@ -166,8 +167,22 @@ class Family(Tunable):
     """Whether the pipeline hands its generator to the scheduler; else a stochastic one draws from torch's global one."""
 
     def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
-        """Return the times that the pipeline visits for an image of this size in pixels: [steps + 1] float32, `clean` last."""
-        return self.process.schedule(steps)
+        """Return the times that the pipeline visits for an image of this size in pixels: [steps + 1] float32, `clean` last.
+
+        Raises DiffalignError for a scheduler whose steps are not those of `NoiseProcess.step`.
+        """
+        found = self.sampler_steps(steps, height, width)
+        return torch.cat([found.times, found.stops[-1:]])
+
+    def sampler_steps(self, steps: int, height: int, width: int) -> SamplerSteps:
+        """Return the steps that the pipeline takes for an image of this size in pixels; raises as `sampling_times`."""
+        return sampler_steps(
+            self.pipeline.scheduler, self.process, steps, **self.schedule_arguments(steps, height, width)
+        )
+
+    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
+        """Return what the pipeline passes to its scheduler's `set_timesteps` besides the number of steps."""
+        return {}
 
     def guidance_arguments(self, scale: float) -> dict[str, float]:
         """Return the arguments of the pipeline's call for u + scale (c - u), u being the negative prompt's prediction."""

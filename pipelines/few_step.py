@@ -23,22 +23,32 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.own_sampler import ddim_stops
 from diffalign.pipelines.process import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 Sampler = Literal["renoise", "euler", "cps"]
+PLAIN_FLOW = {
+    "stochastic_sampling": False, "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}  # fmt: skip
+"""Settings of the base model's scheduler that a student does not take over: its steps and times are those of this file."""
 
 
 @dataclass(frozen=True)
 class FewStep:
-    """A student's sampler. times [steps + 1] float32 in the process's units, noisiest first, `clean` last."""
+    """A student's sampler. times [steps + 1] float32 in the process's units, noisiest first, `clean` last.
+
+    stops [steps]: the times to whose noise levels a step of `euler` leads; None: the next of `times`.
+    """
 
     process: NoiseProcess
     times: Tensor
     sampler: Sampler = "renoise"
     eta: float = 1.0
+    stops: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -65,7 +75,8 @@ class FewStep:
             return x0, zero
         after = self.at(index + 1, x)
         if self.sampler == "euler":
-            return self.process.step(x, prediction, t, after), zero
+            stop = after if self.stops is None else self.stops[index].expand(len(x)).to(x.device)
+            return self.process.step(x, prediction, t, stop), zero
         a, s = self.process.coefficients(after)
         angle = (1.0 if self.sampler == "renoise" else self.eta) * math.pi / 2
         mean = a.view(-1, 1, 1, 1) * x0
@@ -93,7 +104,7 @@ def student_scheduler(
         raise DiffalignError(f"student.times: {steps} falling times are needed, not {times}")
     if "FlowMatch" in type(scheduler).__name__:
         shift = float(config.shift)
-        options: dict[str, Any] = {"shift": shift, "shift_terminal": None}
+        options: dict[str, Any] = {"shift": shift, "shift_terminal": None, **PLAIN_FLOW}
         if times is not None:
             options["shift"] = 1.0
         elif steps > 1:
@@ -102,10 +113,17 @@ def student_scheduler(
         kind = diffusers.FlowMatchLCMScheduler if sampler == "renoise" else diffusers.FlowMatchEulerDiscreteScheduler
         return kind.from_config(config, **options)
     if sampler == "euler":
-        options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+        options = {
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": True,
+            "clip_sample": False,
+            "thresholding": False,
+        }
         return diffusers.DDIMScheduler.from_config(config, **options)
     # With as many original steps as steps, LCM's grid is trailing, and any larger number of steps is refused.
-    return diffusers.LCMScheduler.from_config(config, original_inference_steps=steps, clip_sample=False)
+    return diffusers.LCMScheduler.from_config(
+        config, original_inference_steps=steps, clip_sample=False, thresholding=False
+    )
 
 
 def call_options(scheduler: SchedulerMixin, times: list[float] | None) -> dict[str, object]:
@@ -134,4 +152,6 @@ def few_step(
     else:
         scheduler.set_timesteps(steps)
         grid = scheduler.timesteps.float()
-    return FewStep(process, torch.cat([grid.cpu(), torch.tensor([process.clean])]), sampler, eta)
+    ddim = sampler == "euler" and process.span != 1.0
+    stops = ddim_stops(grid.cpu(), int(process.span), process.clean) if ddim else None
+    return FewStep(process, torch.cat([grid.cpu(), torch.tensor([process.clean])]), sampler, eta, stops)

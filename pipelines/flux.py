@@ -138,8 +138,10 @@ class Flux(TransformerBackbone):
     def default_resolution(self) -> int:
         return SIZE
 
-    def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
-        return self.process.schedule(steps, tokens=(height // self.pixel_multiple) * (width // self.pixel_multiple))
+    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
+        tokens = (height // self.pixel_multiple) * (width // self.pixel_multiple)
+        even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
+        return {"sigmas": even, "mu": math.log(self.process.shift_of(tokens))}
 
     @property
     def pixel_multiple(self) -> int:

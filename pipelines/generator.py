@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.errors import DiffalignError, brief
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import find_index
 from diffalign.pipelines.loading import BACKBONES, load_backbone, read_index

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
+from diffalign.hub import download_command, hub_answers
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -36,9 +36,9 @@ def find_index(path: str, revision: str | None, token: str | None, local_files_o
         raise DiffalignError(f"model folder {path} does not exist (and it is no hub id of the form owner/name)")
     import huggingface_hub
 
-    with hub_errors(path, revision, INDEX):
+    with hub_errors(path, revision, INDEX, asked=not local_files_only):
         found = huggingface_hub.hf_hub_download(
-            path, INDEX, revision=revision, token=token, local_files_only=local_files_only
+            path, INDEX, revision=revision, token=token, local_files_only=local_files_only or not hub_answers()
         )
     # The cache names a snapshot's folder after its commit.
     return Path(found), Path(found).parent.name
@@ -54,19 +54,18 @@ def component_config(
         import huggingface_hub
 
         wanted = f"{component}/config.json"
-        with hub_errors(path, commit, wanted):
-            file = Path(
-                huggingface_hub.hf_hub_download(
-                    path, wanted, revision=commit, token=token, local_files_only=local_files_only
-                )
+        with hub_errors(path, commit, wanted, asked=not local_files_only):
+            found = huggingface_hub.hf_hub_download(
+                path, wanted, revision=commit, token=token, local_files_only=local_files_only or not hub_answers()
             )
+        file = Path(found)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffalignError(f"{path}: {component}/config.json cannot be read ({brief(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise DiffalignError(f"{path}: {component}/config.json is not a component's config")
-    return found
+    return config
 
 
 def download(path: str, commit: str, variant: str | None, token: str | None, absent: Mapping[str, None]) -> Path:
@@ -82,8 +81,8 @@ def download(path: str, commit: str, variant: str | None, token: str | None, abs
 
 
 @contextmanager
-def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
-    """Turn the hub's exceptions into one line that says what to do."""
+def hub_errors(path: str, revision: str | None, wanted: str, asked: bool = True) -> Iterator[None]:
+    """Turn the hub's exceptions into one line that says what to do. asked: False where only the cache was looked into."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{path}"
@@ -102,10 +101,12 @@ def hub_errors(path: str, revision: str | None, wanted: str) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
-        why = "the hub was not asked" if cause is None else f"the hub gave no answer ({brief(cause)})"
+        answer = "the hub gave no answer" + (f" ({brief(cause)})" if cause is not None else "")
+        why = answer if asked else "the hub was not asked (local_files_only)"
+        folder = path.rpartition("/")[2]
         raise DiffalignError(
-            f"{path}: {wanted}{at} is not in the local cache and {why}; go online, unset local_files_only, or give a "
-            "local folder"
+            f"{path}: {wanted}{at} is not in the local cache and {why}; where there is a network: "
+            f"{download_command(path, folder)}; then set model.path={folder}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: {page} holds no {wanted}{at}") from error

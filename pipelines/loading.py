@@ -5,7 +5,6 @@ Only safetensors weights are read and no code from a repository is run.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.files.parse import parse_json
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.components import check_files, is_component, load_components
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.options import Value, read_options
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pretrained import foreign
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -77,8 +77,7 @@ def load_backbone(
         folder = download(path, commit, variant, token, absent)
     source = Source(path, folder, commit, variant, absent)
     check_files(source, components)
-    with quiet_progress():
-        pipeline = _load_pipeline(source, kind, dtype)
+    pipeline = _load_pipeline(source, kind, components, dtype)
     return kind(
         pipeline,
         source,
@@ -110,16 +109,12 @@ def _family(path: str, components: dict[str, Any]) -> type[Backbone]:
 def read_index(path: str, index: Path) -> dict[str, Any]:
     """Read a model_index.json; `path` names the model in messages."""
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
+        components = parse_json(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} is not valid JSON ({error})") from error
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} names no _class_name")
     return components
-
-
-def _is_component(name: str, entry: Any) -> bool:
-    return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2
 
 
 def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_out: tuple[str, ...]) -> dict[str, None]:
@@ -130,7 +125,7 @@ def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_ou
     """
     absent: dict[str, None] = {}
     for name, entry in components.items():
-        if not _is_component(name, entry):
+        if not is_component(name, entry):
             continue
         if name in UNUSED or name in left_out or (name in kind.optional and entry[1] is None):
             absent[name] = None
@@ -143,47 +138,11 @@ def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_ou
     return absent | dict.fromkeys(kind.optional) if missing else absent  # half a T5 is none
 
 
-def check_files(source: Source, components: dict[str, Any]) -> None:
-    """Name what is missing before diffusers fails in the middle of loading."""
-    variants = False
-    for name, entry in components.items():
-        if not _is_component(name, entry) or name in source.absent:
-            continue
-        folder = source.folder / name
-        where = f"{source.path}: {name}/"
-        if not folder.is_dir():
-            raise DiffalignError(f"{where} is missing; {INDEX} asks for it ({entry[1]})")
-        if name.startswith("tokenizer"):
-            needed = "tokenizer_config.json"
-        elif name == "scheduler":
-            needed = "scheduler_config.json"
-        else:
-            needed = "config.json"
-            weights = sorted(f.name for f in folder.glob("*.safetensors"))
-            if not weights:
-                pickled = sorted(f.name for f in folder.glob("*.bin"))
-                advice = f"; {pickled[0]} is a pickle, which is not read: convert it" if pickled else ""
-                raise DiffalignError(f"{where} holds no .safetensors weights{advice}")
-            variants |= source.variant is not None and any(f".{source.variant}." in w for w in weights)
-        if not (folder / needed).is_file():
-            raise DiffalignError(f"{where}{needed} is missing")
-    if source.variant is not None and not variants:
-        raise DiffalignError(f"{source.path}: no weights of variant '{source.variant}'; leave model.variant out")
-
-
-def _load_pipeline(source: Source, kind: type[Backbone], dtype: torch.dtype) -> DiffusionPipeline:
-    from safetensors import SafetensorError
-
+def _load_pipeline(
+    source: Source, kind: type[Backbone], components: dict[str, Any], dtype: torch.dtype
+) -> DiffusionPipeline:
     wanted = kind.pipeline_class()
-    options: dict[str, bool | None] = {**source.absent, **kind.loading_options}
-    try:
-        return wanted.from_pretrained(
-            source.folder,
-            dtype={"vae": torch.float32, "default": dtype},
-            variant=source.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise DiffalignError(f"{source.path} cannot be loaded as {wanted.__name__}: {brief(error)}") from error
+    networks = load_components(source, components, wanted, dtype, vae_dtype=torch.float32)
+    options: dict[str, Any] = {**source.absent, **networks, **kind.loading_options}
+    with foreign(f"{source.path} cannot be loaded as {wanted.__name__}"):
+        return wanted.from_pretrained(source.folder, local_files_only=True, **options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.adapters import LORA_FILE, lora_file
-from diffalign.pipelines.lora_file import as_trained, as_written, write_tensors
+from diffalign.pipelines.save_lora import as_trained, as_written, write_tensors
 
 
 def extrapolate(

@@ -136,8 +136,9 @@ class Diffusion(NoiseProcess):
 
     alphas_cumprod [T] is abar; `final_alpha_cumprod` is abar at `clean` (-1): 1, or abar_0 for schedulers with
     `set_alpha_to_one: false`. `spacing`, `offset` and `scaled_start` say how the pipeline's scheduler lays out its
-    timesteps. Raises DiffalignError for other prediction types, and for epsilon with zero terminal SNR: at abar = 0
-    epsilon says nothing about x0 (Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed").
+    timesteps; `log_sigmas`, that between two of them log(s/a) is interpolated, as with Karras's sigmas, and not s/a.
+    Raises DiffalignError for other prediction types, and for epsilon with zero terminal SNR: at abar = 0 epsilon says
+    nothing about x0 (Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed").
     """
 
     clean = -1.0
@@ -153,6 +154,7 @@ class Diffusion(NoiseProcess):
         final_alpha_cumprod: float = 1.0,
         scaled_start: bool = False,
         zero_snr: bool = False,
+        log_sigmas: bool = False,
     ) -> None:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise DiffalignError(
@@ -174,6 +176,7 @@ class Diffusion(NoiseProcess):
         self.scaled_start = scaled_start
         self.timesteps = len(self.alphas_cumprod)
         self.span = float(self.timesteps)
+        self.log_sigmas = log_sigmas
         # Schedules may visit fractional timesteps (Euler with linspace); there s/a is interpolated, as Euler does.
         sigmas = ((1.0 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
         self._tables = {torch.device("cpu"): (self.alphas_cumprod, sigmas)}
@@ -193,7 +196,10 @@ class Diffusion(NoiseProcess):
         high = (low + 1).clamp(max=self.timesteps - 1)
         part = (times - low).clamp(0.0, 1.0)
         # Where part is 0 the interpolated value is not used: with zero terminal SNR the next sigma is infinite.
-        sigma = sigmas[low] * (1 - part) + sigmas[high] * part
+        if self.log_sigmas:
+            sigma = (sigmas[low].log() * (1 - part) + sigmas[high].log() * part).exp()
+        else:
+            sigma = sigmas[low] * (1 - part) + sigmas[high] * part
         value = torch.where(part > 0, (1.0 / (1.0 + sigma * sigma)).float(), abar[low])
         value = torch.where(times < 0, torch.full_like(value, self.final_alpha_cumprod), value)
         return torch.where(times.isneginf(), torch.ones_like(value), value)

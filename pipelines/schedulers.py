@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import brief
+from diffalign.errors import DiffalignError, brief
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -43,7 +42,9 @@ def replace_scheduler(pipeline: DiffusionPipeline, name: str, options: Mapping[s
     wrong = sorted(set(options) - known)
     if wrong:
         raise DiffalignError(f"scheduler.options: {name} has no {wrong[0]}; it has {', '.join(sorted(known))}")
+    # diffusers' default for some clips an image's pixels to [-1, 1]; latents lie far outside.
+    unclipped = {"clip_sample": before.config.get("clip_sample", False)} if "clip_sample" in known else {}
     try:
-        pipeline.scheduler = classes[name].from_config(before.config, **options)
+        pipeline.scheduler = classes[name].from_config(before.config, **{**unclipped, **options})
     except (ValueError, TypeError, ImportError) as error:
         raise DiffalignError(f"scheduler {name}: {brief(error)}") from error

@@ -41,6 +41,7 @@ def diffusion_process(scheduler: SchedulerMixin) -> Diffusion:
         final_alpha_cumprod=final,
         scaled_start=euler and spacing != "leading",
         zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
+        log_sigmas=euler and any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta")),
     )
 
 

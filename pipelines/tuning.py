@@ -17,36 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
 from diffalign.files.published import drop_local_paths
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
 from diffalign.pipelines.quantize import is_quantized
+from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
 ROLES = ("policy", "reference", "student", "teacher", "fake")
 SAME_AS = {"student": "policy", "teacher": "reference"}
-
-
-@contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Keep diffusers' and transformers' progress bars off the terminal; they have a switch each."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    # Two calls each, not a loop: the modules only look alike.
-    shown = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown[0]:
-            diffusers_logging.enable_progress_bar()
-        if shown[1]:
-            transformers_logging.enable_progress_bar()
 
 
 class Tunable(ABC):
@@ -281,4 +263,4 @@ class Tunable(ABC):
             loaded = kind.from_pretrained(folder, dtype=self.base_dtype(self.trunk), use_safetensors=True)
             self.trunk.load_state_dict(loaded.state_dict())
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise DiffalignError(f"{folder}: these weights do not fit the model ({adapters.brief(error)})") from error
+            raise DiffalignError(f"{folder}: these weights do not fit the model ({brief(error)})") from error

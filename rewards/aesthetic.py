@@ -10,6 +10,7 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from diffalign.pretrained import load_part
 from diffalign.rewards.clip import L14, ClipOptions, ClipReward, quick_gelu
 from diffalign.rewards.published_weights import fetch, fill, fingerprint, load_state, pretrained
 
@@ -76,7 +77,8 @@ class Aesthetic(ClipReward):
 
         folder = quick_gelu(self.name, self.clip_path)
         clip = pretrained(CLIPModel, folder, self.name, self.dtype)
-        head = linear_head(CLIPConfig.from_pretrained(folder).projection_dim, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
+        width = load_part(CLIPConfig, folder, f"reward {self.name}").projection_dim
+        head = linear_head(width, (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1))
         state = {k.removeprefix("layers."): v for k, v in load_state(self.path, "state_dict").items()}
         fill(head, state, self.path, self.name)
         return AestheticModel(clip, head.float())

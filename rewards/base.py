@@ -13,6 +13,9 @@ from diffalign.errors import DiffalignError
 
 LABEL = re.compile(r"[A-Za-z0-9_-]+")
 """The form of a reward's name: columns and files are called by it."""
+TAKEN_COLUMNS = ("group_id", "index", "reason", "identity")
+TAKEN_NAMES = (*TAKEN_COLUMNS, "image", "sha256", "prompt", "split", "human")
+"""Columns of our own tables, and `human`, the source of people's preferences: no reward may replace them."""
 Metadata = dict[str, Any]
 """What a prompt file says of a prompt, such as GenEval's tag, include and exclude."""
 Prepared = Image.Image | Tensor

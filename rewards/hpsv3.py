@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.pretrained import load_part
 from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
@@ -125,7 +126,7 @@ class HPSv3(VisionLanguageReward):
         from accelerate import init_empty_weights
         from transformers import AutoConfig, Qwen2VLModel
 
-        config = AutoConfig.from_pretrained(self.processor_path)
+        config = load_part(AutoConfig, self.processor_path, "reward hpsv3")
         state = under_transformers(load_state(self.path, "model"))
         words = state.get("base.language_model.embed_tokens.weight")
         if words is None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffalign.pretrained import load_part
 from diffalign.rewards.aesthetic import linear_head
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
@@ -137,7 +138,7 @@ class ImageReward(TensorReward):
         if self._tokenizer is None:
             from transformers import BertTokenizer
 
-            self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer_path)
+            self._tokenizer = load_part(BertTokenizer, self.tokenizer_path, f"reward {self.name}")
         return self._tokenizer
 
     def lengths(self, prompts: list[str]) -> list[int]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.files.published import drop_local_paths
+from diffalign.pretrained import load_part
 from diffalign.rewards.chat import written_chat
 from diffalign.rewards.image_tensors import tensor_inputs
 from diffalign.rewards.judge_prompt import LABELS, Wording, escaped, load_settings, write_settings
@@ -253,11 +254,7 @@ def load_processor(folder: Path) -> ProcessorMixin:
     """Load the processor in a folder. Raises DiffalignError if there is none that can be loaded."""
     from transformers import AutoProcessor
 
-    try:
-        return AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DiffalignError(f"{folder}: holds no processor of an image-text model: {first}") from error
+    return load_part(AutoProcessor, folder, f"{folder}: holds no processor of an image-text model")
 
 
 def stand_ins(pixels: Tensor) -> list[Image.Image]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
+from diffalign.pretrained import load_part
 from diffalign.rewards.clip import L14, CLIPScore, quick_gelu
 from diffalign.rewards.detection import Detection
 from diffalign.rewards.learned import DTYPES
@@ -156,7 +157,7 @@ class Mask2FormerDetector:
     def _load(self) -> None:
         from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
-        classes = AutoConfig.from_pretrained(self.path).num_labels
+        classes = load_part(AutoConfig, self.path, "reward geneval").num_labels
         if classes != len(LABELS):
             raise DiffalignError(f"reward geneval: {self.path} knows {classes} classes, not COCO's 80")
         model = pretrained(Mask2FormerForUniversalSegmentation, self.path, "geneval", self.dtype)

@@ -1,15 +1,17 @@
 """Find and load a reward's weights: a local file or folder, or the hub at a revision. Pickles are never executed."""
 
 import hashlib
-import pickle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
+from diffalign.files.tensors import SUFFIX, read_tensors
+from diffalign.hub import download_command, hub_answers
 from diffalign.kernels import align_weights, avoid_cudnn_attention
+from diffalign.pretrained import Loadable, load_model, quiet_libraries
 
 EDGE = 1 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -17,16 +19,6 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 FOLDER_FILES = (*SMALL_FILES, "*.safetensors")
 """All that a transformers folder needs; checkpoints in other formats stay on the hub, unless there is no other."""
 OLDER_FILES = (*SMALL_FILES, "pytorch_model*.bin")
-
-
-class Pretrained(Protocol):
-    """A class of transformers, such as CLIPModel or an Auto class."""
-
-    __name__: str
-
-    def from_pretrained(self, folder: Path, **options: object) -> tuple[torch.nn.Module, dict[str, Any]]:
-        """Return the model, and what was missing in the folder."""
-        ...
 
 
 def fetch(
@@ -60,17 +52,18 @@ def fetch(
 
     try:
         if file is None:
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+            given: dict[str, Any] = {"revision": revision, "local_files_only": not hub_answers()}
+            folder = Path(snapshot_download(repo, allow_patterns=list(patterns), **given))
             if patterns == FOLDER_FILES and not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(OLDER_FILES)))
+                folder = Path(snapshot_download(repo, allow_patterns=list(OLDER_FILES), **given))
             return folder
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not hub_answers()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         what = file or ("model.safetensors and its config" if "*.safetensors" in patterns else f"the {option}'s files")
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DiffalignError(
-            f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: {first} "
-            f"Download it elsewhere and point to the copy: --reward {reward}:{option}=PATH"
+            f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: "
+            f"{brief(error).rstrip('.')}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and point to "
+            f"the copy: --reward {reward}:{option}=PATH"
         ) from error
 
 
@@ -94,23 +87,15 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pretrained(kind: Pretrained, folder: Path, reward: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Return `kind.from_pretrained(folder)`, tensors only.
+def pretrained(
+    kind: Loadable[tuple[torch.nn.Module, dict[str, Any]]], folder: Path, reward: str, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Return `kind.from_pretrained(folder)`, tensors only, every one of them from the folder.
 
-    Raises DiffalignError if a parameter is missing: transformers only warns and initialises it at random.
+    Raises DiffalignError as `load_model` does.
     """
     avoid_cudnn_attention()  # judges are trained, and gradients flow through rewards
-    try:
-        model, info = kind.from_pretrained(folder, dtype=dtype, weights_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DiffalignError(f"reward {reward}: {folder} cannot be loaded as {kind.__name__}: {first}") from error
-    missing = sorted(str(key) for key in info["missing_keys"] if not str(key).endswith("position_ids"))
-    if missing:
-        raise DiffalignError(
-            f"reward {reward}: {folder} does not fit the model: {missing[0]} is missing ({len(missing)} missing)"
-        )
-    assert isinstance(model, torch.nn.Module)
+    model = load_model(kind, folder, f"reward {reward}", dtype=dtype, weights_only=True, trust_remote_code=False)
     align_weights(model)  # a checkpoint scores the same in either of its formats
     return model
 
@@ -120,22 +105,27 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     inside.
     """
     loaded: Any
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        loaded = load_file(path)
+    if path.suffix == SUFFIX:
+        loaded = read_tensors(path)
     else:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            with quiet_libraries():
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's unpickler answers junk with whatever its reading of it leads to
+            reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0]
+            if "Unsupported" in reason:
+                raise DiffalignError(
+                    f"{path}: cannot be loaded without running code from it ({reason}); if you trust it, convert it once "
+                    "where it came from: safetensors.torch.save_file(torch.load(FILE, weights_only=False)['state_dict'], "
+                    "'weights.safetensors'), and pass that file as weights="
+                ) from error
             raise DiffalignError(
-                f"{path}: cannot be loaded without running code from it ({str(error).splitlines()[0]}); if you trust it, "
-                "convert it once where it came from: safetensors.torch.save_file(torch.load(FILE, "
-                "weights_only=False)['state_dict'], 'weights.safetensors'), and pass that file as weights="
+                f"{path} is damaged or no checkpoint of torch ({reason}; {path.stat().st_size} bytes); download or copy it "
+                "once more"
             ) from error
     if key is not None and isinstance(loaded, dict) and key in loaded:
         loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise DiffalignError(f"{path}: holds no state dict of tensors; is it another kind of file?")
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.pretrained import load_part
 from diffalign.rewards.base import Prepared
 from diffalign.rewards.chat import written_chat
 from diffalign.rewards.learned import LearnedOptions, LearnedReward
@@ -52,7 +53,7 @@ class VisionLanguageReward(LearnedReward):
         if self._processor is None:
             from transformers import AutoProcessor
 
-            self._processor = AutoProcessor.from_pretrained(self.processor_path)
+            self._processor = load_part(AutoProcessor, self.processor_path, f"reward {self.name}")
             self._processor.tokenizer.padding_side = "left"
         return self._processor
 

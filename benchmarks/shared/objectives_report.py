@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from diffalign.intervals import interval_in
+
 DENSE, EXACT = "geneval.dense", "geneval.exact"
 ROW, LEFT, WIDTH, TICK = 22, 270, 780, 0.05
 
 
-def interval(values: dict[str, float] | None) -> str:
+def change(values: dict[str, float | None] | None) -> str:
     if values is None:
         return ""
-    return f"{values['difference']:+.3f} ({values['low']:+.3f} to {values['high']:+.3f})"
+    return f"{values['difference']:+.3f} ({interval_in(values).words()})"
 
 
 def name(row: dict[str, Any]) -> str:
@@ -35,8 +37,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in own:
             drift = "" if row["drift"] is None else f"{row['drift']:.2g}"
             lines.append(
-                f"| {name(row)} | {interval(row[f'held_out {DENSE}'])} | {interval(row[f'held_out {EXACT}'])} | "
-                f"{interval(row.get(f'out_of_distribution {DENSE}'))} | {interval(row.get('against shuffled'))} | {drift} | "
+                f"| {name(row)} | {change(row[f'held_out {DENSE}'])} | {change(row[f'held_out {EXACT}'])} | "
+                f"{change(row.get(f'out_of_distribution {DENSE}'))} | {change(row.get('against shuffled'))} | {drift} | "
                 f"{row['diversity']:.3f} | {row['steps']:.0f} | {row['cpu_seconds_per_step']:.2f} |"
             )
         lines.append("")
@@ -46,7 +48,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def picture(rows: list[dict[str, Any]]) -> str:
     """A dot and its interval for every row: difference of the held-out dense score from the base."""
     found = [row[f"held_out {DENSE}"] for row in rows]
-    low, high = min(0.0, *(v["low"] for v in found)), max(0.0, *(v["high"] for v in found))
+    intervals = [interval_in(v) for v in found]
+    ends = [end for one in intervals for end in (one.low, one.high) if end is not None]
+    ends += [0.0, *(v["difference"] for v in found)]
+    low, high = min(ends), max(ends)
     room = (high - low) * 0.05 or 0.01
     low, high = low - room, high + room
     height = ROW * (len(rows) + 2)
@@ -71,8 +76,12 @@ def picture(rows: list[dict[str, Any]]) -> str:
         label = escape(f"{name(row)} ({row['base'].removeprefix('shapes-')})")
         parts += [
             f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>',
-            f'<line x1="{x(value["low"]):.1f}" x2="{x(value["high"]):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
-            f'stroke="{color}" stroke-width="2"/>',
+            *(
+                f'<line x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+                f'stroke="{color}" stroke-width="2"/>'
+                for interval in [interval_in(value)]
+                if interval.low is not None and interval.high is not None
+            ),
             f'<circle cx="{x(value["difference"]):.1f}" cy="{y:.1f}" r="4" fill="{color}"/>',
         ]
     return "\n".join([*parts, "</svg>\n"])

@@ -19,6 +19,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import generator_warning
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.intervals import interval_in
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.quickstart import REWARD, sampling
 from diffalign.stages.rank import rank_dataset
@@ -138,6 +139,4 @@ def show(found: dict[str, Any]) -> None:
     print(f"dense by generator: {found['dense_by_generator']}; generators explain {found['generator_explains']:.0%}")
     print(f"\n| {found['measure']} | base | tuned | difference | 95 % interval |\n|---|---|---|---|---|")
     for name, c in found["rows"].items():
-        print(
-            f"| {name} | {c['base']:.3f} | {c['tuned']:.3f} | {c['difference']:+.3f} | {c['low']:+.3f} to {c['high']:+.3f} |"
-        )
+        print(f"| {name} | {c['base']:.3f} | {c['tuned']:.3f} | {c['difference']:+.3f} | {interval_in(c).words()} |")

@@ -10,6 +10,7 @@ import typer
 
 from diffalign import __version__
 from diffalign.cli import data, judge, score, testbed, train
+from diffalign.cli.terminal import guard_libraries
 
 app = typer.Typer(
     name="diffalign",
@@ -23,6 +24,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    guard_libraries()
     if version:
         print(f"diffalign {__version__}")
         raise typer.Exit

@@ -9,7 +9,8 @@ def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) 
         train(checked, dry_run=dry_run)
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,3 +46,25 @@ def checked_config(kind: str, source: str, overrides: list[str] | None) -> Itera
             yield config.eval_config_of_run(Path(source), given)
         else:
             yield config.load(kind, source, given)
+
+
+def reward_overrides(rewards: Sequence[str]) -> list[str]:
+    """Return the overrides of an evaluation for `--reward` options: the first is `reward`, the others are `more_rewards`.
+
+    A mistake in them is one line and exit code 2.
+    """
+    if not rewards:
+        return []
+    with plain_errors():
+        from diffalign.errors import DiffalignError
+        from diffalign.scoring.spec import parse_all
+
+        specs = parse_all(list(rewards))
+        labelled = [one for one in specs if one.label != one.name and ":" not in one.name]
+        if labelled:
+            raise DiffalignError(
+                f"--reward {labelled[0].label}={labelled[0].name}: eval takes no labels; write the name"
+            )
+        sections = [json.dumps({"name": one.name, "options": one.options}) for one in specs]
+        return [f"reward={sections[0]}", f"more_rewards=[{', '.join(sections[1:])}]"]
+    return []

@@ -1,13 +1,13 @@
 """Turn errors that a user can mend into one line and an exit code; bugs keep their traceback."""
 
 import errno
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
 from diffalign.errors import DiffalignError
+from diffalign.progress import say_aside
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
 
 def _exit(message: str, code: int) -> typer.Exit:
     """Print a message as one line and return the exception that ends the command with `code`."""
-    print(message.replace("\n", " "), file=sys.stderr, flush=True)
+    say_aside(" ".join(filter(None, message.splitlines())))
     return typer.Exit(code)
 
 

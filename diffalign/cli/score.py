@@ -42,7 +42,9 @@ def score_images(
         Path | None,
         typer.Option("--output", "-o", help="The .jsonl, .csv or .parquet to write; scores in it are kept."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a gallery: one HTML file, sorted by any reward.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one HTML file: a gallery, or with --against the pairs side by side.")
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Other images of the same prompts: print paired win rates.")
     ] = None,

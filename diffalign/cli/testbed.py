@@ -55,9 +55,11 @@ def testbed_pretrain(
     """
     with plain_errors(resumes=True):
         _check_shapes_model(name)
+        from diffalign.files.lock import writing_file
         from diffalign.testbed.pretrain import main
 
-        main(name, out)
+        with writing_file(out / name, "--out"):
+            main(name, out)
 
 
 @testbed.command("quickstart")

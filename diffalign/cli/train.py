@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
+from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config, reward_overrides
 from diffalign.cli.errors import plain_errors
+from diffalign.progress import say, say_block
 
 verbs = typer.Typer()
 
@@ -51,7 +52,13 @@ def reward_gradient(config: Source, overrides: Overrides = None, dry_run: DryRun
 
 
 @verbs.command()
-def sample(config: Source, overrides: Overrides = None) -> None:
+def sample(
+    config: Source,
+    overrides: Overrides = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Also write every image as a file into this folder, to look at.")
+    ] = None,
+) -> None:
     """Draw images for prompts into a dataset folder.
 
     Several images per prompt make a group. The same command resumes where it stopped.
@@ -59,7 +66,7 @@ def sample(config: Source, overrides: Overrides = None) -> None:
     with checked_config("sample", config, overrides) as checked:
         from diffalign.stages.sample import sample
 
-        sample(checked)
+        sample(checked, images)
 
 
 @verbs.command("eval")
@@ -71,12 +78,20 @@ def evaluate(
         ),
     ],
     overrides: Overrides = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "-r",
+            help="What scores, as in `diffalign score`: NAME or NAME:key=value,... Repeat for more_rewards.",
+        ),
+    ] = None,
 ) -> None:
     """Compare trained weights with the base model.
 
     Both draw images of the same prompts at the same seeds, the rewards score them, and report.html shows the differences.
     """
-    with checked_config("eval", source, overrides) as checked:
+    with checked_config("eval", source, [*(overrides or ()), *reward_overrides(reward or ())]) as checked:
         from diffalign.stages.evaluate import evaluate
 
         evaluate(checked)
@@ -108,7 +123,7 @@ def show_recipes(
         if name is not None:
             from diffalign.config.commented import commented_recipe
 
-            print(commented_recipe(name), end="")
+            say_block(commented_recipe(name).rstrip("\n"))
             return
         from diffalign.config import list_recipes
 
@@ -138,7 +153,7 @@ def report(
         from diffalign.report.render import write_reports
 
         target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-        print(f"report: {write_reports(runs, target, shown=images)}")
+        say(f"report: {write_reports(runs, target, shown=images)}")
 
 
 @verbs.command("export")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,8 @@ def _buckets(value: Any) -> str | list[list[int]]:
 
 class DataSection(Section):
     """What is trained on."""
+
+    text_key: ClassVar[str | None] = "path"
 
     path: FilePath = Field(description="a dataset folder: images/, scores/, groups.parquet")
     split: str = Field("train", min_length=1, description="the groups whose split has this name")

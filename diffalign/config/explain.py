@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from diffalign.config.document import Document, Key
 from diffalign.config.objective import FOREIGN_SECTIONS
 from diffalign.config.section import COMBINATION, Section
+from diffalign.config.synonyms import elsewhere
 
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
@@ -42,7 +43,8 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         key, message = (*key, "name"), _objective(one, key, owner)
     elif one["type"] == "extra_forbidden":
         known = _keys(owner) if owner else []
-        message = f"unknown key {_dotted(key)}{_meant(str(key[-1]), known, 'keys here')}"
+        hint = elsewhere(kind, key) or _meant(str(key[-1]), known, "keys here")
+        message = f"unknown key {_dotted(key)}{hint}"
     elif one["type"] == "missing" and isinstance(key[-1], int):
         message = f"{_dotted(key[:-1])} has too few entries"
     elif one["type"] == "missing":
@@ -57,7 +59,7 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
 def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> str:
     """Explain an objective whose name is missing or unknown."""
     annotation = owner.model_fields[str(key[-1])].annotation if owner else None
-    known = [tag for tag in map(_tag, _models(annotation)) if tag]
+    known = [tag for tag in map(_tag, models_of(annotation)) if tag]
     if one["type"] == "union_tag_not_found":
         return f"{_dotted(key)}.name is missing; one of {', '.join(known)}"
     name = str(one["ctx"]["tag"])
@@ -71,6 +73,8 @@ def _hint(one: ErrorDetails) -> str:
         return _meant(str(given), re.findall(r"'([^']+)'", one["ctx"]["expected"]), None)
     if one["type"] == "string_type" and isinstance(given, int | float):
         return "; quote it"
+    if one["type"] == "list_type" and isinstance(given, str):
+        return f"; write [{given}]"
     if one["type"].startswith(("float", "int", "bool")) and isinstance(given, str) and _looks_like_number(given):
         return "; without quotes"
     return ""
@@ -100,7 +104,7 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
             continue
         owner = inside[0] if inside else None
         found = owner.model_fields.get(str(part)) if owner else None
-        inside = list(_models(found.annotation)) if found else []
+        inside = list(models_of(found.annotation)) if found else []
     return tuple(key), owner
 
 
@@ -108,12 +112,12 @@ def _keys(model: type[BaseModel]) -> list[str]:
     return model.reading_order() if issubclass(model, Section) else list(model.model_fields)
 
 
-def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+def models_of(annotation: Any) -> Iterable[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Annotated, Union, UnionType, list):
         for inner in get_args(annotation):
-            yield from _models(inner)
+            yield from models_of(inner)
 
 
 def _tag(model: type[BaseModel]) -> str | None:

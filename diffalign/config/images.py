@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from diffalign.config.model import DEVICE, Device, ModelSection, check_device
 from diffalign.config.run import PROMPT_COUNT, RewardSection
 from diffalign.config.section import FilePath, Section, refuse, refuse_twice
+from diffalign.files.paths import is_plain_name
+
+SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
+
+
+class SchedulerSection(Section):
+    """What integrates the model's prediction, in place of the model's own."""
+
+    text_key: ClassVar[str | None] = "name"
+
+    name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
+    options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
 
 
 class SamplingSection(Section):
@@ -94,7 +105,7 @@ class EvalConfig(ImagesConfig):
     def _check_names(self) -> EvalConfig:
         for name in self.others:
             # Names become folders.
-            if name in ("base", "tuned") or not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+            if name in ("base", "tuned") or not is_plain_name(name):
                 refuse(f"{name!r} is taken or no plain name; use letters, digits, dots and dashes", "others")
         refuse_twice(
             [self.reward.name, *(reward.name for reward in self.more_rewards)],

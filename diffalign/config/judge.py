@@ -15,6 +15,8 @@ METHODS = {"teacher": ("gdso", "grpo", "sft", "bt"), "student": ("risd", "sft", 
 class JudgeModelSection(Section):
     """Which image-text model, and how it is loaded."""
 
+    text_key: ClassVar[str | None] = "path"
+
     path: FilePath = Field(description="a transformers folder with processor and chat template, or a judge's weights/")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
     labels: Literal["digits", "letters"] | None = Field(

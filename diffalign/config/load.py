@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,7 +9,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from diffalign.config.distill import DistillConfig
-from diffalign.config.document import Document, Key, apply_override, dump, read_document
+from diffalign.config.document import Document, Key, apply_override, dump, is_text, read_document
 from diffalign.config.explain import explain
 from diffalign.config.images import EvalConfig, SampleConfig
 from diffalign.config.judge import JudgeConfig
@@ -20,8 +19,10 @@ from diffalign.config.rounds import RoundsConfig
 from diffalign.config.run import StepSection, divisors
 from diffalign.config.section import Section
 from diffalign.config.synth import RankConfig, SynthConfig
+from diffalign.config.texts import text_key
 from diffalign.config.train import TrainConfig
 from diffalign.errors import DiffalignError
+from diffalign.progress import say_aside
 
 KIND = "kind"
 KINDS: dict[str, type[BaseModel]] = {
@@ -48,7 +49,7 @@ def load(kind: str, source: str | Path, overrides: Sequence[str] = ()) -> BaseMo
     as in YAML; later ones win. Returns an instance of `KINDS[kind]`. Raises DiffalignError, one line: the key, its file and
     line (or the argument), what is wrong, and what was perhaps meant.
     """
-    document = read_recipe(config_path(source))
+    document = read_recipe(config_path(source), KINDS[kind])
     _check_kind(document, kind)
     return _loaded(document, KINDS[kind], overrides)
 
@@ -176,12 +177,13 @@ def _loaded(document: Document, model: type[Config], overrides: Sequence[str]) -
     before = {section: dict(value) for section, value in document.values.items() if isinstance(value, dict)}
     places = dict(document.places)
     for argument in overrides:
-        apply_override(document, argument)
+        way = argument.partition("=")[0].strip().split(".")
+        apply_override(document, argument, text_key(model, way) if is_text(argument) else None)
     notes = [_drop_keys_of_another(document, name, before.get(name, {}), places) for name in ("objective", "method")]
     notes.append(_fit_micro_batch(document, model, before.get("train", {})))
     config = _validate(document, model)
     for note in filter(None, notes):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        say_aside(f"note: {note}")
     return config
 
 

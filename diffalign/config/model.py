@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,8 @@ def current_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 class ModelSection(Section):
     """Which model, and how it is loaded."""
+
+    text_key: ClassVar[str | None] = "path"
 
     path: str = Field(
         min_length=1,

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from diffalign.config.section import Section
+from diffalign.config.section import Section, by_name
 from diffalign.errors import DiffalignError
 from diffalign.objectives import GROUP, OBJECTIVES, Objective, find_objective
 from diffalign.plugins import offered_names
@@ -33,6 +33,8 @@ STATED = ("description", "gt", "ge", "lt", "le")
 
 class ObjectiveSection(Section):
     """Base of the objectives' sections."""
+
+    text_key: ClassVar[str | None] = "name"
 
     name: str
     kind: ClassVar[type[Objective]]
@@ -103,6 +105,7 @@ def _of_another_package(value: Any, ours: ValidatorFunctionWrapHandler) -> Objec
     """Validate an objective of another package; the union validates ours, and refuses names that nobody offers."""
     if isinstance(value, ObjectiveSection):
         return value
+    value = by_name(value)
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or name in OBJECTIVES or not (":" in name or name in offered_names(GROUP)):
         section: ObjectiveSection = ours(value)

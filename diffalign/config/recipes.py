@@ -12,7 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from diffalign.config.document import Document, Key, read_document
+from diffalign.config.texts import write_out_texts
 from diffalign.errors import DiffalignError
 
 EXTENDS = "extends"
@@ -60,8 +63,8 @@ def config_path(name: str | Path) -> Path:
     raise DiffalignError(f"{name}: neither a file nor a shipped recipe; {hint}")
 
 
-def read_recipe(path: Path) -> Document:
-    """Read a config file together with what it extends; values keep the place where they stand.
+def read_recipe(path: Path, model: type[BaseModel]) -> Document:
+    """Read a config file of this class together with what it extends; values keep the place where they stand.
 
     Raises DiffalignError, with file and line, for a base that does not exist or extends another file itself.
     """
@@ -69,6 +72,7 @@ def read_recipe(path: Path) -> Document:
     _about(document)
     base = document.values.pop(EXTENDS, None)
     document.values.pop(ABOUT, None)
+    write_out_texts(document, model)
     if base is None:
         return document
     place = document.place((EXTENDS,))
@@ -79,6 +83,7 @@ def read_recipe(path: Path) -> Document:
             "state the rest here"
         )
     below.values.pop(ABOUT, None)
+    write_out_texts(below, model)
     values = _merged(below.values, document.values, (), below.places)
     return Document(values, document.source, {**below.places, **document.places}, document.text)
 

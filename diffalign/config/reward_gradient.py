@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from diffalign.config.images import SchedulerSection
 from diffalign.config.run import PRECISION, PROMPT_COUNT, AveragedStepSection, BackboneRunConfig, RewardSection
-from diffalign.config.section import Section, Sizes, refuse, refuse_twice
+from diffalign.config.section import Section, Sizes, by_name, refuse, refuse_twice
 
 DETACH_INPUT = (
     "true: what the network sees carries no gradient from earlier steps (DRTune); the latents themselves still do"
@@ -15,9 +16,12 @@ DETACH_INPUT = (
 
 
 class SamplerSection(Section):
-    """How images are drawn, in training as in validation: by the model's own deterministic sampler."""
+    """How images are drawn, in training as in validation: by a deterministic sampler of one prediction a step."""
 
     steps: int = Field(40, gt=0, le=1000, description="denoising steps")
+    scheduler: SchedulerSection | None = Field(
+        None, description="ddim, euler or flow_euler where the model's own cannot be followed; null: its own"
+    )
     guidance_scale: float = Field(
         1.0, ge=0, description="classifier-free guidance, also in the steps with a gradient; 1 or less: none"
     )
@@ -31,6 +35,8 @@ class SamplerSection(Section):
 class ReFLSection(Section):
     """ReFL: one late prediction, whose x0 is judged before the sampler has ended."""
 
+    text_key: ClassVar[str | None] = "name"
+
     name: Literal["refl"] = Field("refl", description="the step that is judged is drawn again in every training step")
     between: Sizes | None = Field(
         None,
@@ -43,6 +49,8 @@ class ReFLSection(Section):
 class DRaFTSection(Section):
     """DRaFT-K: a gradient through the last K steps of the sampler."""
 
+    text_key: ClassVar[str | None] = "name"
+
     name: Literal["draft"] = Field("draft", description="DRaFT-K; the finished image is judged")
     last: int | None = Field(1, gt=0, description="K, steps with a gradient; null: all of them (DRaFT)")
     detach_input: bool = Field(False, description=DETACH_INPUT)
@@ -50,6 +58,8 @@ class DRaFTSection(Section):
 
 class AlignPropSection(Section):
     """AlignProp: as DRaFT-K, with K drawn again in every training step."""
+
+    text_key: ClassVar[str | None] = "name"
 
     name: Literal["alignprop"] = Field("alignprop", description="randomised truncation; the finished image is judged")
     last: Sizes | None = Field(None, description="[fewest, most] steps with a gradient; null: from 1 to all")
@@ -59,11 +69,17 @@ class AlignPropSection(Section):
 class DRaFTLVSection(Section):
     """DRaFT-LV: DRaFT-1 with less variance, the last step being taken from several noises."""
 
+    text_key: ClassVar[str | None] = "name"
+
     name: Literal["draft_lv"] = Field("draft_lv", description="a mean over noises in the last step")
     noises: int = Field(2, gt=0, description="times that a finished image is noised again to the last step's level")
 
 
-Method = Annotated[ReFLSection | DRaFTSection | AlignPropSection | DRaFTLVSection, Field(discriminator="name")]
+Method = Annotated[
+    ReFLSection | DRaFTSection | AlignPropSection | DRaFTLVSection,
+    Field(discriminator="name"),
+    BeforeValidator(by_name),
+]
 
 
 class GradientRewardSection(RewardSection):

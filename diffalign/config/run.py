@@ -82,6 +82,8 @@ class AveragedStepSection(StepSection):
 class OptimizerSection(Section):
     """Which optimiser, and its learning rate over time."""
 
+    text_key: ClassVar[str | None] = "name"
+
     name: Literal["adamw", "adamw8bit", "adafactor"] = Field(
         "adamw", description="the optimiser; adamw8bit needs bitsandbytes"
     )
@@ -140,6 +142,8 @@ class TrackingSection(Section):
 
 class RewardSection(Section):
     """What scores the images."""
+
+    text_key: ClassVar[str | None] = "name"
 
     name: str = Field("geneval", min_length=1, description="the reward's name, or module:Class from another package")
     detector: str | None = Field(

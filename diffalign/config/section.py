@@ -6,14 +6,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 COMBINATION = "combination"
 
 FilePath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text becomes one
 Betas = Annotated[tuple[float, float], Field(strict=False)]  # nor tuples: a list of two becomes one
 Sizes = Annotated[tuple[int, int], Field(strict=False)]
+
+
+def _plain_name(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError(f"{name!r} {NOT_PLAIN}")
+    return name
+
+
+PlainName = Annotated[str, AfterValidator(_plain_name)]  # becomes a part of a file's name
 
 
 class Section(BaseModel):
@@ -35,11 +46,21 @@ class Section(BaseModel):
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
 
+    text_key: ClassVar[str | None] = None
+    """The key that a text in the section's place gives: `reward: pickscore` is `reward: {name: pickscore}`."""
+
     @model_validator(mode="before")
     @classmethod
-    def _empty(cls, value: Any) -> Any:
-        """Read `tune:` with every key below it commented out as the section with its defaults."""
+    def _abbreviated(cls, value: Any) -> Any:
+        """Read a text as the section's `text_key`, and `tune:` with every key commented out as the defaults."""
+        if isinstance(value, str) and cls.text_key is not None:
+            return {cls.text_key: value}
         return {} if value is None else value
+
+
+def by_name(value: Any) -> Any:
+    """Read a text in the place of one of several sections as its `name`: `objective: ipo`."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def refuse(message: str, *keys: str) -> NoReturn:

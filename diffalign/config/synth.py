@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.images import SizedSamplingSection
+from diffalign.config.images import SchedulerSection, SizedSamplingSection
 from diffalign.config.model import DEVICE, Device, ModelSection, check_device
 from diffalign.config.run import PROMPT_COUNT, RewardSection
-from diffalign.config.section import FilePath, Section, refuse, refuse_twice
-
-SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
+from diffalign.config.section import FilePath, PlainName, Section, refuse, refuse_twice
+from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 
 class PromptSection(Section):
     """Which prompts."""
+
+    text_key: ClassVar[str | None] = "source"
 
     source: str = Field(
         min_length=1,
@@ -28,17 +29,10 @@ class PromptSection(Section):
     unique: bool = Field(True, description="true: leave out a prompt that repeats")
 
 
-class SchedulerSection(Section):
-    """What integrates the model's prediction, in place of the model's own."""
-
-    name: SchedulerName = Field(description="the sampler; flow_euler and flow_heun for rectified flow")
-    options: dict[str, Any] = Field(default_factory=dict, description="its settings that differ from the model's own")
-
-
 class GeneratorSection(SizedSamplingSection):
     """A model that draws images, and how."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="how the dataset names it")
+    name: PlainName = Field(description="how the dataset names it")
     model: ModelSection
     prior: str | None = Field(None, description="folder or id of the first stage (Stable Cascade only)")
     weights: FilePath | None = Field(None, description="a LoRA, or a run's weights/ folder; null: the model as it is")
@@ -66,6 +60,9 @@ def split_problem(splits: dict[str, float]) -> str | None:
     """Return what is wrong with the shares of splits, with the remedy; None if they can be used."""
     if "train" in splits:
         return "train gets what the other splits leave; name only those"
+    odd = [name for name in splits if not is_plain_name(name)]
+    if odd:
+        return f"{odd[0]!r} {NOT_PLAIN}"
     if not all(share >= 0 for share in splits.values()) or not sum(splits.values()) < 1:
         return "shares must be positive and leave some prompts to train"
     return None
@@ -152,7 +149,7 @@ class SynthConfig(Section):
     rewards: list[RewardSection] = Field(default_factory=list, description="scored one after another; []: no ranking")
     reward_batch: int = Field(64, gt=0, description="images scored at once")
     rank: RankSection = RankSection()
-    split: str = Field("train", min_length=1, description="the split that the groups get unless rank.splits says other")
+    split: PlainName = Field("train", description="the split that the groups get unless rank.splits says other")
     latents: bool = Field(
         False, description="true: store the latents too, where the generator is one that can be trained here"
     )

@@ -28,7 +28,11 @@ class TrainSection(AveragedStepSection):
         "all, or one where all do not fit the GPU's memory",
     )
     prompt_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of groups whose prompt is replaced by the empty one"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of groups whose prompt is replaced by what sampling steers away from: zeros for SDXL, else the "
+        "empty prompt",
     )
     skip_grad_norm: float | None = Field(
         None, gt=1, description="skip steps whose gradient norm is more than this times the recent median; null: none"

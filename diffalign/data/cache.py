@@ -3,16 +3,14 @@
 There are two folders, one for latents and one for prompt embeddings, each named by a hash of everything that decides
 its content: the encoded bytes of every image, the prompts, the model's weights, sizes. So a new resolution does not
 encode prompts again, a new prompt does not encode images again, and a changed input never reads an outdated cache.
-`latents.py` and `embeddings.py` describe the content. If several processes need a folder, one makes it and the others
-wait.
+`latents.py` and `embeddings.py` describe the content. Processes that need a folder make it together, file by file, and
+what a killed command has made is kept.
 
 `data.cache` says what is encoded before the first step: `all`, `latents` (the text encoders stay loaded) or `off` (the
 VAE stays too). Training sees the same numbers in all three, bit-identical where the device computes alike.
 """
 
 import hashlib
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +22,12 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
 from diffalign.data.protocols import CacheMode, Encoder, GroupSettings
-from diffalign.data.shared_tasks import Task, complete_all
+from diffalign.data.records import made_bytes, read_index
 from diffalign.files import check_space
 from diffalign.progress import Say
 
 VERSION = "2"
+PROMPT_VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,16 @@ class CachePlan:
         """Return the latents; encode them first if the cache should hold them and does not."""
         if self.mode == "off":
             return LiveLatents(self.frames, self.backbone)
-        _make(self.latent_folder, lambda part: LatentStore.write(part, self.frames, self.backbone, say))
+        if read_index(self.latent_folder) is None:
+            LatentStore.make(self.latent_folder, self.frames, self.backbone, say)
         return LatentStore(self.latent_folder)
 
     def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
         """Return the prompt embeddings; encode them first if the cache should hold them and does not."""
         if self.mode != "all":
             return LivePrompts(self.backbone)
-        _make(self.prompt_folder, lambda part: PromptStore.write(part, self.prompts, self.backbone, say))
+        if read_index(self.prompt_folder) is None:
+            PromptStore.make(self.prompt_folder, self.prompts, self.backbone, say)
         return PromptStore(self.prompt_folder)
 
     @cached_property
@@ -63,17 +64,17 @@ class CachePlan:
     @cached_property
     def prompt_folder(self) -> Path:
         """The folder of the prompt embeddings."""
-        parts = (VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
+        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
         return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
 
     def missing(self) -> dict[Path, int]:
-        """Return the folders that do not exist yet, with the bytes that they will take."""
+        """Return the folders that are not complete, with the bytes that they will still take."""
         found: dict[Path, int] = {}
-        if self.mode != "off" and not (self.latent_folder / "index.json").is_file():
+        if self.mode != "off" and read_index(self.latent_folder) is None:
             found[self.latent_folder] = latent_bytes(self.frames, self.backbone)
-        if self.mode == "all" and not (self.prompt_folder / "index.json").is_file():
+        if self.mode == "all" and read_index(self.prompt_folder) is None:
             found[self.prompt_folder] = prompt_bytes(self.prompts, self.backbone)
-        return found
+        return {folder: max(0, size - made_bytes(folder)) for folder, size in found.items()}
 
     def check_space(self) -> None:
         """Raise DiffalignError if the missing folders do not fit on the disk."""
@@ -115,22 +116,6 @@ def latent_key(frames: Frames, backbone: Encoder) -> str:
                     value = table[name][n].as_py() or b""
                     digest.update(_bytes_hash(value.encode() if isinstance(value, str) else value))
     return digest.hexdigest()
-
-
-def _make(final: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder that appears under its name only when it is complete; one process makes it."""
-
-    def make() -> None:
-        part = final.with_name(f"{final.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        part.mkdir(parents=True)
-        try:
-            write(part)
-            part.rename(final)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-    complete_all([Task(final.name, (final / "index.json").is_file, make)], final.parent / ".locks")
 
 
 def _hash(*parts: str) -> hashlib.blake2b:

@@ -19,6 +19,7 @@ from diffalign.data.read_pairs import (
 from diffalign.data.read_tables import is_table_of_pairs, read_table
 from diffalign.data.tables import column_for, json_rows, table_kind
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside, own_files
 
 READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
     "pickapic": read_pickapic,
@@ -68,10 +69,10 @@ def guess_form(path: Path) -> str:
             return "w_l"
         if any(file.is_file() for file in metadata_files(path)):
             return "imagefolder"
-        named = [path / f"{split}.json" for split in ("train", "test") if (path / f"{split}.json").is_file()]
-        for file in named or sorted([*path.glob("*.json"), *path.glob("*.jsonl")]):
+        named = [inside(path, f"{split}.json") for split in ("train", "test") if (path / f"{split}.json").is_file()]
+        for file in named or own_files(path, "*.json", "*.jsonl"):
             return _json_form(file)
-        parquet = next(iter(sorted(path.rglob("*.parquet"))), None)
+        parquet = next(iter(own_files(path, "**/*.parquet")), None)
         if parquet is not None:
             return _parquet_form(parquet)
         if next(path.rglob("*.tar"), None) is not None:
@@ -105,7 +106,7 @@ def _json_form(path: Path) -> str:
 def _parquet_form(path: Path) -> str:
     try:
         names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
     if "jpg_0" in names:
         return "pickapic"

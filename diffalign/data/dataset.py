@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,8 @@ from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
 from diffalign.files.images import Unreadable, decode
+from diffalign.files.parse import parse_json
+from diffalign.files.paths import is_plain_name
 
 RANKING_FILE = "ranking.json"
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
@@ -72,7 +73,7 @@ class PreferenceDataset:
             "prompt": stored["prompt"],
             "preference": stored.get("preference"),
             "split": stored["split"],
-            "metadata": json.loads(stored.get("metadata") or "{}"),
+            "metadata": self._json(stored.get("metadata"), f"metadata of group {stored['group_id']!r}"),
             "members": stored.get("members"),  # older files lack this and the next
             "dropped": stored.get("dropped"),
             "human": self.human[i],
@@ -177,7 +178,7 @@ class PreferenceDataset:
         for path in self.shards:
             table = pq.read_table(path, columns=["group_id", "provenance"])
             for group, text in zip(table["group_id"].to_pylist(), table["provenance"].to_pylist(), strict=True):
-                yield group, json.loads(text or "{}")
+                yield group, self._json(text, f"provenance of an image of group {group!r}")
 
     # --- scores --------------------------------------------------------------------------------------------------------
 
@@ -236,11 +237,11 @@ class PreferenceDataset:
     def scored_by(self, reward: str) -> dict[str, Any]:
         """Return what is stored about the reward that made these scores: version, weights, licence, settings."""
         known = (pq.read_schema(self._score_file(reward)).metadata or {}).get(b"diffalign")
-        return dict(json.loads(known)) if known else {}
+        return self._json(known, f"note of the reward {reward}")
 
     def _score_file(self, reward: str) -> Path:
         path = self.folder / "scores" / f"{reward}.parquet"
-        if not path.is_file():
+        if not is_plain_name(reward) or not path.is_file():
             have = ", ".join(self.rewards()) or "none"
             raise DiffalignError(f"labels.source: {self.folder} has no scores of {reward!r}; scored by: {have}")
         return path
@@ -251,6 +252,16 @@ class PreferenceDataset:
             raise DiffalignError(f"labels.source: {path} has no column {column!r}; it has {', '.join(names)}")
         name = column or names[0]
         return pq.read_table(path, columns=["group_id", "index", name]), name
+
+    def _json(self, text: str | bytes | None, what: str) -> dict[str, Any]:
+        """Return the object of a cell of JSON. Raises DiffalignError, which names `what`, if it holds none."""
+        try:
+            found = parse_json(text or "{}")
+        except ValueError as error:
+            raise DiffalignError(f"{self.folder}: {what} is not JSON ({error}); make the dataset again") from error
+        if not isinstance(found, dict):
+            raise DiffalignError(f"{self.folder}: {what} is no object; make the dataset again")
+        return found
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 

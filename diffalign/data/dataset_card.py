@@ -1,13 +1,14 @@
 """Write a dataset's card (README.md as the hub reads it): content, generators, rewards and licences."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.schema import HUMAN
-from diffalign.files import write_whole
+from diffalign.files import read_json, write_whole
+from diffalign.files.paths import own_files
 from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -22,14 +23,21 @@ FORM_WORDS = {
 }
 
 
-def write_card(dataset: PreferenceDataset, out: Path, form: str, counts: dict[str, int]) -> None:
+def write_card(
+    dataset: PreferenceDataset,
+    out: Path,
+    form: str,
+    counts: dict[str, int],
+    features: Sequence[Mapping[str, object]] = (),
+) -> None:
     """Write README.md of an export, or (form `folder`) of a dataset folder itself.
 
-    A licence that is not known is stated as unknown. Equal data give equal bytes: the card holds neither time nor host.
+    features: the columns in the form of a card's `dataset_info`, where `datasets` cannot find them in the files. A
+    licence that is not known is stated as unknown. Equal data give equal bytes: the card holds neither time nor host.
     """
     generators = _generators(dataset)
     lines = [
-        *_front_matter(generators, form, counts),
+        *_front_matter(generators, form, counts, features),
         "",
         f"# {dataset.folder.name}",
         "",
@@ -52,11 +60,13 @@ def write_own_card(dataset: PreferenceDataset) -> None:
 
 def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     """Return name -> settings of the generators that drew the images; {} for imported data."""
-    files = sorted((dataset.folder / "generators").glob("*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    files = own_files(dataset.folder, "generators/*.json")
+    return {path.stem: read_json(path) for path in files}
 
 
-def _front_matter(generators: dict[str, dict[str, Any]], form: str, counts: dict[str, int]) -> list[str]:
+def _front_matter(
+    generators: dict[str, dict[str, Any]], form: str, counts: dict[str, int], features: Sequence[Mapping[str, object]]
+) -> list[str]:
     """Return the YAML that the hub reads: licence, tags, size, and where the data files are."""
     licences = sorted({str(g.get("licence") or "unknown") for g in generators.values()})
     size = next((name for limit, name in SIZES if sum(counts.values()) < limit), "n>1M")
@@ -66,10 +76,13 @@ def _front_matter(generators: dict[str, dict[str, Any]], form: str, counts: dict
     if form == "folder":
         lines += ["configs:", "- config_name: images", '  data_files: "images/*.parquet"']
         lines += ["- config_name: groups", '  data_files: "groups.parquet"']
-    elif form != "webdataset":
+    else:
+        ending = "tar" if form == "webdataset" else "parquet"
         lines += ["configs:", "- config_name: default", "  data_files:"]
         for split in (split for split, count in counts.items() if count):
-            lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.parquet"']
+            lines += [f"  - split: {_yaml(split)}", f'    path: "data/{split}-*.{ending}"']
+    if features:
+        lines.append(f"dataset_info: {json.dumps({'features': features})}")
     return [*lines, "---"]
 
 

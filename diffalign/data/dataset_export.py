@@ -20,9 +20,12 @@ from diffalign.data.writer import parquet_writer
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
+from diffalign.files.paths import member_name, plain_name
 
 GROUPS_PER_FILE = 1000
 ROWS_PER_GROUP = 50
+TYPED_BY = 5
+"""Samples from which `datasets` reads the columns of a webdataset."""
 SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 
 
@@ -41,14 +44,15 @@ def export(dataset: PreferenceDataset, out: Path, form: str, pairs: str = "best_
     scores = StoredScores(dataset)
     splits, dropped = dataset.column("split"), dataset.column("dropped")
     counts = {}
-    for split in sorted(set(splits)):
+    for split in sorted({plain_name(split, f"{dataset.folder}: split") for split in splits}):
         groups = [i for i, s in enumerate(splits) if s == split and not dropped[i]]
         files = max(1, math.ceil(len(groups) / GROUPS_PER_FILE))
         counts[split] = 0
         for n in range(files if groups else 0):
             some = groups[n * GROUPS_PER_FILE : (n + 1) * GROUPS_PER_FILE]
             counts[split] += FORMS[form](dataset, scores, some, out / "data", f"{split}-{n:05d}-of-{files:05d}", pairs)
-    write_card(dataset, out, form, counts)
+    features = webdataset_features(out, list(scores.values))._to_yaml_list() if form == "webdataset" else []
+    write_card(dataset, out, form, counts, features)
     return counts
 
 
@@ -169,24 +173,66 @@ def _pair_row(
 def _webdataset(
     dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str
 ) -> int:
-    """Write a tar of <group>.json and <group>.<index>.png, without times or owners: equal data give equal bytes."""
+    """Write a tar of <group>.json and <group>.<index>.png, without times or owners: equal data give equal bytes.
+
+    `datasets` gives every key of the JSON one type, so metadata, which may hold anything, is JSON text, as in `rows`.
+    A group's id is in its record; in the members' names it is escaped.
+    """
     with replacing(out / f"{name}.tar") as part, tarfile.open(part, "w") as tar:
-        for i in groups:
+        for i in _fullest_first(dataset, scores, groups):
             row = dataset.group(i)
             images = dataset.images(row["group_id"])
+            key = member_name(row["group_id"])
             record = {
+                "group_id": row["group_id"],
                 "prompt": row["prompt"],
                 "preference": row["preference"] or [],
-                "scores": scores.of(i, [image.index for image in images]),
+                "scores": scores.of(i, [image.index for image in images]) or None,
                 "images": [f"{image.index}.{suffix(image.data)}" for image in images],
                 "generators": [image.generator for image in images],
                 "seeds": [image.seed for image in images],
-                "metadata": row["metadata"],
+                "metadata": json.dumps(row["metadata"], sort_keys=True),
             }
-            _add(tar, f"{row['group_id']}.json", json.dumps(record, sort_keys=True).encode())
+            _add(tar, f"{key}.json", json.dumps(record, sort_keys=True).encode())
             for image in images:
-                _add(tar, f"{row['group_id']}.{image.index}.{suffix(image.data)}", image.data)
+                _add(tar, f"{key}.{image.index}.{suffix(image.data)}", image.data)
     return len(groups)
+
+
+def _fullest_first(dataset: PreferenceDataset, scores: StoredScores, groups: list[int]) -> list[int]:
+    """Return the groups with the `TYPED_BY` fullest ones first: `datasets` takes columns and types from these."""
+    ids = dataset.column("group_id")
+
+    def fullness(i: int) -> tuple[int, int, int]:
+        members = dataset.members(ids[i])
+        known = sum(value is not None for values in scores.of(i, members).values() for value in values)
+        return len(members), len(dataset.column("preference")[i] or []), known
+
+    first = sorted(groups, key=fullness, reverse=True)[:TYPED_BY]
+    return [*first, *(i for i in groups if i not in first)]
+
+
+def webdataset_features(out: Path, rewards: list[str]) -> Features:
+    """Return the columns of a webdataset export as `datasets` names them, those that only some groups have included.
+
+    rewards: the names of score columns.
+    """
+    names: set[str] = set()
+    for path in (out / "data").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            names |= {name.rpartition("/")[2].partition(".")[2] for name in tar.getnames()}
+    record = {
+        "prompt": Value("string"),
+        "preference": List(Value("float64")),
+        "scores": {name: List(Value("float64")) for name in rewards} or Value("null"),
+        "images": List(Value("string")),
+        "generators": List(Value("string")),
+        "seeds": List(Value("int64")),
+        "metadata": Value("string"),
+    }
+    images = sorted(names - {"json"}, key=lambda name: (int(name.split(".")[0]), name))
+    key = {"__key__": Value("string"), "__url__": Value("string")}
+    return Features({"json": record, **{name: Image() for name in images}, **key})
 
 
 def suffix(data: bytes) -> str:

@@ -14,6 +14,7 @@ from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files.images import Unreadable, decode, read_file
+from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 IMAGES_PER_FILE = 4096
 
@@ -129,6 +130,8 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """Return the row with its files read and checked, or why it is skipped."""
     if row.preference and sum(map(isfinite, row.preference)) < 2:
         return SkippedRow(row.where, "fewer than two images have a label", fault=False)
+    if not is_plain_name(row.split):
+        return SkippedRow(row.where, f"split {row.split!r} {NOT_PLAIN}")
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"

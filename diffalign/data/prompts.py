@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from diffalign.data.tables import column_for, json_rows, parquet_rows, read_text, table_kind, table_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.paths import inside
 from diffalign.rewards.facts import KEYS, geneval_facts
 
 
@@ -73,7 +74,7 @@ def unique_prompts(rows: list[PromptRow]) -> list[PromptRow]:
 def _in_folder(folder: Path, split: str) -> Path:
     for name in (f"{split}_metadata.jsonl", f"{split}.jsonl", f"{split}.txt"):
         if (folder / name).is_file():
-            return folder / name
+            return inside(folder, name)
     raise DiffalignError(f"prompts {folder}: holds neither {split}_metadata.jsonl, {split}.jsonl nor {split}.txt")
 
 
@@ -109,7 +110,7 @@ def _csv(path: Path, column: str) -> list[PromptRow]:
 def _parquet(path: Path, column: str) -> list[PromptRow]:
     try:
         names = pq.read_schema(path).names
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise DiffalignError(f"prompts {path}: not a complete parquet file ({error})") from error
     name = _prompt_column(column, names, str(path))
     rows = []

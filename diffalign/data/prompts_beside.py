@@ -3,7 +3,6 @@
 Generators write what made an image into it: A1111 and its forks, ComfyUI, Fooocus and InvokeAI.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -13,7 +12,10 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data.tables import column_for, decoded_text
+from diffalign.errors import DiffalignError
 from diffalign.files.images import TEXT_CHUNKS
+from diffalign.files.parse import parse_json
+from diffalign.files.paths import own_file
 
 TEXTS = (".txt", ".caption")
 USER_COMMENT = 0x9286  # EXIF
@@ -35,18 +37,21 @@ TEXT_INPUTS = (
 )
 
 
-def prompt_beside(path: Path) -> tuple[str | None, str]:
-    """Return the prompt in `a.txt`, `a.caption` or `a.json` beside `a.png`, and a fault if such a file is unreadable."""
+def prompt_beside(path: Path, root: Path | None = None) -> tuple[str | None, str]:
+    """Return the prompt in `a.txt`, `a.caption` or `a.json` beside `a.png`, and a fault if such a file is unreadable.
+
+    root: the folder that links may not leave, by default the image's own.
+    """
     fault = ""
     for suffix in (*TEXTS, ".json"):
         file = path.with_suffix(suffix)
         try:
             if not file.is_file():
                 continue
-            prompt = prompt_in_text(file.read_bytes(), suffix)
+            prompt = prompt_in_text(own_file(root or file.parent, file).read_bytes(), suffix)
         except UnicodeDecodeError as error:
             fault = fault or f"{file.name}: not UTF-8 at byte {error.start}; save it as UTF-8"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DiffalignError) as error:
             fault = fault or f"{file.name}: {error}"
         else:
             if prompt:
@@ -125,7 +130,7 @@ def prompt_of_texts(texts: dict[str, str]) -> str | None:
     if parameters := texts.get("parameters", "").strip():
         found = _of_json(parameters) if parameters[0] == "{" else _of_parameters(parameters)
     if not found and texts.get("prompt", "").lstrip()[:1] == "{":
-        found = _of_graph(json.loads(texts["prompt"]))
+        found = _of_graph(parse_json(texts["prompt"]))
     if not found and (packed := texts.get("invokeai_metadata")):
         found = _of_json(packed)
     return found or None
@@ -139,7 +144,7 @@ def _of_parameters(text: str) -> str:
 
 def _of_json(text: str) -> str | None:
     """Return the prompt of a JSON object: a side-car of a downloader, Fooocus' or InvokeAI's metadata."""
-    row = json.loads(text)
+    row = parse_json(text)
     if not isinstance(row, dict):
         return None
     name = column_for("prompt", row) or next((n for n in ("positive_prompt", "full_prompt") if n in row), None)

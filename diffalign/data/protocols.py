@@ -25,6 +25,10 @@ class PromptEncoder(Protocol):
         """Return everything that the trunk needs of B prompts, each [B, ...]."""
         ...
 
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        """Return the same for no prompt, [1, ...] each: what sampling steers away from."""
+        ...
+
 
 class ImageEncoder(Protocol):
     """The VAE of a model. Pixels are float32 [B, 3, H, W] in [0, 1]; latents [B, C, h, w] are scaled for the trunk."""

@@ -1,13 +1,14 @@
 """Read data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
 
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
-from diffalign.data.schema import inside
 from diffalign.data.tables import column_for, json_rows, table_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside, own_file
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 # Columns of metadata.jsonl that mean something here; the others are a group's facts.
@@ -23,7 +24,7 @@ def read_hpdv2(path: Path) -> Rows:
     both, preferred) is counted and not kept.
     """
     files = [path / f"{s}.json" for s in ("train", "test")] if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
+    files = [own_file(file.parent, file) if path.is_dir() else file for file in files if file.is_file()]
     if not files:
         raise DiffalignError(f"{path}: holds neither train.json nor test.json")
     for file in files:
@@ -43,7 +44,7 @@ def _hpdv2_row(row: dict[str, Any], where: str, file: Path) -> ImportedGroup | S
         return SkippedRow(
             where, f"{'rank' if ranked else 'human_preference'} must have {len(names)} values, one an image"
         )
-    if not all(isinstance(x, int | float) and (ranked or x in (0, 1)) for x in labels):
+    if not all(isinstance(x, int | float) and isfinite(x) and (ranked or x in (0, 1)) for x in labels):
         return SkippedRow(where, f"label out of range: {labels}")
     preference = vote_shares_of_ranks(list(labels)) if ranked else tuple(map(float, labels))
     if len(set(preference)) < 2:
@@ -70,7 +71,7 @@ def read_imagefolder(path: Path) -> Rows:
     `score` (higher is better) orders them; a group with none of these is kept without a preference. Or one row a pair:
     chosen_file_name and rejected_file_name.
     """
-    files = [p for p in metadata_files(path) if p.is_file()] if path.is_dir() else [path]
+    files = [own_file(path, p) for p in metadata_files(path) if p.is_file()] if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds neither metadata.jsonl nor metadata.csv")
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -103,6 +104,8 @@ def _folder_group(
 ) -> ImportedGroup | SkippedRow:
     images: list[bytes | Path] = []
     for where, row in rows:
+        if not isinstance(row["file_name"], str):
+            return SkippedRow(where, f"{row['file_name']!r} is no file name")
         try:
             images.append(inside(folder, row["file_name"]))
         except DiffalignError as error:

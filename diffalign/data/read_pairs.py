@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 
 from diffalign.data.imported import ImportedGroup, SkippedRow
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
-from diffalign.data.schema import inside
-from diffalign.data.tables import json_rows
+from diffalign.data.tables import json_rows, parquet_rows
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
+from diffalign.files.paths import inside, own_file, own_files
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -31,27 +31,24 @@ def read_pickapic(path: Path) -> Rows:
     A folder's files are read in the order of their names; a name that begins with validation or test gives the split.
     Rows without a label and ties (0.5 each) are counted, not kept.
     """
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = own_files(path, "**/*.parquet") if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds no .parquet file")
     for file in files:
         try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
+            names = set(pq.read_schema(file).names)
+        except (pa.ArrowException, OSError) as error:
             yield SkippedRow(str(file), f"not a complete parquet file ({error})")
             continue
-        names = set(table.schema_arrow.names)
         missing = [name for name in PICKAPIC if name not in names]
         if missing:
             yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
         split = split_of(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=64, columns=[*PICKAPIC, *more]):
-            for row in batch.to_pylist():
-                yield _pickapic_row(row, f"{file}:{number}", split)
-                number += 1
+        for place, row in parquet_rows(file, [*PICKAPIC, *more]):
+            where = f"{file}:{place.rpartition(' ')[2]}"
+            yield SkippedRow(where, row) if isinstance(row, str) else _pickapic_row(row, where, split)
 
 
 def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup | SkippedRow:
@@ -66,7 +63,7 @@ def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup 
         return SkippedRow(where, "no caption")
     images = []
     for name in ("jpg_0", "jpg_1"):
-        data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+        data = row[name].get("bytes") if isinstance(row[name], dict) else row[name]
         if not isinstance(data, bytes) or not data:
             return SkippedRow(where, f"{name} is empty")
         images.append(data)
@@ -107,7 +104,9 @@ def is_hpdv3pp(path: Path) -> bool:
 
 
 def _axis_files(path: Path) -> list[Path]:
-    return [file for file in (sorted(path.glob("*/*.json")) if path.is_dir() else [path]) if _axis(file)]
+    if not path.is_dir():
+        return [path] if _axis(path) else []
+    return [own_file(path, file) for file in sorted(path.glob("*/*.json")) if _axis(file)]
 
 
 def _axis(file: Path) -> str | None:
@@ -145,10 +144,17 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
             raise DiffalignError(f"{folder}: no such folder")
     others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in SUFFIXES}
     for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in SUFFIXES):
+        loser = others.pop(winner.stem, None)
+        try:
+            for folder, image in ((winners, winner), (losers, loser)):
+                if image is not None:
+                    own_file(folder, image)
+        except DiffalignError as error:
+            yield SkippedRow(str(winner), str(error))
+            continue
         beside = [prompt_beside(folder / winner.name) for folder in (winners, losers, winners.parent)]
         caption = next((prompt for prompt, _ in beside if prompt), None) or prompt_within(winner)
         fault = next((fault for _, fault in beside if fault), f"write it into {winner.stem}.txt beside it")
-        loser = others.pop(winner.stem, None)
         if loser is None:
             yield SkippedRow(str(winner), f"no image of the same name in {losers}")
         elif not caption:
@@ -161,11 +167,11 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
 
 def read_w_l(path: Path) -> Rows:
     """Read a folder with the winners in w/ and the losers in l/."""
-    yield from read_two_folders(path / "w", path / "l")
+    yield from read_two_folders(inside(path, "w"), inside(path, "l"))
 
 
 def _json_files(path: Path) -> list[Path]:
-    files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
+    files = own_files(path, "*.json", "*.jsonl") if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds no .json or .jsonl file")
     return files

@@ -17,9 +17,9 @@ from typing import Any
 from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.read_pairs import split_of
-from diffalign.data.schema import inside
 from diffalign.data.tables import COLUMNS, Row, column_for, json_object, no_column, table_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside, own_files
 from diffalign.rewards.facts import KEYS, geneval_facts
 
 Rows = Iterator[ImportedGroup | SkippedRow]
@@ -66,8 +66,8 @@ def tables_of(path: Path) -> list[Path]:
     """Return a file, or a folder's parquet or tar files in the order of their names, or else its JSON files."""
     if not path.is_dir():
         return [path]
-    found = sorted([*path.rglob("*.parquet"), *path.rglob("*.tar")])
-    found = found or sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
+    found = own_files(path, "**/*.parquet", "**/*.tar")
+    found = found or own_files(path, "*.json", "*.jsonl")
     if not found:
         raise DiffalignError(f"{path}: holds no .parquet, .tar, .json or .jsonl file")
     return found

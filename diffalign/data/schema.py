@@ -8,13 +8,9 @@ The image columns carry the metadata with which `datasets.load_dataset("parquet"
 """
 
 import json
-import os
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
-
-from diffalign.errors import DiffalignError
 
 _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = {
@@ -106,14 +102,3 @@ def score_schema(columns: tuple[str, ...], made_by: dict[str, Any]) -> pa.Schema
         ],
         metadata=metadata,
     )
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Return `folder / name`. Raises DiffalignError if the name leads out of the folder.
-
-    The name is judged, not where a link in the folder leads: who made the folder may link its images from a store.
-    """
-    below = os.path.relpath(folder / os.path.normpath(name), folder) if name and "\0" not in name else os.pardir
-    if Path(below).parts[:1] == (os.pardir,):
-        raise DiffalignError(f"path {name!r} leaves its folder {folder}; only files below it are read")
-    return folder / below

@@ -6,14 +6,13 @@ command, under `accelerate launch` or in several terminals: each task is done by
 process are taken over.
 """
 
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign.files.lock import try_lock
 from diffalign.progress import OnImages
 
 WAIT = 0.2  # seconds between checks of tasks that others are doing
@@ -31,31 +30,6 @@ class Task:
     done: Callable[[], bool]
     make: Callable[[], None]
     size: int = 1
-
-
-@contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Yield whether this process got the lock `path`; it is held until the block ends. Never waits."""
-    handle = _open(path)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)  # frees the lock
-
-
-def _open(path: Path) -> int:
-    """Open the lock's file. A process that has finished may delete the folder between the two steps."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue
 
 
 def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from diffalign.data.prompts import PromptRow
 from diffalign.data.suites import SUITES, read_suite
 from diffalign.errors import DiffalignError
+from diffalign.hub import hub_answers
 
 HUB = "hub"
 
@@ -53,7 +54,11 @@ def fetch(name: str, file: str, revision: str | None) -> Path:
 
     suite = ON_HUB[name]
     try:
-        return Path(hf_hub_download(suite.repository, file, repo_type="dataset", revision=revision))
+        return Path(
+            hf_hub_download(
+                suite.repository, file, repo_type="dataset", revision=revision, local_files_only=not hub_answers()
+            )
+        )
     except RevisionNotFoundError as error:
         raise DiffalignError(f"suite {name}: {suite.repository} has no revision {revision!r} on the hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -6,7 +6,6 @@ Text is UTF-8 with or without a byte order mark, or UTF-16 with one. Any table m
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.parse import TooDeep, json_entries, parse_json
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row | str]]
@@ -24,6 +24,8 @@ Rows = Iterator[tuple[str, Row | str]]
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 DELIMITERS = ",;\t|"
+UNREADABLE_CELLS = (pa.ArrowException, OSError, ValueError, ArithmeticError)
+"""What pyarrow raises on damaged pages, and on values that Python does not have, such as the year 60,000."""
 BATCH = 64  # rows of a parquet file in memory
 COLUMNS = {
     "prompt": ("prompt", "text", "caption"),
@@ -62,11 +64,6 @@ def decoded_text(data: bytes) -> str:
     """Return text by its byte order mark, UTF-8 without one. Raises UnicodeDecodeError."""
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     return data.decode("utf-16" if utf16 else "utf-8-sig")
-
-
-def printable(text: str) -> str:
-    """Return valid Unicode: bytes that are not UTF-8 and lone surrogates, as in file names, become escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def table_kind(path: Path) -> str:
@@ -108,8 +105,14 @@ def json_rows(path: Path) -> Rows:
     """
     text = read_text(path)
     try:
-        rows = None if table_kind(path) == ".jsonl" else json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = None if table_kind(path) == ".jsonl" else parse_json(text)
+    except TooDeep as error:
+        if text.lstrip()[:1] != "[":
+            raise DiffalignError(f"{path}: not JSON ({error})") from error
+        for number, entry in enumerate(json_entries(text)):
+            yield f"{path}[{number}]", json_object(entry)
+        return
+    except ValueError as error:
         if text.lstrip()[:1] != "{":
             raise DiffalignError(f"{path}: not JSON ({error})") from error
         rows = None  # JSON lines under another name
@@ -124,8 +127,7 @@ def json_rows(path: Path) -> Rows:
     if not isinstance(rows, list):
         raise DiffalignError(f"{path}: a list of rows is expected, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
-        fits = isinstance(row, dict)
-        yield f"{path}[{number}]", _valid(row) if fits else f"an object is expected, not {type(row).__name__}"
+        yield f"{path}[{number}]", _object(row)
 
 
 def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
@@ -143,8 +145,8 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
                 for row in batch.to_pylist():
                     yield f"{path} row {number}", row
                     number += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            yield f"{path} row {number}", f"rows from here cannot be read ({str(error).splitlines()[0]})"
+        except UNREADABLE_CELLS as error:
+            yield f"{path} row {number}", f"rows from here cannot be read ({' '.join(str(error).split())})"
         number = first + file.metadata.row_group(group).num_rows
 
 
@@ -187,16 +189,10 @@ def _csv(path: Path) -> Rows:
 def json_object(line: str) -> Row | str:
     """Return the object that a line of JSON holds, or what is wrong with it."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return _object(parse_json(line))
+    except ValueError as error:
         return f"not JSON ({error})"
-    return _valid(row) if isinstance(row, dict) else f"an object is expected, not {type(row).__name__}"
 
 
-def _valid(value: Any) -> Any:
-    """Return JSON with valid Unicode in its texts; JSON can hold lone surrogates, which no file can."""
-    if isinstance(value, str):
-        return value if value.isascii() else printable(value)
-    if isinstance(value, list):
-        return [_valid(one) for one in value]
-    return {_valid(k): _valid(v) for k, v in value.items()} if isinstance(value, dict) else value
+def _object(value: Any) -> Row | str:
+    return value if isinstance(value, dict) else f"an object is expected, not {type(value).__name__}"

@@ -124,7 +124,9 @@ def write_groups(folder: Path, rows: Iterable[GroupRow], batch: int = 4096) -> i
                 raise DiffalignError(f"group id {row['group_id']!r} occurs twice; group ids must be unique")
             seen.add(row["group_id"])
             human = row["human"] if "human" in row else (not row.get("members") and row["preference"]) or None
-            pending.append({**row, "human": human, "metadata": json.dumps(row["metadata"], sort_keys=True)})
+            pending.append(
+                {**row, "human": human, "metadata": json.dumps(row["metadata"], sort_keys=True, default=str)}
+            )
             if len(pending) == batch:
                 writer.write_table(pa.Table.from_pylist(pending, schema=GROUPS))
                 pending = []

@@ -1,7 +1,7 @@
 """Compare two models' scores in pairs, with bootstrap intervals over prompts.
 
 Prompts are resampled, not images, since images of one prompt are not independent. Seeds of a prompt (and runs, if
-several are pooled) are averaged first.
+several are pooled) are averaged first. Fewer than 8 prompts give no interval (`diffalign.intervals`).
 """
 
 from dataclasses import asdict, dataclass
@@ -9,25 +9,39 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from diffalign.errors import DiffalignError
+from diffalign.intervals import Interval, bootstrap, interval_in
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over prompts; [low, high] is the 95% interval of `difference`; in `win_rate` a tie counts half."""
+    """Means over prompts; [low, high] is the 95% interval of `difference`; in `win_rate` a tie counts half.
+
+    The ends of both intervals are None where there are too few prompts.
+    """
 
     prompts: int
     base: float
     tuned: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     win_rate: float
-    win_low: float
-    win_high: float
+    win_low: float | None
+    win_high: float | None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """Return the fields as they stand in eval.json."""
         return asdict(self)
+
+    @property
+    def interval(self) -> Interval:
+        """The interval of the difference."""
+        return interval_in(self.as_dict())
+
+    @property
+    def win_interval(self) -> Interval:
+        """The interval of the win rate."""
+        return interval_in(self.as_dict(), "win_")
 
 
 def compare(base: np.ndarray, tuned: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Comparison:
@@ -48,21 +62,18 @@ def compare(base: np.ndarray, tuned: np.ndarray, seed: int = 0, resamples: int =
     b = (np.nan_to_num(base[kept]) * weight).sum(1)
     t = (np.nan_to_num(tuned[kept]) * weight).sum(1)
     wins = ((0.5 * (np.sign(np.nan_to_num(tuned[kept]) - np.nan_to_num(base[kept])) + 1)) * weight).sum(1)
-    means = _resampled(np.stack([t - b, wins], axis=1), seed, resamples)
-    (low, win_low), (high, win_high) = np.quantile(means, [0.025, 0.975], axis=0)
+    change, win = bootstrap(np.stack([t - b, wins], axis=1), seed=seed, resamples=resamples)
     return Comparison(
-        len(b), *(float(v) for v in (b.mean(), t.mean(), (t - b).mean(), low, high, wins.mean(), win_low, win_high))
+        prompts=len(b),
+        base=float(b.mean()),
+        tuned=float(t.mean()),
+        difference=float((t - b).mean()),
+        low=change.low,
+        high=change.high,
+        win_rate=float(wins.mean()),
+        win_low=win.low,
+        win_high=win.high,
     )
-
-
-def _resampled(values: np.ndarray, seed: int, resamples: int, chunk: int = 500) -> np.ndarray:
-    """Return means over resampled rows, [resamples, columns], computed in chunks to save memory."""
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, chunk):
-        rows = rng.integers(len(values), size=(min(chunk, resamples - start), len(values)))
-        means.append(values[rows].mean(axis=1))
-    return np.concatenate(means)
 
 
 def pool(runs: list[np.ndarray]) -> np.ndarray:

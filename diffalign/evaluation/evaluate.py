@@ -24,9 +24,12 @@ from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
 from diffalign.files import read_json_lines, replacing, write_whole
+from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
 
+ALL = "all"
+"""The kind of all prompts together; a tag of that name is shown as another."""
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 """Draws one image per prompt and seed."""
 
@@ -193,10 +196,11 @@ def _spread(folder: Path, plan: EvaluationPlan) -> dict[str, np.ndarray]:
 
 def summarise(
     scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
-    tags = [p.metadata.get("tag", "") for p in plan.prompts]
-    kinds = {"all": np.ones(len(tags), dtype=bool)}
+    tags = [str(p.metadata.get("tag") or "") for p in plan.prompts]
+    tags = [f"{ALL} (tag)" if tag == ALL else tag for tag in tags]
+    kinds = {ALL: np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
     return {
         column: {
@@ -237,7 +241,7 @@ def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -
             for kind, c in kinds.items():
                 if kind != "all" and (model or column == "diversity"):
                     continue  # further weights and diversity get one line each
-                interval = f"{c['low']:+.3f} to {c['high']:+.3f}"
+                interval = interval_in(c).words()
                 values = (
                     f"{c['base']:.3f}",
                     f"{c['tuned']:.3f}",

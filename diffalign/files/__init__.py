@@ -1,13 +1,21 @@
 """Read and write small files (text, JSON, JSON lines) and check free disk space."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import parse_json
+
+DAMAGE = (
+    ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, EOFError, OverflowError, RecursionError,
+    MemoryError, NotImplementedError, SafetensorError,
+)  # fmt: skip
+"""What parsers (json, yaml, numpy, pyarrow, safetensors) and code that takes their result apart raise for damaged bytes."""
 
 
 @contextmanager
@@ -33,29 +41,49 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Turn errors of reading a text file into a DiffalignError of one line: `what`, the path and the reason."""
+def reading(path: Path, what: str = "", mend: str = "") -> Iterator[None]:
+    """Turn errors of reading a file into a DiffalignError of one line: `what`, the path and the reason.
+
+    mend: what to do where a file of our own is damaged. With it, everything that a parser raises is turned into such a
+    line: no other code may stand in the block. Without it, the block reads text, and only errors of that are.
+    """
     try:
         yield
+    except DiffalignError:
+        raise
     except OSError as error:
+        # pyarrow raises OSError without a number for bytes that it cannot parse.
+        if mend and (error.errno is None or isinstance(error, FileNotFoundError)):
+            raise DiffalignError(f"{what}{path} cannot be read ({_reason(error)}); {mend}") from error
         raise DiffalignError(f"{what}{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
+    except Exception as error:
+        if mend and isinstance(error, DAMAGE):
+            raise DiffalignError(f"{what}{path} cannot be read ({_reason(error)}); {mend}") from error
+        if not isinstance(error, UnicodeDecodeError):
+            raise
         raise DiffalignError(f"{what}{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error as a reason."""
+    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:200]
+    return f"no {text}" if isinstance(error, KeyError) else text
 
 
 def read_json_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """Return the rows of a .jsonl file, without those whose `step` is above `last_step`; [] if there is no file.
 
-    A line that a kill left unfinished is skipped.
+    A line that a kill left unfinished, or that holds no object, is skipped.
     """
     rows = []
     # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if last_step is None or row["step"] <= last_step:
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(row, dict) and (last_step is None or (isinstance(step, int | float) and step <= last_step)):
             rows.append(row)
     return rows
 
@@ -68,7 +96,8 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DiffalignError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffalign.data.schema import inside as below
 from diffalign.data.tables import json_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
+from diffalign.files.paths import inside as below
 from diffalign.judge.losses import HIGHEST, LEVELS, LOWEST
 
 Record = TypeVar("Record")

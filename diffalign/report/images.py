@@ -105,10 +105,10 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
         values = [tables[id(run)].get(key, {}).get(candidate.model) for candidate, run in members]
         if scored.get("base") is not None and all(v is not None for v in values):
             changes[key] = sum(v - scored["base"] for v in values) / len(values)
-    # Sorted by key too, so that equal changes keep their order; an image is shown once even if there are few.
+    # Sorted by key too, so that equal changes keep their order.
     order = sorted(changes, key=lambda k: (-changes[k], k))
-    best = order[:shown]
-    worst = [k for k in order[::-1][:shown] if k not in set(best)]
+    best = [k for k in order if changes[k] > 0][:shown]
+    worst = [k for k in order[::-1] if changes[k] < 0][:shown]
     rows = []
     for key, kind in [(k, "best") for k in best] + [(k, "worst") for k in worst]:
         file = f"{key[0]:05d}-{key[1]}.png"

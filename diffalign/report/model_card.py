@@ -9,8 +9,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffalign import __version__
+from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.files.parse import parse_yaml
 from diffalign.files.published import is_local, public_name
+from diffalign.intervals import interval_in
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
 
@@ -36,8 +39,8 @@ def front_matter(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        values = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+        values = parse_yaml(found.group(1), str(path)) if found else None
+    except DiffalignError:
         values = None
     return values if isinstance(values, dict) else {}
 
@@ -114,6 +117,7 @@ def write_card(
         loader=PackageLoader("diffalign.report"), autoescape=False, undefined=StrictUndefined, trim_blocks=True
     )  # Markdown, not HTML: what comes from data goes through `plain`
     environment.filters["plain"] = plain
+    environment.filters["interval"] = interval_in
     text = environment.get_template("model_card.md.j2").render(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
         name=run.name,

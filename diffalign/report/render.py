@@ -1,14 +1,16 @@
 """Write `report.html`: what was run, how it went, what changed. One file for one or several runs; no network."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from diffalign.files import write_whole
+from diffalign.intervals import FEWEST, interval_in
 from diffalign.report.curves import Series, series, static_svg, titles
-from diffalign.report.images import comparisons, strip, trials
+from diffalign.report.images import Candidate, comparisons, strip, trials
 from diffalign.report.page import render_page
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 
@@ -59,6 +61,26 @@ def over_checkpoints(run: Run) -> dict[str, list[dict[str, float]]]:
         at = {0: kinds["all"]["base"], run.steps: kinds["all"]["tuned"]}
         at |= {step: run.result["others"][name][column]["all"]["tuned"] for step, name in steps.items()}
         found[column] = [{"step": step, "score": at[step]} for step in sorted(at)]
+    return found
+
+
+def verdicts(members: Iterable[Candidate]) -> list[dict[str, str]]:
+    """Return {"label", "headline", "reason", "tone"} of each candidate: whether its first score is better than the base's.
+
+    The headline claims a difference only where its 95% interval excludes 0.
+    """
+    found = []
+    for candidate in members:
+        column, kinds = next(iter(candidate.scores.items()))
+        c = kinds["all"]
+        interval = interval_in(c)
+        reason = f"{column} changed by {c['difference']:+.3f} over {c['prompts']} held-out prompts"
+        if interval.low is None:
+            reason += f"; at least {FEWEST} are needed for an interval"
+        else:
+            reason += f", 95% interval {interval.words()}, which {'excludes' if interval.side() else 'holds'} 0"
+        headline = interval.verdict("better than the base", "worse than the base")
+        found.append({"label": candidate.label, "headline": headline, "reason": f"{reason}.", "tone": interval.tone})
     return found
 
 
@@ -129,7 +151,9 @@ def write_reports(
     """
     runs = [read_run(Path(folder), result) for folder in folders]
     names = distinct_names(runs)
-    made = [{"members": members, "pictures": comparisons(members, shown)} for members in trials(runs, names)]
+    compared = trials(runs, names)
+    made = [{"members": members, "pictures": comparisons(members, shown)} for members in compared]
+    tuned = [c for members in compared for c, _ in members if c.model == "tuned"]
     drawn = charts(runs)
     html = render_page(
         "diffalign.report",
@@ -137,6 +161,7 @@ def write_reports(
         title=" · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         runs=list(zip(names, runs, strict=True)),
         trials=made,
+        verdicts=verdicts(tuned),
         charts=drawn,
         data={"names": names, "charts": {chart["name"]: chart["data"] for chart in drawn}},
         strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],

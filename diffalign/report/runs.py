@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines
+from diffalign.files.parse import parse_yaml
 from diffalign.health import examine
 
 # Settings worth showing first, and their names in the report.
@@ -84,10 +83,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         findings = [f.as_dict() for f in examine(rows, validations)]
     path = folder / "config.yaml"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DiffalignError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
+    loaded = parse_yaml(text, str(path))
     config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
 

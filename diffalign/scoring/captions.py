@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.schema import inside
 from diffalign.data.tables import COLUMNS, column_for, no_column, read_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import inside
 from diffalign.rewards.facts import geneval_facts
 
 SOURCES = ("auto", "metadata", "txt", "image", "name", "none")
@@ -40,7 +40,7 @@ def folder_metadata(folder: Path, column: str | None) -> tuple[dict[Path, Captio
     for name in METADATA_FILES:
         path = folder / name
         if path.is_file():
-            rows = list(read_rows(path))
+            rows = list(read_rows(inside(folder, name)))
             if len(rows) == 1 and "file_name" not in rows[0][1] and geneval_facts(rows[0][1]).get("include"):
                 return {}, caption_of(rows[0][1], rows[0][0], column)
             found = {}
@@ -63,7 +63,7 @@ def _below(folder: Path, name: str, where: str) -> Path:
     try:
         return inside(folder, name)
     except (DiffalignError, OSError, RuntimeError, ValueError) as error:
-        raise DiffalignError(f"{where}: file_name {name!r} leaves its folder {folder}") from error
+        raise DiffalignError(f"{where}: file_name {error}") from error
 
 
 def plain_path(path: Path) -> str:

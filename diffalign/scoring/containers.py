@@ -1,6 +1,5 @@
 """Images in tar and zip files and in arrow files of `datasets`: where they are, and the prompts that stand beside them."""
 
-import json
 import tarfile
 import threading
 import zipfile
@@ -12,8 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from diffalign.data.prompts_beside import TEXTS, prompt_in_text
+from diffalign.data.tables import UNREADABLE_CELLS
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES, Unreadable
+from diffalign.files.parse import parse_json
 from diffalign.rewards.facts import geneval_facts
 from diffalign.scoring.items import image_bytes
 
@@ -107,9 +108,9 @@ def _beside(archive: Archive, name: str) -> tuple[str | None, dict[str, Any], st
         try:
             data = archive.read(file)
             prompt = prompt or prompt_in_text(data, suffix)
-            if suffix == ".json" and isinstance(row := json.loads(data), dict):
+            if suffix == ".json" and isinstance(row := parse_json(data), dict):
                 facts = geneval_facts(row)
-        except (Unreadable, ValueError, RecursionError) as error:
+        except (Unreadable, ValueError) as error:
             fault = fault or f"{PurePosixPath(file).name}: {error}"
     return prompt, facts, fault
 
@@ -133,7 +134,10 @@ class ArrowImages:
     def rows(self, without: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Yield (batch, row, the other columns) of every row."""
         for n, batch in enumerate(self._batches):
-            rest = batch.select([name for name in batch.schema.names if name != without]).to_pylist()
+            try:
+                rest = batch.select([name for name in batch.schema.names if name != without]).to_pylist()
+            except UNREADABLE_CELLS as error:
+                raise DiffalignError(f"{self.path}: cannot be read: {' '.join(str(error).split())}") from error
             yield from ((n, row, rest[row] if rest else {}) for row in range(batch.num_rows))
 
     def value(self, batch: int, row: int, column: str) -> Any:

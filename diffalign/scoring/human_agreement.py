@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
+from diffalign.intervals import Interval, bootstrap
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
+from diffalign.terminal import number, plain_table
 
 CHOICES = {"a": 1, "b": -1, "tie": 0}
 
@@ -43,15 +46,14 @@ class Agreement:
     """How far a reward agrees with people.
 
     pairs: those with a human preference and both scores. accuracy: share of correct ones, a predicted tie counts half;
-    [low, high] is its 95% interval over groups. kendall: tau-b, in which ties of either side reduce the denominator.
+    interval: its 95% interval over groups. kendall: tau-b, in which ties of either side reduce the denominator.
     """
 
     pairs: int
     human_ties: int
     predicted_ties: int
     accuracy: float
-    low: float
-    high: float
+    interval: Interval
     kendall: float
 
 
@@ -148,43 +150,40 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
     human, model = np.array([f[0] for f in found]), np.array([f[1] for f in found])
     decided = human != 0
     if not found or not decided.any():
-        nan = math.nan
-        return Agreement(0, int((~decided).sum()), int((model == 0).sum()), nan, nan, nan, nan)
+        nothing = Interval(0, None, None)
+        return Agreement(0, int((~decided).sum()), int((model == 0).sum()), math.nan, nothing, math.nan)
     right = np.where(model == 0, 0.5, human == model)[decided]
     untied = (human != 0) & (model != 0)
     concordant = float((human * model)[untied].sum())
     denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
-    low, high = _interval(right, [f[2] for f, kept in zip(found, decided, strict=True) if kept], seed, resamples)
+    interval = _interval(right, [f[2] for f, kept in zip(found, decided, strict=True) if kept], seed, resamples)
     return Agreement(
         int(decided.sum()),
         int((~decided).sum()),
         int((model == 0).sum()),
         float(right.mean()),
-        low,
-        high,
+        interval,
         concordant / denominator if denominator else math.nan,
     )
 
 
-def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean, resampling whole groups: pairs of one prompt share their images."""
+def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -> Interval:
+    """Return the interval of the mean, resampling whole groups: pairs of one prompt share their images."""
     names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
     place = np.array([names[g] for g in groups])
-    sums, sizes = np.bincount(place, right), np.bincount(place)
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(resamples)]
-    means = [sums[d].sum() / sizes[d].sum() for d in drawn]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    sums_and_sizes = np.stack([np.bincount(place, right), np.bincount(place)], axis=1)
+    share = lambda means: means[:, :1] / means[:, 1:]  # noqa: E731
+    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples)[0]
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:
     """Return every column's agreement as a table for a terminal."""
-    shown = Table(title=f"agreement with {len(choices)} human comparisons", title_justify="left")
-    for name in ("reward", "pairs", "human ties", "predicted ties", "accuracy", "95% interval", "Kendall tau-b"):
-        shown.add_column(name, justify="left" if name == "reward" else "right")
+    names = ("pairs", "human\nties", "reward\nties", "accuracy", "95% interval", "Kendall\ntau-b")
+    shown = plain_table("reward", *names, title=f"agreement with {len(choices)} human comparisons")
     for column in columns_of(scores):
         a = agree(choices, scores, column)
-        numbers = (f"{a.accuracy:.1%}", f"{a.low:.1%} to {a.high:.1%}", f"{a.kendall:+.3f}")
-        shown.add_row(column, str(a.pairs), str(a.human_ties), str(a.predicted_ties), *numbers)
+        counts = map(str, (a.pairs, a.human_ties, a.predicted_ties))
+        shown.add_row(
+            Text(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
+        )
     return shown

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.schema import inside
 from diffalign.errors import DiffalignError
 from diffalign.files.images import Unreadable, read_file
+from diffalign.files.paths import inside
 
 
 class Origin(Protocol):
@@ -31,6 +31,16 @@ class FileOrigin:
 
     def read(self) -> bytes:
         return read_file(self.path)
+
+
+@dataclass(frozen=True)
+class RefusedOrigin:
+    """An image that is not read, and why."""
+
+    reason: str
+
+    def read(self) -> bytes:
+        raise Unreadable(self.reason)
 
 
 class ParquetImages:

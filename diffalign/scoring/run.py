@@ -80,13 +80,17 @@ def score_items(
     one on which a reward fails.
     """
     processes = processes or Processes()
-    # Of all rewards first, so that missing weights are reported before an hour is spent on another reward.
-    identities = {label: reward.identity() for label, reward in rewards.items()}
+    # Of all rewards first, so that missing weights are reported before an hour is spent on another reward. A reward that
+    # can score none of the images is not asked: it needs no weights.
+    usable = {label for label, r in rewards.items() if any(not _not_scorable(r, item) for item in items)}
+    identities = {label: rewards[label].identity() for label in usable}
     with ThreadPoolExecutor(workers) as pool:
         hashes, broken = _scan(items, pool, processes)
         computed = known = 0
         failures: dict[str, Known] = {label: {} for label in rewards}
         for label, reward in rewards.items():
+            if label not in usable:
+                continue
             # This process scores its share of what nobody has scored yet.
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
@@ -126,11 +130,17 @@ def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes) -> 
     return hashes, broken
 
 
+def _not_scorable(reward: Reward, item: Item) -> str:
+    """Return why a reward cannot score an item, "" if it can; no weights are needed for that."""
+    reason = reward.reason_not_scorable(item.prompt, item.metadata)
+    return f"{reason} ({item.fault})" if reason and item.fault and not item.prompt else reason
+
+
 def _wanted(items: list[Item], hashes: list[str], reward: Reward, identity: dict[str, Any]) -> dict[str, int]:
     """Return key -> an item with that key. Copies of an image with the same prompt share a key and are scored once."""
     wanted: dict[str, int] = {}
     for i, item in enumerate(items):
-        if not reward.reason_not_scorable(item.prompt, item.metadata):
+        if not _not_scorable(reward, item):
             wanted.setdefault(key_of(hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
     return wanted
 
@@ -236,18 +246,18 @@ def _row(
     row: dict[str, Any] = {"image": item.name, "sha256": None if unread else sha256, "prompt": item.prompt}
     row["reason"] = broken.get(sha256, "")
     for label, reward in rewards.items():
-        identity = with_facts(identities[label], item.metadata)
-        key = key_of(sha256, item.prompt, identity)
-        result, failure = known.get(key), failures[label].get(key)
-        not_scorable = reward.reason_not_scorable(item.prompt, item.metadata)
-        if not_scorable and item.fault and not item.prompt:
-            not_scorable = f"{not_scorable} ({item.fault})"
-        values = result.values if result and not not_scorable else {}
+        not_scorable = _not_scorable(reward, item)
+        result = failure = identity = None
+        if not not_scorable:
+            identity = with_facts(identities[label], item.metadata)
+            key = key_of(sha256, item.prompt, identity)
+            result, failure = known.get(key), failures[label].get(key)
+        values = result.values if result else {}
         for k, name in enumerate(reward.columns):
             row[label if k == 0 else f"{label}.{name}"] = values.get("" if k == 0 else name, math.nan)
         row[label + REASON] = not_scorable or next((r.reason for r in (result, failure) if r), "")
         # Without an identity the row is tried again next time.
-        row[label + IDENTITY] = identity if result and not not_scorable else None
+        row[label + IDENTITY] = identity if result else None
     return row
 
 

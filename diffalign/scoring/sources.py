@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
-from diffalign.data.tables import printable
+from diffalign.data.tables import UNREADABLE_CELLS
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
+from diffalign.files.parse import valid_unicode
+from diffalign.files.paths import leads_out, own_file
 from diffalign.scoring.captions import (
     SOURCES,
     Caption,
@@ -25,7 +27,7 @@ from diffalign.scoring.captions import (
     from_name,
 )
 from diffalign.scoring.containers import ArrowImages, CellOrigin, archive_members
-from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RowOrigin
+from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RefusedOrigin, RowOrigin
 
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
 """Suffixes of files that are expected beside images; they are not reported as skipped."""
@@ -74,7 +76,7 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
     if twice:
         raise DiffalignError(f"{twice[0]!r} is given twice; name each image once")
     captioned = (prompting.apply(item) for item in items)
-    return [replace(item, prompt=item.prompt and printable(item.prompt)) for item in captioned]
+    return [replace(item, prompt=item.prompt and valid_unicode(item.prompt)) for item in captioned]
 
 
 def _expand(source: str) -> list[Path]:
@@ -82,7 +84,7 @@ def _expand(source: str) -> list[Path]:
     path = Path(source)
     if os.path.lexists(path) or not any(c in source for c in "*?["):
         if not os.path.lexists(path):
-            raise DiffalignError(f"{printable(source)}: no such file or folder")
+            raise DiffalignError(f"{valid_unicode(source)}: no such file or folder")
         return [path]
     root = Path(path.anchor) if path.is_absolute() else Path()
     return sorted(root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
@@ -127,12 +129,19 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
         )
         for shard in shards:
             skipped[shard.suffix.lower()] -= shard.suffix.lower() not in BESIDE
+            if leads_out(folder, shard):
+                skipped["links that lead out of the folder"] += 1
+                continue
             yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting)
         for suffix in [s for s, n in skipped.items() if n <= 0]:
             del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
-        yield _file(path, path.relative_to(folder).as_posix(), listed.get(path) or inherited, prompting)
+        key = path.relative_to(folder).as_posix()
+        try:
+            yield _file(own_file(folder, path), key, listed.get(path) or inherited, prompting, folder)
+        except DiffalignError as error:
+            yield Item(valid_unicode(path.as_posix()), valid_unicode(key), RefusedOrigin(str(error)))
 
 
 def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
@@ -140,19 +149,19 @@ def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
     return found[0].parent.parts, found[0].name
 
 
-def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting) -> Item:
-    prompt, fault = _prompt(path, caption, prompting.source)
+def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting, root: Path | None = None) -> Item:
+    prompt, fault = _prompt(path, caption, prompting.source, root)
     facts = caption.facts if caption else {}
-    return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts, fault=fault)
+    return Item(valid_unicode(path.as_posix()), valid_unicode(key), FileOrigin(path), prompt, facts, fault=fault)
 
 
-def _prompt(path: Path, caption: Caption | None, source: str) -> tuple[str | None, str]:
-    """Return the prompt, and why a file that should hold it cannot be read."""
+def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None) -> tuple[str | None, str]:
+    """Return the prompt, and why a file that should hold it cannot be read. root: as `prompt_beside` takes it."""
     if source in ("auto", "metadata") and caption is not None and caption.prompt:
         return caption.prompt, ""
     if source == "name":
         return from_name(path), ""
-    prompt, fault = prompt_beside(path) if source in ("auto", "txt") else (None, "")
+    prompt, fault = prompt_beside(path, root) if source in ("auto", "txt") else (None, "")
     if prompt is None and source in ("auto", "image"):
         prompt = prompt_within(path)
     return prompt, fault
@@ -169,8 +178,8 @@ def _contained(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
             name = f"{path.as_posix()}#{member.origin.name}"
             prompt = None if prompting.source in ("name", "none", "metadata") else member.prompt
             prompt = from_name(Path(member.origin.name)) if prompting.source == "name" else prompt
-            key = printable(f"{below}#{member.origin.name}" if below else member.origin.name)
-            yield Item(printable(name), key, member.origin, prompt, member.facts, fault=member.fault)
+            key = valid_unicode(f"{below}#{member.origin.name}" if below else member.origin.name)
+            yield Item(valid_unicode(name), key, member.origin, prompt, member.facts, fault=member.fault)
 
 
 def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
@@ -182,7 +191,7 @@ def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
     for number, (batch, row, facts) in enumerate(images.rows(column)):
         caption = caption_of(facts, f"{path} row {number}", prompting.column)
         name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
-        yield Item(printable(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
+        yield Item(valid_unicode(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
 
 
 def _image_column(names: list[str], path: Path) -> str:
@@ -198,11 +207,14 @@ def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
     """Yield the rows of a parquet file with an image column and possibly a prompt column."""
     try:
         names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DiffalignError(f"{path}: not a parquet file: {error}") from error
     column = _image_column(names, path)
     images = ParquetImages(path, column)
-    others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
+    try:
+        others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
+    except UNREADABLE_CELLS as error:
+        raise DiffalignError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     number = 0
     for row_group, rows in enumerate(images.row_counts()):
         for row in range(rows):
@@ -211,7 +223,11 @@ def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
             caption = caption_of(facts, f"{path} row {number}", prompting.column)
             name = f"{path.as_posix()}#{number}"
             yield Item(
-                printable(name), f"{below}#{number}", RowOrigin(images, row_group, row), caption.prompt, caption.facts
+                valid_unicode(name),
+                f"{below}#{number}",
+                RowOrigin(images, row_group, row),
+                caption.prompt,
+                caption.facts,
             )
             number += 1
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing, write_whole
+from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
@@ -89,7 +90,7 @@ class Store:
         for path in sorted(self.journal.glob("*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
                     self.known[row["key"]] = Result(values, row["reason"])
                     self._journaled.add(row["key"])
@@ -172,7 +173,7 @@ def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
 def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as it was before a csv or parquet file flattened it."""
     return {
-        name: json.loads(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
+        name: parse_json(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
         None if value == "" and name != "reason" else value
         for name, value in row.items()
     }  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from diffalign.data.dataset_summary import summarise_dataset
 from diffalign.data.imported import Report, write_imported
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
+from diffalign.progress import say, say_aside
 from diffalign.report.contact_sheet import small_picture, write_contact_sheet
 from diffalign.stages.resolve import open_backbone, resolve_device
 
@@ -40,17 +41,18 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
     facts = summarise_dataset(dataset)
     width = max(map(len, facts))
     for key, value in facts.items():
-        print(f"{key:{width}}  {value}")
+        say(f"{key:{width}}  {value}")
     if html is not None:
         write_sheet(dataset, html, groups, facts)
-        print(f"contact sheet: {html}")
+        say(f"contact sheet: {html}")
     return facts
 
 
 def pairs(sources: list[Path], out: Path, split: list[str]) -> None:
     """Write your own pairs as a dataset into `out`: `diffalign pairs`. split: as `read_splits` takes it."""
-    report = import_pairs(sources, out, read_splits(split))
-    print(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
+    with writing_folder(out, "--out"):
+        report = import_pairs(sources, out, read_splits(split))
+    say(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
 
 
 def read_splits(given: list[str]) -> dict[str, float] | None:
@@ -81,26 +83,28 @@ def convert(sources: list[Path], out: Path, form: str | None = None, split: list
     split: as `read_splits` takes it.
     """
     splits = read_splits(split or [])
-    name, rows = open_rows(sources, form)
-    report = write_imported(rows, out, splits=splits)
+    with writing_folder(out, "--out"):
+        name, rows = open_rows(sources, form)
+        report = write_imported(rows, out, splits=splits)
     for fault in report.faults[:FAULTS_SHOWN]:
-        print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+        say_aside(f"{fault.where}: {fault.reason}")
     if report.faults:
         more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
-        print(f"{len(report.faults)} broken rows were skipped{more}", file=sys.stderr)
+        say_aside(f"{len(report.faults)} broken rows were skipped{more}")
     for reason, count in report.counted.items():
-        print(f"{count} rows skipped: {reason}")
+        say(f"{count} rows skipped: {reason}")
     found = f"{report.groups} groups, {report.images} images in {out}{_split_counts(report)}"
-    print(f"{name}: {found}; train on them with data.path={out}")
+    say(f"{name}: {found}; train on them with data.path={out}")
     return report
 
 
 def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int]:
     """Export a dataset and return the rows of each split: `diffalign data export`."""
-    counts = export(PreferenceDataset(folder), out, form, pairs)
+    with writing_folder(out, "--out"):
+        counts = export(PreferenceDataset(folder), out, form, pairs)
     for split, count in counts.items():
-        print(f"{split}: {count} rows")
-    print(f"{form}: {out}")
+        say(f"{split}: {count} rows")
+    say(f"{form}: {out}")
     return counts
 
 
@@ -114,11 +118,11 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
         raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
     missing = plan.missing()
     if not missing:
-        print(f"cache: complete, in {plan.folder}")
+        say(f"cache: complete, in {plan.folder}")
         return
     sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
     needed = sum(missing.values()) / 1e9
-    print(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
+    say(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
     plan.check_space()
     if not dry_run:
         plan.latents()

@@ -12,11 +12,12 @@ from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say
+from diffalign.progress import say, say_block
 from diffalign.rewards.base import Reward
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
@@ -143,6 +144,11 @@ def open_real(config: DistillConfig, backbone: Backbone, side: int) -> RealImage
 
 def distill(config: DistillConfig, dry_run: bool = False) -> None:
     """Distil a model: `diffalign distill`. The same command resumes where it stopped."""
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        _distill(config, dry_run)
+
+
+def _distill(config: DistillConfig, dry_run: bool) -> None:
     device = resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)
@@ -206,7 +212,7 @@ def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None
     backbone = open_backbone(config.model, "cpu")
     student, _ = open_student(config, backbone)
     steps, updates = config.train.steps, config.train.steps * config.fake.updates
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
     for title, values in (
         ("model", backbone.facts()),
         ("student", {
@@ -220,6 +226,6 @@ def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None
             "images": f"{config.train.groups_per_step * config.group.size} an update",
         }),
     ):  # fmt: skip
-        print(f"# {title}")
+        say(f"# {title}")
         for key, value in values.items():
-            print(f"#   {key}: {value}")
+            say(f"#   {key}: {value}")

@@ -1,14 +1,12 @@
 """`diffalign eval`: the base model and trained weights on the same prompts and seeds."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
@@ -16,6 +14,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_table
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.settings import SamplingSettings
@@ -30,6 +29,7 @@ from diffalign.stages.resolve import (
     sampling_settings,
     weights_digest,
 )
+from diffalign.terminal import show_table
 from diffalign.training.checkpoint import checkpoints
 
 
@@ -39,6 +39,11 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
     base_folder: where the base's images lie or go, so that several evaluations share them. Raises DiffalignError for
     weights that are missing, a reward that cannot score a prompt, and prompts that chose the weights.
     """
+    with writing_folder(config.out, "out"):
+        return _evaluate(config, base_folder)
+
+
+def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
     weights = _weights_to_compare(config)
     device = resolve_device(config.device)
     backbone = open_backbone(config.model, device)
@@ -68,8 +73,7 @@ def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, A
         base_folder=base_folder,
         on_progress=ImageProgress(),
     )
-    # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
+    show_table(comparison_table(result))
     say(f"report: {write_report(config.out, result)}")
     return result
 

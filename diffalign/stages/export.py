@@ -4,10 +4,11 @@ from pathlib import Path
 
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
+from diffalign.files.lock import holds_files, writing_folder
 from diffalign.files.published import is_local, load_base, public_name
 from diffalign.pipelines import Backbone
-from diffalign.pipelines.adapters import LORA_FILE, brief
+from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged, export_trunk
 from diffalign.pipelines.hub import HUB_ID, component_config
 from diffalign.pipelines.kohya import KOHYA_FILE
@@ -134,13 +135,23 @@ def export(
     with the token that huggingface_hub finds (HF_TOKEN or `hf auth login`); private: make it private if it is new. Raises
     DiffalignError where the run has no such weights, and for a format that does not fit them.
     """
+    with writing_folder(out, "--out"):
+        _export(run_dir, out, form, best, licence, base, push)
+    if push is not None:
+        _push(out, push, private)
+    return out
+
+
+def _export(
+    run_dir: Path, out: Path, form: str, best: bool, licence: str | None, base: str | None, push: str | None
+) -> None:
     # Refuse wrong arguments before anything is written.
     if form not in FORMATS:
         raise DiffalignError(f"--format {form}: unknown; one of {', '.join(FORMATS)}")
     if push is not None and not HUB_ID.fullmatch(push):
         raise DiffalignError(f"--push {push}: a repository is named owner/name")
     config, weights = _config(run_dir), _weights(run_dir, best)
-    if out.exists() and any(out.iterdir()) and not (out / "README.md").is_file():
+    if holds_files(out) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     name = _base_name(config, base, push, form)
     full = config.tune.kind == "full"
@@ -160,9 +171,6 @@ def export(
         licence=licence,
     )
     say(f"exported: {out}")
-    if push is not None:
-        _push(out, push, private)
-    return out
 
 
 def _push(out: Path, name: str, private: bool) -> None:

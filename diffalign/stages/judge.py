@@ -10,13 +10,14 @@ import torch
 
 from diffalign.config import JudgeConfig, JudgeModelSection
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import holds_files, writing_file, writing_folder
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
 from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
-from diffalign.pipelines.tuning import quiet_progress
-from diffalign.progress import ImageProgress, say
+from diffalign.pretrained import quiet_progress
+from diffalign.progress import ImageProgress, say, say_block
 from diffalign.rewards.judge import Judge
 from diffalign.stages.resolve import open_judge, resolve_device
 from diffalign.stages.trainer import run_and_report
@@ -27,6 +28,11 @@ from diffalign.training.optim import check_installed
 
 def judge_data(out: Path, split: str, groups: int, images: int, raters: int, seed: int) -> None:
     """Write data for judges: images/, pairs.jsonl, ratings.jsonl, and data.json, which says how they were made."""
+    with writing_folder(out, "OUT"):
+        _judge_data(out, split, groups, images, raters, seed)
+
+
+def _judge_data(out: Path, split: str, groups: int, images: int, raters: int, seed: int) -> None:
     made = {"split": split, "groups": groups, "images": images, "raters": raters, "seed": seed}
     told = out / "data.json"
     if told.is_file():
@@ -34,7 +40,7 @@ def judge_data(out: Path, split: str, groups: int, images: int, raters: int, see
             raise DiffalignError(f"{out}: holds other data ({told.read_text().strip()}); choose another folder")
         say(f"{out}: is complete")
         return
-    if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
+    if holds_files(out) and not (out / "images").is_dir():
         raise DiffalignError(f"{out}: is not empty; choose another folder")
     (out / "images").mkdir(parents=True, exist_ok=True)
     pairs, rated = [], []
@@ -51,15 +57,20 @@ def judge_data(out: Path, split: str, groups: int, images: int, raters: int, see
 
 def judge_base(out: Path, size: str, steps: int, seed: int) -> None:
     """Train a base for judges: `diffalign testbed judge-base`."""
-    if out.exists() and any(out.iterdir()):
-        raise DiffalignError(f"{out}: is not empty; choose another folder")
-    with quiet_progress():
+    with writing_folder(out, "OUT"), quiet_progress():
+        if holds_files(out):
+            raise DiffalignError(f"{out}: is not empty; choose another folder")
         make_base(out, size, seed, BaseSettings(steps=steps), say)
     say(f"judge: {out}")
 
 
 def train_from_config(config: JudgeConfig) -> Path:
     """Train a judge: `diffalign judge`. The same command resumes where it stopped. Returns the folder of the trained judge."""
+    with writing_folder(config.run_dir, "run_dir"):
+        return _train_from_config(config)
+
+
+def _train_from_config(config: JudgeConfig) -> Path:
     check_installed(config.optimizer)
     device = resolve_device(config.device)
     source = config.data.distributions if config.method == "risd" else config.data.pairs
@@ -94,6 +105,11 @@ def check_dimensions(judge: Judge, wanted: set[str], source: Path) -> None:
 
 def distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, device: str, seed: int) -> None:
     """Write a teacher's score distributions for every image of some records: `diffalign judge-distributions`."""
+    with writing_file(out, "--out"):
+        _distributions(teacher, source, out, thinking, device, seed)
+
+
+def _distributions(teacher: Path, source: Path, out: Path, thinking: Thinking, device: str, seed: int) -> None:
     _beside_images(source, out)
     if out.exists():
         raise DiffalignError(f"{out}: is there already; a teacher is asked once, delete it to ask again")
@@ -121,7 +137,7 @@ def evaluate_judge(
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     rows = by_dimension(rated, found.probabilities.double().numpy())
     rows["all"] |= {"tokens": found.tokens, "images_per_second": len(rated) / found.seconds}
-    print(table(rows, "images"))
+    say_block(table(rows, "images"))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         told = {"judge": folder.as_posix(), "ratings": source.as_posix(), "measures": rows}

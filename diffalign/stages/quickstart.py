@@ -8,6 +8,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.rank import rank
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
+from diffalign.files.lock import writing_folder
 from diffalign.progress import say
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.resolve import open_reward
@@ -64,6 +65,22 @@ def quickstart(
     groups: prompts with images to train on. prompts: what to evaluate on. data, base_images: folders in which several
     rounds share the training images and the base's evaluation images. overrides: of the training config.
     """
+    with writing_folder(out, "--out"):
+        return _quickstart(base, out, seed, steps, shuffle, groups, prompts, data, base_images, overrides)
+
+
+def _quickstart(
+    base: str,
+    out: Path,
+    seed: int,
+    steps: int | None,
+    shuffle: bool,
+    groups: int,
+    prompts: str,
+    data: Path | None,
+    base_images: Path | None,
+    overrides: tuple[str, ...],
+) -> dict[str, Any]:
     # Draw and score the training data, and rank it.
     data = data or out / "data"
     dataset = make_data(base, data, seed, groups)

@@ -30,7 +30,7 @@ from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.pipelines.tuning import quiet_progress
+from diffalign.pretrained import quiet_progress
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics

@@ -6,8 +6,11 @@ from torch import Tensor
 from diffalign.config import RewardGradientConfig, resolved_yaml
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
+from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say, say_block
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -55,7 +58,16 @@ def gradient_scores(
 
 
 def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
-    """Side of the images in pixels. Raises DiffalignError for one that the model cannot draw, or another guidance."""
+    """Give the backbone the sampler that the config names, and return the side of the images in pixels.
+
+    Raises DiffalignError for a side that the model cannot draw, another guidance than the network's, and a sampler whose
+    steps training cannot repeat.
+    """
+    wanted = config.sampler.scheduler
+    if wanted is not None:
+        backbone.use_scheduler(wanted.name, wanted.options)
+    if reason := reason_not_followed(backbone.pipeline.scheduler):
+        raise DiffalignError(f"{config.model.path}: {reason}")
     side = config.resolution or int(backbone.default_resolution)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
@@ -65,6 +77,11 @@ def check_sampler(config: RewardGradientConfig, backbone: Backbone) -> int:
 
 def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None:
     """Train a model on the gradient of rewards: `diffalign reward-gradient`. The same command resumes where it stopped."""
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        _reward_gradient(config, dry_run)
+
+
+def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     device = resolve_device(config.device)
     check_installed(config.optimizer)
     check_differentiable(config)
@@ -120,7 +137,7 @@ def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) 
     side = check_sampler(config, backbone)
     open_rewards(config.rewards, rows, "cpu", "rewards", config.prompts)
     times = backbone.sampling_times(config.sampler.steps, side, side)
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
     for title, values in (
         ("model", backbone.facts()),
         ("run", {
@@ -132,6 +149,6 @@ def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) 
             "rewards": ", ".join(f"{term.weight:g} x {term.name}" for term in config.rewards),
         }),
     ):  # fmt: skip
-        print(f"# {title}")
+        say(f"# {title}")
         for key, value in values.items():
-            print(f"#   {key}: {value}")
+            say(f"#   {key}: {value}")

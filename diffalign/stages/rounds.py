@@ -22,6 +22,8 @@ from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.files.lock import writing_folder
+from diffalign.intervals import interval_in
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.progress import say
 from diffalign.report.render import write_reports
@@ -71,6 +73,11 @@ def rounds(config: RoundsConfig) -> dict[str, Any]:
         raise DiffalignError(
             "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
         )
+    with writing_folder(config.out, "out"):
+        return _rounds(config)
+
+
+def _rounds(config: RoundsConfig) -> dict[str, Any]:
     # Check the whole config before the first round; later only that it is the same.
     begun = _remembered(config).is_file() and any(config.out.glob("round-*/*"))
     if begun:
@@ -220,6 +227,7 @@ def _summary(config: RoundsConfig, done: list[dict[str, Any]]) -> dict[str, Any]
     report = write_reports(runs, config.out / "report.html")
     say(f"{found['column']} of the base: {done[0]['base']:.4f}")
     for one in done:
-        say(f"round {one['round']}: {one['tuned']:.4f} ({one['low']:+.3f} to {one['high']:+.3f} against the base)")
+        change = f"{one['difference']:+.3f} against the base, 95%: {interval_in(one).words()}"
+        say(f"round {one['round']}: {one['tuned']:.4f} ({change})")
     say(f"best: {best['weights']}\nreport: {report}")
     return found

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from diffalign.config import SampleConfig
+from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.pictures import write_pictures
 from diffalign.data.sample import sample_groups
+from diffalign.files.lock import writing_folder
 from diffalign.progress import ImageProgress, say
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -15,8 +18,15 @@ from diffalign.stages.resolve import (
 )
 
 
-def sample(config: SampleConfig) -> None:
-    """Draw groups of images for prompts into a dataset folder: `diffalign sample`."""
+def sample(config: SampleConfig, images: Path | None = None) -> None:
+    """Draw groups of images for prompts into a dataset folder: `diffalign sample`; `images`: a folder of plain files, too."""
+    with writing_folder(config.out, "out", shared=True):
+        _sample(config)
+    if images is not None:
+        say(f"images:  {write_pictures(PreferenceDataset(config.out), images)} in {images}")
+
+
+def _sample(config: SampleConfig) -> None:
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config.guidance_scale, backbone)
     # Record the name that the user gave: the folder of a shipped model differs from machine to machine.

@@ -1,7 +1,7 @@
 """`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
 
+import math
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -10,27 +10,29 @@ from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffalign.data.schema import score_schema
+from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
-from diffalign.progress import ImageProgress, say_aside
+from diffalign.files.lock import writing_file, writing_folder
+from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import REWARDS, Reward, foreign_rewards
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
-from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
+from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import cut_lines, faults, summary_table
+from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
+from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
+from diffalign.terminal import counted, show_table
 
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
@@ -59,8 +61,13 @@ class ScoreRequest:
 def score(request: ScoreRequest) -> int:
     """Score images: `diffalign score`. Return the exit code: 0, or 3 if some image has no score."""
     processes = Processes.start()
+    dataset = Path(request.images[0]) if request.into_dataset else None
     try:
-        with warnings.catch_warnings():
+        with (
+            writing_file(request.output, "--output"),
+            writing_folder(dataset if dataset and (dataset / GROUPS_FILE).is_file() else None, "dataset"),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
             return _score(request, processes)
     finally:
@@ -78,12 +85,11 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     skipped: Counter[str] = Counter()
     items = {side: collect(paths, prompting, skipped) for side, paths in sources.items() if paths}
     if processes.main and skipped:
-        print(
-            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}",
-            file=sys.stderr,
+        say_aside(
+            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}"
         )
     if given and (unused := given.unused()) and processes.main:
-        print(f"prompts: {unused}", file=sys.stderr)
+        say_aside(f"prompts: {unused}")
     if "B" in items:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
@@ -127,29 +133,48 @@ def _show(
     kept: int,
     rewards: Mapping[str, Reward],
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for part in parts:
-        console.print(summary_table(part))
-    if len(parts) == 2:
-        a, b = parts
-        pairing = pair_up(a, b)
-        names = (" ".join(request.images), " ".join(request.against or []))
-        print(heading(pairing, names))
-        console.print(comparison_table(compare_scores(a, b, pairing)))
+    for side, part, sources in zip("AB", parts, (request.images, request.against or []), strict=False):
+        found = summarise(part)
+        title = f"{side} {' '.join(sources)}: " if len(parts) == 2 else ""
+        title += counted(len(part.rows), "image")
+        if any(s.scored for s in found):
+            show_table(summary_table(found, title))
+        else:
+            say(f"{title}, none has a score")
+    compared = _show_comparison(request, *parts) if len(parts) == 2 else None
     if request.labels:
-        console.print(agreement_table(choices, both))
+        show_table(agreement_table(choices, both))
     for line in faults(both):
-        print(f"not scored: {line}", file=sys.stderr)
-    for line in cut_lines(rewards, [item.prompt for item in both.items]):
-        print(line)
+        say_aside(f"not scored: {line}")
+    scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
+    for line in cut_lines(scored, [item.prompt for item in both.items]):
+        say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
-            print(f"scores: {path}")
-    if request.html:
-        print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+            say(f"scores: {path}")
+    if compared:
+        say(compared)
+    elif request.html:
+        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
-        print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+        say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+
+
+def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
+    """Print how B compares with A; return a line about the page, if one was asked for and written."""
+    pairing = pair_up(a, b)
+    names = (" ".join(request.images), " ".join(request.against or []))
+    say(f"A against B: {heading(pairing)}")
+    found = outcomes(a, b, pairing)
+    if any(outcome.comparison for outcome in found.values()):
+        show_table(comparison_table(found))
+    for line in verdict_lines(found):
+        say(line)
+    if request.html is None:
+        return None
+    pairs = write_side_by_side(request.html, a, b, pairing, names)
+    return f"side by side: {request.html} ({pairs} pairs)"
 
 
 def _split(both: Scores, first: int) -> list[Scores]:
@@ -208,6 +233,6 @@ def show_rewards() -> None:
             ", ".join(kind.requires),
         )
         shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
-    Console(width=None if sys.stdout.isatty() else 180).print(shown)
+    show_table(shown, 180)
     for problem in problems:
-        print(f"not listed: {problem}", file=sys.stderr)
+        say_aside(f"not listed: {problem}")

@@ -28,6 +28,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_r
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes, write_whole
+from diffalign.files.lock import writing_folder
 from diffalign.pipelines.generator import Generator
 from diffalign.progress import ImageProgress, say
 from diffalign.report.model_card import licence_name
@@ -51,6 +52,11 @@ REASONS_SHOWN = 5
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
     """Make a ranked dataset from prompts: `diffalign synth`. dry_run: print time, disk and cost, and write nothing."""
+    with writing_folder(None if dry_run else config.out, "out", shared=True):
+        _synth(config, dry_run)
+
+
+def _synth(config: SynthConfig, dry_run: bool) -> None:
     device = process_device(config.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)

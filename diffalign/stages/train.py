@@ -9,10 +9,11 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import shuffled_labels
 from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
 from diffalign.errors import DiffalignError
+from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say
+from diffalign.progress import say, say_block
 from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
@@ -23,6 +24,11 @@ from diffalign.training.preference.method import Preference
 
 def train(config: TrainConfig, dry_run: bool = False) -> None:
     """Train a model on preference data: `diffalign train`."""
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        _train(config, dry_run)
+
+
+def _train(config: TrainConfig, dry_run: bool) -> None:
     device = resolve_device(config.device)
     check_installed(config.optimizer)
     dataset = PreferenceDataset(config.data.path)
@@ -34,9 +40,8 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
         torch.set_num_threads(config.train.threads)
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
-    # The first process fills the cache; the others then find it.
-    with accelerator.main_process_first():
-        source = prepare_source(config.data, config.labels, dataset, backbone, say)
+    # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
+    source = prepare_source(config.data, config.labels, dataset, backbone, say)
     if config.objective.kind.label_kind != "none" and not has_preference(source.rewards, source.mask).any():
         raise DiffalignError(
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
@@ -67,7 +72,7 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
     backbone = open_backbone(config.model, "cpu")
     check_guidance(config.data, dataset, backbone)
     epochs = config.train.steps * config.train.groups_per_step / len(chosen)
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
     for title, values in (
         ("model", backbone.facts()),
         ("dataset", facts),
@@ -78,11 +83,11 @@ def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> N
             "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
         }),
     ):  # fmt: skip
-        print(f"# {title}")
+        say(f"# {title}")
         for key, value in values.items():
-            print(f"#   {key}: {value}")
+            say(f"#   {key}: {value}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     memory = described(config, backbone, members, cuda=device != "cpu", processes=processes)  # uses the backbone up
-    print("# memory of a process, predicted")
+    say("# memory of a process, predicted")
     for key, value in memory.items():
-        print(f"#   {key}: {value}")
+        say(f"#   {key}: {value}")

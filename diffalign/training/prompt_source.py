@@ -20,16 +20,13 @@ WAITING_REMEDY = "train.cache_prompts=true shortens it"
 class PromptSource:
     """Prompts with their ids, encoded beforehand (`cache`) or as they come up; then the text encoders must stay.
 
-    `unconditional`: what the pipeline itself steers away from under guidance with no negative prompt, [1, ...] each: zeros
-    for SDXL, the empty prompt's embedding for SD3.
+    `unconditional`: what the pipeline itself steers away from under guidance with no negative prompt, [1, ...] each.
     """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[PromptRow], cache: bool) -> None:
         self.backbone, self.prompts = backbone, prompts
         self.ids = [row.prompt_id for row in prompts]
-        negative = backbone.encode_guided([""])
-        prefix = "negative_"
-        self.unconditional = {k.removeprefix(prefix): v for k, v in negative.items() if k.startswith(prefix)}
+        self.unconditional = backbone.encode_unconditional()
         self._encoded: Conditioning | None = None
         if cache:
             chunks = [self._encode(range(i, self._end(i))) for i in range(0, len(prompts), ENCODED_AT_ONCE)]

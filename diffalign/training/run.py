@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from diffalign.config import RunConfig
 from diffalign.health import Finding
+from diffalign.training.alone import Alone
 from diffalign.training.average import averaged, keep_average, update_average
 from diffalign.training.checkpoint import TrainState, resume, save_checkpoint
 from diffalign.training.finite import FiniteGuard
@@ -94,9 +95,10 @@ def run(
             say(f"resuming after step {first}")
         open_run_dir(run_dir, plain_config, method.readme)
         log = Metrics(run_dir, config.tracking.trackers, config.tracking.project, plain_config, first)
+    alone = Alone(accelerator, run_dir)
     alarm = method.on_alarm
     health = HealthMonitor(run_dir, alarm, findings, first, say, main) if alarm else None
-    validations = Validations(validation, run_dir, first, accelerator, health, say) if validation else None
+    validations = Validations(validation, run_dir, first, accelerator, alone, health, say) if validation else None
 
     # ---- Validation before the first step: what all later ones are compared with -------------------------------------
     if validations and not validations.rows:
@@ -133,7 +135,8 @@ def run(
                 with averaged(state.policy, state.average):
                     means = validations.run(done)
                     if validations.best == done:
-                        method.save_weights(run_dir / "best")
+                        with alone.main_alone():
+                            method.save_weights(run_dir / "best")
                 if log:
                     log.track(done, means)
             stopping = bool((health and health.stops) or (validations and validations.exhausted))
@@ -141,8 +144,8 @@ def run(
             # ---- Checkpoint: also where a run stops early, so that nothing that was trained is lost ----
             if done % config.checkpoint.every == 0 or done == steps or stopping:
                 finite.check()
-                save_checkpoint(run_dir, done, state, plain_config, config.checkpoint.keep, write=main)
-                accelerator.wait_for_everyone()
+                with alone.main_alone():
+                    save_checkpoint(run_dir, done, state, plain_config, config.checkpoint.keep, write=main)
             if stopping:
                 steps = done
                 break
@@ -151,8 +154,9 @@ def run(
     if log:
         log.close()
     keep_average(state)
-    method.save_weights(run_dir / "weights")
-    accelerator.wait_for_everyone()
+    with alone.main_alone():
+        method.save_weights(run_dir / "weights")
+    alone.close()
 
     # ---- Last words: why it stopped, what slowed it down, what was found ---------------------------------------------
     if main and validations and validations.exhausted:

@@ -26,6 +26,7 @@ from torch import Tensor
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
+from diffalign.training.alone import Alone
 from diffalign.training.protocols import Say
 from diffalign.training.protocols import ValidationRow as Row
 from diffalign.training.tracking import cut_rows
@@ -136,11 +137,12 @@ class Validations:
         run_dir: Path,
         first: int,
         accelerator: Accelerator,
+        alone: Alone,
         health: HealthMonitor | None,
         say: Say,
     ) -> None:
         self.validation, self.run_dir = validation, run_dir
-        self.accelerator, self.health, self.say = accelerator, health, say
+        self.accelerator, self.alone, self.health, self.say = accelerator, alone, health, say
         self.path, step = run_dir / "validation.jsonl", first or -1
         self.rows: list[Row] = read_json_lines(self.path, step)
         if accelerator.is_main_process:
@@ -157,7 +159,8 @@ class Validations:
         The main process draws and scores; all learn the outcome, since it may end the run.
         """
         main = self.accelerator.is_main_process
-        message: list[Any] = [self.validation.run(self.run_dir, done) if main else None]
+        with self.alone.main_alone():
+            message: list[Any] = [self.validation.run(self.run_dir, done) if main else None]
         row: Row = broadcast_object_list(message)[0]
         self.rows.append(row)
         if main:

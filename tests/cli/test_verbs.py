@@ -56,9 +56,30 @@ def test_train(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(7, False), (9, True)]
 
 
+def test_the_rewards_of_an_evaluation_by_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+    install(monkeypatch, "evaluate", evaluate=calls.append)
+    (tmp_path / "e.yaml").write_text(IMAGES)
+    assert run("eval", tmp_path / "e.yaml", "-r", "pickscore") == 0
+    assert run("eval", tmp_path / "e.yaml", "-r", "hpsv2", "-r", "pickscore:dtype=bfloat16", "seeds=2") == 0
+    assert run("eval", tmp_path / "e.yaml", "reward=sharpness") == 0
+    assert [(c.reward.name, [r.name for r in c.more_rewards]) for c in calls] == [
+        ("pickscore", []),
+        ("hpsv2", ["pickscore"]),
+        ("sharpness", []),
+    ]
+    assert calls[1].more_rewards[0].options == {"dtype": "bfloat16"} and calls[1].seeds == 2
+    for wrong in ("mine=pickscore", "pickscore:fast", "no_module:Class"):
+        capsys.readouterr()
+        assert run("eval", tmp_path / "e.yaml", "-r", wrong) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    install(monkeypatch, "sample", sample=lambda c: calls.append(("sample", c.n)))
+    install(monkeypatch, "sample", sample=lambda c, images: calls.append(("sample", c.n, images)))
     install(monkeypatch, "evaluate", evaluate=lambda c: calls.append(("eval", str(c.weights), c.n)))
     path = tmp_path / "i.yaml"
     path.write_text(IMAGES)
@@ -67,7 +88,7 @@ def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.Monkey
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(CONFIG)
     assert run("eval", str(tmp_path / "run"), "prompts=testbed:test", "n=5") == 0
-    assert calls == [("sample", 3), ("eval", "w", None), ("eval", str(tmp_path / "run" / "weights"), 5)]
+    assert calls == [("sample", 3, None), ("eval", "w", None), ("eval", str(tmp_path / "run" / "weights"), 5)]
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

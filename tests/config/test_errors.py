@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.config import (
+    load,
     load_config,
     load_distill_config,
     load_rounds_config,
@@ -46,7 +47,7 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
         (BASE + "objective: {name: dop}\n", "c.yaml:8: unknown objective dop; did you mean dpo?"),
         (BASE + "objective: {name: xyz}\n", "c.yaml:8: unknown objective xyz; known: dpo, sft, rankdpo, smpo, gdro"),
         (BASE + "objective: {beta: 3}\n", "c.yaml:8: objective.name is missing; one of dpo, sft, rankdpo"),
-        (BASE + "objective: dpo\n", "c.yaml:8: objective should be a section with keys, not 'dpo'"),
+        (BASE + "objective: [dpo]\n", "c.yaml:8: objective should be a section with keys, not ['dpo']"),
         (
             BASE + "objective: {name: smpo, reward_min: 0.3, reward_max: 0.2}\n",
             "c.yaml:8: objective: reward_max should be above reward_min=0.3, not 0.2",
@@ -253,3 +254,36 @@ def test_the_same_section_is_checked_wherever_it_stands(tmp_path: Path) -> None:
     path.write_text(distill)
     with pytest.raises(DiffalignError, match=r"c\.yaml:5: fake\.optimizer\.offload: offload serves adamw"):
         load_distill_config(path)
+
+
+# --- keys that other trainers have -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "meant"),
+    [
+        ("train", "lr=1e-5", "optimizer.lr"),
+        ("train", "train.lr=1e-5", "optimizer.lr"),
+        ("train", "learning_rate=1e-5", "optimizer.lr"),
+        ("train", "train.batch_size=1", "train.groups_per_step or train.micro_batch"),
+        ("train", "batch_size=1", "train.groups_per_step or train.micro_batch"),
+        ("train", "rank=32", "tune.rank"),
+        ("train", "model.rank=32", "tune.rank"),
+        ("train", "network_dim=32", "tune.rank"),
+        ("train", "max_train_steps=32", "train.steps"),
+        ("train", "resolution=512", "data.resolution"),
+        ("train", "gradient_checkpointing=true", "model.gradient_checkpointing"),
+        ("train", "dpo_beta=3", "objective.beta"),
+        ("train", "output_dir=x", "run_dir"),
+        ("reward-gradient", "batch_size=4", "train.images_per_step or train.micro_batch"),
+        ("reward-gradient", "cfg_scale=4", "sampler.guidance_scale"),
+        ("distill", "lr=1", "optimizer.lr"),
+        ("judge", "train.batch_size=1", "train.records_per_step or train.micro_batch"),
+    ],
+)
+def test_names_of_other_trainers(kind: str, argument: str, meant: str) -> None:
+    recipes = {"train": "sdxl_dpo", "reward-gradient": "sdxl_refl", "distill": "sdxl_dmd2_4step"}
+    with pytest.raises(DiffalignError) as caught:
+        load(kind, recipes.get(kind, "shapes_judge_gdso"), [argument])
+    key = argument.partition("=")[0]
+    assert f"unknown key {key}; did you mean {meant}?" in str(caught.value)

@@ -220,3 +220,66 @@ def test_python_callers_get_the_same_checks() -> None:
         TrainConfig.model_validate(
             {"run_dir": "r", "model": {"path": "m"}, "data": {"path": "d"}, "train": {"micro_batch": 3}}
         )
+
+
+# --- texts in the place of sections ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "same_as"),
+    [
+        ("eval", "reward=pickscore", "reward.name=pickscore"),
+        ("eval", "more_rewards=[hpsv2, pickscore]", "more_rewards=[{name: hpsv2}, {name: pickscore}]"),
+        ("eval", "model=shapes-sd3", "model.path=shapes-sd3"),
+        ("train", "objective=ipo", "objective.name=ipo"),
+        ("train", "optimizer=adafactor", "optimizer.name=adafactor"),
+        ("train", "data=elsewhere", "data.path=elsewhere"),
+        ("train", "validation.rewards=[sharpness]", "validation.rewards=[{name: sharpness}]"),
+        ("synth", "prompts=mine.txt", "prompts.source=mine.txt"),
+        ("synth", "generators.0.scheduler=ddim", "generators.0.scheduler.name=ddim"),
+        ("synth", "rewards.0=aesthetic", "rewards.0.name=aesthetic"),
+        ("reward-gradient", "method=draft", "method.name=draft"),
+        ("reward-gradient", "rewards=[pickscore]", "rewards=[{name: pickscore}]"),
+        ("reward-gradient", "sampler.scheduler=euler", "sampler.scheduler.name=euler"),
+        ("distill", "reward.terms=[sharpness]", "reward.terms=[{name: sharpness}]"),
+    ],
+)
+def test_a_text_is_short_for_the_main_key_of_a_section(tmp_path: Path, kind: str, argument: str, same_as: str) -> None:
+    sources = {
+        "train": "sdxl_dpo",
+        "synth": "synth_one_gpu",
+        "reward-gradient": "sdxl_refl",
+        "distill": "shapes_sd3_gndm",
+    }
+    source: str | Path = sources.get(kind, "")
+    if kind == "eval":
+        source = write(tmp_path, "model: {path: m, dtype: bfloat16}\nweights: w\nout: o\nprompts: p.txt\n")
+    more = ["prompts.n=7"] if kind == "synth" else []
+    short = load(kind, source, [argument, *more])
+    assert short == load(kind, source, [same_as, *more]) and short != load(kind, source, more)
+
+
+def test_texts_in_a_file_and_texts_that_are_none(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "run_dir: r\nmodel: m\ndata: d\nobjective: ipo\nvalidation: {rewards: [pickscore, {name: sharpness}]}\n",
+    )
+    config = load_config(path)
+    assert (config.model.path, config.objective.name) == ("m", "ipo")
+    assert [reward.name for reward in config.validation.rewards] == ["pickscore", "sharpness"]
+    assert load_config(path, ["objective.beta=7", "model.variant=fp16"]).objective.arguments()["beta"] == 7.0
+    assert load_config(path, ["validation.rewards.0.detector=null"]).validation.rewards[0].name == "pickscore"
+    child = write(
+        tmp_path, "extends: config\ndata: other\nobjective: {beta: 9}\nmodel: {variant: fp16}\n", "child.yaml"
+    )
+    below = load_config(child)
+    assert (below.data.path, below.model.path, below.objective.name) == (Path("other"), "m", "ipo")
+    for argument, said in {
+        "train=long": "train should be a section with keys",
+        "reward=x": "unknown key reward",
+        "objective=ipoo": "did you mean ipo",
+        "validation.rewards=pickscore": r"write \[pickscore\]",
+        "data=3": "data should be a section with keys",
+    }.items():
+        with pytest.raises(DiffalignError, match=said):
+            load_config(path, [argument])

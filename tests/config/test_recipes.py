@@ -141,6 +141,17 @@ def test_the_size_of_a_step_changes_with_one_argument(name: str, count: int) -> 
     assert train[DRAWN[kind]] == count and count % train["micro_batch"] == 0
 
 
+@pytest.mark.parametrize("name", sorted(name for name in recipes() if kind_of(name) in DRAWN))
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_a_step_is_shared_by_1_2_4_and_8_processes(name: str, processes: int) -> None:
+    train = load(kind_of(name), name).model_dump()["train"]
+    drawn, micro = train[DRAWN[kind_of(name)]], train["micro_batch"]
+    if name.startswith("shapes_") and drawn < processes:
+        return  # a test bench for a CPU, whose measured results belong to its few groups
+    each, rest = divmod(drawn, processes)
+    assert rest == 0 and each % min(micro, each) == 0, f"{name}: {drawn} in micro-batches of {micro} on {processes}"
+
+
 @pytest.mark.parametrize("name", sorted(name for name in recipes() if kind_of(name) == "train"))
 def test_the_objective_changes_with_one_argument(name: str) -> None:
     changed = load_config(name, ["objective.name=ipo"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from diffalign import files
 from diffalign.config import TrainConfig
@@ -73,7 +74,7 @@ def test_changed_input_has_another_cache(folder: Path) -> None:
     assert latents(folder, Encoder()).folder != first
 
 
-def test_a_cache_cut_short_is_made_again(folder: Path) -> None:
+def test_a_cache_cut_short_is_continued(folder: Path) -> None:
     class Broken(Encoder):
         def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
             if self.encoded > 3:
@@ -82,10 +83,13 @@ def test_a_cache_cut_short_is_made_again(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         latents(folder, Broken())
-    assert [p.name for p in (folder / "cache").iterdir()] == [".locks"]
+    (cut,) = (folder / "cache").iterdir()
+    kept = {p.name: p.read_bytes() for p in cut.glob("*.safetensors")}
+    assert sorted(kept) == ["00000.safetensors", "00001.safetensors"]
     encoder = Encoder()
     latents(folder, encoder)
-    assert encoder.encoded == 8
+    assert encoder.encoded == 3  # the images of the last group
+    assert all((cut / name).read_bytes() == data for name, data in kept.items())
 
 
 def test_two_processes_make_one_cache(folder: Path, tmp_path: Path) -> None:
@@ -187,10 +191,12 @@ def test_only_zeros_are_left_out(tmp_path: Path, folder: Path) -> None:
     backbone = load_backbone(tiny.sd3(tmp_path / "model", t5=False))
     embeds = backbone.encode_prompts(["a red cube"])["prompt_embeds"]
     source = prepare_source(settings(resolution=64), LABELS, PreferenceDataset(folder), backbone, quiet)
-    (path,) = (folder / "cache").glob("prompts-*/prompt_embeds.bf16")
+    first = next((folder / "cache").glob("prompts-*/00000.safetensors"))
     # without T5 the tokens after CLIP's are zeros
     assert trimmed(embeds[0]).shape[0] == 16 < embeds.shape[1]
-    assert path.stat().st_size == 2 * 4 * trimmed(embeds[0]).numel()
+    with safe_open(first, "pt") as stored:
+        assert torch.equal(stored.get_tensor("0/prompt_embeds"), trimmed(stored.get_tensor("0/prompt_embeds")))
+        assert stored.get_tensor("0/prompt_embeds").numel() == trimmed(embeds[0]).numel()
     assert source.batch([0]).conditioning["prompt_embeds"].shape == embeds.shape
     values = torch.zeros(3, 4)
     assert trimmed(values).shape == (1, 1)

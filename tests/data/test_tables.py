@@ -20,6 +20,7 @@ from diffalign.data.prompts import read_prompts
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.tables import read_rows, table_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import FOLLOW_LINKS
 from helpers import pictures
 
 ODD = [
@@ -143,7 +144,8 @@ def test_prompt_files(tmp_path: Path, encoding: str) -> None:
         assert [row.prompt for row in read_prompts(tmp_path / name)] == prompts, name
 
 
-def test_links_to_a_store_are_read_and_names_that_lead_out_are_not(own: Path) -> None:
+def test_links_to_a_store_are_read_and_names_that_lead_out_are_not(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
     (own / "set").mkdir()
     for side in ("win", "lose"):
         (own / "set" / f"{side}.png").symlink_to(own / side / "x.png")

@@ -45,8 +45,8 @@ class Grey:
 
 def run(out: Path, base: Sampler, tuned: Sampler, name: str = "t", **options: Any) -> dict[str, Any]:
     identities = {"base": "b", "tuned": name, **options.pop("identity", {})}
-    rewards = {"brightness": Brightness()}
-    return evaluate(base=base, tuned=tuned, plan=PLAN, rewards=rewards, out=out, identities=identities, **options)
+    rewards, plan = {"brightness": Brightness()}, options.pop("plan", PLAN)
+    return evaluate(base=base, tuned=tuned, plan=plan, rewards=rewards, out=out, identities=identities, **options)
 
 
 def test_compare_against_plain_numpy() -> None:
@@ -132,11 +132,13 @@ def test_unscored_images_are_null_on_disk(tmp_path: Path) -> None:
 
 def test_the_table_fits_120_columns(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(comparison_table(run(tmp_path, Grey(0), Grey(10))))
+    plan = EvaluationPlan([*PROMPTS, *PROMPTS], seeds=1)
+    console.print(comparison_table(run(tmp_path, Grey(0), Grey(10), plan=plan)))
     text = console.export_text()
     assert "+0.039 to +0.039" in text
     assert "…" not in text
     assert "100.0%" in text
+    assert text.count("too few prompts (6) for an interval") == 2  # the kinds
 
 
 def test_several_weights_against_one_base(tmp_path: Path) -> None:

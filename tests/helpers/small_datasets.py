@@ -66,6 +66,9 @@ class Encoder:
         self.texts += len(prompts)
         return {"length": torch.tensor([[float(len(p))] for p in prompts])}
 
+    def encode_unconditional(self) -> dict[str, torch.Tensor]:
+        return self.encode_prompts([""])
+
 
 def settings(**changes: Any) -> SimpleNamespace:
     known = {"split": "train", "group_size": None, "limit": None, "cache": "all", "cache_dir": None, "resolution": None}

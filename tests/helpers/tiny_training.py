@@ -23,7 +23,7 @@ class Source:
         noise = [normal(draw(0, "latents", group=i), (3, channels, 8, 8)) for i in range(4)]
         self.latents = torch.stack([torch.from_numpy(n) for n in noise])
         self.conditioning = {k: v.float() for k, v in backbone.encode_prompts(PROMPTS).items()}
-        self.unconditional = {k: v.float() for k, v in backbone.encode_prompts([""]).items()}
+        self.unconditional = {k: v.float() for k, v in backbone.encode_unconditional().items()}
         self.rewards = torch.tensor([[0.5, 1.0, 0.0]]).repeat(4, 1)
         self.group_ids = [f"g{i}" for i in range(4)]
         self.buckets = [0] * 4

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig
+from diffalign.pipelines.own_sampler import SamplerSteps
 from diffalign.pipelines.process import Diffusion, Flow, NoiseProcess
 from diffalign.training.device import start_accelerator
 from diffalign.training.protocols import LatentScores
@@ -45,6 +46,10 @@ class ToyBackbone(toy.ToyBackbone):
     def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
         times: Tensor = self.process.schedule(steps)
         return times
+
+    def sampler_steps(self, steps: int, height: int, width: int) -> SamplerSteps:
+        times = self.sampling_times(steps, height, width)
+        return SamplerSteps(times[:-1], times[1:])
 
 
 def bright(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:

@@ -71,17 +71,34 @@ def test_sdxl_times_are_those_of_dmd2(sdxl_dir: Path) -> None:
         student_scheduler(backbone.pipeline.scheduler, 2, "renoise", [399.0, 999.0])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+OTHER_BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # name -> family, the base model's scheduler, its settings; a student takes over none of them
+    "sdxl": ("sdxl", "EulerDiscreteScheduler", {}),
+    "sdxl-clipped": ("sdxl", "DDIMScheduler", {"clip_sample": True, "thresholding": True}),
+    "sdxl-karras": ("sdxl", "EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "sdxl-dpmpp": ("sdxl", "DPMSolverMultistepScheduler", {"thresholding": True, "use_karras_sigmas": True}),
+    "sd3": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "sd3-stochastic": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
+    "sd3-karras": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
+}
+
+
+@pytest.mark.parametrize("base", OTHER_BASES)
 @pytest.mark.parametrize("sampler", ["renoise", "euler"])
+@pytest.mark.parametrize("steps", [4, 3])
 def test_the_saved_pipeline_samples_as_training_rolls_out(
-    family: str, sampler: Any, tmp_path: Path, request: pytest.FixtureRequest
+    base: str, sampler: Any, steps: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Plain diffusers, from the folder, with nothing but the number of steps and guidance 0."""
+    """Plain diffusers, from the folder, with nothing but the number of steps and guidance 0; 3 does not divide 1000."""
+    import diffusers
     from diffusers import DiffusionPipeline
 
+    family, kind, options = OTHER_BASES[base]
     backbone = load_backbone(request.getfixturevalue(f"{family}_dir"))
-    backbone.pipeline.scheduler = student_scheduler(backbone.pipeline.scheduler, 4, sampler)
-    student = few_step(backbone.process, backbone.pipeline.scheduler, 4, sampler, 1.0, None)
+    common = dict(backbone.pipeline.scheduler.config) if family == "sdxl" else {}
+    backbone.pipeline.scheduler = getattr(diffusers, kind).from_config({**common, **options})
+    backbone.pipeline.scheduler = student_scheduler(backbone.pipeline.scheduler, steps, sampler)
+    student = few_step(backbone.process, backbone.pipeline.scheduler, steps, sampler, 1.0, None)
     backbone.pipeline.save_pretrained(tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -89,7 +106,7 @@ def test_the_saved_pipeline_samples_as_training_rolls_out(
     generator = torch.Generator().manual_seed(5)
     torch.manual_seed(6)  # the SD3 pipeline hands its scheduler no generator: re-noising draws from the global one
     found = pipeline(
-        "a red cube", num_inference_steps=4, guidance_scale=0.0, generator=generator, output_type="latent", **size
+        "a red cube", num_inference_steps=steps, guidance_scale=0.0, generator=generator, output_type="latent", **size
     ).images.float()
 
     generator, later = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
@@ -97,9 +114,9 @@ def test_the_saved_pipeline_samples_as_training_rolls_out(
     x = torch.randn(found.shape, generator=generator)
     later = generator if backbone.scheduler_seeded else later
     with torch.no_grad():
-        for index in range(4):
+        for index in range(steps):
             prediction = backbone.predict(x, student.at(index, x), conditioning)
-            noise = torch.randn(x.shape, generator=later) if sampler == "renoise" and index < 3 else None
+            noise = torch.randn(x.shape, generator=later) if sampler == "renoise" and index < steps - 1 else None
             x = student.advance(x, prediction, index, noise)
     np.testing.assert_allclose(x.numpy(), found.numpy(), atol=2e-4 * float(found.abs().max()))
 

@@ -92,7 +92,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
         (remove("transformer/config.json"), r"transformer/config\.json is missing"),
         (remove(WEIGHTS), r"transformer/ holds no \.safetensors weights$"),
         (rename(WEIGHTS, "transformer/diffusion_pytorch_model.bin"), "is a pickle, which is not read"),
-        (write(WEIGHTS, "garbage"), "cannot be loaded as StableDiffusion3Pipeline"),
+        (write(WEIGHTS, "garbage"), "is damaged or no safetensors file"),
         (lambda f: edit(f / "scheduler/scheduler_config.json", lambda c: c.update(use_dynamic_shifting=True)),
          "use_dynamic_shifting is not supported"),
     ],

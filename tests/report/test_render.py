@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +17,8 @@ from diffalign.report.curves import number, series, smooth, static_svg, ticks, t
 from diffalign.report.images import BYTES, picture_uri
 from diffalign.report.render import write_report, write_reports
 from diffalign.report.runs import Run, differences, distinct_names, read_run
+from helpers.page import Tags
 from helpers.run_directory import SCRIPT, make_run
-
-
-class Tags(HTMLParser):
-    """Every tag with its attributes, the text outside of tags, and what stands in scripts."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.scripts: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.cdata_elem == "script":
-            self.scripts.append(data)
-        else:
-            self.text += data
 
 
 def the_own_script() -> str:
@@ -68,8 +48,9 @@ def test_text_stays_text_and_nothing_is_fetched(tmp_path: Path) -> None:
 
 def test_what_the_report_says(tmp_path: Path) -> None:
     page = Tags(write_report(make_run(tmp_path / "run")).read_text())
-    for said in ("40 steps", "3 held-out prompts", "+0.200", "+0.100 to +0.300", "61.0%", "Largest gains", "beta"):
+    for said in ("40 steps", "3 held-out prompts", "+0.200", "61.0%", "Largest gains", "beta"):
         assert said in page.text, said
+    assert "too few prompts (3) for an interval" in page.text and "+0.100 to +0.300" not in page.text
     assert "Nothing found" in page.text
     pictures = [a for name, a in page.tags if name == "img"]
     assert len(pictures) == 2 * 2  # the prompt without a score has no place among gains and losses

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffalign.errors import DiffalignError
+from diffalign.files.paths import FOLLOW_LINKS
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.sources import collect
 from diffalign.stages.score import ScoreRequest, score
@@ -59,7 +60,8 @@ def test_the_nearest_metadata_counts_and_missing_images_get_a_row(tmp_path: Path
     assert score(ScoreRequest([str(folder)], ["sharpness"], output=tmp_path / "o.jsonl")) == 3
 
 
-def test_linked_images_with_metadata(tmp_path: Path) -> None:
+def test_linked_images_with_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
     folder = below(tmp_path)
     links = tmp_path / "links"
     links.mkdir()

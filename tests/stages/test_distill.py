@@ -92,11 +92,6 @@ def test_prompts_are_encoded_once_or_as_they_come_up(sdxl_dir: Path, sd3_dir: Pa
         for name, values in cached.batch([2, 0]).items():
             torch.testing.assert_close(values, live.batch([2, 0])[name], rtol=1e-5, atol=1e-6)
         assert cached.unconditional.keys() == cached.batch([0]).keys() and len(set(cached.ids)) == 4
-        # SDXL steers away from zeros, SD3 from the empty prompt: both as their pipelines do.
-        empty = backbone.encode_prompts([""])
-        for name, values in cached.unconditional.items():
-            expected = torch.zeros_like(values) if folder == sdxl_dir else empty[name]
-            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ so neither accumulation nor the number of processes can change it.
 import time
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -57,7 +58,8 @@ class RewardGradient:
         self.readme, self.on_alarm = reward_gradient_readme(config), config.on_alarm
         self.finite = FiniteGuard(accelerator.device, config.run_dir, "prompts", REMEDY)
         self.share = share_of_step(train.images_per_step, train.micro_batch, accelerator, "images")
-        self.times = backbone.sampling_times(config.sampler.steps, shape[1] * side, shape[2] * side)
+        found = backbone.sampler_steps(config.sampler.steps, shape[1] * side, shape[2] * side)
+        self.times, self.stops = torch.cat([found.times, found.stops[-1:]]), found.stops
         reference = config.drift.measure or config.drift.weight > 0
         make_trainable(backbone, config.tune, config.seed, keep_reference=reference)
         policy = backbone.trainable()
@@ -85,7 +87,7 @@ class RewardGradient:
             with self.accelerator.autocast():
                 output = reward_gradient_step(
                     config, self.backbone, self.times, conditioning, self.source.unconditional, draws, span, chosen,
-                    self.scores,
+                    self.scores, self.stops,
                 )  # fmt: skip
             self.policy.backward(step, ids, output.loss, config.train.images_per_step)
             self.sums.add({"loss": output.loss.detach(), **output.metrics})

@@ -35,8 +35,8 @@ from diffalign.training.reward_gradient.draws import GradientDraws, Span
 class UnrolledSampler:
     """The model's sampler on N images, step by step. times [steps + 1], noisiest first; conditioning, empty [N, ...] each.
 
-    scale: classifier-free guidance; as in the pipelines, 1 or less is none, and so it is where the scale is an input of the
-    network.
+    stops [steps]: the times to whose noise levels the steps lead; None: the next of `times`. scale: classifier-free guidance;
+    as in the pipelines, 1 or less is none, and so it is where the scale is an input of the network.
     """
 
     backbone: Backbone
@@ -44,6 +44,7 @@ class UnrolledSampler:
     conditioning: Conditioning
     empty: Conditioning
     scale: float
+    stops: Tensor | None = None
 
     def predict(self, role: str, x: Tensor, index: int) -> Tensor:
         """Return the guided prediction of `role` at x [N, C, h, w] and step `index`."""
@@ -61,7 +62,8 @@ class UnrolledSampler:
         process, t = self.backbone.process, self._at(index, x)
         if judged and index < len(self.times) - 2:
             return process.x0(x, prediction, t)
-        return process.step(x, prediction, t, self._at(index + 1, x))
+        stops = self.times[1:] if self.stops is None else self.stops
+        return process.step(x, prediction, t, stops[index].expand(len(x)).to(x.device))
 
     def _at(self, index: int, x: Tensor) -> Tensor:
         """Return the time of step `index` for each latent, [N]."""
@@ -125,9 +127,11 @@ def reward_gradient_step(
     span: Span,
     indices: list[int],
     scores: LatentScores,
+    stops: Tensor | None = None,
 ) -> RewardGradientOutput:
     """Return loss and metrics of N images. conditioning: [N, ...]; unconditional: [1, ...]; indices [N] of the prompts.
 
+    times, stops: as `UnrolledSampler` has them.
     Raises DiffalignError where a score carries no gradient to the image.
     """
     method, device = config.method, backbone.device
@@ -137,7 +141,7 @@ def reward_gradient_step(
         repeated = {name: value.repeat_interleave(repeats, dim=0) for name, value in conditioning.items()}
         count = len(draws.noise) * repeats
         empty = {name: value.expand(count, *value.shape[1:]) for name, value in unconditional.items()}
-        return UnrolledSampler(backbone, times, repeated, empty, config.sampler.guidance_scale)
+        return UnrolledSampler(backbone, times, repeated, empty, config.sampler.guidance_scale, stops)
 
     # ---- To the first step with a gradient; DRaFT-LV goes to the end, and back by fresh noises ----
     x = backbone.process.initial(to_device(draws.noise, device))
