@@ -1,4 +1,4 @@
-"""Trained weights in the layouts that others read: diffusers' LoRA, kohya's LoRA, a whole pipeline with the LoRA merged."""
+"""Trained weights in the layouts that others read: diffusers' LoRA, kohya's, a pipeline with the LoRA merged, as one file."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files import replacing
 from diffalign.files.parse import parse_json
 from diffalign.files.published import drop_local_paths
 from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
 from diffalign.pipelines.kohya import KOHYA_FILE, to_kohya
 from diffalign.pipelines.original_names import Config
 from diffalign.pipelines.save_lora import LORA_METADATA, as_trained, write_lora, write_tensors
+from diffalign.pipelines.single_file import SINGLE_FILE, whole_state
 from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
@@ -97,15 +100,50 @@ def export_kohya(weights: Path, family: type[Family], config: Config, out: Path)
     write_tensors(out / KOHYA_FILE, to_kohya(lora.state, lora.scale, layout.place, config), metadata)
 
 
-def export_merged(backbone: Backbone, out: Path) -> None:
+def export_merged(backbone: Backbone, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
 
     Load the backbone in float32: a LoRA added to half-precision weights is rounded to their last bits.
     """
+    _fuse(backbone, dtype)
+    with quiet_progress():
+        backbone.pipeline.save_pretrained(out, safe_serialization=True)
+    drop_local_paths(out)
+
+
+def export_single_file(backbone: Backbone, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the same as one file, in the layout of those who published the model. Raises DiffalignError where there is none."""
+    from safetensors.torch import save_file
+
+    _fuse(backbone, dtype)
+    state = {key: value.contiguous() for key, value in single_file(backbone).items()}
+    # Not `write_tensors`, which holds the file's bytes in memory; one entry of metadata has one order.
+    with replacing(out / SINGLE_FILE) as part:
+        save_file(state, part, metadata={"format": "pt"})
+
+
+def single_file(backbone: Backbone) -> dict[str, Tensor]:
+    """Return all tensors of a backbone's pipeline by their names in one file. Raises DiffalignError where there is none."""
+    layout = backbone.single_file
+    if layout is None:
+        raise DiffalignError(
+            f"--format single-file: that layout is not known for {backbone.family}; use --format merged"
+        )
+    pipeline, trunk = backbone.pipeline, backbone.pipeline_trunk
+    config: Any = trunk.config
+    found = whole_state(layout, trunk, dict(config), pipeline.components)
+    if layout.trunk and backbone.process.prediction_type == "v_prediction":  # how ComfyUI knows SDXL's kind
+        found["v_pred"] = torch.tensor([])
+        if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
+            found["ztsnr"] = torch.tensor([])
+    return found
+
+
+def _fuse(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Add the policy's LoRA to the trunk's weights, if it has one, then round all components to `dtype`."""
     pipeline = backbone.pipeline
     if has_adapter(backbone.trunk, POLICY):
         pipeline.fuse_lora(components=[backbone.trunk_name], adapter_names=[POLICY])
         pipeline.unload_lora_weights()
-    with quiet_progress():
-        pipeline.save_pretrained(out, safe_serialization=True)
-    drop_local_paths(out)
+    if dtype != torch.float32:
+        pipeline.to(dtype=dtype)

@@ -16,6 +16,7 @@ from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.single_file import SingleFile
 from diffalign.pipelines.tuning import Tunable
 from diffalign.pipelines.vae import NormalVAE
 
@@ -212,6 +213,8 @@ class Family(Tunable):
 
     kohya: ClassVar[KohyaLayout | None] = None
     """How kohya's LoRA files name the base model and its layers; None where they are not known."""
+    single_file: ClassVar[SingleFile | None] = None
+    """How the pipeline lies in one file; None where that is not known."""
 
 
 def padded(embeds: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.original_names import flux_place
 from diffalign.pipelines.process import Flow
+from diffalign.pipelines.single_file import SingleFile
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, SchedulerMixin
@@ -95,6 +96,12 @@ class Flux(TransformerBackbone):
     )  # fmt: skip
 
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux1", "networks.lora_flux", flux_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        flux_place,
+        "ComfyUI (Load Diffusion Model) and Forge, beside FLUX's own VAE and text encoders; diffusers' "
+        "`FluxTransformer2DModel.from_single_file`",
+        trunk="",
+    )
 
     process: FluxFlow
     options: FluxOptions

@@ -21,9 +21,10 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer lies in the original code: `layer`, dotted; rows `start` to its own end of `rows` where layers are fused.
+    """Where a layer lies in the original code: `layer`, dotted ("" for the model itself).
 
-    swapped: the output's halves stand in the other order there (shift and scale of the last modulation).
+    Where layers are fused there, it has the rows from `start` on of `rows`. swapped: the output's halves stand in the other
+    order there (shift and scale of the last modulation).
     """
 
     layer: str
@@ -92,6 +93,7 @@ def unet_place(name: str, config: Config) -> Place | None:
 # --- SD3 and FLUX ------------------------------------------------------------------------------------------------------
 
 SD3 = {
+    "pos_embed": "",  # the table of positions has no layer
     "pos_embed.proj": "x_embedder.proj",
     "context_embedder": "context_embedder",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -140,6 +142,10 @@ FLUX_BLOCK = {
     "norm1_context.linear": "txt_mod.lin",
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
     "ff.net.0.proj": "img_mlp.0",
     "ff.net.2": "img_mlp.2",
     "ff_context.net.0.proj": "txt_mlp.0",
@@ -149,7 +155,12 @@ FLUX_QKV = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
-FLUX_SINGLE = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
+FLUX_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
 FLUX_LINEAR1 = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
 BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)")
 

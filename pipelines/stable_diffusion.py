@@ -12,6 +12,7 @@ from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.kohya import KohyaLayout, diffusers_place
 from diffalign.pipelines.original_names import unet_place
 from diffalign.pipelines.process import Diffusion
+from diffalign.pipelines.single_file import VAE, SingleFile, clip_state, open_clip_state, vae_state
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -79,6 +80,11 @@ class StableDiffusion15(_UNetBackbone):
     conditioning: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     encoder_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd_v1", "networks.lora", diffusers_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        unet_place,
+        "ComfyUI, A1111 and Forge; diffusers' `from_single_file`",
+        components={"vae": (VAE, vae_state), "text_encoder": ("cond_stage_model.transformer.", clip_state)},
+    )
 
     @classmethod
     def pipeline_class(cls) -> type[StableDiffusionPipeline]:
@@ -101,6 +107,15 @@ class StableDiffusionXL(_UNetBackbone):
     family: ClassVar[str] = "sdxl"
     loading_options: ClassVar[dict[str, bool]] = {"add_watermarker": False}
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sdxl_base_v1-0", "networks.lora", unet_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        unet_place,
+        "ComfyUI, A1111 and Forge; diffusers' `from_single_file`",
+        components={
+            "vae": (VAE, vae_state),
+            "text_encoder": ("conditioner.embedders.0.transformer.", clip_state),
+            "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_state),
+        },
+    )
 
     @classmethod
     def pipeline_class(cls) -> type[StableDiffusionXLPipeline]:

@@ -165,11 +165,14 @@ def export_weights(
             "--format",
             help="weights: a LoRA as two files, for diffusers and for ComfyUI, A1111, Forge and sd-scripts; or the trunk's "
             "folder if all weights were trained. diffusers, kohya: one of the two. merged: the whole pipeline with the LoRA "
-            "in it.",
+            "in it. single-file: the same as one checkpoint file, for ComfyUI and A1111.",
         ),
     ] = "weights",
     out: Annotated[Path | None, typer.Option(help="The folder to write; without it, RUN/export/FORMAT.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best validation, not the last.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Number type of a merged model or a single file: float32, float16 or bfloat16.")
+    ] = "float32",
     licence: Annotated[
         str | None, typer.Option(help="The licence in the model card, as the hub names it; without it, the base's.")
     ] = None,
@@ -191,4 +194,4 @@ def export_weights(
         from diffalign.stages.export import export
 
         target = out or run / "export" / form
-        export(run, target, form, best=best, licence=licence, base=base, push=push, private=private)
+        export(run, target, form, best=best, dtype=dtype, licence=licence, base=base, push=push, private=private)

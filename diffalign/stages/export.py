@@ -9,25 +9,43 @@ from diffalign.files.lock import holds_files, writing_folder
 from diffalign.files.published import is_local, load_base, public_name
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.adapters import LORA_FILE
-from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged, export_trunk
+from diffalign.pipelines.export import (
+    export_diffusers,
+    export_kohya,
+    export_merged,
+    export_single_file,
+    export_trunk,
+)
 from diffalign.pipelines.hub import HUB_ID, component_config
 from diffalign.pipelines.kohya import KOHYA_FILE
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
+from diffalign.pipelines.single_file import SINGLE_FILE
 from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
-from diffalign.stages.resolve import model_folder, open_plain_backbone
+from diffalign.stages.resolve import DTYPES, model_folder, open_plain_backbone
 
-FORMATS = ("weights", "diffusers", "kohya", "merged")
+FORMATS = ("weights", "diffusers", "kohya", "merged", "single-file")
+WHOLE = ("merged", "single-file")
+"""Formats that hold the base model, too."""
 LOAD_LORA = 'pipeline.load_lora_weights("{out}", weight_name="{file}"){here}'
 LOAD_MERGED = 'from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{out}"){here}'
+LOAD_FILE = """from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_single_file("{out}"){here}"""
 LOAD_TRUNK = """{trunk}_class = type(pipeline.{trunk})
 pipeline.register_modules({trunk}={trunk}_class.from_pretrained("{out}", subfolder="{trunk}")){here}"""
 READERS = {
     LORA_FILE: "diffusers; ComfyUI for SD3 and FLUX",
     KOHYA_FILE: "ComfyUI, A1111, Forge and kohya's sd-scripts; diffusers, too",
 }
-FILES = {"weights": (LORA_FILE, KOHYA_FILE), "diffusers": (LORA_FILE,), "kohya": (KOHYA_FILE,), "merged": ()}
+FILES = {
+    "weights": (LORA_FILE, KOHYA_FILE),
+    "diffusers": (LORA_FILE,),
+    "kohya": (KOHYA_FILE,),
+    "merged": (),
+    "single-file": (),
+}
 """The files of a LoRA in each format."""
 
 
@@ -72,11 +90,19 @@ def _generators(config: TrainConfig | RewardGradientConfig) -> dict[str, str]:
     return {public_name(name): licence_name(name) or "licence unknown; check it" for name in names}
 
 
-def _usage(form: str, base: str, folder: str | None, trunk: str, full: bool) -> str:
+def _usage(form: str, base: str, folder: str | None, family: type[Backbone], full: bool) -> str:
     """Return the Python snippet of the card: how to load the export in diffusers, from the hub or the card's own folder."""
+    trunk = family.trunk_name
     out, here = (folder, "") if folder else (".", "  # the folder of this file")
     if form == "merged":
         loaded = LOAD_MERGED.format(out=out, here=here)
+    elif form == "single-file" and family.single_file is not None:
+        if not family.single_file.components:
+            return f"# {SINGLE_FILE} holds the {trunk} alone: {family.single_file.readers}"
+        url = f"https://huggingface.co/{folder}/blob/main/{SINGLE_FILE}" if folder else SINGLE_FILE
+        loaded = LOAD_FILE.format(
+            pipeline=family.pipeline_class().__name__, out=url, here="" if folder else "  # beside this file"
+        )
     elif full:
         loaded = load_base(base, published=True) + "\n" + LOAD_TRUNK.format(trunk=trunk, out=out, here=here)
     else:
@@ -85,15 +111,17 @@ def _usage(form: str, base: str, folder: str | None, trunk: str, full: bool) -> 
     return f'{loaded}\nimage = pipeline("...").images[0]'
 
 
-def _write(form: str, config: TrainConfig | RewardGradientConfig, weights: Path, out: Path) -> type[Backbone]:
+def _write(
+    form: str, config: TrainConfig | RewardGradientConfig, weights: Path, out: Path, dtype: str
+) -> type[Backbone]:
     """Write the weights in format `form` and return the model's family."""
     model = config.model
     path, access = model_folder(model.path), (model.revision, model.token, model.local_files_only)
     family = BACKBONES[pipeline_class(path, *access)]
-    if form == "merged":
+    if form in WHOLE:
         backbone = open_plain_backbone(model)
         backbone.load_weights(weights)
-        export_merged(backbone, out)
+        (export_merged if form == "merged" else export_single_file)(backbone, out, DTYPES[dtype])
     elif config.tune.kind == "full":
         export_trunk(weights, family.trunk_name, out)
     else:
@@ -109,7 +137,7 @@ def _base_name(config: TrainConfig | RewardGradientConfig, base: str | None, pus
     path = config.model.path
     if base is not None and not HUB_ID.fullmatch(base):
         raise DiffalignError(f"--base {base}: the base model's name on the hub is owner/name")
-    if base is None and push is not None and form != "merged" and (is_local(path) or not HUB_ID.fullmatch(path)):
+    if base is None and push is not None and form not in WHOLE and (is_local(path) or not HUB_ID.fullmatch(path)):
         raise DiffalignError(
             f"--push {push}: others cannot load the base model {public_name(path)}, which is not on the hub; give its name "
             "there with --base OWNER/NAME, or use --format merged, which needs no base"
@@ -123,6 +151,7 @@ def export(
     form: str = "weights",
     *,
     best: bool = False,
+    dtype: str = "float32",
     licence: str | None = None,
     base: str | None = None,
     push: str | None = None,
@@ -130,26 +159,37 @@ def export(
 ) -> Path:
     """Write the weights of `run_dir` in format `form`, with their model card, into `out`: `diffalign export`. Return `out`.
 
-    best: export the weights of the best validation, not the last. licence: what the card states; None: the base's.
-    base: the base model's name on the hub; None: that of the config. push: a repository "owner/name" on the hub to upload to,
-    with the token that huggingface_hub finds (HF_TOKEN or `hf auth login`); private: make it private if it is new. Raises
-    DiffalignError where the run has no such weights, and for a format that does not fit them.
+    best: export the weights of the best validation, not the last. dtype: number type of a whole model. licence: what the card
+    states; None: the base's. base: the base model's name on the hub; None: that of the config. push: a repository "owner/name"
+    on the hub to upload to, with the token that huggingface_hub finds (HF_TOKEN or `hf auth login`); private: make it private
+    if it is new. Raises DiffalignError where the run has no such weights, and for a format that does not fit them.
     """
     with writing_folder(out, "--out"):
-        _export(run_dir, out, form, best, licence, base, push)
+        _export(run_dir, out, form, best, dtype, licence, base, push)
     if push is not None:
         _push(out, push, private)
     return out
 
 
 def _export(
-    run_dir: Path, out: Path, form: str, best: bool, licence: str | None, base: str | None, push: str | None
+    run_dir: Path,
+    out: Path,
+    form: str,
+    best: bool,
+    dtype: str,
+    licence: str | None,
+    base: str | None,
+    push: str | None,
 ) -> None:
     # Refuse wrong arguments before anything is written.
     if form not in FORMATS:
         raise DiffalignError(f"--format {form}: unknown; one of {', '.join(FORMATS)}")
     if push is not None and not HUB_ID.fullmatch(push):
         raise DiffalignError(f"--push {push}: a repository is named owner/name")
+    if dtype not in DTYPES or (dtype != "float32" and form not in WHOLE):
+        raise DiffalignError(
+            f"--dtype {dtype}: one of {', '.join(DTYPES)}, and only with --format {' or '.join(WHOLE)}; LoRAs stay float32"
+        )
     config, weights = _config(run_dir), _weights(run_dir, best)
     if holds_files(out) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
@@ -159,14 +199,17 @@ def _export(
         raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")
     # Write the weights, then the card.
     out.mkdir(parents=True, exist_ok=True)
-    family = _write(form, config, weights, out)
+    family = _write(form, config, weights, out, dtype)
+    files = {} if full else {file: READERS[file] for file in FILES[form]}
+    if form == "single-file" and family.single_file is not None:
+        files = {SINGLE_FILE: family.single_file.readers}
     write_card(
         read_run(run_dir),
         out,
         base=name,
-        adapter=not full and form != "merged",
-        usage=_usage(form, name, push, family.trunk_name, full),
-        files={} if full else {file: READERS[file] for file in FILES[form]},
+        adapter=not full and form not in WHOLE,
+        usage=_usage(form, name, push, family, full),
+        files=files,
         generators=_generators(config),
         licence=licence,
     )

@@ -84,6 +84,8 @@ def unet(config: Config, shapes: Shapes) -> Iterator[tuple[str, Target]]:
     levels = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     resnet = {
+        "norm1": "in_layers.0",
+        "norm2": "out_layers.0",
         "conv1": "in_layers.2",
         "time_emb_proj": "emb_layers.1",
         "conv2": "out_layers.3",
@@ -123,7 +125,8 @@ def unet(config: Config, shapes: Shapes) -> Iterator[tuple[str, Target]]:
     for theirs, ours in (
         ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
         ("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"),
-        ("input_blocks.0.0", "conv_in"), ("out.2", "conv_out"),
+        ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"),
+        ("out.2", "conv_out"),
     ):  # fmt: skip
         yield f"{ours}.weight", Target(f"{theirs}.weight")
 

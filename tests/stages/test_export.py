@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from diffalign.cli import app
 from diffalign.config import TrainConfig, resolved_yaml
@@ -21,6 +22,7 @@ from diffalign.pipelines import load_backbone
 from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.kohya import KOHYA_FILE, diffusers_place, to_kohya
 from diffalign.pipelines.original_names import unet_place
+from diffalign.pipelines.single_file import SINGLE_FILE
 from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
 from diffalign.stages.export import export
 from diffalign.training.readme import train_readme
@@ -122,6 +124,28 @@ def test_merged_is_base_plus_adapter(tmp_path: Path, sdxl_dir: Path) -> None:
         if name in adapted:
             value = value + lora[f"unet.{name}.lora_B.weight"] @ lora[f"unet.{name}.lora_A.weight"]
         assert torch.allclose(merged[key], value, atol=1e-5), key
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_half_precision_and_one_file(kind: str, tmp_path: Path, sd15_dir: Path) -> None:
+    """A float16 model is half as large, and its card's snippet loads the file that lies beside it."""
+    from diffusers import StableDiffusionPipeline
+
+    tuned = tuned_run(tmp_path / "run", sd15_dir, kind)
+    whole, half = (
+        export(tmp_path / "run", tmp_path / dtype, "single-file", dtype=dtype) for dtype in ("float32", "float16")
+    )
+    sizes = [(out / SINGLE_FILE).stat().st_size for out in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    read = StableDiffusionPipeline.from_single_file(
+        str(whole / SINGLE_FILE), config=str(sd15_dir), local_files_only=True
+    )
+    assert np.abs(plain_image(read) - tuned).max() < 1e-3
+    card = (half / "README.md").read_text()
+    assert "| `model.safetensors` | ComfyUI, A1111 and Forge; diffusers' `from_single_file` |" in card
+    assert 'pipeline = StableDiffusionPipeline.from_single_file("model.safetensors")' in card
+    merged = export(tmp_path / "run", tmp_path / "merged", "merged", dtype="float16")
+    assert {v.dtype for v in load_file(merged / "unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
 
 
 def test_all_weights(tmp_path: Path, sdxl_dir: Path) -> None:
@@ -257,7 +281,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run directory" in refused(capsys, tmp_path)
     tuned_run(tmp_path / "run", sdxl_dir)
-    assert "one of weights, diffusers, kohya, merged" in refused(capsys, tmp_path / "run", "--format", "safetensors")
+    assert "one of weights, diffusers, kohya, merged, single-file" in refused(
+        capsys, tmp_path / "run", "--format", "safetensors"
+    )
+    for given in (
+        ("--dtype", "float16"),
+        ("--format", "merged", "--dtype", "fp8"),
+        ("--format", "kohya", "--dtype", "bfloat16"),
+    ):
+        assert "only with --format merged or single-file" in refused(capsys, tmp_path / "run", *given)
     assert "it had no validation" in refused(capsys, tmp_path / "run", "--best")
     assert "named owner/name" in refused(capsys, tmp_path / "run", "--push", "https://x/y")
     (tmp_path / "full").mkdir()
@@ -354,7 +386,7 @@ def test_no_path_of_this_machine_is_exported(kind: str, tmp_path: Path, sdxl_dir
     from diffusers import DiffusionPipeline
 
     tuned_run(tmp_path / "run", sdxl_dir, kind)
-    for form in ("weights", "merged"):
+    for form in ("weights", "merged", "single-file"):
         out = export(tmp_path / "run", tmp_path / form, form)
         for file in out.rglob("*"):
             if file.is_file():
