@@ -18,7 +18,7 @@ from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_fi
 from diffalign.pipelines.kohya import KOHYA_FILE, to_kohya
 from diffalign.pipelines.original_names import Config
 from diffalign.pipelines.save_lora import LORA_METADATA, as_trained, write_lora, write_tensors
-from diffalign.pipelines.single_file import SINGLE_FILE, whole_state
+from diffalign.pipelines.save_single_file import SINGLE_FILE, whole_state
 from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
 from diffalign.pipelines.process import NoiseProcess
-from diffalign.pipelines.single_file import SingleFile
+from diffalign.pipelines.save_single_file import SingleFile
 from diffalign.pipelines.tuning import Tunable
 from diffalign.pipelines.vae import NormalVAE
 

@@ -14,7 +14,7 @@ from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.original_names import flux_place
 from diffalign.pipelines.process import Flow
-from diffalign.pipelines.single_file import SingleFile
+from diffalign.pipelines.save_single_file import SingleFile
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, SchedulerMixin

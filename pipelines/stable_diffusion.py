@@ -12,7 +12,7 @@ from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.kohya import KohyaLayout, diffusers_place
 from diffalign.pipelines.original_names import unet_place
 from diffalign.pipelines.process import Diffusion
-from diffalign.pipelines.single_file import VAE, SingleFile, clip_state, open_clip_state, vae_state
+from diffalign.pipelines.save_single_file import VAE, SingleFile, clip_state, open_clip_state, vae_state
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline

@@ -12,7 +12,7 @@ from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options, SD3Options
 from diffalign.pipelines.original_names import sd3_place
 from diffalign.pipelines.process import Flow
-from diffalign.pipelines.single_file import VAE, SingleFile, clip_state, t5_state, vae_state
+from diffalign.pipelines.save_single_file import VAE, SingleFile, clip_state, t5_state, vae_state
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusion3Pipeline

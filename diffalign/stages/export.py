@@ -19,7 +19,7 @@ from diffalign.pipelines.export import (
 from diffalign.pipelines.hub import HUB_ID, component_config
 from diffalign.pipelines.kohya import KOHYA_FILE
 from diffalign.pipelines.loading import BACKBONES, pipeline_class
-from diffalign.pipelines.single_file import SINGLE_FILE
+from diffalign.pipelines.save_single_file import SINGLE_FILE
 from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run

@@ -22,7 +22,7 @@ from diffalign.pipelines import load_backbone
 from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.kohya import KOHYA_FILE, diffusers_place, to_kohya
 from diffalign.pipelines.original_names import unet_place
-from diffalign.pipelines.single_file import SINGLE_FILE
+from diffalign.pipelines.save_single_file import SINGLE_FILE
 from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
 from diffalign.stages.export import export
 from diffalign.training.readme import train_readme

@@ -14,7 +14,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import export_single_file, single_file
 from diffalign.pipelines.original_names import flux_place, sd3_place, unet_place
-from diffalign.pipelines.single_file import SINGLE_FILE, trunk_state
+from diffalign.pipelines.save_single_file import SINGLE_FILE, trunk_state
 from helpers import tiny
 from helpers.lora_readers import Model
 from helpers.trunks import TRUNKS
