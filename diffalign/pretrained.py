@@ -5,7 +5,6 @@ Everything that comes from a stranger's folder goes through here: models, tokeni
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
 from diffalign.files.tensors import check_shards, read_metadata, weight_files
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def refuse_code(folder: Path, what: str) -> None:
         if path.stat().st_size > 1 << 24:  # a vocabulary
             continue
         try:
-            values = _all_values(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError) as error:
+            values = _all_values(parse_json(path.read_bytes()))
+        except ValueError as error:
             raise DiffalignError(f"{what}: {path} is not valid JSON ({brief(error)})") from error
         for key, value in values:
             kernel = key in ("attn_implementation", "_attn_implementation") and "/" in str(value)

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from diffalign.redaction import redact
+
 Say = Callable[[str], None]
 """A function that shows one line to the user."""
 
@@ -39,17 +41,17 @@ def _escape(character: str) -> str:
 
 def say(message: str) -> None:
     """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(visible(message), flush=True)
+    print(visible(redact(message)), flush=True)
 
 
 def say_aside(message: str) -> None:
     """Print a line to standard error, apart from a command's results."""
-    print(visible(message), file=sys.stderr, flush=True)
+    print(visible(redact(message)), file=sys.stderr, flush=True)
 
 
 def say_block(text: str) -> None:
     """Print a text of several lines, such as a config or a table."""
-    print(visible(text, keep="\n\t"), flush=True)
+    print(visible(redact(text), keep="\n\t"), flush=True)
 
 
 class ImageProgress:

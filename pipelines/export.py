@@ -14,8 +14,9 @@ from diffalign.errors import DiffalignError, brief
 from diffalign.files import replacing
 from diffalign.files.parse import parse_json
 from diffalign.files.published import drop_local_paths
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
+from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.kohya import KOHYA_FILE, to_kohya
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 from diffalign.pipelines.original_names import Config
 from diffalign.pipelines.save_lora import LORA_METADATA, as_trained, write_lora, write_tensors
 from diffalign.pipelines.save_single_file import SINGLE_FILE, whole_state

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import LORA_FILE, lora_file
+from diffalign.files import make_folder
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 from diffalign.pipelines.save_lora import as_trained, as_written, write_tensors
 
 
@@ -53,6 +54,7 @@ def extrapolate_lora(now: Path, before: Path | None, momentum: float, out: Path)
         other = name.replace(".lora_A.", ".lora_B.")
         last = None if earlier is None else (earlier[name], earlier[other])
         found[name], found[other] = extrapolate((tensors[name], tensors[other]), last, momentum)
+    make_folder(out)
     write_tensors(out / LORA_FILE, as_written(found, metadata), metadata)
 
 

@@ -11,6 +11,7 @@ safetensors writes metadata in another order each time. `write_tensors` sorts th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,5 +86,10 @@ def as_written(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict
 
 
 def trained_scale(metadata: Mapping[str, str]) -> float:
-    """Return the alpha / rank that is in a file's weights; 1 for another program's file."""
-    return float(metadata[ALPHA]) / int(metadata[RANK]) if ALPHA in metadata else 1.0
+    """Return the alpha / rank that is in a file's weights; 1 for another program's file. Raises ValueError for damage."""
+    if ALPHA not in metadata:
+        return 1.0
+    alpha, rank = float(metadata[ALPHA]), int(metadata.get(RANK, 0))
+    if not (0 < alpha < math.inf and rank > 0):
+        raise ValueError(f"{ALPHA} is {alpha}, {RANK} is {rank}")
+    return alpha / rank

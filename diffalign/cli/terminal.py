@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from diffalign.progress import visible
+from diffalign.redaction import redact
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LONGEST = 1000
@@ -31,6 +32,7 @@ def guard_libraries() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in VERBOSITY:
         os.environ.setdefault(name, "error")
+    warnings.filterwarnings("ignore", message=r"Image size .* exceeds limit")  # files/images.py has its own
     logging.setLogRecordFactory(_PlainRecord)
     warnings.formatwarning = _formatted
 
@@ -42,5 +44,5 @@ def _formatted(
 
 
 def _one_line(text: str) -> str:
-    plain = visible(" ".join(COLOUR.sub("", text).split()))
+    plain = visible(redact(" ".join(COLOUR.sub("", text).split())))
     return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}..."

@@ -158,7 +158,7 @@ def report(
 
 @verbs.command("export")
 def export_weights(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory, or RUN/checkpoints/step-N.")],
     form: Annotated[
         str,
         typer.Option(

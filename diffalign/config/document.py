@@ -14,6 +14,7 @@ import yaml
 
 from diffalign.errors import DiffalignError
 from diffalign.files.parse import MAX_DEPTH, MAX_YAML, ODD_VALUES, Yaml12Loader, compose_yaml
+from diffalign.redaction import HIDDEN, holds_secret, is_secret, redact, redact_argument
 
 LONGEST_SHOWN = 80
 """Characters of an argument in a message."""
@@ -92,15 +93,14 @@ def apply_override(document: Document, argument: str, below: str | None = None) 
     argument is short for it. Raises DiffalignError for an argument of another
     form, a key below a plain value, and an index that the list does not have.
     """
-    shown = " ".join(argument.split())
-    place = f"argument '{shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '...'}'"
-    dotted, equals, text = argument.partition("=")
+    place = _argument_place(argument)
+    dotted, equals, _ = argument.partition("=")
     words = [*dotted.strip().split("."), *([] if below is None else [below])]
     if not equals or not all(words):
         raise DiffalignError(f"{place}: write key.sub=value, such as train.steps=400")
     if len(words) > MAX_DEPTH:
         raise DiffalignError(f"{place}: nested more than {MAX_DEPTH} levels deep")
-    node, loader = compose_yaml(text, place)
+    node, loader = _composed(argument)
     target: Any = document.values
     key: Key = ()
     for word in words[:-1]:
@@ -119,12 +119,30 @@ def apply_override(document: Document, argument: str, below: str | None = None) 
     target[last] = None if node is None else _plain(node, loader, key, document, place, by_line=False)
 
 
+def _argument_place(argument: str) -> str:
+    """Return how messages name an argument: in one line, not too long, without the token that it may hold."""
+    shown = " ".join(redact_argument(argument).split())
+    return f"argument '{shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '...'}'"
+
+
+def _composed(argument: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+    """Return the node and the loader of an argument's value, as `compose_yaml` does."""
+    dotted, _, text = argument.partition("=")
+    try:
+        return compose_yaml(text, _argument_place(argument))
+    except DiffalignError as error:
+        if not holds_secret(dotted):
+            raise
+        raise DiffalignError(f"{_argument_place(argument)}: not valid YAML; put quotes around it") from error
+
+
 def _step(document: Document, target: Any, key: Key, word: str, place: str) -> str | int:
     """Return `word` as a key of the section `target`, or as an index of the list `target`."""
     if isinstance(target, dict):
         return word
     if not isinstance(target, list):
-        above = f"{_dotted(key)} is a value ({target!r}, {document.place(key)})"
+        value = HIDDEN if any(map(is_secret, key)) else redact(repr(target))
+        above = f"{_dotted(key)} is a value ({value}, {document.place(key)})"
         raise DiffalignError(f"{place}: {above}, not a section with keys")
     if not word.isdecimal() or int(word) >= len(target):
         entries = f"0 to {len(target) - 1}" if target else "it is empty"
@@ -137,7 +155,7 @@ def _step(document: Document, target: Any, key: Key, word: str, place: str) -> s
 
 def is_text(argument: str) -> bool:
     """Return whether the value of `key=value` is a plain text, not a number, a list, a section or null."""
-    node, _ = compose_yaml(argument.partition("=")[2], f"argument '{argument}'")
+    node, _ = _composed(argument)
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
 
 
@@ -170,7 +188,8 @@ def _plain(
     try:
         return loader.construct_object(node)
     except ODD_VALUES as error:
-        raise DiffalignError(f"{here}: {_dotted(key)} cannot be read: {' '.join(str(error).split())}") from error
+        reason = HIDDEN if any(map(is_secret, key)) else redact(" ".join(str(error).split()))
+        raise DiffalignError(f"{here}: {_dotted(key)} cannot be read: {reason}") from error
 
 
 def _line(node: yaml.Node) -> int:

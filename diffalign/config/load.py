@@ -157,9 +157,6 @@ def resolved_yaml(config: BaseModel) -> str:
     values = config.model_dump(mode="json")
     if isinstance(config, Section):
         values = {key: values[key] for key in type(config).reading_order()}
-    for section in (values, *values.get("generators", [])):
-        if section.get("model", {}).get("token") is not None:
-            section["model"]["token"] = None
     return dump(values)
 
 

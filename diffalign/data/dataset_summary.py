@@ -77,6 +77,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
     sizes = np.diff(dataset.image_index.starts)
     preferred = [row["preference"] or [] for row in rows]
     ranked = [p for p in preferred if p]
+    unlabelled = sum(value is None or not math.isfinite(value) for given in dataset.human for value in given or [])
     generators = (
         Counter(str(name) for name in dataset.image_column("generator")) if len(dataset.image_index) else Counter()
     )
@@ -91,6 +92,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
         "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
         **_labelled_by(dataset),
+        **({"without a label": f"{unlabelled} images"} if unlabelled else {}),
         "tied pairs": f"{tied_pairs(ranked):.1%}",
         "dropped": _counted(Counter(row["dropped"] for row in rows if row["dropped"])) or "none",
     }

@@ -133,7 +133,10 @@ def compose_yaml(text: str, source: str) -> tuple[yaml.Node | None, yaml.SafeLoa
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = source if mark is None else place_in(source, mark.line)
-        raise DiffalignError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+        problem = str(error.problem or error.context)
+        if isinstance(error, yaml.composer.ComposerError):  # its words hold the text, which may be a token
+            problem = problem.partition("'")[0].strip()
+        raise DiffalignError(f"{where}: not valid YAML: {problem}") from error
     except yaml.YAMLError as error:  # a control character: it has no mark
         raise DiffalignError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
     return node, loader

@@ -42,11 +42,15 @@ def _without_names(value: Any) -> Any:
 def load_base(base: str, *, published: bool) -> str:
     """Return the lines of Python that load a base model as `pipeline`.
 
-    base: a folder, a hub id or a model of the embedded world. published: a folder's path is left out.
+    base: a folder, a checkpoint in one file, a hub id or a model of the embedded world. published: a folder's path is left out.
     """
     lines = ["from diffusers import DiffusionPipeline", ""]
+    given = public_name(base) if published else base
+    if base.endswith(".safetensors"):
+        note = "  # of the model's own class, such as StableDiffusionXLPipeline"
+        return "\n".join([*lines, f'pipeline = DiffusionPipeline.from_single_file("{given}"){note}'])
     if is_local(base):
-        given, note = (public_name(base), "  # the folder of the base model") if published else (base, "")
+        note = "  # the folder of the base model" if published else ""
         return "\n".join([*lines, f'pipeline = DiffusionPipeline.from_pretrained("{given}"){note}'])
     if "/" not in base:
         lines.insert(0, "from diffalign.testbed import model_path")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
 
 SUFFIX = ".safetensors"
 LFS = b"version https://git-lfs"
@@ -29,6 +29,15 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of a safetensors file's tensors, and read no tensor. Raise DiffalignError as `read_tensors` does."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise damaged(path, error) from error
 
@@ -66,9 +75,9 @@ def variants(folder: Path, stem: str) -> list[str]:
 def check_shards(index: Path, suffix: str = SUFFIX) -> list[Path]:
     """Return the files that an index names, in order. Raise DiffalignError unless all have the suffix and lie beside it."""
     try:
-        content = json.loads(index.read_bytes())
+        content = parse_json(index.read_bytes())
         names = sorted({str(name) for name in content["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffalignError(
             f"{index} is no index of weights ({brief(error)}); download or copy it once more"
         ) from error

@@ -52,6 +52,7 @@ def pairs(sources: list[Path], out: Path, split: list[str]) -> None:
     """Write your own pairs as a dataset into `out`: `diffalign pairs`. split: as `read_splits` takes it."""
     with writing_folder(out, "--out"):
         report = import_pairs(sources, out, read_splits(split))
+    _print_counted(report)
     say(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
 
 
@@ -77,6 +78,13 @@ def _split_counts(report: Report) -> str:
     return f" ({counts})" if len(report.splits) > 1 else ""
 
 
+def _print_counted(report: Report) -> None:
+    for reason, count in report.counted.items():
+        say(f"{count} rows skipped: {reason}")
+    if report.unlabelled:
+        say(f"{report.unlabelled} images have no label, or none that is a finite number: kept, in no pair")
+
+
 def convert(sources: list[Path], out: Path, form: str | None = None, split: list[str] | None = None) -> Report:
     """Convert another dataset into `out`: `diffalign data convert`. Broken rows are reported and skipped.
 
@@ -91,8 +99,7 @@ def convert(sources: list[Path], out: Path, form: str | None = None, split: list
     if report.faults:
         more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
         say_aside(f"{len(report.faults)} broken rows were skipped{more}")
-    for reason, count in report.counted.items():
-        say(f"{count} rows skipped: {reason}")
+    _print_counted(report)
     found = f"{report.groups} groups, {report.images} images in {out}{_split_counts(report)}"
     say(f"{name}: {found}; train on them with data.path={out}")
     return report

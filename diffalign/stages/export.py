@@ -1,14 +1,15 @@
 """`diffalign export`: a run's weights in a layout that other programs read, with a model card, also on the hub."""
 
+import tempfile
 from pathlib import Path
 
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError, brief
+from diffalign.files import make_folder
 from diffalign.files.lock import holds_files, writing_folder
 from diffalign.files.published import is_local, load_base, public_name
 from diffalign.pipelines import Backbone
-from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.export import (
     export_diffusers,
     export_kohya,
@@ -18,7 +19,8 @@ from diffalign.pipelines.export import (
 )
 from diffalign.pipelines.hub import HUB_ID, component_config
 from diffalign.pipelines.kohya import KOHYA_FILE
-from diffalign.pipelines.loading import BACKBONES, pipeline_class
+from diffalign.pipelines.loading import BACKBONES, model_index, pipeline_class
+from diffalign.pipelines.lora_file import LORA_FILE, is_checkpoint
 from diffalign.pipelines.save_single_file import SINGLE_FILE
 from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
@@ -116,8 +118,8 @@ def _write(
 ) -> type[Backbone]:
     """Write the weights in format `form` and return the model's family."""
     model = config.model
-    path, access = model_folder(model.path), (model.revision, model.token, model.local_files_only)
-    family = BACKBONES[pipeline_class(path, *access)]
+    path, access = model_folder(model.path), (model.token, model.local_files_only)
+    family = BACKBONES[pipeline_class(path, model.revision, *access, model.config)]
     if form in WHOLE:
         backbone = open_plain_backbone(model)
         backbone.load_weights(weights)
@@ -128,7 +130,8 @@ def _write(
         if LORA_FILE in FILES[form]:
             export_diffusers(weights, family.trunk_name, out)
         if KOHYA_FILE in FILES[form]:
-            export_kohya(weights, family, component_config(path, family.trunk_name, *access), out)
+            index, commit = model_index(path, model.config, model.revision, *access)
+            export_kohya(weights, family, component_config(path, index, commit, family.trunk_name, *access), out)
     return family
 
 
@@ -159,13 +162,14 @@ def export(
 ) -> Path:
     """Write the weights of `run_dir` in format `form`, with their model card, into `out`: `diffalign export`. Return `out`.
 
+    run_dir: a run, or one of its checkpoints (`RUN/checkpoints/step-N`), of which the average is taken if it was kept.
     best: export the weights of the best validation, not the last. dtype: number type of a whole model. licence: what the card
     states; None: the base's. base: the base model's name on the hub; None: that of the config. push: a repository "owner/name"
     on the hub to upload to, with the token that huggingface_hub finds (HF_TOKEN or `hf auth login`); private: make it private
     if it is new. Raises DiffalignError where the run has no such weights, and for a format that does not fit them.
     """
-    with writing_folder(out, "--out"):
-        _export(run_dir, out, form, best, dtype, licence, base, push)
+    with writing_folder(out, "--out"), tempfile.TemporaryDirectory() as saved:
+        _export(run_dir, out, form, best, dtype, licence, base, push, Path(saved))
     if push is not None:
         _push(out, push, private)
     return out
@@ -180,7 +184,9 @@ def _export(
     licence: str | None,
     base: str | None,
     push: str | None,
+    saved: Path,
 ) -> None:
+    """Do what `export` does, but for pushing. saved: an empty folder for the weights of a checkpoint."""
     # Refuse wrong arguments before anything is written.
     if form not in FORMATS:
         raise DiffalignError(f"--format {form}: unknown; one of {', '.join(FORMATS)}")
@@ -190,15 +196,26 @@ def _export(
         raise DiffalignError(
             f"--dtype {dtype}: one of {', '.join(DTYPES)}, and only with --format {' or '.join(WHOLE)}; LoRAs stay float32"
         )
-    config, weights = _config(run_dir), _weights(run_dir, best)
+    checkpoint = run_dir if is_checkpoint(run_dir) else None
+    if checkpoint is not None:
+        run_dir = checkpoint.absolute().parent.parent
+        if best:
+            raise DiffalignError(f"--best: {checkpoint} is a checkpoint; give the run's directory, or leave --best out")
+    config = _config(run_dir)
+    weights = checkpoint or _weights(run_dir, best)
     if holds_files(out) and not (out / "README.md").is_file():
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     name = _base_name(config, base, push, form)
     full = config.tune.kind == "full"
     if full and form == "kohya":
         raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")
+    if checkpoint is not None and form not in WHOLE:
+        backbone = open_plain_backbone(config.model)
+        backbone.load_weights(checkpoint)
+        backbone.save_weights(saved)
+        weights = saved
     # Write the weights, then the card.
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     family = _write(form, config, weights, out, dtype)
     files = {} if full else {file: READERS[file] for file in FILES[form]}
     if form == "single-file" and family.single_file is not None:

@@ -10,27 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from diffalign import testbed
 from diffalign.config import (
+    BackboneRunConfig,
     GeneratorSection,
     JudgeModelSection,
     ModelSection,
     RewardSection,
     SizedSamplingSection,
     ValidationSection,
+    load_run_config,
 )
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
+from diffalign.files.tensors import read_tensors
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
+from diffalign.pipelines.lora_file import checkpoint_file, is_checkpoint, stated_base
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.pretrained import quiet_progress
+from diffalign.progress import say
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
@@ -81,10 +85,26 @@ def open_generator(section: GeneratorSection, device: str) -> Generator:
     model = section.model
     generator = load_generator(model_folder(model.path), device=device, prior=section.prior, **_loading(model))
     if section.weights is not None:
+        note_other_base(section.weights, model)
         generator.load_weights(section.weights)
     if section.scheduler is not None:
         replace_scheduler(generator.pipeline, section.scheduler.name, section.scheduler.options)
     return generator
+
+
+def note_other_base(weights: Path | None, model: ModelSection) -> None:
+    """Say so where trained weights state that they belong to another model: equal shapes do not make them fit."""
+    if weights is None:
+        return
+    checkpoint = is_checkpoint(weights)
+    run = weights.absolute().parent.parent.parent if checkpoint else weights.absolute().parent
+    if (checkpoint or weights.name in ("weights", "best")) and (run / "config.yaml").is_file():
+        trained = load_run_config(run / "config.yaml")
+        base = trained.model.path if isinstance(trained, BackboneRunConfig) else model.path
+        if model_folder(base) != model_folder(model.path):
+            say(f"note: {weights} was trained on {base}, and is loaded into {model.path}")
+    elif not checkpoint and (made_for := stated_base(weights)):
+        say(f"note: {weights} says that it was made for {made_for}; it is loaded into {model.path}")
 
 
 def open_judge(model: JudgeModelSection, device: str) -> Judge:
@@ -184,15 +204,17 @@ def check_guidance_scale(scale: float, backbone: Backbone, key: str = "guidance_
 
 
 def weights_digest(weights: Path) -> str:
-    """Return a hash of the tensors in a folder; not of its files, since safetensors writes metadata in any order."""
+    """Return a hash of the tensors in a folder or file; not of its bytes, since safetensors writes metadata in any order."""
     digest = hashlib.blake2b(digest_size=12)
-    files = sorted(weights.rglob("*.safetensors"))
+    files = [weights] if weights.is_file() else sorted(weights.rglob("*.safetensors"))
+    if is_checkpoint(weights):
+        files = [checkpoint_file(weights)]
     if not files:
         raise DiffalignError(f"weights {weights}: no .safetensors file in it")
     for path in files:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         for name in sorted(tensors):
-            digest.update(f"{path.relative_to(weights)} {name}".encode())
+            digest.update(f"{path.relative_to(weights) if path != weights else path.name} {name}".encode())
             digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

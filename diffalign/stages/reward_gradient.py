@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig, resolved_yaml
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
@@ -14,6 +15,7 @@ from diffalign.progress import say, say_block
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     open_rewards,
     open_validation,
@@ -92,6 +94,7 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     side = check_sampler(config, backbone)
     rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
@@ -108,6 +111,8 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
             if (s.name, s.options) == (r.name, r.options)
         ]
         validation.rewards.update({name: rewards[name] for name in same})
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)

@@ -4,29 +4,31 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
-from rich.table import Table
-from rich.text import Text
 
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import writing_file, writing_folder
 from diffalign.progress import ImageProgress, say, say_aside
-from diffalign.rewards import REWARDS, Reward, foreign_rewards
+from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
+from diffalign.scoring.list_rewards import rewards_table
+from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
+from diffalign.scoring.score_summary import faults, summarise, summary_table
 from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
@@ -76,10 +78,12 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
+    if processes.main and request.html:
+        make_folder(request.html.parent)
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
-    given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
+    given = _prompt_table(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
     skipped: Counter[str] = Counter()
@@ -123,6 +127,10 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     parts = _split(both, len(items["A"]))
     _show(request, both, parts, choices, kept, rewards)
     return UNSCORED if both.failed else 0
+
+
+def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
+    return NumberedRows(path, column) if is_numbered(path) else PromptTable(path, column)
 
 
 def _show(
@@ -210,29 +218,12 @@ def write_into_dataset(scores: Scores, sources: list[str], rewards: Mapping[str,
     return written
 
 
-def show_rewards() -> None:
-    """Print a table of the rewards: `diffalign rewards`."""
-    others, problems = foreign_rewards()
-    kinds = REWARDS | others
-    shown = Table(title=f"{len(kinds)} rewards; higher is better", title_justify="left")
-    for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
-        shown.add_column(name, overflow="fold")
-    for name, kind in kinds.items():
-        low, high = (f"{bound:.3g}" for bound in kind.range)
-        reads = ", ".join(("image", *kind.reads))
-        gradient = "yes" if kind.differentiable else ""
-        cells = (
-            name,
-            f"{low} to {high}",
-            kind.usual,
-            reads,
-            gradient,
-            kind.weights,
-            kind.size,
-            kind.licence,
-            ", ".join(kind.requires),
-        )
-        shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
-    show_table(shown, 180)
+def show_rewards(names: Iterable[str] = ()) -> None:
+    """Print the rewards, or more about some of them: `diffalign rewards`."""
+    names = list(names)
+    shown, problems = rewards_table(names)
+    if not names:
+        say(f"{shown.row_count} rewards; higher is better. `diffalign rewards NAME` says more of one.")
+    show_table(shown)
     for problem in problems:
         say_aside(f"not listed: {problem}")

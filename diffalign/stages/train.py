@@ -14,7 +14,7 @@ from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say, say_block
-from diffalign.stages.resolve import open_backbone, open_validation, resolve_device
+from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
@@ -38,6 +38,7 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     accelerator = start_accelerator(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.

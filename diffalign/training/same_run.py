@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffalign.config.model import current_keys
+from diffalign.config.model import complete_keys
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys
 from diffalign.training.protocols import PlainConfig
@@ -26,7 +26,7 @@ FREE_KEYS = (
 
 def check_same_run(path: Path, stored: PlainConfig, config: PlainConfig) -> None:
     """Refuse to resume from the checkpoint `path` of another config: raise DiffalignError that names what differs."""
-    before, now = dotted_keys(current_keys(stored)), dotted_keys(current_keys(config))
+    before, now = dotted_keys(complete_keys(stored)), dotted_keys(complete_keys(config))
     different = [
         key
         for key in sorted(before.keys() | now.keys())

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from diffalign.data.prompts import PromptRow
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import EvaluationPlan, summarise
 from diffalign.intervals import Interval, bootstrap, interval_in
@@ -60,12 +62,21 @@ def test_seven_prompts_have_no_interval_and_eight_have_one(count: int) -> None:
 def test_a_kind_of_few_prompts_has_none_beside_one_of_many() -> None:
     rng = np.random.default_rng(0)
     tags = ["a"] * 20 + ["b"] * 3 + ["c"]
-    prompts = [type("P", (), {"prompt": str(i), "metadata": {"tag": tag}})() for i, tag in enumerate(tags)]
+    prompts = [PromptRow(str(i), {"tag": tag}) for i, tag in enumerate(tags)]
     scores = {m: {"r": rng.normal(size=(24, 2))} for m in ("base", "tuned")}
     found = summarise(scores, EvaluationPlan(prompts, seeds=2))["r"]
     assert {kind: interval_in(c).low is not None for kind, c in found.items()} == {
         "all": True, "a": True, "b": False, "c": False
     }  # fmt: skip
+
+
+def test_a_kind_without_scores_costs_only_itself() -> None:
+    values = np.array([[1.0], [2.0], [np.nan]])
+    prompts = [PromptRow(str(i), {"tag": tag}) for i, tag in enumerate("aab")]
+    scores = {"base": {"r": values}, "tuned": {"r": values[::-1]}}
+    assert list(summarise(scores, EvaluationPlan(prompts, seeds=1))["r"]) == ["all", "a"]
+    with pytest.raises(DiffalignError, match="r: no image was scored for both models"):
+        summarise({"base": {"r": values}, "tuned": {"r": values * np.nan}}, EvaluationPlan(prompts, seeds=1))
 
 
 def test_images_of_few_prompts_are_few_however_many() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, adapter_parameters, add_adapter, save_adapter
+from diffalign.pipelines.adapters import POLICY, adapter_parameters, add_adapter, save_adapter
 from diffalign.pipelines.export import export_diffusers, export_kohya
 from diffalign.pipelines.kohya import KOHYA_FILE
 from diffalign.pipelines.loading import BACKBONES
+from diffalign.pipelines.lora_file import LORA_FILE
 from helpers.lora_readers import Model
 
 

@@ -29,6 +29,7 @@ from diffalign.pipelines.loading import read_index
 from diffalign.report.model_card import front_matter
 from diffalign.report.runs import read_run
 from diffalign.rewards.judge_prompt import load_settings
+from diffalign.scoring.sources import collect
 from diffalign.scoring.store import Store
 from helpers import pictures
 from helpers.command_line import run
@@ -176,7 +177,8 @@ def test_a_row_costs_itself(folder: Path, ending: str, number: int) -> None:
     text = "\n".join(rows) if ending == ".jsonl" else f"[{','.join(rows)}]"
     (folder / f"t{ending}").write_text(text)
     report = converted(folder / f"t{ending}")
-    assert (report.groups, len(report.faults)) == (2, 1)
+    # A label that is no finite number is absent, which is counted and no fault.
+    assert (report.groups, len(report.faults) + sum(report.counted.values())) == (2, 1)
     assert PreferenceDataset(folder / "out").column("prompt") == ["a cat", "\\ud800 a dog"]
 
 
@@ -212,7 +214,7 @@ def test_a_row_of_hpdv2_costs_itself(folder: Path, row: dict[str, Any]) -> None:
         del bad["rank"]
     (folder / "test.json").write_text(json.dumps([good, bad]))
     report = converted(folder / "test.json")
-    assert (report.groups, len(report.faults)) == (1, 1)
+    assert (report.groups, len(report.faults) + sum(report.counted.values())) == (1, 1)
 
 
 def test_values_of_parquet_that_python_lacks(folder: Path) -> None:
@@ -226,7 +228,9 @@ def test_values_of_parquet_that_python_lacks(folder: Path) -> None:
     pq.write_table(table, folder / "t.parquet")
     one_line(lambda: converted(folder / "t.parquet"))
     pq.write_table(table.rename_columns(["caption", "image", "x", "when"]), folder / "s.parquet")
-    assert run("score", folder / "s.parquet", "-r", "sharpness") == 2
+    assert run("score", folder / "s.parquet", "-r", "sharpness") == 0  # which reads the image alone
+    (item,) = collect([str(folder / "s.parquet")])
+    assert item.prompt is None and item.fault.startswith("cannot be read (")
 
 
 def test_metadata_of_any_type_is_kept_as_text(folder: Path) -> None:

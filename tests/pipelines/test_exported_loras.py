@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.export import export_diffusers, export_kohya
 from diffalign.pipelines.kohya import to_kohya
 from diffalign.pipelines.loading import BACKBONES
+from diffalign.pipelines.lora_file import LORA_FILE
 from diffalign.pipelines.original_names import flux_place, unet_place
 from helpers.lora_readers import PROGRAMS, Model, largest_difference
 from helpers.trunks import PIPELINES, TRUNKS, every_layer, exported

@@ -10,8 +10,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from diffalign.errors import DiffalignError
+from diffalign.rewards import REWARDS, accepted, find_reward
 from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
 from diffalign.scoring.human_agreement import Choice, agreement_table
+from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import summarise, summary_table
 from diffalign.terminal import shortened
@@ -77,3 +80,33 @@ def test_what_is_not_there_is_a_dash_or_no_row() -> None:
 )
 def test_names_keep_their_end(text: str, width: int, shown: str) -> None:
     assert shortened(text, width) == shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_list_of_rewards_can_be_read_and_copied(width: int) -> None:
+    shown, problems = rewards_table()
+    found = lines(shown, width)
+    text = "\n".join(found)
+    assert not problems and max(map(len, found)) <= width
+    for name, kind in REWARDS.items():
+        assert re.search(rf"^{name}  ", text, re.MULTILINE)
+        for word in (*kind.weights.replace(",", " ").split(), *kind.licence.split(), *kind.requires):
+            assert word in text or word == "none", word
+    assert "diffalign[ocr]" in text and "inf" not in text
+    # A number stands in one line with its unit.
+    assert not [line for line in found if re.match(r"\s*(GB|MB)\b", line)]
+
+
+@pytest.mark.parametrize("names", [["geneval"], ["hpsv2", "ocr"], ["helpers.counting_reward:Counting"], ["sharpness"]])
+def test_one_reward_has_its_columns_and_options(names: list[str]) -> None:
+    shown, _ = rewards_table(names)
+    text = "\n".join(lines(shown))
+    for name in names:
+        kind = find_reward(name)
+        assert name in text and all(option in text for option in accepted(name))
+        assert all(column in text for column in kind.columns[1:])
+
+
+def test_an_unknown_reward_is_refused() -> None:
+    with pytest.raises(DiffalignError, match="did you mean 'hpsv3'"):
+        rewards_table(["hpsv9"])

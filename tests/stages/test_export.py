@@ -19,8 +19,8 @@ from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.files.published import load_base, public_name
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.adapters import LORA_FILE
 from diffalign.pipelines.kohya import KOHYA_FILE, diffusers_place, to_kohya
+from diffalign.pipelines.lora_file import LORA_FILE
 from diffalign.pipelines.original_names import unet_place
 from diffalign.pipelines.save_single_file import SINGLE_FILE
 from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
@@ -430,14 +430,16 @@ import sys
 from pathlib import Path
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.export import export_diffusers, export_kohya
-from diffalign.pipelines.hub import component_config
+from diffalign.pipelines.hub import component_config, find_index
 backbone = load_backbone(sys.argv[1])
 backbone.add_lora(2, 3.0)
 out = Path(sys.argv[2])
 backbone.save_weights(out / "weights")
 (out / "export").mkdir()
 export_diffusers(out / "weights", "unet", out / "export")
-export_kohya(out / "weights", type(backbone), component_config(sys.argv[1], "unet", None, None, True), out / "export")
+found = find_index(sys.argv[1], None, None, True)
+config = component_config(sys.argv[1], *found, "unet", None, True)
+export_kohya(out / "weights", type(backbone), config, out / "export")
 """
     for seed in ("1", "2"):
         finish([sys.executable, "-c", program, str(sdxl_dir), str(tmp_path / seed)], PYTHONHASHSEED=seed)

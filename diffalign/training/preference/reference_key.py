@@ -21,7 +21,9 @@ from diffalign.training.preference.reference_store import ReferenceStore
 from diffalign.training.protocols import GroupSource, Say
 
 ROWS = 65536
-ELSEWHERE = {"path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing"}
+ELSEWHERE = {
+    "path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing", "lora_text_encoders", "config",
+}  # fmt: skip
 """Keys of the model section that its fingerprint covers, or that change no prediction."""
 
 
@@ -109,6 +111,8 @@ def _labels(config: TrainConfig, rewards: Tensor, members: str) -> str | None:
 
 def _files(folder: Path) -> str:
     """Hash of a LoRA's weights, wherever it lies."""
+    if Path(folder).is_file():
+        return _hash([Path(folder).read_bytes()])
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json"))
     return _hash(part for path in files for part in (path.relative_to(folder).as_posix().encode(), path.read_bytes()))
 
