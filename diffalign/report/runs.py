@@ -55,11 +55,12 @@ class Run:
         """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return (name, value) of the settings worth showing first."""
-        unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
-        known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
-        found = [(FACTS[key], _shown(self.config[key])) for key in known]
+    def facts(self, instead: dict[str, str] | None = None) -> list[tuple[str, str]]:
+        """Return (name, value) of the settings worth showing first; `instead` replaces values of the config."""
+        config = {**self.config, **(instead or {})}
+        unused = {"tune.rank"} if config.get("tune.kind") == "full" else set()
+        known = [key for key in FACTS if key not in unused and config.get(key) is not None]
+        found = [(FACTS[key], _shown(config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
