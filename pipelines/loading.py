@@ -19,6 +19,7 @@ from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value, read_options
+from diffalign.pipelines.prompt_length import hide_truncation_warnings
 from diffalign.pipelines.single_file import config_index, is_single_file, left_out, load_single_file
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
@@ -87,6 +88,7 @@ def load_backbone(
     if not single:
         check_files(source, components)
     pipeline = _load_pipeline(source, kind, components, dtype)
+    hide_truncation_warnings()
     backbone = kind(
         pipeline,
         source,
