@@ -29,6 +29,7 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
+    settled,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
@@ -151,7 +152,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
 
 
 def _distill(config: DistillConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))

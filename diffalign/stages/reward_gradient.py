@@ -21,6 +21,7 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
+    settled,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.device import start_accelerator
@@ -84,7 +85,7 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
 
 
 def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     check_installed(config.optimizer)
     check_differentiable(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
