@@ -8,6 +8,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines
 from diffalign.files.parse import parse_yaml
 from diffalign.health import examine
+from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
 FACTS: dict[str, str] = {
@@ -65,7 +66,7 @@ class Run:
 def _shown(value: object) -> str:
     """Return a config value as text; a list of sections as their weights and names."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
-        return str(value)
+        return str(without_folders(str(value)))
     return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
@@ -84,7 +85,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     loaded = parse_yaml(text, str(path))
     config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
-    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
