@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from diffalign.data.buckets import bucket_sizes, group_sizes
-from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.cut_prompts import cut_lines
+from diffalign.data.dataset import PreferenceDataset, bytes_of
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
+from diffalign.data.own_parquet import IMAGES_MEND, open_parquet, read_batches
 from diffalign.data.protocols import CacheMode, Encoder, GroupSettings
 from diffalign.data.records import made_bytes, read_index
 from diffalign.files import check_space
@@ -50,6 +50,8 @@ class CachePlan:
 
     def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
         """Return the prompt embeddings; encode them first if the cache should hold them and does not."""
+        for line in cut_lines({"the model": self.backbone}, self.prompts):
+            say(line)
         if self.mode != "all":
             return LivePrompts(self.backbone)
         if read_index(self.prompt_folder) is None:
@@ -104,14 +106,14 @@ def latent_key(frames: Frames, backbone: Encoder) -> str:
     wanted = {ids[i]: set(dataset.members(ids[i])) for i in frames.groups}
     # The order of the images is that of the files and so is fixed. Stored latents count too, since they may be used.
     for path in dataset.shards:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path, IMAGES_MEND)
         stored = [name for name in ("latent", "provenance") if "latent" in file.schema_arrow.names]
-        for table in file.iter_batches(batch_size=64, columns=["group_id", "index", "image", *stored]):
+        for table in read_batches(path, 64, ["group_id", "index", "image", *stored], IMAGES_MEND):
             for n in range(table.num_rows):
                 group, index = table["group_id"][n].as_py(), table["index"][n].as_py()
                 if index not in wanted.get(group, ()):
                     continue
-                digest.update(f"{group}\0{index}\0".encode() + _bytes_hash(table["image"][n].as_py()["bytes"]))
+                digest.update(f"{group}\0{index}\0".encode() + _bytes_hash(bytes_of(table["image"][n].as_py())))
                 for name in stored:
                     value = table[name][n].as_py() or b""
                     digest.update(_bytes_hash(value.encode() if isinstance(value, str) else value))

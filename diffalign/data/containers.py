@@ -91,7 +91,7 @@ class ParquetImages:
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self.column = path, column
-        self._file = pq.ParquetFile(path, memory_map=True)
+        self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
         self._kept: OrderedDict[int, list[Any]] = OrderedDict()
         self._lock = threading.Lock()
 

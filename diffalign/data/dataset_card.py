@@ -13,6 +13,7 @@ from diffalign.redaction import without_folders
 from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+GENERATOR_MEND = "delete it, and `diffalign synth` with the same config writes it again"
 FORM_WORDS = {
     "rows": "One row a prompt: `images`, `preference` (share of won comparisons, higher is better), `scores`, `generators` and "
     "`seeds` are lists of equal length.",
@@ -62,7 +63,7 @@ def write_own_card(dataset: PreferenceDataset) -> None:
 def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     """Return name -> settings of the generators that drew the images; {} for imported data."""
     files = own_files(dataset.folder, "generators/*.json")
-    return {path.stem: read_json(path) for path in files}
+    return {path.stem: read_json(path, GENERATOR_MEND, "licence") for path in files}
 
 
 def _front_matter(

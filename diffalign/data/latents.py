@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from diffalign.data.buckets import Size, fit, header_size, to_pixels
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.earlier_cache import EarlierLatents
+from diffalign.data.own_parquet import IMAGES_MEND, open_parquet
 from diffalign.data.protocols import ImageEncoder
 from diffalign.data.records import INDEX, MEND, Reader, Record, Records, finished_index, make_records, share
 from diffalign.errors import DiffalignError
@@ -104,7 +104,7 @@ class Encoder:
 
 def has_latents(dataset: PreferenceDataset) -> bool:
     """Return whether any file of images holds latents."""
-    return any("latent" in pq.read_schema(path).names for path in dataset.shards)
+    return any("latent" in open_parquet(path, IMAGES_MEND).schema_arrow.names for path in dataset.shards)
 
 
 def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) -> np.ndarray | None:
@@ -113,11 +113,12 @@ def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) 
         return None
     table, row = dataset.image_index.read(place, [*STORED, "image"])
     stored = {name: table[name][row].as_py() for name in STORED}
-    if stored["latent"] is None or json.loads(stored["provenance"] or "{}").get("vae") != vae:
-        return None
-    if header_size(table["image"][row].as_py()["bytes"], "", place) != size:
-        return None
-    return np.frombuffer(stored["latent"], np.float16).reshape(stored["latent_shape"])
+    with reading(dataset.image_index.path(place), mend=IMAGES_MEND):
+        if stored["latent"] is None or json.loads(stored["provenance"] or "{}").get("vae") != vae:
+            return None
+        if header_size(table["image"][row].as_py()["bytes"], "", place) != size:
+            return None
+        return np.frombuffer(stored["latent"], np.float16).reshape(stored["latent_shape"])
 
 
 class LiveLatents:

@@ -24,7 +24,7 @@ ROWS_PER_GROUP = 64  # images in a parquet row group: the most that one random a
 @contextmanager
 def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """Yield a writer of a parquet file that appears under its name only when it is complete."""
-    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
+    with replacing(path) as part, pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
         yield writer
 
 

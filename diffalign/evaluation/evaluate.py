@@ -24,7 +24,7 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
-from diffalign.files import make_folder, read_json_lines, replacing, write_whole
+from diffalign.files import make_folder, read_json_lines, reading, replacing, write_whole
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
@@ -125,13 +125,18 @@ def score_folder(
     found: dict[str, list[float]] = {}
     for start in range(0, len(cells), chunk):
         batch = cells[start : start + chunk]
-        images = [Image.open(image_path(folder, *cell)).convert("RGB") for cell in batch]
+        images = [_drawn(image_path(folder, *cell)) for cell in batch]
         texts = [plan.prompts[p].prompt for p, _ in batch]
         facts = [plan.prompts[p].metadata for p, _ in batch]
         for name, reward in rewards.items():
             for column, values in reward.measure(images, texts, facts).items():
                 found.setdefault(f"{name}.{column}", []).extend(values.tolist())
     return {name: np.array(values).reshape(len(plan.prompts), plan.seeds) for name, values in found.items()}
+
+
+def _drawn(path: Path) -> Image.Image:
+    with reading(path, mend="delete it, and the same command draws it again"):
+        return Image.open(path).convert("RGB")
 
 
 def evaluate(
@@ -223,7 +228,7 @@ def summarise(
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     """Return the scores [P, S] of an evaluation on disk."""
-    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl") if row["model"] == model]
+    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl", needs=("model",)) if row["model"] == model]
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:

@@ -1,11 +1,12 @@
 """Read a run's folder for a report; nothing is computed but health, if it was not written."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import DiffalignError
-from diffalign.files import dotted_keys, read_json, read_json_lines
+from diffalign.files import dotted_keys, read_json, read_json_lines, reading
 from diffalign.files.parse import parse_yaml
 from diffalign.health import examine
 from diffalign.redaction import without_folders
@@ -74,18 +75,59 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     """Read a run directory. Raises DiffalignError if it holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = read_json_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
+    rows, result = _rows(folder / "metrics.jsonl"), result or _evaluation(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
-    validations = read_json_lines(folder / "validation.jsonl")
-    findings = read_json(folder / "health.json")
+    validations = _validations(folder / "validation.jsonl")
+    findings = _findings(folder / "health.json")
     if findings is None:
         findings = [f.as_dict() for f in examine(rows, validations)]
     path = folder / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    loaded = parse_yaml(text, str(path))
-    config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
+    text, config = "", {}
+    if path.is_file():
+        with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
+            text = path.read_text(encoding="utf-8")
+            config = dotted_keys(dict(parse_yaml(text, str(path))))
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    """Return the rows of metrics.jsonl. Raises DiffalignError where a value is neither a number nor null."""
+    rows = read_json_lines(path)
+    for row in rows:
+        wrong = next((name for name, value in row.items() if not isinstance(value, int | float | None)), None)
+        if wrong is not None:
+            raise DiffalignError(
+                f"{path}: {wrong} of step {row['step']} is {row[wrong]!r}, no number; delete this line"
+            )
+    return rows
+
+
+def _validations(path: Path) -> list[dict[str, Any]]:
+    rows = read_json_lines(path)
+    for row in rows:
+        with reading(path, mend=f"delete the line of step {row['step']}"):
+            for values in row["scores"].values():
+                math.fsum(value for value in values if value is not None)
+    return rows
+
+
+def _findings(path: Path) -> list[dict[str, Any]] | None:
+    mend = "delete it, and the report examines the run again"
+    found: list[dict[str, Any]] | None = read_json(path, mend)
+    with reading(path, mend=mend):
+        for one in found or ():
+            one["name"], one["level"], one["step"] + 0, one["title"], one["means"], one["change"]
+    return found
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    mend = "delete it, and `diffalign eval` writes it again"
+    found: dict[str, Any] | None = read_json(path, mend, "scores", "images", "prompts", "seeds")
+    with reading(path, mend=mend):
+        for comparison in (found or {"scores": {}})["scores"].values():
+            comparison["all"]
+    return found
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

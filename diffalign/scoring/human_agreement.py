@@ -68,13 +68,19 @@ def read_choices(path: Path, scores: Scores) -> list[Choice]:
     first = rows[0][1]
     image, rating = column_for("image", first), column_for("rating", first)
     if is_table_of_pairs(first):
-        return [choice for where, row in rows for choice in _choices(row, where, images)]
-    if image and rating:
-        return _rated(rows, image, rating, images)
-    found = ", ".join(map(str, first))
-    raise DiffalignError(
-        f"{path}: columns image_a, image_b, choice, or winner, loser, or image, rating are needed; there are {found}"
-    )
+        choices = [choice for where, row in rows for choice in _choices(row, where, images)]
+    elif image and rating:
+        choices = _rated(rows, image, rating, images)
+    else:
+        found = ", ".join(map(str, first))
+        raise DiffalignError(
+            f"{path}: columns image_a, image_b, choice, or winner, loser, or image, rating are needed; there are {found}"
+        )
+    if not choices:
+        raise DiffalignError(
+            f"{path}: none of its {len(rows)} rows compares two images; see docs/score.md for the forms"
+        )
+    return choices
 
 
 class _Images:

@@ -16,6 +16,7 @@ from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages.resolve import model_folder, open_plain_backbone
+from diffalign.training.readme import for_single_file
 
 FORMATS = ("diffusers", "kohya", "merged")
 LOAD = 'pipeline = DiffusionPipeline.from_pretrained("{path}")\n'
@@ -74,6 +75,7 @@ def _usage(form: str, config: TrainConfig | RewardGradientConfig, out: Path, tru
     kind = "full" if full and form != "merged" else form
     path = out.as_posix() if form == "merged" else config.model.path
     text = USAGE[kind].format(path=path, out=out.as_posix(), trunk=trunk, kind=f"{trunk}_class")
+    text = for_single_file(text, config.model.path)
     return f'from diffusers import DiffusionPipeline\n\n{text.strip()}\nimage = pipeline("...").images[0]'
 
 
@@ -122,7 +124,7 @@ def _export(
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     model = config.model
     folder = model_folder(model.path)
-    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only)]
+    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only, model.config)]
     full = config.tune.kind == "full"
     if full and form == "kohya":
         raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")

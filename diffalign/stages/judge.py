@@ -10,7 +10,7 @@ import torch
 
 from diffalign.config import JudgeConfig, JudgeModelSection
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder
+from diffalign.files import make_folder, read_json
 from diffalign.files.lock import holds_files, writing_file, writing_folder
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
@@ -37,7 +37,7 @@ def _judge_data(out: Path, split: str, groups: int, images: int, raters: int, se
     made = {"split": split, "groups": groups, "images": images, "raters": raters, "seed": seed}
     told = out / "data.json"
     if told.is_file():
-        if json.loads(told.read_text()) != made:
+        if read_json(told, "delete it, and the same command draws the data again") != made:
             raise DiffalignError(f"{out}: holds other data ({told.read_text().strip()}); choose another folder")
         say(f"{out}: is complete")
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
@@ -27,7 +28,7 @@ from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
+from diffalign.scoring.score_summary import faults, summarise, summary_table
 from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all

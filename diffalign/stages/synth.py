@@ -20,14 +20,16 @@ import torch
 from PIL import Image
 
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
+from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import GENERATOR_MEND
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images, unscored
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
-from diffalign.files import free_bytes, write_whole
+from diffalign.files import free_bytes, read_json, write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.pipelines.generator import Generator
 from diffalign.progress import ImageProgress, say
@@ -80,7 +82,10 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     # Score, one reward in memory at a time.
     dataset = PreferenceDataset(out)
     for section in config.rewards:
-        scored = score_images(dataset, rewards.pop(0), config.reward_batch)
+        reward = rewards.pop(0)
+        scored = score_images(dataset, reward, config.reward_batch)
+        _say_cut(plan, section.name, reward)
+        del reward  # before the next one loads
         say(f"{section.name}: this process scored {scored} images")
         for reason, count in unscored(dataset, section.label).most_common(REASONS_SHOWN):
             say(f"{section.name}: {count} images have no score: {reason}")
@@ -97,6 +102,13 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     say(f"dataset: {out}")
 
 
+def _say_cut(plan: SynthPlan, name: str, reader: PromptReader) -> None:
+    """Say how many prompts a generator or a reward reads in part only; one process of several does."""
+    if local_rank_and_world_size()[0] == 0:
+        for line in cut_lines({name: reader}, [row.prompt for row in plan.prompts]):
+            say(line)
+
+
 def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> None:
     """Draw the images of one generator, as far as other processes or an earlier command have not."""
     section, out = config.generators[part], config.out
@@ -106,6 +118,7 @@ def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> 
     generator = open_generator(section, device)
     provenance = provenance_of(section, generator)
     _check_same_model(out, section.name, provenance)
+    _say_cut(plan, section.name, generator)
     draw = drawer(generator, section, config.latents)
     count = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
     generator.close()
@@ -243,7 +256,7 @@ def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, GENERATOR_MEND, "licence")
     # `vae` follows from the fingerprint, and older folders lack it.
     compared = [key for key in provenance if key not in ("licence", "vae")]
     changed = next((key for key in compared if before.get(key) != provenance[key]), None)

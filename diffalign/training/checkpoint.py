@@ -5,25 +5,21 @@ A run that trains further networks (distillation: "fake") has NAME.safetensors a
 """
 
 import errno
-import json
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffalign.errors import DiffalignError
+from diffalign.training.checkpoint_files import checkpoints, damage, read_record, read_tensors, write_record
 from diffalign.training.optimizer_state import optimizer_record, restore_optimizer
 from diffalign.training.protocols import Parameters, PlainConfig, Weights
 from diffalign.training.same_run import check_same_run
 from diffalign.training.sharding import placed, whole
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -72,13 +68,6 @@ class TrainState:
     def average(self) -> Weights | None:
         """The moving average of the policy's weights, None where none is kept."""
         return self.ema if self.ema_decay else None
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found)
 
 
 def _sync(folder: Path) -> None:
@@ -130,7 +119,7 @@ def save_checkpoint(
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
             save_file(partners[name][0], part / f"{name}_optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps(record, indent=1))
+        write_record(part, record)
         _sync(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
@@ -156,20 +145,18 @@ def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
 
     Raises DiffalignError for one that cannot be read, and for one of another config.
     """
-    try:
-        record = json.loads((path / "state.json").read_text())
-        policy = load_file(path / "policy.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
-        averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
-        others = {
-            name: (load_file(path / f"{name}.safetensors"), load_file(path / f"{name}_optimizer.safetensors"))
-            for name in state.partners
-        }
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DiffalignError(
-            f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before"
-        ) from error
+    record = read_record(path)
     check_same_run(path, record["config"], config)
+    policy = read_tensors(path, record, "policy.safetensors", state.policy)
+    tensors = read_tensors(path, record, "optimizer.safetensors")
+    averages = read_tensors(path, record, "ema.safetensors", state.ema) if state.ema is not None else {}
+    others = {
+        name: (
+            read_tensors(path, record, f"{name}.safetensors", partner.parameters),
+            read_tensors(path, record, f"{name}_optimizer.safetensors"),
+        )
+        for name, partner in state.partners.items()
+    }
     with torch.no_grad():
         for name, parameter in state.policy.items():
             parameter.copy_(placed(policy[name], parameter))
@@ -178,10 +165,11 @@ def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])
-    restore_optimizer(state.optimizer, tensors, record["optimizer"])
-    for name, partner in state.partners.items():
-        restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
-    state.extra.update(record.get("extra", {}))
+    with damage(path):
+        restore_optimizer(state.optimizer, tensors, record["optimizer"])
+        for name, partner in state.partners.items():
+            restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
+        state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
     return int(record["step"])

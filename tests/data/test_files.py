@@ -28,10 +28,21 @@ def test_rows_up_to_a_step_without_the_torn_line(tmp_path: Path) -> None:
 
 
 def test_damaged_json_names_the_file(tmp_path: Path) -> None:
-    assert read_json(tmp_path / "a.json") is None
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(DiffalignError, match=r"a\.json is not valid JSON .*; delete it and make it again"):
-        read_json(tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json", "delete it") is None
+    for text in ("", "{", "[1", "\x00", "{}", "[]", "3", "null"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DiffalignError, match=r"a\.json cannot be read \(.*\); delete it$"):
+            read_json(tmp_path / "a.json", "delete it", "key")
+    (tmp_path / "a.json").write_text("3")
+    assert read_json(tmp_path / "a.json", "delete it") == 3
+
+
+@pytest.mark.parametrize("line", ["null", "3", "[]", "{}", '"a"', '{"step": "1"}', '{"step": null}', "{", "[[["])
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(DiffalignError, match=r"metrics\.jsonl:2 cannot be read \(.+\); delete this line$"):
+        read_json_lines(path)
 
 
 def test_nested_keys_become_dotted_and_empty_mappings_vanish() -> None:
