@@ -9,6 +9,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
 from diffalign.files.parse import parse_yaml
 from diffalign.health import examine
+from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
 FACTS: dict[str, str] = {
@@ -67,7 +68,7 @@ class Run:
 def _shown(value: object) -> str:
     """Return a config value as text; a list of sections as their weights and names."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
-        return str(value)
+        return str(without_folders(str(value)))
     return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
@@ -88,7 +89,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
             text = path.read_text(encoding="utf-8")
             config = dotted_keys(dict(parse_yaml(text, str(path))))
-    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
