@@ -7,8 +7,9 @@ from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
+from diffalign.files.metric_rows import numbers
 from diffalign.files.parse import parse_yaml
-from diffalign.health import examine
+from diffalign.health import ENDINGS, Finding, examine, examine_ending
 from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
@@ -89,7 +90,16 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
             text = path.read_text(encoding="utf-8")
             config = dotted_keys(dict(parse_yaml(text, str(path))))
+    if rows:
+        findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
+
+
+def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
+    """Return the findings of health.json with what holds as far as the run has got; a killed run could not write that."""
+    kept = [one for one in findings if one["name"] not in ENDINGS]
+    known = {one["name"] for one in kept}
+    return [*kept, *(one.as_dict() for one in ending if one.name not in known)]
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -101,7 +111,7 @@ def _rows(path: Path) -> list[dict[str, float]]:
             raise DiffalignError(
                 f"{path}: {wrong} of step {row['step']} is {row[wrong]!r}, no number; delete this line"
             )
-    return rows
+    return [numbers(row) for row in rows]
 
 
 def _validations(path: Path) -> list[dict[str, Any]]:
