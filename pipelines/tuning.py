@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing_folder
 from diffalign.files.tensors import read_tensors
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
@@ -230,16 +231,15 @@ class Tunable(ABC):
 
     def save_weights(self, folder: str | Path) -> None:
         """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if adapters.has_adapter(self.trunk, adapters.POLICY):
-            weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
-            self.pipeline.save_lora_weights(
-                folder,
-                **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
-            )
-        else:
-            self.save_trunk(self._model, folder)
+        with replacing_folder(Path(folder)) as part:
+            if adapters.has_adapter(self.trunk, adapters.POLICY):
+                weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
+                self.pipeline.save_lora_weights(
+                    part,
+                    **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
+                )
+            else:
+                self.save_trunk(self._model, part)
 
     def save_trunk(self, trunk: ModelMixin, folder: str | Path) -> None:
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
