@@ -20,6 +20,7 @@ from diffalign.pipelines.vae import NormalVAE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
 
 
 class Family(Tunable):
@@ -35,6 +36,8 @@ class Family(Tunable):
     """Short name, as in `diffalign.pipelines.options.OPTIONS`."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a checkpoint may lack, all of them or none."""
+    single_files: ClassVar[bool] = False
+    """Whether checkpoints in one file are read."""
     loading_options: ClassVar[dict[str, bool]] = {}
     """Further arguments of the pipeline's `from_pretrained`."""
     options: Options
@@ -106,6 +109,10 @@ class Family(Tunable):
     @abstractmethod
     def prompt_tokens(self) -> int:
         """Return the number of tokens that a prompt is padded or cut to."""
+
+    def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
+        """Return the tokenizers of the text encoders, each with how many tokens of a prompt its encoder reads."""
+        return [(self.pipeline.tokenizer, int(self.pipeline.tokenizer.model_max_length))]
 
     # --- latents -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from diffalign.pipelines.process import Flow
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_T5_TOKENS = 512
 PATCH = 2
@@ -150,6 +151,9 @@ class Flux(TransformerBackbone):
         if self.options.max_sequence_length is not None:
             return self.options.max_sequence_length
         return min(DEFAULT_T5_TOKENS, int(self.pipeline.tokenizer_2.model_max_length))
+
+    def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
+        return [*super().prompt_readers(), (self.pipeline.tokenizer_2, self.prompt_tokens())]
 
     def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.prompt_tokens()}

@@ -14,8 +14,10 @@ INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find_index(path: str, revision: str | None, token: str | None, local_files_only: bool) -> tuple[Path, str | None]:
-    """Find the model's model_index.json: its path, and the commit (None for a local folder).
+def find_index(
+    path: str, revision: str | None, token: str | None, local_files_only: bool, key: str = "model.path"
+) -> tuple[Path, str | None]:
+    """Find the model's model_index.json: its path, and the commit (None for a local folder). key: of the config, for messages.
 
     The local path is tried first: diffusers would ask the hub for a misspelt folder and answer with a network error.
     """
@@ -29,12 +31,12 @@ def find_index(path: str, revision: str | None, token: str | None, local_files_o
             )
         return folder / INDEX, None
     if folder.exists():
-        raise DiffalignError(f"{path} is a file; a folder in diffusers format (with {INDEX}) is needed")
+        raise DiffalignError(f"{key}: {path} is a file; a folder in diffusers format (with {INDEX}) is needed")
     if not HUB_ID.fullmatch(path):
         raise DiffalignError(f"model folder {path} does not exist (and it is no hub id of the form owner/name)")
     import huggingface_hub
 
-    with hub_errors(path, revision, INDEX, asked=not local_files_only):
+    with hub_errors(path, revision, INDEX, asked=not local_files_only, key=key):
         found = huggingface_hub.hf_hub_download(
             path, INDEX, revision=revision, token=token, local_files_only=local_files_only or not hub_answers()
         )
@@ -54,8 +56,26 @@ def download(path: str, commit: str, variant: str | None, token: str | None, abs
         )
 
 
+def download_configs(path: str, commit: str, token: str | None, local: bool) -> Path:
+    """Fetch the configs and tokenizers of a commit, without weights; local: only look into the cache."""
+    import huggingface_hub
+
+    with hub_errors(path, commit, "its configs", asked=not local, key="model.config"):
+        return Path(
+            huggingface_hub.snapshot_download(
+                path,
+                revision=commit,
+                token=token,
+                local_files_only=local,
+                allow_patterns=["*.json", "*.txt", "*.model"],
+            )
+        )
+
+
 @contextmanager
-def hub_errors(path: str, revision: str | None, wanted: str, asked: bool = True) -> Iterator[None]:
+def hub_errors(
+    path: str, revision: str | None, wanted: str, asked: bool = True, key: str = "model.path"
+) -> Iterator[None]:
     """Turn the hub's exceptions into one line that says what to do. asked: False where only the cache was looked into."""
     from huggingface_hub import constants, errors
 
@@ -80,7 +100,7 @@ def hub_errors(path: str, revision: str | None, wanted: str, asked: bool = True)
         folder = path.rpartition("/")[2]
         raise DiffalignError(
             f"{path}: {wanted}{at} is not in the local cache and {why}; where there is a network: "
-            f"{download_command(path, folder)}; then set model.path={folder}"
+            f"{download_command(path, folder, configs=key == 'model.config')}; then set {key}={folder}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: {page} holds no {wanted}{at}") from error

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 
 
@@ -53,7 +54,7 @@ def extrapolate_lora(now: Path, before: Path | None, momentum: float, out: Path)
         other = name.replace(".lora_A.", ".lora_B.")
         last = None if earlier is None else (earlier[name], earlier[other])
         found[name], found[other] = extrapolate((tensors[name], tensors[other]), last, momentum)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     part = out / f"{LORA_FILE}.part"
     save_file(found, part, metadata=metadata)
     part.replace(out / LORA_FILE)

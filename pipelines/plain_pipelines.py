@@ -12,6 +12,7 @@ from torch import nn
 from diffalign.pipelines.components import check_files, load_components
 from diffalign.pipelines.hub import INDEX, download, hub_errors
 from diffalign.pipelines.loading import read_index
+from diffalign.pipelines.prompt_length import hide_truncation_warnings
 from diffalign.pipelines.source import Source
 from diffalign.pretrained import foreign, load_part
 
@@ -65,6 +66,7 @@ def load_pipeline(
     with foreign(f"{source.path} cannot be loaded"):
         pipeline = build(source, dtype)
     pipeline.set_progress_bar_config(disable=True)
+    hide_truncation_warnings()
     return pipeline.to(device)
 
 

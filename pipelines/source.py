@@ -18,6 +18,8 @@ class Source:
     revision: str | None
     variant: str | None = None
     absent: dict[str, None] = field(default_factory=dict)
+    file: Path | None = None
+    """All weights, for a checkpoint in one file; `folder` then holds its configs."""
 
     def fingerprint(self, *more: str) -> str:
         """Hash configs and weights: 16 hex digits.
@@ -40,10 +42,16 @@ class Source:
             if file.suffix in (".json", ".txt", ".model"):
                 digest.update(f"\0{name}\0".encode() + file.read_bytes())
             elif file.suffix == ".safetensors":
-                size = file.stat().st_size
-                digest.update(f"\0{name}\0{size}\0".encode())
-                with file.open("rb") as stream:
-                    for part in range(SAMPLES):
-                        stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-                        digest.update(stream.read(SAMPLE_BYTES))
+                _add_samples(digest, file, str(name))
+        if self.file is not None:
+            _add_samples(digest, self.file, self.file.name)
         return digest.hexdigest()[:16]
+
+
+def _add_samples(digest: hashlib._Hash, file: Path, name: str) -> None:
+    size = file.stat().st_size
+    digest.update(f"\0{name}\0{size}\0".encode())
+    with file.open("rb") as stream:
+        for part in range(SAMPLES):
+            stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))

@@ -45,6 +45,7 @@ def diffusion_process(scheduler: SchedulerMixin) -> Diffusion:
 
 class _UNetBackbone(Backbone):
     trunk_name: ClassVar[str] = "unet"
+    single_files: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
 

@@ -13,6 +13,7 @@ from diffalign.pipelines.process import Flow
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusion3Pipeline
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_T5_TOKENS = 256
 
@@ -25,6 +26,7 @@ class StableDiffusion3(TransformerBackbone):
     """
 
     family: ClassVar[str] = "sd3"
+    single_files: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
@@ -74,6 +76,10 @@ class StableDiffusion3(TransformerBackbone):
 
     def prompt_tokens(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length) + self.t5_tokens()
+
+    def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
+        t5 = self.pipeline.tokenizer_3
+        return [*super().prompt_readers(), *([] if t5 is None else [(t5, self.t5_tokens())])]
 
     def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.t5_tokens()}

@@ -9,6 +9,9 @@ import typer
 from diffalign.errors import DiffalignError
 from diffalign.progress import say_aside
 
+NOT_THERE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
+"""Errors of the system about a path that the user gave: no file of that name can be there."""
+
 
 @contextmanager
 def plain_errors(resumes: bool = False) -> Iterator[None]:
@@ -46,6 +49,8 @@ def _system_complaint(error: BaseException | None) -> str | None:
         # safetensors and pyarrow report a full disk with errors of their own that carry only the system's words
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return f"no disk space left{path}; free some or write elsewhere, then run the same command again"
+        if number in NOT_THERE and isinstance(error, OSError) and error.filename:
+            return f"{error.filename}: {error.strerror}; choose another place"
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"no permission{path.replace('writing', 'opening')}; change the folder or its rights"
         error = error.__cause__ or error.__context__

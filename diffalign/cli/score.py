@@ -50,14 +50,14 @@ def score_images(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Human choices (image_a, image_b, choice) or ratings (image, rating) to compare with."),
+        typer.Option(help="Human choices, in any form that `pairs` reads, or ratings (image, rating) to compare with."),
     ] = None,
     into_dataset: Annotated[
         bool,
         typer.Option("--into-dataset", help="Also write the dataset's scores/LABEL.parquet, which training reads."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 32,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and decode.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads that read and decode.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score images with one or more rewards.

@@ -16,7 +16,7 @@ from diffalign.config.run import (
     RewardSection,
     check_warmup,
 )
-from diffalign.config.section import Section, refuse, refuse_twice
+from diffalign.config.section import MOST_IMAGES, MOST_PIXELS, MOST_PROMPTS, Section, refuse, refuse_twice
 
 
 class StudentSection(Section):
@@ -75,7 +75,7 @@ class GroupSection(Section):
     axis: Literal["none", "prompt", "renoise"] = Field(
         "prompt", description="images of one prompt, re-noisings of one image, or no groups"
     )
-    size: int = Field(4, gt=0, description="members of a group")
+    size: int = Field(4, gt=0, le=MOST_IMAGES, description="members of a group")
     scale: Literal["per_sample", "group_mean", "none"] = Field(
         "group_mean",
         description="what a direction is divided by: its own size (DMD2), the mean size of the group, nothing",
@@ -125,7 +125,9 @@ class RewardMixSection(Section):
     policy_clip: float = Field(
         1e-5, gt=0, description="PPO's clip; log-probabilities are means over elements, so that ratios stay near 1"
     )
-    policy_reuse: int = Field(0, ge=0, description="further updates of the student by PPO on the same roll-outs")
+    policy_reuse: int = Field(
+        0, ge=0, le=MOST_IMAGES, description="further updates of the student by PPO on the same roll-outs"
+    )
     gradient_weight: float = Field(
         0.0, ge=0, description="weight of the gradient of differentiable rewards, in the last step; 0: none"
     )
@@ -154,7 +156,7 @@ class FakeSection(Section):
     """The network that learns what the student's images look like."""
 
     updates: int = Field(
-        5, gt=0, description="its updates per update of the student, each on fresh images but the first"
+        5, gt=0, le=MOST_IMAGES, description="its updates per update of the student, each on fresh images but the first"
     )
     times: TimeSection = Field(TimeSection(), description="noise levels of its training")
     optimizer: OptimizerSection = Field(OptimizerSection(), description="its own optimiser")
@@ -165,12 +167,15 @@ class GanSection(Section):
 
     weight: float = Field(0.0, ge=0, description="weight of the adversarial loss for the student; 0: none of all this")
     critic_weight: float = Field(0.01, gt=0, description="weight of the head's loss beside the fake network's")
-    hidden: int = Field(256, gt=0, description="width of the head")
+    hidden: int = Field(256, gt=0, le=MOST_PIXELS, description="width of the head")
     real: str | None = Field(
         None, description="a dataset folder, whose first image of every group is real, or testbed: rendered scenes"
     )
     n: int | None = Field(
-        None, gt=0, description="use only n real images; null: all of a folder, as many scenes as prompts"
+        None,
+        gt=0,
+        le=MOST_PROMPTS,
+        description="use only n real images; null: all of a folder, as many scenes as prompts",
     )
 
     @model_validator(mode="after")
@@ -189,7 +194,10 @@ class DistillTrainSection(AveragedStepSection):
 
     steps: int = Field(1000, gt=0, description="updates of the student; DMD2 counts those of the fake network")
     groups_per_step: int = Field(
-        8, gt=0, description="prompts of one update, over all processes and micro-batches, each with its group"
+        8,
+        gt=0,
+        le=MOST_IMAGES,
+        description="prompts of one update, over all processes and micro-batches, each with its group",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
     max_grad_norm: float = Field(10.0, gt=0, description="both gradients are scaled down to this norm")
@@ -205,9 +213,9 @@ class DistillConfig(BackboneRunConfig):
     prompts: str = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     resolution: int | None = Field(
-        None, gt=0, multiple_of=8, description="side of the images, pixels; null: the model's"
+        None, gt=0, le=MOST_PIXELS, multiple_of=8, description="side of the images, pixels; null: the model's"
     )
     student: StudentSection = StudentSection()
     match: MatchSection = MatchSection()

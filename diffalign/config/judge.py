@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from diffalign.config.run import PRECISION, RunConfig, StepSection
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.section import MOST_IMAGES, MOST_PROMPTS, MOST_RANK, FilePath, Section, refuse
 
 METHODS = {"teacher": ("gdso", "grpo", "sft", "bt"), "student": ("risd", "sft", "opd")}
 
@@ -34,7 +34,7 @@ class JudgeTuneSection(Section):
     """What is trained."""
 
     kind: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights")
-    rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
+    rank: int = Field(16, gt=0, le=MOST_RANK, description="rank of the adapters (lora only)")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -50,16 +50,16 @@ class JudgeDataSection(Section):
     distributions: FilePath | None = Field(
         None, description="distributions.jsonl of `diffalign judge-distributions` (risd only)"
     )
-    limit: int | None = Field(None, gt=0, description="use only the first n records; null: all")
+    limit: int | None = Field(None, gt=0, le=MOST_PROMPTS, description="use only the first n records; null: all")
 
 
 class RolloutSection(Section):
     """How reasoning traces are sampled (gdso, grpo and opd only)."""
 
-    traces: int = Field(8, gt=0, description="traces of each image, G")
-    max_tokens: int = Field(512, gt=0, description="longest trace, in tokens")
+    traces: int = Field(8, gt=0, le=MOST_IMAGES, description="traces of each image, G")
+    max_tokens: int = Field(512, gt=0, le=MOST_IMAGES, description="longest trace, in tokens")
     temperature: float = Field(1.0, gt=0, description="of the sampling; log-probabilities are those of this policy")
-    batch_size: int = Field(64, gt=0, description="traces sampled at once")
+    batch_size: int = Field(64, gt=0, le=MOST_IMAGES, description="traces sampled at once")
 
 
 class JudgeLossSection(Section):
@@ -92,7 +92,7 @@ class JudgeTrainSection(StepSection):
 
     steps: int = Field(400, gt=0, description="steps; each samples its own traces and makes loss.inner_updates updates")
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
-    records_per_step: int = Field(8, gt=0, description="pairs, or distributions, of one step")
+    records_per_step: int = Field(8, gt=0, le=MOST_IMAGES, description="pairs, or distributions, of one step")
 
 
 class JudgeConfig(RunConfig):

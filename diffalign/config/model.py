@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.section import MOST_RANK, FilePath, Section, refuse
 
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "auto: CUDA where there is one"
@@ -30,7 +30,7 @@ def with_options(model: dict[str, Any]) -> dict[str, Any]:
 
 
 # Keys that earlier runs lack, with what was done then.
-LATER_KEYS: dict[str, object] = {"lora_text_encoders": "refuse"}
+LATER_KEYS: dict[str, object] = {"lora_text_encoders": "refuse", "config": None}
 
 
 def current_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,8 @@ class ModelSection(Section):
 
     path: str = Field(
         min_length=1,
-        description="a diffusers folder, a Hugging Face id, or one of the small models shapes-sd3, shapes-sdxl",
+        description="a diffusers folder, a checkpoint in one .safetensors file, a Hugging Face id, or one of the small "
+        "models shapes-sd3, shapes-sdxl",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of a hub model; resolved to a commit and recorded"
@@ -65,6 +66,12 @@ class ModelSection(Section):
         None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out"
     )
     local_files_only: bool = Field(False, description="true: never ask the network, use what is in the cache")
+    config: str | None = Field(
+        None,
+        min_length=1,
+        description="where configs and tokenizers of a checkpoint in one file come from: a diffusers folder, which needs no "
+        "weights, or a Hugging Face id; null: built in for SD1.x and SDXL, SD3's repository for SD3",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
     attention: Literal["sdpa", "xformers", "flash"] = Field(
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
@@ -120,7 +127,7 @@ class TuneSection(Section):
     kind: Literal["lora", "full"] = Field(
         "lora", description="low-rank adapters, or all weights of the UNet/transformer"
     )
-    rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
+    rank: int = Field(16, gt=0, le=MOST_RANK, description="rank of the adapters (lora only)")
     alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"

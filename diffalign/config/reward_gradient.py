@@ -8,7 +8,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from diffalign.config.images import SchedulerSection
 from diffalign.config.run import PRECISION, PROMPT_COUNT, AveragedStepSection, BackboneRunConfig, RewardSection
-from diffalign.config.section import Section, Sizes, by_name, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROMPTS,
+    Section,
+    Sizes,
+    by_name,
+    refuse,
+    refuse_twice,
+)
 
 DETACH_INPUT = (
     "true: what the network sees carries no gradient from earlier steps (DRTune); the latents themselves still do"
@@ -72,7 +81,9 @@ class DRaFTLVSection(Section):
     text_key: ClassVar[str | None] = "name"
 
     name: Literal["draft_lv"] = Field("draft_lv", description="a mean over noises in the last step")
-    noises: int = Field(2, gt=0, description="times that a finished image is noised again to the last step's level")
+    noises: int = Field(
+        2, gt=0, le=MOST_IMAGES, description="times that a finished image is noised again to the last step's level"
+    )
 
 
 Method = Annotated[
@@ -134,7 +145,10 @@ class GradientTrainSection(AveragedStepSection):
     member: ClassVar[str] = "images"
 
     images_per_step: int = Field(
-        8, gt=0, description="images of one update, each of its own prompt, over all processes and micro-batches"
+        8,
+        gt=0,
+        le=MOST_IMAGES,
+        description="images of one update, each of its own prompt, over all processes and micro-batches",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
     cache_prompts: bool = Field(
@@ -149,9 +163,9 @@ class RewardGradientConfig(BackboneRunConfig):
     prompts: str = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     resolution: int | None = Field(
-        None, gt=0, multiple_of=8, description="side of the images, pixels; null: the model's"
+        None, gt=0, le=MOST_PIXELS, multiple_of=8, description="side of the images, pixels; null: the model's"
     )
     sampler: SamplerSection = SamplerSection()
     method: Method = ReFLSection()

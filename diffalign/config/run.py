@@ -7,7 +7,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from diffalign.config.model import DEVICE, Device, ModelSection, TuneSection, check_device
-from diffalign.config.section import Betas, FilePath, Section, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PROMPTS,
+    MOST_THREADS,
+    Betas,
+    FilePath,
+    Section,
+    refuse,
+    refuse_twice,
+)
 from diffalign.plugins import load_class
 
 PRECISION = "auto: bf16 on CUDA, no on CPU"
@@ -36,13 +45,14 @@ class StepSection(Section):
     micro_batch: int = Field(
         8,
         gt=0,
+        le=MOST_IMAGES,
         description="groups, images or records in one forward pass; must divide what a step draws. Not given: its largest "
         "divisor up to 8 (4 for judges)",
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description=PRECISION)
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     threads: int | None = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
+        None, gt=0, le=MOST_THREADS, description="CPU threads of torch; fix it where runs must agree bit for bit"
     )
     log_every: int = Field(1, gt=0, description="steps between rows in metrics.jsonl")
 
@@ -164,14 +174,14 @@ class ValidationSection(Section):
     prompts: str | None = Field(
         None, description="a .txt or .jsonl file, or testbed:validation; never those of the final evaluation"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     rewards: list[RewardSection] = Field(
         [RewardSection()],
         min_length=1,
         description="what scores, better none that is trained on; the first column of the first decides what is best",
     )
-    seeds: int = Field(1, gt=0, description="images per prompt")
-    batch_size: int = Field(8, gt=0, description="images drawn at once")
+    seeds: int = Field(1, gt=0, le=MOST_IMAGES, description="images per prompt")
+    batch_size: int = Field(8, gt=0, le=MOST_IMAGES, description="images drawn at once")
     patience: int | None = Field(
         None, gt=0, description="stop after this many validations in a row without a better one; null: never"
     )

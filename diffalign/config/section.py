@@ -37,6 +37,17 @@ def _plain_name(name: str) -> str:
 PlainName = Annotated[str, AfterValidator(_plain_name)]  # becomes a part of a file's name
 
 
+LARGEST = 10**9
+"""The largest whole number of a config but a seed; those that decide how much memory is taken have lower bounds."""
+LARGEST_SEED = 2**63 - 1
+MOST_PIXELS = 16_384  # a side
+MOST_IMAGES = 100_000  # of a prompt, and at once
+MOST_STEPS = 1000  # of a sampler: as many as a model was trained with
+MOST_PROMPTS = 10_000_000
+MOST_THREADS = 4096
+MOST_RANK = 16_384
+
+
 class Section(BaseModel):
     """A strict and frozen section: `steps: "400"`, `steps: true` and `lr: .nan` are mistakes; change with `model_copy`.
 
@@ -55,6 +66,15 @@ class Section(BaseModel):
         kind = [key for key in cls.model_fields if key == "kind"]
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
+
+    @model_validator(mode="after")
+    def _check_whole_numbers(self) -> Section:
+        for name, value in self:
+            given = value if isinstance(value, list | tuple) else [value]
+            limit = LARGEST_SEED if name == "seed" else LARGEST
+            if any(type(one) is int and abs(one) > limit for one in given):
+                refuse(f"a whole number above {limit} is a mistake; give a smaller one", name)
+        return self
 
     @model_serializer(mode="wrap")
     def _without_secrets(self, values: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:

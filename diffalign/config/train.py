@@ -12,18 +12,19 @@ from diffalign.config.model import PolicySection
 from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
 from diffalign.config.run import AveragedStepSection, BackboneRunConfig, ValidationSection
-from diffalign.config.section import refuse
+from diffalign.config.section import MOST_IMAGES, refuse
 
 
 class TrainSection(AveragedStepSection):
     """Length and shape of the training."""
 
     groups_per_step: int = Field(
-        8, gt=0, description="groups in one optimiser step, over all processes and micro-batches"
+        8, gt=0, le=MOST_IMAGES, description="groups in one optimiser step, over all processes and micro-batches"
     )
     images_per_pass: int | None = Field(
         None,
         gt=0,
+        le=MOST_IMAGES,
         description="images of a micro-batch in the model at a time, for one more forward pass and the same gradient; null: "
         "all, or one where all do not fit the GPU's memory",
     )

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from diffalign.data.buckets import bucket_sizes, group_sizes
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset, bytes_of
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
@@ -49,6 +50,8 @@ class CachePlan:
 
     def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
         """Return the prompt embeddings; encode them first if the cache should hold them and does not."""
+        for line in cut_lines({"the model": self.backbone}, self.prompts):
+            say(line)
         if self.mode != "all":
             return LivePrompts(self.backbone)
         if read_index(self.prompt_folder) is None:

@@ -16,7 +16,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json, reading, write_whole
+from diffalign.files import make_folder, read_json, reading, write_whole
 
 T = TypeVar("T")
 IMAGES_PER_SHARD = 256
@@ -111,7 +111,7 @@ def remember(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings into `out`/sampling.json, or raise DiffalignError if it holds images of other settings."""
     text = json.dumps(settings, indent=1) + "\n"
     path = out / "sampling.json"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     complete_all([Task("plan", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     before, now = read_json(path, "restore it from a copy, or choose another folder"), json.loads(text)
     if before != now:

@@ -18,6 +18,7 @@ model1, model2 (or model_0, model_1; left_model, right_model) name the generator
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from diffalign.data.containers import TABLES, TARS, containers_below, kind_of
 from diffalign.data.imported import ImportedGroup, LabelKind, SkippedRow, finite_number, preference_of
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.read_pairs import split_of
-from diffalign.data.tables import COLUMNS, column_for, json_files, no_column, table_kind, table_rows
+from diffalign.data.tables import COLUMNS, Row, column_for, json_files, no_column, table_kind, table_rows
 from diffalign.data.webdataset import export_rows
 from diffalign.errors import DiffalignError
 from diffalign.files.paths import inside, own_file
@@ -36,9 +37,9 @@ Image = bytes | Path
 LISTS = ("images", "generations", "image")
 RANKS: dict[str, LabelKind] = {"preference": "preference", "ranking": "rank", "rank": "rank"}
 """Column with a label for each image of a list -> what it is."""
-CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
-CHOICES |= {"leftvote": CHOICES["a"], "rightvote": CHOICES["b"], "tievote": CHOICES["tie"]}
-CHOICES |= {"bothbad_vote": CHOICES["tie"]}
+TIE = (0.5, 0.5)
+CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": TIE}
+CHOICES |= {"leftvote": CHOICES["a"], "rightvote": CHOICES["b"], "tievote": TIE, "bothbad_vote": TIE}
 NUMBERED = {"image_0": 0, "image1": 1}
 """Column of the first image -> the number that a label gives it."""
 MODELS = (("model_0", "model_1"), ("model1", "model2"), ("left_model", "right_model"))
@@ -91,33 +92,54 @@ def csv_files(folder: Path) -> list[Path]:
     return [own_file(folder, file) for file in sorted(folder.iterdir()) if table_kind(file) in (".csv", ".tsv")]
 
 
-def _group(row: dict[str, Any], where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
-    """Return the row's group. Raises DiffalignError with what is wrong."""
+@dataclass(frozen=True)
+class Judged:
+    """What a row says. images: (column, cell) of each; preference: of each, higher is better, () if nobody said.
+
+    used: the columns that were read. skipped: why a choice between two images states no preference, "" if it does.
+    """
+
+    images: tuple[tuple[str, Any], ...]
+    preference: tuple[float, ...]
+    used: frozenset[str]
+    skipped: str = ""
+
+
+def judged(row: Row) -> Judged:
+    """Return the images and the preference of a row in any of the known forms.
+
+    Raises DiffalignError with what is wrong.
+    """
     ranked = any(name in row for name in RANKS)
     many = next((n for n in LISTS if ranked and isinstance(row.get(n), list)), None)
     if many is not None:
-        images = tuple(_image(folder, value, f"{many}[{i}]") for i, value in enumerate(row[many]))
-        preference = _of_list(row, len(images))
-        used = {many, *RANKS}
-    elif column_for("winner", row) and column_for("loser", row):
+        images = tuple((f"{many}[{i}]", value) for i, value in enumerate(row[many]))
+        return Judged(images, _of_list(row, len(images)), frozenset({many, *RANKS}))
+    if column_for("winner", row) and column_for("loser", row):
         names = [str(column_for(meaning, row)) for meaning in ("winner", "loser")]
-        images = tuple(_image(folder, row[n], meaning) for n, meaning in zip(names, ("winner", "loser"), strict=True))
-        preference, used = (1.0, 0.0), set(names)
-    else:
-        names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
-        found = _of_choice(row, names[0])
-        if found is None or found == (0.5, 0.5):
-            return SkippedRow(where, "ties" if found else "without a label", fault=False)
-        preference = found
-        images = tuple(_image(folder, row[n], n) for n in names)
-        used = {*names, str(column_for("choice", row))}
+        images = tuple((meaning, row[n]) for n, meaning in zip(names, ("winner", "loser"), strict=True))
+        return Judged(images, (1.0, 0.0), frozenset(names))
+    names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
+    preference = _of_choice(row, names[0])
+    skipped = "without a label" if preference is None else "ties" if preference == TIE else ""
+    used = frozenset({*names, str(column_for("choice", row))})
+    return Judged(tuple((n, row[n]) for n in names), preference or (), used, skipped)
+
+
+def _group(row: Row, where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
+    """Return the row's group. Raises DiffalignError with what is wrong."""
+    said = judged(row)
+    if said.skipped:
+        return SkippedRow(where, said.skipped, fault=False)
+    images = tuple(_image(folder, value, name) for name, value in said.images)
     if len(images) == 2 and images[0] == images[1]:
         return SkippedRow(where, "the two images are the same")
     prompt = _prompt(row, images)
     if not prompt:
         return SkippedRow(where, "no prompt")
     split = row["split"].strip() if isinstance(row.get("split"), str) and row["split"].strip() else split
-    return ImportedGroup(prompt, images, preference, where, _generators(row, len(images)), split, _rest(row, used))
+    rest = _rest(row, set(said.used))
+    return ImportedGroup(prompt, images, said.preference, where, _generators(row, len(images)), split, rest)
 
 
 def _image(folder: Path, value: Any, name: str) -> Image:
@@ -142,7 +164,7 @@ def _of_choice(row: dict[str, Any], first: str) -> tuple[float, float] | None:
         voted |= all(name in row for name in names)
         one, two = (finite_number(row.get(name)) for name in names)
         if one is not None and two is not None:
-            return (0.5, 0.5) if one == two else (1.0, 0.0) if one > two else (0.0, 1.0)
+            return TIE if one == two else (1.0, 0.0) if one > two else (0.0, 1.0)
     name = column_for("choice", row)
     if name is None:
         if voted:
@@ -151,10 +173,8 @@ def _of_choice(row: dict[str, Any], first: str) -> tuple[float, float] | None:
     value = str(row[name]).strip().lower().removesuffix(".0")
     if row[name] is None or value in ("", "nan"):
         return None
-    start = NUMBERED.get(first)
-    known = (
-        CHOICES if start is None else {str(start): (1.0, 0.0), str(start + 1): (0.0, 1.0), "0.5": (0.5, 0.5), **CHOICES}
-    )
+    start = NUMBERED.get(first.strip().lower())
+    known = CHOICES if start is None else {str(start): (1.0, 0.0), str(start + 1): (0.0, 1.0), "0.5": TIE, **CHOICES}
     if value not in known:
         raise DiffalignError(f"{name} {row[name]!r}; one of {', '.join(known)}")
     return known[value]

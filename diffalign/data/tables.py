@@ -37,6 +37,8 @@ COLUMNS = {
     "a": ("image_a", "image_0", "image1", "left_image", "a"),
     "b": ("image_b", "image_1", "image2", "right_image", "b"),
     "choice": ("choice", "label", "preference", "vote_type"),
+    "rating": ("rating", "score", "stars"),
+    "group": ("group", "group_id", "prompt_id"),
 }
 """What columns mean -> the names they have in people's tables, the first one that is there wins."""
 

@@ -24,7 +24,7 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
-from diffalign.files import read_json_lines, reading, replacing, write_whole
+from diffalign.files import make_folder, read_json_lines, reading, replacing, write_whole
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
@@ -93,7 +93,7 @@ def sample_images(
     `identity` names what draws them: model, weights, sampler. Images of another identity or plan are deleted first, so
     that an old model's images are never taken for a new one's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     texts = "\0".join(p.prompt for p in plan.prompts)
     wanted = hashlib.blake2b(
         f"{identity}\0{plan.seed}\0{plan.batch_size}\0{texts}".encode(), digest_size=12

@@ -19,6 +19,18 @@ DAMAGE = (
 """What parsers (json, yaml, numpy, pyarrow, safetensors) and code that takes their result apart raise for damaged bytes."""
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder and those above it, if they are not there, and return it.
+
+    Raises DiffalignError where there can be none: below a file, in /proc, or under a name that is too long.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise DiffalignError(f"{path}: no folder can be made there ({error.strerror}); choose another place") from error
+    return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path `<name>.part` to write to; when the block ends, rename it to `path`.
@@ -26,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader, or a run after a kill, sees either the old file or the complete new one. If the block fails, the old file
     stays and the part is deleted. Only one process may write a path at a time.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -43,7 +55,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     part = folder / ".part" if folder.exists() else folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    make_folder(part)
     try:
         yield part
         if not folder.exists():

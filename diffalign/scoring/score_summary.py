@@ -1,7 +1,6 @@
 """Summarise scores: mean, spread, best and worst, counts for a histogram."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from diffalign.progress import visible
-from diffalign.rewards import Reward
 from diffalign.scoring.run import Scores
 from diffalign.terminal import NameCell, plain_table, shortened
 
@@ -88,17 +86,6 @@ def summary_table(found: list[Summary], title: str) -> Table:
             ends = Group(*(NameCell(f"{value:.4g}", name) for value, name in (s.best, s.worst)))
             shown.add_row(Text(s.column), count, f"{s.mean:.4f}", f"{s.spread:.4f}", ends)
     return shown
-
-
-def cut_lines(rewards: Mapping[str, Reward], prompts: Sequence[str | None]) -> list[str]:
-    """Return a line for each of these rewards (label -> reward) that reads some of the prompts in part only."""
-    given = list(dict.fromkeys(prompt for prompt in prompts if prompt))
-    counts = {label: reward.count_cut(given) for label, reward in rewards.items()}
-    return [
-        f"{label} reads {rewards[label].longest} tokens of a prompt: {count} of {len(given)} prompts are longer and were cut"
-        for label, count in counts.items()
-        if count
-    ]
 
 
 def faults(scores: Scores, most: int = 10) -> list[str]:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from diffalign.data.own_parquet import open_parquet
 from diffalign.data.tables import table_rows
 from diffalign.errors import DiffalignError
-from diffalign.files import reading, replacing, write_whole
+from diffalign.files import make_folder, reading, replacing, write_whole
 from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -122,7 +122,7 @@ class Store:
         if self.journal is None:
             return
         if self._stream is None:
-            self.journal.mkdir(parents=True, exist_ok=True)
+            make_folder(self.journal)
             path = self.journal / f"{self._process}.jsonl"
             torn = path.is_file() and not path.read_bytes().endswith(b"\n")
             self._stream = path.open("a", encoding="utf-8")

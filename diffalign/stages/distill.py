@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffalign.config import DistillConfig, RewardTerm, resolved_yaml
 from diffalign.data.buckets import fit, to_pixels
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
@@ -168,6 +169,8 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     side = config.resolution or backbone.default_resolution
     drawn = SamplingSettings(config.student.steps, 0.0, height=side, width=side)
     validation = open_validation(config.validation, backbone, device, config.seed, drawn)
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")

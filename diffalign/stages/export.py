@@ -6,6 +6,7 @@ from pathlib import Path
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig, load_run_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import holds_files, writing_folder
 from diffalign.pipelines.export import export_diffusers, export_kohya, export_merged
 from diffalign.pipelines.hub import HUB_ID
@@ -15,6 +16,7 @@ from diffalign.progress import say
 from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages.resolve import model_folder, open_plain_backbone
+from diffalign.training.readme import for_single_file
 
 FORMATS = ("diffusers", "kohya", "merged")
 LOAD = 'pipeline = DiffusionPipeline.from_pretrained("{path}")\n'
@@ -73,6 +75,7 @@ def _usage(form: str, config: TrainConfig | RewardGradientConfig, out: Path, tru
     kind = "full" if full and form != "merged" else form
     path = out.as_posix() if form == "merged" else config.model.path
     text = USAGE[kind].format(path=path, out=out.as_posix(), trunk=trunk, kind=f"{trunk}_class")
+    text = for_single_file(text, config.model.path)
     return f'from diffusers import DiffusionPipeline\n\n{text.strip()}\nimage = pipeline("...").images[0]'
 
 
@@ -121,7 +124,7 @@ def _export(
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     model = config.model
     folder = model_folder(model.path)
-    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only)]
+    family = BACKBONES[pipeline_class(folder, model.revision, model.token, model.local_files_only, model.config)]
     full = config.tune.kind == "full"
     if full and form == "kohya":
         raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")
@@ -131,7 +134,7 @@ def _export(
         backbone.save_weights(saved)
         weights = saved
     # Write the weights, then the card.
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if form == "diffusers":
         export_diffusers(weights, family.trunk_name, out)
     elif form == "kohya":

@@ -10,7 +10,7 @@ import torch
 
 from diffalign.config import JudgeConfig, JudgeModelSection
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json
+from diffalign.files import make_folder, read_json
 from diffalign.files.lock import holds_files, writing_file, writing_folder
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
@@ -43,7 +43,7 @@ def _judge_data(out: Path, split: str, groups: int, images: int, raters: int, se
         return
     if holds_files(out) and not (out / "images").is_dir():
         raise DiffalignError(f"{out}: is not empty; choose another folder")
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "images")
     pairs, rated = [], []
     for pictures, own_pairs, own_rated in judge_records(faulty_groups(split, groups, images, seed), raters, seed):
         for picture, row in zip(pictures, own_rated, strict=True):
@@ -140,7 +140,7 @@ def evaluate_judge(
     rows["all"] |= {"tokens": found.tokens, "images_per_second": len(rated) / found.seconds}
     say_block(table(rows, "images"))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         told = {"judge": folder.as_posix(), "ratings": source.as_posix(), "measures": rows}
         out.write_text(json.dumps(told, indent=1) + "\n")
     return rows

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig, resolved_yaml
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
@@ -110,6 +111,8 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
             if (s.name, s.options) == (r.name, r.options)
         ]
         validation.rewards.update({name: rewards[name] for name in same})
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)

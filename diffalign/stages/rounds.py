@@ -16,6 +16,7 @@ from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
 from diffalign.config.model import complete_keys
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.data.sample import clean_up
@@ -135,8 +136,11 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
         return
     _draw(config, training, init, given.prompts, given.n, data, seed)
     for section in given.rewards:
-        scored = score_images(PreferenceDataset(data), open_reward(section, resolve_device(training.device)))
-        say(f"{section.name}: {scored} images scored")
+        dataset, reward = PreferenceDataset(data), open_reward(section, resolve_device(training.device))
+        say(f"{section.name}: {score_images(dataset, reward)} images scored")
+        for line in cut_lines({section.name: reward}, dataset.column("prompt")):
+            say(line)
+        del reward  # before the next one loads
     rank_dataset(PreferenceDataset(data), given.rank, [section.label for section in given.rewards])
     clean_up(data)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffalign.config import SampleConfig
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pictures import write_pictures
 from diffalign.data.sample import sample_groups
@@ -36,9 +37,12 @@ def _sample(config: SampleConfig) -> None:
         note_other_base(config.weights, config.model)
         backbone.load_weights(config.weights)
         origin["weights"] = weights_digest(Path(config.weights))
+    prompts = resolve_prompts(config.prompts, config.n, config.seed)
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in prompts]):
+        say(line)
     sample_groups(
         backbone,
-        resolve_prompts(config.prompts, config.n, config.seed),
+        prompts,
         config.out,
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,

@@ -11,9 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import writing_file, writing_folder
 from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import Reward
@@ -26,7 +28,7 @@ from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import cut_lines, faults, summarise, summary_table
+from diffalign.scoring.score_summary import faults, summarise, summary_table
 from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
@@ -76,6 +78,8 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
+    if processes.main and request.html:
+        make_folder(request.html.parent)
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}

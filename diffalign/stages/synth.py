@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
+from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_card import GENERATOR_MEND
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
@@ -81,7 +82,10 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     # Score, one reward in memory at a time.
     dataset = PreferenceDataset(out)
     for section in config.rewards:
-        scored = score_images(dataset, rewards.pop(0), config.reward_batch)
+        reward = rewards.pop(0)
+        scored = score_images(dataset, reward, config.reward_batch)
+        _say_cut(plan, section.name, reward)
+        del reward  # before the next one loads
         say(f"{section.name}: this process scored {scored} images")
         for reason, count in unscored(dataset, section.label).most_common(REASONS_SHOWN):
             say(f"{section.name}: {count} images have no score: {reason}")
@@ -98,6 +102,13 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     say(f"dataset: {out}")
 
 
+def _say_cut(plan: SynthPlan, name: str, reader: PromptReader) -> None:
+    """Say how many prompts a generator or a reward reads in part only; one process of several does."""
+    if local_rank_and_world_size()[0] == 0:
+        for line in cut_lines({name: reader}, [row.prompt for row in plan.prompts]):
+            say(line)
+
+
 def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> None:
     """Draw the images of one generator, as far as other processes or an earlier command have not."""
     section, out = config.generators[part], config.out
@@ -107,6 +118,7 @@ def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> 
     generator = open_generator(section, device)
     provenance = provenance_of(section, generator)
     _check_same_model(out, section.name, provenance)
+    _say_cut(plan, section.name, generator)
     draw = drawer(generator, section, config.latents)
     count = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
     generator.close()

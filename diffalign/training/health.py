@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json_lines
+from diffalign.files import make_folder, read_json_lines
 from diffalign.health import Finding, Watch, describe
 from diffalign.training.protocols import Say, ValidationRow
 
@@ -82,6 +82,6 @@ class HealthMonitor:
 
     def _write(self) -> None:
         if self.main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir)
             text = json.dumps([f.as_dict() for f in self.watch.in_order()], indent=1) + "\n"
             (self.run_dir / "health.json").write_text(text)

@@ -64,8 +64,19 @@ def _common(config: BackboneRunConfig | JudgeConfig) -> dict[str, str]:
         "base": base,
         "folder": folder,
         "kind": "LoRA" if lora else "all weights",
-        "how": LORA.format(base=base, folder=folder) if lora else "A trunk folder for `from_pretrained`.",
+        "how": for_single_file(LORA.format(base=base, folder=folder), base)
+        if lora
+        else "A trunk folder for `from_pretrained`.",
     }
+
+
+def for_single_file(text: str, base: str) -> str:
+    """Return Python lines that load `base`, with diffusers' call for a checkpoint in one file if it is one."""
+    call = f'DiffusionPipeline.from_pretrained("{base}")'
+    one = (
+        f'DiffusionPipeline.from_single_file("{base}")  # of the model\'s own class, such as StableDiffusionXLPipeline'
+    )
+    return text.replace(call, one) if base.endswith(".safetensors") else text
 
 
 def train_readme(config: TrainConfig) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json_lines
+from diffalign.files import make_folder, read_json_lines
 from diffalign.training.alone import Alone
 from diffalign.training.protocols import Say
 from diffalign.training.protocols import ValidationRow as Row
@@ -102,7 +102,7 @@ class Validation:
         grid = Image.new("RGB", (sum(i.width for i in shown), shown[0].height))
         for n, image in enumerate(shown):
             grid.paste(image, (n * shown[0].width, 0))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         grid.save(path)
 
 

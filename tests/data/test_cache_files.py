@@ -61,6 +61,11 @@ class Slow(Encoder):
         time.sleep(0.1)
         return super().encode_images(pixels)
 
+    longest = 77
+
+    def count_cut(self, prompts: list[str]) -> int:
+        return 0
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         time.sleep(0.03)
         return super().encode_prompts(prompts)

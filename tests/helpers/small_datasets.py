@@ -62,6 +62,11 @@ class Encoder:
         mean = self.encode_images(pixels)
         return mean, mean / 4
 
+    longest = 77
+
+    def count_cut(self, prompts: list[str]) -> int:
+        return 0
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.texts += len(prompts)
         return {"length": torch.tensor([[float(len(p))] for p in prompts])}

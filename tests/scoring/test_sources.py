@@ -229,7 +229,8 @@ def test_agreement_with_ratings_is_kendalls_tau_b(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [("image_a,image_b,choice\n0,1,c\n", "c.csv:2: choice 'c'"), ("image_a,image_b,choice\n0,9,a\n", "none of the scored"),
-     ("image,rating\n0,x\n", "rating 'x' is not a number"), ("a,b\n1,2\n", "columns image_a"), ("a,b\n", "empty")],
+     ("image,rating\n0,x\n", "rating 'x' is not a number"), ("x,b\n1,2\n", "columns image_a"), ("a,b\n", "empty"),
+     ("a,b\n1,2\n", "c.csv:2: column choice is missing .*; there are a, b"), ("a,b,choice\n0,0,a\n", "stands in it twice")],
 )  # fmt: skip
 def test_broken_labels_are_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "c.csv").write_text(text)

@@ -21,7 +21,9 @@ from diffalign.training.preference.reference_store import ReferenceStore
 from diffalign.training.protocols import GroupSource, Say
 
 ROWS = 65536
-ELSEWHERE = {"path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing", "lora_text_encoders"}
+ELSEWHERE = {
+    "path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing", "lora_text_encoders", "config",
+}  # fmt: skip
 """Keys of the model section that its fingerprint covers, or that change no prediction."""
 
 

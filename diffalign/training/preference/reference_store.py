@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
-from diffalign.files import reading
+from diffalign.files import make_folder, reading
 from diffalign.files.checksums import check_crc, crc_metadata, stored_crcs, tensor_crc
 
 Make = Callable[[], Tensor]
@@ -160,7 +160,7 @@ def _claim(folder: Path, key: dict[str, object]) -> None:
     path = folder / "key.json"
     part = folder / f"key.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         part.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
         try:
             os.link(part, path)  # unlike a rename, it fails where the name is taken
