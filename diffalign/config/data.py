@@ -62,6 +62,11 @@ class DataSection(Section):
     cache_dir: Annotated[FilePath | None, UNAFFECTED] = Field(
         None, description="folder of the cache; null: <path>/cache"
     )
+    cache_dtype: Literal["float32"] | None = Field(
+        None,
+        description="float32: latents and embeddings as they were encoded, in twice the space; null: latents are rounded to "
+        "float16 and embeddings to bfloat16, in every mode of the cache",
+    )
     limit: int | None = Field(None, gt=0, le=MOST_PROMPTS, description="use only the first n groups; null: all")
     group_size: int | None = Field(
         None,

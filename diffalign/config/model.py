@@ -82,7 +82,11 @@ class ModelSection(Section):
         description="where configs and tokenizers of a checkpoint in one file come from: a diffusers folder, which needs no "
         "weights, or a Hugging Face id; null: built in for SD1.x and SDXL, SD3's repository for SD3",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="number type of the frozen weights. auto: bfloat16 on a GPU that computes in it, else float32; "
+        "float32 where all weights train. A run's own config says which it was",
+    )
     attention: Annotated[Literal["sdpa", "xformers", "flash"], ROUNDING] = Field(
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
     )
@@ -129,7 +133,7 @@ def check_device(model: ModelSection, device: str, *, autocast: bool = False) ->
     """
     if device == "cpu" and model.attention != "sdpa":
         refuse(f"{model.attention} needs a GPU; use sdpa with device=cpu", "model.attention", "device")
-    if model.attention == "flash" and model.dtype == "float32" and not autocast:
+    if model.attention == "flash" and model.dtype in ("auto", "float32") and not autocast:
         refuse(
             "flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype"
         )

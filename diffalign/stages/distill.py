@@ -30,6 +30,7 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
+    settled,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
@@ -153,7 +154,7 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
 
 
 def _distill(config: DistillConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)
     check_before_loading(config)

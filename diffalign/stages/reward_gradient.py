@@ -22,6 +22,7 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
+    settled,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
@@ -86,7 +87,7 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
 
 
 def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     check_installed(config.optimizer)
     check_before_loading(config)
     check_differentiable(config)

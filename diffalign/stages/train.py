@@ -15,7 +15,7 @@ from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say, say_block
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device
+from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device, settled
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
@@ -31,7 +31,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _train(config: TrainConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     check_installed(config.optimizer)
     check_before_loading(config)
     dataset = PreferenceDataset(config.data.path)
