@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.files.published import drop_local_paths
 from diffalign.pretrained import load_part
 from diffalign.rewards.chat import written_chat
 from diffalign.rewards.image_tensors import tensor_inputs
@@ -174,6 +175,7 @@ class Judge:
         """Write model, processor and the settings that they were trained for, which `load_settings` reads."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        drop_local_paths(folder)
         write_settings(folder, self.labels, self.rubrics, self.wording)
 
     def _ids(self, text: str) -> list[int]:
