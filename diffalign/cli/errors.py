@@ -33,6 +33,8 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
     except Exception as error:
         complaint = _system_complaint(error)
         if complaint is None:
+            if isinstance(error, EOFError):  # typer takes it for Ctrl-D: it would say "Aborted!" and hide the traceback
+                raise RuntimeError("a file ended too early") from error
             raise
         raise _exit(f"error: {complaint}", 2) from None
 
