@@ -82,12 +82,12 @@ def load_components(
     dtype: of all but the VAE. Raises DiffalignError for a class that the pipeline does not take,
     and for a component that is not whole, as `load_model` does.
     """
+    check_classes(source, components, pipeline)
     wanted = get_type_hints(pipeline.__init__)
     found: dict[str, nn.Module] = {}
     for name, entry in components.items():
         if not is_component(name, entry) or name in source.absent or name not in wanted:
             continue
-        _check_class(f"{source.path}: component {name}", name, entry, wanted)
         folder = source.folder / name
         kind: Any = wanted[name]
         if not _is_network(kind):
@@ -111,8 +111,15 @@ def _is_network(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
-def _check_class(what: str, name: str, entry: list[Any], wanted: Mapping[str, Any]) -> None:
+def check_classes(source: Source, components: Mapping[str, Any], pipeline: type[DiffusionPipeline]) -> None:
     """Refuse a class by which a folder would make a library load something else than the pipeline is made of."""
+    wanted = get_type_hints(pipeline.__init__)
+    for name, entry in components.items():
+        if is_component(name, entry) and name not in source.absent and name in wanted:
+            _check_class(f"{source.path}: component {name}", name, entry, wanted)
+
+
+def _check_class(what: str, name: str, entry: list[Any], wanted: Mapping[str, Any]) -> None:
     library, named = str(entry[0]), str(entry[1])
     expected = wanted[name].__name__ if isinstance(wanted[name], type) else ""
     if name == "scheduler":

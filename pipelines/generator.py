@@ -20,7 +20,7 @@ from PIL import Image
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import find_index
-from diffalign.pipelines.loading import BACKBONES, load_backbone, read_index
+from diffalign.pipelines.loading import BACKBONES, load_backbone, model_index, read_index
 from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value
 from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline, pixart
@@ -274,6 +274,7 @@ def load_generator(
     variant: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    config: str | None = None,
     prior: str | None = None,
     attention: str = "sdpa",
     gradient_checkpointing: bool = False,
@@ -288,7 +289,7 @@ def load_generator(
     not read them. Raises DiffalignError as `load_backbone` does.
     """
     path = str(path)
-    index, commit = find_index(path, revision, token, local_files_only)
+    index, commit = model_index(path, config, revision, token, local_files_only)
     name = read_index(path, index)["_class_name"]
     if name in BACKBONES:
         backbone = load_backbone(
@@ -297,6 +298,7 @@ def load_generator(
             variant=variant,
             token=token,
             local_files_only=local_files_only,
+            config=config,
             dtype=dtype,
             device=device,
             attention=attention,

@@ -20,6 +20,7 @@ from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value, read_options
 from diffalign.pipelines.prompt_length import hide_truncation_warnings
+from diffalign.pipelines.single_file import config_index, is_single_file, left_out, load_single_file
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
@@ -48,6 +49,7 @@ def load_backbone(
     variant: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    config: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
@@ -59,9 +61,10 @@ def load_backbone(
 ) -> Backbone:
     """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
 
-    path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
-    variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
-    ones are exact. quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
+    path: a local folder, a checkpoint in one file, or a hub id (owner/name); a revision of the latter is resolved to a
+    commit and recorded. config: where the configs of a single file come from, as `config_index` takes it. variant: file
+    variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published ones are exact.
+    quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
     lora_text_encoders: "ignore" takes the trunk's part of LoRAs that adapt text encoders, which are refused otherwise.
     options: those of the family alone, such as use_t5=False for SD3; `diffalign.pipelines.options` lists them.
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
@@ -71,16 +74,19 @@ def load_backbone(
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DiffalignError("device: CUDA was asked for and is not available here; use device: cpu")
-    index, commit = find_index(path, revision, token, local_files_only)
+    index, commit = model_index(path, config, revision, token, local_files_only)
     components = read_index(path, index)
     kind = _family(path, components)
     chosen = read_options(kind.family, options, path)
-    absent = _absent(path, components, kind, kind.left_out(chosen))
+    single = is_single_file(path)
+    left = kind.left_out(chosen) or (left_out(path, kind.optional) if single else ())
+    absent = _absent(path, components, kind, left)
     folder = index.parent
-    if commit is not None and not local_files_only:
+    if commit is not None and not local_files_only and not single:
         folder = download(path, commit, variant, token, absent)
-    source = Source(path, folder, commit, variant, absent)
-    check_files(source, components)
+    source = Source(path, folder, commit, variant, absent, Path(path).expanduser() if single else None)
+    if not single:
+        check_files(source, components)
     pipeline = _load_pipeline(source, kind, components, dtype)
     hide_truncation_warnings()
     backbone = kind(
@@ -98,9 +104,28 @@ def load_backbone(
     return backbone
 
 
-def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
+def model_index(
+    path: str, config: str | None, revision: str | None, token: str | None, local: bool
+) -> tuple[Path, str | None]:
+    """Return the model_index.json of a model, or that of a single file's configs, and its commit (None for local files)."""
+    if is_single_file(path):
+        return config_index(path, config, revision, token, local)
+    if config is not None:
+        raise DiffalignError(
+            f"model.config: {path} is not a single file, and brings its own configs; leave model.config out"
+        )
+    return find_index(path, revision, token, local)
+
+
+def pipeline_class(
+    path: str,
+    revision: str | None = None,
+    token: str | None = None,
+    local: bool = False,
+    config: str | None = None,
+) -> str:
     """Read the pipeline's class name from its model_index.json alone. Raises DiffalignError for an unsupported one."""
-    index, _ = find_index(path, revision, token, local)
+    index, _ = model_index(path, config, revision, token, local)
     components = read_index(path, index)
     _family(path, components)
     return str(components["_class_name"])
@@ -149,6 +174,12 @@ def _load_pipeline(
     source: Source, kind: type[Backbone], components: dict[str, Any], dtype: torch.dtype
 ) -> DiffusionPipeline:
     wanted = kind.pipeline_class()
+    if source.file is not None:
+        if not kind.single_files:
+            raise DiffalignError(
+                f"{source.path}: {kind.family} is not read from a single file; give a folder or hub id"
+            )
+        return load_single_file(source, components, wanted, dtype, kind.loading_options)
     networks = load_components(source, components, wanted, dtype, vae_dtype=torch.float32)
     options: dict[str, Any] = {**source.absent, **networks, **kind.loading_options}
     with foreign(f"{source.path} cannot be loaded as {wanted.__name__}"):

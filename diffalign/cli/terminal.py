@@ -32,6 +32,7 @@ def guard_libraries() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in VERBOSITY:
         os.environ.setdefault(name, "error")
+    warnings.filterwarnings("ignore", message=r"Image size .* exceeds limit")  # files/images.py has its own
     logging.setLogRecordFactory(_PlainRecord)
     warnings.formatwarning = _formatted
 

@@ -145,7 +145,7 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
     """Yield the rows of a parquet file, `BATCH` at a time. A damaged row group costs only itself."""
     try:
         with reading(path):
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
     except pa.ArrowException as error:
         raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
     number = 0

@@ -20,11 +20,12 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from diffalign import stopping
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
-from diffalign.files import make_folder, read_json_lines, replacing, write_whole
+from diffalign.files import make_folder, read_json_lines, reading, replacing, write_whole
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
@@ -110,9 +111,12 @@ def sample_images(
         batch = cells[start : start + plan.batch_size]
         if not all(image_path(folder, *cell).is_file() for cell in batch):
             prompts = [plan.prompts[p].prompt for p, _ in batch]
-            for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
-                with replacing(image_path(folder, *cell)) as part:
-                    image.save(part, format="PNG")
+            with stopping.deferred():
+                for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
+                    with replacing(image_path(folder, *cell)) as part:
+                        image.save(part, format="PNG")
+            stopping.keep(f"{start + len(batch)} of {len(cells)} images of {folder.name} are")
+            stopping.check()
         if on_progress:
             on_progress(start + len(batch), len(cells))
 
@@ -125,13 +129,18 @@ def score_folder(
     found: dict[str, list[float]] = {}
     for start in range(0, len(cells), chunk):
         batch = cells[start : start + chunk]
-        images = [Image.open(image_path(folder, *cell)).convert("RGB") for cell in batch]
+        images = [_drawn(image_path(folder, *cell)) for cell in batch]
         texts = [plan.prompts[p].prompt for p, _ in batch]
         facts = [plan.prompts[p].metadata for p, _ in batch]
         for name, reward in rewards.items():
             for column, values in reward.measure(images, texts, facts).items():
                 found.setdefault(f"{name}.{column}", []).extend(values.tolist())
     return {name: np.array(values).reshape(len(plan.prompts), plan.seeds) for name, values in found.items()}
+
+
+def _drawn(path: Path) -> Image.Image:
+    with reading(path, mend="delete it, and the same command draws it again"):
+        return Image.open(path).convert("RGB")
 
 
 def evaluate(
@@ -223,7 +232,7 @@ def summarise(
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     """Return the scores [P, S] of an evaluation on disk."""
-    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl") if row["model"] == model]
+    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl", needs=("model",)) if row["model"] == model]
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:

@@ -33,6 +33,15 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise damaged(path, error) from error
 
 
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of a safetensors file's tensors, and read no tensor. Raise DiffalignError as `read_tensors` does."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
 def damaged(path: Path, error: BaseException) -> DiffalignError:
     """Return the error for a safetensors file that cannot be read."""
     size = path.stat().st_size if path.is_file() else 0

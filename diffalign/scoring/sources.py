@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-import pyarrow.parquet as pq
-
 from diffalign.data.containers import (
     CONTAINERS,
     TABLES,
@@ -21,6 +19,7 @@ from diffalign.data.containers import (
     kind_of,
 )
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.own_parquet import IMAGES_MEND, read_columns
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.data.tables import table_schema
@@ -236,7 +235,7 @@ def _dataset(folder: Path) -> Iterator[Item]:
     place = {group: i for i, group in enumerate(dataset.column("group_id"))}
     for shard in dataset.shards:
         images = ParquetImages(shard, "image")
-        keys = pq.read_table(shard, columns=["group_id", "index"]).to_pylist()
+        keys = read_columns(shard, ["group_id", "index"], IMAGES_MEND).to_pylist()
         number = 0
         for row_group, rows in enumerate(images.row_counts()):
             for row in range(rows):

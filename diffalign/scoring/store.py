@@ -24,13 +24,15 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.tables import read_rows
+from diffalign.data.own_parquet import open_parquet
+from diffalign.data.tables import table_rows
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder, replacing, write_whole
+from diffalign.files import make_folder, reading, replacing, write_whole
 from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
+ROW_MEND = "delete this row, and the same command scores its image again, or choose another --output"
 IDENTITY, REASON = ".identity", ".reason"
 
 
@@ -77,15 +79,20 @@ class Store:
     def _read_output(self, path: Path) -> None:
         if not path.is_file():
             return
-        for where, raw in read_rows(path):
-            row = _unpacked(raw)
-            if not {"image", "sha256"} <= set(row):
+        if path.suffix == ".parquet":
+            open_parquet(path, "delete it, and the same command scores again, or choose another --output")
+        for where, raw in table_rows(path):
+            if isinstance(raw, str):
+                raise DiffalignError(f"--output {where}: {raw}; {ROW_MEND}")
+            if not {"image", "sha256"} <= set(raw):
                 raise DiffalignError(f"{where}: not a file of `diffalign score`; choose another --output")
+            with reading(Path(where), "--output ", ROW_MEND):
+                row = _unpacked(raw)
+                for name in [n for n in row if n.endswith(IDENTITY) and row[n]]:
+                    label = name.removesuffix(IDENTITY)
+                    key = key_of(str(row["sha256"]), row.get("prompt"), row[name])
+                    self.known[key] = Result(_columns(row, label), row.get(label + REASON) or "")
             self.rows.append(row)
-            for name in [n for n in row if n.endswith(IDENTITY) and row[n]]:
-                label = name.removesuffix(IDENTITY)
-                key = key_of(str(row["sha256"]), row.get("prompt"), row[name])
-                self.known[key] = Result(_columns(row, label), row.get(label + REASON) or "")
 
     def _read_journal(self) -> None:
         assert self.journal is not None
@@ -218,7 +225,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 writer.writeheader()
                 writer.writerows(flat)
         else:
-            pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part)
+            pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part, write_page_checksum=True)
 
 
 def _packed(value: Any) -> Any:

@@ -30,7 +30,7 @@ from diffalign.stages.resolve import (
     weights_digest,
 )
 from diffalign.terminal import show_table
-from diffalign.training.checkpoint import checkpoints
+from diffalign.training.checkpoint_files import checkpoints, verify
 
 
 def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def _weights_to_compare(config: EvalConfig) -> dict[str, Path]:
     for path in weights.values():
         if not path.exists():
             raise DiffalignError(f"no weights at {path}: the folder does not exist")
+        if (path / "state.json").is_file():
+            verify(path)
     return weights
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffalign import files
 from diffalign.data.dataset import PreferenceDataset
@@ -106,9 +107,8 @@ def test_the_cache_ahead_of_training(
     assert size == pytest.approx(2 * (3 * 3 * 4 * 4 + 2 * 5), rel=0.01)  # float16: three latents; one prompt and none
     assert not (folder / "cache").exists()
     assert run("cache", tmp_path / "c.yaml") == 0
-    arrays = [np.load(path).nbytes for path in (folder / "cache").rglob("*.npy")]
-    arrays += [path.stat().st_size for path in (folder / "cache").rglob("*.bf16")]
-    assert sum(arrays) == pytest.approx(size, rel=0.01)
+    tensors = [value for path in (folder / "cache").rglob("*.safetensors") for value in load_file(path).values()]
+    assert sum(value.nbytes for value in tensors) == pytest.approx(size, rel=0.01)
     capsys.readouterr()
     assert run("cache", tmp_path / "c.yaml") == 0 and "complete" in capsys.readouterr().out
     shutil.rmtree(folder / "cache")

@@ -73,7 +73,9 @@ def test_an_empty_folder_has_none(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "eval.json").write_text("{")
-    with pytest.raises(DiffalignError, match=r"eval\.json is not valid JSON"):
+    with pytest.raises(
+        DiffalignError, match=r"eval\.json cannot be read \(.*; delete it, and `diffalign eval` writes it again"
+    ):
         write_report(tmp_path)
 
 

@@ -119,8 +119,10 @@ def test_a_ranking_is_a_choice_between_every_two(scores: Scores) -> None:
         (parquet({"chosen": b"x", "rejected": b"y"}), "row 0: a cell with image bytes is none of the scored images"),
         (csv("filename,size\nin/000.png,3\n"), "there are filename, size"),
         (jsonl({"images": ["in/000.png", "in/001.png"], "ranking": [1]}), "ranking must have a number for each"),
+        (csv("image_a,image_b,choice\nin/000.png,in/001.png,\n"), "c.csv: none of its 1 rows compares two images"),
+        (csv("image,rating\nin/000.png,3\n"), "c.csv: none of its 1 rows compares two images"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_what_cannot_be_read_is_named(scores: Scores, form: tuple[str, Writer], words: str) -> None:
     name, write = form

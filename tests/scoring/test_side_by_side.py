@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,44 @@ def test_without_prompts_no_weights_are_looked_for(
     assert run("score", tmp_path / "in", *options, "-r", "sharpness") == 3
     said = capsys.readouterr()
     assert all(f"3 x {name}: no prompt" in said.err for name in rewards) and "sharpness" in said.out
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "how", "pairs"),
+    [
+        (["x/0.png", "x/1.png"], ["x/1.png", "x/0.png"], "name", [(0, 1), (1, 0)]),
+        (["0.png", "1.png"], ["0.jpg", "1.webp"], "name", [(0, 0), (1, 1)]),
+        (["samples/0.png", "samples/1.png"], ["0.png", "1.png"], "name", [(0, 0), (1, 1)]),
+        # Two folders on each side: the names come twice, and no image is paired twice.
+        (["0.png", "0.png"], ["0.png", "0.png"], "name", [(0, 0), (1, 1)]),
+        # One name, two images on one side: the names do not tell, but the prompts do.
+        (["0.png", "0.png"], ["0.png"], "prompt", [(0, 0)]),
+        (["cat/0.png", "dog/0.png"], ["0.png"], "prompt", [(0, 0)]),
+        # Some names agree, the rest is told by prompts.
+        (["0.png", "1.png", "2.png"], ["0.png", "c.png", "b.png"], "name or prompt", [(0, 0), (1, 1), (2, 2)]),
+        (["v1.0/a", "v1.1/b"], ["v1.1/b", "v1.0/a"], "name", [(0, 1), (1, 0)]),
+    ],
+)
+def test_names_and_prompts_pair_each_image_once(
+    ours: list[str], theirs: list[str], how: str, pairs: list[tuple[int, int]]
+) -> None:
+    in_order: list[str | None] = [f"p{i}" for i in range(3)]
+    prompts = in_order if how != "name" else [None] * 3
+    a = made([1.0] * len(ours), prompts[: len(ours)], ours)
+    b = made([1.0] * len(theirs), prompts[: len(theirs)], theirs, "b")
+    pairing = pair_up(a, b)
+    assert pairing.how == how
+    assert sorted(pair for group in pairing.prompts for pair in group) == pairs
+    assert pairing.unpaired == len(ours) + len(theirs) - 2 * len(pairs)
+
+
+def test_numbers_within_groups_of_datasets_tell_nothing() -> None:
+    class InTable:
+        def read(self) -> bytes:
+            return b""
+
+    a, b = made([1.0] * 2, ["p", "q"], ["g/0", "g/1"]), made([1.0] * 2, ["q", "p"], ["k/0", "k/1"], "b")
+    for side in (a, b):
+        side.items[:] = [replace(item, origin=InTable()) for item in side.items]
+    pairing = pair_up(a, b)
+    assert pairing.how == "prompt" and pairing.prompts == [[(0, 1)], [(1, 0)]]
