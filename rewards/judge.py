@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing_folder
+from diffalign.files.published import drop_local_paths
 from diffalign.pretrained import load_part
 from diffalign.rewards.chat import written_chat
 from diffalign.rewards.image_tensors import tensor_inputs
@@ -176,6 +177,7 @@ class Judge:
         with replacing_folder(folder) as part:
             self.model.save_pretrained(part)
             self.processor.save_pretrained(part)
+            drop_local_paths(part)
             write_settings(part, self.labels, self.rubrics, self.wording)
 
     def _ids(self, text: str) -> list[int]:
