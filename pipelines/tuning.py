@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder
+from diffalign.files import replacing_folder
 from diffalign.files.published import drop_local_paths
 from diffalign.files.tensors import read_tensors
 from diffalign.kernels import align_weights
@@ -232,12 +232,11 @@ class Tunable(ABC):
 
     def save_weights(self, folder: str | Path) -> None:
         """Write the policy for use in diffusers: a LoRA for `load_lora_weights`, or the trunk's folder."""
-        folder = Path(folder)
-        make_folder(folder)
-        if adapters.has_adapter(self.trunk, adapters.POLICY):
-            adapters.save_adapter(self.trunk, self.trunk_name, adapters.POLICY, folder)
-        else:
-            self.save_trunk(self._model, folder)
+        with replacing_folder(Path(folder)) as part:
+            if adapters.has_adapter(self.trunk, adapters.POLICY):
+                adapters.save_adapter(self.trunk, self.trunk_name, adapters.POLICY, part)
+            else:
+                self.save_trunk(self._model, part)
 
     def save_trunk(self, trunk: ModelMixin, folder: str | Path) -> None:
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""

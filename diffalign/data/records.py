@@ -18,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign import stopping
 from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, replacing, write_whole
 from diffalign.files.checksums import check_crc, crc_metadata, stored_crcs, tensor_crc
+from diffalign.files.parse import parse_json
 from diffalign.progress import OnImages
 
 INDEX = "index.json"
@@ -88,7 +90,7 @@ class _File:
 def read_index(folder: Path) -> dict[str, Any] | None:
     """Return the index of a finished folder; None if it is not finished, or a file lacks or has another size."""
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json((folder / INDEX).read_text(encoding="utf-8"))
         sizes = index.get("files", {}).items()
         return index if all((folder / name).stat().st_size == size for name, size in sizes) else None
     except (OSError, ValueError, AttributeError):
@@ -135,7 +137,10 @@ def make_records(
         path, numbers = _file(folder, place), range(place * each, min((place + 1) * each, count))
 
         def write() -> None:
-            records = {number: make(number) for number in numbers}
+            records = {}
+            for number in numbers:
+                records[number] = make(number)
+                stopping.check()  # a file may take minutes; what is kept are whole ones
             tensors = {
                 f"{n}/{name}": value.contiguous() for n, record in records.items() for name, value in record.items()
             }
@@ -153,7 +158,7 @@ def make_records(
         write_whole(folder / INDEX, json.dumps(index))
 
     locks = folder / ".locks"
-    mine = complete_all([task(place) for place in places], locks, on_progress)
+    mine = complete_all([task(place) for place in places], locks, on_progress, kept="records")
     complete_all([Task("index", lambda: read_index(folder) is not None, finish)], locks)
     shutil.rmtree(locks, ignore_errors=True)
     return mine

@@ -28,6 +28,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, write_whole
+from diffalign.files.parse import parse_json
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import OnImages
 
@@ -108,7 +109,9 @@ def draw_part(
 
         return Task(shard.name, _file(out, shard).is_file, make)
 
-    mine = complete_all([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
+    mine = complete_all(
+        [batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress, kept="images"
+    )
     # A shard's batches are deleted when it is complete, so at most one shard a process is on disk twice.
     complete_all([shard_task(s) for s in shards], locks)
     return mine
@@ -129,7 +132,7 @@ def write_planned_groups(plan: SynthPlan, out: Path, split: str = "train") -> No
         if lines:
             write_whole(failures, "\n".join(lines) + "\n")
         with reading(out / WORK_FOLDER / "failed", mend=PIECE_MEND):
-            dead = {json.loads(line)["group_id"] for line in lines}
+            dead = {parse_json(line)["group_id"] for line in lines}
         write_groups(out, (_group(g, row, split) for g, row in plan.groups if g not in dead))
 
     complete_all([Task("groups", groups.is_file, make)], out / WORK_FOLDER / "locks")

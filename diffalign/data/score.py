@@ -1,6 +1,5 @@
 """Score a dataset's images into `scores/<reward>.parquet`, one image file at a time, with any number of processes."""
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -9,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from diffalign import stopping
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.own_parquet import IMAGES_MEND, PIECE_MEND, SCORES_MEND, open_parquet, read_columns, read_row_group
 from diffalign.data.schema import score_schema
@@ -16,6 +16,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.parse import parse_json
 from diffalign.progress import OnImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
@@ -51,6 +52,7 @@ def score_images(
                     proven = proven or any(math.isfinite(row[reward.columns[0]]) for row in scored)
                     if scored:
                         writer.write_table(pa.Table.from_pylist(scored, schema=schema))
+                    stopping.check()  # a shard may take hours; what is kept are whole ones
 
         size = open_parquet(dataset.shards[shard], IMAGES_MEND).metadata.num_rows
         done = lambda: pieces[shard].is_file() or path.is_file()  # noqa: E731
@@ -68,7 +70,7 @@ def score_images(
         _same_reward(path, made_by)
         return 0
     # Shard by shard, so that several processes share the work and a kill costs one shard at most; then one file.
-    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress, kept="scores")
     complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 
@@ -121,7 +123,7 @@ def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
     """Refuse scores of another version, other weights or other settings. Files without a note are accepted."""
     note = (open_parquet(path, SCORES_MEND).schema_arrow.metadata or {}).get(b"diffalign")
     with reading(path, mend=SCORES_MEND):
-        before = dict(json.loads(note)) if note else made_by
+        before = dict(parse_json(note)) if note else made_by
     # An older note does not say what really judged, so only its version can be compared.
     compared = ("version", "weights", "settings") if before.get("format") == made_by["format"] else ("version",)
     changed = next((key for key in compared if before.get(key) != made_by[key]), None)

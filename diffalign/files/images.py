@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -65,7 +66,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             opened.load()
             # Without a turn this would be a copy.
             image = opened if opened.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(opened)
-            if image.mode == "I" and image.getextrema()[1] > 65_535:
+            if image.mode == "I" and cast("tuple[int, int]", image.getextrema())[1] > 65_535:
                 raise Unreadable("32-bit integer pixels have no agreed white")
             if image.mode.startswith("I"):
                 return _sixteen_bits(image)

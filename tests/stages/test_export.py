@@ -39,6 +39,7 @@ def tuned_run(folder: Path, model: Path, kind: str = "lora") -> np.ndarray:
     plain_config = {
         "run_dir": str(folder), "device": "cpu", "model": {"path": str(model), **options_of(model)},
         "tune": {"kind": kind, "rank": 4, "alpha": 6.0}, "data": {"path": str(folder / "data")},
+        "train": {"steps": 40},
     }  # fmt: skip
     (folder / "config.yaml").write_text(resolved_yaml(TrainConfig.model_validate(plain_config)))
     backbone = load_backbone(model, **options_of(model))
