@@ -1,4 +1,7 @@
-"""Keep access tokens out of everything that is written or printed: one list of names and forms, for values and for texts."""
+"""Keep access tokens out of everything that is written or printed, and folders out of what may be published.
+
+One list of names and forms, for values and for texts.
+"""
 
 import os
 import re
@@ -17,6 +20,25 @@ _NAMED = re.compile(rf"""(?i)(?<![\w-])((?:{"|".join(SECRET_KEYS)})['"]?\s*[=:]\
 _TOKEN = re.compile(r"\b(hf|wandb)_[A-Za-z0-9_]{8,}")
 _USER = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^/\s@'\"]+@")
 _QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|key|signature|credential|policy|secret|password)[\w-]*=)[^&\s'\"]+")
+
+
+_FOLDERS = re.compile(r"""(?<![\w.:/~<])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'"<>|,;:*?]+[/\\])+(?=[^\s/\\'"<>|,;])""")
+
+
+def without_folders(value: Any) -> Any:
+    """Return values and texts with only the last part of absolute paths, which name users and machines.
+
+    A text that is one absolute path as a whole may hold blanks.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"(/|~|[A-Za-z]:[/\\])", value) and "\n" not in value:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] or "/"
+    return _FOLDERS.sub("", value)
 
 
 def is_secret(key: object) -> bool:

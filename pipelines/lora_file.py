@@ -16,8 +16,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.checksums import check_crc, file_crc
 from diffalign.files.parse import parse_json
 from diffalign.files.tensors import SUFFIX, read_metadata, read_tensors
+from diffalign.pipelines.save_lora import as_trained
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -115,6 +117,18 @@ def checkpoint_file(folder: Path) -> Path:
     return average if average.is_file() else folder / POLICY_FILE
 
 
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the names of parameters. Raise DiffalignError where its checksum differs."""
+    path = checkpoint_file(folder)
+    tensors = read_tensors(path)
+    try:
+        stored = parse_json((folder / STATE).read_bytes()).get("files", {})
+        check_crc(path.name, file_crc(path), stored)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DiffalignError(f"{folder} is damaged ({brief(error)}); use another checkpoint") from error
+    return tensors
+
+
 def checkpoint_tuning(folder: Path) -> dict[str, Any]:
     """Return the `tune` section of the config that a checkpoint was trained under.
 
@@ -144,12 +158,17 @@ def read_lora_file(folder: str | Path, trunk_name: str, text_encoders: TextEncod
     if is_checkpoint(folder):
         tune = checkpoint_tuning(folder)
         path = checkpoint_file(folder)
-        state = {f"{trunk_name}.{key}": value for key, value in read_tensors(path).items()}
+        state = {f"{trunk_name}.{key}": value for key, value in read_checkpoint(folder).items()}
         config = {"r": tune["rank"], "lora_alpha": tune["alpha"], "target_modules": tune["targets"]}
     else:
         path = lora_file(folder)
         state = read_tensors(path)
         config = _peft_config(path) if path.name == PEFT_FILE else _metadata_config(path, trunk_name)
+        try:
+            state, alpha = as_trained(state, read_metadata(path))
+        except ValueError as error:
+            raise DiffalignError(f"{path}: its metadata is damaged ({brief(error)}); use another file") from error
+        config = config if alpha is None else {**config, "lora_alpha": alpha}
     # peft's own state dicts have the adapter's name in the key.
     named = {key: re.sub(r"(\.lora_[AB])\.\w+\.weight$", r"\1.weight", key) for key in state}
     if len(set(named.values())) < len(named):

@@ -278,10 +278,10 @@ def unpacked(path: Path) -> Iterator[Path]:
             try:
                 file = inside(folder, name)
                 data = archive.read(name)
-            except DiffalignError:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+            except (DiffalignError, FileExistsError, NotADirectoryError, IsADirectoryError):
                 continue  # who reads the folder reports the file as missing
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
         shutil.rmtree(folder / "__MACOSX", ignore_errors=True)
         entries = list(folder.iterdir())
         yield entries[0] if len(entries) == 1 and entries[0].is_dir() else folder

@@ -16,6 +16,7 @@ from PIL import Image
 from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
+from diffalign.redaction import without_folders
 
 ROWS_PER_GROUP = 64  # images in a parquet row group: the most that one random access reads
 
@@ -64,7 +65,7 @@ def image_row(
         "image": {"bytes": data, "path": None},
         "generator": generator,
         "seed": seed,
-        "provenance": json.dumps(provenance, sort_keys=True),
+        "provenance": json.dumps(without_folders(provenance), sort_keys=True),
     }
     if latent is not None:
         row |= {"latent": latent.astype(np.float16).tobytes(), "latent_shape": list(latent.shape)}

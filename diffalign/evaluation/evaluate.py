@@ -20,6 +20,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from diffalign import stopping
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
@@ -110,9 +111,12 @@ def sample_images(
         batch = cells[start : start + plan.batch_size]
         if not all(image_path(folder, *cell).is_file() for cell in batch):
             prompts = [plan.prompts[p].prompt for p, _ in batch]
-            for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
-                with replacing(image_path(folder, *cell)) as part:
-                    image.save(part, format="PNG")
+            with stopping.deferred():
+                for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
+                    with replacing(image_path(folder, *cell)) as part:
+                        image.save(part, format="PNG")
+            stopping.keep(f"{start + len(batch)} of {len(cells)} images of {folder.name} are")
+            stopping.check()
         if on_progress:
             on_progress(start + len(batch), len(cells))
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffalign import __version__
 from diffalign.intervals import interval_in
+from diffalign.redaction import without_folders
 
 
 def render_page(package: str, template: str, **values: object) -> str:
@@ -24,6 +25,7 @@ def render_page(package: str, template: str, **values: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters["interval"] = interval_in
+    environment.filters["without_folders"] = without_folders
     return environment.get_template(template).render(version=__version__, **values)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
+from diffalign.files.metric_rows import numbers
 from diffalign.files.parse import parse_yaml
-from diffalign.health import examine
+from diffalign.health import ENDINGS, Finding, examine, examine_ending
+from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
 FACTS: dict[str, str] = {
@@ -55,18 +57,19 @@ class Run:
         """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return (name, value) of the settings worth showing first."""
-        unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
-        known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
-        found = [(FACTS[key], _shown(self.config[key])) for key in known]
+    def facts(self, instead: dict[str, str] | None = None) -> list[tuple[str, str]]:
+        """Return (name, value) of the settings worth showing first; `instead` replaces values of the config."""
+        config = {**self.config, **(instead or {})}
+        unused = {"tune.rank"} if config.get("tune.kind") == "full" else set()
+        known = [key for key in FACTS if key not in unused and config.get(key) is not None]
+        found = [(FACTS[key], _shown(config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
 def _shown(value: object) -> str:
     """Return a config value as text; a list of sections as their weights and names."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
-        return str(value)
+        return str(without_folders(str(value)))
     return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
@@ -87,7 +90,16 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
             text = path.read_text(encoding="utf-8")
             config = dotted_keys(dict(parse_yaml(text, str(path))))
-    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
+    if rows:
+        findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
+
+
+def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
+    """Return the findings of health.json with what holds as far as the run has got; a killed run could not write that."""
+    kept = [one for one in findings if one["name"] not in ENDINGS]
+    known = {one["name"] for one in kept}
+    return [*kept, *(one.as_dict() for one in ending if one.name not in known)]
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -99,7 +111,7 @@ def _rows(path: Path) -> list[dict[str, float]]:
             raise DiffalignError(
                 f"{path}: {wrong} of step {row['step']} is {row[wrong]!r}, no number; delete this line"
             )
-    return rows
+    return [numbers(row) for row in rows]
 
 
 def _validations(path: Path) -> list[dict[str, Any]]:

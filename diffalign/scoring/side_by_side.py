@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.files import write_whole
+from diffalign.redaction import without_folders
 from diffalign.report.page import render_page
 from diffalign.scoring.compare_folders import Pairing, heading, outcomes
 from diffalign.scoring.gallery import MOST, reasons_of, spread_choice, thumbnail
@@ -42,7 +43,7 @@ def write_side_by_side(
     html = render_page(
         "diffalign.scoring",
         "side_by_side.html.j2",
-        names=names,
+        names=without_folders(names),
         heading=heading(pairing),
         total=len(couples),
         columns=columns,
@@ -60,7 +61,7 @@ def _pair(a: Scores, b: Scores, i: int, j: int, columns: list[str]) -> Pair:
         names=(one.key, two.key),
         pictures=(thumbnail(one, SIDE), thumbnail(two, SIDE)),
         scores=[(_finite(a.rows[i][c]), _finite(b.rows[j][c])) for c in columns],
-        reasons=[_reason(a.rows[i], b.rows[j], c.partition(".")[0]) for c in columns],
+        reasons=[without_folders(_reason(a.rows[i], b.rows[j], c.partition(".")[0])) for c in columns],
     )
 
 

@@ -20,6 +20,7 @@ from diffalign.pipelines.few_step import FewStep, call_options, few_step, studen
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say, say_block
 from diffalign.rewards.base import Reward
+from diffalign.stages.fingerprints import of_model, of_prompts, of_real_images
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
     note_other_base,
@@ -32,6 +33,7 @@ from diffalign.stages.resolve import (
     settled,
 )
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.distillation.method import Distillation
 from diffalign.training.distillation.real_images import RealImages
@@ -155,11 +157,18 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     config, device = settled(config), resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)
+    check_before_loading(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     if dry_run:
         _describe(config, rows, device)
         return
     accelerator = start_accelerator(config)
+    resolved = {
+        "train.mixed_precision": accelerator.mixed_precision,
+        **of_prompts(rows),
+        **of_real_images(config.gan.real),
+    }
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     note_other_base(config.tune.init, config.model)
@@ -181,7 +190,8 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     places = side // backbone.vae_scale_factor
     shape = (backbone.latent_channels, places, places)
     method = Distillation(config, backbone, student, source, shape, accelerator, scores, differentiable_score, real)
-    result = run_and_report(config, method, validation=validation)
+    resolved |= of_model(backbone, config.tune)
+    result = run_and_report(config, method, validation=validation, resolved=resolved)
     if accelerator.is_main_process and config.save_pipeline:
         say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 

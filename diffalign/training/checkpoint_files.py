@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffalign.files import reading
 from diffalign.files.checksums import CRC, check_crc, file_crc
+from diffalign.files.parse import parse_json
 
 NAME = re.compile(r"step-(\d{8})")
 FILES = "files"
@@ -39,7 +40,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """Return what state.json holds. Raises DiffalignError where it is damaged or speaks of another step."""
     with damage(checkpoint):
-        record: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = parse_json((checkpoint / STATE).read_text(encoding="utf-8"))
         check_crc(STATE, _crc(record), {STATE: record[CRC]} if CRC in record else {})
         named = int(checkpoint.name.rpartition("-")[2]) if NAME.fullmatch(checkpoint.name) else record["step"]
         if record["step"] != named:

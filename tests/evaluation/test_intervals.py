@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from diffalign.config import RoundsConfig
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
@@ -24,6 +25,7 @@ from diffalign.report.render import verdicts, write_report
 from diffalign.report.runs import read_run
 from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
 from diffalign.scoring.human_agreement import Choice, agree, agreement_table
+from diffalign.stages import rounds
 from helpers.run_directory import comparison, make_run
 from helpers.scored_items import made
 
@@ -135,3 +137,22 @@ def test_a_verdict_names_score_and_prompts() -> None:
         one["reason"]
         == "r changed by +0.200 over 40 held-out prompts, 95% interval +0.100 to +0.300, which excludes 0."
     )
+
+
+@pytest.mark.parametrize("prompts", [1, 7, 8, 64])
+def test_the_table_of_rounds(
+    tmp_path: Path, prompts: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ends that an earlier version wrote into round.json for few prompts are not shown either."""
+    monkeypatch.setattr(rounds, "write_reports", lambda runs, out: out)
+    done = [{"round": 1, "column": "r", "weights": "w", **comparison(0.125), "prompts": prompts}]
+    rounds._summary(RoundsConfig.model_construct(out=tmp_path), done)
+    said = capsys.readouterr().out
+    interval = "+0.025 to +0.225" if prompts >= 8 else FEW.format(prompts)
+    assert f"round 1: 0.3750 (+0.125 against the base, 95%: {interval})" in said
+
+
+def test_labels_without_prompts_are_groups() -> None:
+    scores = made([1.0, 2.0, 3.0], [None] * 3)
+    found = agree([Choice(0, 1, 1, "c.csv:2"), Choice(1, 2, -1, "c.csv:3")], scores, "r")
+    assert found.interval.words() == "too few groups (2) for an interval"

@@ -32,6 +32,7 @@ from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
 from diffalign.files import make_folder, reading
 from diffalign.files.checksums import check_crc, crc_metadata, stored_crcs, tensor_crc
+from diffalign.files.parse import parse_json
 
 Make = Callable[[], Tensor]
 Recall = Callable[[str, Tensor, Make], Tensor]
@@ -173,7 +174,7 @@ def _claim(folder: Path, key: dict[str, object]) -> None:
     except OSError as error:
         raise DiffalignError(f"reference.store {folder} cannot be used ({error}); choose another folder") from error
     with reading(path, "reference.store ", "choose another folder"):
-        kept = _current(json.loads(path.read_text(encoding="utf-8")))
+        kept = _current(parse_json(path.read_text(encoding="utf-8")))
     now = json.loads(json.dumps(key))
     for field in {**now, **kept}:
         if kept.get(field) != now.get(field):
