@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffalign.files.parse import parse_json
+
 CRC = "crc32"
 """The one entry of a safetensors file's metadata: with several, their order would differ from process to process."""
 CHUNK = 2**22
@@ -37,7 +39,7 @@ def crc_metadata(crcs: Mapping[str, int]) -> dict[str, str]:
 
 def stored_crcs(metadata: Mapping[str, str] | None) -> dict[str, int]:
     """Return the checksums of a safetensors file by name; none of files of earlier versions."""
-    found: dict[str, int] = json.loads((metadata or {}).get(CRC, "{}"))
+    found: dict[str, int] = parse_json((metadata or {}).get(CRC, "{}"))
     return found
 
 
