@@ -291,7 +291,7 @@ def _checked(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def product_size(layer: LoraLayer) -> float:
     """Return the squared norm of strength x B A, without forming it. A [r, ...], B [out, r, ...]."""
-    down, up = (t.double().flatten(1) for t in (layer.down, layer.up))
+    down, up = (t.detach().double().flatten(1) for t in (layer.down, layer.up))
     return float(layer.strength**2 * ((up.T @ up) * (down @ down.T)).sum())
 
 

@@ -24,6 +24,7 @@ from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, replacing, write_whole
 from diffalign.files.checksums import check_crc, check_seal, crc_metadata, sealed, stored_crcs, tensor_crc
+from diffalign.files.parse import parse_json
 from diffalign.progress import OnImages
 
 INDEX = "index.json"
@@ -92,7 +93,7 @@ class _File:
 def read_index(folder: Path) -> dict[str, Any] | None:
     """Return the index of a finished folder; None if it is not finished, or a file lacks or has another size."""
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json((folder / INDEX).read_text(encoding="utf-8"))
         check_seal(index)
         sizes = index.get("files", {}).items()
         return index if all((folder / name).stat().st_size == size for name, size in sizes) else None

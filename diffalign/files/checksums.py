@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.files.parse import parse_json
+
 CRC = "crc32"
 """The checksum's key in JSON, and the one entry of a safetensors file's metadata: several would come in any order."""
 CHUNK = 2**22
@@ -53,7 +55,7 @@ def crc_metadata(crcs: Mapping[str, int]) -> dict[str, str]:
 
 def stored_crcs(metadata: Mapping[str, str] | None) -> dict[str, int]:
     """Return the checksums of a safetensors file by name; none of files of earlier versions."""
-    found: dict[str, int] = json.loads((metadata or {}).get(CRC, "{}"))
+    found: dict[str, int] = parse_json((metadata or {}).get(CRC, "{}"))
     return found
 
 
