@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.lora_file import LoraFile, LoraLayer, TextEncoders, fold, product_size, read_lora_file
+from diffalign.pipelines.lora_file import (
+    LORA_FILE,
+    LoraFile,
+    LoraLayer,
+    TextEncoders,
+    fold,
+    product_size,
+    read_lora_file,
+)
+from diffalign.pipelines.save_lora import write_lora
 from diffalign.pretrained import foreign
 
 if TYPE_CHECKING:
@@ -99,12 +108,16 @@ def use_adapter(trunk: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights (diffusers' key names, without prefix) and config of an adapter; the config carries rank and alpha."""
+def save_adapter(trunk: nn.Module, trunk_name: str, adapter: str, folder: Path) -> None:
+    """Write an adapter into `folder` as a LoRA for diffusers' `load_lora_weights`."""
+    from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict
 
     config: Any = vars(trunk)["peft_config"][adapter]
-    return get_peft_model_state_dict(trunk, adapter_name=adapter), config.to_dict()
+    layers = {name: m for name, m in trunk.named_modules() if isinstance(m, LoraLayer) and adapter in m.scaling}
+    scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
+    state = get_peft_model_state_dict(trunk, adapter_name=adapter)
+    write_lora(folder / LORA_FILE, state, config.to_dict(), scales, trunk_name)
 
 
 def load_adapter(

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.save_single_file import SingleFile
 from diffalign.pipelines.tuning import Tunable
 from diffalign.pipelines.vae import NormalVAE
 
@@ -216,10 +218,10 @@ class Family(Tunable):
 
     # --- export ------------------------------------------------------------------------------------------------
 
-    kohya_base: ClassVar[str | None] = None
-    """What kohya's LoRA files call the base model; None: its layout fuses layers that a LoRA adapts one by one."""
-    kohya_blocks: ClassVar[str] = "diffusers"
-    """Whose names kohya's files have for a UNet's blocks: "diffusers" or "sgm", Stability's code."""
+    kohya: ClassVar[KohyaLayout | None] = None
+    """How kohya's LoRA files name the base model and its layers; None where they are not known."""
+    single_file: ClassVar[SingleFile | None] = None
+    """How the pipeline lies in one file; None where that is not known."""
 
 
 def padded(embeds: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:

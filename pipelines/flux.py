@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import FluxOptions
+from diffalign.pipelines.original_names import flux_place
 from diffalign.pipelines.process import Flow
+from diffalign.pipelines.save_single_file import SingleFile
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, SchedulerMixin
@@ -92,6 +95,14 @@ class Flux(TransformerBackbone):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux1", "networks.lora_flux", flux_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        flux_place,
+        "ComfyUI (Load Diffusion Model), beside FLUX's own VAE and text encoders; diffusers' "
+        "`FluxTransformer2DModel.from_single_file`",
+        trunk="",
+    )
 
     process: FluxFlow
     options: FluxOptions

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
 from diffalign.hub import download_command, hub_answers
 
 INDEX = "model_index.json"
@@ -42,6 +44,29 @@ def find_index(
         )
     # The cache names a snapshot's folder after its commit.
     return Path(found), Path(found).parent.name
+
+
+def component_config(
+    path: str, index: Path, commit: str | None, component: str, token: str | None, local_files_only: bool
+) -> dict[str, Any]:
+    """Read a component's config.json, without its weights. index, commit: what `find_index` found for the model `path`."""
+    file = index.parent / component / "config.json"
+    if commit is not None and not file.is_file():
+        import huggingface_hub
+
+        wanted = f"{component}/config.json"
+        with hub_errors(path, commit, wanted, asked=not local_files_only):
+            found = huggingface_hub.hf_hub_download(
+                path, wanted, revision=commit, token=token, local_files_only=local_files_only or not hub_answers()
+            )
+        file = Path(found)
+    try:
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffalignError(f"{path}: {component}/config.json cannot be read ({brief(error)})") from error
+    if not isinstance(config, dict):
+        raise DiffalignError(f"{path}: {component}/config.json is not a component's config")
+    return config
 
 
 def download(path: str, commit: str, variant: str | None, token: str | None, absent: Mapping[str, None]) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError, brief
 from diffalign.files.parse import parse_json
 from diffalign.files.tensors import SUFFIX, read_metadata, read_tensors
+from diffalign.pipelines.save_lora import as_trained
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -150,6 +151,11 @@ def read_lora_file(folder: str | Path, trunk_name: str, text_encoders: TextEncod
         path = lora_file(folder)
         state = read_tensors(path)
         config = _peft_config(path) if path.name == PEFT_FILE else _metadata_config(path, trunk_name)
+        try:
+            state, alpha = as_trained(state, read_metadata(path))
+        except ValueError as error:
+            raise DiffalignError(f"{path}: its metadata is damaged ({brief(error)}); use another file") from error
+        config = config if alpha is None else {**config, "lora_alpha": alpha}
     # peft's own state dicts have the adapter's name in the key.
     named = {key: re.sub(r"(\.lora_[AB])\.\w+\.weight$", r"\1.weight", key) for key in state}
     if len(set(named.values())) < len(named):
@@ -285,7 +291,7 @@ def _checked(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def product_size(layer: LoraLayer) -> float:
     """Return the squared norm of strength x B A, without forming it. A [r, ...], B [out, r, ...]."""
-    down, up = (t.double().flatten(1) for t in (layer.down, layer.up))
+    down, up = (t.detach().double().flatten(1) for t in (layer.down, layer.up))
     return float(layer.strength**2 * ((up.T @ up) * (down @ down.T)).sum())
 
 

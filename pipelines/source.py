@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SAMPLES, SAMPLE_BYTES = 16, 65536
+from diffalign.files.fingerprint import DIGITS, add_samples
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Source:
         """
         return self._hash(self.folder, self.path, str(self.revision), str(self.variant), *more)
 
+    def content_fingerprint(self) -> str:
+        """Hash configs and weights alone, wherever the folder lies: a moved or copied model has the same hash."""
+        return self._hash(self.folder, str(self.variant))
+
     def component_fingerprint(self, component: str) -> str:
         """Hash one component alone, wherever it lies: two models that share a VAE share this."""
         return self._hash(self.folder / component, str(self.variant))
@@ -42,16 +46,7 @@ class Source:
             if file.suffix in (".json", ".txt", ".model"):
                 digest.update(f"\0{name}\0".encode() + file.read_bytes())
             elif file.suffix == ".safetensors":
-                _add_samples(digest, file, str(name))
+                add_samples(digest, str(name), file)
         if self.file is not None:
-            _add_samples(digest, self.file, self.file.name)
-        return digest.hexdigest()[:16]
-
-
-def _add_samples(digest: hashlib._Hash, file: Path, name: str) -> None:
-    size = file.stat().st_size
-    digest.update(f"\0{name}\0{size}\0".encode())
-    with file.open("rb") as stream:
-        for part in range(SAMPLES):
-            stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-            digest.update(stream.read(SAMPLE_BYTES))
+            add_samples(digest, self.file.name, self.file)
+        return digest.hexdigest()[:DIGITS]

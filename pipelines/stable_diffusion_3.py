@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options, SD3Options
+from diffalign.pipelines.original_names import sd3_place
 from diffalign.pipelines.process import Flow
+from diffalign.pipelines.save_single_file import VAE, SingleFile, clip_state, t5_state, vae_state
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusion3Pipeline
@@ -34,6 +37,18 @@ class StableDiffusion3(TransformerBackbone):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd3", "networks.lora_sd3", sd3_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        sd3_place,
+        "ComfyUI; diffusers' `from_single_file`",
+        components={
+            "vae": (VAE, vae_state),
+            "text_encoder": ("text_encoders.clip_l.transformer.", clip_state),
+            "text_encoder_2": ("text_encoders.clip_g.transformer.", clip_state),
+            "text_encoder_3": ("text_encoders.t5xxl.transformer.", t5_state),
+        },
+    )
 
     options: SD3Options
 

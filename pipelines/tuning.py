@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder
+from diffalign.files import replacing_folder
+from diffalign.files.published import drop_local_paths
 from diffalign.files.tensors import read_tensors
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
@@ -230,22 +231,18 @@ class Tunable(ABC):
     # --- save and load -----------------------------------------------------------------------------------------
 
     def save_weights(self, folder: str | Path) -> None:
-        """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
-        folder = Path(folder)
-        make_folder(folder)
-        if adapters.has_adapter(self.trunk, adapters.POLICY):
-            weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
-            self.pipeline.save_lora_weights(
-                folder,
-                **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
-            )
-        else:
-            self.save_trunk(self._model, folder)
+        """Write the policy for use in diffusers: a LoRA for `load_lora_weights`, or the trunk's folder."""
+        with replacing_folder(Path(folder)) as part:
+            if adapters.has_adapter(self.trunk, adapters.POLICY):
+                adapters.save_adapter(self.trunk, self.trunk_name, adapters.POLICY, part)
+            else:
+                self.save_trunk(self._model, part)
 
     def save_trunk(self, trunk: ModelMixin, folder: str | Path) -> None:
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
         with quiet_progress():
             trunk.save_pretrained(Path(folder) / self.trunk_name)
+        drop_local_paths(Path(folder) / self.trunk_name)
 
     def load_weights(self, folder: str | Path) -> None:
         """Put trained weights into the policy: for inference, or before training.

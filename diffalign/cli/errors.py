@@ -2,10 +2,11 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import typer
 
+from diffalign import stopping
 from diffalign.errors import DiffalignError
 from diffalign.progress import say_aside
 
@@ -15,20 +16,25 @@ NOT_THERE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno
 
 @contextmanager
 def plain_errors(resumes: bool = False) -> Iterator[None]:
-    """End the command with one line: exit code 2 for what a user can mend, 130 for Ctrl-C. Bugs keep their traceback.
+    """End the command with one line and an exit code (`diffalign.cli` lists them). Bugs keep their traceback.
 
-    resumes: whether the same command resumes where it was stopped.
+    resumes: whether the same command resumes where it was stopped; then signals are handled (`diffalign.stopping`).
     """
     try:
-        yield
+        with stopping.stopping_on_signals() if resumes else nullcontext():
+            yield
     except DiffalignError as error:
         raise _exit(f"error: {error}", 2) from None
+    except stopping.Stopped as stopped:
+        raise _exit(str(stopped), stopping.RESUME_CODE) from None
     except KeyboardInterrupt:
-        advice = "; the same command resumes where it stopped" if resumes else ""
+        advice = f": {stopping.what_is_kept()}" if resumes else ""
         raise _exit(f"stopped by Ctrl-C{advice}", 130) from None
     except Exception as error:
         complaint = _system_complaint(error)
         if complaint is None:
+            if isinstance(error, EOFError):  # typer takes it for Ctrl-D: it would say "Aborted!" and hide the traceback
+                raise RuntimeError("a file ended too early") from error
             raise
         raise _exit(f"error: {complaint}", 2) from None
 

@@ -163,14 +163,22 @@ def export_weights(
         str,
         typer.Option(
             "--format",
-            help="diffusers: what load_lora_weights reads; kohya: for ComfyUI, A1111 and others (UNets); "
-            "merged: the whole pipeline with the LoRA in it.",
+            help="weights: a LoRA as two files, for diffusers and for ComfyUI, A1111, Forge and sd-scripts; or the trunk's "
+            "folder if all weights were trained. diffusers, kohya: one of the two. merged: the whole pipeline with the LoRA "
+            "in it. single-file: the same as one checkpoint file, for ComfyUI and A1111.",
         ),
-    ] = "diffusers",
+    ] = "weights",
     out: Annotated[Path | None, typer.Option(help="The folder to write; without it, RUN/export/FORMAT.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best validation, not the last.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Number type of a merged model or a single file: float32, float16 or bfloat16.")
+    ] = "float32",
     licence: Annotated[
         str | None, typer.Option(help="The licence in the model card, as the hub names it; without it, the base's.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="The base model's name on the hub, if the run read it from a folder."),
     ] = None,
     push: Annotated[
         str | None,
@@ -185,4 +193,5 @@ def export_weights(
     with plain_errors():
         from diffalign.stages.export import export
 
-        export(run, out or run / "export" / form, form, best=best, licence=licence, push=push, private=private)
+        target = out or run / "export" / form
+        export(run, target, form, best=best, dtype=dtype, licence=licence, base=base, push=push, private=private)

@@ -7,7 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from diffalign.config.section import MOST_IMAGES, MOST_PIXELS, MOST_PROMPTS, FilePath, Section, Sizes, refuse
+from diffalign.config.section import (
+    DERIVED,
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROMPTS,
+    NAMED,
+    UNAFFECTED,
+    FilePath,
+    Section,
+    Sizes,
+    refuse,
+)
 
 STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
 
@@ -26,7 +37,7 @@ class DataSection(Section):
 
     text_key: ClassVar[str | None] = "path"
 
-    path: FilePath = Field(description="a dataset folder: images/, scores/, groups.parquet")
+    path: Annotated[FilePath, NAMED] = Field(description="a dataset folder: images/, scores/, groups.parquet")
     split: str = Field("train", min_length=1, description="the groups whose split has this name")
     resolution: int | None = Field(
         None,
@@ -44,11 +55,18 @@ class DataSection(Section):
         "mean",
         description="mean: the VAE's mean; posterior: a new sample each time, for which the cache also holds the spread",
     )
-    cache: Literal["all", "latents", "off"] = Field(
+    cache: Annotated[Literal["all", "latents", "off"], UNAFFECTED] = Field(
         "all",
         description="what is encoded before the first step: all, latents (the text encoders stay loaded), off (the VAE too)",
     )
-    cache_dir: FilePath | None = Field(None, description="folder of the cache; null: <path>/cache")
+    cache_dir: Annotated[FilePath | None, UNAFFECTED] = Field(
+        None, description="folder of the cache; null: <path>/cache"
+    )
+    cache_dtype: Literal["float32"] | None = Field(
+        None,
+        description="float32: latents and embeddings as they were encoded, in twice the space; null: latents are rounded to "
+        "float16 and embeddings to bfloat16, in every mode of the cache",
+    )
     limit: int | None = Field(None, gt=0, le=MOST_PROMPTS, description="use only the first n groups; null: all")
     group_size: int | None = Field(
         None,
@@ -102,7 +120,7 @@ class LabelSection(Section):
         description="what is done to scores before they are used; balanced: less the group's mean, over its mean absolute "
         "deviation",
     )
-    stats: dict[str, float] | None = Field(
+    stats: Annotated[dict[str, float] | None, DERIVED] = Field(
         None,
         description="{min, max} for minmax, {mean, std} for zscore, NAME.mean and NAME.std for combined; null: computed from "
         "the data",

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.section import MOST_RANK, FilePath, Section, refuse
+from diffalign.config.section import (
+    MOST_RANK,
+    NAMED,
+    ROUNDING,
+    UNAFFECTED,
+    FilePath,
+    Section,
+    refuse,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "auto: CUDA where there is one"
@@ -51,37 +59,47 @@ class ModelSection(Section):
 
     text_key: ClassVar[str | None] = "path"
 
-    path: str = Field(
+    path: Annotated[str, NAMED] = Field(
         min_length=1,
         description="a diffusers folder, a checkpoint in one .safetensors file, a Hugging Face id, or one of the small "
         "models shapes-sd3, shapes-sdxl",
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, NAMED] = Field(
         None, description="branch, tag or commit of a hub model; resolved to a commit and recorded"
     )
-    variant: str | None = Field(
+    variant: Annotated[str | None, NAMED] = Field(
         None, description="which weight files of a hub model, such as fp16; null: the plain ones"
     )
-    token: str | None = Field(
+    token: Annotated[str | None, UNAFFECTED] = Field(
         None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out"
     )
-    local_files_only: bool = Field(False, description="true: never ask the network, use what is in the cache")
+    local_files_only: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: never ask the network, use what is in the cache"
+    )
     config: str | None = Field(
         None,
         min_length=1,
         description="where configs and tokenizers of a checkpoint in one file come from: a diffusers folder, which needs no "
         "weights, or a Hugging Face id; null: built in for SD1.x and SDXL, SD3's repository for SD3",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
-    attention: Literal["sdpa", "xformers", "flash"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="number type of the frozen weights. auto: bfloat16 on a GPU that computes in it, else float32; "
+        "float32 where all weights train. A run's own config says which it was",
+    )
+    attention: Annotated[Literal["sdpa", "xformers", "flash"], ROUNDING] = Field(
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
     )
-    gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
+    gradient_checkpointing: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: less memory, more time, same gradients"
+    )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="bits of the frozen layers under a LoRA: int8, or nf4 (4 bits; needs bitsandbytes)"
     )
-    channels_last: bool = Field(False, description="true: memory format of a UNet's convolutions that GPUs prefer")
-    compile: bool = Field(
+    channels_last: Annotated[bool, ROUNDING] = Field(
+        False, description="true: memory format of a UNet's convolutions that GPUs prefer"
+    )
+    compile: Annotated[bool, ROUNDING] = Field(
         False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
     )
     lora_text_encoders: Literal["refuse", "ignore"] = Field(
@@ -115,7 +133,7 @@ def check_device(model: ModelSection, device: str, *, autocast: bool = False) ->
     """
     if device == "cpu" and model.attention != "sdpa":
         refuse(f"{model.attention} needs a GPU; use sdpa with device=cpu", "model.attention", "device")
-    if model.attention == "flash" and model.dtype == "float32" and not autocast:
+    if model.attention == "flash" and model.dtype in ("auto", "float32") and not autocast:
         refuse(
             "flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype"
         )
@@ -132,7 +150,7 @@ class TuneSection(Section):
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(
+    init: Annotated[FilePath | None, NAMED] = Field(
         None, description="a LoRA, or a run's weights/ folder or checkpoint, to continue from (lora only)"
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import (
     AfterValidator,
@@ -16,7 +17,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from diffalign.files.paths import NOT_PLAIN, is_plain_name
 from diffalign.redaction import redacted
@@ -46,6 +47,25 @@ MOST_STEPS = 1000  # of a sampler: as many as a model was trained with
 MOST_PROMPTS = 10_000_000
 MOST_THREADS = 4096
 MOST_RANK = 16_384
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """What a new value of a key does to a run that resumes. A key without this makes it another run, which is refused.
+
+    effect: none: no number of the training changes; rounding: only last digits may; named: none, where the value stands for
+    the same as before (a moved folder with the same content); derived: null stands for what is computed from the data.
+    only_where: keys and the values that they must have, in the checkpoint's config or the new one, which matters where they may
+    change themselves; else the key makes another run.
+    formerly: the value of runs from before there was the key, where it is not the default; ...: the default.
+    """
+
+    effect: Literal["none", "rounding", "named", "derived"]
+    only_where: tuple[tuple[str, object], ...] = ()
+    formerly: object = ...
+
+
+UNAFFECTED, ROUNDING, NAMED, DERIVED = OnResume("none"), OnResume("rounding"), OnResume("named"), OnResume("derived")
 
 
 class Section(BaseModel):
@@ -85,6 +105,29 @@ class Section(BaseModel):
     text_key: ClassVar[str | None] = None
     """The key that a text in the section's place gives: `reward: pickscore` is `reward: {name: pickscore}`."""
 
+    def resume_rules(self) -> dict[str, OnResume]:
+        """Return dotted keys of this config and what new values of them do on resume; a section's rule holds for all in it."""
+        found: dict[str, OnResume] = {}
+        for key, value in self:
+            if (rule := _rule(type(self), key)) is not None:
+                found[key] = rule
+            if isinstance(value, Section):
+                found |= {f"{key}.{inner}": rule for inner, rule in value.resume_rules().items()}
+        return found
+
+    def former_values(self) -> dict[str, Any]:
+        """Return plain values, nested, of a run that was written before there were these keys: mostly the defaults."""
+        found: dict[str, Any] = {}
+        for key, value in self:
+            rule, field = _rule(type(self), key), type(self).model_fields[key]
+            if isinstance(value, Section):
+                found[key] = value.former_values()
+            elif rule is not None and rule.formerly is not ...:
+                found[key] = rule.formerly
+            elif not field.is_required():
+                found[key] = to_jsonable_python(field.get_default(call_default_factory=True))
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _abbreviated(cls, value: Any) -> Any:
@@ -92,6 +135,10 @@ class Section(BaseModel):
         if isinstance(value, str) and cls.text_key is not None:
             return {cls.text_key: value}
         return {} if value is None else value
+
+
+def _rule(section: type[Section], key: str) -> OnResume | None:
+    return next((one for one in section.model_fields[key].metadata if isinstance(one, OnResume)), None)
 
 
 def by_name(value: Any) -> Any:

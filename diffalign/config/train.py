@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,13 @@ from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
 from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
-from diffalign.config.run import AveragedStepSection, BackboneRunConfig, ValidationSection
-from diffalign.config.section import MOST_IMAGES, refuse
+from diffalign.config.run import WITHOUT_VALIDATION, AveragedStepSection, BackboneRunConfig, ValidationSection
+from diffalign.config.section import (
+    MOST_IMAGES,
+    ROUNDING,
+    UNAFFECTED,
+    refuse,
+)
 
 
 class TrainSection(AveragedStepSection):
@@ -21,7 +26,7 @@ class TrainSection(AveragedStepSection):
     groups_per_step: int = Field(
         8, gt=0, le=MOST_IMAGES, description="groups in one optimiser step, over all processes and micro-batches"
     )
-    images_per_pass: int | None = Field(
+    images_per_pass: Annotated[int | None, ROUNDING] = Field(
         None,
         gt=0,
         le=MOST_IMAGES,
@@ -72,9 +77,9 @@ class TrainConfig(BackboneRunConfig):
         "native", description="what the squared errors are errors of"
     )
     times: TimeSection = TimeSection()
-    reference: ReferenceSection = ReferenceSection()
+    reference: Annotated[ReferenceSection, UNAFFECTED] = ReferenceSection()
     train: TrainSection = TrainSection()
-    validation: SampledValidationSection = SampledValidationSection()
+    validation: Annotated[SampledValidationSection, WITHOUT_VALIDATION] = SampledValidationSection()
 
     @model_validator(mode="after")
     def _check_precision(self) -> TrainConfig:

@@ -53,9 +53,9 @@ class CachePlan:
         for line in cut_lines({"the model": self.backbone}, self.prompts):
             say(line)
         if self.mode != "all":
-            return LivePrompts(self.backbone)
+            return LivePrompts(self.backbone, self.frames.exact)
         if read_index(self.prompt_folder) is None:
-            PromptStore.make(self.prompt_folder, self.prompts, self.backbone, say)
+            PromptStore.make(self.prompt_folder, self.prompts, self.backbone, say, self.frames.exact)
         return PromptStore(self.prompt_folder)
 
     @cached_property
@@ -66,7 +66,7 @@ class CachePlan:
     @cached_property
     def prompt_folder(self) -> Path:
         """The folder of the prompt embeddings."""
-        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
+        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *exact_key(self.frames), *dict.fromkeys(self.prompts))
         return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
 
     def missing(self) -> dict[Path, int]:
@@ -75,7 +75,7 @@ class CachePlan:
         if self.mode != "off" and read_index(self.latent_folder) is None:
             found[self.latent_folder] = latent_bytes(self.frames, self.backbone)
         if self.mode == "all" and read_index(self.prompt_folder) is None:
-            found[self.prompt_folder] = prompt_bytes(self.prompts, self.backbone)
+            found[self.prompt_folder] = prompt_bytes(self.prompts, self.backbone, self.frames.exact)
         return {folder: max(0, size - made_bytes(folder)) for folder, size in found.items()}
 
     def check_space(self) -> None:
@@ -90,16 +90,23 @@ def plan_cache(
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
     sizes = group_sizes(dataset, groups, allowed)
-    frames = Frames(dataset, groups, members, sizes, spread=data.latent_sampling == "posterior")
+    frames = Frames(
+        dataset, groups, members, sizes, spread=data.latent_sampling == "posterior", exact=data.cache_dtype == "float32"
+    )
     prompts = dataset.column("prompt")
     folder = Path(data.cache_dir) if data.cache_dir else dataset.folder / "cache"
     return CachePlan(frames, [prompts[i] for i in groups], backbone, folder, data.cache)
 
 
+def exact_key(frames: Frames) -> tuple[str, ...]:
+    """Return what tells a cache in float32 from others; others have the keys of versions that knew no float32."""
+    return ("data.cache_dtype=float32",) if frames.exact else ()
+
+
 def latent_key(frames: Frames, backbone: Encoder) -> str:
     """Return the hash of everything that decides the latents."""
     dataset = frames.dataset
-    digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread))
+    digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread), *exact_key(frames))
     ids = dataset.column("group_id")
     for i, size in zip(frames.groups, frames.sizes, strict=True):
         digest.update(f"{ids[i]}\0{size}\0".encode())

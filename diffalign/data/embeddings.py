@@ -1,13 +1,13 @@
 """Prompt embeddings: each distinct prompt is encoded once into memory-mapped files, or at every step.
 
-    prompts-<key>/00000.safetensors   records (records.py), one a prompt: what the model needs of it, bfloat16
+    prompts-<key>/00000.safetensors   records (records.py), one a prompt: what the model needs of it, bfloat16 (or float32)
     prompts-<key>/index.json          the prompts' hashes, and the full shape of each array
 
 Zeros at the end of rows and columns are not stored; reading puts them back, so the model sees every number. For SD3
 without T5 they are most of an embedding: 256 of 333 tokens, and half the width of the others. Other padding is stored,
 because these models attend to it: SD1.5, SDXL and SD3 encode CLIP's padding to 77 tokens and T5's to its full length
 without a mask, as FLUX does, and their trunks have no mask either. bfloat16 because T5's outputs exceed float16's
-range; it rounds to 2^-9 of a value.
+range; it rounds to 2^-9 of a value. `data.cache_dtype: float32` keeps what was encoded.
 
 A prompt is encoded alone, not in a batch, whose size would decide its last bits: the embedding depends on the prompt
 only.
@@ -29,10 +29,13 @@ UNCONDITIONAL = "unconditional"
 """What the index calls the row that takes the place of a dropped prompt; no prompt's hash is of this length."""
 
 
-def encoded(backbone: PromptEncoder, prompt: str | None) -> dict[str, Tensor]:
-    """Return everything that the model needs of one prompt, or of none (None), each [...] bfloat16 on the CPU."""
+def encoded(backbone: PromptEncoder, prompt: str | None, exact: bool) -> dict[str, Tensor]:
+    """Return everything that the model needs of one prompt, or of none (None), each [...] on the CPU.
+
+    exact: in float32, else in bfloat16.
+    """
     found = backbone.encode_unconditional() if prompt is None else backbone.encode_prompts([prompt])
-    return {name: values[0].to(torch.bfloat16) for name, values in found.items()}
+    return {name: values[0].to("cpu", torch.float32 if exact else torch.bfloat16) for name, values in found.items()}
 
 
 class LivePrompts:
@@ -41,13 +44,13 @@ class LivePrompts:
     `unconditional`: what a dropped prompt is replaced by, which is what sampling steers away from; [1, ...] each.
     """
 
-    def __init__(self, backbone: PromptEncoder) -> None:
-        self.backbone = backbone
-        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, None).items()}
+    def __init__(self, backbone: PromptEncoder, exact: bool = False) -> None:
+        self.backbone, self.exact = backbone, exact
+        self.unconditional = {name: values[None].float() for name, values in encoded(backbone, None, exact).items()}
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of B prompts, each [B, ...] float32."""
-        once = {prompt: encoded(self.backbone, prompt) for prompt in dict.fromkeys(prompts)}
+        once = {prompt: encoded(self.backbone, prompt, self.exact) for prompt in dict.fromkeys(prompts)}
         return {name: torch.stack([once[p][name] for p in prompts]).float() for name in self.unconditional}
 
 
@@ -74,23 +77,24 @@ class PromptStore:
         return {name: torch.stack([_whole(r[name], full) for r in records]) for name, full in self._full.items()}
 
     @classmethod
-    def make(cls, folder: Path, prompts: Sequence[str], backbone: PromptEncoder, say: Say) -> None:
+    def make(cls, folder: Path, prompts: Sequence[str], backbone: PromptEncoder, say: Say, exact: bool = False) -> None:
         """Encode the distinct `prompts`, and what replaces a dropped one, into `folder`, together with other processes."""
         distinct = _distinct(prompts)
 
         def record(number: int) -> Record:
-            return {name: trimmed(values) for name, values in encoded(backbone, distinct[number]).items()}
+            return {name: trimmed(values) for name, values in encoded(backbone, distinct[number], exact).items()}
 
         digests = [UNCONDITIONAL if prompt is None else prompt_digest(prompt) for prompt in distinct]
-        full = {name: list(values.shape) for name, values in sorted(encoded(backbone, distinct[0]).items())}
+        full = {name: list(values.shape) for name, values in sorted(encoded(backbone, distinct[0], exact).items())}
         if mine := make_records(folder, len(distinct), record, {"prompts": digests, "full": full}):
             say(f"cached embeddings of {share(mine, len(distinct))} prompts, the dropped one included")
 
 
-def prompt_bytes(prompts: Sequence[str], backbone: PromptEncoder) -> int:
+def prompt_bytes(prompts: Sequence[str], backbone: PromptEncoder, exact: bool = False) -> int:
     """Return the size of the cached embeddings in bytes; encodes one prompt to learn its shape."""
     distinct = _distinct(prompts)
-    return 2 * len(distinct) * sum(trimmed(values).numel() for values in encoded(backbone, distinct[0]).values())
+    one = [trimmed(values) for values in encoded(backbone, distinct[0], exact).values()]
+    return len(distinct) * sum(values.numel() * values.element_size() for values in one)
 
 
 def trimmed(values: Tensor) -> Tensor:

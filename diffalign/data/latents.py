@@ -1,7 +1,7 @@
 """Latents of groups: encoded once into memory-mapped files, or at every step by a VAE that stays in memory.
 
     latents-<key>/00000.safetensors   records (records.py), one a group:
-        mean     [k, C, h, w] float16, the posterior's mean of the group's k images
+        mean     [k, C, h, w] float16 (or float32, data.cache_dtype), the posterior's mean of the group's k images
         spread   the same shape: its standard deviation (latent_sampling: posterior)
     latents-<key>/index.json          the size of each group's images, K
 
@@ -12,6 +12,7 @@ and a latent for every image of the group; a group half drawn and half encoded w
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,13 +37,22 @@ STORED = ["latent", "latent_shape", "provenance"]
 
 @dataclass(frozen=True)
 class Frames:
-    """The groups to encode, at most `members` images and one size each, and whether the posterior's spread is wanted."""
+    """The groups to encode, at most `members` images and one size each, and whether the posterior's spread is wanted.
+
+    exact: latents stay float32.
+    """
 
     dataset: PreferenceDataset
     groups: list[int]
     members: int
     sizes: list[Size]
     spread: bool = False
+    exact: bool = False
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """The number type of the latents."""
+        return np.float32 if self.exact else np.float16
 
     def rows_of(self) -> dict[Size, list[int]]:
         """Return size -> rows, both in their order."""
@@ -50,7 +60,7 @@ class Frames:
 
 
 class Encoder:
-    """Turns a group's images into float16 latents, for cached and uncached latents alike."""
+    """Turns a group's images into latents of `frames.dtype`, for cached and uncached latents alike."""
 
     def __init__(self, frames: Frames, backbone: ImageEncoder) -> None:
         self.frames, self.backbone = frames, backbone
@@ -59,7 +69,7 @@ class Encoder:
         self.taken = self.encoded = 0
 
     def group(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return means [k, C, h, w] of the group's k images and, if wanted, their spread; float16."""
+        """Return means [k, C, h, w] of the group's k images and, if wanted, their spread."""
         stored = self._stored(row)
         if stored is not None:
             self.taken += len(stored)
@@ -72,11 +82,19 @@ class Encoder:
             pixels = to_pixels(pictures[start : start + BATCH])
             if self.frames.spread:
                 mean, spread = self.backbone.encode_posterior(pixels)
-                spreads.append(_half(spread))
+                spreads.append(self._rounded(spread))
             else:
                 mean = self.backbone.encode_images(pixels)
-            means.append(_half(mean))
+            means.append(self._rounded(mean))
         return np.concatenate(means), np.concatenate(spreads) if spreads else None
+
+    def _rounded(self, values: Tensor) -> np.ndarray:
+        """Return the values in `frames.dtype`. Raises DiffalignError where they would overflow."""
+        array = values.float().cpu().numpy()
+        largest = np.abs(array).max(initial=0.0)
+        if largest > np.finfo(self.frames.dtype).max:
+            raise DiffalignError(f"latents overflow float16 (largest {largest:.3g}); the VAE may be broken")
+        return array.astype(self.frames.dtype)
 
     def said(self) -> str:
         """Return where the latents came from, as the end of a message; "" if none were stored with the images."""
@@ -99,7 +117,7 @@ class Encoder:
             if latent is None:
                 return None
             found.append(latent)
-        return np.stack(found)
+        return np.stack(found).astype(self.frames.dtype)
 
 
 def has_latents(dataset: PreferenceDataset) -> bool:
@@ -130,7 +148,7 @@ class LiveLatents:
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         """Return mean and spread of B groups of one size, each [B, K, C, h, w] float32; zeros for missing images."""
         found = [self._encoder.group(row) for row in rows]
-        mean = np.zeros((len(rows), self.frames.members, *found[0][0].shape[1:]), np.float16)
+        mean = np.zeros((len(rows), self.frames.members, *found[0][0].shape[1:]), self.frames.dtype)
         spread = np.zeros_like(mean)
         for n, (means, spreads) in enumerate(found):
             mean[n, : len(means)] = means
@@ -195,16 +213,14 @@ def latent_bytes(frames: Frames, backbone: ImageEncoder) -> int:
     """Return the size of the cached latents in bytes, from the model's shapes."""
     side = backbone.vae_scale_factor
     pixels = sum((width // side) * (height // side) for width, height in frames.sizes)
-    return 2 * (2 if frames.spread else 1) * pixels * frames.members * int(backbone.latent_channels)
+    return (
+        np.dtype(frames.dtype).itemsize
+        * (2 if frames.spread else 1)
+        * pixels
+        * frames.members
+        * int(backbone.latent_channels)
+    )
 
 
 def _wide(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
-
-
-def _half(values: Tensor) -> np.ndarray:
-    """Return float16 values. Raises DiffalignError where they would overflow."""
-    array = values.float().cpu().numpy()
-    if np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
-        raise DiffalignError(f"latents overflow float16 (largest {np.abs(array).max():.3g}); the VAE may be broken")
-    return array.astype(np.float16)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign import stopping
 from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, replacing, write_whole
@@ -136,7 +137,10 @@ def make_records(
         path, numbers = _file(folder, place), range(place * each, min((place + 1) * each, count))
 
         def write() -> None:
-            records = {number: make(number) for number in numbers}
+            records = {}
+            for number in numbers:
+                records[number] = make(number)
+                stopping.check()  # a file may take minutes; what is kept are whole ones
             tensors = {
                 f"{n}/{name}": value.contiguous() for n, record in records.items() for name, value in record.items()
             }
@@ -154,7 +158,7 @@ def make_records(
         write_whole(folder / INDEX, json.dumps(index))
 
     locks = folder / ".locks"
-    mine = complete_all([task(place) for place in places], locks, on_progress)
+    mine = complete_all([task(place) for place in places], locks, on_progress, kept="records")
     complete_all([Task("index", lambda: read_index(folder) is not None, finish)], locks)
     shutil.rmtree(locks, ignore_errors=True)
     return mine

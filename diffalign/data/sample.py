@@ -109,7 +109,9 @@ def draw_part(
 
         return Task(shard.name, _file(out, shard).is_file, make)
 
-    mine = complete_all([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
+    mine = complete_all(
+        [batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress, kept="images"
+    )
     # A shard's batches are deleted when it is complete, so at most one shard a process is on disk twice.
     complete_all([shard_task(s) for s in shards], locks)
     return mine

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from diffalign import stopping
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.own_parquet import IMAGES_MEND, PIECE_MEND, SCORES_MEND, open_parquet, read_columns, read_row_group
 from diffalign.data.schema import score_schema
@@ -51,6 +52,7 @@ def score_images(
                     proven = proven or any(math.isfinite(row[reward.columns[0]]) for row in scored)
                     if scored:
                         writer.write_table(pa.Table.from_pylist(scored, schema=schema))
+                    stopping.check()  # a shard may take hours; what is kept are whole ones
 
         size = open_parquet(dataset.shards[shard], IMAGES_MEND).metadata.num_rows
         done = lambda: pieces[shard].is_file() or path.is_file()  # noqa: E731
@@ -68,7 +70,7 @@ def score_images(
         _same_reward(path, made_by)
         return 0
     # Shard by shard, so that several processes share the work and a kill costs one shard at most; then one file.
-    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress, kept="scores")
     complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign import stopping
 from diffalign.files.lock import try_lock
-from diffalign.progress import OnImages
+from diffalign.progress import OnImages, say_aside
 
 WAIT = 0.2  # seconds between checks of tasks that others are doing
+SILENT = 300.0  # seconds of waiting after which a line says so: another process may be stopped
 WORK_FOLDER = ".work"
 
 
@@ -32,14 +34,20 @@ class Task:
     size: int = 1
 
 
-def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None) -> int:
-    """Return when every task is done, by this process or another; return how much (in `size`) this one did."""
+def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None, *, kept: str = "") -> int:
+    """Return when every task is done, by this process or another; return how much (in `size`) this one did.
+
+    A signal stops the command after the task that is being made. kept: what tasks are counted in, for its message.
+    """
     everything = list(tasks)
     total, mine = sum(task.size for task in everything), 0
     missing = [task for task in everything if not task.done()]
     done = total - sum(task.size for task in missing)
     if on_progress:
         on_progress(done, total)
+    if kept and done:
+        stopping.keep(f"{done} of {total} {kept} are")
+    waited = 0.0
     while missing:
         others = []
         for task in missing:
@@ -48,8 +56,12 @@ def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | Non
                 if task.done():
                     done += task.size
                 elif free:
-                    task.make()
+                    with stopping.deferred():
+                        task.make()
                     done, mine = done + task.size, mine + task.size
+                    if kept:
+                        stopping.keep(f"{done} of {total} {kept} are")
+                    stopping.check()
                 else:
                     others.append(task)
                     continue
@@ -58,6 +70,12 @@ def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | Non
         # Wait only if every missing task is in another process's hands.
         if len(others) == len(missing):
             time.sleep(WAIT)
+            waited += WAIT
+            if waited >= SILENT:
+                say_aside(f"waiting for other processes that hold {len(others)} tasks of {locks.parent}")
+                waited = 0.0
+        else:
+            waited = 0.0
         missing = others
     return mine
 

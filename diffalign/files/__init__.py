@@ -47,6 +47,28 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to; when the block ends, its files are those of `folder`, which other files stay in.
+
+    A new folder appears under its name only when it is complete. In one that exists, each file is replaced in one step.
+    """
+    part = folder / ".part" if folder.exists() else folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    make_folder(part)
+    try:
+        yield part
+        if not folder.exists():
+            part.rename(folder)
+            return
+        for path in sorted(path for path in part.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a UTF-8 text file; it appears under its name only when it is complete."""
     with replacing(path) as part:

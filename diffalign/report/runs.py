@@ -7,8 +7,9 @@ from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
+from diffalign.files.metric_rows import read_metrics
 from diffalign.files.parse import parse_yaml
-from diffalign.health import examine
+from diffalign.health import ENDINGS, Finding, examine, examine_ending
 from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
@@ -56,11 +57,12 @@ class Run:
         """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return (name, value) of the settings worth showing first."""
-        unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
-        known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
-        found = [(FACTS[key], _shown(self.config[key])) for key in known]
+    def facts(self, instead: dict[str, str] | None = None) -> list[tuple[str, str]]:
+        """Return (name, value) of the settings worth showing first; `instead` replaces values of the config."""
+        config = {**self.config, **(instead or {})}
+        unused = {"tune.rank"} if config.get("tune.kind") == "full" else set()
+        known = [key for key in FACTS if key not in unused and config.get(key) is not None]
+        found = [(FACTS[key], _shown(config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
@@ -75,7 +77,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     """Read a run directory. Raises DiffalignError if it holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = _rows(folder / "metrics.jsonl"), result or _evaluation(folder / "eval.json")
+    rows, result = read_metrics(folder / "metrics.jsonl"), result or _evaluation(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
     validations = _validations(folder / "validation.jsonl")
@@ -88,19 +90,16 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
         with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
             text = path.read_text(encoding="utf-8")
             config = dotted_keys(dict(parse_yaml(text, str(path))))
+    if rows:
+        findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
     return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
 
 
-def _rows(path: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl. Raises DiffalignError where a value is neither a number nor null."""
-    rows = read_json_lines(path)
-    for row in rows:
-        wrong = next((name for name, value in row.items() if not isinstance(value, int | float | None)), None)
-        if wrong is not None:
-            raise DiffalignError(
-                f"{path}: {wrong} of step {row['step']} is {row[wrong]!r}, no number; delete this line"
-            )
-    return rows
+def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
+    """Return the findings of health.json with what holds as far as the run has got; a killed run could not write that."""
+    kept = [one for one in findings if one["name"] not in ENDINGS]
+    known = {one["name"] for one in kept}
+    return [*kept, *(one.as_dict() for one in ending if one.name not in known)]
 
 
 def _validations(path: Path) -> list[dict[str, Any]]:
@@ -126,7 +125,8 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     found: dict[str, Any] | None = read_json(path, mend, "scores", "images", "prompts", "seeds")
     with reading(path, mend=mend):
         for comparison in (found or {"scores": {}})["scores"].values():
-            comparison["all"]
+            for kind in ("all", *comparison):
+                comparison[kind].keys()
     return found
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from diffalign.data.imported import finite_number
 from diffalign.data.read_tables import is_table_of_pairs, judged
@@ -27,7 +26,7 @@ from diffalign.intervals import Interval, bootstrap
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
-from diffalign.terminal import number, plain_table
+from diffalign.terminal import name_cell, number, plain_table
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,9 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
     untied = (human != 0) & (model != 0)
     concordant = float((human * model)[untied].sum())
     denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
-    interval = _interval(right, [f[2] for f, kept in zip(found, decided, strict=True) if kept], seed, resamples)
+    unit = "prompts" if all(scores.items[c.a].prompt for c in choices) else "groups"
+    groups = [f[2] for f, kept in zip(found, decided, strict=True) if kept]
+    interval = _interval(right, groups, unit, seed, resamples)
     return Agreement(
         int(decided.sum()),
         int((~decided).sum()),
@@ -179,13 +180,13 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
     )
 
 
-def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -> Interval:
+def _interval(right: np.ndarray, groups: list[str], unit: str, seed: int, resamples: int) -> Interval:
     """Return the interval of the mean, resampling whole groups: pairs of one prompt share their images."""
     names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
     place = np.array([names[g] for g in groups])
     sums_and_sizes = np.stack([np.bincount(place, right), np.bincount(place)], axis=1)
     share = lambda means: means[:, :1] / means[:, 1:]  # noqa: E731
-    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples)[0]
+    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples, unit=unit)[0]
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:
@@ -196,6 +197,6 @@ def agreement_table(choices: list[Choice], scores: Scores) -> Table:
         a = agree(choices, scores, column)
         counts = map(str, (a.pairs, a.human_ties, a.predicted_ties))
         shown.add_row(
-            Text(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
+            name_cell(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
         )
     return shown

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffalign import stopping
 from diffalign.files.images import Unreadable, area, decode
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
@@ -212,8 +213,12 @@ def _score(
 
     def flush() -> None:
         if batch:
-            fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
-            store.add(fresh)
+            with stopping.deferred():
+                fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
+                store.add(fresh)
+            if store.path is not None:
+                stopping.keep(f"{len(store.known)} scores are")
+            stopping.check()
             found.results.update(fresh)
             found.failed.update(failed)
             batch.clear()

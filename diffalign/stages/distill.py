@@ -14,12 +14,14 @@ from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
+from diffalign.files.published import public_name
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say, say_block
 from diffalign.rewards.base import Reward
+from diffalign.stages.fingerprints import of_model, of_prompts, of_real_images
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
     note_other_base,
@@ -29,8 +31,10 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
+    settled,
 )
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.distillation.method import Distillation
 from diffalign.training.distillation.real_images import RealImages
@@ -46,7 +50,7 @@ arguments of the call, whose defaults belong to the pipeline's class:
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{folder}")
+pipeline = DiffusionPipeline.from_pretrained(".")  # the folder of this file
 image = pipeline("...", {call}).images[0]
 ```
 {note}"""
@@ -151,14 +155,21 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
 
 
 def _distill(config: DistillConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     for settings in (config.optimizer, config.fake.optimizer):
         check_installed(settings)
+    check_before_loading(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     if dry_run:
         _describe(config, rows, device)
         return
     accelerator = start_accelerator(config)
+    resolved = {
+        "train.mixed_precision": accelerator.mixed_precision,
+        **of_prompts(rows),
+        **of_real_images(config.gan.real),
+    }
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     note_other_base(config.tune.init, config.model)
@@ -180,7 +191,8 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     places = side // backbone.vae_scale_factor
     shape = (backbone.latent_channels, places, places)
     method = Distillation(config, backbone, student, source, shape, accelerator, scores, differentiable_score, real)
-    result = run_and_report(config, method, validation=validation)
+    resolved |= of_model(backbone, config.tune)
+    result = run_and_report(config, method, validation=validation, resolved=resolved)
     if accelerator.is_main_process and config.save_pipeline:
         say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 
@@ -206,7 +218,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     if wanted.sampler == "cps":
         note = CPS.format(eta=wanted.eta)
     call = ", ".join(f"{name}={value}" for name, value in options.items())
-    text = HOW.format(steps=wanted.steps, base=config.model.path, folder=out.as_posix(), call=call, note=note)
+    text = HOW.format(steps=wanted.steps, base=public_name(config.model.path), call=call, note=note)
     (out / "README.md").write_text(text)
     (out / "student.json").write_text(json.dumps({"call": options, "sampler": wanted.sampler}, indent=1) + "\n")
     return out

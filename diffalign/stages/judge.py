@@ -20,10 +20,12 @@ from diffalign.judge.records import Rated, rated_images, read_pairs, read_rating
 from diffalign.pretrained import quiet_progress
 from diffalign.progress import ImageProgress, say, say_block
 from diffalign.rewards.judge import Judge
+from diffalign.stages.fingerprints import of_judge
 from diffalign.stages.resolve import open_judge, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.testbed.judge_base import BaseSettings, make_base
 from diffalign.testbed.judge_data import faulty_groups, judge_records
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.optim import check_installed
 
 
@@ -73,12 +75,15 @@ def train_from_config(config: JudgeConfig) -> Path:
 
 def _train_from_config(config: JudgeConfig) -> Path:
     check_installed(config.optimizer)
+    check_before_loading(config)
     device = resolve_device(config.device)
     source = config.data.distributions if config.method == "risd" else config.data.pairs
     assert source is not None  # the config is checked
     records: list[Any] = [*(read_taught(source) if config.method == "risd" else read_pairs(source))][
         : config.data.limit
     ]
+    resolved = of_judge(config, records)
+    check_before_loading(config, resolved)
     judge = open_judge(config.model, device)
     check_dimensions(judge, {one.dimension for one in records}, source)
     if config.method == "sft" and config.role == "teacher" and len({one.traces is None for one in records}) == 2:
@@ -91,7 +96,9 @@ def _train_from_config(config: JudgeConfig) -> Path:
         teacher.model.requires_grad_(False)
         check_dimensions(teacher, {one.dimension for one in records}, source)
     with quiet_progress():
-        result = run_and_report(config, JudgeTraining(config, judge, records, teacher), report=False)
+        method = JudgeTraining(config, judge, records, teacher)
+        resolved["train.mixed_precision"] = "bf16" if method.bf16 else "no"
+        result = run_and_report(config, method, report=False, resolved=resolved)
     return result.run_dir / "weights"
 
 

@@ -7,18 +7,22 @@ reward, since rewards and pipelines know nothing of the embedded world.
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from diffalign import testbed
 from diffalign.config import (
     BackboneRunConfig,
+    DistillConfig,
     GeneratorSection,
     JudgeModelSection,
     ModelSection,
+    RewardGradientConfig,
     RewardSection,
+    SampleConfig,
     SizedSamplingSection,
+    TrainConfig,
     ValidationSection,
     load_run_config,
 )
@@ -41,6 +45,8 @@ from diffalign.rewards.rubric import load_rubrics
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
+
+Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +77,7 @@ def model_folder(path: str) -> str:
 
 def open_backbone(model: ModelSection, device: str) -> Backbone:
     """Load the backbone that a `model` section names."""
-    return load_backbone(model_folder(model.path), device=device, **_loading(model))
+    return load_backbone(model_folder(model.path), device=device, **_loading(model, device))
 
 
 def open_plain_backbone(model: ModelSection) -> Backbone:
@@ -83,7 +89,7 @@ def open_plain_backbone(model: ModelSection) -> Backbone:
 def open_generator(section: GeneratorSection, device: str) -> Generator:
     """Load the model that a section of `generators` names, with its weights and sampler."""
     model = section.model
-    generator = load_generator(model_folder(model.path), device=device, prior=section.prior, **_loading(model))
+    generator = load_generator(model_folder(model.path), device=device, prior=section.prior, **_loading(model, device))
     if section.weights is not None:
         note_other_base(section.weights, model)
         generator.load_weights(section.weights)
@@ -114,10 +120,24 @@ def open_judge(model: JudgeModelSection, device: str) -> Judge:
         return load_judge(model.path, labels=model.labels, rubrics=rubrics, dtype=DTYPES[model.dtype], device=device)
 
 
-def _loading(model: ModelSection) -> dict[str, Any]:
+def _loading(model: ModelSection, device: str) -> dict[str, Any]:
     """Return the keyword arguments of `load_backbone` that a `model` section states."""
     stated = model.model_dump(exclude={"path", "dtype", "compile", "options"})
-    return {"dtype": DTYPES[model.dtype], **stated, **model.options}
+    return {"dtype": DTYPES[resolve_dtype(model, device).dtype], **stated, **model.options}
+
+
+def resolve_dtype(model: ModelSection, device: str, full: bool = False) -> ModelSection:
+    """Return the section with `dtype: auto` replaced by what this device takes; full: whether all weights train."""
+    if model.dtype != "auto":
+        return model
+    half = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) and not full
+    return model.model_copy(update={"dtype": "bfloat16" if half else "float32"})
+
+
+def settled(config: Loading) -> Loading:
+    """Return the config with its model's number type resolved, so that what a run writes says which it was."""
+    full = isinstance(config, BackboneRunConfig) and config.tune.kind == "full"
+    return config.model_copy(update={"model": resolve_dtype(config.model, resolve_device(config.device), full)})
 
 
 def resolve_prompts(

@@ -13,6 +13,7 @@ from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say, say_block
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
+from diffalign.stages.fingerprints import of_model, of_prompts
 from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
@@ -21,8 +22,10 @@ from diffalign.stages.resolve import (
     open_validation,
     resolve_device,
     resolve_prompts,
+    settled,
 )
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
@@ -84,14 +87,17 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
 
 
 def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     check_installed(config.optimizer)
+    check_before_loading(config)
     check_differentiable(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     if dry_run:
         _describe(config, rows, device)
         return
     accelerator = start_accelerator(config)
+    resolved = {"train.mixed_precision": accelerator.mixed_precision, **of_prompts(rows)}
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     note_other_base(config.tune.init, config.model)
@@ -118,7 +124,8 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
         backbone.drop_encoders(keep_vae=True)
     places = side // backbone.vae_scale_factor
     method = RewardGradient(config, backbone, source, (backbone.latent_channels, places, places), scores, accelerator)
-    run_and_report(config, method, validation=validation)
+    resolved |= of_model(backbone, config.tune)
+    run_and_report(config, method, validation=validation, resolved=resolved)
 
 
 def describe_steps(config: RewardGradientConfig) -> str:

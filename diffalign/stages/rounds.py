@@ -32,7 +32,7 @@ from diffalign.report.render import write_reports
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rank import rank_dataset
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts
+from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts, settled
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
 
@@ -111,7 +111,7 @@ def _rounds(config: RoundsConfig) -> dict[str, Any]:
 
 def _round(config: RoundsConfig, number: int, init: Path | None) -> dict[str, Any]:
     """Run one round and return what its round.json holds."""
-    training = train_config(config, number, init)
+    training = settled(train_config(config, number, init))
     data = round_folder(config.out, number) / "data"
     _make_data(config, number, init, training, data)
     train(training)

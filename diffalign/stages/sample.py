@@ -16,6 +16,7 @@ from diffalign.stages.resolve import (
     resolve_device,
     resolve_prompts,
     sampling_settings,
+    settled,
     weights_digest,
 )
 
@@ -29,6 +30,7 @@ def sample(config: SampleConfig, images: Path | None = None) -> None:
 
 
 def _sample(config: SampleConfig) -> None:
+    config = settled(config)
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config.guidance_scale, backbone)
     # Record the name that the user gave: the folder of a shipped model differs from machine to machine.

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
+from diffalign.config.model import LATER_KEYS
 from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_card import GENERATOR_MEND
@@ -41,6 +42,7 @@ from diffalign.stages.resolve import (
     open_generator,
     open_reward,
     process_device,
+    resolve_dtype,
     resolve_prompts,
     sampling_settings,
     weights_digest,
@@ -64,6 +66,8 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
         torch.cuda.set_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    parts = [s.model_copy(update={"model": resolve_dtype(s.model, device)}) for s in config.generators]
+    config = config.model_copy(update={"generators": parts})
     plan = make_plan(config)
     rewards = [open_reward(section, device) for section in config.rewards]  # weights load with the first image
     _check_rewards(config, plan, rewards)
@@ -273,7 +277,12 @@ def _settings(config: SynthConfig, plan: SynthPlan) -> dict[str, Any]:
     keys |= {"images_per_prompt", "batch_size", "options", "name"}
     generators = [section.model_dump(mode="json", include=keys) for section in config.generators]
     for section in generators:
-        section["model"] = {k: v for k, v in section["model"].items() if k not in ("token", "local_files_only")}
+        # Keys that earlier folders lack count where they say something else than was done then.
+        section["model"] = {
+            key: value
+            for key, value in section["model"].items()
+            if key not in ("token", "local_files_only") and (key not in LATER_KEYS or value != LATER_KEYS[key])
+        }
     return {
         "generators": generators,
         "seed": config.seed,

@@ -14,8 +14,10 @@ from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say, say_block
-from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device
+from diffalign.stages.fingerprints import of_data, of_model
+from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device, settled
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import described
 from diffalign.training.optim import check_installed
@@ -29,13 +31,16 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _train(config: TrainConfig, dry_run: bool) -> None:
-    device = resolve_device(config.device)
+    config, device = settled(config), resolve_device(config.device)
     check_installed(config.optimizer)
+    check_before_loading(config)
     dataset = PreferenceDataset(config.data.path)
     if dry_run:
         _describe(config, dataset, device)
         return
     accelerator = start_accelerator(config)
+    resolved = {"train.mixed_precision": accelerator.mixed_precision}
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     note_other_base(config.tune.init, config.model)
@@ -54,7 +59,9 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
-    findings = [] if roles else examine_labels(source.labelled(dataset))
+    compared = config.objective.kind.label_kind != "none"
+    weightless = int((~has_preference(source.rewards, source.mask)).sum()) if compared else 0
+    findings = [] if roles else examine_labels(source.labelled(dataset), weightless)
     if config.labels.source == "preference":
         findings += shuffled_labels(dataset)
     wanted, side = config.validation, config.data.resolution or backbone.default_resolution
@@ -63,7 +70,8 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     method = Preference(config, backbone, source, accelerator, say)
-    run_and_report(config, method, validation=validation, findings=findings)
+    resolved |= of_model(backbone, config.tune) | of_data(dataset, source)
+    run_and_report(config, method, validation=validation, findings=findings, resolved=resolved)
 
 
 def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:

@@ -7,18 +7,21 @@ A run that trains further networks (distillation: "fake") has NAME.safetensors a
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from safetensors.torch import save_file
 
+from diffalign.config import RunConfig
 from diffalign.errors import DiffalignError
+from diffalign.training.average_decay import AverageDecay
 from diffalign.training.checkpoint_files import checkpoints, damage, read_record, read_tensors, write_record
 from diffalign.training.optimizer_state import optimizer_record, restore_optimizer
-from diffalign.training.protocols import Parameters, PlainConfig, Weights
-from diffalign.training.same_run import check_same_run
+from diffalign.training.protocols import Parameters, PlainConfig, PlainRow, Weights
+from diffalign.training.same_run import Resolved, changes, describe_changes, refuse_another_run
 from diffalign.training.sharding import placed, whole
 
 
@@ -49,7 +52,7 @@ class Flushable(Protocol):
 class TrainState:
     """Everything that training changes, and so what a checkpoint holds.
 
-    ema: a second set of the policy's weights: their moving average where `ema_decay` is set; a judge keeps the policy of its
+    ema: a second set of the policy's weights: their moving average where `decay` is set; a judge keeps the policy of its
     outer iteration there. sharded: weights are cut over the processes, so all of them take part in saving. store: written
     before a checkpoint is.
     """
@@ -57,7 +60,7 @@ class TrainState:
     policy: Parameters
     optimizer: torch.optim.Optimizer
     ema: Weights | None = None
-    ema_decay: float | None = None
+    decay: AverageDecay | None = None
     scaler: torch.amp.GradScaler | None = None
     extra: Memory = field(default_factory=Memory)
     partners: dict[str, Partner] = field(default_factory=dict)
@@ -67,7 +70,22 @@ class TrainState:
     @property
     def average(self) -> Weights | None:
         """The moving average of the policy's weights, None where none is kept."""
-        return self.ema if self.ema_decay else None
+        return self.ema if self.decay else None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says about its run.
+
+    config: as the run writes it. resolved: what its keys stand for. rows: those of metrics.jsonl since the checkpoint before,
+    so that a row that a crash tore can be written again. interim: a signal asked for it between the steps of
+    checkpoint.every; the next checkpoint replaces it.
+    """
+
+    config: PlainConfig
+    resolved: Resolved = field(default_factory=dict)
+    rows: Sequence[PlainRow] = ()
+    interim: bool = False
 
 
 def _sync(folder: Path) -> None:
@@ -77,13 +95,11 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(
-    run_dir: Path, step: int, state: TrainState, config: PlainConfig, keep: int, write: bool = True
-) -> Path:
-    """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were.
+def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, keep: int, write: bool = True) -> Path:
+    """Write step-N and drop interim ones and all but the newest `keep` others.
 
-    All processes call this, since each has its part of sharded weights; one of them has `write`. Raises DiffalignError for a
-    full disk.
+    A kill or a full disk leaves the earlier ones as they were. All processes call this, since each has its part of sharded
+    weights; one of them has `write`. Raises DiffalignError for a full disk.
     """
     folder = run_dir / "checkpoints"
     final, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.part"
@@ -99,7 +115,10 @@ def save_checkpoint(
         return final
     record = {
         "step": step,
-        "config": config,
+        "config": about.config,
+        "resolved": dict(about.resolved),
+        "rows": list(about.rows),
+        "interim": about.interim,
         "optimizer": optimizer,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "extra": state.extra,
@@ -135,18 +154,36 @@ def save_checkpoint(
             f"no space left on the disk of {run_dir} at step {step}; the last complete checkpoint is "
             f"{last[-1] if last else 'none'}: free some space and run the same command again"
         ) from error
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    drop_old_checkpoints(run_dir, keep)
     return final
 
 
-def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
-    """Put a checkpoint into policy, optimiser and average, in place; return its step.
+def drop_old_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete interim checkpoints but the newest of all, all but the newest `keep` others, and what a kill left unfinished.
 
-    Raises DiffalignError for one that cannot be read, and for one of another config.
+    Also to be called when a run resumes: a kill may have come between the writing of a checkpoint and this.
     """
-    record = read_record(path)
-    check_same_run(path, record["config"], config)
+    earlier = checkpoints(run_dir)[:-1]
+    interim = [path for path in earlier if _is_interim(path)]
+    scheduled = [path for path in earlier if path not in interim]
+    unfinished = (run_dir / "checkpoints").glob("step-*.part")
+    for old in [*interim, *(scheduled[: -(keep - 1)] if keep > 1 else scheduled), *unfinished]:
+        shutil.rmtree(old)
+
+
+def _is_interim(path: Path) -> bool:
+    """Return whether a checkpoint was made for a signal; a damaged one is kept as long as any other."""
+    try:
+        return bool(read_record(path).get("interim"))
+    except DiffalignError:
+        return False
+
+
+def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> None:
+    """Put a checkpoint into policy, optimiser and average, in place; `record`: its state.json.
+
+    Raises DiffalignError for one that cannot be read.
+    """
     policy = read_tensors(path, record, "policy.safetensors", state.policy)
     tensors = read_tensors(path, record, "optimizer.safetensors")
     averages = read_tensors(path, record, "ema.safetensors", state.ema) if state.ema is not None else {}
@@ -172,18 +209,50 @@ def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
         state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
-    return int(record["step"])
 
 
-def resume(run_dir: Path, state: TrainState, config: PlainConfig, steps: int) -> int:
-    """Load the newest complete checkpoint into `state`; return how many steps are done, 0 without one.
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run resumes. step: how many are done, 0 at the start; rows, interim: as in `About`; changed: a line to say."""
 
-    Raises DiffalignError for a checkpoint of another config, for one that cannot be read, and for more than `steps` steps.
+    step: int = 0
+    rows: Sequence[PlainRow] = ()
+    interim: bool = False
+    changed: str | None = None
+
+
+def check_before_loading(config: RunConfig, resolved: Resolved | None = None) -> None:
+    """Refuse to resume a run of another config, before model and data are loaded; `resolved`: what is known by then.
+
+    Raises DiffalignError that names what differs, and for more steps done than the config wants.
     """
-    saved = checkpoints(run_dir)
-    done = load_checkpoint(saved[-1], state, config) if saved else 0
-    if done > steps:
+    if saved := checkpoints(config.run_dir):
+        _checked_record(saved[-1], config, resolved or {}, loaded=False)
+
+
+def resume(config: RunConfig, state: TrainState, resolved: Resolved) -> Resumed:
+    """Load the newest complete checkpoint into `state`, if there is one. Its config is compared before its tensors are read.
+
+    Raises DiffalignError for a checkpoint of another config, for one that cannot be read, and for more steps done than wanted.
+    """
+    saved = checkpoints(config.run_dir)
+    if not saved:
+        return Resumed()
+    record, changed = _checked_record(saved[-1], config, resolved, loaded=True)
+    load_checkpoint(saved[-1], state, record)
+    return Resumed(int(record["step"]), record.get("rows", ()), record.get("interim", False), changed)
+
+
+def _checked_record(
+    path: Path, config: RunConfig, resolved: Resolved, loaded: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Return a checkpoint's state.json, and a line about what changed in the config without making it another run."""
+    record = read_record(path)
+    found = changes(record["config"], config, record.get("resolved", {}), resolved, loaded=loaded)
+    refuse_another_run(path, found, config)
+    if record["step"] > config.train.steps:
         raise DiffalignError(
-            f"{run_dir} has {done} steps already; train.steps={steps} would go back: choose another run_dir"
+            f"{config.run_dir} has {record['step']} steps already; train.steps={config.train.steps} would go back: choose "
+            "another run_dir"
         )
-    return done
+    return record, describe_changes(found)

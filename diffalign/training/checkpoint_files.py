@@ -40,8 +40,10 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """Return what state.json holds. Raises DiffalignError where it is damaged or speaks of another step."""
     with damage(checkpoint):
-        record: dict[str, Any] = parse_json((checkpoint / STATE).read_text(encoding="utf-8"))
-        check_crc(STATE, _crc(record), {STATE: record[CRC]} if CRC in record else {})
+        text = (checkpoint / STATE).read_text(encoding="utf-8")
+        record: dict[str, Any] = parse_json(text)
+        # Of what was written: `parse_json` changes text that UTF-8 cannot hold.
+        check_crc(STATE, _crc(json.loads(text)), {STATE: record[CRC]} if CRC in record else {})
         named = int(checkpoint.name.rpartition("-")[2]) if NAME.fullmatch(checkpoint.name) else record["step"]
         if record["step"] != named:
             raise ValueError(f"{STATE} is of step {record['step']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffalign.config import BackboneRunConfig, DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
+from diffalign.files.published import load_base
 
 TRAIN = """# {name}
 
@@ -14,15 +15,16 @@ TRAIN = """# {name}
 - `checkpoints/`: the state to resume from.
 """
 
-LORA = """Use it with
+LORA = """ComfyUI, A1111, Forge and kohya's sd-scripts read another layout:
+  `diffalign export {folder}` writes it, as `kohya_lora.safetensors`, beside diffusers' own. Use `weights/` with
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+{base}
 pipeline.load_lora_weights("{folder}/weights")
 ```
 """
+
+TRUNK = "A trunk folder for `from_pretrained`."
 
 DISTILL = """# {name}
 
@@ -64,19 +66,8 @@ def _common(config: BackboneRunConfig | JudgeConfig) -> dict[str, str]:
         "base": base,
         "folder": folder,
         "kind": "LoRA" if lora else "all weights",
-        "how": for_single_file(LORA.format(base=base, folder=folder), base)
-        if lora
-        else "A trunk folder for `from_pretrained`.",
+        "how": LORA.format(base=load_base(base, published=False), folder=folder) if lora else TRUNK,
     }
-
-
-def for_single_file(text: str, base: str) -> str:
-    """Return Python lines that load `base`, with diffusers' call for a checkpoint in one file if it is one."""
-    call = f'DiffusionPipeline.from_pretrained("{base}")'
-    one = (
-        f'DiffusionPipeline.from_single_file("{base}")  # of the model\'s own class, such as StableDiffusionXLPipeline'
-    )
-    return text.replace(call, one) if base.endswith(".safetensors") else text
 
 
 def train_readme(config: TrainConfig) -> str:

@@ -153,6 +153,10 @@ class Validations:
         every = self.validation.settings.every
         return every is not None and (done % every == 0 or done == steps)
 
+    def lacks(self, done: int, steps: int) -> bool:
+        """Return whether a validation was due after `done` steps and has no row."""
+        return done > 0 and self.due(done, steps) and all(row["step"] != done for row in self.rows)
+
     def run(self, done: int) -> dict[str, float]:
         """Validate the weights as they are after `done` steps; return the mean score by name, for trackers.
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from diffalign import files
 from diffalign.config import TrainConfig
+from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.cache import CachePlan, latent_key, plan_cache
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import trimmed
@@ -70,6 +71,9 @@ def test_changed_input_has_another_cache(folder: Path) -> None:
     assert latents(folder, Encoder(), resolution=8).folder != first
     assert latents(folder, Encoder(), latent_sampling="posterior").folder != first
     assert plan(folder, Encoder(), resolution=8).prompt_folder == prompts  # no prompt is encoded anew
+    exact = plan(folder, Encoder(), cache_dtype="float32")
+    assert latents(folder, Encoder(), cache_dtype="float32").folder not in (first, exact.prompt_folder)
+    assert exact.prompt_folder != prompts
     write_images(folder, changed=(1, 1))
     assert latents(folder, Encoder()).folder != first
 
@@ -122,6 +126,16 @@ def test_the_chosen_images_alone_are_cached(folder: Path) -> None:
     assert latent_key(plan(folder, Encoder()).frames, Encoder()) != before
 
 
+def test_float32_takes_twice_the_space(folder: Path) -> None:
+    small, large = (plan(folder, Encoder(), cache_dtype=dtype).missing() for dtype in (None, "float32"))
+    assert [2 * size for size in small.values()] == list(large.values())
+    made = plan(folder, Encoder(), cache_dtype="float32")
+    made.latents(quiet), made.embeddings(quiet)
+    for part in (made.latent_folder, made.prompt_folder):
+        with safe_open(part / "00000.safetensors", "pt") as stored:
+            assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float32}  # noqa: SIM118
+
+
 def test_values_beyond_float16_are_refused(folder: Path) -> None:
     class Large(Encoder):
         def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -167,13 +181,17 @@ def same(one: TrainingSource, other: TrainingSource, rows: list[int]) -> None:
 
 @pytest.mark.parametrize("model", ["sdxl_dir", "sd3_dir"])
 @pytest.mark.parametrize("sampling", ["mean", "posterior"])
-def test_modes_agree_to_the_last_bit(folder: Path, model: str, sampling: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_modes_agree_to_the_last_bit(
+    folder: Path, model: str, sampling: str, dtype: str | None, request: pytest.FixtureRequest
+) -> None:
     from diffalign.pipelines import load_backbone
 
     backbone = load_backbone(request.getfixturevalue(model))
     dataset = PreferenceDataset(folder)
+    given = {"resolution": 64, "latent_sampling": sampling, "cache_dtype": dtype}
     sources = [
-        prepare_source(settings(cache=mode, resolution=64, latent_sampling=sampling), LABELS, dataset, backbone, quiet)
+        prepare_source(settings(cache=mode, **given), LABELS, dataset, backbone, quiet)
         for mode in ("all", "latents", "off")
     ]
     for other in sources[1:]:
@@ -181,8 +199,15 @@ def test_modes_agree_to_the_last_bit(folder: Path, model: str, sampling: str, re
         same(sources[0], other, [2])
     plain = backbone.encode_prompts(["prompt b", "prompt c", "prompt a"])
     cached = sources[0].batch([1]).conditioning
-    for name, value in cached.items():  # bfloat16 keeps 8 bits of the mantissa
-        assert (value[0] - plain[name][0]).abs().max() <= 2**-8 * plain[name][0].abs().max()
+    rounding = 2**-8 if dtype is None else 1e-6  # bfloat16 keeps 8 bits of the mantissa; a batch's last bits differ
+    for name, value in cached.items():
+        assert (value[0] - plain[name][0]).abs().max() <= rounding * plain[name][0].abs().max()
+    pixels = to_pixels([fit(image.decode(), (64, 64)) for image in dataset.images(sources[0].group_ids[1])])
+    want = backbone.encode_posterior(pixels)
+    for latent, exact in zip((sources[0].batch([1]).latents, sources[0].batch([1]).spread), want, strict=True):
+        if latent is not None:
+            off = (latent[0, : len(exact)] - exact).abs().max() / exact.abs().max()
+            assert off <= 1e-3 if dtype is None else off == 0
 
 
 def test_only_zeros_are_left_out(tmp_path: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffalign.data import shared_tasks
 from diffalign.data.cache import CachePlan, plan_cache
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.records import Records, make_records, read_index
@@ -80,6 +82,20 @@ def test_any_number_of_processes_makes_the_same_bytes(folder: Path, tmp_path: Pa
     children = [in_a_child(lambda: fill(folder, Slow(), cache_dir=tmp_path / "many")) for _ in range(processes)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def test_waiting_for_a_stopped_process_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared_tasks, "SILENT", 0.4)
+    child = in_a_child(lambda: fill(folder, Slow(), cache_dir=tmp_path / "cache"))
+    while not list(tmp_path.glob("cache/latents-*/.locks/*")):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGSTOP)
+    threading.Timer(3.0, lambda: os.kill(child, signal.SIGCONT)).start()
+    fill(folder, cache_dir=tmp_path / "cache")
+    assert "waiting for other processes that hold 1 tasks of" in capsys.readouterr().err
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_kills_change_no_byte(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from diffalign.config import RoundsConfig
 from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
@@ -24,6 +24,7 @@ from diffalign.report.render import verdicts, write_report
 from diffalign.report.runs import read_run
 from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
 from diffalign.scoring.human_agreement import Choice, agree, agreement_table
+from diffalign.stages import rounds
 from helpers.run_directory import comparison, make_run
 from helpers.scored_items import made
 
@@ -115,8 +116,8 @@ def test_the_report_says_first_what_can_be_told(
     claims = set(re.findall(r'class="(good|bad)">', page.replace('<b class="good">Nothing found', "")))
     assert claims == ({tone} if tone else set())
     ends = f"{difference - 0.1:+.3f} to {difference + 0.1:+.3f}"
-    config = {"model.path": "shapes-sdxl"}
-    card = write_card(replace(read_run(folder), config=config), tmp_path, kind="diffusers", usage="", generators={})
+    options = {"base": "shapes-sdxl", "adapter": True, "usage": "", "files": {}, "generators": {}}
+    card = write_card(read_run(folder), tmp_path, **options)
     for text in (page, card.read_text()):
         assert (ends in text) == (prompts >= 8) and (FEW.format(prompts) in text) == (prompts < 8)
 
@@ -135,3 +136,22 @@ def test_a_verdict_names_score_and_prompts() -> None:
         one["reason"]
         == "r changed by +0.200 over 40 held-out prompts, 95% interval +0.100 to +0.300, which excludes 0."
     )
+
+
+@pytest.mark.parametrize("prompts", [1, 7, 8, 64])
+def test_the_table_of_rounds(
+    tmp_path: Path, prompts: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ends that an earlier version wrote into round.json for few prompts are not shown either."""
+    monkeypatch.setattr(rounds, "write_reports", lambda runs, out: out)
+    done = [{"round": 1, "column": "r", "weights": "w", **comparison(0.125), "prompts": prompts}]
+    rounds._summary(RoundsConfig.model_construct(out=tmp_path), done)
+    said = capsys.readouterr().out
+    interval = "+0.025 to +0.225" if prompts >= 8 else FEW.format(prompts)
+    assert f"round 1: 0.3750 (+0.125 against the base, 95%: {interval})" in said
+
+
+def test_labels_without_prompts_are_groups() -> None:
+    scores = made([1.0, 2.0, 3.0], [None] * 3)
+    found = agree([Choice(0, 1, 1, "c.csv:2"), Choice(1, 2, -1, "c.csv:3")], scores, "r")
+    assert found.interval.words() == "too few groups (2) for an interval"

@@ -77,7 +77,9 @@ class Encoder:
 
 def settings(**changes: Any) -> SimpleNamespace:
     known = {"split": "train", "group_size": None, "limit": None, "cache": "all", "cache_dir": None, "resolution": None}
-    return SimpleNamespace(**{**known, "buckets": "none", "latent_sampling": "mean", **changes})
+    return SimpleNamespace(**{
+        **known, "buckets": "none", "latent_sampling": "mean", "cache_dtype": None, **changes
+    })  # fmt: skip
 
 
 def quiet(_: str) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.generator import load_generator
+from diffalign.stages.resolve import weights_digest
 from helpers import tiny_training, toy
 from helpers.command_line import run
 from helpers.lora_files import UNET, as_kohya, deltas, merged, predict, write
@@ -117,6 +119,19 @@ def test_damaged_checkpoints(
     assert run("sample", *sampling(tmp_path / "out", sd3_dir), f"weights={checkpoint}") == 2
     seen = capsys.readouterr()
     assert words in seen.err and len(seen.err.splitlines()) == 1
+
+
+def test_damaged_weights_have_no_digest(runs: dict[str, Path], tmp_path: Path) -> None:
+    """What `eval` and `sample` hash before they draw, or load."""
+    shutil.copytree(runs["lora"] / "weights", tmp_path / "weights")
+    file = tmp_path / "weights/pytorch_lora_weights.safetensors"
+    whole = weights_digest(tmp_path / "weights")
+    assert whole == weights_digest(tmp_path / "weights") != weights_digest(runs["average"] / "weights")
+    for content in (b"", b"junk" * 9, file.read_bytes()[:-1]):
+        file.write_bytes(content)
+        for path in (tmp_path / "weights", file):
+            with pytest.raises(DiffalignError, match="is damaged or no safetensors file"):
+                weights_digest(path)
 
 
 def test_checkpoints_of_another_model_are_refused(

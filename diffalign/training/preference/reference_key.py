@@ -75,6 +75,7 @@ def reference_key(
         "data.resolution": data.resolution,
         "data.buckets": data.buckets,
         "data.latent_sampling": data.latent_sampling,
+        "data.cache_dtype": data.cache_dtype,
         "groups": _hash(group.encode() for group in source.group_ids),
         "data": source.content(),
         "data.group_size": data.group_size,

@@ -163,6 +163,7 @@ def other_data() -> toy.ToySource:
         ("objective.members", {"objective": "gdro"}),
         ("data.group_size", {"data": {"group_size": 3}}),
         ("data.latent_sampling", {"data": {"latent_sampling": "posterior"}}),
+        ("data.cache_dtype", {"data": {"cache_dtype": "float32"}}),
         ("data.resolution", {"data": {"resolution": 64}}),
         ("model.dtype", {"model": {"dtype": "bfloat16"}}),
         ("train.micro_batch", {"train": {"micro_batch": 2}}),
