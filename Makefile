@@ -85,6 +85,7 @@ soak: $(STAMP) oracles
 
 hostile: $(STAMP)
 	PYTHONPATH=$(ROOT)/tests:$(ROOT) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/hostile/classes.py $(ARGS)
+
 kills: $(STAMP)
 	DIFFALIGN_KILLS=long $(BIN)/pytest -q tests/reliability/test_kills.py -o timeout=0
 
