@@ -42,8 +42,12 @@ def _answers(endpoint: str) -> bool:
     return True
 
 
-def download_command(repository: str, folder: str, variant: str | None = None, file: str | None = None) -> str:
-    """Return the command that fetches a repository into `folder`: safetensors of one variant, or a single file."""
+def download_command(
+    repository: str, folder: str, variant: str | None = None, file: str | None = None, configs: bool = False
+) -> str:
+    """Return the command that fetches a repository into `folder`: safetensors of one variant, a single file, or no weights."""
+    if configs:
+        return f'hf download {repository} --include "*.json" "*.txt" "*.model" --local-dir {folder}'
     if file is not None:
         return f"hf download {repository} {file} --local-dir {folder}"
     weights = "*.safetensors" if variant is None else f"*.{variant}.safetensors"

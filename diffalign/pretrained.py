@@ -5,7 +5,6 @@ Everything that comes from a stranger's folder goes through here: models, tokeni
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from diffalign.errors import DiffalignError, brief
-from diffalign.files.tensors import INDEX, SUFFIX, check_shards, read_metadata
+from diffalign.files.parse import parse_json
+from diffalign.files.tensors import check_shards, read_metadata, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +99,8 @@ def refuse_code(folder: Path, what: str) -> None:
         if path.stat().st_size > 1 << 24:  # a vocabulary
             continue
         try:
-            values = _all_values(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError) as error:
+            values = _all_values(parse_json(path.read_bytes()))
+        except ValueError as error:
             raise DiffalignError(f"{what}: {path} is not valid JSON ({brief(error)})") from error
         for key, value in values:
             kernel = key in ("attn_implementation", "_attn_implementation") and "/" in str(value)
@@ -136,21 +136,34 @@ def load_part(kind: Loadable[T], folder: Path, what: str, **options: object) -> 
 
 
 def load_model(
-    kind: Loadable[tuple[torch.nn.Module, Mapping[str, Any]]], folder: Path, what: str, **options: object
+    kind: Loadable[tuple[torch.nn.Module, Mapping[str, Any]]],
+    folder: Path,
+    what: str,
+    *,
+    stem: str = "model",
+    variant: str | None = None,
+    **options: object,
 ) -> torch.nn.Module:
     """Return a model of diffusers or transformers whose every tensor comes from the folder.
 
-    Raises DiffalignError that names count and first key of tensors that are missing, have another shape, or belong to
-    parts of the model that its config leaves out. The libraries fill such tensors with random numbers, or drop them.
+    stem, variant: of the weights' names, as `weight_files` takes them. Raises DiffalignError that names count and first
+    key of tensors that are missing, have another shape, or belong to parts of the model that its config leaves out. The
+    libraries fill such tensors with random numbers, or drop them.
     """
     refuse_code(folder, what)
-    for index in sorted(folder.glob(f"*{SUFFIX}*{INDEX}")):
-        check_shards(index)
-    for file in sorted(folder.glob(f"*{SUFFIX}")):
+    for file in weight_files(folder, stem, variant):
         read_metadata(file)
+    older = folder / "pytorch_model.bin.index.json"
+    if older.is_file():
+        check_shards(older, ".bin")
     with foreign(f"{what}: {folder} cannot be loaded as {kind.__name__}"):
         model, info = kind.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            variant=variant,
+            **options,
         )
     check_whole(model, info, f"{what}: {folder} does not fit {type(model).__name__}")
     return model

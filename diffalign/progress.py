@@ -1,8 +1,19 @@
-"""Show how work proceeds: messages, and a plain line every few seconds while images are drawn or scored."""
+"""Show how work proceeds: messages, and a bar, or a plain line every few seconds, while images are drawn or scored."""
 
+from __future__ import annotations
+
+import re
 import sys
 import time
+import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from diffalign.redaction import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 Say = Callable[[str], None]
 """A function that shows one line to the user."""
@@ -15,37 +26,110 @@ OnNamedImages = Callable[[str, int, int], None]
 """A callback: (name of the work, images done, images in all); `ImageProgress` is one."""
 
 
+# Control characters, marks that turn the direction of text or cannot be seen, and lone surrogates. The joiners of emoji
+# and scripts stay.
+HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return text from anywhere as a terminal may show it: what would move the cursor, ring or hide becomes an escape.
+
+    keep: characters that stay as they are, such as the newlines of a block.
+    """
+    return HIDDEN.sub(lambda found: found.group() if found.group() in keep else _escape(found.group()), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def say(message: str) -> None:
     """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(message, flush=True)
+    print(visible(redact(message)), flush=True)
 
 
 def say_aside(message: str) -> None:
     """Print a line to standard error, apart from a command's results."""
-    print(message, file=sys.stderr, flush=True)
+    print(visible(redact(message)), file=sys.stderr, flush=True)
+
+
+def say_block(text: str) -> None:
+    """Print a text of several lines, such as a config or a table."""
+    print(visible(redact(text), keep="\n\t"), flush=True)
+
+
+def progress_bar(console: Console, what: str, done: int, total: int, transient: bool = False) -> Progress:
+    """Return a bar with one task: what is done, the bar, the count, the time left, and the task's `text`.
+
+    Where a terminal is narrow, the text is cut; the count and the time left stay whole.
+    """
+    # rich takes a while to import, and messages come from commands that never show a bar.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=24)),
+        BarColumn(max(8, min(24, console.width // 6))),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+        console=console,
+        transient=transient,
+        expand=True,
+    )
+    bar.add_task(visible(what), total=total, completed=done, text="")
+    return bar
 
 
 class ImageProgress:
-    """Prints `what: 64/256 images, 0.120 s each` at most every `every` seconds, and at the end.
+    """Shows a bar on a terminal, else prints `what: 64/256 images, 0.120 s each` at most every `every` seconds.
 
-    The first call for a name starts the clock: it gives the number of images that existed already, and prints nothing.
-    A call with fewer images done than before starts the clock again.
+    The line is printed at the end in both cases. The first call for a name starts the clock: it gives the number of images
+    that existed already, and prints nothing. A call with fewer images done than before starts the clock again.
     """
 
-    def __init__(self, say: Say = say, every: float = 15.0) -> None:
+    def __init__(self, say: Say = say, every: float = 15.0, console: Console | None = None) -> None:
         self.say, self.every = say, every
         self.what: str | None = None
         self.first = self.done = 0
         self.started = self.last = 0.0
+        self._console = console
+        self._bar: Progress | None = None
+        self._stop: Callable[[], object] = lambda: None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self.what or done < self.done:
             self.what, self.first, self.started, self.last = what, done, now, now
-        elif now - self.last >= self.every or done == total:
-            self.last = now
-            self.say(f"{what}: {done}/{total} images, {(now - self.started) / max(done - self.first, 1):.3f} s each")
+            self._start_bar(what, done, total)
+        else:
+            each = f"{(now - self.started) / max(done - self.first, 1):.3f} s each"
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=done, text=each)
+            if done == total:
+                self._stop_bar()
+            if done == total or (self._bar is None and now - self.last >= self.every):
+                self.last = now
+                self.say(f"{what}: {done}/{total} images, {each}")
         self.done = done
+
+    def _start_bar(self, what: str, done: int, total: int) -> None:
+        """Start a bar if there is something to do and standard error is a terminal."""
+        from rich.console import Console
+
+        self._stop_bar()
+        console = self._console or Console(stderr=True)
+        if done < total and console.is_terminal:
+            self._bar = progress_bar(console, what, done, total, transient=True)
+            self._bar.start()
+            # A run that ends by an error must give the terminal its cursor back.
+            self._stop = weakref.finalize(self, self._bar.stop)
+
+    def _stop_bar(self) -> None:
+        self._stop()
+        self._bar = None
 
     def named(self, what: str) -> OnImages:
         """Return a callback for one kind of work: called with (images done, images in all)."""

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError, brief
+from diffalign.errors import DiffalignError
+from diffalign.pipelines.lora_file import (
+    LORA_FILE,
+    LoraFile,
+    LoraLayer,
+    TextEncoders,
+    fold,
+    product_size,
+    read_lora_file,
+)
+from diffalign.pipelines.save_lora import write_lora
+from diffalign.pretrained import foreign
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 POLICY, REFERENCE, FAKE = "policy", "reference", "fake"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def check_targets(trunk: nn.Module, targets: Sequence[str]) -> None:
@@ -98,84 +108,150 @@ def use_adapter(trunk: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def adapter_state(trunk: nn.Module, adapter: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights (diffusers' key names, without prefix) and config of an adapter; the config carries rank and alpha."""
+def save_adapter(trunk: nn.Module, trunk_name: str, adapter: str, folder: Path) -> None:
+    """Write an adapter into `folder` as a LoRA for diffusers' `load_lora_weights`."""
+    from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict
 
     config: Any = vars(trunk)["peft_config"][adapter]
-    return get_peft_model_state_dict(trunk, adapter_name=adapter), config.to_dict()
-
-
-def lora_file(folder: str | Path) -> Path:
-    """Find the LoRA file in a weights folder, or the file itself. Raises DiffalignError if there is none."""
-    path = Path(folder)
-    path = path / LORA_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise DiffalignError(f"no LoRA weights at {path}; give a folder that holds {LORA_FILE}")
-    if path.suffix != ".safetensors":
-        raise DiffalignError(f"{path} is not a .safetensors file; other formats can carry code and are not read")
-    return path
+    layers = {name: m for name, m in trunk.named_modules() if isinstance(m, LoraLayer) and adapter in m.scaling}
+    scales = {name: layer.scaling[adapter] for name, layer in layers.items()}
+    state = get_peft_model_state_dict(trunk, adapter_name=adapter)
+    write_lora(folder / LORA_FILE, state, config.to_dict(), scales, trunk_name)
 
 
 def load_adapter(
-    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, folder: str | Path, adapter: str
+    pipeline: DiffusionPipeline,
+    trunk: nn.Module,
+    trunk_name: str,
+    folder: str | Path,
+    adapter: str,
+    text_encoders: TextEncoders = "refuse",
 ) -> None:
-    """Load a LoRA in any format diffusers reads as `adapter`, in float32.
+    """Load a LoRA that anybody saved, or a checkpoint's, as `adapter`, in float32 and at the strength that it states.
 
-    Raises DiffalignError if it belongs to another model, touches text encoders, or does not fit in full.
+    text_encoders: as `read_lora_file` takes it. Raises DiffalignError if the LoRA belongs to another model, and unless every
+    tensor of the file has its place in this one.
     """
-    from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils import set_peft_model_state_dict
-    from safetensors import SafetensorError
 
-    path = lora_file(folder)
-    try:
-        state, options = _read(pipeline, trunk, trunk_name, path)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise DiffalignError(f"{path} cannot be read as a LoRA: {brief(error)}") from error
-    prefix = f"{trunk_name}."
-    other = sorted({key.split(".")[0] for key in state if not key.startswith(prefix)})
-    if other:
-        raise DiffalignError(
-            f"{path}: adapts {', '.join(other)}, but only a LoRA of this model's {trunk_name} can be used"
-        )
-    if not any(".lora_A." in key for key in state):
-        state = convert_unet_state_dict_to_peft(state)
+    file = read_lora_file(folder, trunk_name, text_encoders)
+    state, strength = _translated(pipeline, trunk, trunk_name, file)
+    ranks = _check_places(trunk, file, state)
     model: Any = trunk
     if has_adapter(trunk, adapter):
         model.delete_adapters(adapter)
-    try:
-        with warnings.catch_warnings():
-            # peft warns of a second adapter; policy and reference are meant.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            model.load_lora_adapter(state, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, **options)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise DiffalignError(f"{path}: this LoRA does not fit the model ({brief(error)})") from error
-    loaded = len(adapter_parameters(trunk, adapter))
-    saved = sum(1 for key in state if ".alpha" not in key)
-    if loaded != saved:
+    config = {f"{trunk_name}.{key}": value for key, value in _config(file, ranks, strength).items()}
+    prefixed = {f"{trunk_name}.{key}": value for key, value in state.items()}
+    with foreign(f"{file.path}: this LoRA does not fit the model"):
+        model.load_lora_adapter(prefixed, prefix=trunk_name, adapter_name=adapter, _pipeline=pipeline, metadata=config)
+    loaded = adapter_parameters(trunk, adapter)
+    if len(loaded) != len(state):
         raise DiffalignError(
-            f"{path}: this LoRA does not fit the model ({loaded} tensors of {saved} have a place in it)"
+            f"{file.path}: this LoRA does not fit the model ({len(loaded)} tensors of {len(state)} have a place in it)"
         )
-    for parameter in adapter_parameters(trunk, adapter).values():
+    for parameter in loaded.values():
         parameter.data = parameter.data.float()
     # diffusers made the layers in the base's dtype, so a bf16 base has rounded the weights: set them once more.
-    plain = {key.removeprefix(prefix): value for key, value in state.items()}
-    set_peft_model_state_dict(trunk, plain, adapter_name=adapter)
+    set_peft_model_state_dict(trunk, dict(state), adapter_name=adapter)
+    _check_strength(trunk, file, adapter)
 
 
-def _read(
-    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, path: Path
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the state dict, with component prefixes, and the options (alphas or metadata) that loading needs."""
-    where = {"weight_name": path.name, "return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
-    if trunk_name == "transformer":
-        state, metadata = pipeline.lora_state_dict(str(path.parent), **where)
-        return state, {"metadata": metadata}
-    # UNet pipelines also read older formats, whose alphas come beside the weights instead of in the metadata.
-    config: Any = trunk.config
-    state, alphas, metadata = pipeline.lora_state_dict(str(path.parent), unet_config=config, **where)
-    return state, {"metadata": metadata} if metadata else {"network_alphas": alphas}
+def _translated(
+    pipeline: DiffusionPipeline, trunk: nn.Module, trunk_name: str, file: LoraFile
+) -> tuple[dict[str, Tensor], float]:
+    """Return the matrices under the names of the trunk's layers, `NAME.lora_A.weight`, and the strength of all of them.
+
+    Where layers differ in strength it is folded into B, and 1 is left. diffusers translates names, and sees no alphas: it
+    does not apply all of them.
+    """
+    strengths = {layer.strength for layer in file.layers.values()}
+    layers = file.layers.values() if len(strengths) == 1 else [fold(layer) for layer in file.layers.values()]
+    state = {key: value for layer in layers for key, value in zip(layer.keys, (layer.down, layer.up), strict=True)}
+    if file.former:
+        options: dict[str, Any] = {"unet_config": trunk.config} if trunk_name == "unet" else {}
+        with foreign(f"{file.path}: this LoRA does not fit the model"):
+            found = pipeline.lora_state_dict(state, **options)
+            state = _as_peft(found[0] if isinstance(found, tuple) else found)
+    parts = {name for name, _ in trunk.named_children()}
+    plain = {key.removeprefix(f"{trunk_name}."): value for key, value in state.items()}
+    other = sorted({key.split(".")[0] for key in plain} - parts)
+    if other:
+        raise DiffalignError(
+            f"{file.path}: adapts {', '.join(other)[:80]}, but only a LoRA of this model's {trunk_name} can be used"
+        )
+    return plain, strengths.pop() if len(strengths) == 1 else 1.0
+
+
+def _as_peft(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    peft = any(".lora_A." in key for key in state)
+    converted: dict[str, Tensor] = state if peft else convert_unet_state_dict_to_peft(state)
+    return converted
+
+
+def _check_places(trunk: nn.Module, file: LoraFile, state: dict[str, Tensor]) -> dict[str, int]:
+    """Return the rank of each layer. Raise DiffalignError for a layer that the trunk lacks or has in another shape."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = dict(trunk.named_modules())
+    ranks: dict[str, int] = {}
+    for key, down in state.items():
+        name = key.removesuffix(".lora_A.weight")
+        if name == key:
+            continue
+        layer = modules.get(name)
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise DiffalignError(f"{file.path}: this LoRA does not fit the model, which has no layer {name}")
+        up = state[f"{name}.lora_B.weight"]
+        sizes = (
+            (base.in_features, base.out_features)
+            if isinstance(base, nn.Linear)
+            else (base.in_channels // base.groups, base.out_channels)
+        )
+        if (down.shape[1], up.shape[0]) != sizes:
+            raise DiffalignError(
+                f"{file.path}: this LoRA does not fit the model: its layer {name} goes from {down.shape[1]} to {up.shape[0]} "
+                f"values, the model's from {sizes[0]} to {sizes[1]}"
+            )
+        ranks[name] = down.shape[0]
+    return ranks
+
+
+def _config(file: LoraFile, ranks: dict[str, int], strength: float) -> dict[str, Any]:
+    """Return the peft config of a LoRA: its rank and alpha, and those of layers that differ."""
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    targets = file.targets or []
+    named = all(any(name == t or name.endswith(f".{t}") for t in targets) for name in ranks)
+    odd = {f"^{name}": own for name, own in ranks.items() if own != rank}
+    return {
+        "r": rank,
+        "lora_alpha": round(strength * rank, 6),
+        "rank_pattern": odd,
+        "alpha_pattern": {name: round(strength * own, 6) for name, own in odd.items()},
+        "target_modules": targets if named else sorted(ranks),
+    }
+
+
+def _check_strength(trunk: nn.Module, file: LoraFile, adapter: str) -> None:
+    """Compare the size of what the adapter adds to the weights with that of the file: nothing may be lost on the way."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wanted = sum(product_size(layer) for layer in file.layers.values())
+    found = sum(
+        product_size(
+            LoraLayer(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter], ("", ""))
+        )
+        for layer in trunk.modules()
+        if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_A
+    )
+    if abs(found - wanted) > 1e-3 * wanted:
+        raise DiffalignError(
+            f"{file.path}: this LoRA is read as {(found / wanted) ** 0.5:.3f} times what it holds, so it is not used; merge it "
+            "into the model with the program it is made for"
+        )
 
 
 def check_rank(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.family import Family
+from diffalign.pipelines.prompt_length import count_longer
 
 
 class Encoding(Family):
@@ -48,6 +49,16 @@ class Encoding(Family):
         prefix, guided = "negative_", self.encode_guided([""])
         negative = {name.removeprefix(prefix): v for name, v in guided.items() if name.startswith(prefix)}
         return _widened({name: negative[name] for name in self.conditioning}) if negative else self.encode_prompts([""])
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of a prompt that the text encoder reads which reads most; the rest has no effect."""
+        return max(longest for _, longest in self.prompt_readers())
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many distinct prompts are longer than `longest` tokens."""
+        tokenizer, longest = max(self.prompt_readers(), key=lambda reader: reader[1])
+        return count_longer(tokenizer, prompts, longest)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Encode pixels [B, 3, H, W] in [0, 1] to latents [B, C, H/f, W/f] float32 on the device: posterior mean, scaled."""

@@ -1,11 +1,9 @@
-"""Trained weights in the layouts that others read: diffusers' LoRA, kohya's LoRA, a whole pipeline with the LoRA merged."""
+"""Trained weights in the layouts that others read: diffusers' LoRA, kohya's, a pipeline with the LoRA merged, as one file."""
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +11,39 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
-from diffalign.pipelines.adapters import LORA_FILE, POLICY, has_adapter, lora_file
+from diffalign.files import replacing
+from diffalign.files.parse import parse_json
+from diffalign.files.published import drop_local_paths
+from diffalign.pipelines.adapters import POLICY, has_adapter
+from diffalign.pipelines.kohya import KOHYA_FILE, to_kohya
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
+from diffalign.pipelines.original_names import Config
+from diffalign.pipelines.save_lora import LORA_METADATA, as_trained, write_lora, write_tensors
+from diffalign.pipelines.save_single_file import SINGLE_FILE, whole_state
 from diffalign.pretrained import quiet_progress
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import Backbone
     from diffalign.pipelines.family import Family
 
-DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA as it was trained: tensors and peft's config, both without the trunk's name."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return float(self.config["lora_alpha"] / self.config["r"])
 
 
-def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a LoRA that `save_weights` wrote: its tensors, and its config without the trunk's prefix (r, lora_alpha, ...).
+def read_lora(folder: Path) -> Lora:
+    """Read a LoRA that `save_weights` wrote.
 
-    Raises DiffalignError where there is none, or where rank and alpha are not in its metadata.
+    Raises DiffalignError where there is none, where rank and alpha are not in its metadata, or where layers differ in them.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -35,104 +52,99 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        config = json.loads(metadata[DIFFUSERS_METADATA])
+        config = {key.split(".", 1)[1]: value for key, value in parse_json(metadata[LORA_METADATA]).items()}
+        state, alpha = as_trained(state, metadata)
     except (OSError, ValueError, SafetensorError) as error:
         raise DiffalignError(f"{path} cannot be read as a LoRA: {brief(error)}") from error
     except KeyError as error:
         raise DiffalignError(
             f"{path} does not say its rank and alpha; only a LoRA that diffalign saved is exported"
         ) from error
-    return state, {key.split(".", 1)[1]: value for key, value in config.items()}
+    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_rslora"):
+        raise DiffalignError(
+            f"{path}: its layers differ in rank or alpha; only a LoRA that diffalign trained is exported"
+        )
+    config = {"rank_pattern": {}, "use_rslora": False, **config}
+    if alpha is not None:
+        config["lora_alpha"] = alpha
+    return Lora({key.split(".", 1)[1]: value for key, value in state.items()}, config)
+
+
+def export_trunk(weights: Path, trunk_name: str, out: Path) -> None:
+    """Copy the folder of a trunk whose weights were all trained."""
+    shutil.copytree(weights / trunk_name, out / trunk_name, dirs_exist_ok=True)
+    drop_local_paths(out / trunk_name)
 
 
 def export_diffusers(weights: Path, trunk_name: str, out: Path) -> None:
-    """Write the LoRA for `load_lora_weights`, rank and alpha also under plain names in the metadata; or the trunk's folder."""
-    if (weights / trunk_name).is_dir():
-        shutil.copytree(weights / trunk_name, out / trunk_name, dirs_exist_ok=True)
-        return
-    from safetensors.torch import save_file
-
-    state, config = read_lora(weights)
-    metadata = {
-        "format": "pt",
-        "rank": str(config["r"]),
-        "alpha": f"{config['lora_alpha']:g}",
-        DIFFUSERS_METADATA: json.dumps({f"{trunk_name}.{k}": v for k, v in config.items()}),
-    }
-    save_file(state, out / LORA_FILE, metadata=metadata)
+    """Write the LoRA for `load_lora_weights`, its strength in the weights."""
+    lora = read_lora(weights)
+    scales = {key.rpartition(".lora_B.")[0]: lora.scale for key in lora.state if ".lora_B." in key}
+    write_lora(out / LORA_FILE, lora.state, lora.config, scales, trunk_name)
 
 
-ATTENTION = re.compile(r"unet\.(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
-
-
-def sgm_modules(modules: Iterable[str]) -> dict[str, str] | None:
-    """Map diffusers' names of a UNet's attention layers to those of Stability's code; None if a layer is no attention's.
-
-    There the blocks are numbered through: n resnets, and the attention behind each, are n inputs, a downsampler is one more
-    (block 0 is the first convolution), and an up block has n + 1 outputs. The attention stands second in its block.
-    """
-    found = {name: ATTENTION.fullmatch(name) for name in modules}
-    parts = {name: match.groups() for name, match in found.items() if match}
-    if len(parts) < len(found):
-        return None
-    down = [int(j) + 1 for side, _, j, _ in parts.values() if side == "down_blocks"]
-    up = [int(j) for side, _, j, _ in parts.values() if side == "up_blocks"]
-    n = max(down + up, default=1)
-    names = {}
-    for name, (side, block, j, rest) in parts.items():
-        i = int(block or 0) * (n + 1) + int(j)
-        place = {"down_blocks": f"input_blocks.{1 + i}", "mid_block": "middle_block", "up_blocks": f"output_blocks.{i}"}
-        names[name] = f"unet.{place[side]}.1.{rest}"
-    return names
-
-
-def to_kohya(state: dict[str, Tensor], alpha: float, blocks: str) -> dict[str, Tensor]:
-    """Rename `unet.a.b.lora_A.weight` to `lora_unet_a_b.lora_down.weight`, with an alpha beside each pair.
-
-    blocks: whose names of blocks to take, "diffusers" or "sgm" (`Family.kohya_blocks`).
-    kohya's trainer names the blocks of SD1.5 as diffusers does and those of SDXL as Stability's code does, and so do the
-    files that it writes. An SDXL LoRA that reaches beyond attention keeps diffusers' names: programs take one or the other.
-    """
-    modules = {key.removesuffix(".weight").rpartition(".")[0] for key in state}
-    renamed = (sgm_modules(modules) if blocks == "sgm" else None) or {}
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        module, _, kind = key.removesuffix(".weight").rpartition(".")
-        name = renamed.get(module, module).replace("unet.", "lora_unet_", 1).replace(".", "_")
-        found[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = value.contiguous()
-        found[f"{name}.alpha"] = torch.tensor(float(alpha))
-    return found
-
-
-def export_kohya(weights: Path, family: type[Family], out: Path) -> None:
-    """Write one file for programs that read kohya's layout. Refuse families that it does not fit."""
-    from safetensors.torch import save_file
-
-    if family.kohya_base is None:
+def export_kohya(weights: Path, family: type[Family], config: Config, out: Path) -> None:
+    """Write one file for programs that read kohya's layout. config: the trunk's, which decides the names of its blocks."""
+    layout = family.kohya
+    if layout is None:
         raise DiffalignError(
-            f"--format kohya: kohya's layout for {family.family} fuses layers that this LoRA adapts apart; use "
-            "--format diffusers, which ComfyUI reads too, or --format merged"
+            f"--format kohya: that layout is not known for {family.family}; use --format diffusers or merged"
         )
-    state, config = read_lora(weights)
+    lora = read_lora(weights)
     metadata = {
         "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config["r"]),
-        "ss_network_alpha": f"{config['lora_alpha']:g}",
-        "ss_base_model_version": family.kohya_base,
+        "ss_network_module": layout.network,
+        "ss_network_dim": str(lora.config["r"]),
+        "ss_network_alpha": f"{lora.config['lora_alpha']:g}",
+        "ss_base_model_version": layout.base,
     }
-    renamed = to_kohya(state, config["lora_alpha"], family.kohya_blocks)
-    save_file(renamed, out / "kohya_lora.safetensors", metadata=metadata)
+    write_tensors(out / KOHYA_FILE, to_kohya(lora.state, lora.scale, layout.place, config), metadata)
 
 
-def export_merged(backbone: Backbone, out: Path) -> None:
+def export_merged(backbone: Backbone, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the whole pipeline with the backbone's policy as its trunk, as a folder for `from_pretrained`.
 
     Load the backbone in float32: a LoRA added to half-precision weights is rounded to their last bits.
     """
+    _fuse(backbone, dtype)
+    with quiet_progress():
+        backbone.pipeline.save_pretrained(out, safe_serialization=True)
+    drop_local_paths(out)
+
+
+def export_single_file(backbone: Backbone, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the same as one file, in the layout of those who published the model. Raises DiffalignError where there is none."""
+    from safetensors.torch import save_file
+
+    _fuse(backbone, dtype)
+    state = {key: value.contiguous() for key, value in single_file(backbone).items()}
+    # Not `write_tensors`, which holds the file's bytes in memory; one entry of metadata has one order.
+    with replacing(out / SINGLE_FILE) as part:
+        save_file(state, part, metadata={"format": "pt"})
+
+
+def single_file(backbone: Backbone) -> dict[str, Tensor]:
+    """Return all tensors of a backbone's pipeline by their names in one file. Raises DiffalignError where there is none."""
+    layout = backbone.single_file
+    if layout is None:
+        raise DiffalignError(
+            f"--format single-file: that layout is not known for {backbone.family}; use --format merged"
+        )
+    pipeline, trunk = backbone.pipeline, backbone.pipeline_trunk
+    config: Any = trunk.config
+    found = whole_state(layout, trunk, dict(config), pipeline.components)
+    if layout.trunk and backbone.process.prediction_type == "v_prediction":  # how ComfyUI knows SDXL's kind
+        found["v_pred"] = torch.tensor([])
+        if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
+            found["ztsnr"] = torch.tensor([])
+    return found
+
+
+def _fuse(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Add the policy's LoRA to the trunk's weights, if it has one, then round all components to `dtype`."""
     pipeline = backbone.pipeline
     if has_adapter(backbone.trunk, POLICY):
         pipeline.fuse_lora(components=[backbone.trunk_name], adapter_names=[POLICY])
         pipeline.unload_lora_weights()
-    with quiet_progress():
-        pipeline.save_pretrained(out, safe_serialization=True)
+    if dtype != torch.float32:
+        pipeline.to(dtype=dtype)

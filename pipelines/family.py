@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.save_single_file import SingleFile
 from diffalign.pipelines.tuning import Tunable
 from diffalign.pipelines.vae import NormalVAE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
 
 
 class Family(Tunable):
@@ -35,6 +38,8 @@ class Family(Tunable):
     """Short name, as in `diffalign.pipelines.options.OPTIONS`."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a checkpoint may lack, all of them or none."""
+    single_files: ClassVar[bool] = False
+    """Whether checkpoints in one file are read."""
     loading_options: ClassVar[dict[str, bool]] = {}
     """Further arguments of the pipeline's `from_pretrained`."""
     options: Options
@@ -106,6 +111,10 @@ class Family(Tunable):
     @abstractmethod
     def prompt_tokens(self) -> int:
         """Return the number of tokens that a prompt is padded or cut to."""
+
+    def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
+        """Return the tokenizers of the text encoders, each with how many tokens of a prompt its encoder reads."""
+        return [(self.pipeline.tokenizer, int(self.pipeline.tokenizer.model_max_length))]
 
     # --- latents -----------------------------------------------------------------------------------------------
 
@@ -209,10 +218,10 @@ class Family(Tunable):
 
     # --- export ------------------------------------------------------------------------------------------------
 
-    kohya_base: ClassVar[str | None] = None
-    """What kohya's LoRA files call the base model; None: its layout fuses layers that a LoRA adapts one by one."""
-    kohya_blocks: ClassVar[str] = "diffusers"
-    """Whose names kohya's files have for a UNet's blocks: "diffusers" or "sgm", Stability's code."""
+    kohya: ClassVar[KohyaLayout | None] = None
+    """How kohya's LoRA files name the base model and its layers; None where they are not known."""
+    single_file: ClassVar[SingleFile | None] = None
+    """How the pipeline lies in one file; None where that is not known."""
 
 
 def padded(embeds: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import FluxOptions
+from diffalign.pipelines.original_names import flux_place
 from diffalign.pipelines.process import Flow
+from diffalign.pipelines.save_single_file import SingleFile
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_T5_TOKENS = 512
 PATCH = 2
@@ -92,6 +96,14 @@ class Flux(TransformerBackbone):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
 
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux1", "networks.lora_flux", flux_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        flux_place,
+        "ComfyUI (Load Diffusion Model) and Forge, beside FLUX's own VAE and text encoders; diffusers' "
+        "`FluxTransformer2DModel.from_single_file`",
+        trunk="",
+    )
+
     process: FluxFlow
     options: FluxOptions
 
@@ -150,6 +162,9 @@ class Flux(TransformerBackbone):
         if self.options.max_sequence_length is not None:
             return self.options.max_sequence_length
         return min(DEFAULT_T5_TOKENS, int(self.pipeline.tokenizer_2.model_max_length))
+
+    def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
+        return [*super().prompt_readers(), (self.pipeline.tokenizer_2, self.prompt_tokens())]
 
     def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.prompt_tokens()}

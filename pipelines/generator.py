@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign.errors import DiffalignError, brief
+from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.hub import find_index
-from diffalign.pipelines.loading import BACKBONES, load_backbone, read_index
+from diffalign.pipelines.loading import BACKBONES, load_backbone, model_index, read_index
+from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value
 from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline, pixart
+from diffalign.pipelines.prompt_length import count_longer
 from diffalign.pipelines.sampling import seeded
 from diffalign.pipelines.settings import SamplingKeywords, SamplingSettings, merged
 from diffalign.pipelines.source import Source
@@ -81,9 +83,18 @@ class Generator(ABC):
     ) -> list[Drawing]:
         """Draw as `draw` says."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The number of tokens of a prompt that the model reads; the rest has no effect."""
+
+    @abstractmethod
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many distinct prompts are longer than `longest` tokens."""
+
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
-        """Load a LoRA in diffusers' layout; with a backbone, also a run's weights."""
+        """Load a LoRA; with a backbone, anything that `Backbone.load_weights` takes."""
 
     def facts(self) -> dict[str, str | None]:
         """Return what decides the images besides the arguments of `draw`."""
@@ -126,6 +137,13 @@ class BackboneGenerator(Generator):
         found = self.backbone.sample(prompts, seeds, settings, output_type="latent")
         images = self.backbone.to_images(self.backbone.decode_latents(found))
         return list(zip(images, found.cpu().numpy(), strict=True))
+
+    @property
+    def longest(self) -> int:
+        return self.backbone.longest
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        return self.backbone.count_cut(prompts)
 
     def facts(self) -> dict[str, str | None]:
         # By this, training knows whether stored latents are its own VAE's.
@@ -175,6 +193,15 @@ class PlainGenerator(Generator):
         with torch.no_grad():
             return [(image, None) for image in self._call(prompts, seeded(seeds), arguments)]
 
+    @property
+    def longest(self) -> int:
+        # Where a pipeline says how many tokens it reads, that is less than its tokenizer could.
+        own = inspect.signature(type(self.pipeline).__call__).parameters.get("max_sequence_length")
+        return int(own.default if own is not None else self.pipeline.tokenizer.model_max_length)
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        return count_longer(self.pipeline.tokenizer, prompts, self.longest)
+
     def options(self) -> set[str]:
         """Return the names that `options` of `draw` may hold."""
         return set(inspect.signature(type(self.pipeline).__call__).parameters) - OURS
@@ -188,10 +215,9 @@ class PlainGenerator(Generator):
         return images
 
     def load_weights(self, folder: Path) -> None:
-        try:
-            self.pipeline.load_lora_weights(str(folder))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DiffalignError(f"weights {folder}: no LoRA for {self.source.path}: {brief(error)}") from error
+        raise DiffalignError(
+            f"weights {folder}: {self.source.path} is only drawn from, and diffusers reads no LoRA for it; leave weights out"
+        )
 
 
 class PixArtGenerator(PlainGenerator):
@@ -248,11 +274,13 @@ def load_generator(
     variant: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    config: str | None = None,
     prior: str | None = None,
     attention: str = "sdpa",
     gradient_checkpointing: bool = False,
     quantize: str = "none",
     channels_last: bool = False,
+    lora_text_encoders: TextEncoders = "refuse",
     **options: Value,
 ) -> Generator:
     """Load a model to draw from. The kind follows from its model_index.json.
@@ -261,7 +289,7 @@ def load_generator(
     not read them. Raises DiffalignError as `load_backbone` does.
     """
     path = str(path)
-    index, commit = find_index(path, revision, token, local_files_only)
+    index, commit = model_index(path, config, revision, token, local_files_only)
     name = read_index(path, index)["_class_name"]
     if name in BACKBONES:
         backbone = load_backbone(
@@ -270,12 +298,14 @@ def load_generator(
             variant=variant,
             token=token,
             local_files_only=local_files_only,
+            config=config,
             dtype=dtype,
             device=device,
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
             quantize=quantize,
             channels_last=channels_last,
+            lora_text_encoders=lora_text_encoders,
             **options,
         )
         return BackboneGenerator(backbone)

@@ -6,16 +6,20 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.parse import parse_json
 from diffalign.hub import download_command, hub_answers
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find_index(path: str, revision: str | None, token: str | None, local_files_only: bool) -> tuple[Path, str | None]:
-    """Find the model's model_index.json: its path, and the commit (None for a local folder).
+def find_index(
+    path: str, revision: str | None, token: str | None, local_files_only: bool, key: str = "model.path"
+) -> tuple[Path, str | None]:
+    """Find the model's model_index.json: its path, and the commit (None for a local folder). key: of the config, for messages.
 
     The local path is tried first: diffusers would ask the hub for a misspelt folder and answer with a network error.
     """
@@ -29,17 +33,40 @@ def find_index(path: str, revision: str | None, token: str | None, local_files_o
             )
         return folder / INDEX, None
     if folder.exists():
-        raise DiffalignError(f"{path} is a file; a folder in diffusers format (with {INDEX}) is needed")
+        raise DiffalignError(f"{key}: {path} is a file; a folder in diffusers format (with {INDEX}) is needed")
     if not HUB_ID.fullmatch(path):
         raise DiffalignError(f"model folder {path} does not exist (and it is no hub id of the form owner/name)")
     import huggingface_hub
 
-    with hub_errors(path, revision, INDEX, asked=not local_files_only):
+    with hub_errors(path, revision, INDEX, asked=not local_files_only, key=key):
         found = huggingface_hub.hf_hub_download(
             path, INDEX, revision=revision, token=token, local_files_only=local_files_only or not hub_answers()
         )
     # The cache names a snapshot's folder after its commit.
     return Path(found), Path(found).parent.name
+
+
+def component_config(
+    path: str, index: Path, commit: str | None, component: str, token: str | None, local_files_only: bool
+) -> dict[str, Any]:
+    """Read a component's config.json, without its weights. index, commit: what `find_index` found for the model `path`."""
+    file = index.parent / component / "config.json"
+    if commit is not None and not file.is_file():
+        import huggingface_hub
+
+        wanted = f"{component}/config.json"
+        with hub_errors(path, commit, wanted, asked=not local_files_only):
+            found = huggingface_hub.hf_hub_download(
+                path, wanted, revision=commit, token=token, local_files_only=local_files_only or not hub_answers()
+            )
+        file = Path(found)
+    try:
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffalignError(f"{path}: {component}/config.json cannot be read ({brief(error)})") from error
+    if not isinstance(config, dict):
+        raise DiffalignError(f"{path}: {component}/config.json is not a component's config")
+    return config
 
 
 def download(path: str, commit: str, variant: str | None, token: str | None, absent: Mapping[str, None]) -> Path:
@@ -70,8 +97,26 @@ def hub_size(path: str, revision: str | None, token: str | None, variant: str | 
     return sum(size for size in sizes if size) or None
 
 
+def download_configs(path: str, commit: str, token: str | None, local: bool) -> Path:
+    """Fetch the configs and tokenizers of a commit, without weights; local: only look into the cache."""
+    import huggingface_hub
+
+    with hub_errors(path, commit, "its configs", asked=not local, key="model.config"):
+        return Path(
+            huggingface_hub.snapshot_download(
+                path,
+                revision=commit,
+                token=token,
+                local_files_only=local,
+                allow_patterns=["*.json", "*.txt", "*.model"],
+            )
+        )
+
+
 @contextmanager
-def hub_errors(path: str, revision: str | None, wanted: str, asked: bool = True) -> Iterator[None]:
+def hub_errors(
+    path: str, revision: str | None, wanted: str, asked: bool = True, key: str = "model.path"
+) -> Iterator[None]:
     """Turn the hub's exceptions into one line that says what to do. asked: False where only the cache was looked into."""
     from huggingface_hub import constants, errors
 
@@ -96,7 +141,7 @@ def hub_errors(path: str, revision: str | None, wanted: str, asked: bool = True)
         folder = path.rpartition("/")[2]
         raise DiffalignError(
             f"{path}: {wanted}{at} is not in the local cache and {why}; where there is a network: "
-            f"{download_command(path, folder)}; then set model.path={folder}"
+            f"{download_command(path, folder, configs=key == 'model.config')}; then set {key}={folder}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: {page} holds no {wanted}{at}") from error

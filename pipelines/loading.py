@@ -5,22 +5,26 @@ Only safetensors weights are read and no code from a repository is run.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffalign.errors import DiffalignError, brief
+from diffalign.errors import DiffalignError
+from diffalign.files.parse import parse_json
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.components import check_files, is_component, load_components
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.hub import INDEX, download, find_index
+from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value, read_options
+from diffalign.pipelines.prompt_length import hide_truncation_warnings
+from diffalign.pipelines.single_file import config_index, is_single_file, left_out, load_single_file
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
-from diffalign.pretrained import quiet_progress
+from diffalign.pretrained import foreign
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,19 +49,23 @@ def load_backbone(
     variant: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    config: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
     gradient_checkpointing: bool = False,
     quantize: str = "none",
     channels_last: bool = False,
+    lora_text_encoders: TextEncoders = "refuse",
     **options: Value,
 ) -> Backbone:
     """Load a diffusers pipeline as a `Backbone`. The family follows from the class in its model_index.json.
 
-    path: a local folder or a hub id (owner/name); a revision of the latter is resolved to a commit and recorded.
-    variant: file variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published
-    ones are exact. quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
+    path: a local folder, a checkpoint in one file, or a hub id (owner/name); a revision of the latter is resolved to a
+    commit and recorded. config: where the configs of a single file come from, as `config_index` takes it. variant: file
+    variant such as fp16. dtype: of trunk and text encoders; the VAE stays in float32, where all published ones are exact.
+    quantize: int8 or nf4 for the trunk's repeated blocks. channels_last: memory format of a UNet.
+    lora_text_encoders: "ignore" takes the trunk's part of LoRAs that adapt text encoders, which are refused otherwise.
     options: those of the family alone, such as use_t5=False for SD3; `diffalign.pipelines.options` lists them.
     Raises DiffalignError for everything a user can mend: missing folder, no pipeline, gated or unreachable repository,
     missing file, unsupported class, an option that the family does not have, absent device or attention kernel.
@@ -66,19 +74,22 @@ def load_backbone(
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DiffalignError("device: CUDA was asked for and is not available here; use device: cpu")
-    index, commit = find_index(path, revision, token, local_files_only)
+    index, commit = model_index(path, config, revision, token, local_files_only)
     components = read_index(path, index)
     kind = _family(path, components)
     chosen = read_options(kind.family, options, path)
-    absent = _absent(path, components, kind, kind.left_out(chosen))
+    single = is_single_file(path)
+    left = kind.left_out(chosen) or (left_out(path, kind.optional) if single else ())
+    absent = _absent(path, components, kind, left)
     folder = index.parent
-    if commit is not None and not local_files_only:
+    if commit is not None and not local_files_only and not single:
         folder = download(path, commit, variant, token, absent)
-    source = Source(path, folder, commit, variant, absent)
-    check_files(source, components)
-    with quiet_progress():
-        pipeline = _load_pipeline(source, kind, dtype)
-    return kind(
+    source = Source(path, folder, commit, variant, absent, Path(path).expanduser() if single else None)
+    if not single:
+        check_files(source, components)
+    pipeline = _load_pipeline(source, kind, components, dtype)
+    hide_truncation_warnings()
+    backbone = kind(
         pipeline,
         source,
         dtype=dtype,
@@ -89,11 +100,32 @@ def load_backbone(
         channels_last=channels_last,
         options=chosen,
     )
+    backbone.lora_text_encoders = lora_text_encoders
+    return backbone
 
 
-def pipeline_class(path: str, revision: str | None = None, token: str | None = None, local: bool = False) -> str:
+def model_index(
+    path: str, config: str | None, revision: str | None, token: str | None, local: bool
+) -> tuple[Path, str | None]:
+    """Return the model_index.json of a model, or that of a single file's configs, and its commit (None for local files)."""
+    if is_single_file(path):
+        return config_index(path, config, revision, token, local)
+    if config is not None:
+        raise DiffalignError(
+            f"model.config: {path} is not a single file, and brings its own configs; leave model.config out"
+        )
+    return find_index(path, revision, token, local)
+
+
+def pipeline_class(
+    path: str,
+    revision: str | None = None,
+    token: str | None = None,
+    local: bool = False,
+    config: str | None = None,
+) -> str:
     """Read the pipeline's class name from its model_index.json alone. Raises DiffalignError for an unsupported one."""
-    index, _ = find_index(path, revision, token, local)
+    index, _ = model_index(path, config, revision, token, local)
     components = read_index(path, index)
     _family(path, components)
     return str(components["_class_name"])
@@ -109,16 +141,12 @@ def _family(path: str, components: dict[str, Any]) -> type[Backbone]:
 def read_index(path: str, index: Path) -> dict[str, Any]:
     """Read a model_index.json; `path` names the model in messages."""
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
+        components = parse_json(index.read_bytes())
     except ValueError as error:
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} is not valid JSON ({error})") from error
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
         raise DiffalignError(f"{path} is no diffusers pipeline: its {INDEX} names no _class_name")
     return components
-
-
-def _is_component(name: str, entry: Any) -> bool:
-    return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2
 
 
 def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_out: tuple[str, ...]) -> dict[str, None]:
@@ -129,7 +157,7 @@ def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_ou
     """
     absent: dict[str, None] = {}
     for name, entry in components.items():
-        if not _is_component(name, entry):
+        if not is_component(name, entry):
             continue
         if name in UNUSED or name in left_out or (name in kind.optional and entry[1] is None):
             absent[name] = None
@@ -142,47 +170,17 @@ def _absent(path: str, components: dict[str, Any], kind: type[Backbone], left_ou
     return absent | dict.fromkeys(kind.optional) if missing else absent  # half a T5 is none
 
 
-def check_files(source: Source, components: dict[str, Any]) -> None:
-    """Name what is missing before diffusers fails in the middle of loading."""
-    variants = False
-    for name, entry in components.items():
-        if not _is_component(name, entry) or name in source.absent:
-            continue
-        folder = source.folder / name
-        where = f"{source.path}: {name}/"
-        if not folder.is_dir():
-            raise DiffalignError(f"{where} is missing; {INDEX} asks for it ({entry[1]})")
-        if name.startswith("tokenizer"):
-            needed = "tokenizer_config.json"
-        elif name == "scheduler":
-            needed = "scheduler_config.json"
-        else:
-            needed = "config.json"
-            weights = sorted(f.name for f in folder.glob("*.safetensors"))
-            if not weights:
-                pickled = sorted(f.name for f in folder.glob("*.bin"))
-                advice = f"; {pickled[0]} is a pickle, which is not read: convert it" if pickled else ""
-                raise DiffalignError(f"{where} holds no .safetensors weights{advice}")
-            variants |= source.variant is not None and any(f".{source.variant}." in w for w in weights)
-        if not (folder / needed).is_file():
-            raise DiffalignError(f"{where}{needed} is missing")
-    if source.variant is not None and not variants:
-        raise DiffalignError(f"{source.path}: no weights of variant '{source.variant}'; leave model.variant out")
-
-
-def _load_pipeline(source: Source, kind: type[Backbone], dtype: torch.dtype) -> DiffusionPipeline:
-    from safetensors import SafetensorError
-
+def _load_pipeline(
+    source: Source, kind: type[Backbone], components: dict[str, Any], dtype: torch.dtype
+) -> DiffusionPipeline:
     wanted = kind.pipeline_class()
-    options: dict[str, bool | None] = {**source.absent, **kind.loading_options}
-    try:
-        return wanted.from_pretrained(
-            source.folder,
-            dtype={"vae": torch.float32, "default": dtype},
-            variant=source.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise DiffalignError(f"{source.path} cannot be loaded as {wanted.__name__}: {brief(error)}") from error
+    if source.file is not None:
+        if not kind.single_files:
+            raise DiffalignError(
+                f"{source.path}: {kind.family} is not read from a single file; give a folder or hub id"
+            )
+        return load_single_file(source, components, wanted, dtype, kind.loading_options)
+    networks = load_components(source, components, wanted, dtype, vae_dtype=torch.float32)
+    options: dict[str, Any] = {**source.absent, **networks, **kind.loading_options}
+    with foreign(f"{source.path} cannot be loaded as {wanted.__name__}"):
+        return wanted.from_pretrained(source.folder, local_files_only=True, **options)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import LORA_FILE, lora_file
+from diffalign.files import make_folder
+from diffalign.pipelines.lora_file import LORA_FILE, lora_file
+from diffalign.pipelines.save_lora import as_trained, as_written, write_tensors
 
 
 def extrapolate(
@@ -53,12 +54,12 @@ def extrapolate_lora(now: Path, before: Path | None, momentum: float, out: Path)
         other = name.replace(".lora_A.", ".lora_B.")
         last = None if earlier is None else (earlier[name], earlier[other])
         found[name], found[other] = extrapolate((tensors[name], tensors[other]), last, momentum)
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / f"{LORA_FILE}.part"
-    save_file(found, part, metadata=metadata)
-    part.replace(out / LORA_FILE)
+    make_folder(out)
+    write_tensors(out / LORA_FILE, as_written(found, metadata), metadata)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors as trained, and the metadata."""
     with safe_open(lora_file(folder), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+        metadata = file.metadata() or {}
+        return as_trained({name: file.get_tensor(name) for name in file.keys()}, metadata)[0], metadata  # noqa: SIM118

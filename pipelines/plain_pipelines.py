@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from diffalign.errors import DiffalignError, brief
-from diffalign.pipelines.hub import download, hub_errors
-from diffalign.pipelines.loading import check_files, read_index
+from diffalign.pipelines.components import check_files, load_components
+from diffalign.pipelines.hub import INDEX, download, hub_errors
+from diffalign.pipelines.loading import read_index
+from diffalign.pipelines.prompt_length import hide_truncation_warnings
 from diffalign.pipelines.source import Source
-from diffalign.pretrained import quiet_progress
+from diffalign.pretrained import foreign, load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,14 +63,10 @@ def load_pipeline(
     device: str | torch.device,
 ) -> DiffusionPipeline:
     """Build a pipeline and put it on the device, without a progress bar. Raises DiffalignError where it cannot be."""
-    from safetensors import SafetensorError
-
-    try:
-        with quiet_progress():
-            pipeline = build(source, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise DiffalignError(f"{source.path} cannot be loaded: {brief(error)}") from error
+    with foreign(f"{source.path} cannot be loaded"):
+        pipeline = build(source, dtype)
     pipeline.set_progress_bar_config(disable=True)
+    hide_truncation_warnings()
     return pipeline.to(device)
 
 
@@ -76,44 +74,35 @@ def pixart(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     """Load PixArt-Sigma."""
     from diffusers import PixArtSigmaPipeline
 
-    return PixArtSigmaPipeline.from_pretrained(
-        source.folder, dtype=dtype, variant=source.variant, use_safetensors=True, local_files_only=True, **source.absent
-    )
+    networks: Any = _networks(source, PixArtSigmaPipeline, dtype)
+    return PixArtSigmaPipeline.from_pretrained(source.folder, local_files_only=True, **networks, **source.absent)
 
 
 def cascade_prior(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     """Load the first stage of Stable Cascade."""
     from diffusers import StableCascadePriorPipeline
-    from diffusers.models import StableCascadeUNet
 
-    prior = StableCascadeUNet.from_pretrained(source.folder, subfolder="prior", **_weights(source, dtype))
-    return StableCascadePriorPipeline(prior=prior, **_cascade_text(source, dtype))
+    networks: Any = _networks(source, StableCascadePriorPipeline, dtype)
+    return StableCascadePriorPipeline(**networks, **_cascade_text(source))
 
 
 def cascade_decoder(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     """Load the second stage of Stable Cascade, part by part: its model_index.json names a module that diffusers has moved."""
     from diffusers import StableCascadeDecoderPipeline
-    from diffusers.models import StableCascadeUNet
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 
-    options = _weights(source, dtype)
-    decoder = StableCascadeUNet.from_pretrained(source.folder, subfolder="decoder", **options)
-    vqgan = PaellaVQModel.from_pretrained(source.folder, subfolder="vqgan", **options)
-    return StableCascadeDecoderPipeline(decoder=decoder, vqgan=vqgan, **_cascade_text(source, dtype))
+    networks: Any = _networks(source, StableCascadeDecoderPipeline, dtype)
+    return StableCascadeDecoderPipeline(**networks, **_cascade_text(source))
 
 
-def _cascade_text(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+def _networks(source: Source, kind: type[DiffusionPipeline], dtype: torch.dtype) -> dict[str, nn.Module]:
+    return load_components(source, read_index(source.path, source.folder / INDEX), kind, dtype, vae_dtype=dtype)
+
+
+def _cascade_text(source: Source) -> dict[str, Any]:
     from diffusers import DDPMWuerstchenScheduler
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     return {
-        "tokenizer": CLIPTokenizer.from_pretrained(source.folder / "tokenizer"),
-        "text_encoder": CLIPTextModelWithProjection.from_pretrained(
-            source.folder, subfolder="text_encoder", **_weights(source, dtype)
-        ),
+        "tokenizer": load_part(CLIPTokenizer, source.folder / "tokenizer", source.path),
         "scheduler": DDPMWuerstchenScheduler.from_pretrained(source.folder, subfolder="scheduler"),
     }
-
-
-def _weights(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    return {"dtype": dtype, "variant": source.variant, "use_safetensors": True, "local_files_only": True}

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SAMPLES, SAMPLE_BYTES = 16, 65536
+from diffalign.files.fingerprint import DIGITS, add_samples
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Source:
     revision: str | None
     variant: str | None = None
     absent: dict[str, None] = field(default_factory=dict)
+    file: Path | None = None
+    """All weights, for a checkpoint in one file; `folder` then holds its configs."""
 
     def fingerprint(self, *more: str) -> str:
         """Hash configs and weights: 16 hex digits.
@@ -26,6 +28,10 @@ class Source:
         and a large one takes no minutes to read.
         """
         return self._hash(self.folder, self.path, str(self.revision), str(self.variant), *more)
+
+    def content_fingerprint(self) -> str:
+        """Hash configs and weights alone, wherever the folder lies: a moved or copied model has the same hash."""
+        return self._hash(self.folder, str(self.variant))
 
     def component_fingerprint(self, component: str) -> str:
         """Hash one component alone, wherever it lies: two models that share a VAE share this."""
@@ -40,10 +46,7 @@ class Source:
             if file.suffix in (".json", ".txt", ".model"):
                 digest.update(f"\0{name}\0".encode() + file.read_bytes())
             elif file.suffix == ".safetensors":
-                size = file.stat().st_size
-                digest.update(f"\0{name}\0{size}\0".encode())
-                with file.open("rb") as stream:
-                    for part in range(SAMPLES):
-                        stream.seek(part * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-                        digest.update(stream.read(SAMPLE_BYTES))
-        return digest.hexdigest()[:16]
+                add_samples(digest, str(name), file)
+        if self.file is not None:
+            add_samples(digest, self.file.name, self.file)
+        return digest.hexdigest()[:DIGITS]

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.kohya import KohyaLayout, diffusers_place
+from diffalign.pipelines.original_names import unet_place
 from diffalign.pipelines.process import Diffusion
+from diffalign.pipelines.save_single_file import VAE, SingleFile, clip_state, open_clip_state, vae_state
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -45,6 +48,7 @@ def diffusion_process(scheduler: SchedulerMixin) -> Diffusion:
 
 class _UNetBackbone(Backbone):
     trunk_name: ClassVar[str] = "unet"
+    single_files: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
 
@@ -76,7 +80,12 @@ class StableDiffusion15(_UNetBackbone):
     loading_options: ClassVar[dict[str, bool]] = {"requires_safety_checker": False}
     conditioning: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     encoder_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-    kohya_base: ClassVar[str | None] = "sd_v1"
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd_v1", "networks.lora", diffusers_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        unet_place,
+        "ComfyUI, A1111 and Forge; diffusers' `from_single_file`",
+        components={"vae": (VAE, vae_state), "text_encoder": ("cond_stage_model.transformer.", clip_state)},
+    )
 
     @classmethod
     def pipeline_class(cls) -> type[StableDiffusionPipeline]:
@@ -98,8 +107,16 @@ class StableDiffusionXL(_UNetBackbone):
 
     family: ClassVar[str] = "sdxl"
     loading_options: ClassVar[dict[str, bool]] = {"add_watermarker": False}
-    kohya_base: ClassVar[str | None] = "sdxl_base_v1-0"
-    kohya_blocks: ClassVar[str] = "sgm"
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sdxl_base_v1-0", "networks.lora", unet_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        unet_place,
+        "ComfyUI, A1111 and Forge; diffusers' `from_single_file`",
+        components={
+            "vae": (VAE, vae_state),
+            "text_encoder": ("conditioner.embedders.0.transformer.", clip_state),
+            "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_state),
+        },
+    )
 
     @classmethod
     def pipeline_class(cls) -> type[StableDiffusionXLPipeline]:

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options, SD3Options
+from diffalign.pipelines.original_names import sd3_place
 from diffalign.pipelines.process import Flow
+from diffalign.pipelines.save_single_file import VAE, SingleFile, clip_state, t5_state, vae_state
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusion3Pipeline
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_T5_TOKENS = 256
 
@@ -25,6 +29,7 @@ class StableDiffusion3(TransformerBackbone):
     """
 
     family: ClassVar[str] = "sd3"
+    single_files: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
@@ -32,6 +37,18 @@ class StableDiffusion3(TransformerBackbone):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd3", "networks.lora_sd3", sd3_place)
+    single_file: ClassVar[SingleFile | None] = SingleFile(
+        sd3_place,
+        "ComfyUI and Forge; diffusers' `from_single_file`",
+        components={
+            "vae": (VAE, vae_state),
+            "text_encoder": ("text_encoders.clip_l.transformer.", clip_state),
+            "text_encoder_2": ("text_encoders.clip_g.transformer.", clip_state),
+            "text_encoder_3": ("text_encoders.t5xxl.transformer.", t5_state),
+        },
+    )
 
     options: SD3Options
 
@@ -74,6 +91,10 @@ class StableDiffusion3(TransformerBackbone):
 
     def prompt_tokens(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length) + self.t5_tokens()
+
+    def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
+        t5 = self.pipeline.tokenizer_3
+        return [*super().prompt_readers(), *([] if t5 is None else [(t5, self.t5_tokens())])]
 
     def sampling_options(self) -> dict[str, object]:
         return {"max_sequence_length": self.t5_tokens()}

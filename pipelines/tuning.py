@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from diffalign.errors import DiffalignError, brief
+from diffalign.errors import DiffalignError
+from diffalign.files import replacing_folder
+from diffalign.files.published import drop_local_paths
+from diffalign.files.tensors import read_tensors
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
+from diffalign.pipelines.components import DIFFUSERS
+from diffalign.pipelines.lora_file import TextEncoders, checkpoint_file, checkpoint_tuning, is_checkpoint
 from diffalign.pipelines.quantize import is_quantized
-from diffalign.pretrained import quiet_progress
+from diffalign.pretrained import load_model, quiet_progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -43,6 +48,8 @@ class Tunable(ABC):
     """The policy's trunk."""
     _model: ModelMixin
     """The same module, for what diffusers adds to nn.Module."""
+    lora_text_encoders: TextEncoders = "refuse"
+    """What to do with a LoRA that adapts text encoders, too: refuse it, or ignore that part."""
     tuning: str | None = None
     """None, "lora" or "full"."""
     _full_reference: nn.Module | None = None
@@ -83,7 +90,7 @@ class Tunable(ABC):
         else:
             # Without an adapter of its own the reference is the bare base.
             for name in (adapters.REFERENCE, adapters.POLICY) if init_is_reference else (adapters.POLICY,):
-                adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, init, name)
+                self._load_adapter(init, name)
             adapters.check_rank(self.trunk, init, rank, alpha, targets)
             self._activate_policy()
         self.tuning = "lora"
@@ -224,45 +231,69 @@ class Tunable(ABC):
     # --- save and load -----------------------------------------------------------------------------------------
 
     def save_weights(self, folder: str | Path) -> None:
-        """Write the policy for use in diffusers: a LoRA for `load_lora_weights` (with alpha), or the trunk's folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if adapters.has_adapter(self.trunk, adapters.POLICY):
-            weights, config = adapters.adapter_state(self.trunk, adapters.POLICY)
-            self.pipeline.save_lora_weights(
-                folder,
-                **{f"{self.trunk_name}_lora_layers": weights, f"{self.trunk_name}_lora_adapter_metadata": config},
-            )
-        else:
-            self.save_trunk(self._model, folder)
+        """Write the policy for use in diffusers: a LoRA for `load_lora_weights`, or the trunk's folder."""
+        with replacing_folder(Path(folder)) as part:
+            if adapters.has_adapter(self.trunk, adapters.POLICY):
+                adapters.save_adapter(self.trunk, self.trunk_name, adapters.POLICY, part)
+            else:
+                self.save_trunk(self._model, part)
 
     def save_trunk(self, trunk: ModelMixin, folder: str | Path) -> None:
         """Write a trunk of this backbone's class as `save_weights` does after full fine-tuning."""
         with quiet_progress():
             trunk.save_pretrained(Path(folder) / self.trunk_name)
+        drop_local_paths(Path(folder) / self.trunk_name)
 
     def load_weights(self, folder: str | Path) -> None:
-        """Put weights that `save_weights` or diffusers wrote into the policy: for inference, or before training.
+        """Put trained weights into the policy: for inference, or before training.
 
-        Raises DiffalignError if there are none, or if they do not fit.
+        folder: a LoRA that anybody saved (`read_lora_file` says which), a trunk's folder, or a checkpoint of a run, of which
+        the average is taken if it was kept. Raises DiffalignError if there are none, or if they do not fit.
         """
         folder = Path(folder)
         if not folder.exists():
             raise DiffalignError(f"no weights at {folder}: the folder does not exist")
-        if (folder / self.trunk_name / "config.json").is_file():
-            self._load_full(folder / self.trunk_name)
+        if trains_all(folder, self.trunk_name):
+            checkpoint = is_checkpoint(folder)
+            self._load_full(folder if checkpoint else folder / self.trunk_name, checkpoint)
             return
-        adapters.load_adapter(self.pipeline, self.trunk, self.trunk_name, folder, adapters.POLICY)
+        self._load_adapter(folder, adapters.POLICY)
         self._activate_policy()
         if self.tuning != "lora":
             self.trunk.requires_grad_(False)
 
-    def _load_full(self, folder: Path) -> None:
-        from safetensors import SafetensorError
+    def _load_adapter(self, folder: str | Path, adapter: str) -> None:
+        adapters.load_adapter(
+            self.pipeline, self.trunk, self.trunk_name, folder, adapter, text_encoders=self.lora_text_encoders
+        )
 
-        kind: Any = type(self.trunk)
-        try:
-            loaded = kind.from_pretrained(folder, dtype=self.base_dtype(self.trunk), use_safetensors=True)
-            self.trunk.load_state_dict(loaded.state_dict())
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise DiffalignError(f"{folder}: these weights do not fit the model ({brief(error)})") from error
+    def _load_full(self, folder: Path, checkpoint: bool) -> None:
+        """Load the whole trunk from its folder, or from a checkpoint, into the policy."""
+        if checkpoint:
+            values = read_tensors(checkpoint_file(folder))
+        else:
+            kind: Any = type(self.trunk)
+            loaded = load_model(kind, folder, "weights", stem=DIFFUSERS, dtype=self.base_dtype(self.trunk))
+            values = loaded.state_dict()
+        # A checkpoint holds no tables that the model computes itself.
+        own = dict(self.trunk.named_parameters()) if checkpoint else self.trunk.state_dict()
+        wrong = sorted(name for name in own.keys() | values.keys() if _shape(own, name) != _shape(values, name))
+        if wrong:
+            raise DiffalignError(
+                f"{folder}: these weights do not fit the model, was it trained on another one? {len(wrong)} tensors are "
+                f"missing, left over or of another shape; first {wrong[0]}"
+            )
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+
+def trains_all(folder: Path, trunk_name: str) -> bool:
+    """Return whether a folder of weights, or a checkpoint, holds the whole trunk and not a LoRA."""
+    if is_checkpoint(folder):
+        return bool(checkpoint_tuning(folder)["kind"] == "full")
+    return (folder / trunk_name / "config.json").is_file()
+
+
+def _shape(state: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None

@@ -8,7 +8,7 @@ from typing import Any
 from diffalign.errors import DiffalignError
 from diffalign.plugins import find_class, offered_names
 from diffalign.rewards.aesthetic import Aesthetic
-from diffalign.rewards.base import LABEL, Reward
+from diffalign.rewards.base import LABEL, TAKEN_COLUMNS, TAKEN_NAMES, Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
@@ -58,6 +58,10 @@ def find_reward(name: str) -> type[Reward]:
         raise DiffalignError(f"{name}: {found.__name__} is no complete reward, it has no {lacks}")
     if not LABEL.fullmatch(found.name):
         raise DiffalignError(f"{name}: its class calls itself {found.name!r}; use letters, digits, - and _ alone")
+    if found.name in TAKEN_NAMES:
+        raise DiffalignError(
+            f"{name}: its class calls itself {found.name}, which is a column of every table; rename it"
+        )
     if ":" not in name and found.name != name:
         raise DiffalignError(f"{name}: its class calls itself {found.name!r}; give the entry point the same name")
     return found
@@ -90,7 +94,12 @@ def load_reward(name: str, **options: Any) -> Reward:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"its settings are {', '.join(sorted(known)) or 'none'}"
             raise DiffalignError(f"reward {name}: unknown option {option!r}; {hint}")
-    return kind(**options)
+    made = kind(**options)
+    taken = [column for column in made.columns if column in TAKEN_COLUMNS]
+    if taken or len(set(made.columns)) < len(made.columns):
+        what = f"{taken[0]}, which is a column of every table" if taken else "the same twice"
+        raise DiffalignError(f"reward {name}: calls a column {what}; rename it")
+    return made
 
 
 def accepted(name: str) -> set[str]:

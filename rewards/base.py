@@ -10,9 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.redaction import redacted
 
 LABEL = re.compile(r"[A-Za-z0-9_-]+")
 """The form of a reward's name: columns and files are called by it."""
+TAKEN_COLUMNS = ("group_id", "index", "reason", "identity")
+TAKEN_NAMES = (*TAKEN_COLUMNS, "image", "sha256", "prompt", "split", "human")
+"""Columns of our own tables, and `human`, the source of people's preferences: no reward may replace them."""
 Metadata = dict[str, Any]
 """What a prompt file says of a prompt, such as GenEval's tag, include and exclude."""
 Prepared = Image.Image | Tensor
@@ -109,7 +113,7 @@ class Reward(ABC):
             "version": self.version,
             "weights": self.weights_id(),
             "licence": self.licence_id(),
-            "settings": self.options(),
+            "settings": redacted(self.options()),
             "format": 2,  # 1, without this key: weights of the class, and settings as the user gave them
         }
 
@@ -121,7 +125,7 @@ class Reward(ABC):
             "weights": self.weights_id(),
             "preprocessing": self.preprocessing,
             "reads": ["image", *self.reads],
-            **({"options": self.options()} if self.options() else {}),
+            **({"options": redacted(self.options())} if self.options() else {}),
         }
 
     def free(self) -> None:

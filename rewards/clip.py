@@ -4,7 +4,6 @@ In transformers 5 `get_image_features` and `get_text_features` return an object 
 projected embedding; projecting it again gives a number that looks like a score but is wrong.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import parse_json
 from diffalign.pretrained import load_part
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
@@ -144,7 +144,7 @@ def quick_gelu(reward: str, folder: Path) -> Path:
     scores.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DiffalignError(f"reward {reward}: {folder}/config.json cannot be read: {error}") from error

@@ -1,7 +1,8 @@
 """Read GenEval's facts (tag, include, exclude) as people store them, and say what is wrong with them."""
 
-import json
 from typing import Any
+
+from diffalign.files.parse import parse_json
 
 Facts = dict[str, Any]
 KEYS = ("tag", "include", "exclude")
@@ -55,7 +56,7 @@ def _fault_of_clause(clause: Any, number: int) -> str:
 def _unpacked(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(value)
+            return parse_json(value)
         except ValueError:
             return value
     return value

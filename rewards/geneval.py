@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -77,10 +78,11 @@ def relations(a: Box, b: Box, settings: GenEvalSettings | None = None) -> set[st
 
 def _objects(detections: list[Detection], metadata: Metadata, s: GenEvalSettings) -> dict[str, list[Detection]]:
     """Return confident detections by class, best first."""
-    threshold = s.counting_threshold if metadata.get("tag") == "counting" else s.threshold
+    # The evaluator compares in float32, so that a score of exactly float32(0.3) is not above 0.3.
+    threshold = np.float32(s.counting_threshold if metadata.get("tag") == "counting" else s.threshold)
     kept: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
-        if detection.score > threshold:
+        if np.float32(detection.score) > threshold:
             kept.setdefault(detection.label, []).append(detection)
     return {label: found[: s.max_objects] for label, found in kept.items()}
 

@@ -4,7 +4,6 @@ The score is the cosine of a ViT-H-14 tuned on human choices, without a scale (t
 Most ports miss that the image is letterboxed in black, not cropped, and is resized as a float tensor.
 """
 
-import logging
 from typing import Any, Unpack
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
-from diffalign.rewards.published_weights import fill, load_state
+from diffalign.rewards.published_weights import fill_empty, load_state
 
 SIDE = 224
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -75,17 +74,17 @@ class HPSv2(TensorReward):
 
     def build(self) -> torch.nn.Module:
         import open_clip
+        from accelerate import init_empty_weights
 
         path = self.path
         state = load_state(path, "state_dict")
-        logger = logging.getLogger()
-        before, logger.level = logger.level, logging.ERROR  # open_clip warns that a model without weights has none
-        try:
-            model = open_clip.create_model(self.architecture, pretrained=None, precision="fp32", device="cpu")
-        finally:
-            logger.level = before
-        fill(model, state, path, self.name)
-        return model.to(self.dtype)
+        sizes = open_clip.get_model_config(self.architecture)
+        if sizes is None:
+            raise DiffalignError(f"reward hpsv2: architecture {self.architecture}: open_clip has no such model")
+        with init_empty_weights(include_buffers=False):
+            model = open_clip.CLIP(**sizes)
+        fill_empty(model, state, path, self.name, self.dtype, self.device)
+        return model.to(self.dtype)  # the text encoder's mask, too
 
     def prepare(self, image: Image.Image) -> Tensor:
         # RGB first: with an alpha channel the original keeps four channels and then fails in the patch embedding.

@@ -21,7 +21,7 @@ from diffalign.pretrained import load_part
 from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
-from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill, fingerprint, load_state
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state
 from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -135,11 +135,8 @@ class HPSv3(VisionLanguageReward):
         config.text_config.vocab_size = len(words)
         with init_empty_weights(include_buffers=False):
             model = HPSv3Model(Qwen2VLModel(config), config.text_config.hidden_size)
-        for key, value in state.items():  # in place: the file's own tensors are let go one by one
-            wanted = torch.float32 if key.startswith("rm_head.") else self.dtype
-            state[key] = value.to(self.device, wanted, copy=True)
-        del value, words
-        fill(model, state, self.path, self.name, assign=True)
+        del words
+        fill_empty(model, state, self.path, self.name, self.dtype, self.device, exact="rm_head.")
         round_frequencies(model.base)
         return model
 

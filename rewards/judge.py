@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing_folder
+from diffalign.files.published import drop_local_paths
 from diffalign.pretrained import load_part
 from diffalign.rewards.chat import written_chat
 from diffalign.rewards.image_tensors import tensor_inputs
@@ -172,9 +174,11 @@ class Judge:
 
     def save(self, folder: Path) -> None:
         """Write model, processor and the settings that they were trained for, which `load_settings` reads."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        write_settings(folder, self.labels, self.rubrics, self.wording)
+        with replacing_folder(folder) as part:
+            self.model.save_pretrained(part)
+            self.processor.save_pretrained(part)
+            drop_local_paths(part)
+            write_settings(part, self.labels, self.rubrics, self.wording)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

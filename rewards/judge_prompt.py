@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +71,8 @@ def load_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        stored = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise DiffalignError(f"{path}: not JSON ({error})") from error
     rubrics, wording = (texts(stored.get(k) if isinstance(stored, dict) else None) for k in ("rubrics", "wording"))
     words = [f.name for f in fields(Wording)]

@@ -17,6 +17,7 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.base import Metadata, Reward
 from diffalign.rewards.pixels import to_tensor
 
+STRIP = 16_000_000
 GREY = (0.299, 0.587, 0.114)
 """ITU-R BT.601, Pillow's own weights for mode L."""
 
@@ -57,6 +58,31 @@ class JpegCompressibility(Reward):
         return {self.columns[0]: torch.tensor(sizes, dtype=torch.float32)}
 
 
+def _luma(pixels: Tensor) -> Tensor:
+    """Return the grey of pixels: [B, 3, H, W] -> [B, 1, H, W] float32."""
+    return (pixels.float() * pixels.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _grey(image: Image.Image) -> Tensor:
+    """Return the grey of an image, [1, 1, H, W]."""
+    boxes = [(0, top, image.width, bottom) for top, bottom in _strips(image.height, image.width)]
+    return torch.cat([_luma(to_tensor(image.crop(box))[None]) for box in boxes], dim=2)
+
+
+def _sharpness(grey: Tensor) -> Tensor:
+    """Return the log of the Laplacian's variance, [B, 1, H, W] -> [B]."""
+    kernel = grey.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    strips = _strips(grey.shape[2] - 2, grey.shape[3])
+    inner = torch.cat([F.conv2d(grey[:, :, top : bottom + 2], kernel) for top, bottom in strips], dim=2)
+    return torch.log10(1e-4 + inner.flatten(1).var(1, unbiased=False))
+
+
+def _strips(height: int, width: int) -> list[tuple[int, int]]:
+    """Return the rows (first, last + 1) of strips of at most `STRIP` pixels: a large image at once would take gigabytes."""
+    rows = max(1, STRIP // width)
+    return [(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
 class Sharpness(Reward):
     """log10(1e-4 + variance of the Laplacian) of the grey image in [0, 1] (Pech-Pacheco et al. 2000; the log is ours).
 
@@ -80,12 +106,10 @@ class Sharpness(Reward):
     ) -> dict[str, Tensor]:
         self.reasons = ["" if min(image.size) >= 3 else "smaller than 3 x 3 pixels" for image in images]
         scores = [
-            float("nan") if reason else float(self.score_tensors(to_tensor(image)[None], [""]))
+            float("nan") if reason else float(_sharpness(_grey(image)))
             for image, reason in zip(images, self.reasons, strict=True)
         ]
         return {self.columns[0]: torch.tensor(scores, dtype=torch.float32)}
 
     def score_tensors(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        kernel = pixels.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
-        grey = (pixels.float() * pixels.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
-        return torch.log10(1e-4 + F.conv2d(grey, kernel.float()).flatten(1).var(1, unbiased=False))
+        return _sharpness(_luma(pixels))

@@ -149,6 +149,27 @@ def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: 
         )
 
 
+def fill_empty(
+    module: torch.nn.Module,
+    state: dict[str, Tensor],
+    path: Path,
+    reward: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    exact: str | tuple[str, ...] = (),
+) -> None:
+    """Give a module without memory (on the meta device) the parameters in `state`, in `dtype`; errors as of `fill`.
+
+    `state` is emptied of the file's own tensors one by one, so that no second copy of the network is in memory. exact: the
+    beginnings of names that stay in float32.
+    """
+    for key, value in state.items():
+        wanted = torch.float32 if key.startswith(exact) else dtype
+        # A copy even where nothing changes: in a file, numbers may not be aligned.
+        state[key] = value.to(device, wanted if value.is_floating_point() else value.dtype, copy=True)
+    fill(module, state, path, reward, assign=True)
+
+
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[min(1, len(lines) - 1)]

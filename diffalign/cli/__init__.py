@@ -1,7 +1,6 @@
 """The verbs. Nothing heavy is imported before a verb runs, so `--help` answers at once.
 
-Exit codes: 0 success; 2 a mistake that the user can mend, in one line on stderr; 3 `score` ended, but some image has no
-score; 130 stopped by Ctrl-C; 1 with a traceback is a bug.
+Exit codes: `EXIT_CODES`; 1 with a traceback is a bug.
 """
 
 from typing import Annotated
@@ -10,10 +9,17 @@ import typer
 
 from diffalign import __version__
 from diffalign.cli import data, judge, score, testbed, train
+from diffalign.cli.terminal import guard_libraries
+
+EXIT_CODES = (
+    "Exit codes: 0 success. 2 a mistake that you can mend, in one line. 3 `score` ended, but some image has no score. "
+    "75 stopped by SIGTERM, Ctrl-C or SIGUSR1 after the current step or batch, which is saved: run the same command again. "
+    "130 stopped at once by Ctrl-C."
+)
 
 app = typer.Typer(
     name="diffalign",
-    help="Make text-to-image diffusion and rectified-flow models follow preferences.",
+    help=f"Make text-to-image diffusion and rectified-flow models follow preferences.\n\n{EXIT_CODES}",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -23,6 +29,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    guard_libraries()
     if version:
         print(f"diffalign {__version__}")
         raise typer.Exit

@@ -20,7 +20,7 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens at which a trace is 
 Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature of traces; 0: the likeliest tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images or traces in one batch.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the traces.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the traces.")]
 
 
 def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int) -> "Thinking":

@@ -42,20 +42,22 @@ def score_images(
         Path | None,
         typer.Option("--output", "-o", help="The .jsonl, .csv or .parquet to write; scores in it are kept."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a gallery: one HTML file, sorted by any reward.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one HTML file: a gallery, or with --against the pairs side by side.")
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Other images of the same prompts: print paired win rates.")
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Human choices (image_a, image_b, choice) or ratings (image, rating) to compare with."),
+        typer.Option(help="Human choices, in any form that `pairs` reads, or ratings (image, rating) to compare with."),
     ] = None,
     into_dataset: Annotated[
         bool,
         typer.Option("--into-dataset", help="Also write the dataset's scores/LABEL.parquet, which training reads."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 32,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and decode.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads that read and decode.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score images with one or more rewards.
@@ -75,12 +77,16 @@ def score_images(
 
 
 @verbs.command("rewards")
-def list_rewards() -> None:
+def list_rewards(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Rewards, or module:Class: say more of them.")
+    ] = None,
+) -> None:
     """List the rewards and what each needs.
 
-    Range, licence, weights and their size, and packages to install.
+    Range, licence, weights and their size, and packages to install. With a NAME, also its columns and options.
     """
     with plain_errors():
         from diffalign.stages.score import show_rewards
 
-        show_rewards()
+        show_rewards(names or ())

@@ -9,6 +9,7 @@ import typer
 
 from diffalign.cli.errors import plain_errors
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 
 testbed = typer.Typer(
     help="Use the embedded world of coloured shapes.\n\nTwo small models and a detector, on a CPU, offline.",
@@ -22,8 +23,8 @@ SPLITS = ("train", "validation", "test")
 @testbed.command("prompts")
 def testbed_prompts(
     split: Annotated[str, typer.Argument(help="train, validation or test; they share no combination of objects.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, max=10_000_000, help="Number of prompts.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .jsonl file; without it, standard output.")] = None,
 ) -> None:
     """Write prompts with their GenEval metadata.
@@ -38,7 +39,7 @@ def testbed_prompts(
         if out is None:
             sys.stdout.write(lines)
         else:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(out.parent)
             out.write_text(lines, encoding="utf-8")
 
 
@@ -68,7 +69,7 @@ def testbed_quickstart(
     out: Annotated[
         Path | None, typer.Option(help="Folder for data, run and report; without it, runs/quickstart-BASE.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the whole round.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the whole round.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; without it, those of the recipe.")] = None,
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="As a control, shuffle the labels within every group.")
@@ -93,7 +94,7 @@ def testbed_judge_data(
     groups: Annotated[int, typer.Option(min=1, help="Number of prompts, each in one dimension.")] = 600,
     images: Annotated[int, typer.Option(min=2, max=5, help="Images per prompt, each with another fault.")] = 4,
     raters: Annotated[int, typer.Option(min=1, help="Simulated people who rate each image.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of scenes, faults and raters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of scenes, faults and raters.")] = 0,
 ) -> None:
     """Draw rated scenes to train a judge on.
 
@@ -113,7 +114,7 @@ def testbed_judge_base(
         Path, typer.Argument(help="The folder to write: a transformers model with processor and judge.json.")
     ],
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 images.")] = 3000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of weights and images.")] = 0,
 ) -> None:
     """Train a small Qwen3-VL from random weights to rate.
 

@@ -7,6 +7,7 @@ import typer
 
 from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config, reward_overrides
 from diffalign.cli.errors import plain_errors
+from diffalign.progress import say, say_block
 
 verbs = typer.Typer()
 
@@ -124,7 +125,7 @@ def show_recipes(
         if name is not None:
             from diffalign.config.commented import commented_recipe
 
-            print(commented_recipe(name), end="")
+            say_block(commented_recipe(name).rstrip("\n"))
             return
         from diffalign.config import list_recipes
 
@@ -154,24 +155,32 @@ def report(
         from diffalign.report.render import write_reports
 
         target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-        print(f"report: {write_reports(runs, target, shown=images)}")
+        say(f"report: {write_reports(runs, target, shown=images)}")
 
 
 @verbs.command("export")
 def export_weights(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory, or RUN/checkpoints/step-N.")],
     form: Annotated[
         str,
         typer.Option(
             "--format",
-            help="diffusers: what load_lora_weights reads; kohya: for ComfyUI, A1111 and others (UNets); "
-            "merged: the whole pipeline with the LoRA in it.",
+            help="weights: a LoRA as two files, for diffusers and for ComfyUI, A1111, Forge and sd-scripts; or the trunk's "
+            "folder if all weights were trained. diffusers, kohya: one of the two. merged: the whole pipeline with the LoRA "
+            "in it. single-file: the same as one checkpoint file, for ComfyUI and A1111.",
         ),
-    ] = "diffusers",
+    ] = "weights",
     out: Annotated[Path | None, typer.Option(help="The folder to write; without it, RUN/export/FORMAT.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The weights of the best validation, not the last.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Number type of a merged model or a single file: float32, float16 or bfloat16.")
+    ] = "float32",
     licence: Annotated[
         str | None, typer.Option(help="The licence in the model card, as the hub names it; without it, the base's.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="The base model's name on the hub, if the run read it from a folder."),
     ] = None,
     push: Annotated[
         str | None,
@@ -186,4 +195,5 @@ def export_weights(
     with plain_errors():
         from diffalign.stages.export import export
 
-        export(run, out or run / "export" / form, form, best=best, licence=licence, push=push, private=private)
+        target = out or run / "export" / form
+        export(run, target, form, best=best, dtype=dtype, licence=licence, base=base, push=push, private=private)

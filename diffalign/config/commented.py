@@ -17,12 +17,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from diffalign.config.document import Key, compose, dump, read_document
+from diffalign.config.document import Key, dump, read_document
 from diffalign.config.load import KIND, KINDS, load
 from diffalign.config.recipes import base_of, config_path
 from diffalign.config.run import StepSection
 from diffalign.config.section import Section
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import compose_yaml
 
 WIDTH = 80
 Notes = dict[Key, str]
@@ -75,7 +76,7 @@ def read_notes(path: Path) -> tuple[list[str], Notes]:
             break
         head.append(line[1:].strip())
     notes: Notes = {}
-    node, _ = compose(text, str(path))
+    node, _ = compose_yaml(text, str(path))
     if node is not None:
         _gather(node, (), lines, notes, len(head))
     return head, notes

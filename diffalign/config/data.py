@@ -7,7 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from diffalign.config.section import FilePath, Section, Sizes, refuse
+from diffalign.config.section import (
+    DERIVED,
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROMPTS,
+    NAMED,
+    UNAFFECTED,
+    FilePath,
+    Section,
+    Sizes,
+    refuse,
+)
 
 STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
 
@@ -15,7 +26,8 @@ STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
 def _buckets(value: Any) -> str | list[list[int]]:
     """Check `buckets`, with one message for a value of neither form, where a union would have one for each."""
     whole = isinstance(value, list) and value and all(isinstance(size, list) and len(size) == 2 for size in value)
-    if value in ("none", "auto") or (whole and all(type(side) is int and side > 0 for size in value for side in size)):
+    sides = [side for size in value for side in size] if whole else []
+    if value in ("none", "auto") or (sides and all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides)):
         return cast("str | list[list[int]]", value)
     raise PydanticCustomError("buckets", "should be none, auto, or sizes such as [[1024, 1024], [1216, 832]]")
 
@@ -25,11 +37,12 @@ class DataSection(Section):
 
     text_key: ClassVar[str | None] = "path"
 
-    path: FilePath = Field(description="a dataset folder: images/, scores/, groups.parquet")
+    path: Annotated[FilePath, NAMED] = Field(description="a dataset folder: images/, scores/, groups.parquet")
     split: str = Field("train", min_length=1, description="the groups whose split has this name")
     resolution: int | None = Field(
         None,
         gt=0,
+        le=MOST_PIXELS,
         multiple_of=8,
         description="images are resized and centre-cropped to this square, pixels; null: the model's",
     )
@@ -42,14 +55,24 @@ class DataSection(Section):
         "mean",
         description="mean: the VAE's mean; posterior: a new sample each time, for which the cache also holds the spread",
     )
-    cache: Literal["all", "latents", "off"] = Field(
+    cache: Annotated[Literal["all", "latents", "off"], UNAFFECTED] = Field(
         "all",
         description="what is encoded before the first step: all, latents (the text encoders stay loaded), off (the VAE too)",
     )
-    cache_dir: FilePath | None = Field(None, description="folder of the cache; null: <path>/cache")
-    limit: int | None = Field(None, gt=0, description="use only the first n groups; null: all")
+    cache_dir: Annotated[FilePath | None, UNAFFECTED] = Field(
+        None, description="folder of the cache; null: <path>/cache"
+    )
+    cache_dtype: Literal["float32"] | None = Field(
+        None,
+        description="float32: latents and embeddings as they were encoded, in twice the space; null: latents are rounded to "
+        "float16 and embeddings to bfloat16, in every mode of the cache",
+    )
+    limit: int | None = Field(None, gt=0, le=MOST_PROMPTS, description="use only the first n groups; null: all")
     group_size: int | None = Field(
-        None, ge=2, description="images of a group in a step, drawn again each time the group comes up; null: all"
+        None,
+        ge=2,
+        le=MOST_IMAGES,
+        description="images of a group in a step, drawn again each time the group comes up; null: all",
     )
 
 
@@ -97,7 +120,7 @@ class LabelSection(Section):
         description="what is done to scores before they are used; balanced: less the group's mean, over its mean absolute "
         "deviation",
     )
-    stats: dict[str, float] | None = Field(
+    stats: Annotated[dict[str, float] | None, DERIVED] = Field(
         None,
         description="{min, max} for minmax, {mean, std} for zscore, NAME.mean and NAME.std for combined; null: computed from "
         "the data",
@@ -162,7 +185,9 @@ class SelectionSection(Section):
         description="variance: those whose labels differ most; rank_gap, score_gap: the best and one other, from the "
         "farthest to the closest, phase by phase",
     )
-    phases: int = Field(3, ge=1, description="equal parts of the run (curriculum, rank_gap and score_gap)")
+    phases: int = Field(
+        3, ge=1, le=MOST_IMAGES, description="equal parts of the run (curriculum, rank_gap and score_gap)"
+    )
     sizes: Sizes | None = Field(
         None, description="[first, last]: images of a group at the start and at the end (variance only)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,13 +10,24 @@ from diffalign.config.noise import TimeSection
 from diffalign.config.run import (
     PRECISION,
     PROMPT_COUNT,
+    STEPS,
     AveragedStepSection,
     BackboneRunConfig,
     OptimizerSection,
     RewardSection,
     check_warmup,
 )
-from diffalign.config.section import Section, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROMPTS,
+    NAMED,
+    ROUNDING,
+    UNAFFECTED,
+    Section,
+    refuse,
+    refuse_twice,
+)
 
 
 class StudentSection(Section):
@@ -75,7 +86,7 @@ class GroupSection(Section):
     axis: Literal["none", "prompt", "renoise"] = Field(
         "prompt", description="images of one prompt, re-noisings of one image, or no groups"
     )
-    size: int = Field(4, gt=0, description="members of a group")
+    size: int = Field(4, gt=0, le=MOST_IMAGES, description="members of a group")
     scale: Literal["per_sample", "group_mean", "none"] = Field(
         "group_mean",
         description="what a direction is divided by: its own size (DMD2), the mean size of the group, nothing",
@@ -125,7 +136,9 @@ class RewardMixSection(Section):
     policy_clip: float = Field(
         1e-5, gt=0, description="PPO's clip; log-probabilities are means over elements, so that ratios stay near 1"
     )
-    policy_reuse: int = Field(0, ge=0, description="further updates of the student by PPO on the same roll-outs")
+    policy_reuse: int = Field(
+        0, ge=0, le=MOST_IMAGES, description="further updates of the student by PPO on the same roll-outs"
+    )
     gradient_weight: float = Field(
         0.0, ge=0, description="weight of the gradient of differentiable rewards, in the last step; 0: none"
     )
@@ -154,7 +167,7 @@ class FakeSection(Section):
     """The network that learns what the student's images look like."""
 
     updates: int = Field(
-        5, gt=0, description="its updates per update of the student, each on fresh images but the first"
+        5, gt=0, le=MOST_IMAGES, description="its updates per update of the student, each on fresh images but the first"
     )
     times: TimeSection = Field(TimeSection(), description="noise levels of its training")
     optimizer: OptimizerSection = Field(OptimizerSection(), description="its own optimiser")
@@ -165,12 +178,15 @@ class GanSection(Section):
 
     weight: float = Field(0.0, ge=0, description="weight of the adversarial loss for the student; 0: none of all this")
     critic_weight: float = Field(0.01, gt=0, description="weight of the head's loss beside the fake network's")
-    hidden: int = Field(256, gt=0, description="width of the head")
-    real: str | None = Field(
+    hidden: int = Field(256, gt=0, le=MOST_PIXELS, description="width of the head")
+    real: Annotated[str | None, NAMED] = Field(
         None, description="a dataset folder, whose first image of every group is real, or testbed: rendered scenes"
     )
     n: int | None = Field(
-        None, gt=0, description="use only n real images; null: all of a folder, as many scenes as prompts"
+        None,
+        gt=0,
+        le=MOST_PROMPTS,
+        description="use only n real images; null: all of a folder, as many scenes as prompts",
     )
 
     @model_validator(mode="after")
@@ -187,13 +203,18 @@ class GanSection(Section):
 class DistillTrainSection(AveragedStepSection):
     """Length and shape of the training."""
 
-    steps: int = Field(1000, gt=0, description="updates of the student; DMD2 counts those of the fake network")
-    groups_per_step: int = Field(
-        8, gt=0, description="prompts of one update, over all processes and micro-batches, each with its group"
+    steps: Annotated[int, STEPS] = Field(
+        1000, gt=0, description="updates of the student; DMD2 counts those of the fake network"
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
+    groups_per_step: int = Field(
+        8,
+        gt=0,
+        le=MOST_IMAGES,
+        description="prompts of one update, over all processes and micro-batches, each with its group",
+    )
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], NAMED] = Field("auto", description=PRECISION)
     max_grad_norm: float = Field(10.0, gt=0, description="both gradients are scaled down to this norm")
-    cache_prompts: bool = Field(
+    cache_prompts: Annotated[bool, ROUNDING] = Field(
         True, description="true: encode all prompts first and free the text encoders; false: as they come up"
     )
 
@@ -202,12 +223,12 @@ class DistillConfig(BackboneRunConfig):
     """Distil a model into a student with few steps, with or without rewards."""
 
     kind: Literal["distill"] = Field("distill", description="which verb reads this file")
-    prompts: str = Field(
+    prompts: Annotated[str, NAMED] = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     resolution: int | None = Field(
-        None, gt=0, multiple_of=8, description="side of the images, pixels; null: the model's"
+        None, gt=0, le=MOST_PIXELS, multiple_of=8, description="side of the images, pixels; null: the model's"
     )
     student: StudentSection = StudentSection()
     match: MatchSection = MatchSection()
@@ -216,7 +237,7 @@ class DistillConfig(BackboneRunConfig):
     fake: FakeSection = FakeSection()
     gan: GanSection = GanSection()
     train: DistillTrainSection = DistillTrainSection()
-    save_pipeline: bool = Field(
+    save_pipeline: Annotated[bool, UNAFFECTED] = Field(
         True, description="true: also the whole student as a diffusers pipeline, student/; false: weights/ alone"
     )
 

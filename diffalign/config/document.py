@@ -6,7 +6,6 @@ text, `010` is ten, dates are text, and a key that occurs twice is refused inste
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,13 @@ from typing import Any
 import yaml
 
 from diffalign.errors import DiffalignError
+from diffalign.files.parse import MAX_DEPTH, MAX_YAML, ODD_VALUES, Yaml12Loader, compose_yaml
+from diffalign.redaction import HIDDEN, holds_secret, is_secret, redact, redact_argument
 
+LONGEST_SHOWN = 80
+"""Characters of an argument in a message."""
 Key = tuple[str | int, ...]
 """The way to a value: ("model", "path"), ("tune", "targets", 0)."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: of PyYAML's implicit types only null survives, and the others are defined below."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML declares it so
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -52,9 +28,9 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML declares it so
         first: [
             *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-            *_Loader.yaml_implicit_resolvers.get(first, []),
+            *Yaml12Loader.yaml_implicit_resolvers.get(first, []),
         ]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Yaml12Loader.yaml_implicit_resolvers}
     }
 
 
@@ -91,12 +67,14 @@ def read_document(path: Path) -> Document:
     """Read a config file. Raises DiffalignError: unreadable, not YAML, no mapping, a key twice."""
     source = str(path)
     try:
+        if path.stat().st_size > 4 * MAX_YAML:
+            raise DiffalignError(f"{source}: {path.stat().st_size} bytes, too large for a config")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DiffalignError(f"{source}: not a text file in UTF-8 (byte {error.start}); a config is YAML") from error
     except OSError as error:
         raise DiffalignError(f"{source}: cannot be read: {error.strerror or error}") from error
-    node, loader = compose(text, source)
+    node, loader = compose_yaml(text, source)
     document = Document({}, source, text=text)
     if node is None:
         return document
@@ -115,12 +93,14 @@ def apply_override(document: Document, argument: str, below: str | None = None) 
     argument is short for it. Raises DiffalignError for an argument of another
     form, a key below a plain value, and an index that the list does not have.
     """
-    place = f"argument '{argument}'"
-    dotted, equals, text = argument.partition("=")
+    place = _argument_place(argument)
+    dotted, equals, _ = argument.partition("=")
     words = [*dotted.strip().split("."), *([] if below is None else [below])]
     if not equals or not all(words):
         raise DiffalignError(f"{place}: write key.sub=value, such as train.steps=400")
-    node, loader = compose(text, place)
+    if len(words) > MAX_DEPTH:
+        raise DiffalignError(f"{place}: nested more than {MAX_DEPTH} levels deep")
+    node, loader = _composed(argument)
     target: Any = document.values
     key: Key = ()
     for word in words[:-1]:
@@ -139,12 +119,30 @@ def apply_override(document: Document, argument: str, below: str | None = None) 
     target[last] = None if node is None else _plain(node, loader, key, document, place, by_line=False)
 
 
+def _argument_place(argument: str) -> str:
+    """Return how messages name an argument: in one line, not too long, without the token that it may hold."""
+    shown = " ".join(redact_argument(argument).split())
+    return f"argument '{shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '...'}'"
+
+
+def _composed(argument: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+    """Return the node and the loader of an argument's value, as `compose_yaml` does."""
+    dotted, _, text = argument.partition("=")
+    try:
+        return compose_yaml(text, _argument_place(argument))
+    except DiffalignError as error:
+        if not holds_secret(dotted):
+            raise
+        raise DiffalignError(f"{_argument_place(argument)}: not valid YAML; put quotes around it") from error
+
+
 def _step(document: Document, target: Any, key: Key, word: str, place: str) -> str | int:
     """Return `word` as a key of the section `target`, or as an index of the list `target`."""
     if isinstance(target, dict):
         return word
     if not isinstance(target, list):
-        above = f"{_dotted(key)} is a value ({target!r}, {document.place(key)})"
+        value = HIDDEN if any(map(is_secret, key)) else redact(repr(target))
+        above = f"{_dotted(key)} is a value ({value}, {document.place(key)})"
         raise DiffalignError(f"{place}: {above}, not a section with keys")
     if not word.isdecimal() or int(word) >= len(target):
         entries = f"0 to {len(target) - 1}" if target else "it is empty"
@@ -157,21 +155,8 @@ def _step(document: Document, target: Any, key: Key, word: str, place: str) -> s
 
 def is_text(argument: str) -> bool:
     """Return whether the value of `key=value` is a plain text, not a number, a list, a section or null."""
-    node, _ = compose(argument.partition("=")[2], f"argument '{argument}'")
+    node, _ = _composed(argument)
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
-
-
-def compose(text: str, source: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
-    """Return the YAML text's root node and its loader. Raises DiffalignError, naming `source` and line."""
-    try:
-        loader = _Loader(text)
-        return loader.get_single_node(), loader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = source if mark is None or source.startswith("argument") else f"{source}:{mark.line + 1}"
-        raise DiffalignError(f"{where}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # a control character: it has no mark
-        raise DiffalignError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
 
 
 def _plain(
@@ -182,19 +167,12 @@ def _plain(
     source: str,
     *,
     by_line: bool,
-    above: tuple[int, ...] = (),
 ) -> Any:
     """Return the node's value in Python, and note the place of everything in it."""
     here = f"{source}:{_line(node)}" if by_line else source
-    if id(node) in above:
-        raise DiffalignError(f"{here}: the anchor contains itself")
     document.places.setdefault(key, here)
-    above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
-        return [
-            _plain(item, loader, (*key, i), document, source, by_line=by_line, above=above)
-            for i, item in enumerate(node.value)
-        ]
+        return [_plain(item, loader, (*key, i), document, source, by_line=by_line) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -205,12 +183,13 @@ def _plain(
             if name in values:
                 raise DiffalignError(f"{place}: {_dotted((*key, name))} occurs twice in this section; delete one")
             document.places[(*key, name)] = place
-            values[name] = _plain(value_node, loader, (*key, name), document, source, by_line=by_line, above=above)
+            values[name] = _plain(value_node, loader, (*key, name), document, source, by_line=by_line)
         return values
     try:
         return loader.construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
-        raise DiffalignError(f"{here}: {_dotted(key)} cannot be read: {str(error).splitlines()[0]}") from error
+    except ODD_VALUES as error:
+        reason = HIDDEN if any(map(is_secret, key)) else redact(" ".join(str(error).split()))
+        raise DiffalignError(f"{here}: {_dotted(key)} cannot be read: {reason}") from error
 
 
 def _line(node: yaml.Node) -> int:

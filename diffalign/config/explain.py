@@ -15,6 +15,7 @@ from diffalign.config.document import Document, Key
 from diffalign.config.objective import FOREIGN_SECTIONS
 from diffalign.config.section import COMBINATION, Section
 from diffalign.config.synonyms import elsewhere
+from diffalign.redaction import HIDDEN, is_secret, redact, redacted
 
 
 def explain(error: ValidationError, document: Document, kind: type[BaseModel]) -> str:
@@ -52,7 +53,8 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         meaning = f" ({found.description})" if found and found.description else ""
         message = f"{_dotted(key)} is missing; give {_dotted(key)}=... or write it into the file{meaning}"
     else:
-        message = f"{_dotted(key)} {_wanted(one)}, not {_shown(one['input'])}{_hint(one)}"
+        shown = HIDDEN if any(map(is_secret, key)) else f"{_shown(one['input'])}{_hint(one)}"
+        message = f"{_dotted(key)} {_wanted(one)}, not {shown}"
     return f"{document.place(key)}: {message}"
 
 
@@ -68,7 +70,7 @@ def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> st
 
 def _hint(one: ErrorDetails) -> str:
     """Return the likely remedy for a wrong type or value, or ""."""
-    given = one["input"]
+    given = redacted(one["input"])
     if one["type"] == "literal_error":
         return _meant(str(given), re.findall(r"'([^']+)'", one["ctx"]["expected"]), None)
     if one["type"] == "string_type" and isinstance(given, int | float):
@@ -137,7 +139,7 @@ def _dotted(key: Key) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = redact(repr(redacted(value)))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -8,7 +8,16 @@ from pydantic import Field, model_validator
 
 from diffalign.config.model import DEVICE, Device, ModelSection, check_device
 from diffalign.config.run import PROMPT_COUNT, RewardSection
-from diffalign.config.section import FilePath, Section, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROMPTS,
+    MOST_STEPS,
+    FilePath,
+    Section,
+    refuse,
+    refuse_twice,
+)
 from diffalign.files.paths import is_plain_name
 
 SchedulerName = Literal["ddim", "ddpm", "dpmpp", "euler", "euler_ancestral", "flow_euler", "flow_heun", "heun", "unipc"]
@@ -28,17 +37,17 @@ class SamplingSection(Section):
 
     late: ClassVar[tuple[str, ...]] = ("steps", "guidance_scale", "negative_prompt", "height", "width", "batch_size")
 
-    steps: int = Field(30, gt=0, description="denoising steps")
+    steps: int = Field(30, gt=0, le=MOST_STEPS, description="denoising steps")
     guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance; 1: none")
     negative_prompt: str | None = Field(None, description="what to steer away from")
-    batch_size: int = Field(8, gt=0, description="images drawn at once")
+    batch_size: int = Field(8, gt=0, le=MOST_IMAGES, description="images drawn at once")
 
 
 class SizedSamplingSection(SamplingSection):
     """How images are drawn, and how large."""
 
-    height: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
-    width: int | None = Field(None, gt=0, multiple_of=8, description="pixels; null: the model's own")
+    height: int | None = Field(None, gt=0, le=MOST_PIXELS, multiple_of=8, description="pixels; null: the model's own")
+    width: int | None = Field(None, gt=0, le=MOST_PIXELS, multiple_of=8, description="pixels; null: the model's own")
 
     @model_validator(mode="after")
     def _check_size(self) -> SizedSamplingSection:
@@ -58,7 +67,7 @@ class ImagesConfig(SizedSamplingSection):
         description="a .txt or .jsonl file; testbed:train, testbed:validation or testbed:test; suite:NAME:PATH, or "
         "suite:NAME:hub",
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
 
     @model_validator(mode="after")
     def _check_model(self) -> ImagesConfig:
@@ -70,9 +79,11 @@ class SampleConfig(ImagesConfig):
     """Draw images for prompts into a dataset folder."""
 
     kind: Literal["sample"] = Field("sample", description="which verb reads this file")
-    weights: FilePath | None = Field(None, description="a run's weights/ folder; null: the model as it is")
+    weights: FilePath | None = Field(
+        None, description="a run's weights/ folder or checkpoint, or a LoRA; null: the model as it is"
+    )
     out: FilePath = Field(description="the dataset folder to write; the same command resumes where it stopped")
-    images_per_prompt: int = Field(8, gt=0, description="images per prompt, one group")
+    images_per_prompt: int = Field(8, gt=0, le=MOST_IMAGES, description="images per prompt, one group")
 
 
 class CorrectionSection(Section):
@@ -88,8 +99,8 @@ class EvalConfig(ImagesConfig):
     """Compare a model without and with trained weights, on the same prompts and seeds."""
 
     kind: Literal["eval"] = Field("eval", description="which verb reads this file")
-    weights: FilePath = Field(description="a run's weights/ folder")
-    seeds: int = Field(4, gt=0, description="images per prompt and model")
+    weights: FilePath = Field(description="a run's weights/ folder or checkpoint, or a LoRA")
+    seeds: int = Field(4, gt=0, le=MOST_IMAGES, description="images per prompt and model")
     reward: RewardSection = RewardSection()
     more_rewards: list[RewardSection] = Field(
         default_factory=list, description="further rewards: those that were not trained on show over-optimisation"

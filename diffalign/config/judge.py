@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.run import PRECISION, RunConfig, StepSection
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.run import PRECISION, STEPS, RunConfig, StepSection
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PROMPTS,
+    MOST_RANK,
+    NAMED,
+    ROUNDING,
+    UNAFFECTED,
+    FilePath,
+    Section,
+    refuse,
+)
 
 METHODS = {"teacher": ("gdso", "grpo", "sft", "bt"), "student": ("risd", "sft", "opd")}
 
@@ -17,7 +27,9 @@ class JudgeModelSection(Section):
 
     text_key: ClassVar[str | None] = "path"
 
-    path: FilePath = Field(description="a transformers folder with processor and chat template, or a judge's weights/")
+    path: Annotated[FilePath, NAMED] = Field(
+        description="a transformers folder with processor and chat template, or a judge's weights/"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
     labels: Literal["digits", "letters"] | None = Field(
         None, description="the nine labels; null: those that a judge's folder names, else digits"
@@ -27,14 +39,16 @@ class JudgeModelSection(Section):
         min_length=1,
         description="dimensions as NAME or NAME=FILE; null: those that a judge's folder names, else our four",
     )
-    gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
+    gradient_checkpointing: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: less memory, more time, same gradients"
+    )
 
 
 class JudgeTuneSection(Section):
     """What is trained."""
 
     kind: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights")
-    rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
+    rank: int = Field(16, gt=0, le=MOST_RANK, description="rank of the adapters (lora only)")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -46,20 +60,22 @@ class JudgeTuneSection(Section):
 class JudgeDataSection(Section):
     """What is trained on."""
 
-    pairs: FilePath | None = Field(None, description="pairs.jsonl: winners and losers with their scores; not for risd")
-    distributions: FilePath | None = Field(
+    pairs: Annotated[FilePath | None, NAMED] = Field(
+        None, description="pairs.jsonl: winners and losers with their scores; not for risd"
+    )
+    distributions: Annotated[FilePath | None, NAMED] = Field(
         None, description="distributions.jsonl of `diffalign judge-distributions` (risd only)"
     )
-    limit: int | None = Field(None, gt=0, description="use only the first n records; null: all")
+    limit: int | None = Field(None, gt=0, le=MOST_PROMPTS, description="use only the first n records; null: all")
 
 
 class RolloutSection(Section):
     """How reasoning traces are sampled (gdso, grpo and opd only)."""
 
-    traces: int = Field(8, gt=0, description="traces of each image, G")
-    max_tokens: int = Field(512, gt=0, description="longest trace, in tokens")
+    traces: int = Field(8, gt=0, le=MOST_IMAGES, description="traces of each image, G")
+    max_tokens: int = Field(512, gt=0, le=MOST_IMAGES, description="longest trace, in tokens")
     temperature: float = Field(1.0, gt=0, description="of the sampling; log-probabilities are those of this policy")
-    batch_size: int = Field(64, gt=0, description="traces sampled at once")
+    batch_size: Annotated[int, ROUNDING] = Field(64, gt=0, le=MOST_IMAGES, description="traces sampled at once")
 
 
 class JudgeLossSection(Section):
@@ -90,9 +106,11 @@ class JudgeTrainSection(StepSection):
     member: ClassVar[str] = "records"
     largest_micro_batch: ClassVar[int] = 4
 
-    steps: int = Field(400, gt=0, description="steps; each samples its own traces and makes loss.inner_updates updates")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
-    records_per_step: int = Field(8, gt=0, description="pairs, or distributions, of one step")
+    steps: Annotated[int, STEPS] = Field(
+        400, gt=0, description="steps; each samples its own traces and makes loss.inner_updates updates"
+    )
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], NAMED] = Field("auto", description=PRECISION)
+    records_per_step: int = Field(8, gt=0, le=MOST_IMAGES, description="pairs, or distributions, of one step")
 
 
 class JudgeConfig(RunConfig):
@@ -104,7 +122,7 @@ class JudgeConfig(RunConfig):
         description="teacher: gdso, grpo, sft or bt (which does not reason); student: risd, sft or opd (which reasons)"
     )
     model: JudgeModelSection
-    teacher: FilePath | None = Field(None, description="the teacher's folder (opd only)")
+    teacher: Annotated[FilePath | None, NAMED] = Field(None, description="the teacher's folder (opd only)")
     tune: JudgeTuneSection = JudgeTuneSection()
     data: JudgeDataSection
     rollout: RolloutSection = RolloutSection()

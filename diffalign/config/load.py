@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,6 +22,7 @@ from diffalign.config.synth import RankConfig, SynthConfig
 from diffalign.config.texts import text_key
 from diffalign.config.train import TrainConfig
 from diffalign.errors import DiffalignError
+from diffalign.progress import say_aside
 
 KIND = "kind"
 KINDS: dict[str, type[BaseModel]] = {
@@ -157,9 +157,6 @@ def resolved_yaml(config: BaseModel) -> str:
     values = config.model_dump(mode="json")
     if isinstance(config, Section):
         values = {key: values[key] for key in type(config).reading_order()}
-    for section in (values, *values.get("generators", [])):
-        if section.get("model", {}).get("token") is not None:
-            section["model"]["token"] = None
     return dump(values)
 
 
@@ -183,7 +180,7 @@ def _loaded(document: Document, model: type[Config], overrides: Sequence[str]) -
     notes.append(_fit_micro_batch(document, model, before.get("train", {})))
     config = _validate(document, model)
     for note in filter(None, notes):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        say_aside(f"note: {note}")
     return config
 
 

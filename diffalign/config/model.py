@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.section import (
+    MOST_RANK,
+    NAMED,
+    ROUNDING,
+    UNAFFECTED,
+    FilePath,
+    Section,
+    refuse,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = "auto: CUDA where there is one"
@@ -29,10 +37,21 @@ def with_options(model: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "options": options}
 
 
+# Keys that earlier runs lack, with what was done then.
+LATER_KEYS: dict[str, object] = {"lora_text_encoders": "refuse", "config": None}
+
+
 def current_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return a run's plain config, as a checkpoint stores it, with today's keys, so that earlier runs resume."""
     model = config.get("model")
     return {**config, "model": with_options(model)} if isinstance(model, dict) else config
+
+
+def complete_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `current_keys` with the keys that were added since, at what was done before them."""
+    config = current_keys(config)
+    model = config.get("model")
+    return {**config, "model": {**LATER_KEYS, **model}} if isinstance(model, dict) else config
 
 
 class ModelSection(Section):
@@ -40,31 +59,53 @@ class ModelSection(Section):
 
     text_key: ClassVar[str | None] = "path"
 
-    path: str = Field(
+    path: Annotated[str, NAMED] = Field(
         min_length=1,
-        description="a diffusers folder, a Hugging Face id, or one of the small models shapes-sd3, shapes-sdxl",
+        description="a diffusers folder, a checkpoint in one .safetensors file, a Hugging Face id, or one of the small "
+        "models shapes-sd3, shapes-sdxl",
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, NAMED] = Field(
         None, description="branch, tag or commit of a hub model; resolved to a commit and recorded"
     )
-    variant: str | None = Field(
+    variant: Annotated[str | None, NAMED] = Field(
         None, description="which weight files of a hub model, such as fp16; null: the plain ones"
     )
-    token: str | None = Field(
+    token: Annotated[str | None, UNAFFECTED] = Field(
         None, repr=False, description="access token for gated models; better: HF_TOKEN. Never written out"
     )
-    local_files_only: bool = Field(False, description="true: never ask the network, use what is in the cache")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number type of the frozen weights")
-    attention: Literal["sdpa", "xformers", "flash"] = Field(
+    local_files_only: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: never ask the network, use what is in the cache"
+    )
+    config: str | None = Field(
+        None,
+        min_length=1,
+        description="where configs and tokenizers of a checkpoint in one file come from: a diffusers folder, which needs no "
+        "weights, or a Hugging Face id; null: built in for SD1.x and SDXL, SD3's repository for SD3",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="number type of the frozen weights. auto: bfloat16 on a GPU that computes in it, else float32; "
+        "float32 where all weights train. A run's own config says which it was",
+    )
+    attention: Annotated[Literal["sdpa", "xformers", "flash"], ROUNDING] = Field(
         "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
     )
-    gradient_checkpointing: bool = Field(False, description="true: less memory, more time, same gradients")
+    gradient_checkpointing: Annotated[bool, UNAFFECTED] = Field(
+        False, description="true: less memory, more time, same gradients"
+    )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="bits of the frozen layers under a LoRA: int8, or nf4 (4 bits; needs bitsandbytes)"
     )
-    channels_last: bool = Field(False, description="true: memory format of a UNet's convolutions that GPUs prefer")
-    compile: bool = Field(
+    channels_last: Annotated[bool, ROUNDING] = Field(
+        False, description="true: memory format of a UNet's convolutions that GPUs prefer"
+    )
+    compile: Annotated[bool, ROUNDING] = Field(
         False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
+    )
+    lora_text_encoders: Literal["refuse", "ignore"] = Field(
+        "refuse",
+        description="a LoRA that adapts text encoders too: refuse it, or ignore that part and take the UNet's or "
+        "transformer's",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -92,7 +133,7 @@ def check_device(model: ModelSection, device: str, *, autocast: bool = False) ->
     """
     if device == "cpu" and model.attention != "sdpa":
         refuse(f"{model.attention} needs a GPU; use sdpa with device=cpu", "model.attention", "device")
-    if model.attention == "flash" and model.dtype == "float32" and not autocast:
+    if model.attention == "flash" and model.dtype in ("auto", "float32") and not autocast:
         refuse(
             "flash attention has no float32 kernel; use model.dtype=bfloat16, or sdpa", "model.attention", "model.dtype"
         )
@@ -104,12 +145,14 @@ class TuneSection(Section):
     kind: Literal["lora", "full"] = Field(
         "lora", description="low-rank adapters, or all weights of the UNet/transformer"
     )
-    rank: int = Field(16, gt=0, description="rank of the adapters (lora only)")
+    rank: int = Field(16, gt=0, le=MOST_RANK, description="rank of the adapters (lora only)")
     alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora only)")
     targets: list[str] | None = Field(
         None, min_length=1, description="module names that get adapters; null: the attention projections of the family"
     )
-    init: FilePath | None = Field(None, description="folder of a LoRA to continue from (lora only)")
+    init: Annotated[FilePath | None, NAMED] = Field(
+        None, description="a LoRA, or a run's weights/ folder or checkpoint, to continue from (lora only)"
+    )
 
     @model_validator(mode="after")
     def _check_kind(self) -> TuneSection:

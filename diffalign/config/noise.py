@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.config.section import FilePath, Section, refuse
+from diffalign.config.section import MOST_STEPS, FilePath, Section, refuse
 
 
 class TimeSection(Section):
@@ -33,7 +33,9 @@ class TimeSection(Section):
 class InversionSection(Section):
     """How `noise: inverted` finds an image's noise: by running the sampler backwards (ReNoise)."""
 
-    steps: int = Field(10, gt=0, description="inversion steps from the image to pure noise; fewer to an earlier time")
+    steps: int = Field(
+        10, gt=0, le=MOST_STEPS, description="inversion steps from the image to pure noise; fewer to an earlier time"
+    )
     iterations: int = Field(
         1, ge=0, description="ReNoise iterations of a step, each one more forward pass; 0: DDIM inversion"
     )

@@ -8,7 +8,19 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from diffalign.config.images import SchedulerSection
 from diffalign.config.run import PRECISION, PROMPT_COUNT, AveragedStepSection, BackboneRunConfig, RewardSection
-from diffalign.config.section import Section, Sizes, by_name, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROMPTS,
+    NAMED,
+    ROUNDING,
+    UNAFFECTED,
+    Section,
+    Sizes,
+    by_name,
+    refuse,
+    refuse_twice,
+)
 
 DETACH_INPUT = (
     "true: what the network sees carries no gradient from earlier steps (DRTune); the latents themselves still do"
@@ -25,7 +37,7 @@ class SamplerSection(Section):
     guidance_scale: float = Field(
         1.0, ge=0, description="classifier-free guidance, also in the steps with a gradient; 1 or less: none"
     )
-    checkpointing: bool = Field(
+    checkpointing: Annotated[bool, UNAFFECTED] = Field(
         True,
         description="true: a step with a gradient keeps its input alone and is computed again in the backward pass; same "
         "gradients",
@@ -72,7 +84,9 @@ class DRaFTLVSection(Section):
     text_key: ClassVar[str | None] = "name"
 
     name: Literal["draft_lv"] = Field("draft_lv", description="a mean over noises in the last step")
-    noises: int = Field(2, gt=0, description="times that a finished image is noised again to the last step's level")
+    noises: int = Field(
+        2, gt=0, le=MOST_IMAGES, description="times that a finished image is noised again to the last step's level"
+    )
 
 
 Method = Annotated[
@@ -112,7 +126,7 @@ class DriftSection(Section):
     weight: float = Field(
         0.0, ge=0, description="lambda, in units of the loss for a mean squared difference of 1; 0: none"
     )
-    measure: bool = Field(
+    measure: Annotated[bool, UNAFFECTED] = Field(
         True,
         description="true: drift is logged where weight is 0 too, for a pass of the reference more in steps with a gradient",
     )
@@ -121,7 +135,9 @@ class DriftSection(Section):
 class DecoderSection(Section):
     """How latents are decoded with a gradient: in float32, one micro-batch at once."""
 
-    checkpointing: bool = Field(True, description="true: block by block again in the backward pass: less memory")
+    checkpointing: Annotated[bool, UNAFFECTED] = Field(
+        True, description="true: block by block again in the backward pass: less memory"
+    )
     tiling: bool = Field(
         False, description="true: tile by tile where images are larger than a tile, which changes them slightly"
     )
@@ -134,10 +150,13 @@ class GradientTrainSection(AveragedStepSection):
     member: ClassVar[str] = "images"
 
     images_per_step: int = Field(
-        8, gt=0, description="images of one update, each of its own prompt, over all processes and micro-batches"
+        8,
+        gt=0,
+        le=MOST_IMAGES,
+        description="images of one update, each of its own prompt, over all processes and micro-batches",
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description=PRECISION)
-    cache_prompts: bool = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], NAMED] = Field("auto", description=PRECISION)
+    cache_prompts: Annotated[bool, ROUNDING] = Field(
         True, description="true: encode all prompts first and free the text encoders; false: as they come up"
     )
 
@@ -146,12 +165,12 @@ class RewardGradientConfig(BackboneRunConfig):
     """Train a model on the gradient of differentiable rewards."""
 
     kind: Literal["reward-gradient"] = Field("reward-gradient", description="which verb reads this file")
-    prompts: str = Field(
+    prompts: Annotated[str, NAMED] = Field(
         min_length=1, description="what is trained on: a .txt or .jsonl file, testbed:train, or suite:NAME:PATH"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     resolution: int | None = Field(
-        None, gt=0, multiple_of=8, description="side of the images, pixels; null: the model's"
+        None, gt=0, le=MOST_PIXELS, multiple_of=8, description="side of the images, pixels; null: the model's"
     )
     sampler: SamplerSection = SamplerSection()
     method: Method = ReFLSection()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from diffalign.config.images import SizedSamplingSection
 from diffalign.config.run import PROMPT_COUNT, RewardSection
-from diffalign.config.section import FilePath, Section
+from diffalign.config.section import MOST_IMAGES, MOST_PROMPTS, FilePath, Section
 from diffalign.config.synth import RankSection
 
 
@@ -24,8 +24,8 @@ class RoundDataSection(Section):
     prompts: str = Field(
         min_length=1, description="as in `diffalign sample`; of testbed:train every round draws its own"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
-    images_per_prompt: int = Field(8, gt=0, description="images per prompt, one group")
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
+    images_per_prompt: int = Field(8, gt=0, le=MOST_IMAGES, description="images per prompt, one group")
     guidance_scale: float | None = Field(
         None, ge=0, description="guidance of the training images; null: as in evaluation. DDO wants none: 1"
     )
@@ -44,8 +44,8 @@ class RoundEvalSection(Section):
     """How a round is judged. These prompts decide when to stop: keep others for the last word."""
 
     prompts: str = Field(min_length=1, description="held-out prompts, as in `diffalign eval`")
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
-    seeds: int = Field(4, gt=0, description="images per prompt and model")
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
+    seeds: int = Field(4, gt=0, le=MOST_IMAGES, description="images per prompt and model")
     reward: RewardSection = Field(default_factory=RewardSection, description="its first column is the held-out reward")
     more_rewards: list[RewardSection] = Field(
         default_factory=list, description="further rewards: what is not trained on shows over-optimisation"
@@ -58,7 +58,7 @@ class RoundsConfig(Section):
     kind: Literal["rounds"] = Field("rounds", description="which verb reads this file")
     out: FilePath = Field(description="folder of all rounds; the same command resumes where it stopped")
     rounds: int = Field(3, gt=0, description="most rounds")
-    seed: int = Field(0, ge=0, description="round n takes seed + n - 1 for its prompts, images and training")
+    seed: int = Field(0, ge=0, le=2**62, description="round n takes seed + n - 1 for its prompts, images and training")
     train: str = Field(min_length=1, description="the training config: a YAML file, or the name of a shipped recipe")
     overrides: list[str] = Field(
         default_factory=list, description="values that replace those of the training config, as [train.steps=200]"

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from diffalign.config.model import DEVICE, Device, ModelSection, TuneSection, check_device
-from diffalign.config.section import Betas, FilePath, Section, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PROMPTS,
+    MOST_THREADS,
+    NAMED,
+    ROUNDING,
+    UNAFFECTED,
+    Betas,
+    FilePath,
+    OnResume,
+    Section,
+    refuse,
+    refuse_twice,
+)
 from diffalign.plugins import load_class
 
 AUTO = 0
 """How a micro-batch is stored that is found when the run begins: `train.micro_batch: auto`."""
 PRECISION = "auto: bf16 on CUDA, no on CPU"
+WITHOUT_VALIDATION = OnResume("none", only_where=(("validation.every", None),))
+"""Images of a run's validations are compared, so they stay the same once there are some."""
+STEPS = OnResume(
+    "none",
+    only_where=(
+        ("optimizer.schedule", "constant"),
+        ("fake.optimizer.schedule", "constant"),
+        ("selection.groups", "all"),
+        ("selection.images", "all"),
+    ),
+)
+"""A rate that falls to 0, and phases of a selection, depend on the number of steps."""
+MICRO_BATCH = OnResume("rounding", only_where=(("data.buckets", "none"),))
+"""With buckets, the groups of a micro-batch are drawn together."""
+WARMUP = OnResume("none", only_where=(("train.ema_decay", None),), formerly=False)
 PROMPT_COUNT = "use only the first n prompts; null: all of a file, 256 of the testbed"
 
 
@@ -30,23 +58,25 @@ class StepSection(Section):
     """What that key counts, in words."""
     largest_micro_batch: ClassVar[int] = 8
     late: ClassVar[tuple[str, ...]] = (
-        "micro_batch", "images_per_pass", "mixed_precision", "max_grad_norm", "ema_decay", "threads", "log_every",
+        "micro_batch", "images_per_pass", "mixed_precision", "max_grad_norm", "ema_decay", "ema_warmup", "ema_slope",
+        "threads", "log_every",
         "cache_prompts", "shard",
     )  # fmt: skip
 
-    steps: int = Field(400, gt=0, description="optimiser steps")
-    micro_batch: int = Field(
+    steps: Annotated[int, STEPS] = Field(400, gt=0, description="optimiser steps")
+    micro_batch: Annotated[int, MICRO_BATCH] = Field(
         8,
         gt=0,
+        le=MOST_IMAGES,
         description="groups, images or records in one forward pass; must divide what a step draws. Not given: its largest "
         "divisor up to 8 (4 for judges)",
     )
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description=PRECISION)
+    mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], NAMED] = Field("auto", description=PRECISION)
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
-    threads: int | None = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit"
+    threads: Annotated[int | None, ROUNDING] = Field(
+        None, gt=0, le=MOST_THREADS, description="CPU threads of torch; fix it where runs must agree bit for bit"
     )
-    log_every: int = Field(1, gt=0, description="steps between rows in metrics.jsonl")
+    log_every: Annotated[int, UNAFFECTED] = Field(1, gt=0, description="steps between rows in metrics.jsonl")
 
     @model_validator(mode="before")
     @classmethod
@@ -77,8 +107,24 @@ class AveragedStepSection(StepSection):
     """Length and shape of the training, with an average of the weights."""
 
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="decay of a moving average of the weights, as 0.999; null: none"
+        None,
+        gt=0,
+        lt=1,
+        description="largest decay of a moving average of the weights, as 0.999, which is then validated and saved; null: none",
     )
+    ema_warmup: Annotated[bool, WARMUP] = Field(
+        True,
+        description="true: the decay after t steps is at most (1 + t) / (10 + t), so that the average forgets its start",
+    )
+    ema_slope: float | None = Field(
+        None, gt=0, description="the decay after t steps is at most this times t, as 0.001 (GDRO); null: no such limit"
+    )
+
+    @model_validator(mode="after")
+    def _check_average(self) -> AveragedStepSection:
+        if self.ema_decay is None and self.ema_slope is not None:
+            refuse("it limits ema_decay, which is null; set train.ema_decay=0.5 (GDRO), or leave it out", "ema_slope")
+        return self
 
 
 class OptimizerSection(Section):
@@ -97,7 +143,7 @@ class OptimizerSection(Section):
         "constant", description="after the warm-up; linear, cosine end at 0"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises linearly from 0")
-    offload: bool = Field(
+    offload: Annotated[bool, ROUNDING] = Field(
         False, description="true: Adam's averages in the host's memory, on the GPU only during an update (adamw only)"
     )
 
@@ -169,19 +215,19 @@ class RewardSection(Section):
 class ValidationSection(Section):
     """Images of prompts that are not trained on, drawn and scored during training; the best weights go to best/."""
 
-    every: int | None = Field(None, gt=0, description="steps between validations; null: none")
+    every: Annotated[int | None, UNAFFECTED] = Field(None, gt=0, description="steps between validations; null: none")
     prompts: str | None = Field(
         None, description="a .txt or .jsonl file, or testbed:validation; never those of the final evaluation"
     )
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     rewards: list[RewardSection] = Field(
         [RewardSection()],
         min_length=1,
         description="what scores, better none that is trained on; the first column of the first decides what is best",
     )
-    seeds: int = Field(1, gt=0, description="images per prompt")
-    batch_size: int = Field(8, gt=0, description="images drawn at once")
-    patience: int | None = Field(
+    seeds: int = Field(1, gt=0, le=MOST_IMAGES, description="images per prompt")
+    batch_size: Annotated[int, ROUNDING] = Field(8, gt=0, le=MOST_IMAGES, description="images drawn at once")
+    patience: Annotated[int | None, UNAFFECTED] = Field(
         None, gt=0, description="stop after this many validations in a row without a better one; null: never"
     )
 
@@ -202,13 +248,15 @@ class RunConfig(Section):
 
     late: ClassVar[tuple[str, ...]] = ("train", "optimizer", "checkpoint", "validation", "on_alarm", "tracking")
 
-    run_dir: FilePath = Field(description="everything the run writes; the same command resumes where it stopped")
+    run_dir: Annotated[FilePath, UNAFFECTED] = Field(
+        description="everything the run writes; the same command resumes where it stopped"
+    )
     seed: int = Field(0, ge=0, description="seed of every draw")
-    device: Device = Field("auto", description=DEVICE)
+    device: Annotated[Device, ROUNDING] = Field("auto", description=DEVICE)
     train: StepSection
     optimizer: OptimizerSection = OptimizerSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    tracking: TrackingSection = TrackingSection()
+    checkpoint: Annotated[CheckpointSection, UNAFFECTED] = CheckpointSection()
+    tracking: Annotated[TrackingSection, UNAFFECTED] = TrackingSection()
 
     @model_validator(mode="after")
     def _check_run(self) -> RunConfig:
@@ -222,8 +270,8 @@ class BackboneRunConfig(RunConfig):
     model: ModelSection
     tune: TuneSection = TuneSection()
     train: AveragedStepSection
-    validation: ValidationSection = ValidationSection()
-    on_alarm: Literal["warn", "stop"] = Field(
+    validation: Annotated[ValidationSection, WITHOUT_VALIDATION] = ValidationSection()
+    on_alarm: Annotated[Literal["warn", "stop"], UNAFFECTED] = Field(
         "warn", description="what a health alarm does: print it and continue, or save and stop"
     )
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from diffalign.files.paths import NOT_PLAIN, is_plain_name
+from diffalign.redaction import redacted
 
 COMBINATION = "combination"
 
@@ -25,6 +36,36 @@ def _plain_name(name: str) -> str:
 
 
 PlainName = Annotated[str, AfterValidator(_plain_name)]  # becomes a part of a file's name
+
+
+LARGEST = 10**9
+"""The largest whole number of a config but a seed; those that decide how much memory is taken have lower bounds."""
+LARGEST_SEED = 2**63 - 1
+MOST_PIXELS = 16_384  # a side
+MOST_IMAGES = 100_000  # of a prompt, and at once
+MOST_STEPS = 1000  # of a sampler: as many as a model was trained with
+MOST_PROMPTS = 10_000_000
+MOST_THREADS = 4096
+MOST_RANK = 16_384
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """What a new value of a key does to a run that resumes. A key without this makes it another run, which is refused.
+
+    effect: none: no number of the training changes; rounding: only last digits may; named: none, where the value stands for
+    the same as before (a moved folder with the same content); derived: null stands for what is computed from the data.
+    only_where: keys and the values that they must have, in the checkpoint's config or the new one, which matters where they may
+    change themselves; else the key makes another run.
+    formerly: the value of runs from before there was the key, where it is not the default; ...: the default.
+    """
+
+    effect: Literal["none", "rounding", "named", "derived"]
+    only_where: tuple[tuple[str, object], ...] = ()
+    formerly: object = ...
+
+
+UNAFFECTED, ROUNDING, NAMED, DERIVED = OnResume("none"), OnResume("rounding"), OnResume("named"), OnResume("derived")
 
 
 class Section(BaseModel):
@@ -46,8 +87,46 @@ class Section(BaseModel):
         late = [key for key in cls.late if key in cls.model_fields]
         return [*kind, *(key for key in cls.model_fields if key not in (*kind, *late)), *late]
 
+    @model_validator(mode="after")
+    def _check_whole_numbers(self) -> Section:
+        for name, value in self:
+            given = value if isinstance(value, list | tuple) else [value]
+            limit = LARGEST_SEED if name == "seed" else LARGEST
+            if any(type(one) is int and abs(one) > limit for one in given):
+                refuse(f"a whole number above {limit} is a mistake; give a smaller one", name)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, values: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Leave tokens out of what is written (JSON); in Python the section keeps them."""
+        plain: dict[str, Any] = values(self)
+        return redacted(plain) if info.mode == "json" else plain
+
     text_key: ClassVar[str | None] = None
     """The key that a text in the section's place gives: `reward: pickscore` is `reward: {name: pickscore}`."""
+
+    def resume_rules(self) -> dict[str, OnResume]:
+        """Return dotted keys of this config and what new values of them do on resume; a section's rule holds for all in it."""
+        found: dict[str, OnResume] = {}
+        for key, value in self:
+            if (rule := _rule(type(self), key)) is not None:
+                found[key] = rule
+            if isinstance(value, Section):
+                found |= {f"{key}.{inner}": rule for inner, rule in value.resume_rules().items()}
+        return found
+
+    def former_values(self) -> dict[str, Any]:
+        """Return plain values, nested, of a run that was written before there were these keys: mostly the defaults."""
+        found: dict[str, Any] = {}
+        for key, value in self:
+            rule, field = _rule(type(self), key), type(self).model_fields[key]
+            if isinstance(value, Section):
+                found[key] = value.former_values()
+            elif rule is not None and rule.formerly is not ...:
+                found[key] = rule.formerly
+            elif not field.is_required():
+                found[key] = to_jsonable_python(field.get_default(call_default_factory=True))
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +135,10 @@ class Section(BaseModel):
         if isinstance(value, str) and cls.text_key is not None:
             return {cls.text_key: value}
         return {} if value is None else value
+
+
+def _rule(section: type[Section], key: str) -> OnResume | None:
+    return next((one for one in section.model_fields[key].metadata if isinstance(one, OnResume)), None)
 
 
 def by_name(value: Any) -> Any:

@@ -9,7 +9,16 @@ from pydantic import Field, model_validator
 from diffalign.config.images import SchedulerSection, SizedSamplingSection
 from diffalign.config.model import DEVICE, Device, ModelSection, check_device
 from diffalign.config.run import PROMPT_COUNT, RewardSection
-from diffalign.config.section import FilePath, PlainName, Section, refuse, refuse_twice
+from diffalign.config.section import (
+    MOST_IMAGES,
+    MOST_PROMPTS,
+    MOST_THREADS,
+    FilePath,
+    PlainName,
+    Section,
+    refuse,
+    refuse_twice,
+)
 from diffalign.files.paths import NOT_PLAIN, is_plain_name
 
 
@@ -25,7 +34,7 @@ class PromptSection(Section):
     )
     column: str = Field("prompt", min_length=1, description="the prompt's column (csv, parquet, hub)")
     split: str = Field("train", min_length=1, description="which split (folder, hub)")
-    n: int | None = Field(None, gt=0, description=PROMPT_COUNT)
+    n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
     unique: bool = Field(True, description="true: leave out a prompt that repeats")
 
 
@@ -35,11 +44,13 @@ class GeneratorSection(SizedSamplingSection):
     name: PlainName = Field(description="how the dataset names it")
     model: ModelSection
     prior: str | None = Field(None, description="folder or id of the first stage (Stable Cascade only)")
-    weights: FilePath | None = Field(None, description="a LoRA, or a run's weights/ folder; null: the model as it is")
+    weights: FilePath | None = Field(
+        None, description="a LoRA, or a run's weights/ folder or checkpoint; null: the model as it is"
+    )
     scheduler: SchedulerSection | None = Field(None, description="null: the model's own")
-    images_per_prompt: int = Field(1, gt=0, description="images of every prompt")
+    images_per_prompt: int = Field(1, gt=0, le=MOST_IMAGES, description="images of every prompt")
     batch_size: int = Field(
-        8, gt=0, description="images drawn at once; part of the plan, as it decides their last bits"
+        8, gt=0, le=MOST_IMAGES, description="images drawn at once; part of the plan, as it decides their last bits"
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -142,18 +153,21 @@ class SynthConfig(Section):
     seed: int = Field(0, ge=0, description="seed of every image's noise")
     device: Device = Field("auto", description=DEVICE)
     threads: int | None = Field(
-        None, gt=0, description="CPU threads of torch; fix it where runs must agree bit for bit; null: torch's choice"
+        None,
+        gt=0,
+        le=MOST_THREADS,
+        description="CPU threads of torch; fix it where runs must agree bit for bit; null: torch's choice",
     )
     prompts: PromptSection
     generators: list[GeneratorSection] = Field(min_length=1, description="drawn one after another")
     rewards: list[RewardSection] = Field(default_factory=list, description="scored one after another; []: no ranking")
-    reward_batch: int = Field(64, gt=0, description="images scored at once")
+    reward_batch: int = Field(64, gt=0, le=MOST_IMAGES, description="images scored at once")
     rank: RankSection = RankSection()
     split: PlainName = Field("train", description="the split that the groups get unless rank.splits says other")
     latents: bool = Field(
         False, description="true: store the latents too, where the generator is one that can be trained here"
     )
-    contact_sheet: int = Field(50, ge=0, description="prompts shown in contact.html; 0: no such page")
+    contact_sheet: int = Field(50, ge=0, le=MOST_IMAGES, description="prompts shown in contact.html; 0: no such page")
     price_per_hour: float | None = Field(None, gt=0, description="of the machine, for the estimate of --dry-run")
 
     @model_validator(mode="after")

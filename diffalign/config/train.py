@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -11,25 +11,32 @@ from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
 from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
-from diffalign.config.run import AUTO, AveragedStepSection, BackboneRunConfig, ValidationSection
-from diffalign.config.section import refuse
+from diffalign.config.run import AUTO, WITHOUT_VALIDATION, AveragedStepSection, BackboneRunConfig, ValidationSection
+from diffalign.config.section import (
+    MOST_IMAGES,
+    ROUNDING,
+    UNAFFECTED,
+    refuse,
+)
 
 
 class TrainSection(AveragedStepSection):
     """Length and shape of the training."""
 
     groups_per_step: int = Field(
-        8, gt=0, description="groups in one optimiser step, over all processes and micro-batches"
+        8, gt=0, le=MOST_IMAGES, description="groups in one optimiser step, over all processes and micro-batches"
     )
-    micro_batch: int = Field(
+    micro_batch: Annotated[int, ROUNDING] = Field(
         8,
         ge=AUTO,
+        le=MOST_IMAGES,
         description="groups in one forward pass; must divide groups_per_step. auto: as many as the GPU is predicted to hold, "
         "at most 16; the run's config.yaml keeps the number. Not given: the largest divisor up to 8",
     )
-    images_per_pass: int | None = Field(
+    images_per_pass: Annotated[int | None, ROUNDING] = Field(
         None,
         gt=0,
+        le=MOST_IMAGES,
         description="images of a micro-batch in the model at a time, for one more forward pass and the same gradient; null: "
         "all, or one where all do not fit the GPU's memory",
     )
@@ -86,9 +93,9 @@ class TrainConfig(BackboneRunConfig):
         "native", description="what the squared errors are errors of"
     )
     times: TimeSection = TimeSection()
-    reference: ReferenceSection = ReferenceSection()
+    reference: Annotated[ReferenceSection, UNAFFECTED] = ReferenceSection()
     train: TrainSection = TrainSection()
-    validation: SampledValidationSection = SampledValidationSection()
+    validation: Annotated[SampledValidationSection, WITHOUT_VALIDATION] = SampledValidationSection()
 
     @model_validator(mode="after")
     def _check_precision(self) -> TrainConfig:

@@ -3,28 +3,26 @@
 There are two folders, one for latents and one for prompt embeddings, each named by a hash of everything that decides
 its content: the encoded bytes of every image, the prompts, the model's weights, sizes. So a new resolution does not
 encode prompts again, a new prompt does not encode images again, and a changed input never reads an outdated cache.
-`latents.py` and `embeddings.py` describe the content. If several processes need a folder, one makes it and the others
-wait.
+`latents.py` and `embeddings.py` describe the content. Processes that need a folder make it together, file by file, and
+what a killed command has made is kept.
 
 `data.cache` says what is encoded before the first step: `all`, `latents` (the text encoders stay loaded) or `off` (the
 VAE stays too). Training sees the same numbers in all three, bit-identical where the device computes alike.
 """
 
 import hashlib
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from diffalign.data.buckets import bucket_sizes, group_sizes
-from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.cut_prompts import cut_lines
+from diffalign.data.dataset import PreferenceDataset, bytes_of
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
+from diffalign.data.own_parquet import IMAGES_MEND, open_parquet, read_batches
 from diffalign.data.protocols import CacheMode, Encoder, GroupSettings
-from diffalign.data.shared_tasks import Task, complete_all
+from diffalign.data.records import made_bytes, read_index
 from diffalign.files import check_space
 from diffalign.progress import Say
 
@@ -46,14 +44,18 @@ class CachePlan:
         """Return the latents; encode them first if the cache should hold them and does not."""
         if self.mode == "off":
             return LiveLatents(self.frames, self.backbone)
-        _make(self.latent_folder, lambda part: LatentStore.write(part, self.frames, self.backbone, say))
+        if read_index(self.latent_folder) is None:
+            LatentStore.make(self.latent_folder, self.frames, self.backbone, say)
         return LatentStore(self.latent_folder)
 
     def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
         """Return the prompt embeddings; encode them first if the cache should hold them and does not."""
+        for line in cut_lines({"the model": self.backbone}, self.prompts):
+            say(line)
         if self.mode != "all":
-            return LivePrompts(self.backbone)
-        _make(self.prompt_folder, lambda part: PromptStore.write(part, self.prompts, self.backbone, say))
+            return LivePrompts(self.backbone, self.frames.exact)
+        if read_index(self.prompt_folder) is None:
+            PromptStore.make(self.prompt_folder, self.prompts, self.backbone, say, self.frames.exact)
         return PromptStore(self.prompt_folder)
 
     @cached_property
@@ -64,17 +66,17 @@ class CachePlan:
     @cached_property
     def prompt_folder(self) -> Path:
         """The folder of the prompt embeddings."""
-        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *dict.fromkeys(self.prompts))
+        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *exact_key(self.frames), *dict.fromkeys(self.prompts))
         return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
 
     def missing(self) -> dict[Path, int]:
-        """Return the folders that do not exist yet, with the bytes that they will take."""
+        """Return the folders that are not complete, with the bytes that they will still take."""
         found: dict[Path, int] = {}
-        if self.mode != "off" and not (self.latent_folder / "index.json").is_file():
+        if self.mode != "off" and read_index(self.latent_folder) is None:
             found[self.latent_folder] = latent_bytes(self.frames, self.backbone)
-        if self.mode == "all" and not (self.prompt_folder / "index.json").is_file():
-            found[self.prompt_folder] = prompt_bytes(self.prompts, self.backbone)
-        return found
+        if self.mode == "all" and read_index(self.prompt_folder) is None:
+            found[self.prompt_folder] = prompt_bytes(self.prompts, self.backbone, self.frames.exact)
+        return {folder: max(0, size - made_bytes(folder)) for folder, size in found.items()}
 
     def check_space(self) -> None:
         """Raise DiffalignError if the missing folders do not fit on the disk."""
@@ -88,50 +90,41 @@ def plan_cache(
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
     sizes = group_sizes(dataset, groups, allowed)
-    frames = Frames(dataset, groups, members, sizes, spread=data.latent_sampling == "posterior")
+    frames = Frames(
+        dataset, groups, members, sizes, spread=data.latent_sampling == "posterior", exact=data.cache_dtype == "float32"
+    )
     prompts = dataset.column("prompt")
     folder = Path(data.cache_dir) if data.cache_dir else dataset.folder / "cache"
     return CachePlan(frames, [prompts[i] for i in groups], backbone, folder, data.cache)
 
 
+def exact_key(frames: Frames) -> tuple[str, ...]:
+    """Return what tells a cache in float32 from others; others have the keys of versions that knew no float32."""
+    return ("data.cache_dtype=float32",) if frames.exact else ()
+
+
 def latent_key(frames: Frames, backbone: Encoder) -> str:
     """Return the hash of everything that decides the latents."""
     dataset = frames.dataset
-    digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread))
+    digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread), *exact_key(frames))
     ids = dataset.column("group_id")
     for i, size in zip(frames.groups, frames.sizes, strict=True):
         digest.update(f"{ids[i]}\0{size}\0".encode())
     wanted = {ids[i]: set(dataset.members(ids[i])) for i in frames.groups}
     # The order of the images is that of the files and so is fixed. Stored latents count too, since they may be used.
     for path in dataset.shards:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path, IMAGES_MEND)
         stored = [name for name in ("latent", "provenance") if "latent" in file.schema_arrow.names]
-        for table in file.iter_batches(batch_size=64, columns=["group_id", "index", "image", *stored]):
+        for table in read_batches(path, 64, ["group_id", "index", "image", *stored], IMAGES_MEND):
             for n in range(table.num_rows):
                 group, index = table["group_id"][n].as_py(), table["index"][n].as_py()
                 if index not in wanted.get(group, ()):
                     continue
-                digest.update(f"{group}\0{index}\0".encode() + _bytes_hash(table["image"][n].as_py()["bytes"]))
+                digest.update(f"{group}\0{index}\0".encode() + _bytes_hash(bytes_of(table["image"][n].as_py())))
                 for name in stored:
                     value = table[name][n].as_py() or b""
                     digest.update(_bytes_hash(value.encode() if isinstance(value, str) else value))
     return digest.hexdigest()
-
-
-def _make(final: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder that appears under its name only when it is complete; one process makes it."""
-
-    def make() -> None:
-        part = final.with_name(f"{final.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        part.mkdir(parents=True)
-        try:
-            write(part)
-            part.rename(final)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-    complete_all([Task(final.name, (final / "index.json").is_file, make)], final.parent / ".locks")
 
 
 def _hash(*parts: str) -> hashlib.blake2b:

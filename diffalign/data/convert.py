@@ -1,13 +1,15 @@
 """Find the reader for other people's data, and import your own pairs."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from diffalign.data.containers import ARCHIVES, TABLES, TARS, containers_below, kind_of, unpacked
 from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
-from diffalign.data.read_groups import metadata_files, read_hpdv2, read_imagefolder
+from diffalign.data.read_groups import LABELS, metadata_files, read_hpdv2, read_imagefolder
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
     read_hpdv3,
@@ -16,12 +18,14 @@ from diffalign.data.read_pairs import (
     read_two_folders,
     read_w_l,
 )
-from diffalign.data.read_tables import is_table_of_pairs, read_table
-from diffalign.data.tables import column_for, json_rows, table_kind
+from diffalign.data.read_tables import csv_files, is_table_of_pairs, read_table
+from diffalign.data.tables import column_for, json_files, json_rows, table_kind, table_schema
+from diffalign.data.webdataset import is_export
 from diffalign.errors import DiffalignError
-from diffalign.files.paths import inside, own_files
+from diffalign.files.paths import inside
 
-READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
+Rows = Iterator[ImportedGroup | SkippedRow]
+READERS: dict[str, Callable[[Path], Rows]] = {
     "pickapic": read_pickapic,
     "hpdv2": read_hpdv2,
     "hpdv3": read_hpdv3,
@@ -33,18 +37,56 @@ READERS: dict[str, Callable[[Path], Iterator[ImportedGroup | SkippedRow]]] = {
 }
 
 
-def open_rows(sources: list[Path], form: str | None) -> tuple[str, Iterator[ImportedGroup | SkippedRow]]:
-    """Return the format (guessed if `form` is None) and the rows of one source, or of two folders (winners, losers)."""
+def open_rows(sources: list[Path], form: str | None) -> tuple[str, Rows]:
+    """Return the format (guessed if `form` is None) and the rows of one source, or of two folders (winners, losers).
+
+    A zip or tar file is read as the folder that it holds.
+    """
     if len(sources) == 2 and form in (None, "two_folders"):
         return "two_folders", read_two_folders(*sources)
     if len(sources) != 1:
         raise DiffalignError(f"data convert: {len(sources)} sources; give one, or two folders (winners, then losers)")
     if not sources[0].exists():
         raise DiffalignError(f"{sources[0]}: no such file or folder")
+    if form is not None and form not in READERS:
+        raise DiffalignError(f"--format {form}: unknown; there are {', '.join([*READERS, 'two_folders'])}")
+    if _holds_folder(sources[0]):
+        return _rows_in_archive(sources[0], form)
     name = form or guess_form(sources[0])
-    if name not in READERS:
-        raise DiffalignError(f"--format {name}: unknown; there are {', '.join([*READERS, 'two_folders'])}")
     return name, READERS[name](sources[0])
+
+
+def _holds_folder(path: Path) -> bool:
+    """Return whether a path is an archive of files, not a tar of our webdataset export, which is read as it is."""
+    return kind_of(path) in ARCHIVES and path.is_file() and not (kind_of(path) in TARS and is_export(path))
+
+
+def _rows_in_archive(path: Path, form: str | None) -> tuple[str, Rows]:
+    """Return format and rows of an archive's files. They lie in a temporary folder until the last row was read."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(unpacked(path))
+        with _named(folder, path):
+            name = form or guess_form(folder)
+        return name, _renamed(READERS[name](folder), folder, path, stack.pop_all())
+
+
+def _renamed(rows: Rows, folder: Path, path: Path, stack: ExitStack) -> Rows:
+    """Yield rows with the archive's name in place of the temporary folder's."""
+    with stack, _named(folder, path):
+        for row in rows:
+            where = row.where.replace(str(folder), str(path))
+            if isinstance(row, SkippedRow):
+                yield SkippedRow(where, row.reason.replace(str(folder), str(path)), row.fault)
+            else:
+                yield replace(row, where=where)
+
+
+@contextmanager
+def _named(folder: Path, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiffalignError as error:
+        raise DiffalignError(str(error).replace(str(folder), str(path))) from error
 
 
 def import_pairs(sources: list[Path], out: Path, splits: dict[str, float] | None = None) -> Report:
@@ -56,7 +98,12 @@ def import_pairs(sources: list[Path], out: Path, splits: dict[str, float] | None
         raise DiffalignError(f"pairs: {len(sources)} sources; give one csv, or two folders (winners, then losers)")
     if len(sources) == 1 and sources[0].is_dir():
         raise DiffalignError(f"pairs: {sources[0]} is one folder; give two (winners, then losers) or a csv")
-    rows = read_two_folders(*sources) if len(sources) == 2 else read_table(sources[0])
+    if len(sources) == 2:
+        rows: Rows = read_two_folders(*sources)
+    elif _holds_folder(sources[0]):
+        rows = _rows_in_archive(sources[0], None)[1]
+    else:
+        rows = read_table(sources[0])
     return write_imported(rows, out, strict=True, splits=splits)
 
 
@@ -70,20 +117,20 @@ def guess_form(path: Path) -> str:
         if any(file.is_file() for file in metadata_files(path)):
             return "imagefolder"
         named = [inside(path, f"{split}.json") for split in ("train", "test") if (path / f"{split}.json").is_file()]
-        for file in named or own_files(path, "*.json", "*.jsonl"):
+        for file in named or json_files(path):
             return _json_form(file)
-        parquet = next(iter(own_files(path, "**/*.parquet")), None)
-        if parquet is not None:
-            return _parquet_form(parquet)
-        if next(path.rglob("*.tar"), None) is not None:
+        found = containers_below(path)
+        if table := next((file for file in found if kind_of(file) in TABLES), None):
+            return _form_of_columns(table)
+        if any(kind_of(file) in TARS for file in found) or csv_files(path):
             return "table"
     elif table_kind(path) in (".csv", ".tsv"):
         return "csv"
-    elif path.suffix == ".tar":
+    elif kind_of(path) in TARS:
         return "table"
-    elif path.suffix == ".parquet":
-        return _parquet_form(path)
-    elif path.suffix in (".json", ".jsonl"):
+    elif kind_of(path) in TABLES:
+        return _form_of_columns(path)
+    elif table_kind(path) in (".json", ".jsonl"):
         return "imagefolder" if path.stem == "metadata" else _json_form(path)
     raise DiffalignError(f"{path}: not in a known format; name it with --format: {', '.join(READERS)}")
 
@@ -103,15 +150,17 @@ def _json_form(path: Path) -> str:
     raise DiffalignError(f"{path}: holds no row")
 
 
-def _parquet_form(path: Path) -> str:
-    try:
-        names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
-    if "jpg_0" in names:
+def _form_of_columns(path: Path) -> str:
+    """Return the format of a parquet or arrow file."""
+    schema = table_schema(path)
+    # A column of lists stands for a row with a list in it.
+    row: dict[str, object] = {f.name: [] if pa.types.is_list(f.type) else None for f in schema}
+    if "jpg_0" in row:
         return "pickapic"
     if path.stem == "metadata":
         return "imagefolder"
-    if is_table_of_pairs(names):
+    if is_table_of_pairs(row):
         return "table"
-    raise DiffalignError(f"{path}: columns {', '.join(names[:8])} fit no known format; pickapic has jpg_0")
+    if column_for("image", row) and column_for("prompt", row) and any(label in row for label in LABELS):
+        return "imagefolder"
+    raise DiffalignError(f"{path}: columns {', '.join(list(row)[:8])} fit no known format; pickapic has jpg_0")

@@ -1,6 +1,5 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,17 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
+from diffalign.data.absent_labels import has_absent_labels, without_absent_labels
 from diffalign.data.image_index import ImageIndex, row_numbers
+from diffalign.data.own_parquet import GROUPS_MEND, IMAGES_MEND, SCORES_MEND, open_parquet, read_batches, read_columns
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json
+from diffalign.files import read_json, reading
 from diffalign.files.images import Unreadable, decode
+from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
 
 RANKING_FILE = "ranking.json"
+NEEDED = ("group_id", "prompt_id", "prompt", "preference", "split")
 IMAGE_COLUMNS = ["group_id", "index", "image", "generator", "seed"]
 
 
@@ -57,8 +59,19 @@ class PreferenceDataset:
     # --- groups --------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _stored(self) -> pa.Table:
+        path = self.folder / GROUPS_FILE
+        table = read_columns(path, None, GROUPS_MEND)
+        with reading(path, mend=GROUPS_MEND):
+            for name in NEEDED:
+                table[name]
+        return table
+
+    @cached_property
     def _table(self) -> pa.Table:
-        return pq.read_table(self.folder / GROUPS_FILE, memory_map=True)
+        return (
+            without_absent_labels(self._stored, self.image_index) if has_absent_labels(self._stored) else self._stored
+        )
 
     def __len__(self) -> int:
         """Return the number of groups."""
@@ -73,7 +86,9 @@ class PreferenceDataset:
             "prompt": stored["prompt"],
             "preference": stored.get("preference"),
             "split": stored["split"],
-            "metadata": json.loads(stored.get("metadata") or "{}"),
+            "metadata": self._json(
+                stored.get("metadata"), self.folder / GROUPS_FILE, f"metadata of group {stored['group_id']!r}"
+            ),
             "members": stored.get("members"),  # older files lack this and the next
             "dropped": stored.get("dropped"),
             "human": self.human[i],
@@ -98,11 +113,19 @@ class PreferenceDataset:
         if HUMAN in self._table.column_names:
             return self.column(HUMAN)
         made_here = (self.folder / "sampling.json").is_file() or self.ranking() is not None
-        return [None if made_here else preference or None for preference in self.column("preference")]
+        stored = (
+            self._stored["preference"].to_pylist() if "preference" in self._stored.column_names else [None] * len(self)
+        )
+        return [None if made_here else preference or None for preference in stored]
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""
-        found: dict[str, Any] | None = read_json(self.folder / RANKING_FILE)
+        path = self.folder / RANKING_FILE
+        mend = "delete it, and `diffalign rank` writes it again"
+        found: dict[str, Any] | None = read_json(path, mend, "settings", "report")
+        if found is not None:
+            with reading(path, mend=mend):
+                found["settings"]["sources"], found["report"]["dropped"]
         return found
 
     def split(self, name: str) -> list[int]:
@@ -121,7 +144,7 @@ class PreferenceDataset:
     @cached_property
     def image_index(self) -> ImageIndex:
         """Where each image is stored."""
-        return ImageIndex(self.shards, self._table["group_id"])
+        return ImageIndex(self.shards, self._stored["group_id"])
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -161,14 +184,14 @@ class PreferenceDataset:
 
     def iter_shard(self, shard: int, batch: int = 64) -> Iterator[list[ImageRow]]:
         """Yield the images of one file in lists of `batch`."""
-        for table in pq.ParquetFile(self.shards[shard]).iter_batches(batch_size=batch, columns=IMAGE_COLUMNS):
+        for table in read_batches(self.shards[shard], batch, IMAGE_COLUMNS, IMAGES_MEND):
             yield [_image_row(table, i) for i in range(table.num_rows)]
 
     def generators(self) -> dict[tuple[str, int], str]:
         """Return (group id, index) -> the generator of the image, without reading the images."""
         found: dict[tuple[str, int], str] = {}
         for path in self.shards:
-            table = pq.read_table(path, columns=["group_id", "index", "generator"])
+            table = read_columns(path, ["group_id", "index", "generator"], IMAGES_MEND)
             keys = zip(table["group_id"].to_pylist(), table["index"].to_pylist(), strict=True)
             found |= dict(zip(keys, table["generator"].to_pylist(), strict=True))
         return found
@@ -176,9 +199,9 @@ class PreferenceDataset:
     def provenance(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (group id, provenance) of every image, without reading the images."""
         for path in self.shards:
-            table = pq.read_table(path, columns=["group_id", "provenance"])
+            table = read_columns(path, ["group_id", "provenance"], IMAGES_MEND)
             for group, text in zip(table["group_id"].to_pylist(), table["provenance"].to_pylist(), strict=True):
-                yield group, json.loads(text or "{}")
+                yield group, self._json(text, path, f"provenance of an image of group {group!r}")
 
     # --- scores --------------------------------------------------------------------------------------------------------
 
@@ -223,21 +246,24 @@ class PreferenceDataset:
                 )
             if given:
                 values[start:end] = given
-        return values
+        return np.where(np.isfinite(values), values, np.nan)
 
     def image_column(self, name: str) -> np.ndarray:
         """Return a column of the image files other than `image`, such as `generator`, in the order of `image_index`."""
-        parts = [pq.read_table(path, columns=[name])[name].to_pylist() for path in self.shards]
+        parts = [read_columns(path, [name], IMAGES_MEND)[name].to_pylist() for path in self.shards]
         return np.array([value for part in parts for value in part], dtype=object)[self.image_index.positions]
 
     def score_columns(self, reward: str) -> list[str]:
         """Return the names of a reward's columns, the score first."""
-        return [n for n in pq.read_schema(self._score_file(reward)).names if n not in ("group_id", "index", "reason")]
+        return [n for n in self._score_schema(reward).names if n not in ("group_id", "index", "reason")]
 
     def scored_by(self, reward: str) -> dict[str, Any]:
         """Return what is stored about the reward that made these scores: version, weights, licence, settings."""
-        known = (pq.read_schema(self._score_file(reward)).metadata or {}).get(b"diffalign")
-        return dict(json.loads(known)) if known else {}
+        known = (self._score_schema(reward).metadata or {}).get(b"diffalign")
+        return self._json(known, self._score_file(reward), f"note of the reward {reward}")
+
+    def _score_schema(self, reward: str) -> pa.Schema:
+        return open_parquet(self._score_file(reward), SCORES_MEND).schema_arrow
 
     def _score_file(self, reward: str) -> Path:
         path = self.folder / "scores" / f"{reward}.parquet"
@@ -250,8 +276,21 @@ class PreferenceDataset:
         path, names = self._score_file(reward), self.score_columns(reward)
         if column is not None and column not in names:
             raise DiffalignError(f"labels.source: {path} has no column {column!r}; it has {', '.join(names)}")
-        name = column or names[0]
-        return pq.read_table(path, columns=["group_id", "index", name]), name
+        with reading(path, mend=SCORES_MEND):
+            name = column or names[0]
+            table = read_columns(path, ["group_id", "index", name], SCORES_MEND)
+            table = table.set_column(2, name, table[name].cast("float64"))
+        return table, name
+
+    def _json(self, text: str | bytes | None, path: Path, what: str) -> dict[str, Any]:
+        """Return the object of a cell of JSON. Raises DiffalignError, which names `what`, if it holds none."""
+        try:
+            found = parse_json(text or "{}")
+        except ValueError as error:
+            raise DiffalignError(f"{path}: {what} is not JSON ({error}); make the dataset again") from error
+        if not isinstance(found, dict):
+            raise DiffalignError(f"{path}: {what} is no object; make the dataset again")
+        return found
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 
@@ -282,4 +321,9 @@ class PreferenceDataset:
 
 def _image_row(table: pa.Table | pa.RecordBatch, row: int) -> ImageRow:
     values = {name: table[name][row].as_py() for name in IMAGE_COLUMNS}
-    return ImageRow(values["group_id"], values["index"], values["image"]["bytes"], values["generator"], values["seed"])
+    return ImageRow(values["group_id"], values["index"], bytes_of(values["image"]), values["generator"], values["seed"])
+
+
+def bytes_of(image: dict[str, bytes | None] | None) -> bytes:
+    """Return the bytes of a cell of the column `image`; none for an empty cell, which then cannot be decoded."""
+    return (image or {}).get("bytes") or b""

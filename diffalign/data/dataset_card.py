@@ -7,11 +7,13 @@ from typing import Any
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.schema import HUMAN
-from diffalign.files import write_whole
+from diffalign.files import read_json, write_whole
 from diffalign.files.paths import own_files
+from diffalign.redaction import without_folders
 from diffalign.rewards import takes
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+GENERATOR_MEND = "delete it, and `diffalign synth` with the same config writes it again"
 FORM_WORDS = {
     "rows": "One row a prompt: `images`, `preference` (share of won comparisons, higher is better), `scores`, `generators` and "
     "`seeds` are lists of equal length.",
@@ -61,7 +63,7 @@ def write_own_card(dataset: PreferenceDataset) -> None:
 def _generators(dataset: PreferenceDataset) -> dict[str, dict[str, Any]]:
     """Return name -> settings of the generators that drew the images; {} for imported data."""
     files = own_files(dataset.folder, "generators/*.json")
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {path.stem: read_json(path, GENERATOR_MEND, "licence") for path in files}
 
 
 def _front_matter(
@@ -138,7 +140,8 @@ def _weights(name: str, reward: dict[str, Any]) -> str:
 
 
 def _settings(reward: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in sorted(reward.get("settings", {}).items())) or "-"
+    settings = without_folders(reward.get("settings", {}))
+    return ", ".join(f"{key}={value}" for key, value in sorted(settings.items())) or "-"
 
 
 def _table(names: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
@@ -148,7 +151,7 @@ def _table(names: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[s
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return without_folders(str(value)).replace("|", "\\|").replace("\n", " ")
 
 
 def _yaml(text: str) -> str:

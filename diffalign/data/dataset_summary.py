@@ -1,7 +1,8 @@
 """Describe a dataset in numbers: sizes, ties, scores, and how far its rewards agree."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def pair_agreement(dataset: PreferenceDataset, a: np.ndarray, b: np.ndarray) -> 
     """Compare how two scores order the pairs within groups. a, b: [images], in the order of the image index.
 
     agree: share of the pairs that both order, of which they order alike. tau: Kendall's tau-b over all pairs with both
-    scores. tied: share of pairs that at least one score ties. NaN where there is no pair.
+    scores. tied: share of pairs that at least one score ties. NaN where there is no pair. pairs: those with both scores;
+    by_a, by_b: how many of them each score orders.
     """
     same = other = tied_a = tied_b = both = 0
     for place in by_size(dataset):
@@ -47,7 +49,25 @@ def pair_agreement(dataset: PreferenceDataset, a: np.ndarray, b: np.ndarray) -> 
         "agree": same / strict if strict else float("nan"),
         "tau": (same - other) / scale if scale else float("nan"),
         "tied": 1 - strict / total if total else float("nan"),
+        "pairs": total,
+        "by_a": strict + tied_b,
+        "by_b": strict + tied_a,
     }
+
+
+def agreement_words(found: Mapping[str, float], a: str, b: str) -> str:
+    """Return in words what `pair_agreement` found for the scores a and b, or why they cannot be compared."""
+    if not found["pairs"]:
+        return "not comparable: no two images of a prompt have both scores"
+    silent = [name for name, ordered in ((a, found["by_a"]), (b, found["by_b"])) if not ordered]
+    if silent:
+        ties = f"{' and '.join(silent)} {'ties' if len(silent) == 1 else 'tie'}"
+        return f"not comparable: {ties} every pair that has both scores ({found['pairs']:.0f})"
+    if math.isnan(found["agree"]):
+        return (
+            f"not comparable: each ties the pairs that the other orders ({found['by_a']:.0f} and {found['by_b']:.0f})"
+        )
+    return f"agree on {found['agree']:.0%} of pairs, tau {found['tau']:+.2f}"
 
 
 def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
@@ -57,6 +77,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
     sizes = np.diff(dataset.image_index.starts)
     preferred = [row["preference"] or [] for row in rows]
     ranked = [p for p in preferred if p]
+    unlabelled = sum(value is None or not math.isfinite(value) for given in dataset.human for value in given or [])
     generators = (
         Counter(str(name) for name in dataset.image_column("generator")) if len(dataset.image_index) else Counter()
     )
@@ -64,13 +85,14 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
         "groups": len(rows),
         "images": len(dataset.image_index),
         "images per group": _counted(Counter(int(n) for n in sizes)),
-        "prompts": f"{len(set(prompts))} different, {np.mean([len(p) for p in prompts]):.0f} characters on average",
+        "prompts": f"{len(set(prompts))} different, {np.mean([len(p) for p in prompts] or [0]):.0f} characters on average",
         "splits": _counted(Counter(row["split"] for row in rows)),
         "generators": _counted(generators),
         "sizes": _counted(picture_sizes(dataset)),
         "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
         **_labelled_by(dataset),
+        **({"without a label": f"{unlabelled} images"} if unlabelled else {}),
         "tied pairs": f"{tied_pairs(ranked):.1%}",
         "dropped": _counted(Counter(row["dropped"] for row in rows if row["dropped"])) or "none",
     }
@@ -84,8 +106,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
             known = values[np.isfinite(values)]
             missing = len(values) - len(known)
             facts[f"{reward}.{column}"] = (
-                f"mean {known.mean():.4g}, std {known.std():.4g}, {known.min():.4g} to {known.max():.4g}"
-                + (f", {missing} not scored" if missing else "")
+                _spread_words(known) + (f", {missing} not scored" if missing else "")
                 if len(known)
                 else "nothing scored"
             )
@@ -96,8 +117,15 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             found = pair_agreement(dataset, arrays[a], arrays[b])
-            facts[f"{a} and {b}"] = f"agree on {found['agree']:.0%} of pairs, tau {found['tau']:+.2f}"
+            facts[f"{a} and {b}"] = agreement_words(found, a, b)
     return facts
+
+
+def _spread_words(known: np.ndarray) -> str:
+    """Return mean, standard deviation and range of scores in words, or that they are all equal."""
+    if known.min() == known.max():
+        return f"{known[0]:.4g} for every image that has a score"
+    return f"mean {known.mean():.4g}, std {known.std():.4g}, {known.min():.4g} to {known.max():.4g}"
 
 
 def _labelled_by(dataset: PreferenceDataset) -> dict[str, str]:

@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.image_index import row_numbers
+from diffalign.data.own_parquet import read_columns
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 
@@ -40,7 +40,7 @@ def image_hashes(dataset: PreferenceDataset) -> np.ndarray:
                         value = hash_of_nothing(row.group_id, row.index)
                     table.append({"group_id": row.group_id, "index": row.index, "hash": value})
                 writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
-    table = pq.read_table(path)
+    table = read_columns(path, _SCHEMA.names, "delete it, and the same command makes it again")
     ids = pa.array(dataset.column("group_id"))
     at = dataset.image_index.find(row_numbers(pc.index_in(table["group_id"], value_set=ids)), table["index"].to_numpy())
     found = np.zeros(len(dataset.image_index), dtype=np.uint64)

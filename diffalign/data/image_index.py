@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from diffalign.data.own_parquet import IMAGES_MEND, open_parquet, read_columns, read_row_group
 from diffalign.errors import DiffalignError
 
 INDEX_BITS = 20  # a group has fewer than a million images
@@ -24,8 +25,8 @@ class ImageIndex:
         self.shards = shards
         groups, indices, rows_of = [], [], []
         for path in shards:
-            file = _open(path)
-            keys = file.read(columns=["group_id", "index"])
+            file = open_parquet(path, IMAGES_MEND)
+            keys = read_columns(path, ["group_id", "index"], IMAGES_MEND)
             groups += keys["group_id"].chunks
             indices.append(keys["index"].to_numpy())
             rows_of.append([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
@@ -80,8 +81,13 @@ class ImageIndex:
         shard, row_group = self._row_groups[at]
         if self._last[0] != (at, columns):
             self._last = (None, None)  # freed before the next one is read
-            self._last = ((at, columns), self._file(shard).read_row_group(row_group, columns=columns))
+            path, file = self.shards[shard], self._file(shard)
+            self._last = ((at, columns), read_row_group(path, file, row_group, columns, IMAGES_MEND))
         return self._last[1], row
+
+    def path(self, place: int) -> Path:
+        """Return the file that holds an image."""
+        return self.shards[self._row_groups[self._row(place)[0]][0]]
 
     def names(self, place: int) -> list[str]:
         """Return the columns of the file that holds an image."""
@@ -96,18 +102,11 @@ class ImageIndex:
 
     def _file(self, shard: int) -> pq.ParquetFile:
         if shard not in self._open:
-            self._open[shard] = _open(self.shards[shard])
+            self._open[shard] = open_parquet(self.shards[shard], IMAGES_MEND)
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path} is not a complete parquet file ({error}); delete it and make it again") from error
 
 
 def row_numbers(indices: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from diffalign.data.absent_labels import FEWER_THAN_TWO
 from diffalign.data.choose_members import split_of
+from diffalign.data.containers import Origin
 from diffalign.data.prompts import PromptRow
 from diffalign.data.schema import GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
@@ -19,14 +21,18 @@ from diffalign.files.paths import NOT_PLAIN, is_plain_name
 IMAGES_PER_FILE = 4096
 
 
+ImportedImage = bytes | Path | Origin
+LabelKind = Literal["preference", "rank", "score"]
+
+
 @dataclass(frozen=True)
 class ImportedGroup:
-    """A group as it stands in somebody's files. images: encoded bytes, or files that are read when the group is
+    """A group as it stands in somebody's files. images: encoded bytes, or where they are; they are read when the group is
     written. preference: a value an image, NaN for one without a label, or () where nobody gave any.
     """
 
     prompt: str
-    images: tuple[bytes | Path, ...]
+    images: tuple[ImportedImage, ...]
     preference: tuple[float, ...]
     where: str
     generators: tuple[str, ...] = ()
@@ -45,9 +51,10 @@ class SkippedRow:
 
 @dataclass
 class Report:
-    """What became of the rows."""
+    """What became of the rows. unlabelled: images that were kept without a label beside others with one."""
 
     groups: int = 0
+    unlabelled: int = 0
     splits: Counter[str] = field(default_factory=Counter)
     images: int = 0
     counted: Counter[str] = field(default_factory=Counter)
@@ -92,6 +99,7 @@ def write_imported(
                 kept = replace(kept, split=split_of(kept.prompt, splits, 0))
             groups.append(_write(writer, kept, len(groups)))
             report.splits[kept.split] += 1
+            report.unlabelled += sum(not isfinite(value) for value in kept.preference)
             in_file += len(kept.images)
             report.images += len(kept.images)
     except BaseException as error:
@@ -116,6 +124,20 @@ def vote_shares_of_ranks(ranks: list[float]) -> tuple[float, ...]:
     return tuple(sum(other > rank for other in ranks) / others if isfinite(rank) else nan for rank in ranks)
 
 
+def preference_of(labels: Sequence[object], kind: LabelKind) -> tuple[float, ...]:
+    """Return the preference of a group's images from their labels as somebody wrote them.
+
+    kind: `preference` is kept as it is, `rank` (1 is the best) and `score` (higher is better) become vote shares. A label
+    that is missing, no number, NaN or infinite is absent: NaN. Raises DiffalignError for a preference outside [0, 1].
+    """
+    numbers = [nan if (number := finite_number(label)) is None else number for label in labels]
+    if kind != "preference":
+        return vote_shares_of_ranks(numbers if kind == "rank" else [-number for number in numbers])
+    if not all(0 <= number <= 1 for number in numbers if isfinite(number)):
+        raise DiffalignError(f"preference out of range: {[n for n in numbers if isfinite(n)]}; it lies in [0, 1]")
+    return tuple(numbers)
+
+
 def finite_number(value: object) -> float | None:
     """Return a finite number, also from text such as "8,5"; None for anything else."""
     try:
@@ -129,14 +151,14 @@ def finite_number(value: object) -> float | None:
 def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     """Return the row with its files read and checked, or why it is skipped."""
     if row.preference and sum(map(isfinite, row.preference)) < 2:
-        return SkippedRow(row.where, "fewer than two images have a label", fault=False)
+        return SkippedRow(row.where, FEWER_THAN_TWO, fault=False)
     if not is_plain_name(row.split):
         return SkippedRow(row.where, f"split {row.split!r} {NOT_PLAIN}")
     loaded = []
     for n, image in enumerate(row.images):
         name = image.name if isinstance(image, Path) else f"image {n}"
         try:
-            data = read_file(image) if isinstance(image, Path) else image
+            data = read_file(image) if isinstance(image, Path) else image if isinstance(image, bytes) else image.read()
         except Unreadable as error:
             return SkippedRow(row.where, f"{name}: {error}")
         try:

@@ -1,8 +1,9 @@
 """Latents of groups: encoded once into memory-mapped files, or at every step by a VAE that stays in memory.
 
-    latents-<key>/<width>x<height>.npy          [groups of this size, K, C, h, w] float16: the posterior's mean
-    latents-<key>/<width>x<height>-spread.npy   the same shape: its standard deviation (latent_sampling: posterior)
-    latents-<key>/index.json
+    latents-<key>/00000.safetensors   records (records.py), one a group:
+        mean     [k, C, h, w] float16 (or float32, data.cache_dtype), the posterior's mean of the group's k images
+        spread   the same shape: its standard deviation (latent_sampling: posterior)
+    latents-<key>/index.json          the size of each group's images, K
 
 Where `diffalign synth` stored a model's own latents with the images, these are used: encoding the image again would add
 an error as large as the differences that training looks at. That requires the same VAE, an image of the wanted size,
@@ -12,17 +13,20 @@ and a latent for every image of the group; a group half drawn and half encoded w
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from diffalign.data.buckets import Size, fit, header_size, to_pixels
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.earlier_cache import EarlierLatents
+from diffalign.data.own_parquet import IMAGES_MEND, open_parquet
 from diffalign.data.protocols import ImageEncoder
+from diffalign.data.records import INDEX, MEND, Reader, Record, Records, finished_index, make_records, share
 from diffalign.errors import DiffalignError
-from diffalign.files import check_space
+from diffalign.files import reading
 from diffalign.progress import Say
 
 BATCH = 8
@@ -33,13 +37,22 @@ STORED = ["latent", "latent_shape", "provenance"]
 
 @dataclass(frozen=True)
 class Frames:
-    """The groups to encode, at most `members` images and one size each, and whether the posterior's spread is wanted."""
+    """The groups to encode, at most `members` images and one size each, and whether the posterior's spread is wanted.
+
+    exact: latents stay float32.
+    """
 
     dataset: PreferenceDataset
     groups: list[int]
     members: int
     sizes: list[Size]
     spread: bool = False
+    exact: bool = False
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """The number type of the latents."""
+        return np.float32 if self.exact else np.float16
 
     def rows_of(self) -> dict[Size, list[int]]:
         """Return size -> rows, both in their order."""
@@ -47,7 +60,7 @@ class Frames:
 
 
 class Encoder:
-    """Turns a group's images into float16 latents, for cached and uncached latents alike."""
+    """Turns a group's images into latents of `frames.dtype`, for cached and uncached latents alike."""
 
     def __init__(self, frames: Frames, backbone: ImageEncoder) -> None:
         self.frames, self.backbone = frames, backbone
@@ -56,7 +69,7 @@ class Encoder:
         self.taken = self.encoded = 0
 
     def group(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return means [k, C, h, w] of the group's k images and, if wanted, their spread; float16."""
+        """Return means [k, C, h, w] of the group's k images and, if wanted, their spread."""
         stored = self._stored(row)
         if stored is not None:
             self.taken += len(stored)
@@ -69,11 +82,19 @@ class Encoder:
             pixels = to_pixels(pictures[start : start + BATCH])
             if self.frames.spread:
                 mean, spread = self.backbone.encode_posterior(pixels)
-                spreads.append(_half(spread))
+                spreads.append(self._rounded(spread))
             else:
                 mean = self.backbone.encode_images(pixels)
-            means.append(_half(mean))
+            means.append(self._rounded(mean))
         return np.concatenate(means), np.concatenate(spreads) if spreads else None
+
+    def _rounded(self, values: Tensor) -> np.ndarray:
+        """Return the values in `frames.dtype`. Raises DiffalignError where they would overflow."""
+        array = values.float().cpu().numpy()
+        largest = np.abs(array).max(initial=0.0)
+        if largest > np.finfo(self.frames.dtype).max:
+            raise DiffalignError(f"latents overflow float16 (largest {largest:.3g}); the VAE may be broken")
+        return array.astype(self.frames.dtype)
 
     def said(self) -> str:
         """Return where the latents came from, as the end of a message; "" if none were stored with the images."""
@@ -96,12 +117,12 @@ class Encoder:
             if latent is None:
                 return None
             found.append(latent)
-        return np.stack(found)
+        return np.stack(found).astype(self.frames.dtype)
 
 
 def has_latents(dataset: PreferenceDataset) -> bool:
     """Return whether any file of images holds latents."""
-    return any("latent" in pq.read_schema(path).names for path in dataset.shards)
+    return any("latent" in open_parquet(path, IMAGES_MEND).schema_arrow.names for path in dataset.shards)
 
 
 def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) -> np.ndarray | None:
@@ -110,11 +131,12 @@ def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) 
         return None
     table, row = dataset.image_index.read(place, [*STORED, "image"])
     stored = {name: table[name][row].as_py() for name in STORED}
-    if stored["latent"] is None or json.loads(stored["provenance"] or "{}").get("vae") != vae:
-        return None
-    if header_size(table["image"][row].as_py()["bytes"], "", place) != size:
-        return None
-    return np.frombuffer(stored["latent"], np.float16).reshape(stored["latent_shape"])
+    with reading(dataset.image_index.path(place), mend=IMAGES_MEND):
+        if stored["latent"] is None or json.loads(stored["provenance"] or "{}").get("vae") != vae:
+            return None
+        if header_size(table["image"][row].as_py()["bytes"], "", place) != size:
+            return None
+        return np.frombuffer(stored["latent"], np.float16).reshape(stored["latent_shape"])
 
 
 class LiveLatents:
@@ -126,7 +148,7 @@ class LiveLatents:
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         """Return mean and spread of B groups of one size, each [B, K, C, h, w] float32; zeros for missing images."""
         found = [self._encoder.group(row) for row in rows]
-        mean = np.zeros((len(rows), self.frames.members, *found[0][0].shape[1:]), np.float16)
+        mean = np.zeros((len(rows), self.frames.members, *found[0][0].shape[1:]), self.frames.dtype)
         spread = np.zeros_like(mean)
         for n, (means, spreads) in enumerate(found):
             mean[n, : len(means)] = means
@@ -139,78 +161,66 @@ class LatentStore:
     """The cached latents of groups, memory-mapped; `batch` as in `LiveLatents`."""
 
     def __init__(self, folder: Path) -> None:
+        """Open a finished cache. Raises DiffalignError where it is not finished or damaged."""
         self.folder = folder
-        index = json.loads((folder / "index.json").read_text())
-        self.sizes: list[Size] = [(width, height) for width, height in index["sizes"]]
-        names = {size: _name(size) for size in sorted(set(self.sizes))}
-        self.mean = {size: _open(folder / f"{name}.npy") for size, name in names.items()}
-        self.spread = (
-            {size: _open(folder / f"{name}-spread.npy") for size, name in names.items()} if index["spread"] else {}
-        )
-        counts: dict[Size, int] = {}
-        self._at: list[int] = []
-        for size in self.sizes:
-            self._at.append(counts.get(size, 0))
-            counts[size] = self._at[-1] + 1
+        index = finished_index(folder)
+        with reading(folder / INDEX, mend=MEND):
+            self.sizes: list[Size] = [(width, height) for width, height in index["sizes"]]
+            self._members = index.get("members")
+            self._reader: Reader = Records(folder, index) if "files" in index else EarlierLatents(folder, index)
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Return mean and spread of B groups of one size, each [B, K, C, h, w] float32."""
-        size, at = self.sizes[rows[0]], [self._at[row] for row in rows]
-        if any(self.sizes[row] != size for row in rows):
+        """Return mean and spread of B groups of one size, each [B, K, C, h, w] float32; zeros for missing images."""
+        if len({self.sizes[row] for row in rows}) > 1:
             raise ValueError(f"groups of different sizes in one batch: {[self.sizes[row] for row in rows]}")
-        return _wide(self.mean[size][at]), _wide(self.spread[size][at]) if self.spread else None
+        records = [self._reader.read(row) for row in rows]
+        mean, spread = (self._padded([r[name] for r in records if name in r]) for name in ("mean", "spread"))
+        assert mean is not None
+        return mean, spread
+
+    def _padded(self, values: list[Tensor]) -> Tensor | None:
+        """Return [B, K, C, h, w] float32 of tensors [k, C, h, w]; None of none."""
+        if not values:
+            return None
+        padded = torch.zeros(len(values), self._members or len(values[0]), *values[0].shape[1:])
+        for n, value in enumerate(values):
+            padded[n, : len(value)] = value.float()
+        return padded
 
     @classmethod
-    def write(cls, folder: Path, frames: Frames, backbone: ImageEncoder, say: Say) -> None:
-        """Encode all groups into `folder`."""
-        encoder = Encoder(frames, backbone)
-        done = 0
-        for size, rows in frames.rows_of().items():
-            files: list[np.memmap] = []
-            for n, row in enumerate(rows):
-                values = [v for v in encoder.group(row) if v is not None]
-                if not files:  # the latents' shape is known from the first group of this size
-                    shape = (len(rows), frames.members, *values[0].shape[1:])
-                    check_space(folder, 2 * len(values) * int(np.prod(shape)), "the latent cache")
-                    names = [_name(size), f"{_name(size)}-spread"][: len(values)]
-                    files = [_create(folder / f"{name}.npy", shape) for name in names]
-                for file, value in zip(files, values, strict=True):
-                    file[n, : len(value)] = value
-                done += 1
-                if done % 1000 == 0:
-                    say(f"encoded the images of {done}/{len(frames.groups)} groups")
-            for file in files:
-                file.flush()
-        (folder / "index.json").write_text(json.dumps({"sizes": frames.sizes, "spread": frames.spread}))
-        say(f"cached latents of {len(frames.groups)} groups{encoder.said()}")
+    def make(cls, folder: Path, frames: Frames, backbone: ImageEncoder, say: Say) -> None:
+        """Encode all groups into `folder`, together with other processes."""
+        encoder, shown = Encoder(frames, backbone), 0
+
+        def record(row: int) -> Record:
+            means, spreads = encoder.group(row)
+            found = {"mean": means, **({} if spreads is None else {"spread": spreads})}
+            return {name: torch.from_numpy(values) for name, values in found.items()}
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            if done // 1000 > shown:
+                shown = done // 1000
+                say(f"encoded the images of {done}/{total} groups")
+
+        facts = {"sizes": frames.sizes, "members": frames.members}
+        total = len(frames.groups)
+        if mine := make_records(folder, total, record, facts, show):
+            say(f"cached latents of {share(mine, total)} groups{encoder.said()}")
 
 
 def latent_bytes(frames: Frames, backbone: ImageEncoder) -> int:
     """Return the size of the cached latents in bytes, from the model's shapes."""
     side = backbone.vae_scale_factor
     pixels = sum((width // side) * (height // side) for width, height in frames.sizes)
-    return 2 * (2 if frames.spread else 1) * pixels * frames.members * int(backbone.latent_channels)
-
-
-def _name(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _open(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def _create(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    return (
+        np.dtype(frames.dtype).itemsize
+        * (2 if frames.spread else 1)
+        * pixels
+        * frames.members
+        * int(backbone.latent_channels)
+    )
 
 
 def _wide(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
-
-
-def _half(values: Tensor) -> np.ndarray:
-    """Return float16 values. Raises DiffalignError where they would overflow."""
-    array = values.float().cpu().numpy()
-    if np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
-        raise DiffalignError(f"latents overflow float16 (largest {np.abs(array).max():.3g}); the VAE may be broken")
-    return array.astype(np.float16)

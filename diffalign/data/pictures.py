@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_export import suffix
-from diffalign.files import write_whole
+from diffalign.files import make_folder, write_whole
 
 LONGEST_NAME = 60
 
@@ -17,7 +17,7 @@ def write_pictures(dataset: PreferenceDataset, folder: Path) -> int:
     A file is named by the number of its group, its prompt and its index, such as 0003-a-red-circle-1.png. `metadata.jsonl`
     has file_name, prompt and seed, so `diffalign score` finds the prompts.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     digits = max(4, len(str(len(dataset))))
     lines = []
     for number in range(len(dataset)):

@@ -16,7 +16,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.files import write_whole
+from diffalign.files import make_folder, read_json, reading, write_whole
 
 T = TypeVar("T")
 IMAGES_PER_SHARD = 256
@@ -111,10 +111,12 @@ def remember(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings into `out`/sampling.json, or raise DiffalignError if it holds images of other settings."""
     text = json.dumps(settings, indent=1) + "\n"
     path = out / "sampling.json"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     complete_all([Task("plan", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
-    if path.read_text(encoding="utf-8") != text:
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    before, now = read_json(path, "restore it from a copy, or choose another folder"), json.loads(text)
+    if before != now:
+        with reading(path, mend="restore it from a copy, or choose another folder"):
+            before = dict(before)
         key = next((k for k in {**now, **before} if before.get(k) != now.get(k)), "other settings")
         raise DiffalignError(
             f"{out} holds images sampled with {key}={before.get(key)!r}, not {now.get(key)!r}; choose another folder"

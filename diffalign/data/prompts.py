@@ -50,17 +50,23 @@ def read_prompts(path: Path | str, column: str = "prompt", split: str = "train")
 
 
 def hub_prompts(name: str, column: str, split: str) -> list[PromptRow]:
-    """Return the prompts of a hub dataset (or a local folder that `datasets` opens); only `column` is read."""
+    """Return the prompts of a hub dataset (or a local folder that `datasets` opens), with GenEval's facts.
+
+    `column` holds the prompt, as in `read_prompts`; images and other columns are not read.
+    """
     import datasets
 
     try:
         table = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DiffalignError(f"prompts hub:{name}: {str(error).splitlines()[0]}") from error
-    if column not in table.column_names:
-        raise DiffalignError(f"prompts hub:{name}: no column {column!r}; it has {', '.join(table.column_names)}")
-    texts = table.select_columns([column])[column]
-    return [PromptRow(text.strip()) for text in texts if isinstance(text, str) and text.strip()]
+    found = _prompt_column(column, table.column_names, f"hub:{name}")
+    read = table.select_columns([found, *_fact_columns(table.column_names, found)])
+    return [
+        PromptRow(row[found].strip(), geneval_facts(row))
+        for row in read
+        if isinstance(row[found], str) and row[found].strip()
+    ]
 
 
 def unique_prompts(rows: list[PromptRow]) -> list[PromptRow]:
@@ -110,16 +116,20 @@ def _csv(path: Path, column: str) -> list[PromptRow]:
 def _parquet(path: Path, column: str) -> list[PromptRow]:
     try:
         names = pq.read_schema(path).names
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise DiffalignError(f"prompts {path}: not a complete parquet file ({error})") from error
     name = _prompt_column(column, names, str(path))
     rows = []
-    for where, row in parquet_rows(path, [name, *(n for n in (*KEYS, "metadata") if n in names and n != name)]):
+    for where, row in parquet_rows(path, [name, *_fact_columns(names, name)]):
         if isinstance(row, str):
             raise DiffalignError(f"prompts {where}: {row}")
         if isinstance(row[name], str) and row[name].strip():
             rows.append(PromptRow(row[name].strip(), geneval_facts(row)))
     return rows
+
+
+def _fact_columns(names: list[str], prompt: str) -> list[str]:
+    return [name for name in (*KEYS, "metadata") if name in names and name != prompt]
 
 
 def _prompt_column(column: str, names: list[str], where: str) -> str:

@@ -3,7 +3,6 @@
 Generators write what made an image into it: A1111 and its forks, ComfyUI, Fooocus and InvokeAI.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from PIL import Image
 from diffalign.data.tables import column_for, decoded_text
 from diffalign.errors import DiffalignError
 from diffalign.files.images import TEXT_CHUNKS
+from diffalign.files.parse import parse_json
 from diffalign.files.paths import own_file
 
 TEXTS = (".txt", ".caption")
@@ -130,7 +130,7 @@ def prompt_of_texts(texts: dict[str, str]) -> str | None:
     if parameters := texts.get("parameters", "").strip():
         found = _of_json(parameters) if parameters[0] == "{" else _of_parameters(parameters)
     if not found and texts.get("prompt", "").lstrip()[:1] == "{":
-        found = _of_graph(json.loads(texts["prompt"]))
+        found = _of_graph(parse_json(texts["prompt"]))
     if not found and (packed := texts.get("invokeai_metadata")):
         found = _of_json(packed)
     return found or None
@@ -144,7 +144,7 @@ def _of_parameters(text: str) -> str:
 
 def _of_json(text: str) -> str | None:
     """Return the prompt of a JSON object: a side-car of a downloader, Fooocus' or InvokeAI's metadata."""
-    row = json.loads(text)
+    row = parse_json(text)
     if not isinstance(row, dict):
         return None
     name = column_for("prompt", row) or next((n for n in ("positive_prompt", "full_prompt") if n in row), None)

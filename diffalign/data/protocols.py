@@ -21,6 +21,15 @@ CacheMode = Literal["all", "latents", "off"]
 class PromptEncoder(Protocol):
     """The text encoders of a model."""
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens of a prompt that they read."""
+        ...
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many distinct prompts are longer."""
+        ...
+
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return everything that the trunk needs of B prompts, each [B, ...]."""
         ...
@@ -107,6 +116,8 @@ class GroupSettings(Protocol):
     def cache(self) -> CacheMode: ...
     @property
     def cache_dir(self) -> Path | None: ...
+    @property
+    def cache_dtype(self) -> str | None: ...
 
 
 class CombineSettings(Protocol):

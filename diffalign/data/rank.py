@@ -19,6 +19,8 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards.aggregate import vote_shares
 
 GENERATOR_EXPLAINS = 0.5
+NEAR_TIE = "near tie"
+"""Why a group is dropped whose best and worst are closer than `min_gap`."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,16 @@ def rank(
     `human` alone puts back the preferences that people gave, to the last bit; beside rewards it is one more voter.
     `shuffle_seed` permutes each group's shares at random: the control that any honest result must beat. Returns a
     report: groups, how many were dropped for which reason, images that count, `without_score`, the images that are left
-    out because no voter has scored them (with `mean`: because one has not), and `generator_explains`, the share of the
-    preferences' variance that the generators' means alone explain (None with one generator).
+    out because no voter has scored them (with `mean`: because one has not), `gaps`, the least, median and largest
+    difference of best and worst in groups that are not all equal (None if all are), and `generator_explains`, the share
+    of the preferences' variance that the generators' means alone explain (None with one generator).
     """
     rules = rules or Rules()
     if not sources:
         raise DiffalignError(f"{dataset.folder}: no reward to rank by; score it first")
     evidence = _gather(dataset, sources, rules)
     index, rows = dataset.image_index, []
+    gaps: list[float] = []
     without_score = int((~evidence.scored).sum())
     for i in range(len(dataset)):
         row, members, start = dataset.group(i), index.indices(i), int(index.starts[i])
@@ -71,11 +75,12 @@ def rank(
         row["preference"] = [float(s) for s in shares]
         row["members"] = None if len(kept) == len(members) else [int(m) for m in members[kept]]
         row["dropped"] = _dropped(values, len(members), rules.min_gap)
+        gaps += [float(np.ptp(values))] if len(values) else []
         if rules.splits:
             row["split"] = split_of(row["prompt"], rules.splits, rules.seed)
         rows.append(row)
     write_groups(dataset.folder, rows)
-    return {**_report(dataset, rows), "without_score": without_score}
+    return {**_report(dataset, rows), "without_score": without_score, "gaps": _gaps(gaps)}
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,14 @@ def _dropped(values: np.ndarray, members: int, min_gap: float) -> str | None:
         return "fewer than two images left"
     if min_gap > 0:
         if len(values) < 2 or not np.ptp(values) >= min_gap:
-            return "near tie"
+            return NEAR_TIE
     return None
+
+
+def _gaps(gaps: list[float]) -> list[float] | None:
+    """Return the least, median and largest gap of best and worst that is not 0; None if there is none."""
+    real = [gap for gap in gaps if gap > 0]
+    return [min(real), float(np.median(real)), max(real)] if real else None
 
 
 def write_splits(dataset: PreferenceDataset, shares: dict[str, float], seed: int) -> None:

@@ -1,18 +1,31 @@
 """Read data with groups of images: HPDv2, and imagefolder with metadata.jsonl."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from math import isfinite
+from pathlib import Path, PurePath
 from typing import Any
 
-from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
-from diffalign.data.tables import column_for, json_rows, table_rows
+import pyarrow as pa
+
+from diffalign.data.containers import TABLES, RowOrigin, image_rows, kind_of, tables_below
+from diffalign.data.imported import (
+    ImportedGroup,
+    ImportedImage,
+    LabelKind,
+    SkippedRow,
+    finite_number,
+    preference_of,
+)
+from diffalign.data.read_pairs import split_of
+from diffalign.data.tables import column_for, json_files, json_rows, table_rows, table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files.paths import inside, own_file
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 # Columns of metadata.jsonl that mean something here; the others are a group's facts.
 OWN = {"file_name", "prompt", "text", "group_id", "preference", "rank", "score", "split", "model"}
-OWN |= {"chosen_file_name", "rejected_file_name"}
+OWN |= {"chosen_file_name", "rejected_file_name", "folder", "default_split"}
+LABELS: tuple[LabelKind, ...] = ("preference", "rank", "score")
 USUAL = {"prompt": "prompt", "image": "file_name", "winner": "chosen_file_name", "loser": "rejected_file_name"}
 
 
@@ -43,10 +56,10 @@ def _hpdv2_row(row: dict[str, Any], where: str, file: Path) -> ImportedGroup | S
         return SkippedRow(
             where, f"{'rank' if ranked else 'human_preference'} must have {len(names)} values, one an image"
         )
-    if not all(isinstance(x, int | float) and (ranked or x in (0, 1)) for x in labels):
+    if not ranked and not all(x in (0, 1) for x in labels if finite_number(x) is not None):
         return SkippedRow(where, f"label out of range: {labels}")
-    preference = vote_shares_of_ranks(list(labels)) if ranked else tuple(map(float, labels))
-    if len(set(preference)) < 2:
+    preference = preference_of(labels, "rank" if ranked else "preference")
+    if len({x for x in preference if isfinite(x)}) == 1:
         return SkippedRow(where, "ties", fault=False)
     images = []
     for name in names:
@@ -66,15 +79,19 @@ def metadata_files(folder: Path) -> list[Path]:
 def read_imagefolder(path: Path) -> Rows:
     """Read a folder of images with metadata.jsonl (or .csv): file_name and text or prompt, one row an image.
 
-    Rows with one group_id, or else with one prompt, are a group. `preference` in [0, 1], `rank` (1 is the best) or
-    `score` (higher is better) orders them; a group with none of these is kept without a preference. Or one row a pair:
-    chosen_file_name and rejected_file_name.
+    Or JSON, parquet or arrow files with such rows; the images may be in the tables, as in ImageRewardDB. Rows with one
+    group_id, prompt_id or else prompt are a group. `preference` in [0, 1], `rank` (1 is the best) or `score` (higher is
+    better) orders them; a group with none of these is kept without a preference. Or one row a pair: chosen_file_name and
+    rejected_file_name.
     """
-    files = [own_file(path, p) for p in metadata_files(path) if p.is_file()] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [own_file(path, p) for p in metadata_files(path) if p.is_file()][:1]
+        files = files or json_files(path) or tables_below(path)
     if not files:
         raise DiffalignError(f"{path}: holds neither metadata.jsonl nor metadata.csv")
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for where, row in _table(files[0]):
+    for where, row in (found for file in files for found in _table(file)):
         if isinstance(row, str):
             yield SkippedRow(where, row)
             continue
@@ -82,9 +99,8 @@ def read_imagefolder(path: Path) -> Rows:
         if not isinstance(prompt, str) or not prompt.strip():
             yield SkippedRow(where, "no prompt or text")
         elif row.get("chosen_file_name") and row.get("rejected_file_name"):
-            pair = [{"file_name": row[f"{side}_file_name"], "rank": n} for n, side in ((1, "chosen"), (2, "rejected"))]
-            yield _folder_group(prompt.strip(), [(where, one) for one in pair], files[0].parent, row)
-        elif not isinstance(row.get("file_name"), str):
+            yield _pair(prompt.strip(), where, row)
+        elif not isinstance(row.get("file_name"), str | RowOrigin):
             yield SkippedRow(where, "no file_name")
         else:
             row["prompt"] = prompt.strip()
@@ -95,44 +111,67 @@ def read_imagefolder(path: Path) -> Rows:
         if len({row["prompt"] for _, row in rows}) > 1:
             yield SkippedRow(rows[0][0], "the rows of this group_id have different prompts")
         else:
-            yield _folder_group(rows[0][1]["prompt"], rows, files[0].parent, rows[0][1])
+            yield _folder_group(rows[0][1]["prompt"], rows, rows[0][1])
+
+
+def _pair(prompt: str, where: str, row: dict[str, Any]) -> ImportedGroup | SkippedRow:
+    sides = [row[f"{side}_file_name"] for side in ("chosen", "rejected")]
+    pair = [{"file_name": name, "folder": row["folder"], "rank": n} for n, name in enumerate(sides, start=1)]
+    return _folder_group(prompt, [(where, one) for one in pair], row)
 
 
 def _folder_group(
-    prompt: str, rows: list[tuple[str, dict[str, Any]]], folder: Path, facts: dict[str, Any]
+    prompt: str, rows: list[tuple[str, dict[str, Any]]], facts: dict[str, Any]
 ) -> ImportedGroup | SkippedRow:
-    images: list[bytes | Path] = []
-    for where, row in rows:
-        try:
-            images.append(inside(folder, row["file_name"]))
-        except DiffalignError as error:
-            return SkippedRow(where, str(error))
+    images: list[ImportedImage] = []
     where = rows[0][0]
     preference: tuple[float, ...] = ()
-    for name in ("preference", "rank", "score"):
-        values = [finite_number(row.get(name)) for _, row in rows]
-        known = [v for v in values if v is not None]
-        if known and len(known) < len(values):
-            return SkippedRow(where, f"{name} is missing, or no number, for some images of the group")
-        if known:
-            if name == "preference" and not all(0 <= v <= 1 for v in known):
-                return SkippedRow(where, f"preference out of range: {known}; it lies in [0, 1]")
-            ranks = known if name == "rank" else [-v for v in known]
-            preference = tuple(known) if name == "preference" else vote_shares_of_ranks(ranks)
-            break
+    try:
+        for _, row in rows:
+            named = row["file_name"]
+            if not isinstance(named, str | RowOrigin):
+                return SkippedRow(where, f"{named!r} is no file name")
+            images.append(_located(row["folder"], named) if isinstance(named, str) else named)
+        name = next((n for n in LABELS if any(finite_number(row.get(n)) is not None for _, row in rows)), None)
+        name = name or next((n for n in LABELS if any(row.get(n) is not None for _, row in rows)), None)
+        if name is not None:
+            preference = preference_of([row.get(name) for _, row in rows], name)
+    except DiffalignError as error:
+        return SkippedRow(where, str(error))
     metadata = {k: v for k, v in facts.items() if k not in OWN}
     models = tuple(str(row.get("model") or "imported") for _, row in rows)
-    return ImportedGroup(prompt, tuple(images), preference, where, models, str(facts.get("split") or "train"), metadata)
+    split = str(facts.get("split") or facts["default_split"])
+    return ImportedGroup(prompt, tuple(images), preference, where, models, split, metadata)
+
+
+def _located(folder: Path, name: str) -> Path:
+    """Return a named file: below the folder, or beside the table, where ImageRewardDB's zip files have what their rows name
+    from the root of the data set.
+    """
+    file, beside = inside(folder, name), folder / PurePath(name).name
+    return beside if beside.is_file() and not file.exists() else file
 
 
 def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Yield the rows of a metadata file: its image, prompt and pair under their usual names, empty cells left out."""
-    for where, row in table_rows(path):
+    """Yield the rows of a metadata file: its image, prompt and pair under their usual names, empty cells left out.
+
+    `folder` and `default_split` are added: where its names begin, and the split that the file's name gives.
+    """
+    own = {"folder": path.parent, "default_split": split_of(path)}
+    for where, row in _rows(path):
         if isinstance(row, str):
             yield where, row
             continue
         names = {column_for(meaning, row): name for meaning, name in USUAL.items()}
-        yield (
-            where,
-            {names.get(k, k): v.strip() if isinstance(v, str) else v for k, v in row.items() if v not in ("", None)},
-        )
+        cells = {names.get(k, k): v.strip() if isinstance(v, str) else v for k, v in row.items() if v not in ("", None)}
+        yield where, cells | own
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    schema = table_schema(path) if kind_of(path) in TABLES else pa.schema([])
+    column = column_for("image", schema.names)
+    if column is None or pa.types.is_string(schema.field(column).type):
+        yield from table_rows(path)
+        return
+    for where, row, origin in image_rows(path, column):
+        yield where, row if isinstance(row, str) else {**row, column: origin}

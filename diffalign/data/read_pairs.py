@@ -4,15 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from diffalign.data.imported import ImportedGroup, SkippedRow
+from diffalign.data.containers import tables_below
+from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
-from diffalign.data.tables import json_rows
+from diffalign.data.tables import json_files, json_rows, table_rows, table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
-from diffalign.files.paths import inside, own_file, own_files
+from diffalign.files.paths import inside, own_file
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -21,43 +19,46 @@ AXES = {"aes": "aesthetic", "tf": "text_following"}
 
 
 def split_of(file: Path) -> str:
-    """Return the split that a file's name begins with, as in validation-00000.parquet; train if it names none."""
+    """Return the split that a file's name begins with, as in validation-00000.parquet; train if it names none.
+
+    A saved DatasetDict has a folder for each split.
+    """
+    if (file.parent.parent / "dataset_dict.json").is_file():
+        return file.parent.name
     return next((split for split in SPLITS if file.name.startswith(split)), "train")
 
 
 def read_pickapic(path: Path) -> Rows:
-    """Read Pick-a-Pic v1 and v2: parquet files with caption, jpg_0, jpg_1 (encoded images), label_0 and label_1.
+    """Read Pick-a-Pic v1 and v2: parquet or arrow files with caption, jpg_0, jpg_1 (encoded images), label_0, label_1.
 
     A folder's files are read in the order of their names; a name that begins with validation or test gives the split.
-    Rows without a label and ties (0.5 each) are counted, not kept.
+    Rows without a label and ties (0.5 each) are counted, not kept. Columns as in diffusers' research_projects/diffusion_dpo
+    and the data set's card (yuvalkirstain/pickapic_v2).
     """
-    files = own_files(path, "**/*.parquet") if path.is_dir() else [path]
+    files = tables_below(path) if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds no .parquet file")
     for file in files:
         try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            yield SkippedRow(str(file), f"not a complete parquet file ({error})")
+            names = set(table_schema(file).names)
+        except DiffalignError as error:
+            yield SkippedRow(str(file), str(error).removeprefix(f"{file}: "))
             continue
-        names = set(table.schema_arrow.names)
         missing = [name for name in PICKAPIC if name not in names]
-        if missing:
+        if missing and names:
             yield SkippedRow(str(file), f"column {', '.join(missing)} is missing")
             continue
         more = [n for n in ("has_label", "are_different", "model_0", "model_1", "ranking_id") if n in names]
         split = split_of(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=64, columns=[*PICKAPIC, *more]):
-            for row in batch.to_pylist():
-                yield _pickapic_row(row, f"{file}:{number}", split)
-                number += 1
+        for place, row in table_rows(file, [*PICKAPIC, *more]):
+            where = f"{file}:{place.rpartition(' ')[2]}"
+            yield SkippedRow(where, row) if isinstance(row, str) else _pickapic_row(row, where, split)
 
 
 def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup | SkippedRow:
-    if row.get("has_label") is False:
-        return SkippedRow(where, "without a label", fault=False)
     labels = (row["label_0"], row["label_1"])
+    if row.get("has_label") is False or any(finite_number(label) is None for label in labels):
+        return SkippedRow(where, "without a label", fault=False)
     if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
         return SkippedRow(where, f"labels {labels[0]} and {labels[1]}; 1 and 0, 0 and 1, or 0.5 each are known")
     if labels == (0.5, 0.5):
@@ -66,7 +67,7 @@ def _pickapic_row(row: dict[str, Any], where: str, split: str) -> ImportedGroup 
         return SkippedRow(where, "no caption")
     images = []
     for name in ("jpg_0", "jpg_1"):
-        data = row[name]["bytes"] if isinstance(row[name], dict) else row[name]
+        data = row[name].get("bytes") if isinstance(row[name], dict) else row[name]
         if not isinstance(data, bytes) or not data:
             return SkippedRow(where, f"{name} is empty")
         images.append(data)
@@ -174,7 +175,7 @@ def read_w_l(path: Path) -> Rows:
 
 
 def _json_files(path: Path) -> list[Path]:
-    files = own_files(path, "*.json", "*.jsonl") if path.is_dir() else [path]
+    files = json_files(path) if path.is_dir() else [path]
     if not files:
         raise DiffalignError(f"{path}: holds no .json or .jsonl file")
     return files

@@ -2,42 +2,56 @@
 
 A row is one of these, with a prompt:
 
-    winner, loser                    or chosen and rejected, the form of TRL
+    winner, loser                    or chosen and rejected, the form of TRL (huggingface.co/docs/trl/dataset_formats), with
+                                     images in data-is-better-together/open-image-preferences-v1-binarized; or img_better,
+                                     img_worse (ImageRewardDB.py of THUDM/ImageRewardDB, config 8k_pair)
     image_a, image_b, choice         a, b or tie, the form of `score --labels`
     image_0, image_1, label          0 or 1: the number of the preferred image
-    image1, image2, and votes        weighted_results_image1_..., votes_image1: who has more is preferred
-    images or generations, and preference or ranking    lists; rank 1 is the best
+    left_image, right_image, vote_type    leftvote, rightvote, tievote, bothbad_vote (card of TIGER-Lab/GenAI-Bench)
+    image1, image2, and votes        who has more is preferred: votes_image1 (card of
+                                     Rapidata/700k_Human_Preference_Dataset_FLUX_SD3_MJ_DALLE3, a third of its 2 million
+                                     votes), weighted_results_image1_preference (Rapidata's later cards)
+    images or generations, and preference or ranking    lists; rank 1 is the best; `generations` and `ranking` are those of
+                                     ImageReward's training script, `image` and `rank` of ImageRewardDB's config 8k_group
+
+model1, model2 (or model_0, model_1; left_model, right_model) name the generators.
 """
 
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number, vote_shares_of_ranks
+from diffalign.data.containers import TABLES, TARS, containers_below, kind_of
+from diffalign.data.imported import ImportedGroup, LabelKind, SkippedRow, finite_number, preference_of
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.read_pairs import split_of
-from diffalign.data.tables import COLUMNS, Row, column_for, json_object, no_column, table_rows
+from diffalign.data.tables import COLUMNS, Row, column_for, json_files, no_column, table_kind, table_rows
+from diffalign.data.webdataset import export_rows
 from diffalign.errors import DiffalignError
-from diffalign.files.paths import inside, own_files
+from diffalign.files.paths import inside, own_file
 from diffalign.rewards.facts import KEYS, geneval_facts
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 Image = bytes | Path
-LISTS = ("images", "generations")
-CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
+LISTS = ("images", "generations", "image")
+RANKS: dict[str, LabelKind] = {"preference": "preference", "ranking": "rank", "rank": "rank"}
+"""Column with a label for each image of a list -> what it is."""
+TIE = (0.5, 0.5)
+CHOICES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": TIE}
+CHOICES |= {"leftvote": CHOICES["a"], "rightvote": CHOICES["b"], "tievote": TIE, "bothbad_vote": TIE}
 NUMBERED = {"image_0": 0, "image1": 1}
 """Column of the first image -> the number that a label gives it."""
+MODELS = (("model_0", "model_1"), ("model1", "model2"), ("left_model", "right_model"))
 VOTES = ("votes_image{}", "weighted_results_image{}_preference", "weighted_results_image{}")
 
 
-def is_table_of_pairs(names: Iterable[str]) -> bool:
-    """Return whether these columns are of a form that `read_table` reads."""
-    names = list(names)
-    pair = column_for("winner", names) and column_for("loser", names)
-    choice = column_for("a", names) and column_for("b", names)
-    ranked = any(n in names for n in LISTS) and ("preference" in names or "ranking" in names)
-    return bool(pair or choice or ranked)
+def is_table_of_pairs(row: Mapping[str, object]) -> bool:
+    """Return whether these columns are of a form that `read_table` reads; of lists, the value says that they are."""
+    pair = column_for("winner", row) and column_for("loser", row)
+    choice = column_for("a", row) and column_for("b", row)
+    listed = "images" in row or "generations" in row or isinstance(row.get("image"), list)
+    return bool(pair or choice or (listed and any(name in row for name in RANKS)))
 
 
 def read_table(path: Path) -> Rows:
@@ -48,7 +62,7 @@ def read_table(path: Path) -> Rows:
     for file in tables_of(path):
         split = split_of(file)
         first = True
-        for where, row in tar_rows(file) if file.suffix == ".tar" else table_rows(file):
+        for where, row in export_rows(file) if kind_of(file) in TARS else table_rows(file):
             if isinstance(row, str):
                 yield SkippedRow(where, row)
                 continue
@@ -63,74 +77,69 @@ def read_table(path: Path) -> Rows:
 
 
 def tables_of(path: Path) -> list[Path]:
-    """Return a file, or a folder's parquet or tar files in the order of their names, or else its JSON files."""
+    """Return a file, or a folder's parquet, arrow or tar files in the order of their names, or else its JSON files."""
     if not path.is_dir():
         return [path]
-    found = own_files(path, "**/*.parquet", "**/*.tar")
-    found = found or own_files(path, "*.json", "*.jsonl")
+    found = [own_file(path, file) for file in containers_below(path) if kind_of(file) in (*TABLES, *TARS)]
+    found = found or json_files(path) or csv_files(path)
     if not found:
-        raise DiffalignError(f"{path}: holds no .parquet, .tar, .json or .jsonl file")
+        raise DiffalignError(f"{path}: holds no .parquet, .arrow, .tar, .json, .jsonl, .csv or .tsv file")
     return found
 
 
-def tar_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    """Yield the groups of a webdataset export of ours: <group>.json, then <group>.<name> of each of its `images`."""
-    where = ""
-    row: Row | str = {}
-    missing: list[str] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                data = tar.extractfile(member) if member.isfile() else None
-                if data is None:
-                    continue
-                if member.name.endswith(".json"):
-                    if missing:
-                        yield where, f"{missing[0]} is not in the file"
-                    where, stem = f"{path}:{member.name}", member.name.removesuffix(".json")
-                    row, missing = json_object(data.read().decode("utf-8", "replace")), []
-                    if isinstance(row, str):
-                        yield where, row
-                    elif isinstance(row.get("images"), list):
-                        missing = [f"{stem}.{name}" for name in row["images"]]
-                        row["images"] = [f"{stem}.{name}" for name in row["images"]]
-                elif member.name in missing and isinstance(row, dict):
-                    missing.remove(member.name)
-                    row["images"] = [data.read() if name == member.name else name for name in row["images"]]
-                    if not missing:
-                        yield where, row
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield str(path), f"not a complete tar file ({error})"
-        return
-    if missing:
-        yield where, f"{missing[0]} is not in the file"
+def csv_files(folder: Path) -> list[Path]:
+    """Return the csv and tsv files of a folder, compressed ones too."""
+    return [own_file(folder, file) for file in sorted(folder.iterdir()) if table_kind(file) in (".csv", ".tsv")]
 
 
-def _group(row: dict[str, Any], where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
-    """Return the row's group. Raises DiffalignError with what is wrong."""
-    many = next((n for n in LISTS if isinstance(row.get(n), list)), None)
+@dataclass(frozen=True)
+class Judged:
+    """What a row says. images: (column, cell) of each; preference: of each, higher is better, () if nobody said.
+
+    used: the columns that were read. skipped: why a choice between two images states no preference, "" if it does.
+    """
+
+    images: tuple[tuple[str, Any], ...]
+    preference: tuple[float, ...]
+    used: frozenset[str]
+    skipped: str = ""
+
+
+def judged(row: Row) -> Judged:
+    """Return the images and the preference of a row in any of the known forms.
+
+    Raises DiffalignError with what is wrong.
+    """
+    ranked = any(name in row for name in RANKS)
+    many = next((n for n in LISTS if ranked and isinstance(row.get(n), list)), None)
     if many is not None:
-        images = tuple(_image(folder, value, f"{many}[{i}]") for i, value in enumerate(row[many]))
-        preference = _of_list(row, len(images))
-        used = {many, "preference", "ranking"}
-    elif column_for("winner", row) and column_for("loser", row):
+        images = tuple((f"{many}[{i}]", value) for i, value in enumerate(row[many]))
+        return Judged(images, _of_list(row, len(images)), frozenset({many, *RANKS}))
+    if column_for("winner", row) and column_for("loser", row):
         names = [str(column_for(meaning, row)) for meaning in ("winner", "loser")]
-        images = tuple(_image(folder, row[n], meaning) for n, meaning in zip(names, ("winner", "loser"), strict=True))
-        preference, used = (1.0, 0.0), set(names)
-    else:
-        names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
-        preference = _of_choice(row, names[0])
-        if preference == (0.5, 0.5):
-            return SkippedRow(where, "ties", fault=False)
-        images = tuple(_image(folder, row[n], n) for n in names)
-        used = {*names, str(column_for("choice", row))}
+        images = tuple((meaning, row[n]) for n, meaning in zip(names, ("winner", "loser"), strict=True))
+        return Judged(images, (1.0, 0.0), frozenset(names))
+    names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
+    preference = _of_choice(row, names[0])
+    skipped = "without a label" if preference is None else "ties" if preference == TIE else ""
+    used = frozenset({*names, str(column_for("choice", row))})
+    return Judged(tuple((n, row[n]) for n in names), preference or (), used, skipped)
+
+
+def _group(row: Row, where: str, folder: Path, split: str) -> ImportedGroup | SkippedRow:
+    """Return the row's group. Raises DiffalignError with what is wrong."""
+    said = judged(row)
+    if said.skipped:
+        return SkippedRow(where, said.skipped, fault=False)
+    images = tuple(_image(folder, value, name) for name, value in said.images)
     if len(images) == 2 and images[0] == images[1]:
         return SkippedRow(where, "the two images are the same")
     prompt = _prompt(row, images)
     if not prompt:
         return SkippedRow(where, "no prompt")
     split = row["split"].strip() if isinstance(row.get("split"), str) and row["split"].strip() else split
-    return ImportedGroup(prompt, images, preference, where, _generators(row, len(images)), split, _rest(row, used))
+    rest = _rest(row, set(said.used))
+    return ImportedGroup(prompt, images, said.preference, where, _generators(row, len(images)), split, rest)
 
 
 def _image(folder: Path, value: Any, name: str) -> Image:
@@ -144,40 +153,41 @@ def _image(folder: Path, value: Any, name: str) -> Image:
     return inside(folder, path.strip())
 
 
-def _of_choice(row: dict[str, Any], first: str) -> tuple[float, float]:
-    """Return the preference of a choice, a label or a count of votes."""
+def _of_choice(row: dict[str, Any], first: str) -> tuple[float, float] | None:
+    """Return the preference of a choice, a label or a count of votes; None where nobody chose.
+
+    Raises DiffalignError for another word or number.
+    """
+    voted = False
     for votes in VOTES:
-        one, two = (finite_number(row.get(votes.format(i))) for i in (1, 2))
+        names = [votes.format(i) for i in (1, 2)]
+        voted |= all(name in row for name in names)
+        one, two = (finite_number(row.get(name)) for name in names)
         if one is not None and two is not None:
-            return (0.5, 0.5) if one == two else (1.0, 0.0) if one > two else (0.0, 1.0)
+            return TIE if one == two else (1.0, 0.0) if one > two else (0.0, 1.0)
     name = column_for("choice", row)
     if name is None:
+        if voted:
+            return None
         raise DiffalignError(no_column("choice", row))
     value = str(row[name]).strip().lower().removesuffix(".0")
-    start = NUMBERED.get(first)
-    known = (
-        CHOICES if start is None else {str(start): (1.0, 0.0), str(start + 1): (0.0, 1.0), "0.5": (0.5, 0.5), **CHOICES}
-    )
+    if row[name] is None or value in ("", "nan"):
+        return None
+    start = NUMBERED.get(first.strip().lower())
+    known = CHOICES if start is None else {str(start): (1.0, 0.0), str(start + 1): (0.0, 1.0), "0.5": TIE, **CHOICES}
     if value not in known:
         raise DiffalignError(f"{name} {row[name]!r}; one of {', '.join(known)}")
     return known[value]
 
 
 def _of_list(row: dict[str, Any], images: int) -> tuple[float, ...]:
-    name = "preference" if row.get("preference") is not None else "ranking"
+    name = next((n for n in RANKS if row.get(n) is not None), "preference")
     values = row.get(name)
     if name == "preference" and not values:
         return ()  # nobody preferred anything, which is not a fault
     if not isinstance(values, list) or len(values) != images or images < 2:
         raise DiffalignError(f"{name} must have a number for each of at least two images")
-    numbers = [n for n in map(finite_number, values) if n is not None]
-    if len(numbers) < images:
-        raise DiffalignError(f"{name} {values}: no numbers")
-    if name == "ranking":
-        return vote_shares_of_ranks(numbers)
-    if not all(0 <= n <= 1 for n in numbers):
-        raise DiffalignError(f"preference out of range: {values}; it lies in [0, 1]")
-    return tuple(numbers)
+    return preference_of(values, RANKS[name])
 
 
 def _prompt(row: dict[str, Any], images: tuple[Image, ...]) -> str | None:
@@ -191,12 +201,15 @@ def _prompt(row: dict[str, Any], images: tuple[Image, ...]) -> str | None:
 
 def _generators(row: dict[str, Any], images: int) -> tuple[str, ...]:
     given = row.get("generators")
+    pair = next((names for names in MODELS if images == 2 and all(row.get(name) for name in names)), None)
+    if pair is not None:
+        return tuple(str(row[name]) for name in pair)
     return tuple(map(str, given)) if isinstance(given, list) and len(given) == images else ()
 
 
 def _rest(row: dict[str, Any], used: set[str]) -> dict[str, Any]:
     """Return what else stands in a row of a table without images, as the group's metadata."""
     plain = (*COLUMNS["prompt"], "split", "generators", "seeds", "scores", "metadata", "group_id")
-    plain += (*used, *KEYS)
+    plain += (*used, *KEYS, *(name for names in MODELS for name in names))
     facts = {k: v for k, v in row.items() if k not in plain and isinstance(v, str | int | float) and v != ""}
     return facts | geneval_facts(row)

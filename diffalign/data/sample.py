@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from diffalign.data.own_parquet import PIECE_MEND, read_columns
 from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember
 from diffalign.data.prompts import PromptRow
 from diffalign.data.protocols import ImageSampler
@@ -27,7 +27,7 @@ from diffalign.data.schema import GROUPS_FILE, IMAGES, GroupRow, with_latents
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
-from diffalign.files import write_whole
+from diffalign.files import reading, write_whole
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import OnImages
 
@@ -99,14 +99,18 @@ def draw_part(
     def shard_task(shard: Shard) -> Task:
         def make() -> None:
             with parquet_writer(_file(out, shard), schema) as writer:
-                pieces = (pq.read_table(_piece(out, shard, i), schema=schema) for i in range(len(shard.batches)))
+                pieces = (
+                    read_columns(_piece(out, shard, i), schema.names, PIECE_MEND) for i in range(len(shard.batches))
+                )
                 for table in regrouped(pieces, ROWS_PER_GROUP):
                     writer.write_table(table)
             shutil.rmtree(_piece(out, shard, 0).parent, ignore_errors=True)
 
         return Task(shard.name, _file(out, shard).is_file, make)
 
-    mine = complete_all([batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress)
+    mine = complete_all(
+        [batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress, kept="images"
+    )
     # A shard's batches are deleted when it is complete, so at most one shard a process is on disk twice.
     complete_all([shard_task(s) for s in shards], locks)
     return mine
@@ -126,7 +130,8 @@ def write_planned_groups(plan: SynthPlan, out: Path, split: str = "train") -> No
         lines = [line for report in reports for line in report.read_text(encoding="utf-8").splitlines()]
         if lines:
             write_whole(failures, "\n".join(lines) + "\n")
-        dead = {json.loads(line)["group_id"] for line in lines}
+        with reading(out / WORK_FOLDER / "failed", mend=PIECE_MEND):
+            dead = {json.loads(line)["group_id"] for line in lines}
         write_groups(out, (_group(g, row, split) for g, row in plan.groups if g not in dead))
 
     complete_all([Task("groups", groups.is_file, make)], out / WORK_FOLDER / "locks")

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from diffalign import stopping
 from diffalign.data.dataset import ImageRow, PreferenceDataset
+from diffalign.data.own_parquet import IMAGES_MEND, PIECE_MEND, SCORES_MEND, open_parquet, read_columns, read_row_group
 from diffalign.data.schema import score_schema
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files import reading
 from diffalign.progress import OnImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
@@ -50,31 +52,32 @@ def score_images(
                     proven = proven or any(math.isfinite(row[reward.columns[0]]) for row in scored)
                     if scored:
                         writer.write_table(pa.Table.from_pylist(scored, schema=schema))
+                    stopping.check()  # a shard may take hours; what is kept are whole ones
 
-        size = pq.ParquetFile(dataset.shards[shard]).metadata.num_rows
+        size = open_parquet(dataset.shards[shard], IMAGES_MEND).metadata.num_rows
         done = lambda: pieces[shard].is_file() or path.is_file()  # noqa: E731
         return Task(f"score-{reward.name}-{shard}", done, make, size)
 
     def merge() -> None:
         with parquet_writer(path, schema) as writer:
             for piece in pieces:
-                file = pq.ParquetFile(piece)
+                file = open_parquet(piece, PIECE_MEND)
                 for i in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(i))
+                    writer.write_table(read_row_group(piece, file, i, schema.names, PIECE_MEND))
         shutil.rmtree(work / "scores" / reward.name, ignore_errors=True)
 
     if path.is_file():
         _same_reward(path, made_by)
         return 0
     # Shard by shard, so that several processes share the work and a kill costs one shard at most; then one file.
-    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress)
+    mine = complete_all([piece_task(i) for i in range(len(pieces))], work / "locks", on_progress, kept="scores")
     complete_all([Task(f"score-{reward.name}", path.is_file, merge)], work / "locks")
     return mine
 
 
 def unscored(dataset: PreferenceDataset, reward: str) -> Counter[str]:
     """Count the images without a score of a reward, by reason."""
-    table = pq.read_table(dataset.folder / "scores" / f"{reward}.parquet", columns=["reason"])
+    table = read_columns(dataset.folder / "scores" / f"{reward}.parquet", ["reason"], SCORES_MEND)
     return Counter(reason for reason in table["reason"].to_pylist() if reason)
 
 
@@ -118,8 +121,9 @@ def _score(dataset: PreferenceDataset, rows: list[ImageRow], reward: Reward, pro
 
 def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
     """Refuse scores of another version, other weights or other settings. Files without a note are accepted."""
-    note = (pq.read_schema(path).metadata or {}).get(b"diffalign")
-    before = json.loads(note) if note else made_by
+    note = (open_parquet(path, SCORES_MEND).schema_arrow.metadata or {}).get(b"diffalign")
+    with reading(path, mend=SCORES_MEND):
+        before = dict(json.loads(note)) if note else made_by
     # An older note does not say what really judged, so only its version can be compared.
     compared = ("version", "weights", "settings") if before.get("format") == made_by["format"] else ("version",)
     changed = next((key for key in compared if before.get(key) != made_by[key]), None)

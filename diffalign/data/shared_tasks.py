@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign import stopping
 from diffalign.files.lock import try_lock
 from diffalign.progress import OnImages
 
@@ -32,14 +33,19 @@ class Task:
     size: int = 1
 
 
-def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None) -> int:
-    """Return when every task is done, by this process or another; return how much (in `size`) this one did."""
+def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | None = None, *, kept: str = "") -> int:
+    """Return when every task is done, by this process or another; return how much (in `size`) this one did.
+
+    A signal stops the command after the task that is being made. kept: what tasks are counted in, for its message.
+    """
     everything = list(tasks)
     total, mine = sum(task.size for task in everything), 0
     missing = [task for task in everything if not task.done()]
     done = total - sum(task.size for task in missing)
     if on_progress:
         on_progress(done, total)
+    if kept and done:
+        stopping.keep(f"{done} of {total} {kept} are")
     while missing:
         others = []
         for task in missing:
@@ -48,8 +54,12 @@ def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | Non
                 if task.done():
                     done += task.size
                 elif free:
-                    task.make()
+                    with stopping.deferred():
+                        task.make()
                     done, mine = done + task.size, mine + task.size
+                    if kept:
+                        stopping.keep(f"{done} of {total} {kept} are")
+                    stopping.check()
                 else:
                     others.append(task)
                     continue

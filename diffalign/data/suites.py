@@ -14,7 +14,6 @@
 
 import csv
 import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from diffalign.data.prompts import PromptRow, read_prompts
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.parse import parse_json
 from diffalign.files.paths import own_files
 
 csv.field_size_limit(1 << 20)
@@ -41,7 +41,12 @@ def _column(rows: list[dict[str, Any]], name: str, path: Path) -> None:
 
 
 def _table(path: Path, delimiter: str, prompt: str, tag: str | None) -> list[PromptRow]:
-    rows: list[dict[str, Any]] = [dict(row) for row in csv.DictReader(_text(path).splitlines(), delimiter=delimiter)]
+    try:
+        rows: list[dict[str, Any]] = [
+            dict(row) for row in csv.DictReader(_text(path).splitlines(), delimiter=delimiter)
+        ]
+    except csv.Error as error:
+        raise DiffalignError(f"suite file {path}: cannot be read as a table: {error}") from error
     for name in (prompt, tag) if tag else (prompt,):
         _column(rows, name, path)
     return [PromptRow((row[prompt] or "").strip(), {"tag": row[tag]} if tag else {}) for row in rows]
@@ -60,7 +65,7 @@ def _hpsv2(path: Path) -> list[PromptRow]:
     for style in STYLES:
         file = path / f"{style}.json"
         try:
-            prompts = json.loads(_text(file))
+            prompts = parse_json(_text(file))
         except ValueError as error:
             raise DiffalignError(f"suite file {file}: not JSON ({error})") from error
         if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):

@@ -6,7 +6,6 @@ Text is UTF-8 with or without a byte order mark, or UTF-16 with one. Any table m
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,22 +16,29 @@ import pyarrow.parquet as pq
 
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.parse import TooDeep, json_entries, parse_json
+from diffalign.files.paths import own_files
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row | str]]
 """(place, row) of each row; for a row that cannot be read, what is wrong instead of the row."""
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DELIMITERS = ",;\t|"
+UNREADABLE_CELLS = (pa.ArrowException, OSError, ValueError, ArithmeticError)
+"""What pyarrow raises on damaged pages, and on values that Python does not have, such as the year 60,000."""
 BATCH = 64  # rows of a parquet file in memory
+OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 COLUMNS = {
     "prompt": ("prompt", "text", "caption"),
     "image": ("file_name", "filename", "image_path", "image", "file", "path", "name", "id"),
-    "winner": ("winner", "chosen", "preferred", "chosen_file_name", "image_w", "win"),
-    "loser": ("loser", "rejected", "rejected_file_name", "image_l", "lose"),
-    "a": ("image_a", "image_0", "image1", "a"),
-    "b": ("image_b", "image_1", "image2", "b"),
-    "choice": ("choice", "label", "preference"),
+    "winner": ("winner", "chosen", "preferred", "chosen_file_name", "image_w", "win", "img_better"),
+    "loser": ("loser", "rejected", "rejected_file_name", "image_l", "lose", "img_worse"),
+    "a": ("image_a", "image_0", "image1", "left_image", "a"),
+    "b": ("image_b", "image_1", "image2", "right_image", "b"),
+    "choice": ("choice", "label", "preference", "vote_type"),
+    "rating": ("rating", "score", "stars"),
+    "group": ("group", "group_id", "prompt_id"),
 }
 """What columns mean -> the names they have in people's tables, the first one that is there wins."""
 
@@ -64,9 +70,9 @@ def decoded_text(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
-def printable(text: str) -> str:
-    """Return valid Unicode: bytes that are not UTF-8 and lone surrogates, as in file names, become escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def json_files(folder: Path) -> list[Path]:
+    """Return a folder's .json and .jsonl files, without those in which the `datasets` library keeps no rows."""
+    return [path for path in own_files(folder, "*.json", "*.jsonl") if path.name not in OF_DATASETS]
 
 
 def table_kind(path: Path) -> str:
@@ -74,14 +80,16 @@ def table_kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
 
 
-def table_rows(path: Path) -> Rows:
+def table_rows(path: Path, columns: list[str] | None = None) -> Rows:
     """Yield the rows of a table, with cells unchanged. A broken row costs only itself.
 
-    Raises DiffalignError for a file that cannot be read as a whole.
+    columns: those to read of a parquet or arrow file. Raises DiffalignError for a file that cannot be read as a whole.
     """
     kind = table_kind(path)
     if kind == ".parquet":
-        yield from parquet_rows(path)
+        yield from parquet_rows(path, columns)
+    elif kind == ".arrow":
+        yield from _arrow_rows(path, columns)
     elif kind in (".csv", ".tsv"):
         yield from _csv(path)
     elif kind in (".jsonl", ".json"):
@@ -108,8 +116,14 @@ def json_rows(path: Path) -> Rows:
     """
     text = read_text(path)
     try:
-        rows = None if table_kind(path) == ".jsonl" else json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = None if table_kind(path) == ".jsonl" else parse_json(text)
+    except TooDeep as error:
+        if text.lstrip()[:1] != "[":
+            raise DiffalignError(f"{path}: not JSON ({error})") from error
+        for number, entry in enumerate(json_entries(text)):
+            yield f"{path}[{number}]", json_object(entry)
+        return
+    except ValueError as error:
         if text.lstrip()[:1] != "{":
             raise DiffalignError(f"{path}: not JSON ({error})") from error
         rows = None  # JSON lines under another name
@@ -124,15 +138,14 @@ def json_rows(path: Path) -> Rows:
     if not isinstance(rows, list):
         raise DiffalignError(f"{path}: a list of rows is expected, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
-        fits = isinstance(row, dict)
-        yield f"{path}[{number}]", _valid(row) if fits else f"an object is expected, not {type(row).__name__}"
+        yield f"{path}[{number}]", _object(row)
 
 
 def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
     """Yield the rows of a parquet file, `BATCH` at a time. A damaged row group costs only itself."""
     try:
         with reading(path):
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
     except pa.ArrowException as error:
         raise DiffalignError(f"{path}: cannot be read as a table: {error}") from error
     number = 0
@@ -143,9 +156,57 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Rows:
                 for row in batch.to_pylist():
                     yield f"{path} row {number}", row
                     number += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            yield f"{path} row {number}", f"rows from here cannot be read ({str(error).splitlines()[0]})"
+        except UNREADABLE_CELLS as error:
+            yield f"{path} row {number}", f"rows from here cannot be read ({' '.join(str(error).split())})"
         number = first + file.metadata.row_group(group).num_rows
+
+
+def table_schema(path: Path) -> pa.Schema:
+    """Return the columns of a parquet or arrow file; none for an arrow file without rows.
+
+    Raises DiffalignError for a file that is not complete.
+    """
+    if path.suffix.lower() == ".arrow":
+        batches = arrow_batches(path)
+        return batches[0].schema if batches else pa.schema([])
+    try:
+        with reading(path):
+            return pq.read_schema(path)
+    except pa.ArrowException as error:
+        raise DiffalignError(f"{path}: not a complete parquet file ({str(error).splitlines()[0]})") from error
+
+
+def arrow_batches(path: Path) -> list[pa.RecordBatch]:
+    """Return the batches of an arrow file as `datasets` saves them, memory-mapped.
+
+    Raises DiffalignError for a file that is not complete.
+    """
+    try:
+        return list(_batches(pa.memory_map(str(path))))
+    except (pa.ArrowException, OSError) as error:
+        raise DiffalignError(f"{path}: not a complete arrow file ({str(error).splitlines()[0]})") from error
+
+
+def _batches(source: Any) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        file = pa.ipc.open_file(source)
+        yield from (file.get_batch(i) for i in range(file.num_record_batches))
+
+
+def _arrow_rows(path: Path, columns: list[str] | None) -> Rows:
+    number = 0
+    for whole in arrow_batches(path):
+        batch = whole.select(columns) if columns else whole
+        for start in range(0, batch.num_rows, BATCH):
+            some = batch.slice(start, BATCH)
+            try:
+                yield from ((f"{path} row {number + n}", row) for n, row in enumerate(some.to_pylist()))
+            except UNREADABLE_CELLS as error:
+                yield f"{path} row {number}", f"rows from here cannot be read ({' '.join(str(error).split())})"
+            number += some.num_rows
 
 
 def _bytes(path: Path) -> bytes:
@@ -187,16 +248,10 @@ def _csv(path: Path) -> Rows:
 def json_object(line: str) -> Row | str:
     """Return the object that a line of JSON holds, or what is wrong with it."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return _object(parse_json(line))
+    except ValueError as error:
         return f"not JSON ({error})"
-    return _valid(row) if isinstance(row, dict) else f"an object is expected, not {type(row).__name__}"
 
 
-def _valid(value: Any) -> Any:
-    """Return JSON with valid Unicode in its texts; JSON can hold lone surrogates, which no file can."""
-    if isinstance(value, str):
-        return value if value.isascii() else printable(value)
-    if isinstance(value, list):
-        return [_valid(one) for one in value]
-    return {_valid(k): _valid(v) for k, v in value.items()} if isinstance(value, dict) else value
+def _object(value: Any) -> Row | str:
+    return value if isinstance(value, dict) else f"an object is expected, not {type(value).__name__}"

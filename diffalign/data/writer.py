@@ -16,6 +16,7 @@ from PIL import Image
 from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
+from diffalign.redaction import without_folders
 
 ROWS_PER_GROUP = 64  # images in a parquet row group: the most that one random access reads
 
@@ -23,7 +24,7 @@ ROWS_PER_GROUP = 64  # images in a parquet row group: the most that one random a
 @contextmanager
 def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """Yield a writer of a parquet file that appears under its name only when it is complete."""
-    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
+    with replacing(path) as part, pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
         yield writer
 
 
@@ -64,7 +65,7 @@ def image_row(
         "image": {"bytes": data, "path": None},
         "generator": generator,
         "seed": seed,
-        "provenance": json.dumps(provenance, sort_keys=True),
+        "provenance": json.dumps(without_folders(provenance), sort_keys=True),
     }
     if latent is not None:
         row |= {"latent": latent.astype(np.float16).tobytes(), "latent_shape": list(latent.shape)}
@@ -124,7 +125,9 @@ def write_groups(folder: Path, rows: Iterable[GroupRow], batch: int = 4096) -> i
                 raise DiffalignError(f"group id {row['group_id']!r} occurs twice; group ids must be unique")
             seen.add(row["group_id"])
             human = row["human"] if "human" in row else (not row.get("members") and row["preference"]) or None
-            pending.append({**row, "human": human, "metadata": json.dumps(row["metadata"], sort_keys=True)})
+            pending.append(
+                {**row, "human": human, "metadata": json.dumps(row["metadata"], sort_keys=True, default=str)}
+            )
             if len(pending) == batch:
                 writer.write_table(pa.Table.from_pylist(pending, schema=GROUPS))
                 pending = []

@@ -18,16 +18,21 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
+from diffalign import stopping
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.quality import corrected, diversity
-from diffalign.files import read_json_lines, replacing, write_whole
+from diffalign.files import make_folder, read_json_lines, reading, replacing, write_whole
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
+from diffalign.terminal import counted, plain_table
 
+ALL = "all"
+"""The kind of all prompts together; a tag of that name is shown as another."""
 Sampler = Callable[[list[str], list[int]], list[Image.Image]]
 """Draws one image per prompt and seed."""
 
@@ -89,7 +94,7 @@ def sample_images(
     `identity` names what draws them: model, weights, sampler. Images of another identity or plan are deleted first, so
     that an old model's images are never taken for a new one's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     texts = "\0".join(p.prompt for p in plan.prompts)
     wanted = hashlib.blake2b(
         f"{identity}\0{plan.seed}\0{plan.batch_size}\0{texts}".encode(), digest_size=12
@@ -106,9 +111,12 @@ def sample_images(
         batch = cells[start : start + plan.batch_size]
         if not all(image_path(folder, *cell).is_file() for cell in batch):
             prompts = [plan.prompts[p].prompt for p, _ in batch]
-            for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
-                with replacing(image_path(folder, *cell)) as part:
-                    image.save(part, format="PNG")
+            with stopping.deferred():
+                for cell, image in zip(batch, sampler(prompts, [plan.image_seed(*c) for c in batch]), strict=True):
+                    with replacing(image_path(folder, *cell)) as part:
+                        image.save(part, format="PNG")
+            stopping.keep(f"{start + len(batch)} of {len(cells)} images of {folder.name} are")
+            stopping.check()
         if on_progress:
             on_progress(start + len(batch), len(cells))
 
@@ -121,13 +129,18 @@ def score_folder(
     found: dict[str, list[float]] = {}
     for start in range(0, len(cells), chunk):
         batch = cells[start : start + chunk]
-        images = [Image.open(image_path(folder, *cell)).convert("RGB") for cell in batch]
+        images = [_drawn(image_path(folder, *cell)) for cell in batch]
         texts = [plan.prompts[p].prompt for p, _ in batch]
         facts = [plan.prompts[p].metadata for p, _ in batch]
         for name, reward in rewards.items():
             for column, values in reward.measure(images, texts, facts).items():
                 found.setdefault(f"{name}.{column}", []).extend(values.tolist())
     return {name: np.array(values).reshape(len(plan.prompts), plan.seeds) for name, values in found.items()}
+
+
+def _drawn(path: Path) -> Image.Image:
+    with reading(path, mend="delete it, and the same command draws it again"):
+        return Image.open(path).convert("RGB")
 
 
 def evaluate(
@@ -195,22 +208,31 @@ def _spread(folder: Path, plan: EvaluationPlan) -> dict[str, np.ndarray]:
 def summarise(
     scores: dict[str, dict[str, np.ndarray]], plan: EvaluationPlan, model: str = "tuned"
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base."""
-    tags = [p.metadata.get("tag", "") for p in plan.prompts]
-    kinds = {"all": np.ones(len(tags), dtype=bool)}
+    """Return score -> kind of prompt ("all" first) -> comparison of `model` with the base.
+
+    A kind of which no image was scored for both is left out. Raises DiffalignError where that is so of all prompts.
+    """
+    tags = [str(p.metadata.get("tag") or "") for p in plan.prompts]
+    tags = [f"{ALL} (tag)" if tag == ALL else tag for tag in tags]
+    kinds = {ALL: np.ones(len(tags), dtype=bool)}
     kinds |= {tag: np.array([t == tag for t in tags]) for tag in dict.fromkeys(tags) if tag}
-    return {
-        column: {
-            kind: compare(values[rows], scores[model][column][rows], seed=plan.seed).as_dict()
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for column, base in scores["base"].items():
+        other = scores[model][column]
+        both = (np.isfinite(base) & np.isfinite(other)).any(axis=1)
+        if not both.any():
+            raise DiffalignError(f"{column}: no image was scored for both models; the scores' reasons say why")
+        found[column] = {
+            kind: compare(base[rows], other[rows], seed=plan.seed).as_dict()
             for kind, rows in kinds.items()
+            if both[rows].any()
         }
-        for column, values in scores["base"].items()
-    }
+    return found
 
 
 def load_scores(out: Path, model: str, column: str) -> np.ndarray:
     """Return the scores [P, S] of an evaluation on disk."""
-    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl") if row["model"] == model]
+    chosen = [row for row in read_json_lines(out / "eval" / "scores.jsonl", needs=("model",)) if row["model"] == model]
     prompts, seeds = (max(row["index"][i] for row in chosen) + 1 for i in (0, 1))
     values = np.full((prompts, seeds), np.nan)
     for row in chosen:
@@ -219,14 +241,9 @@ def load_scores(out: Path, model: str, column: str) -> np.ndarray:
 
 
 def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -> Table:
-    """Return the comparison as a table for a terminal."""
-    shown = Table(
-        title=f"base against tuned: {len(result['prompts'])} prompts x {result['seeds']} seeds", title_justify="left"
-    )
-    shown.add_column("score")
-    shown.add_column("kind")
-    for name in ("prompts", "base", "tuned", "difference", "95% interval", "win rate"):
-        shown.add_column(name, justify="right")
+    """Return the comparison as a table for a terminal: a line for each score, below it one for each kind of prompt."""
+    title = f"base against tuned: {len(result['prompts'])} prompts x {counted(result['seeds'], 'seed')}"
+    shown = plain_table("score", "prompts", "base", "tuned", "difference", "95% interval", "win\nrate", title=title)
     compared = {"": result["scores"], **result.get("others", {})}
     for model, scores in compared.items():
         found = dict(scores)
@@ -238,16 +255,14 @@ def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -
             for kind, c in kinds.items():
                 if kind != "all" and (model or column == "diversity"):
                     continue  # further weights and diversity get one line each
-                interval = interval_in(c).words()
-                values = (
-                    f"{c['base']:.3f}",
-                    f"{c['tuned']:.3f}",
-                    f"{c['difference']:+.3f}",
-                    interval,
-                    f"{c['win_rate']:.1%}",
-                )
-                style = "bold" if kind == "all" else None
                 name = f"{model}: {column}" if model else column
-                shown.add_row(name if kind == "all" else "", kind, str(int(c["prompts"])), *values, style=style)
-            shown.add_section()
+                shown.add_row(
+                    Text(name if kind == "all" else f"  {kind}"),
+                    str(int(c["prompts"])),
+                    *(f"{c[side]:.3f}" for side in ("base", "tuned")),
+                    f"{c['difference']:+.3f}",
+                    interval_in(c).words(),
+                    f"{c['win_rate']:.1%}",
+                    style="bold" if kind == "all" else None,
+                )
     return shown

@@ -3,8 +3,10 @@
 import importlib
 import io
 import struct
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,6 +23,10 @@ SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", 
             ".heic", ".heif", ".jxl")  # fmt: skip
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: a file of a few kilobytes can need gigabytes."""
+MAX_BYTES = 1_000_000_000
+"""Larger files are refused before they are read: a sparse file of any size takes no disk."""
+STRIP = 256
+"""Rows that are converted at once, so that an image takes little more memory than its pixels."""
 THIN = 64
 """How many times the box an image's side must be before `resized_crop` resizes nothing but the box."""
 GROUND = (255, 255, 255)
@@ -31,6 +37,8 @@ BROKEN = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupErr
           RuntimeError, struct.error, Image.DecompressionBombError)  # fmt: skip
 """What Pillow's readers raise on damaged files."""
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+UNUSED_CHUNKS = (*TEXT_CHUNKS, b"iCCP")
+ORIENTATION = 0x0112  # EXIF
 
 
 class Unreadable(DiffalignError):
@@ -42,9 +50,11 @@ def read_file(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise Unreadable("not a regular file")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise Unreadable(f"{size} bytes, more than {MAX_BYTES}")
         return path.read_bytes()
-    except OSError as error:
-        raise Unreadable(error.strerror or type(error).__name__) from error
+    except (OSError, ValueError, MemoryError) as error:
+        raise Unreadable(getattr(error, "strerror", None) or type(error).__name__) from error
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,7 +64,10 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if opened.width * opened.height > max_pixels:
                 raise Unreadable(f"{opened.width} x {opened.height} pixels, more than {max_pixels / 1e6:.0f} million")
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            # Without a turn this would be a copy.
+            image = opened if opened.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(opened)
+            if image.mode == "I" and cast("tuple[int, int]", image.getextrema())[1] > 65_535:
+                raise Unreadable("32-bit integer pixels have no agreed white")
             if image.mode.startswith("I"):
                 return _sixteen_bits(image)
             if image.mode == "F":
@@ -64,11 +77,20 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise Unreadable(_reason(error, data)) from error
 
 
+def area(data: bytes) -> int:
+    """Return how many pixels an image has, from its header; 0 if that cannot be read."""
+    try:
+        width, height = displayed_size(data)
+    except Unreadable:
+        return 0
+    return width * height
+
+
 def displayed_size(data: bytes) -> tuple[int, int]:
     """Return width and height of the image that `decode` returns, from its header. Raises Unreadable."""
     try:
         with _opened(data) as opened:
-            turned = opened.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+            turned = opened.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
             return (opened.height, opened.width) if turned else (opened.width, opened.height)
     except BROKEN as error:
         raise Unreadable(_reason(error, data)) from error
@@ -92,7 +114,9 @@ def _opened(data: bytes) -> Image.Image:
     if not data:
         raise Unreadable("empty file")
     # Pillow refuses a PNG with more than 1 MB of compressed text, such as a workflow; its pixels need no text.
-    for chunks in (data, _without_text(data)) if data.startswith(b"\x89PNG") and b"TXt" in data else (data,):
+    for chunks in (
+        (data, _without_text(data)) if data.startswith(b"\x89PNG") and (b"TXt" in data or b"iCCP" in data) else (data,)
+    ):
         try:
             return Image.open(io.BytesIO(chunks), formats=(*FORMATS, *_plugin_formats()))
         except ValueError as error:
@@ -102,11 +126,11 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _without_text(data: bytes) -> bytes:
-    """Return a PNG file without its text chunks."""
+    """Return a PNG file without its text chunks and its colour profile, which is not used."""
     kept, at = [data[:8]], 8
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4])
-        if data[at + 4 : at + 8] not in TEXT_CHUNKS:
+        if data[at + 4 : at + 8] not in UNUSED_CHUNKS:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
@@ -138,15 +162,27 @@ def _reason(error: BaseException, data: bytes) -> str:
 
 def _sixteen_bits(image: Image.Image) -> Image.Image:
     """Scale 16 bits to 8. Pillow's own conversion clips at 255, which makes almost every 16-bit image white."""
-    values = np.asarray(image).astype(np.float64)
-    return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    scaled = Image.new("L", image.size)
+    for box in _strips(image):
+        values = np.asarray(image.crop(box)).astype(np.float64)
+        scaled.paste(Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8)), box)
+    return scaled.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the boxes of an image's strips, from top to bottom."""
+    for top in range(0, image.height, STRIP):
+        yield (0, top, image.width, min(top + STRIP, image.height))
 
 
 def _on_ground(image: Image.Image) -> Image.Image:
     """Return the image in RGB; where it is transparent, `GROUND` shows through. Opaque pixels keep their values."""
     if not image.has_transparency_data:
         return image.convert("RGB")
-    layer = image.convert("RGBA")
-    if layer.getchannel("A").getextrema() == (255, 255):
-        return layer.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*GROUND, 255)), layer).convert("RGB")
+    shown = Image.new("RGB", image.size)
+    for box in _strips(image):
+        layer = image.crop(box).convert("RGBA")
+        if layer.getchannel("A").getextrema() != (255, 255):
+            layer = Image.alpha_composite(Image.new("RGBA", layer.size, (*GROUND, 255)), layer)
+        shown.paste(layer.convert("RGB"), box)
+    return shown

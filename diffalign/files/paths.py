@@ -48,6 +48,12 @@ def inside(folder: Path, name: str) -> Path:
     if Path(below).parts[:1] == (os.pardir,):
         raise DiffalignError(f"path {name!r} leaves its folder {folder}; only files below it are read")
     path = folder / below
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or that no file system can hold
+        raise DiffalignError(f"path {name[:60]!r}: {getattr(error, 'strerror', None) or error}") from error
     if leads_out(folder, path):
         raise DiffalignError(
             f"{name!r} is a link that leads out of its folder {folder}; copy the file there, or set {FOLLOW_LINKS}=1 if "

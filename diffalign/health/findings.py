@@ -51,6 +51,25 @@ FINDINGS: dict[str, Words] = {
         "is wasted",
         "use a finer score (labels.source=scores.NAME.COLUMN), more images per prompt, or harder prompts",
     ),
+    "average_is_start": Words(
+        "alarm",
+        "the average is dominated by its start",
+        "the weights that are validated and saved are an average over so many steps that much of it is the weights before the "
+        "first: what was trained is mostly lost",
+        "set train.ema_warmup=true, a smaller train.ema_decay, or more train.steps",
+    ),
+    "too_short": Words(
+        "note",
+        "too short to judge",
+        "most checks look at the last 20 logged steps, and there are fewer: that nothing else was found says nothing",
+        "log every step (train.log_every=1), or train for longer",
+    ),
+    "not_finished": Words(
+        "note",
+        "not finished",
+        "the run stopped before its last step: by a signal, an error, an alarm, or for lack of a better validation",
+        "run the same command again; it resumes",
+    ),
     "accuracy_stuck": Words(
         "alarm",
         "the implicit accuracy stays at chance",

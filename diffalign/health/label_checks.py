@@ -76,10 +76,13 @@ def _generators(groups: list[LabelledGroup]) -> Finding | None:
     return Finding("generators_explain_ranking", 0, measured)
 
 
-def examine_labels(groups: list[LabelledGroup]) -> list[Finding]:
-    """Return findings on labels alone. The labels need not come from the rewards whose scores are stored."""
+def examine_labels(groups: list[LabelledGroup], weightless: int = 0) -> list[Finding]:
+    """Return findings on labels alone. The labels need not come from the rewards whose scores are stored.
+
+    weightless: how many groups weigh nothing for whatever reason, where more is known than their labels.
+    """
     found = []
-    weightless = sum(len(set(filter(isfinite, group.labels))) < 2 for group in groups)
+    weightless = max(weightless, sum(len(set(filter(isfinite, group.labels))) < 2 for group in groups))
     if weightless > TOO_MANY_WEIGHTLESS * len(groups):
         found.append(Finding("labels_without_spread", 0, f"{weightless / len(groups):.0%} of {len(groups)} groups"))
     rewards = sorted({name for group in groups for name in group.scores})

@@ -6,6 +6,7 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
 
+from diffalign.health.ending import Ending
 from diffalign.health.findings import Finding
 from diffalign.health.row_checks import (
     CHECKS,
@@ -51,6 +52,7 @@ class Watch:
         self._accuracies = Tally()
         self._highest_rate = 0.0
         self._validations: list[tuple[Validation, float]] = []
+        self.ending = Ending()
 
     @property
     def alarms(self) -> list[Finding]:
@@ -60,6 +62,7 @@ class Watch:
     def row(self, row: Row) -> list[Finding]:
         """Take a row of metrics.jsonl (with its "step"); return the new findings."""
         self._rows.append(row)
+        self.ending.add(row)
         # A step in which no group states a preference has no loss, accuracy, margin or gaps to judge.
         if row.get("share_without_preference", 0.0) < 1.0:
             self._remember(row)
@@ -100,6 +103,12 @@ class Watch:
     def in_order(self) -> list[Finding]:
         """Return all findings, ordered by step."""
         return sorted(self.findings.values(), key=lambda f: f.step)
+
+    def end(self, steps: int | None) -> list[Finding]:
+        """Take what holds now that the run of `steps` steps ends; return the new findings."""
+        new = [finding for finding in self.ending.findings(steps) if finding.name not in self.findings]
+        self.findings |= {finding.name: finding for finding in new}
+        return new
 
     def _remember(self, row: Row) -> None:
         if len(self._first_losses) < WINDOW and "loss" in row:  # distillation logs losses of its own

@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.files import write_whole
+from diffalign.redaction import without_folders
 from diffalign.report.page import data_uri, encoded, render_page
 
 THUMBNAIL = 224
@@ -27,4 +28,8 @@ def write_contact_sheet(path: Path, name: str, facts: dict[str, Any], groups: li
     images in the order in which they are shown, each {"image" (a data URI, or None with "reason"), "preference" (or
     None), "generator", "seed", "index", "counts" (False: it does not count), "scores": {name: number or None}}.
     """
-    write_whole(path, render_page("diffalign.report", "contact_sheet.html.j2", name=name, facts=facts, groups=groups))
+    shown = without_folders(facts)
+    write_whole(
+        path,
+        render_page("diffalign.report", "contact_sheet.html.j2", name=name, facts=shown, groups=groups),
+    )

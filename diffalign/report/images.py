@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.files import read_json_lines
+from diffalign.files import read_json_lines, reading
 from diffalign.report.page import data_uri, encoded
 from diffalign.report.runs import Run
 
@@ -47,7 +47,7 @@ def thumbnail(path: Path, wide: bool = False) -> str | None:
     """Return an image file as a data URI; None if it does not exist."""
     if not path.is_file():
         return None
-    with Image.open(path) as opened:
+    with reading(path, mend="delete it; without it the report shows no image there"), Image.open(path) as opened:
         return picture_uri(opened.convert("RGB"), wide)
 
 
@@ -85,7 +85,7 @@ def trials(runs: list[Run], names: list[str]) -> list[list[tuple[Candidate, Run]
 def _scores(run: Run, column: str) -> dict[tuple[int, int], dict[str, Any]]:
     """Return (prompt, seed) -> {"prompt", model: score}."""
     scores: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in read_json_lines(run.folder / "eval" / "scores.jsonl"):
+    for row in read_json_lines(run.folder / "eval" / "scores.jsonl", needs=("index", "prompt", "model")):
         scores.setdefault((row["index"][0], row["index"][1]), {"prompt": row["prompt"]})[row["model"]] = row.get(column)
     return scores
 

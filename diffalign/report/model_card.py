@@ -9,7 +9,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffalign import __version__
+from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
+from diffalign.files.parse import parse_yaml
+from diffalign.files.published import is_local, public_name
 from diffalign.intervals import interval_in
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
@@ -36,8 +39,8 @@ def front_matter(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        values = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+        values = parse_yaml(found.group(1), str(path)) if found else None
+    except DiffalignError:
         values = None
     return values if isinstance(values, dict) else {}
 
@@ -83,19 +86,27 @@ def samples(run: Run, out: Path) -> list[dict[str, Any]]:
 
 
 def write_card(
-    run: Run, out: Path, *, kind: str, usage: str, generators: dict[str, str], licence: str | None = None
+    run: Run,
+    out: Path,
+    *,
+    base: str,
+    adapter: bool,
+    usage: str,
+    files: dict[str, str],
+    generators: dict[str, str],
+    licence: str | None = None,
 ) -> Path:
-    """Write `out`/README.md and return its path.
+    """Write `out`/README.md and return its path. No path of this machine is in it.
 
-    kind: diffusers, kohya or merged. usage: a Python snippet. generators: who made the training images -> their
-    licence. licence: replaces the base's.
+    base: the base model, as a hub id, a folder or a model of the embedded world; only a hub id is named as `base_model`.
+    adapter: whether the weights need the base. usage: a Python snippet. files: file -> who reads it. generators: who made the
+    training images -> their licence. licence: replaces the base's.
     """
-    base = str(run.config["model.path"])
     name, title = (licence, None) if licence else licence_of(base)
-    lora = run.config.get("tune.kind") == "lora" and kind != "merged"
+    shown, on_hub = public_name(base), "/" in base and not is_local(base)
+    lora = adapter and run.config.get("tune.kind") == "lora"
     head: dict[str, Any] = {
-        "base_model": base,
-        "base_model_relation": "adapter" if lora else "finetune",
+        **({"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if on_hub else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "license": name,
@@ -110,13 +121,14 @@ def write_card(
     text = environment.get_template("model_card.md.j2").render(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
         name=run.name,
-        base=base,
+        base=shown,
         version=__version__,
         run=run,
-        facts=run.facts(),
+        facts=[(label, public_name(value)) for label, value in run.facts({"model.path": base})],
         licence=f"{name} ({title})" if title else name,
         inherited=licence is None,
         usage=usage,
+        files=files,
         generators=generators,
         samples=samples(run, out),
     )

@@ -3,23 +3,29 @@
 import base64
 import io
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffalign import __version__
 from diffalign.intervals import interval_in
+from diffalign.redaction import without_folders
 
 
 def render_page(package: str, template: str, **values: object) -> str:
-    """Return a template of `package` with its values. Text is escaped; a name without a value is an error."""
+    """Return a template of `package` with its values. Text is escaped; a name without a value is an error.
+
+    All pages extend `base.html.j2`, which lies here: the head, the colours of both modes, and a policy by which a browser
+    fetches nothing.
+    """
     environment = Environment(
-        loader=PackageLoader(package),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("diffalign.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["interval"] = interval_in
+    environment.filters["without_folders"] = without_folders
     return environment.get_template(template).render(version=__version__, **values)
 
 

@@ -1,14 +1,16 @@
 """Read a run's folder for a report; nothing is computed but health, if it was not written."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffalign.errors import DiffalignError
-from diffalign.files import dotted_keys, read_json, read_json_lines
-from diffalign.health import examine
+from diffalign.files import dotted_keys, read_json, read_json_lines, reading
+from diffalign.files.metric_rows import numbers
+from diffalign.files.parse import parse_yaml
+from diffalign.health import ENDINGS, Finding, examine, examine_ending
+from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
 FACTS: dict[str, str] = {
@@ -55,18 +57,19 @@ class Run:
         """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return (name, value) of the settings worth showing first."""
-        unused = {"tune.rank"} if self.config.get("tune.kind") == "full" else set()
-        known = [key for key in FACTS if key not in unused and self.config.get(key) is not None]
-        found = [(FACTS[key], _shown(self.config[key])) for key in known]
+    def facts(self, instead: dict[str, str] | None = None) -> list[tuple[str, str]]:
+        """Return (name, value) of the settings worth showing first; `instead` replaces values of the config."""
+        config = {**self.config, **(instead or {})}
+        unused = {"tune.rank"} if config.get("tune.kind") == "full" else set()
+        known = [key for key in FACTS if key not in unused and config.get(key) is not None]
+        found = [(FACTS[key], _shown(config[key])) for key in known]
         return [*found, ("steps", str(self.steps))] if self.steps else found
 
 
 def _shown(value: object) -> str:
     """Return a config value as text; a list of sections as their weights and names."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
-        return str(value)
+        return str(without_folders(str(value)))
     return ", ".join(f"{one['weight']:g} x {one['name']}" if "weight" in one else str(one["name"]) for one in value)
 
 
@@ -74,21 +77,68 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     """Read a run directory. Raises DiffalignError if it holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = read_json_lines(folder / "metrics.jsonl"), result or read_json(folder / "eval.json")
+    rows, result = _rows(folder / "metrics.jsonl"), result or _evaluation(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
-    validations = read_json_lines(folder / "validation.jsonl")
-    findings = read_json(folder / "health.json")
+    validations = _validations(folder / "validation.jsonl")
+    findings = _findings(folder / "health.json")
     if findings is None:
         findings = [f.as_dict() for f in examine(rows, validations)]
     path = folder / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DiffalignError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
-    config = dotted_keys(loaded) if isinstance(loaded, dict) else {}
-    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, text)
+    text, config = "", {}
+    if path.is_file():
+        with reading(path, mend="restore it from a copy; `config` in a checkpoint's state.json has the same keys"):
+            text = path.read_text(encoding="utf-8")
+            config = dotted_keys(dict(parse_yaml(text, str(path))))
+    if rows:
+        findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
+
+
+def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
+    """Return the findings of health.json with what holds as far as the run has got; a killed run could not write that."""
+    kept = [one for one in findings if one["name"] not in ENDINGS]
+    known = {one["name"] for one in kept}
+    return [*kept, *(one.as_dict() for one in ending if one.name not in known)]
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    """Return the rows of metrics.jsonl. Raises DiffalignError where a value is neither a number nor null."""
+    rows = read_json_lines(path)
+    for row in rows:
+        wrong = next((name for name, value in row.items() if not isinstance(value, int | float | None)), None)
+        if wrong is not None:
+            raise DiffalignError(
+                f"{path}: {wrong} of step {row['step']} is {row[wrong]!r}, no number; delete this line"
+            )
+    return [numbers(row) for row in rows]
+
+
+def _validations(path: Path) -> list[dict[str, Any]]:
+    rows = read_json_lines(path)
+    for row in rows:
+        with reading(path, mend=f"delete the line of step {row['step']}"):
+            for values in row["scores"].values():
+                math.fsum(value for value in values if value is not None)
+    return rows
+
+
+def _findings(path: Path) -> list[dict[str, Any]] | None:
+    mend = "delete it, and the report examines the run again"
+    found: list[dict[str, Any]] | None = read_json(path, mend)
+    with reading(path, mend=mend):
+        for one in found or ():
+            one["name"], one["level"], one["step"] + 0, one["title"], one["means"], one["change"]
+    return found
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    mend = "delete it, and `diffalign eval` writes it again"
+    found: dict[str, Any] | None = read_json(path, mend, "scores", "images", "prompts", "seeds")
+    with reading(path, mend=mend):
+        for comparison in (found or {"scores": {}})["scores"].values():
+            comparison["all"]
+    return found
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

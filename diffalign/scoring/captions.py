@@ -12,6 +12,7 @@ from diffalign.files.paths import inside
 from diffalign.rewards.facts import geneval_facts
 
 SOURCES = ("auto", "metadata", "txt", "image", "name", "none")
+TWICE = "has another prompt above; name each image once"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -41,19 +42,21 @@ def folder_metadata(folder: Path, column: str | None) -> tuple[dict[Path, Captio
         path = folder / name
         if path.is_file():
             rows = list(read_rows(inside(folder, name)))
-            if len(rows) == 1 and "file_name" not in rows[0][1] and geneval_facts(rows[0][1]).get("include"):
+            if len(rows) == 1 and named_image(rows[0][1]) is None and geneval_facts(rows[0][1]).get("include"):
                 return {}, caption_of(rows[0][1], rows[0][0], column)
-            found = {}
+            found: dict[Path, Caption] = {}
             for where, row in rows:
-                file = _named(row)
+                file = named_image(row)
                 if file is None:
                     raise DiffalignError(f"{where}: no file_name; each row of {name} must name its image")
-                found[_below(folder, file, where)] = caption_of(row, where, column)
+                caption = caption_of(row, where, column)
+                if found.setdefault(_below(folder, file, where), caption) != caption:
+                    raise DiffalignError(f"{where}: {file!r} {TWICE}")
             return found, None
     return {}, None
 
 
-def _named(row: dict[str, Any]) -> str | None:
+def named_image(row: dict[str, Any]) -> str | None:
     """Return the file that a row names, in any of the columns with that meaning."""
     columns = (column_for("image", [n for n in row if isinstance(row[n], str) and row[n]]),)
     return next((row[c] for c in columns if c), None)
@@ -92,13 +95,13 @@ class PromptTable:
         self.by_path: dict[str, str] = {}
         self.used: set[str] = set()
         for where, row in read_rows(path):
-            name = _named(row)
+            name = named_image(row)
             if name is None:
                 raise DiffalignError(f"{where}: no column that names the image; one of {', '.join(COLUMNS['image'])}")
             caption = caption_of(row, where, column)
-            if self.by_name.setdefault(name, caption).prompt != caption.prompt:
-                raise DiffalignError(f"{where}: {name!r} has another prompt above; name each image once")
-            self.by_path.setdefault(plain_path(path.parent / name), name)
+            same = self.by_path.setdefault(plain_path(path.parent / name), name)
+            if self.by_name.setdefault(name, caption) != caption or self.by_name[same] != caption:
+                raise DiffalignError(f"{where}: {name!r} {TWICE}")
         if not self.by_name:
             raise DiffalignError(f"{path}: the table is empty")
         first = next(iter(self.by_name.values()))

@@ -1,96 +1,68 @@
-"""Images in tar and zip files and in arrow files of `datasets`: where they are, and the prompts that stand beside them."""
+"""Images in tar and zip files with the prompts that stand beside them, as in a folder."""
 
-import json
-import tarfile
-import threading
-import zipfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-
+from diffalign.data.containers import Archive, MemberOrigin
 from diffalign.data.prompts_beside import TEXTS, prompt_in_text
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES, Unreadable
+from diffalign.files.parse import parse_json
 from diffalign.rewards.facts import geneval_facts
-from diffalign.scoring.items import image_bytes
+from diffalign.scoring.captions import METADATA_FILES, Caption, folder_metadata
 
-LARGEST = 1_000_000_000
-"""Bytes of a member; larger ones are refused, since a zip file of a few kilobytes can hold them."""
 LARGEST_TEXT = 1_000_000
-
-
-class Archive:
-    """A tar or zip file that stays open; threads read one member at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        try:
-            self._zip = zipfile.ZipFile(path) if path.suffix.lower() == ".zip" else None
-            self._tar = None if self._zip else tarfile.open(path, "r:")  # noqa: SIM115 - stays open
-            if self._zip:
-                self.sizes = {m.filename: m.file_size for m in self._zip.infolist() if not m.is_dir()}
-            else:
-                assert self._tar is not None
-                self.sizes = {m.name: m.size for m in self._tar.getmembers() if m.isfile()}
-        except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as error:
-            raise DiffalignError(f"{path}: not a complete {path.suffix[1:]} file ({error})") from error
-
-    def read(self, name: str) -> bytes:
-        """Return a member's bytes. Raises Unreadable."""
-        if self.sizes[name] > LARGEST:
-            raise Unreadable(f"{self.sizes[name]} bytes, more than {LARGEST}")
-        try:
-            with self._lock:
-                stream = self._zip.open(name) if self._zip else self._tar.extractfile(name) if self._tar else None
-                return stream.read() if stream else b""
-        except (
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            OSError,
-            EOFError,
-            RuntimeError,
-            NotImplementedError,
-            ValueError,
-        ) as error:
-            raise Unreadable(f"cannot be read from {self.path.name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class MemberOrigin:
-    """An image in a tar or zip file."""
-
-    archive: Archive
-    name: str
-
-    def read(self) -> bytes:
-        return self.archive.read(self.name)
 
 
 @dataclass(frozen=True)
 class Member:
-    """An image in an archive, with its prompt and GenEval's facts, and why a file that should hold them is unreadable."""
+    """An image in an archive. caption: from a metadata file; beside: the prompt in a file beside it. fault: why a file that
+    should hold the prompt is unreadable.
+    """
 
     origin: MemberOrigin
-    prompt: str | None
+    caption: Caption | None
+    beside: str | None
     facts: dict[str, Any]
     fault: str
 
 
-def archive_members(path: Path) -> Iterator[Member]:
+def archive_members(archive: Archive, column: str | None) -> Iterator[Member]:
     """Yield the images of a tar or zip file in the order of their names; webdataset's layout is one.
 
-    The prompt of `a.jpg` is in `a.txt`, `a.caption` or `a.json`.
+    The prompt of `a.jpg` is in a metadata file of its folder or one above, in `a.txt`, `a.caption` or `a.json`. column: the
+    prompt's in metadata files.
     """
-    archive = Archive(path)
+    listed = _listed(archive, column)
     for name in sorted(archive.sizes):
         if PurePosixPath(name).suffix.lower() not in SUFFIXES or PurePosixPath(name).name.startswith("._"):
             continue
-        prompt, facts, fault = _beside(archive, name)
-        yield Member(MemberOrigin(archive, name), prompt, facts, fault)
+        beside, facts, fault = _beside(archive, name)
+        yield Member(MemberOrigin(archive, name), listed.get(name), beside, facts, fault)
+
+
+def _listed(archive: Archive, column: str | None) -> dict[str, Caption]:
+    """Return the captions in the metadata files of an archive, by the member that each names."""
+    found: dict[str, Caption] = {}
+    for name in sorted(archive.sizes, key=lambda name: (name.count("/"), name)):  # the one nearest to an image counts
+        place = PurePosixPath(name)
+        if place.name not in METADATA_FILES:
+            continue
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            try:
+                (folder / place.name).write_bytes(archive.read(name))
+                named, one = folder_metadata(folder, column)
+            except DiffalignError as error:
+                raise DiffalignError(str(error).replace(made, f"{archive.path}#{place.parent}")) from error
+        found |= {(place.parent / path.relative_to(folder).as_posix()).as_posix(): c for path, c in named.items()}
+        if one is not None:
+            below = "" if place.parent == PurePosixPath() else f"{place.parent}/"
+            found |= {member: one for member in archive.sizes if member.startswith(below)}
+    return found
 
 
 def _beside(archive: Archive, name: str) -> tuple[str | None, dict[str, Any], str]:
@@ -107,58 +79,8 @@ def _beside(archive: Archive, name: str) -> tuple[str | None, dict[str, Any], st
         try:
             data = archive.read(file)
             prompt = prompt or prompt_in_text(data, suffix)
-            if suffix == ".json" and isinstance(row := json.loads(data), dict):
+            if suffix == ".json" and isinstance(row := parse_json(data), dict):
                 facts = geneval_facts(row)
-        except (Unreadable, ValueError, RecursionError) as error:
+        except (Unreadable, ValueError) as error:
             fault = fault or f"{PurePosixPath(file).name}: {error}"
     return prompt, facts, fault
-
-
-class ArrowImages:
-    """The image column of an arrow file that `datasets` saved, read a batch of rows at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        try:
-            self._batches = list(_reader(pa.memory_map(str(path))))
-        except (pa.ArrowException, OSError) as error:
-            raise DiffalignError(f"{path}: not a complete arrow file ({error})") from error
-
-    @property
-    def names(self) -> list[str]:
-        """The columns; none for a file without rows."""
-        return list(self._batches[0].schema.names) if self._batches else []
-
-    def rows(self, without: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Yield (batch, row, the other columns) of every row."""
-        for n, batch in enumerate(self._batches):
-            rest = batch.select([name for name in batch.schema.names if name != without]).to_pylist()
-            yield from ((n, row, rest[row] if rest else {}) for row in range(batch.num_rows))
-
-    def value(self, batch: int, row: int, column: str) -> Any:
-        """Return the cell of an image."""
-        with self._lock:
-            return self._batches[batch].column(column)[row].as_py()
-
-
-@dataclass(frozen=True)
-class CellOrigin:
-    """An image in a row of an arrow file."""
-
-    images: ArrowImages
-    batch: int
-    row: int
-    column: str
-
-    def read(self) -> bytes:
-        return image_bytes(self.images.value(self.batch, self.row, self.column), self.images.path.parent)
-
-
-def _reader(source: Any) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from pa.ipc.open_stream(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        file = pa.ipc.open_file(source)
-        yield from (file.get_batch(i) for i in range(file.num_record_batches))

@@ -1,7 +1,7 @@
 """Write one HTML file of images and scores that sorts by any reward, needs no network and shows no text as markup."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,33 +52,46 @@ def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
 
 def choose(scores: Scores, columns: list[str], most: int) -> list[int]:
     """Return the rows to show, best first by the first column: all, or `most` at even steps of every column's ranking."""
-    values = np.array([[row[c] for c in columns] for row in scores.rows], dtype=np.float64).reshape(-1, len(columns))
-    order = [np.argsort(-np.nan_to_num(values[:, k], nan=-math.inf), kind="stable") for k in range(len(columns))]
+    values = np.array([[row[c] for c in columns] for row in scores.rows], dtype=np.float64)
+    return spread_choice(values.reshape(-1, len(columns)), most)
+
+
+def spread_choice(values: np.ndarray, most: int) -> list[int]:
+    """Return rows of `values` [N, columns], highest first by the first column; NaN is last.
+
+    All of them, or `most` at even steps of every column's ranking.
+    """
+    order = [np.argsort(-np.nan_to_num(column, nan=-math.inf), kind="stable") for column in values.T]
     if len(values) <= most:
         return [int(i) for i in order[0]]
-    each = max(1, most // len(columns))
+    each = max(1, most // len(order))
     picked = {int(i) for o in order for i in o[np.linspace(0, len(o) - 1, each).round().astype(int)]}
     return [int(i) for i in order[0] if int(i) in picked]
 
 
 def _card(item: Item, row: dict[str, Any], scores: Scores, columns: Sequence[str]) -> Card:
-    reasons = [row["reason"]] if row["reason"] else [row[f"{label}.reason"] for label in scores.columns]
     return Card(
         image=item.name,
         prompt=item.prompt or "",
         picture=thumbnail(item),
         values=[row[c] if math.isfinite(row[c]) else None for c in columns],
-        reason="; ".join(dict.fromkeys(r for r in reasons if r)),
+        reason="; ".join(reasons_of(row, scores.columns)),
     )
 
 
-def thumbnail(item: Item) -> str:
-    """Return the image as a data URI of at most 256 px; "" if it cannot be read."""
+def reasons_of(row: dict[str, Any], labels: Iterable[str]) -> list[str]:
+    """Return why an image has no score, each reason once: why it cannot be read, or what its rewards said."""
+    reasons = [row["reason"]] if row["reason"] else [row[f"{label}.reason"] for label in labels]
+    return list(dict.fromkeys(reason for reason in reasons if reason))
+
+
+def thumbnail(item: Item, side: int = THUMBNAIL) -> str:
+    """Return the image as a data URI of at most `side` pixels; "" if it cannot be read."""
     try:
         picture = decode(item.origin.read())
     except Unreadable:
         return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
     return data_uri(encoded(picture, "JPEG", quality=82), "jpeg")
 
 

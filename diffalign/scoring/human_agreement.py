@@ -1,9 +1,8 @@
 """Measure how often a reward and people choose the same image.
 
-Labels are a table with one of
+Labels are a table in any form that `diffalign pairs` reads (`diffalign.data.read_tables`), such as image_a, image_b and
+choice, or winner and loser; ties count here. Or it has
 
-    image_a, image_b, choice     choice: a, b or tie
-    winner, loser                the table that `diffalign pairs` reads
     image, rating                any numbers; images of equal `group` (without that column, of equal prompt) are compared
 
 Images are named as for `--prompts`: by path (relative to the table too), by path below the source, by name or by stem.
@@ -18,15 +17,17 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
+from diffalign.data.imported import finite_number
+from diffalign.data.read_tables import is_table_of_pairs, judged
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
 from diffalign.intervals import Interval, bootstrap
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
-
-CHOICES = {"a": 1, "b": -1, "tie": 0}
+from diffalign.terminal import number, plain_table
 
 
 @dataclass(frozen=True)
@@ -60,77 +61,90 @@ def read_choices(path: Path, scores: Scores) -> list[Choice]:
 
     Raises DiffalignError for a table with other columns, an unknown image or an unknown choice.
     """
-    index = _index(scores, path.parent)
+    images = _Images(scores, path.parent)
     rows = list(read_rows(path))
     if not rows:
         raise DiffalignError(f"{path}: the table is empty")
-    names = {meaning: column_for(meaning, rows[0][1]) for meaning in ("a", "b", "choice", "winner", "loser", "image")}
-    a, b, choice, winner, loser, image = names.values()
-    if a and b and choice:
-        return [_pairwise(row, where, (a, b), choice, index, scores) for where, row in rows]
-    if winner and loser:
-        return [_pairwise(row, where, (winner, loser), None, index, scores) for where, row in rows]
-    if image and "rating" in rows[0][1]:
-        return _rated(rows, image, index, scores)
-    found = ", ".join(map(str, rows[0][1]))
-    raise DiffalignError(f"{path}: columns image_a, image_b, choice or image, rating are needed; there are {found}")
-
-
-def _index(scores: Scores, folder: Path) -> dict[str, int | None]:
-    """Return every way to name an image; None where a short name fits two. folder: paths may be relative to it."""
-    index: dict[str, int | None] = {}
-    exact: dict[str, int | None] = {}
-    for i, item in enumerate(scores.items):
-        exact |= {item.name: i, item.key: i}
-        if item.path is not None:
-            full = plain_path(item.path)
-            exact |= {full: i, os.path.relpath(full, plain_path(folder)): i}
-        for short in {PurePosixPath(item.key).name, PurePosixPath(item.key).stem}:
-            index[short] = None if short in index else i
-    return index | exact
-
-
-def _row_of(name: object, where: str, index: dict[str, int | None]) -> int:
-    found = index.get(name, index.get(os.path.normpath(name))) if isinstance(name, str) else None
-    if found is None:
-        fault = (
-            "names more than one image; give its path"
-            if isinstance(name, str) and name in index
-            else "is none of the scored images"
+    first = rows[0][1]
+    image, rating = column_for("image", first), column_for("rating", first)
+    if is_table_of_pairs(first):
+        choices = [choice for where, row in rows for choice in _choices(row, where, images)]
+    elif image and rating:
+        choices = _rated(rows, image, rating, images)
+    else:
+        found = ", ".join(map(str, first))
+        raise DiffalignError(
+            f"{path}: columns image_a, image_b, choice, or winner, loser, or image, rating are needed; there are {found}"
         )
-        raise DiffalignError(f"{where}: {name!r} {fault}")
-    return found
+    if not choices:
+        raise DiffalignError(
+            f"{path}: none of its {len(rows)} rows compares two images; see docs/score.md for the forms"
+        )
+    return choices
 
 
-def _pairwise(
-    row: dict[str, Any],
-    where: str,
-    images: tuple[str, str],
-    column: str | None,
-    index: dict[str, int | None],
-    scores: Scores,
-) -> Choice:
-    """Return the choice between two images; without a column of choices, the first is preferred."""
-    choice = str(row.get(column)).strip().lower() if column else "a"
-    if choice not in CHOICES:
-        raise DiffalignError(f"{where}: choice {row.get(column or '')!r}; one of a, b, tie")
-    a, b = (_row_of(row.get(name), where, index) for name in images)
-    return Choice(a, b, CHOICES[choice], scores.items[a].prompt or where)
+class _Images:
+    """The scored images, found by any of their names. folder: paths may be relative to it."""
+
+    def __init__(self, scores: Scores, folder: Path) -> None:
+        self.items, self.folder = scores.items, folder
+        short: dict[str, int | None] = {}
+        exact: dict[str, int | None] = {}
+        for i, item in enumerate(scores.items):
+            exact |= {item.name: i, item.key: i}
+            if item.path is not None:
+                exact[plain_path(item.path)] = i
+            for name in {PurePosixPath(item.key).name, PurePosixPath(item.key).stem}:
+                short[name] = None if name in short else i
+        self.index = short | exact
+
+    def find(self, cell: object, where: str) -> int:
+        """Return the image that a cell names. Raises DiffalignError for none, and for a short name of two."""
+        given = cell.get("path") if isinstance(cell, dict) else cell
+        name = given.strip() if isinstance(given, str) else ""
+        # As `pairs` reads it: a path is relative to the table before anything else.
+        ways = (plain_path(self.folder / name), name, os.path.normpath(name), plain_path(Path(name))) if name else ()
+        found = next((self.index[way] for way in ways if self.index.get(way) is not None), None)
+        if found is None:
+            twice = any(way in self.index for way in ways)
+            fault = "names more than one image; give its path" if twice else "is none of the scored images"
+            shown = "a cell with image bytes" if isinstance(cell, bytes | dict) else repr(cell)
+            raise DiffalignError(f"{where}: {shown} {fault}")
+        return found
 
 
-def _rated(
-    rows: list[tuple[str, dict[str, Any]]], image: str, index: dict[str, int | None], scores: Scores
-) -> list[Choice]:
+def _choices(row: dict[str, Any], where: str, images: _Images) -> list[Choice]:
+    """Return what a row says of every two of its images."""
+    try:
+        said = judged(row)
+    except DiffalignError as error:
+        raise DiffalignError(f"{where}: {error}") from error
+    places = [images.find(cell, where) for _, cell in said.images]
+    if len(set(places)) < len(places):
+        raise DiffalignError(f"{where}: the same image stands in it twice")
+    group = images.items[places[0]].prompt or _prompt(row) or where
+    return [
+        Choice(a, b, int(x > y) - int(x < y), group)
+        for (a, x), (b, y) in itertools.combinations(zip(places, said.preference, strict=False), 2)
+        if math.isfinite(x) and math.isfinite(y)
+    ]
+
+
+def _prompt(row: dict[str, Any]) -> str:
+    column = column_for("prompt", row)
+    return str(row.get(column) or "") if column else ""
+
+
+def _rated(rows: list[tuple[str, dict[str, Any]]], image: str, column: str, images: _Images) -> list[Choice]:
     groups: dict[str, list[tuple[int, float]]] = {}
+    by = column_for("group", rows[0][1])
     for where, row in rows:
-        try:
-            rating = float(row["rating"])
-        except (TypeError, ValueError, KeyError, OverflowError):
-            rating = math.nan
-        if not math.isfinite(rating):
-            raise DiffalignError(f"{where}: rating {row.get('rating')!r} is not a number")
-        i = _row_of(row.get(image), where, index)
-        groups.setdefault(str(row.get("group") or scores.items[i].prompt or ""), []).append((i, rating))
+        rating = finite_number(row.get(column))
+        if rating is None:
+            raise DiffalignError(f"{where}: {column} {row.get(column)!r} is not a number")
+        i = images.find(row.get(image), where)
+        group = str(row.get(by) or "") if by else ""
+        groups.setdefault(group or images.items[i].prompt or _prompt(row), []).append((i, rating))
     return [
         Choice(a, b, int(x > y) - int(x < y), group)
         for group, members in groups.items()
@@ -154,7 +168,9 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
     untied = (human != 0) & (model != 0)
     concordant = float((human * model)[untied].sum())
     denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
-    interval = _interval(right, [f[2] for f, kept in zip(found, decided, strict=True) if kept], seed, resamples)
+    unit = "prompts" if all(scores.items[c.a].prompt for c in choices) else "groups"
+    groups = [f[2] for f, kept in zip(found, decided, strict=True) if kept]
+    interval = _interval(right, groups, unit, seed, resamples)
     return Agreement(
         int(decided.sum()),
         int((~decided).sum()),
@@ -165,22 +181,23 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
     )
 
 
-def _interval(right: np.ndarray, groups: list[str], seed: int, resamples: int) -> Interval:
+def _interval(right: np.ndarray, groups: list[str], unit: str, seed: int, resamples: int) -> Interval:
     """Return the interval of the mean, resampling whole groups: pairs of one prompt share their images."""
     names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
     place = np.array([names[g] for g in groups])
     sums_and_sizes = np.stack([np.bincount(place, right), np.bincount(place)], axis=1)
     share = lambda means: means[:, :1] / means[:, 1:]  # noqa: E731
-    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples)[0]
+    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples, unit=unit)[0]
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:
     """Return every column's agreement as a table for a terminal."""
-    shown = Table(title=f"agreement with {len(choices)} human comparisons", title_justify="left")
-    for name in ("reward", "pairs", "human ties", "predicted ties", "accuracy", "95% interval", "Kendall tau-b"):
-        shown.add_column(name, justify="left" if name == "reward" else "right")
+    names = ("pairs", "human\nties", "reward\nties", "accuracy", "95% interval", "Kendall\ntau-b")
+    shown = plain_table("reward", *names, title=f"agreement with {len(choices)} human comparisons")
     for column in columns_of(scores):
         a = agree(choices, scores, column)
-        numbers = (f"{a.accuracy:.1%}", a.interval.words(".1%"), f"{a.kendall:+.3f}")
-        shown.add_row(column, str(a.pairs), str(a.human_ties), str(a.predicted_ties), *numbers)
+        counts = map(str, (a.pairs, a.human_ties, a.predicted_ties))
+        shown.add_row(
+            Text(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
+        )
     return shown

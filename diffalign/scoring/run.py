@@ -13,7 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffalign.files.images import Unreadable, decode
+from PIL import Image
+
+from diffalign import stopping
+from diffalign.files.images import Unreadable, area, decode
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
@@ -39,6 +42,10 @@ class Scores:
 
 Known = dict[str, Result]
 """Results by key."""
+
+
+PIXELS_AHEAD = 128_000_000
+"""Pixels of the images that are read ahead, and of a batch's: about 0.5 GB each. One image may be larger."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +87,24 @@ def score_items(
     one on which a reward fails.
     """
     processes = processes or Processes()
-    # Of all rewards first, so that missing weights are reported before an hour is spent on another reward.
-    identities = {label: reward.identity() for label, reward in rewards.items()}
+    # Of all rewards first, so that missing weights are reported before an hour is spent on another reward. A reward that
+    # can score none of the images is not asked: it needs no weights.
+    usable = {label for label, r in rewards.items() if any(not _not_scorable(r, item) for item in items)}
+    identities = {label: rewards[label].identity() for label in usable}
     with ThreadPoolExecutor(workers) as pool:
-        hashes, broken = _scan(items, pool, processes)
+        hashes, areas, broken = _scan(items, pool, processes)
         computed = known = 0
         failures: dict[str, Known] = {label: {} for label in rewards}
         for label, reward in rewards.items():
+            if label not in usable:
+                continue
             # This process scores its share of what nobody has scored yet.
             wanted = _wanted(items, hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
             known += sum(key in store.known for key in wanted)
-            mine = _score(items, processes.share(todo), hashes, reward, store, batch_size, pool, label, on_progress)
+            mine = _score(
+                items, processes.share(todo), hashes, areas, reward, store, batch_size, pool, label, on_progress
+            )
             # All processes learn all results, so that each could write the rows.
             for found in processes.gather(mine):
                 store.known |= found.results
@@ -106,39 +119,56 @@ def score_items(
     return Scores(rows, {label: r.columns for label, r in rewards.items()}, computed, known, failed, items)
 
 
-def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes) -> tuple[list[str], dict[str, str]]:
-    """Return the hash of every item's bytes; for unreadable ones a stand-in, with the reasons by stand-in."""
+def _scan(
+    items: list[Item], pool: ThreadPoolExecutor, processes: Processes
+) -> tuple[list[str], list[int], dict[str, str]]:
+    """Return the hash of every item's bytes and its number of pixels.
 
-    def one(item: Item) -> tuple[str, str]:
+    Unreadable ones get a stand-in for the hash, and their reasons are returned by stand-in.
+    """
+
+    def one(item: Item) -> tuple[str, int, str]:
         try:
-            return digest(item.origin.read()), ""
+            data = item.origin.read()
+            return digest(data), area(data), ""
         except Unreadable as error:
-            return f"unread {item.name}", str(error)
+            return f"unread {item.name}", 0, str(error)
 
-    hashes, broken = [""] * len(items), {}
+    hashes, areas, broken = [""] * len(items), [0] * len(items), {}
     mine = processes.share(list(range(len(items))))
     found = [(i, *answer) for i, answer in zip(mine, pool.map(one, (items[i] for i in mine)), strict=True)]
     for part in processes.gather(found):
-        for i, sha256, reason in part:
-            hashes[i] = sha256
+        for i, sha256, pixels, reason in part:
+            hashes[i], areas[i] = sha256, pixels
             if reason:
                 broken[sha256] = reason
-    return hashes, broken
+    return hashes, areas, broken
+
+
+def _not_scorable(reward: Reward, item: Item) -> str:
+    """Return why a reward cannot score an item, "" if it can; no weights are needed for that."""
+    reason = reward.reason_not_scorable(item.prompt, item.metadata)
+    return f"{reason} ({item.fault})" if reason and item.fault and not item.prompt else reason
 
 
 def _wanted(items: list[Item], hashes: list[str], reward: Reward, identity: dict[str, Any]) -> dict[str, int]:
     """Return key -> an item with that key. Copies of an image with the same prompt share a key and are scored once."""
     wanted: dict[str, int] = {}
     for i, item in enumerate(items):
-        if not reward.reason_not_scorable(item.prompt, item.metadata):
+        if not _not_scorable(reward, item):
             wanted.setdefault(key_of(hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
     return wanted
 
 
 def _ahead(
-    items: list[Item], todo: list[tuple[str, int]], reward: Reward, pool: ThreadPoolExecutor, window: int
+    items: list[Item],
+    todo: list[tuple[str, int]],
+    areas: list[int],
+    reward: Reward,
+    pool: ThreadPoolExecutor,
+    window: int,
 ) -> Iterator[tuple[str, int, Ahead]]:
-    """Yield (key, item, what reading it gave) in order; at most `window` are in memory."""
+    """Yield (key, item, what reading it gave) in order; at most `window` are in memory, and `PIXELS_AHEAD`."""
 
     def one(i: int) -> Ahead:
         sha256 = ""
@@ -155,10 +185,12 @@ def _ahead(
 
     pending: list[tuple[str, int, Future[Ahead]]] = []
     for key, i in todo:
-        pending.append((key, i, pool.submit(one, i)))
-        if len(pending) > window:
+        while pending and (
+            len(pending) > window or areas[i] + sum(areas[other] for _, other, _ in pending) > PIXELS_AHEAD
+        ):
             key_, i_, future = pending.pop(0)
             yield key_, i_, future.result()
+        pending.append((key, i, pool.submit(one, i)))
     for key_, i_, future in pending:
         yield key_, i_, future.result()
 
@@ -167,6 +199,7 @@ def _score(
     items: list[Item],
     todo: list[tuple[str, int]],
     hashes: list[str],
+    areas: list[int],
     reward: Reward,
     store: Store,
     batch_size: int,
@@ -180,15 +213,19 @@ def _score(
 
     def flush() -> None:
         if batch:
-            fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
-            store.add(fresh)
+            with stopping.deferred():
+                fresh, failed = _measure(items, batch, reward, proven=bool(found.results))
+                store.add(fresh)
+            if store.path is not None:
+                stopping.keep(f"{len(store.known)} scores are")
+            stopping.check()
             found.results.update(fresh)
             found.failed.update(failed)
             batch.clear()
 
     if on_progress:
         on_progress(label, 0, len(todo))
-    for done, (key, i, ahead) in enumerate(_ahead(items, todo, reward, pool, 2 * batch_size), start=1):
+    for done, (key, i, ahead) in enumerate(_ahead(items, todo, areas, reward, pool, 2 * batch_size), start=1):
         if ahead.unreadable:
             found.broken[hashes[i]] = ahead.unreadable
         elif ahead.sha256 != hashes[i]:
@@ -197,12 +234,17 @@ def _score(
             found.failed[key] = Result({}, ahead.failed)
         else:
             batch.append((key, i, ahead.prepared))
-        if len(batch) == batch_size:
+        if len(batch) == batch_size or sum(_pixels(prepared) for _, _, prepared in batch) > PIXELS_AHEAD:
             flush()
         if on_progress:
             on_progress(label, done, len(todo))
     flush()
     return found
+
+
+def _pixels(prepared: Prepared) -> int:
+    """Return the pixels of a prepared image, or the values of a prepared tensor."""
+    return prepared.width * prepared.height if isinstance(prepared, Image.Image) else prepared.numel()
 
 
 def _measure(
@@ -236,18 +278,18 @@ def _row(
     row: dict[str, Any] = {"image": item.name, "sha256": None if unread else sha256, "prompt": item.prompt}
     row["reason"] = broken.get(sha256, "")
     for label, reward in rewards.items():
-        identity = with_facts(identities[label], item.metadata)
-        key = key_of(sha256, item.prompt, identity)
-        result, failure = known.get(key), failures[label].get(key)
-        not_scorable = reward.reason_not_scorable(item.prompt, item.metadata)
-        if not_scorable and item.fault and not item.prompt:
-            not_scorable = f"{not_scorable} ({item.fault})"
-        values = result.values if result and not not_scorable else {}
+        not_scorable = _not_scorable(reward, item)
+        result = failure = identity = None
+        if not not_scorable:
+            identity = with_facts(identities[label], item.metadata)
+            key = key_of(sha256, item.prompt, identity)
+            result, failure = known.get(key), failures[label].get(key)
+        values = result.values if result else {}
         for k, name in enumerate(reward.columns):
             row[label if k == 0 else f"{label}.{name}"] = values.get("" if k == 0 else name, math.nan)
         row[label + REASON] = not_scorable or next((r.reason for r in (result, failure) if r), "")
         # Without an identity the row is tried again next time.
-        row[label + IDENTITY] = identity if result and not not_scorable else None
+        row[label + IDENTITY] = identity if result else None
     return row
 
 

@@ -1,19 +1,19 @@
 """Summarise scores: mean, spread, best and worst, counts for a histogram."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from diffalign.rewards import Reward
+from diffalign.progress import visible
 from diffalign.scoring.run import Scores
+from diffalign.terminal import NameCell, plain_table, shortened
 
 BINS = 24
-ALIKE = 3
-"""So many images with one reason get a line each; more share one."""
 
 
 @dataclass(frozen=True)
@@ -73,50 +73,45 @@ def _summary(scores: Scores, column: str) -> Summary:
     )
 
 
-def summary_table(scores: Scores) -> Table:
-    """Return the summaries as a table for a terminal. Names and prompts are text, never markup."""
-    shown = Table(title=f"{len(scores.rows)} images", title_justify="left")
-    shown.add_column("reward")
-    for name in ("scored", "not", "mean", "spread"):
-        shown.add_column(name, justify="right")
-    for name in ("best", "worst"):
-        shown.add_column(name, overflow="fold", ratio=1)
-    for s in summarise(scores):
-        ends = [Text(f"{value:.4g} {_short(name)}") if name else Text("") for value, name in (s.best, s.worst)]
-        numbers = [str(s.scored), str(s.unscored) if s.unscored else "", f"{s.mean:.4f}", f"{s.spread:.4f}"]
-        shown.add_row(Text(s.column), *numbers, *ends)
+def summary_table(found: list[Summary], title: str) -> Table:
+    """Return summaries as a table for a terminal. Names and prompts are text, never markup.
+
+    A column without any score has no row: `faults` says why.
+    """
+    shown = plain_table("reward", "scored", "mean", "std", title=title)
+    shown.add_column("best\nworst", overflow="fold")
+    for s in found:
+        if s.scored:
+            count = f"{s.scored} of {s.scored + s.unscored}" if s.unscored else str(s.scored)
+            ends = Group(*(NameCell(f"{value:.4g}", name) for value, name in (s.best, s.worst)))
+            shown.add_row(Text(s.column), count, f"{s.mean:.4f}", f"{s.spread:.4f}", ends)
     return shown
 
 
-def _short(name: str, longest: int = 40) -> str:
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return clean if len(clean) <= longest else "…" + clean[1 - longest :]
-
-
-def cut_lines(rewards: Mapping[str, Reward], prompts: Sequence[str | None]) -> list[str]:
-    """Return a line for each reward (label -> reward) that reads some of the prompts in part only."""
-    given = list(dict.fromkeys(prompt for prompt in prompts if prompt))
-    counts = {label: reward.count_cut(given) for label, reward in rewards.items()}
-    return [
-        f"{label} reads {rewards[label].longest} tokens of a prompt: {count} of {len(given)} prompts are longer and were cut"
-        for label, count in counts.items()
-        if count
-    ]
-
-
 def faults(scores: Scores, most: int = 10) -> list[str]:
-    """Return a line for each image without a score, or one for a reason that many share; the first `most` of them."""
+    """Return a line for each reason why images have no score, with their number; the `most` frequent ones.
+
+    The reason names the reward where there are several.
+    """
     images: dict[str, list[str]] = {}
     for row in scores.rows:
-        reasons = {row["reason"]} if row["reason"] else {row[f"{label}.reason"] for label in scores.columns}
-        reasons |= {"not scored" for label in scores.columns if not math.isfinite(row[label]) and reasons == {""}}
-        for reason in sorted(r for r in reasons if r):
-            images.setdefault(reason, []).append(_short(row["image"], 80))
-    lines = []
-    for reason, names in images.items():
-        if len(names) > ALIKE:
-            lines.append(f"{len(names)} images, the first {names[0]}: {reason}")
-        else:
-            lines += [f"{name}: {reason}" for name in names]
-    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return lines[:most] + more
+        for reason in _reasons(row, scores):
+            images.setdefault(visible(reason), []).append(row["image"])
+    lines = [
+        f"{len(names)} x {reason}; the first is {name}" if len(names) > 1 else f"{name}: {reason}"
+        for reason, names in sorted(images.items(), key=lambda one: -len(one[1]))
+        for name in [shortened(visible(names[0]), 80)]
+    ]
+    return lines[:most] + ([f"... and {len(lines) - most} more reasons"] if len(lines) > most else [])
+
+
+def _reasons(row: dict[str, Any], scores: Scores) -> list[str]:
+    """Return why an image has no score: why it cannot be read, or what each of its rewards said."""
+    if row["reason"]:
+        return [row["reason"]]
+    said = [
+        (label, row[f"{label}.reason"] or ("" if math.isfinite(row[label]) else "not scored"))
+        for label in scores.columns
+    ]
+    several = len(scores.columns) > 1
+    return [f"{label}: {reason}" if several else reason for label, reason in said if reason]

@@ -2,21 +2,31 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from diffalign.data.containers import (
+    CONTAINERS,
+    TABLES,
+    Archive,
+    FileOrigin,
+    ParquetImages,
+    RefusedOrigin,
+    RowOrigin,
+    containers_below,
+    image_rows,
+    kind_of,
+)
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.own_parquet import IMAGES_MEND, read_columns
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
-from diffalign.data.tables import printable
+from diffalign.data.tables import table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
-from diffalign.files.paths import leads_out, own_file
+from diffalign.files.parse import valid_unicode
+from diffalign.files.paths import inside, leads_out, own_file
 from diffalign.scoring.captions import (
     SOURCES,
     Caption,
@@ -25,12 +35,12 @@ from diffalign.scoring.captions import (
     folder_metadata,
     from_name,
 )
-from diffalign.scoring.containers import ArrowImages, CellOrigin, archive_members
-from diffalign.scoring.items import FileOrigin, Item, ParquetImages, RefusedOrigin, RowOrigin
+from diffalign.scoring.containers import archive_members
+from diffalign.scoring.items import Item
+from diffalign.scoring.numbered_rows import GENEVAL_FILE, NumberedRows, is_numbered
 
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html")
 """Suffixes of files that are expected beside images; they are not reported as skipped."""
-CONTAINERS = (".parquet", ".arrow", ".tar", ".zip")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "bytes")
 
 
@@ -39,7 +49,7 @@ class Prompting:
     """How prompts are found. one: the same for all. table: from `--prompts`. source: one of captions.SOURCES."""
 
     one: str | None = None
-    table: PromptTable | None = None
+    table: PromptTable | NumberedRows | None = None
     source: str = "auto"
     column: str | None = None
 
@@ -51,7 +61,11 @@ class Prompting:
         """Return the item with the prompt given by the user, which takes precedence over what stands beside the image."""
         if self.one is not None:
             return replace(item, prompt=self.one)
-        caption = self.table.find(item.name, item.key, item.path) if self.table else None
+        caption = None
+        if isinstance(self.table, PromptTable):
+            caption = self.table.find(item.name, item.key, item.path)
+        elif self.table is not None:
+            caption = self.table.find(item.key, item.prompt)
         if caption is None:
             return item
         return replace(item, prompt=caption.prompt or item.prompt, metadata=item.metadata | caption.facts)
@@ -75,7 +89,7 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
     if twice:
         raise DiffalignError(f"{twice[0]!r} is given twice; name each image once")
     captioned = (prompting.apply(item) for item in items)
-    return [replace(item, prompt=item.prompt and printable(item.prompt)) for item in captioned]
+    return [replace(item, prompt=item.prompt and valid_unicode(item.prompt)) for item in captioned]
 
 
 def _expand(source: str) -> list[Path]:
@@ -83,7 +97,7 @@ def _expand(source: str) -> list[Path]:
     path = Path(source)
     if os.path.lexists(path) or not any(c in source for c in "*?["):
         if not os.path.lexists(path):
-            raise DiffalignError(f"{printable(source)}: no such file or folder")
+            raise DiffalignError(f"{valid_unicode(source)}: no such file or folder")
         return [path]
     root = Path(path.anchor) if path.is_absolute() else Path()
     return sorted(root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
@@ -94,8 +108,8 @@ def _items(path: Path, prompting: Prompting, skipped: Counter[str]) -> Iterator[
         yield from _dataset(path)
     elif path.is_dir():
         yield from _folder(path, prompting, skipped)
-    elif path.suffix.lower() in CONTAINERS:
-        yield from _contained(path, "", prompting)
+    elif kind_of(path) in CONTAINERS:
+        yield from _contained(path, "", prompting, skipped)
     else:
         listed, above = folder_metadata(path.parent, prompting.column)
         yield _file(path, path.name, listed.get(path) or above, prompting)
@@ -109,38 +123,50 @@ def _folder(folder: Path, prompting: Prompting, skipped: Counter[str]) -> Iterat
     above: dict[Path, Caption] = {}
     listed: dict[Path, Caption] = {}
     found: list[tuple[Path, Caption | None]] = []
+    numbered: dict[Path, NumberedRows] = {}
     for place, folders, files in os.walk(folder, followlinks=False):
         folders.sort()
         here = Path(place)
         named, one = folder_metadata(here, prompting.column)
         listed |= named
+        by_number = prompting.source in ("auto", "metadata") and GENEVAL_FILE in files
+        if by_number and is_numbered(inside(here, GENEVAL_FILE)):
+            numbered[here] = NumberedRows(here / GENEVAL_FILE, prompting.column)
         inherited = one or above.get(here.parent)
         if inherited is not None:
             above[here] = inherited
         found += [(here / name, inherited) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES]
-        suffixes = (Path(name).suffix.lower() or "without a suffix" for name in files)
-        skipped.update(s for s in suffixes if s not in SUFFIXES and s not in BESIDE)
+        _count_skipped(files, skipped)
         skipped.update("linked folders" for name in folders if (here / name).is_symlink())
     if not found and not listed:
         # Shards are read where nothing else is there: img2dataset, for one, writes a parquet file beside its images.
-        shards = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in CONTAINERS and not p.name.startswith("cache-")
-        )
-        for shard in shards:
-            skipped[shard.suffix.lower()] -= shard.suffix.lower() not in BESIDE
+        for shard in containers_below(folder):
+            skipped[kind_of(shard)] -= kind_of(shard) not in BESIDE
             if leads_out(folder, shard):
                 skipped["links that lead out of the folder"] += 1
                 continue
-            yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting)
+            yield from _contained(shard, shard.relative_to(folder).as_posix(), prompting, skipped)
         for suffix in [s for s, n in skipped.items() if n <= 0]:
             del skipped[suffix]
     # An image that a metadata file names but that was not met, because it does not exist, gets a row too.
     for path, inherited in sorted([*found, *((p, None) for p in set(listed) - {p for p, _ in found})], key=_order):
         key = path.relative_to(folder).as_posix()
         try:
-            yield _file(own_file(folder, path), key, listed.get(path) or inherited, prompting, folder)
+            item = _file(own_file(folder, path), key, listed.get(path) or inherited, prompting, folder)
         except DiffalignError as error:
-            yield Item(printable(path.as_posix()), printable(key), RefusedOrigin(str(error)))
+            yield Item(valid_unicode(path.as_posix()), valid_unicode(key), RefusedOrigin(str(error)))
+            continue
+        rows = next((place for place in path.parents if place in numbered), None)
+        if rows is not None and not item.metadata:
+            caption = numbered[rows].find(path.relative_to(rows).as_posix(), item.prompt)
+            item = replace(item, prompt=item.prompt or caption.prompt, metadata=caption.facts) if caption else item
+        yield item
+
+
+def _count_skipped(names: Iterable[str], skipped: Counter[str]) -> None:
+    """Count, by suffix, the files that are neither images nor expected beside them."""
+    kinds = (kind_of(PurePosixPath(name)) or "without a suffix" for name in names)
+    skipped.update(kind for kind in kinds if kind not in SUFFIXES and kind not in BESIDE)
 
 
 def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
@@ -151,7 +177,7 @@ def _order(found: tuple[Path, Caption | None]) -> tuple[tuple[str, ...], str]:
 def _file(path: Path, key: str, caption: Caption | None, prompting: Prompting, root: Path | None = None) -> Item:
     prompt, fault = _prompt(path, caption, prompting.source, root)
     facts = caption.facts if caption else {}
-    return Item(printable(path.as_posix()), printable(key), FileOrigin(path), prompt, facts, fault=fault)
+    return Item(valid_unicode(path.as_posix()), valid_unicode(key), FileOrigin(path), prompt, facts, fault=fault)
 
 
 def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None) -> tuple[str | None, str]:
@@ -166,62 +192,41 @@ def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None)
     return prompt, fault
 
 
-def _contained(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+def _contained(path: Path, below: str, prompting: Prompting, skipped: Counter[str]) -> Iterator[Item]:
     """Yield the images of a parquet, arrow, tar or zip file. below: its path in the folder that is scored."""
-    if path.suffix.lower() == ".parquet":
-        yield from _parquet(path, below, prompting)
-    elif path.suffix.lower() == ".arrow":
-        yield from _arrow(path, below, prompting)
-    else:
-        for member in archive_members(path):
-            name = f"{path.as_posix()}#{member.origin.name}"
-            prompt = None if prompting.source in ("name", "none", "metadata") else member.prompt
-            prompt = from_name(Path(member.origin.name)) if prompting.source == "name" else prompt
-            key = printable(f"{below}#{member.origin.name}" if below else member.origin.name)
-            yield Item(printable(name), key, member.origin, prompt, member.facts, fault=member.fault)
-
-
-def _arrow(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
-    """Yield the rows of an arrow file, as `datasets` saves them to disk."""
-    images = ArrowImages(path)
-    if not images.names:
+    if kind_of(path) in TABLES:
+        yield from _table(path, below, prompting)
         return
-    column = _image_column(images.names, path)
-    for number, (batch, row, facts) in enumerate(images.rows(column)):
-        caption = caption_of(facts, f"{path} row {number}", prompting.column)
-        name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
-        yield Item(printable(name), key, CellOrigin(images, batch, row, column), caption.prompt, caption.facts)
+    archive = Archive(path)
+    _count_skipped(archive.sizes, skipped)
+    for member in archive_members(archive, prompting.column):
+        inner = member.origin.name
+        prompt, facts, source = None, dict(member.facts), prompting.source
+        if source in ("auto", "metadata") and member.caption is not None:
+            prompt, facts = member.caption.prompt, facts | member.caption.facts
+        if source == "name":
+            prompt = from_name(Path(inner))
+        elif prompt is None and source not in ("none", "metadata"):
+            prompt = member.beside
+        key = valid_unicode(f"{below}#{inner}" if below else inner)
+        yield Item(valid_unicode(f"{path.as_posix()}#{inner}"), key, member.origin, prompt, facts, fault=member.fault)
 
 
-def _image_column(names: list[str], path: Path) -> str:
+def _table(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+    """Yield the rows of a parquet or arrow file with an image column and possibly a prompt column."""
+    names = table_schema(path).names
+    if not names:
+        return
     column = next((c for c in IMAGE_COLUMNS if c in names), None)
     if column is None:
         raise DiffalignError(
             f"{path}: no image column; one of {', '.join(IMAGE_COLUMNS)} is needed, not {', '.join(names)}"
         )
-    return column
-
-
-def _parquet(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
-    """Yield the rows of a parquet file with an image column and possibly a prompt column."""
-    try:
-        names = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DiffalignError(f"{path}: not a parquet file: {error}") from error
-    column = _image_column(names, path)
-    images = ParquetImages(path, column)
-    others = pq.read_table(path, columns=[n for n in names if n != column]).to_pylist()
-    number = 0
-    for row_group, rows in enumerate(images.row_counts()):
-        for row in range(rows):
-            # A file with nothing but images has rows without any key.
-            facts: dict[str, Any] = others[number] if number < len(others) else {}
-            caption = caption_of(facts, f"{path} row {number}", prompting.column)
-            name = f"{path.as_posix()}#{number}"
-            yield Item(
-                printable(name), f"{below}#{number}", RowOrigin(images, row_group, row), caption.prompt, caption.facts
-            )
-            number += 1
+    for number, (where, row, origin) in enumerate(image_rows(path, column)):
+        caption = Caption(None) if isinstance(row, str) else caption_of(row, where, prompting.column)
+        fault = row if isinstance(row, str) else ""
+        name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
+        yield Item(valid_unicode(name), key, origin, caption.prompt, caption.facts, fault=fault)
 
 
 def _dataset(folder: Path) -> Iterator[Item]:
@@ -230,7 +235,7 @@ def _dataset(folder: Path) -> Iterator[Item]:
     place = {group: i for i, group in enumerate(dataset.column("group_id"))}
     for shard in dataset.shards:
         images = ParquetImages(shard, "image")
-        keys = pq.read_table(shard, columns=["group_id", "index"]).to_pylist()
+        keys = read_columns(shard, ["group_id", "index"], IMAGES_MEND).to_pylist()
         number = 0
         for row_group, rows in enumerate(images.row_counts()):
             for row in range(rows):

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, find_reward
-from diffalign.rewards.base import LABEL
+from diffalign.rewards.base import LABEL, TAKEN_NAMES
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def parse(text: str) -> RewardSpec:
         label = label if equals else find_reward(name).name
     if not LABEL.fullmatch(label) or not name:
         raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
+    if label in TAKEN_NAMES:
+        raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
     options: dict[str, Any] = {}
     for pair in filter(None, tail.split(",")):
         key, equals, value = pair.partition("=")

@@ -12,22 +12,27 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.tables import read_rows
+from diffalign.data.own_parquet import open_parquet
+from diffalign.data.tables import table_rows
 from diffalign.errors import DiffalignError
-from diffalign.files import replacing, write_whole
+from diffalign.files import make_folder, reading, replacing, write_whole
+from diffalign.files.parse import parse_json
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
+ROW_MEND = "delete this row, and the same command scores its image again, or choose another --output"
 IDENTITY, REASON = ".identity", ".reason"
 
 
@@ -74,22 +79,27 @@ class Store:
     def _read_output(self, path: Path) -> None:
         if not path.is_file():
             return
-        for where, raw in read_rows(path):
-            row = _unpacked(raw)
-            if not {"image", "sha256"} <= set(row):
+        if path.suffix == ".parquet":
+            open_parquet(path, "delete it, and the same command scores again, or choose another --output")
+        for where, raw in table_rows(path):
+            if isinstance(raw, str):
+                raise DiffalignError(f"--output {where}: {raw}; {ROW_MEND}")
+            if not {"image", "sha256"} <= set(raw):
                 raise DiffalignError(f"{where}: not a file of `diffalign score`; choose another --output")
+            with reading(Path(where), "--output ", ROW_MEND):
+                row = _unpacked(raw)
+                for name in [n for n in row if n.endswith(IDENTITY) and row[n]]:
+                    label = name.removesuffix(IDENTITY)
+                    key = key_of(str(row["sha256"]), row.get("prompt"), row[name])
+                    self.known[key] = Result(_columns(row, label), row.get(label + REASON) or "")
             self.rows.append(row)
-            for name in [n for n in row if n.endswith(IDENTITY) and row[n]]:
-                label = name.removesuffix(IDENTITY)
-                key = key_of(str(row["sha256"]), row.get("prompt"), row[name])
-                self.known[key] = Result(_columns(row, label), row.get(label + REASON) or "")
 
     def _read_journal(self) -> None:
         assert self.journal is not None
         for path in sorted(self.journal.glob("*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
                     self.known[row["key"]] = Result(values, row["reason"])
                     self._journaled.add(row["key"])
@@ -112,7 +122,7 @@ class Store:
         if self.journal is None:
             return
         if self._stream is None:
-            self.journal.mkdir(parents=True, exist_ok=True)
+            make_folder(self.journal)
             path = self.journal / f"{self._process}.jsonl"
             torn = path.is_file() and not path.read_bytes().endswith(b"\n")
             self._stream = path.open("a", encoding="utf-8")
@@ -150,7 +160,29 @@ def _keys(row: dict[str, Any]) -> set[str]:
 
 
 def _below(name: str, sources: list[str]) -> bool:
-    return any(name == s or name.startswith((s.rstrip("/") + "/", s + "#")) for s in sources)
+    """Return whether an image belongs to one of the sources: files, folders, containers, and globs of these."""
+    for source in sources:
+        if name == source or name.startswith((source.rstrip("/") + "/", source + "#")):
+            return True
+        # As when images are listed, a path that exists is no pattern. Of an image that is gone, only the name is left.
+        if any(c in source for c in "*?[") and not os.path.lexists(source) and _matches(name, source):
+            return True
+    return False
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a glob matches a path, a folder above it, or the container that `#` ends."""
+    file = name.partition("#")[0]
+    places = {part for path in (PurePath(name), PurePath(file)) for part in (path, *path.parents)}
+    return any(_parts_match(place.parts, PurePath(pattern).parts) for place in places)
+
+
+def _parts_match(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_parts_match(parts[n:], patterns[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
 
 
 def _carried(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +204,7 @@ def _columns(row: dict[str, Any], label: str) -> dict[str, float]:
 def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as it was before a csv or parquet file flattened it."""
     return {
-        name: json.loads(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
+        name: parse_json(value) if name.endswith(IDENTITY) and isinstance(value, str) and value else
         None if value == "" and name != "reason" else value
         for name, value in row.items()
     }  # fmt: skip
@@ -193,7 +225,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 writer.writeheader()
                 writer.writerows(flat)
         else:
-            pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part)
+            pq.write_table(pa.Table.from_pylist(flat, schema=_schema(names)), part, write_page_checksum=True)
 
 
 def _packed(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from diffalign.data.imported import Report, write_imported
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
+from diffalign.progress import say, say_aside
 from diffalign.report.contact_sheet import small_picture, write_contact_sheet
-from diffalign.stages.resolve import open_backbone, resolve_device
+from diffalign.stages.resolve import open_backbone, resolve_device, settled
 
 FAULTS_SHOWN = 20
 
@@ -41,10 +41,10 @@ def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[s
     facts = summarise_dataset(dataset)
     width = max(map(len, facts))
     for key, value in facts.items():
-        print(f"{key:{width}}  {value}")
+        say(f"{key:{width}}  {value}")
     if html is not None:
         write_sheet(dataset, html, groups, facts)
-        print(f"contact sheet: {html}")
+        say(f"contact sheet: {html}")
     return facts
 
 
@@ -52,7 +52,8 @@ def pairs(sources: list[Path], out: Path, split: list[str]) -> None:
     """Write your own pairs as a dataset into `out`: `diffalign pairs`. split: as `read_splits` takes it."""
     with writing_folder(out, "--out"):
         report = import_pairs(sources, out, read_splits(split))
-    print(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
+    _print_counted(report)
+    say(f"{report.groups} pairs in {out}{_split_counts(report)}; train on them with data.path={out}")
 
 
 def read_splits(given: list[str]) -> dict[str, float] | None:
@@ -77,6 +78,13 @@ def _split_counts(report: Report) -> str:
     return f" ({counts})" if len(report.splits) > 1 else ""
 
 
+def _print_counted(report: Report) -> None:
+    for reason, count in report.counted.items():
+        say(f"{count} rows skipped: {reason}")
+    if report.unlabelled:
+        say(f"{report.unlabelled} images have no label, or none that is a finite number: kept, in no pair")
+
+
 def convert(sources: list[Path], out: Path, form: str | None = None, split: list[str] | None = None) -> Report:
     """Convert another dataset into `out`: `diffalign data convert`. Broken rows are reported and skipped.
 
@@ -87,14 +95,13 @@ def convert(sources: list[Path], out: Path, form: str | None = None, split: list
         name, rows = open_rows(sources, form)
         report = write_imported(rows, out, splits=splits)
     for fault in report.faults[:FAULTS_SHOWN]:
-        print(f"{fault.where}: {fault.reason}", file=sys.stderr)
+        say_aside(f"{fault.where}: {fault.reason}")
     if report.faults:
         more = f", the first {FAULTS_SHOWN} above" if len(report.faults) > FAULTS_SHOWN else ""
-        print(f"{len(report.faults)} broken rows were skipped{more}", file=sys.stderr)
-    for reason, count in report.counted.items():
-        print(f"{count} rows skipped: {reason}")
+        say_aside(f"{len(report.faults)} broken rows were skipped{more}")
+    _print_counted(report)
     found = f"{report.groups} groups, {report.images} images in {out}{_split_counts(report)}"
-    print(f"{name}: {found}; train on them with data.path={out}")
+    say(f"{name}: {found}; train on them with data.path={out}")
     return report
 
 
@@ -103,14 +110,14 @@ def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int
     with writing_folder(out, "--out"):
         counts = export(PreferenceDataset(folder), out, form, pairs)
     for split, count in counts.items():
-        print(f"{split}: {count} rows")
-    print(f"{form}: {out}")
+        say(f"{split}: {count} rows")
+    say(f"{form}: {out}")
     return counts
 
 
 def cache(config: TrainConfig, dry_run: bool = False) -> None:
     """Encode what `diffalign train` would encode before its first step: `diffalign cache`. dry_run: print its size only."""
-    dataset = PreferenceDataset(config.data.path)
+    config, dataset = settled(config), PreferenceDataset(config.data.path)
     chosen, members, _ = choose_groups(config.data, dataset)
     backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
     plan = plan_cache(config.data, dataset, chosen, members, backbone)
@@ -118,11 +125,11 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
         raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")
     missing = plan.missing()
     if not missing:
-        print(f"cache: complete, in {plan.folder}")
+        say(f"cache: complete, in {plan.folder}")
         return
     sizes = ", ".join(f"{count} at {size}" for size, count in describe(plan.frames.sizes).items())
     needed = sum(missing.values()) / 1e9
-    print(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
+    say(f"cache: {needed:.3g} GB for {len(chosen)} groups of {members} images ({sizes}), in {plan.folder}")
     plan.check_space()
     if not dry_run:
         plan.latents()

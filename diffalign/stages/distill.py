@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffalign.config import DistillConfig, RewardTerm
 from diffalign.data.buckets import fit, to_pixels
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
@@ -21,8 +22,10 @@ from diffalign.progress import say
 from diffalign.rewards.base import Reward
 from diffalign.stages.checks import check_packages, check_validation, check_weights
 from diffalign.stages.dry_run import TIME_UNKNOWN, count_trainable, model_facts, print_config, print_facts, print_where
+from diffalign.stages.fingerprints import of_model, of_prompts, of_real_images
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
+    note_other_base,
     open_backbone,
     open_plain_backbone,
     open_rewards,
@@ -31,9 +34,11 @@ from diffalign.stages.resolve import (
     process_device,
     resolve_device,
     resolve_prompts,
+    settled,
     with_judges,
 )
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.distillation.method import Distillation
 from diffalign.training.distillation.real_images import RealImages
@@ -161,7 +166,9 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
 
 
 def _distill(config: DistillConfig, dry_run: bool) -> None:
+    config = with_judges(settled(config), tuple(term.name for term in config.reward.terms))
     device = resolve_device(config.device)
+    check_before_loading(config)
     if dry_run:
         print_config(config)
     else:
@@ -169,14 +176,20 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     rewards = open_terms(config, rows, process_device(config.device))
     steered = check_weights(rewards, dry_run)
-    config = with_judges(config, tuple(term.name for term in config.reward.terms))
     judged, judges = check_validation(config.validation, device, dry_run)
     if dry_run:
         _describe(config, rows, device, steered | judges)
         return
     accelerator = start_accelerator(config)
+    resolved = {
+        "train.mixed_precision": accelerator.mixed_precision,
+        **of_prompts(rows),
+        **of_real_images(config.gan.real),
+    }
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
@@ -188,6 +201,8 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
         if judged is None
         else open_validation(config.validation, backbone, judged.rows, judged.rewards, config.seed, drawn)
     )
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if side % backbone.pixel_multiple:
         raise DiffalignError(f"resolution={side}: this model needs a multiple of {backbone.pixel_multiple}")
@@ -197,7 +212,8 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     places = side // backbone.vae_scale_factor
     shape = (backbone.latent_channels, places, places)
     method = Distillation(config, backbone, student, source, shape, accelerator, scores, differentiable_score, real)
-    result = run_and_report(config, method, validation=validation)
+    resolved |= of_model(backbone, config.tune)
+    result = run_and_report(config, method, validation=validation, resolved=resolved)
     if accelerator.is_main_process and config.save_pipeline:
         say(f"student: {save_student(config, result.run_dir / 'weights', result.run_dir / 'student')}")
 

@@ -11,6 +11,7 @@ from diffalign.hub import download_command, hub_answers
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.hub import hub_size
 from diffalign.pipelines.known_models import known_models
+from diffalign.progress import say, say_block
 from diffalign.stages.resolve import model_is_here
 from diffalign.training.memory import to_meta
 from diffalign.training.tune import make_trainable
@@ -24,21 +25,21 @@ NOT_HERE = "not predicted: the model is not on this machine"
 
 def print_config(config: BaseModel) -> None:
     """Print the resolved config, which is a config file again; everything else is printed as comments below it."""
-    print(resolved_yaml(config))
+    say_block(resolved_yaml(config))
 
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
     """Print facts under a title, as comments."""
     if not facts:
         return
-    print(f"# {title}")
+    say(f"# {title}")
     for key, value in facts.items():
-        print(f"#   {key}: {value}")
+        say(f"#   {key}: {value}")
 
 
 def warn(text: str) -> None:
     """Print a warning, as a comment."""
-    print(f"# warning: {text}")
+    say(f"# warning: {text}")
 
 
 def model_facts(backbone: Backbone | None, model: ModelSection) -> dict[str, object]:

@@ -1,15 +1,11 @@
 """`diffalign eval`: the base model and trained weights on the same prompts and seeds."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from rich.console import Console
-from safetensors.torch import load_file
 
 from diffalign.config import BackboneRunConfig, EvalConfig, ValidationSection, load_run_config
 from diffalign.data.prompts import PromptRow
@@ -18,14 +14,16 @@ from diffalign.evaluation.evaluate import EvaluationPlan, Sampler, comparison_ta
 from diffalign.evaluation.evaluate import evaluate as evaluate_models
 from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
-from diffalign.pipelines.adapters import POLICY, has_adapter
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.pipelines.tuning import trains_all
 from diffalign.progress import ImageProgress, say
-from diffalign.report.render import write_report
+from diffalign.report.images import Candidate
+from diffalign.report.render import verdicts, write_report
 from diffalign.stages.checks import check_weights
 from diffalign.stages.dry_run import print_config, print_facts, print_where
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     open_rewards,
     resolve_device,
@@ -34,7 +32,8 @@ from diffalign.stages.resolve import (
     settled_rewards,
     weights_digest,
 )
-from diffalign.training.checkpoint import checkpoints
+from diffalign.terminal import show_table
+from diffalign.training.checkpoint_files import checkpoints, verify
 
 
 def evaluate(config: EvalConfig, base_folder: Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -73,8 +72,11 @@ def _evaluate(config: EvalConfig, base_folder: Path | None, dry_run: bool) -> di
     check_guidance_scale(config.guidance_scale, backbone)
 
     # Under a LoRA, one backbone is both models, since its policy can be switched off; full weights replace the base's.
-    full = any(_trains_all(path, backbone.trunk_name) for path in weights.values())
+    full = any(trains_all(path, backbone.trunk_name) for path in weights.values())
     base = open_backbone(config.model, device) if full else backbone
+
+    for path in weights.values():
+        note_other_base(path, config.model)
 
     settings = sampling_settings(config)
     trained = _trained_samplers(backbone, weights, settings)
@@ -91,8 +93,9 @@ def _evaluate(config: EvalConfig, base_folder: Path | None, dry_run: bool) -> di
         base_folder=base_folder,
         on_progress=ImageProgress(),
     )
-    # rich takes a pipe for 80 columns, which would break the table's lines
-    Console(width=None if sys.stdout.isatty() else 120).print(comparison_table(result))
+    show_table(comparison_table(result))
+    (verdict,) = verdicts([Candidate("tuned", config.out, result["scores"], "tuned")])
+    say(f"{verdict['headline']}: {verdict['reason']}")
     say(f"report: {write_report(config.out, result)}")
     return result
 
@@ -109,6 +112,8 @@ def _weights_to_compare(config: EvalConfig) -> dict[str, Path]:
     for path in weights.values():
         if not path.exists():
             raise DiffalignError(f"no weights at {path}: the folder does not exist")
+        if (path / "state.json").is_file():
+            verify(path)
     return weights
 
 
@@ -131,48 +136,13 @@ def _trained_samplers(backbone: Backbone, weights: dict[str, Path], settings: Sa
         def draw_trained(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
             nonlocal loaded
             if loaded != path:
-                load_trained(backbone, path)
+                backbone.load_weights(path)
                 loaded = path
             return draw(prompts, seeds)
 
         return draw_trained
 
     return {name: sampler(path) for name, path in weights.items()}
-
-
-def load_trained(backbone: Backbone, weights: Path) -> None:
-    """Load trained weights into the policy.
-
-    weights: a folder in diffusers' layout, or a checkpoint of a run, of which the average is taken if it was kept.
-    Raises DiffalignError for a checkpoint of another model.
-    """
-    if not (weights / "state.json").is_file():
-        backbone.load_weights(weights)
-        return
-    tune = _tuning(weights)
-    average = weights / "ema.safetensors"
-    values = load_file(average if average.is_file() else weights / "policy.safetensors")
-    if tune["kind"] == "lora" and not has_adapter(backbone.trunk, POLICY):
-        backbone.add_lora(tune["rank"], tune["alpha"], targets=tune["targets"])
-    own = dict(backbone.trunk.named_parameters())
-    if values.keys() - own.keys() or any(values[name].shape != own[name].shape for name in values):
-        raise DiffalignError(f"{weights}: this checkpoint does not fit the model; was it trained on another one?")
-    with torch.no_grad():
-        for name, value in values.items():
-            own[name].copy_(value)
-
-
-def _trains_all(weights: Path, trunk_name: str) -> bool:
-    """Return whether a folder of weights, or a checkpoint, holds the whole trunk and not a LoRA."""
-    if (weights / "state.json").is_file():
-        return bool(_tuning(weights)["kind"] == "full")
-    return (weights / trunk_name).is_dir()
-
-
-def _tuning(checkpoint: Path) -> dict[str, Any]:
-    """Return the `tune` section of the config that a checkpoint was trained under."""
-    tune: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]["tune"]
-    return tune
 
 
 def _refuse_selection_prompts(config: EvalConfig, rows: list[PromptRow]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from diffalign.config import JudgeConfig, JudgeModelSection
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder, read_json
 from diffalign.files.lock import holds_files, writing_file, writing_folder
 from diffalign.judge.evaluation import by_dimension, table
 from diffalign.judge.forward import Sample
@@ -17,14 +18,16 @@ from diffalign.judge.loop import JudgeTraining
 from diffalign.judge.predict import Thinking, predict
 from diffalign.judge.records import Rated, rated_images, read_pairs, read_ratings, read_taught, write_records
 from diffalign.pretrained import quiet_progress
-from diffalign.progress import ImageProgress, say
+from diffalign.progress import ImageProgress, say, say_block
 from diffalign.rewards.judge import Judge
 from diffalign.stages.checks import check_packages
 from diffalign.stages.dry_run import TIME_UNKNOWN, print_config, print_facts
+from diffalign.stages.fingerprints import of_judge
 from diffalign.stages.resolve import open_judge, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.testbed.judge_base import BaseSettings, make_base
 from diffalign.testbed.judge_data import faulty_groups, judge_records
+from diffalign.training.checkpoint import check_before_loading
 
 
 def judge_data(out: Path, split: str, groups: int, images: int, raters: int, seed: int) -> None:
@@ -37,13 +40,13 @@ def _judge_data(out: Path, split: str, groups: int, images: int, raters: int, se
     made = {"split": split, "groups": groups, "images": images, "raters": raters, "seed": seed}
     told = out / "data.json"
     if told.is_file():
-        if json.loads(told.read_text()) != made:
+        if read_json(told, "delete it, and the same command draws the data again") != made:
             raise DiffalignError(f"{out}: holds other data ({told.read_text().strip()}); choose another folder")
         say(f"{out}: is complete")
         return
     if holds_files(out) and not (out / "images").is_dir():
         raise DiffalignError(f"{out}: is not empty; choose another folder")
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "images")
     pairs, rated = [], []
     for pictures, own_pairs, own_rated in judge_records(faulty_groups(split, groups, images, seed), raters, seed):
         for picture, row in zip(pictures, own_rated, strict=True):
@@ -75,6 +78,7 @@ def _train_from_config(config: JudgeConfig, dry_run: bool) -> Path:
     if dry_run:
         print_config(config)
     check_packages(config)
+    check_before_loading(config)
     device = resolve_device(config.device)
     for key, folder in (("model.path", config.model.path), ("teacher", config.teacher)):
         if folder is not None and not folder.is_dir():
@@ -101,6 +105,8 @@ def _train_from_config(config: JudgeConfig, dry_run: bool) -> Path:
             "time": TIME_UNKNOWN,
         })  # fmt: skip
         return config.run_dir / "weights"
+    resolved = of_judge(config, records)
+    check_before_loading(config, resolved)
     judge = open_judge(config.model, device)
     check_dimensions(judge, {one.dimension for one in records}, source)
     teacher = None
@@ -109,7 +115,9 @@ def _train_from_config(config: JudgeConfig, dry_run: bool) -> Path:
         teacher.model.requires_grad_(False)
         check_dimensions(teacher, {one.dimension for one in records}, source)
     with quiet_progress():
-        result = run_and_report(config, JudgeTraining(config, judge, records, teacher), report=False)
+        method = JudgeTraining(config, judge, records, teacher)
+        resolved["train.mixed_precision"] = "bf16" if method.bf16 else "no"
+        result = run_and_report(config, method, report=False, resolved=resolved)
     return result.run_dir / "weights"
 
 
@@ -156,9 +164,9 @@ def evaluate_judge(
     found = predict(judge, _samples(rated), thinking, seed, _counter(len(rated)))
     rows = by_dimension(rated, found.probabilities.double().numpy())
     rows["all"] |= {"tokens": found.tokens, "images_per_second": len(rated) / found.seconds}
-    print(table(rows, "images"))
+    say_block(table(rows, "images"))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         told = {"judge": folder.as_posix(), "ratings": source.as_posix(), "measures": rows}
         out.write_text(json.dumps(told, indent=1) + "\n")
     return rows

@@ -9,7 +9,7 @@ from diffalign.config import RankConfig, RankSection
 from diffalign.data.choose_members import Limit
 from diffalign.data.dataset import RANKING_FILE, PreferenceDataset
 from diffalign.data.dataset_card import shuffled_words, write_own_card
-from diffalign.data.rank import Rules, generator_warning, is_split, write_splits
+from diffalign.data.rank import NEAR_TIE, Rules, generator_warning, is_split, write_splits
 from diffalign.data.rank import rank as rank_groups
 from diffalign.data.sample import clean_up
 from diffalign.data.schema import HUMAN
@@ -17,6 +17,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.files import write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.progress import say
+from diffalign.terminal import counted
 
 RULES = 2
 """Part of a ranking's settings. A ranking made under older rules, by which an unscored image was the worst, is made again."""
@@ -70,7 +71,7 @@ def rank_dataset(dataset: PreferenceDataset, section: RankSection, voters: list[
     complete_all([Task("rank", done, make)], dataset.folder / WORK_FOLDER / "locks")
     made = dataset.ranking()
     assert made is not None
-    _print_report(made)
+    _print_report(made, dataset)
 
 
 def _split_dataset(dataset: PreferenceDataset, splits: dict[str, float], seed: int) -> None:
@@ -138,16 +139,35 @@ def _rules(section: RankSection) -> Rules:
     )
 
 
-def _print_report(ranking: dict[str, Any]) -> None:
+def _print_report(ranking: dict[str, Any], dataset: PreferenceDataset) -> None:
     settings, report = ranking["settings"], ranking["report"]
-    sources = settings["sources"]
-    dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items())
-    say(f"ranked {report['groups']} groups by {', '.join(sources)}{dropped}; {report['images']} images count")
+    names = ", ".join(_full_name(source, dataset) for source in settings["sources"])
+    near, gap = report["dropped"].get(NEAR_TIE, 0), settings["min_gap"]
+    dropped = "".join(f"; {n} dropped ({why})" for why, n in report["dropped"].items() if why != NEAR_TIE)
+    images = "1 image counts" if report["images"] == 1 else f"{report['images']} images count"
+    by_gap = f"; min_gap {gap:g} dropped {counted(near, 'group')} as near ties" if gap else ""
+    say(f"ranked {counted(report['groups'], 'group')} by {names}{dropped}; {images}{by_gap}")
+    if report.get("gaps"):  # rankings of earlier versions have none
+        least, median, largest = (f"{value:.3g}" for value in report["gaps"])
+        which = f"every group differ by {least}"
+        which = which if least == largest else f"a group differ by {least} to {largest}, median {median}"
+        say(f"best and worst of {which}" + ("" if gap else "; min_gap is 0: near ties are kept"))
     if settings["shuffle"]:
         say(f"{shuffled_words(settings)}: do not train on them for use")
     if report["without_score"]:
         say(f"{report['without_score']} images without a score are left out of the ranking")
     if report["without_preference"]:
-        say(f"{report['without_preference']} groups state no preference (all equal)")
+        equal = (
+            "1 group states" if report["without_preference"] == 1 else f"{report['without_preference']} groups state"
+        )
+        say(f"{equal} no preference (all equal)")
     if warning := generator_warning(report["generator_explains"]):
         say(warning)
+
+
+def _full_name(source: str, dataset: PreferenceDataset) -> str:
+    """Return a voter with its column: a reward alone means its first."""
+    if source not in dataset.rewards() or "." in source:
+        return source
+    column = dataset.score_columns(source)[0]
+    return source if column == source else f"{source}.{column}"

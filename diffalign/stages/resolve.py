@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 
 from diffalign import testbed
 from diffalign.config import (
     BackboneRunConfig,
+    DistillConfig,
     GeneratorSection,
     JudgeModelSection,
     ModelSection,
+    RewardGradientConfig,
     RewardSection,
+    SampleConfig,
     SizedSamplingSection,
+    TrainConfig,
     ValidationSection,
     load_run_config,
 )
@@ -29,20 +32,25 @@ from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
+from diffalign.files.tensors import read_tensors
 from diffalign.hub import cache_alone, hub_answers
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
 from diffalign.pipelines.hub import HUB_ID, find_index
 from diffalign.pipelines.known_models import known_backbone, known_models
+from diffalign.pipelines.lora_file import checkpoint_file, is_checkpoint, stated_base
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.pretrained import quiet_progress
+from diffalign.progress import say
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
+
+Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +84,7 @@ def model_folder(path: str) -> str:
 
 def open_backbone(model: ModelSection, device: str) -> Backbone:
     """Load the backbone that a `model` section names."""
-    return load_backbone(model_folder(model.path), device=device, **_loading(model))
+    return load_backbone(model_folder(model.path), device=device, **_loading(model, device))
 
 
 def planned_backbone(model: ModelSection) -> Backbone | None:
@@ -86,9 +94,8 @@ def planned_backbone(model: ModelSection) -> Backbone | None:
     """
     # 4-bit weights have no shapes without the weights themselves.
     if model.path in known_models() and not Path(model.path).exists() and model.quantize != "nf4":
-        given = {
-            k: v for k, v in _loading(model).items() if k not in ("revision", "variant", "token", "local_files_only")
-        }
+        wanted = ("dtype", "attention", "gradient_checkpointing", "quantize", "channels_last", *model.options)
+        given = {key: value for key, value in _loading(model, "cpu").items() if key in wanted}
         return known_backbone(model.path, **given)
     if testbed_or_folder(model.path) or model_is_here(model):
         with cache_alone():
@@ -121,12 +128,28 @@ def open_plain_backbone(model: ModelSection) -> Backbone:
 def open_generator(section: GeneratorSection, device: str) -> Generator:
     """Load the model that a section of `generators` names, with its weights and sampler."""
     model = section.model
-    generator = load_generator(model_folder(model.path), device=device, prior=section.prior, **_loading(model))
+    generator = load_generator(model_folder(model.path), device=device, prior=section.prior, **_loading(model, device))
     if section.weights is not None:
+        note_other_base(section.weights, model)
         generator.load_weights(section.weights)
     if section.scheduler is not None:
         replace_scheduler(generator.pipeline, section.scheduler.name, section.scheduler.options)
     return generator
+
+
+def note_other_base(weights: Path | None, model: ModelSection) -> None:
+    """Say so where trained weights state that they belong to another model: equal shapes do not make them fit."""
+    if weights is None:
+        return
+    checkpoint = is_checkpoint(weights)
+    run = weights.absolute().parent.parent.parent if checkpoint else weights.absolute().parent
+    if (checkpoint or weights.name in ("weights", "best")) and (run / "config.yaml").is_file():
+        trained = load_run_config(run / "config.yaml")
+        base = trained.model.path if isinstance(trained, BackboneRunConfig) else model.path
+        if model_folder(base) != model_folder(model.path):
+            say(f"note: {weights} was trained on {base}, and is loaded into {model.path}")
+    elif not checkpoint and (made_for := stated_base(weights)):
+        say(f"note: {weights} says that it was made for {made_for}; it is loaded into {model.path}")
 
 
 def open_judge(model: JudgeModelSection, device: str) -> Judge:
@@ -136,10 +159,24 @@ def open_judge(model: JudgeModelSection, device: str) -> Judge:
         return load_judge(model.path, labels=model.labels, rubrics=rubrics, dtype=DTYPES[model.dtype], device=device)
 
 
-def _loading(model: ModelSection) -> dict[str, Any]:
+def _loading(model: ModelSection, device: str) -> dict[str, Any]:
     """Return the keyword arguments of `load_backbone` that a `model` section states."""
     stated = model.model_dump(exclude={"path", "dtype", "compile", "options"})
-    return {"dtype": DTYPES[model.dtype], **stated, **model.options}
+    return {"dtype": DTYPES[resolve_dtype(model, device).dtype], **stated, **model.options}
+
+
+def resolve_dtype(model: ModelSection, device: str, full: bool = False) -> ModelSection:
+    """Return the section with `dtype: auto` replaced by what this device takes; full: whether all weights train."""
+    if model.dtype != "auto":
+        return model
+    half = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) and not full
+    return model.model_copy(update={"dtype": "bfloat16" if half else "float32"})
+
+
+def settled(config: Loading) -> Loading:
+    """Return the config with its model's number type resolved, so that what a run writes says which it was."""
+    full = isinstance(config, BackboneRunConfig) and config.tune.kind == "full"
+    return config.model_copy(update={"model": resolve_dtype(config.model, resolve_device(config.device), full)})
 
 
 def resolve_prompts(
@@ -282,15 +319,17 @@ def check_guidance_scale(scale: float, backbone: Backbone, key: str = "guidance_
 
 
 def weights_digest(weights: Path) -> str:
-    """Return a hash of the tensors in a folder; not of its files, since safetensors writes metadata in any order."""
+    """Return a hash of the tensors in a folder or file; not of its bytes, since safetensors writes metadata in any order."""
     digest = hashlib.blake2b(digest_size=12)
-    files = sorted(weights.rglob("*.safetensors"))
+    files = [weights] if weights.is_file() else sorted(weights.rglob("*.safetensors"))
+    if is_checkpoint(weights):
+        files = [checkpoint_file(weights)]
     if not files:
         raise DiffalignError(f"weights {weights}: no .safetensors file in it")
     for path in files:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         for name in sorted(tensors):
-            digest.update(f"{path.relative_to(weights)} {name}".encode())
+            digest.update(f"{path.relative_to(weights) if path != weights else path.name} {name}".encode())
             digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

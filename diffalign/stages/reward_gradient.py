@@ -4,17 +4,21 @@ import torch
 from torch import Tensor
 
 from diffalign.config import RewardGradientConfig
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.progress import say
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
 from diffalign.stages.checks import check_packages, check_validation, check_weights
 from diffalign.stages.dry_run import TIME_UNKNOWN, count_trainable, model_facts, print_config, print_facts, print_where
+from diffalign.stages.fingerprints import of_model, of_prompts
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     open_rewards,
     open_validation,
@@ -22,9 +26,11 @@ from diffalign.stages.resolve import (
     process_device,
     resolve_device,
     resolve_prompts,
+    settled,
     with_judges,
 )
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import LatentScores
@@ -85,23 +91,27 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
 
 
 def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
+    config = with_judges(settled(config), tuple(term.name for term in config.rewards))
     device = resolve_device(config.device)
     if dry_run:
         print_config(config)
     else:
         check_packages(config)
+    check_before_loading(config)
     check_differentiable(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     rewards = open_rewards(config.rewards, rows, process_device(config.device), "rewards", config.prompts)
     followed = check_weights(rewards, dry_run)
-    config = with_judges(config, tuple(term.name for term in config.rewards))
     judged, judges = check_validation(config.validation, device, dry_run)
     if dry_run:
         _describe(config, rows, device, followed | judges)
         return
     accelerator = start_accelerator(config)
+    resolved = {"train.mixed_precision": accelerator.mixed_precision, **of_prompts(rows)}
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     side = check_sampler(config, backbone)
     scores = gradient_scores(config, backbone, rows, rewards)
@@ -121,12 +131,15 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
             if (s.name, s.options) == (r.name, r.options)
         ]
         validation.rewards.update({name: rewards[name] for name in same})
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
     if config.train.cache_prompts:
         backbone.drop_encoders(keep_vae=True)
     places = side // backbone.vae_scale_factor
     method = RewardGradient(config, backbone, source, (backbone.latent_channels, places, places), scores, accelerator)
-    run_and_report(config, method, validation=validation)
+    resolved |= of_model(backbone, config.tune)
+    run_and_report(config, method, validation=validation, resolved=resolved)
 
 
 def describe_steps(config: RewardGradientConfig) -> str:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
+from diffalign.config.model import complete_keys
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
-from diffalign.files import write_whole
+from diffalign.files import read_json, reading, write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.intervals import interval_in
 from diffalign.pipelines.momentum import extrapolate_lora
@@ -32,9 +34,19 @@ from diffalign.stages.dry_run import TIME_UNKNOWN, print_config, print_facts, pr
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rank import rank_dataset
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts, settled_rewards
+from diffalign.stages.resolve import (
+    open_reward,
+    open_rewards,
+    resolve_device,
+    resolve_prompts,
+    settled,
+    settled_rewards,
+)
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
+
+MEND = "delete it, and the same command writes it again"
+ROUND_KEYS = ("round", "column", "weights", "base", "tuned", "low", "high")
 
 
 def round_folder(out: Path, number: int) -> Path:
@@ -99,7 +111,7 @@ def _rounds(config: RoundsConfig, dry_run: bool) -> dict[str, Any]:
     for number in range(1, config.rounds + 1):
         folder = round_folder(config.out, number)
         if (folder / "round.json").is_file():
-            done.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
+            done.append(read_json(folder / "round.json", MEND, *ROUND_KEYS))
         else:
             say(f"round {number} of {config.rounds}")
             done.append(_round(config, number, init))
@@ -114,7 +126,7 @@ def _rounds(config: RoundsConfig, dry_run: bool) -> dict[str, Any]:
 
 def _round(config: RoundsConfig, number: int, init: Path | None) -> dict[str, Any]:
     """Run one round and return what its round.json holds."""
-    training = train_config(config, number, init)
+    training = settled(train_config(config, number, init))
     data = round_folder(config.out, number) / "data"
     _make_data(config, number, init, training, data)
     train(training)
@@ -139,8 +151,11 @@ def _make_data(config: RoundsConfig, number: int, init: Path | None, training: T
         return
     _draw(config, training, init, given.prompts, given.n, data, seed)
     for section in given.rewards:
-        scored = score_images(PreferenceDataset(data), open_reward(section, resolve_device(training.device)))
-        say(f"{section.name}: {scored} images scored")
+        dataset, reward = PreferenceDataset(data), open_reward(section, resolve_device(training.device))
+        say(f"{section.name}: {score_images(dataset, reward)} images scored")
+        for line in cut_lines({section.name: reward}, dataset.column("prompt")):
+            say(line)
+        del reward  # before the next one loads
     rank_dataset(PreferenceDataset(data), given.rank, [section.label for section in given.rewards])
     clean_up(data)
 
@@ -272,7 +287,9 @@ def _decisive(config: RoundsConfig) -> dict[str, Any]:
 
 def _same_config(config: RoundsConfig) -> None:
     """Refuse to continue rounds under other settings."""
-    before, now = json.loads(_remembered(config).read_text(encoding="utf-8")), _decisive(config)
+    before, now = read_json(_remembered(config), MEND), _decisive(config)
+    with reading(_remembered(config), mend=MEND):
+        before = complete_keys(dict(before))
     changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if changed:
         raise DiffalignError(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffalign.config import SampleConfig
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pictures import write_pictures
 from diffalign.data.prompts import PromptRow
@@ -13,10 +14,12 @@ from diffalign.progress import ImageProgress, say
 from diffalign.stages.dry_run import print_config, print_facts, print_where
 from diffalign.stages.resolve import (
     check_guidance_scale,
+    note_other_base,
     open_backbone,
     resolve_device,
     resolve_prompts,
     sampling_settings,
+    settled,
     weights_digest,
 )
 
@@ -42,13 +45,17 @@ def sample(config: SampleConfig, images: Path | None = None, dry_run: bool = Fal
 
 
 def _sample(config: SampleConfig, rows: list[PromptRow]) -> None:
+    config = settled(config)
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config.guidance_scale, backbone)
     # Record the name that the user gave: the folder of a shipped model differs from machine to machine.
     origin: dict[str, str | None] = {"model": config.model.path}
     if config.weights is not None:
+        note_other_base(config.weights, config.model)
         backbone.load_weights(config.weights)
         origin["weights"] = weights_digest(Path(config.weights))
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
+        say(line)
     sample_groups(
         backbone,
         rows,

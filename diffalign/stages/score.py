@@ -1,37 +1,40 @@
 """`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
 
+import math
 import os
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder
 from diffalign.files.lock import writing_file, writing_folder
-from diffalign.progress import ImageProgress, say_aside
-from diffalign.rewards import REWARDS, Reward, foreign_rewards
+from diffalign.progress import ImageProgress, say, say_aside
+from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
-from diffalign.scoring.compare_folders import compare_scores, comparison_table, heading, pair_up
+from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
+from diffalign.scoring.list_rewards import rewards_table
+from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
-from diffalign.scoring.score_summary import cut_lines, faults, summary_table
+from diffalign.scoring.score_summary import faults, summarise, summary_table
+from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
+from diffalign.terminal import counted, show_table
 
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
@@ -75,21 +78,22 @@ def score(request: ScoreRequest) -> int:
 
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
+    if processes.main and request.html:
+        make_folder(request.html.parent)
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
-    given = PromptTable(request.prompts, request.prompt_column) if request.prompts else None
+    given = _prompt_table(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
     skipped: Counter[str] = Counter()
     items = {side: collect(paths, prompting, skipped) for side, paths in sources.items() if paths}
     if processes.main and skipped:
-        print(
-            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}",
-            file=sys.stderr,
+        say_aside(
+            f"skipped: {', '.join(f'{n} {suffix}' for suffix, n in sorted(skipped.items(), key=lambda s: (-s[1], s[0])))}"
         )
     if given and (unused := given.unused()) and processes.main:
-        print(f"prompts: {unused}", file=sys.stderr)
+        say_aside(f"prompts: {unused}")
     if "B" in items:
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
@@ -125,6 +129,10 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     return UNSCORED if both.failed else 0
 
 
+def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
+    return NumberedRows(path, column) if is_numbered(path) else PromptTable(path, column)
+
+
 def _show(
     request: ScoreRequest,
     both: Scores,
@@ -133,29 +141,48 @@ def _show(
     kept: int,
     rewards: Mapping[str, Reward],
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for part in parts:
-        console.print(summary_table(part))
-    if len(parts) == 2:
-        a, b = parts
-        pairing = pair_up(a, b)
-        names = (" ".join(request.images), " ".join(request.against or []))
-        print(heading(pairing, names))
-        console.print(comparison_table(compare_scores(a, b, pairing)))
+    for side, part, sources in zip("AB", parts, (request.images, request.against or []), strict=False):
+        found = summarise(part)
+        title = f"{side} {' '.join(sources)}: " if len(parts) == 2 else ""
+        title += counted(len(part.rows), "image")
+        if any(s.scored for s in found):
+            show_table(summary_table(found, title))
+        else:
+            say(f"{title}, none has a score")
+    compared = _show_comparison(request, *parts) if len(parts) == 2 else None
     if request.labels:
-        console.print(agreement_table(choices, both))
+        show_table(agreement_table(choices, both))
     for line in faults(both):
-        print(f"not scored: {line}", file=sys.stderr)
-    for line in cut_lines(rewards, [item.prompt for item in both.items]):
-        print(line)
+        say_aside(f"not scored: {line}")
+    scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
+    for line in cut_lines(scored, [item.prompt for item in both.items]):
+        say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
-            print(f"scores: {path}")
-    if request.html:
-        print(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+            say(f"scores: {path}")
+    if compared:
+        say(compared)
+    elif request.html:
+        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
-        print(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+        say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+
+
+def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
+    """Print how B compares with A; return a line about the page, if one was asked for and written."""
+    pairing = pair_up(a, b)
+    names = (" ".join(request.images), " ".join(request.against or []))
+    say(f"A against B: {heading(pairing)}")
+    found = outcomes(a, b, pairing)
+    if any(outcome.comparison for outcome in found.values()):
+        show_table(comparison_table(found))
+    for line in verdict_lines(found):
+        say(line)
+    if request.html is None:
+        return None
+    pairs = write_side_by_side(request.html, a, b, pairing, names)
+    return f"side by side: {request.html} ({pairs} pairs)"
 
 
 def _split(both: Scores, first: int) -> list[Scores]:
@@ -191,29 +218,12 @@ def write_into_dataset(scores: Scores, sources: list[str], rewards: Mapping[str,
     return written
 
 
-def show_rewards() -> None:
-    """Print a table of the rewards: `diffalign rewards`."""
-    others, problems = foreign_rewards()
-    kinds = REWARDS | others
-    shown = Table(title=f"{len(kinds)} rewards; higher is better", title_justify="left")
-    for name in ("name", "range", "usually", "reads", "gradient", "weights", "size", "licence", "needs"):
-        shown.add_column(name, overflow="fold")
-    for name, kind in kinds.items():
-        low, high = (f"{bound:.3g}" for bound in kind.range)
-        reads = ", ".join(("image", *kind.reads))
-        gradient = "yes" if kind.differentiable else ""
-        cells = (
-            name,
-            f"{low} to {high}",
-            kind.usual,
-            reads,
-            gradient,
-            kind.weights,
-            kind.size,
-            kind.licence,
-            ", ".join(kind.requires),
-        )
-        shown.add_row(*map(Text, cells))  # as text: rich would take diffalign[ocr] for a style
-    Console(width=None if sys.stdout.isatty() else 180).print(shown)
+def show_rewards(names: Iterable[str] = ()) -> None:
+    """Print the rewards, or more about some of them: `diffalign rewards`."""
+    names = list(names)
+    shown, problems = rewards_table(names)
+    if not names:
+        say(f"{shown.row_count} rewards; higher is better. `diffalign rewards NAME` says more of one.")
+    show_table(shown)
     for problem in problems:
-        print(f"not listed: {problem}", file=sys.stderr)
+        say_aside(f"not listed: {problem}")

@@ -20,14 +20,17 @@ import torch
 from PIL import Image
 
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
+from diffalign.config.model import LATER_KEYS
+from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.dataset_card import GENERATOR_MEND
 from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
 from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
 from diffalign.data.score import score_images, unscored
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
-from diffalign.files import free_bytes, write_whole
+from diffalign.files import free_bytes, read_json, write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.pipelines.generator import Generator
 from diffalign.progress import ImageProgress, say
@@ -39,6 +42,7 @@ from diffalign.stages.resolve import (
     open_generator,
     open_reward,
     process_device,
+    resolve_dtype,
     resolve_prompts,
     sampling_settings,
     weights_digest,
@@ -62,6 +66,8 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
         torch.cuda.set_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    parts = [s.model_copy(update={"model": resolve_dtype(s.model, device)}) for s in config.generators]
+    config = config.model_copy(update={"generators": parts})
     plan = make_plan(config)
     rewards = [open_reward(section, device) for section in config.rewards]  # weights load with the first image
     _check_rewards(config, plan, rewards)
@@ -80,7 +86,10 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     # Score, one reward in memory at a time.
     dataset = PreferenceDataset(out)
     for section in config.rewards:
-        scored = score_images(dataset, rewards.pop(0), config.reward_batch)
+        reward = rewards.pop(0)
+        scored = score_images(dataset, reward, config.reward_batch)
+        _say_cut(plan, section.name, reward)
+        del reward  # before the next one loads
         say(f"{section.name}: this process scored {scored} images")
         for reason, count in unscored(dataset, section.label).most_common(REASONS_SHOWN):
             say(f"{section.name}: {count} images have no score: {reason}")
@@ -97,6 +106,13 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     say(f"dataset: {out}")
 
 
+def _say_cut(plan: SynthPlan, name: str, reader: PromptReader) -> None:
+    """Say how many prompts a generator or a reward reads in part only; one process of several does."""
+    if local_rank_and_world_size()[0] == 0:
+        for line in cut_lines({name: reader}, [row.prompt for row in plan.prompts]):
+            say(line)
+
+
 def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> None:
     """Draw the images of one generator, as far as other processes or an earlier command have not."""
     section, out = config.generators[part], config.out
@@ -106,6 +122,7 @@ def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> 
     generator = open_generator(section, device)
     provenance = provenance_of(section, generator)
     _check_same_model(out, section.name, provenance)
+    _say_cut(plan, section.name, generator)
     draw = drawer(generator, section, config.latents)
     count = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
     generator.close()
@@ -243,7 +260,7 @@ def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     path = out / "generators" / f"{name}.json"
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, GENERATOR_MEND, "licence")
     # `vae` follows from the fingerprint, and older folders lack it.
     compared = [key for key in provenance if key not in ("licence", "vae")]
     changed = next((key for key in compared if before.get(key) != provenance[key]), None)
@@ -260,7 +277,12 @@ def _settings(config: SynthConfig, plan: SynthPlan) -> dict[str, Any]:
     keys |= {"images_per_prompt", "batch_size", "options", "name"}
     generators = [section.model_dump(mode="json", include=keys) for section in config.generators]
     for section in generators:
-        section["model"] = {k: v for k, v in section["model"].items() if k not in ("token", "local_files_only")}
+        # Keys that earlier folders lack count where they say something else than was done then.
+        section["model"] = {
+            key: value
+            for key, value in section["model"].items()
+            if key not in ("token", "local_files_only") and (key not in LATER_KEYS or value != LATER_KEYS[key])
+        }
     return {
         "generators": generators,
         "seed": config.seed,

@@ -26,9 +26,19 @@ from diffalign.stages.dry_run import (
     print_where,
     warn,
 )
+from diffalign.stages.fingerprints import of_data, of_model
 from diffalign.stages.micro_batch import gpu_room, usual_micro_batch, with_micro_batch
-from diffalign.stages.resolve import open_backbone, open_validation, planned_backbone, resolve_device, with_judges
+from diffalign.stages.resolve import (
+    note_other_base,
+    open_backbone,
+    open_validation,
+    planned_backbone,
+    resolve_device,
+    settled,
+    with_judges,
+)
 from diffalign.stages.trainer import run_and_report
+from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import MemoryPrediction, described, fitting_micro_batch
 from diffalign.training.preference.method import Preference
@@ -44,35 +54,39 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _train(config: TrainConfig, dry_run: bool) -> None:
+    config, device = with_judges(settled(config)), resolve_device(config.device)
+    check_before_loading(config)
     if dry_run:
         print_config(config)
     else:
         check_packages(config)
-    device = resolve_device(config.device)
     dataset = PreferenceDataset(config.data.path)
     labels = choose_labels(config.data, config.labels, dataset)
     _check_preferences(config, labels)
-    config = with_judges(config)
     judged, judges = check_validation(config.validation, device, dry_run)
     if dry_run:
         _describe(config, dataset, labels, device, judges)
         return
     accelerator = start_accelerator(config)
+    resolved = {"train.mixed_precision": accelerator.mixed_precision}
+    check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     config = with_micro_batch(config, labels.members, accelerator)
+    note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
-    # The first process fills the cache; the others then find it.
-    with accelerator.main_process_first():
-        source = prepare_source(config.data, config.labels, dataset, backbone, say, labels)
+    # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
+    source = prepare_source(config.data, config.labels, dataset, backbone, say, labels)
     if source.label_stats:
         # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
         config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
         say(f"labels.stats: {', '.join(f'{key} {value:.6g}' for key, value in source.label_stats.items())}")
     # Roles say who made an image: that its maker explains them is no finding.
     roles = config.objective.kind.label_kind == "role"
-    findings = [] if roles else examine_labels(source.labelled(dataset))
+    compared = config.objective.kind.label_kind != "none"
+    weightless = int((~has_preference(source.rewards, source.mask)).sum()) if compared else 0
+    findings = [] if roles else examine_labels(source.labelled(dataset), weightless)
     if config.labels.source == "preference":
         findings += shuffled_labels(dataset)
     wanted, side = config.validation, config.data.resolution or backbone.default_resolution
@@ -83,7 +97,8 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     method = Preference(config, backbone, source, accelerator, say)
-    run_and_report(config, method, validation=validation, findings=findings)
+    resolved |= of_model(backbone, config.tune) | of_data(dataset, source)
+    run_and_report(config, method, validation=validation, findings=findings, resolved=resolved)
 
 
 def _check_preferences(config: TrainConfig, labels: ChosenLabels) -> None:

@@ -8,6 +8,7 @@ from diffalign.health import Finding
 from diffalign.progress import say
 from diffalign.report.render import write_report
 from diffalign.training.run import Method, TrainResult, run
+from diffalign.training.same_run import Resolved
 from diffalign.training.validation import Validation
 
 
@@ -18,15 +19,17 @@ def run_and_report(
     validation: Validation | None = None,
     findings: Sequence[Finding] = (),
     report: bool = True,
+    resolved: Resolved | None = None,
 ) -> TrainResult:
     """Run a method to its end, write the run's report, and say where weights and report are.
 
     A run that fails or that an alarm stops has a report too, where it has logged a row: there one sees why. Its own error is
-    what a user reads, whatever becomes of the report. report: False for runs whose curves the report does not know.
+    what a user reads, whatever becomes of the report. report: False for runs whose curves the report does not know. resolved:
+    as `run` takes it.
     """
     main, run_dir = method.accelerator.is_main_process, Path(config.run_dir)
     try:
-        result = run(config, method, say=say, validation=validation, findings=findings)
+        result = run(config, method, say=say, validation=validation, findings=findings, resolved=resolved)
     except BaseException:
         if main and report and _has_rows(run_dir):
             try:

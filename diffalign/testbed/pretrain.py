@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
+from diffalign import stopping
 from diffalign.files import replacing
 from diffalign.progress import Say
 from diffalign.testbed.models import BUILDERS, autoencoder
@@ -238,6 +239,7 @@ def main(
     snapshot, first = out / f"{name}-snapshot.pt", 0
     if snapshot.is_file():
         first = _restore(snapshot, modules, optimizer, averages)
+        stopping.keep(f"step {first} of {settings.steps} is")
     log, started, running = out / f"{name}-log.jsonl", time.monotonic(), 0.0
     batches = list(_batches(len(latents), settings.batch, settings.steps, settings.seed))
     last = settings.steps if until is None else min(until, settings.steps)
@@ -264,6 +266,7 @@ def main(
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages}
             with replacing(snapshot) as part:
                 torch.save(state | {"step": step + 1}, part)
+            stopping.keep(f"step {step + 1} of {settings.steps} is")
     if last < settings.steps:
         return
     save(pipeline, averages, out / name)

@@ -5,20 +5,33 @@ from contextlib import contextmanager
 
 import torch
 
+from diffalign.health import Finding
+from diffalign.training.average_decay import AverageDecay
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.protocols import Parameters, Weights
 
+MOST_START = 0.1
+"""The share of the average that its start may have in the end."""
 
-def start_average(policy: Parameters, decay: float | None) -> Weights | None:
+
+def examine_average(decay: AverageDecay | None, steps: int) -> list[Finding]:
+    """Return a finding where an average over `steps` steps is dominated by the weights before the first."""
+    share = 0.0 if decay is None else decay.share_of_start(steps)
+    if share <= MOST_START:
+        return []
+    return [Finding("average_is_start", 0, f"after {steps} steps {share:.0%} of it is the weights before the first")]
+
+
+def start_average(policy: Parameters, decay: AverageDecay | None) -> Weights | None:
     """Return copies of the weights, for an average that begins with them; None where no average is wanted."""
     return {name: p.detach().clone() for name, p in policy.items()} if decay else None
 
 
-def update_average(state: TrainState) -> None:
-    """Move the average towards the weights as they are after a step."""
-    if state.ema_decay and state.average is not None:
+def update_average(state: TrainState, step: int) -> None:
+    """Move the average towards the weights as they are after step 0, 1, ..."""
+    if state.decay and state.average is not None:
         weights = [p.detach() for p in state.policy.values()]
-        torch._foreach_lerp_(list(state.average.values()), weights, 1 - state.ema_decay)
+        torch._foreach_lerp_(list(state.average.values()), weights, 1 - state.decay.at(step))
 
 
 @torch.no_grad()

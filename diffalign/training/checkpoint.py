@@ -5,25 +5,24 @@ A run that trains further networks (distillation: "fake") has NAME.safetensors a
 """
 
 import errno
-import json
 import os
-import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from diffalign.config import RunConfig
 from diffalign.errors import DiffalignError
+from diffalign.training.average_decay import AverageDecay
+from diffalign.training.checkpoint_files import checkpoints, damage, read_record, read_tensors, write_record
 from diffalign.training.optimizer_state import optimizer_record, restore_optimizer
-from diffalign.training.protocols import Parameters, PlainConfig, Weights
-from diffalign.training.same_run import check_same_run
+from diffalign.training.protocols import Parameters, PlainConfig, PlainRow, Weights
+from diffalign.training.same_run import Resolved, changes, describe_changes, refuse_another_run
 from diffalign.training.sharding import placed, whole
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Flushable(Protocol):
 class TrainState:
     """Everything that training changes, and so what a checkpoint holds.
 
-    ema: a second set of the policy's weights: their moving average where `ema_decay` is set; a judge keeps the policy of its
+    ema: a second set of the policy's weights: their moving average where `decay` is set; a judge keeps the policy of its
     outer iteration there. sharded: weights are cut over the processes, so all of them take part in saving. store: written
     before a checkpoint is.
     """
@@ -61,7 +60,7 @@ class TrainState:
     policy: Parameters
     optimizer: torch.optim.Optimizer
     ema: Weights | None = None
-    ema_decay: float | None = None
+    decay: AverageDecay | None = None
     scaler: torch.amp.GradScaler | None = None
     extra: Memory = field(default_factory=Memory)
     partners: dict[str, Partner] = field(default_factory=dict)
@@ -71,14 +70,22 @@ class TrainState:
     @property
     def average(self) -> Weights | None:
         """The moving average of the policy's weights, None where none is kept."""
-        return self.ema if self.ema_decay else None
+        return self.ema if self.decay else None
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found)
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says about its run.
+
+    config: as the run writes it. resolved: what its keys stand for. rows: those of metrics.jsonl since the checkpoint before,
+    so that a row that a crash tore can be written again. interim: a signal asked for it between the steps of
+    checkpoint.every; the next checkpoint replaces it.
+    """
+
+    config: PlainConfig
+    resolved: Resolved = field(default_factory=dict)
+    rows: Sequence[PlainRow] = ()
+    interim: bool = False
 
 
 def _sync(folder: Path) -> None:
@@ -88,13 +95,11 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(
-    run_dir: Path, step: int, state: TrainState, config: PlainConfig, keep: int, write: bool = True
-) -> Path:
-    """Write step-N and drop all but the newest `keep`. A kill or a full disk leaves the earlier ones as they were.
+def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, keep: int, write: bool = True) -> Path:
+    """Write step-N and drop interim ones and all but the newest `keep` others.
 
-    All processes call this, since each has its part of sharded weights; one of them has `write`. Raises DiffalignError for a
-    full disk.
+    A kill or a full disk leaves the earlier ones as they were. All processes call this, since each has its part of sharded
+    weights; one of them has `write`. Raises DiffalignError for a full disk.
     """
     folder = run_dir / "checkpoints"
     final, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.part"
@@ -110,7 +115,10 @@ def save_checkpoint(
         return final
     record = {
         "step": step,
-        "config": config,
+        "config": about.config,
+        "resolved": dict(about.resolved),
+        "rows": list(about.rows),
+        "interim": about.interim,
         "optimizer": optimizer,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "extra": state.extra,
@@ -130,7 +138,7 @@ def save_checkpoint(
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
             save_file(partners[name][0], part / f"{name}_optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps(record, indent=1))
+        write_record(part, record)
         _sync(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
@@ -146,30 +154,37 @@ def save_checkpoint(
             f"no space left on the disk of {run_dir} at step {step}; the last complete checkpoint is "
             f"{last[-1] if last else 'none'}: free some space and run the same command again"
         ) from error
-    for old in checkpoints(run_dir)[:-keep]:
+    earlier = [path for path in checkpoints(run_dir) if path != final]
+    interim = [path for path in earlier if _is_interim(path)]
+    scheduled = [path for path in earlier if path not in interim]
+    for old in [*interim, *(scheduled[: -(keep - 1)] if keep > 1 else scheduled)]:
         shutil.rmtree(old)
     return final
 
 
-def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
-    """Put a checkpoint into policy, optimiser and average, in place; return its step.
-
-    Raises DiffalignError for one that cannot be read, and for one of another config.
-    """
+def _is_interim(path: Path) -> bool:
+    """Return whether a checkpoint was made for a signal; a damaged one is kept as long as any other."""
     try:
-        record = json.loads((path / "state.json").read_text())
-        policy = load_file(path / "policy.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
-        averages = load_file(path / "ema.safetensors") if state.ema is not None else {}
-        others = {
-            name: (load_file(path / f"{name}.safetensors"), load_file(path / f"{name}_optimizer.safetensors"))
-            for name in state.partners
-        }
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DiffalignError(
-            f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before"
-        ) from error
-    check_same_run(path, record["config"], config)
+        return bool(read_record(path).get("interim"))
+    except DiffalignError:
+        return False
+
+
+def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> None:
+    """Put a checkpoint into policy, optimiser and average, in place; `record`: its state.json.
+
+    Raises DiffalignError for one that cannot be read.
+    """
+    policy = read_tensors(path, record, "policy.safetensors", state.policy)
+    tensors = read_tensors(path, record, "optimizer.safetensors")
+    averages = read_tensors(path, record, "ema.safetensors", state.ema) if state.ema is not None else {}
+    others = {
+        name: (
+            read_tensors(path, record, f"{name}.safetensors", partner.parameters),
+            read_tensors(path, record, f"{name}_optimizer.safetensors"),
+        )
+        for name, partner in state.partners.items()
+    }
     with torch.no_grad():
         for name, parameter in state.policy.items():
             parameter.copy_(placed(policy[name], parameter))
@@ -178,24 +193,57 @@ def load_checkpoint(path: Path, state: TrainState, config: PlainConfig) -> int:
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])
-    restore_optimizer(state.optimizer, tensors, record["optimizer"])
-    for name, partner in state.partners.items():
-        restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
-    state.extra.update(record.get("extra", {}))
+    with damage(path):
+        restore_optimizer(state.optimizer, tensors, record["optimizer"])
+        for name, partner in state.partners.items():
+            restore_optimizer(partner.optimizer, others[name][1], record["partners"][name])
+        state.extra.update(record.get("extra", {}))
     if state.scaler is not None and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
-    return int(record["step"])
 
 
-def resume(run_dir: Path, state: TrainState, config: PlainConfig, steps: int) -> int:
-    """Load the newest complete checkpoint into `state`; return how many steps are done, 0 without one.
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run resumes. step: how many are done, 0 at the start; rows, interim: as in `About`; changed: a line to say."""
 
-    Raises DiffalignError for a checkpoint of another config, for one that cannot be read, and for more than `steps` steps.
+    step: int = 0
+    rows: Sequence[PlainRow] = ()
+    interim: bool = False
+    changed: str | None = None
+
+
+def check_before_loading(config: RunConfig, resolved: Resolved | None = None) -> None:
+    """Refuse to resume a run of another config, before model and data are loaded; `resolved`: what is known by then.
+
+    Raises DiffalignError that names what differs, and for more steps done than the config wants.
     """
-    saved = checkpoints(run_dir)
-    done = load_checkpoint(saved[-1], state, config) if saved else 0
-    if done > steps:
+    if saved := checkpoints(config.run_dir):
+        _checked_record(saved[-1], config, resolved or {}, loaded=False)
+
+
+def resume(config: RunConfig, state: TrainState, resolved: Resolved) -> Resumed:
+    """Load the newest complete checkpoint into `state`, if there is one. Its config is compared before its tensors are read.
+
+    Raises DiffalignError for a checkpoint of another config, for one that cannot be read, and for more steps done than wanted.
+    """
+    saved = checkpoints(config.run_dir)
+    if not saved:
+        return Resumed()
+    record, changed = _checked_record(saved[-1], config, resolved, loaded=True)
+    load_checkpoint(saved[-1], state, record)
+    return Resumed(int(record["step"]), record.get("rows", ()), record.get("interim", False), changed)
+
+
+def _checked_record(
+    path: Path, config: RunConfig, resolved: Resolved, loaded: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Return a checkpoint's state.json, and a line about what changed in the config without making it another run."""
+    record = read_record(path)
+    found = changes(record["config"], config, record.get("resolved", {}), resolved, loaded=loaded)
+    refuse_another_run(path, found, config)
+    if record["step"] > config.train.steps:
         raise DiffalignError(
-            f"{run_dir} has {done} steps already; train.steps={steps} would go back: choose another run_dir"
+            f"{config.run_dir} has {record['step']} steps already; train.steps={config.train.steps} would go back: choose "
+            "another run_dir"
         )
-    return done
+    return record, describe_changes(found)

@@ -2,13 +2,18 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from diffalign.config import BackboneRunConfig
 from diffalign.errors import DiffalignError
+
+LIMIT = timedelta(days=7)
+"""How long a process waits in a collective for one that is still at work; that one died is for the launcher to notice."""
 
 
 def start_accelerator(config: BackboneRunConfig) -> Accelerator:
@@ -20,7 +25,9 @@ def start_accelerator(config: BackboneRunConfig) -> Accelerator:
     precision: str = config.train.mixed_precision
     if precision == "auto":
         precision = "no" if cpu else "bf16"
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LIMIT)]
+    )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         # Otherwise each process would believe it is alone, and all would write the same files.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.training.checkpoint import checkpoints
+from diffalign.training.checkpoint_files import checkpoints
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json_lines
-from diffalign.health import Finding, Watch, describe
+from diffalign.files import make_folder, read_json_lines
+from diffalign.files.metric_rows import read_metrics
+from diffalign.health import ENDINGS, WITHOUT_SPREAD, Finding, Watch, describe
 from diffalign.training.protocols import Say, ValidationRow
 
 OnAlarm = Literal["warn", "stop"]
@@ -37,10 +38,8 @@ class HealthMonitor:
         self.watch = Watch(findings)
         self._announce(list(self.watch.findings.values()))
         if first:  # a resumed run sees its past as the first one did
-            rows, validations = (
-                read_json_lines(run_dir / f"{name}.jsonl", first) for name in ("metrics", "validation")
-            )
-            self.watch.replay(rows, validations)
+            rows = read_metrics(run_dir / "metrics.jsonl", first)
+            self.watch.replay(rows, read_json_lines(run_dir / "validation.jsonl", first))
         if self.stops:
             self._write()
             raise DiffalignError(self.reason())
@@ -71,17 +70,27 @@ class HealthMonitor:
                 self.say(describe(finding))
             self._write()
 
-    def close(self) -> None:
-        """Print once more what was found, since a long run scrolls it away; raise DiffalignError where an alarm ended it."""
+    def close(self, steps: int) -> None:
+        """Print once more what was found, since a long run scrolls it away; raise DiffalignError where an alarm ended it.
+
+        steps: those that the run should have had.
+        """
+        self.watch.end(steps)
         if self.main:
             self._write()
-            found = self.watch.in_order()
-            self.say("health: " + ("; ".join(f"{f.words.title} (step {f.step})" for f in found) or "nothing found"))
+            said = [
+                f"{f.words.title} ({f.measured if f.name in (*ENDINGS, WITHOUT_SPREAD) else f'step {f.step}'})"
+                for f in self.watch.in_order()
+            ]
+            weightless = self.watch.ending.share_weightless
+            if weightless and WITHOUT_SPREAD not in self.watch.findings:
+                said.append(f"{weightless:.0%} of the groups drawn state no preference and weighed nothing")
+            self.say("health: " + ("; ".join(said) or "nothing found"))
         if self.stops:
             raise DiffalignError(self.reason())
 
     def _write(self) -> None:
         if self.main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir)
             text = json.dumps([f.as_dict() for f in self.watch.in_order()], indent=1) + "\n"
             (self.run_dir / "health.json").write_text(text)

@@ -8,7 +8,9 @@ from types import TracebackType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from diffalign.progress import progress_bar
 
 ALLOWED_WAITING = 0.02
 # Preference steps have the first, distillation the others.
@@ -46,15 +48,7 @@ class TrainProgress:
         self.bar: Progress | None = None
         console = Console(stderr=True)
         if show and console.is_terminal:
-            columns = (
-                TextColumn("train"),
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=console)
-            self.task = self.bar.add_task("train", total=steps, completed=first, text="")
+            self.bar = progress_bar(console, "train", first, steps)
 
     def __enter__(self) -> "TrainProgress":
         if self.bar:
@@ -77,7 +71,7 @@ class TrainProgress:
         seconds = (time.monotonic() - self.started) / (done - self.first)
         text = describe(self.smooth, seconds)
         if self.bar:
-            self.bar.update(self.task, completed=done, text=text)
+            self.bar.update(self.bar.task_ids[0], completed=done, text=text)
         elif done == self.steps or done - self.first == 1 or done % max(1, self.steps // 10) == 0:
             left = seconds * (self.steps - done)
             self.say(f"step {done}/{self.steps}  {text}  ETA {int(left // 60)}:{int(left % 60):02d}")

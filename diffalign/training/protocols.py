@@ -14,6 +14,8 @@ PlainConfig = dict[str, object]
 """A resolved config as JSON would have it, nested."""
 
 Say = Callable[[str], None]
+PlainRow = dict[str, float | None]
+"""A row of metrics.jsonl as JSON has it: null for a number that is not finite."""
 ValidationRow = dict[str, Any]
 """A row of validation.jsonl: the step, means by score, and the images that were drawn."""
 Parameters = dict[str, nn.Parameter]

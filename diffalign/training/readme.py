@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffalign.config import BackboneRunConfig, DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
+from diffalign.files.published import load_base
 
 TRAIN = """# {name}
 
@@ -14,15 +15,16 @@ TRAIN = """# {name}
 - `checkpoints/`: the state to resume from.
 """
 
-LORA = """Use it with
+LORA = """ComfyUI (SD1.5, SDXL), A1111, Forge and kohya's sd-scripts read another layout:
+  `diffalign export {folder}` writes it, as `kohya_lora.safetensors`, beside diffusers' own. Use `weights/` with
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+{base}
 pipeline.load_lora_weights("{folder}/weights")
 ```
 """
+
+TRUNK = "A trunk folder for `from_pretrained`."
 
 DISTILL = """# {name}
 
@@ -64,7 +66,7 @@ def _common(config: BackboneRunConfig | JudgeConfig) -> dict[str, str]:
         "base": base,
         "folder": folder,
         "kind": "LoRA" if lora else "all weights",
-        "how": LORA.format(base=base, folder=folder) if lora else "A trunk folder for `from_pretrained`.",
+        "how": LORA.format(base=load_base(base, published=False), folder=folder) if lora else TRUNK,
     }
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.files import replacing_folder
 from diffalign.pipelines import Backbone
 
 # torch.distributed's parts for this take most of a second to import, which runs without them need not wait for.
@@ -80,4 +81,5 @@ def save_sharded(backbone: Backbone, folder: Path, *, write: bool) -> None:
     with torch.device("meta"):
         plain: nn.Module = kind.from_config(backbone.trunk.config)
     plain.load_state_dict(state, assign=True)
-    backbone.save_trunk(plain, folder)
+    with replacing_folder(folder) as part:
+        backbone.save_trunk(plain, part)

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines, write_whole
-from diffalign.training.protocols import PlainConfig
+from diffalign.files.metric_rows import metrics_line, numbers, plain_row, read_metrics
+from diffalign.training.protocols import PlainConfig, PlainRow
 
 
 class Tracker(Protocol):
@@ -92,9 +93,25 @@ def cut_rows(path: Path, step: int) -> None:
 class Metrics:
     """The files and trackers that rows go to. Rows of `metrics.jsonl` hold no clock, so equal runs have equal files."""
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], project: str, config: PlainConfig, step: int) -> None:
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            cut_rows(run_dir / name, step)
+    def __init__(
+        self,
+        run_dir: Path,
+        trackers: Sequence[str],
+        project: str,
+        config: PlainConfig,
+        step: int,
+        rows: Sequence[PlainRow] = (),
+        interim: bool = False,
+    ) -> None:
+        """Open the files after `step` steps.
+
+        rows: the checkpoint's, of which a crash may have torn the last ones. interim: the next checkpoint takes its place, and
+        so takes its rows as well.
+        """
+        cut_rows(run_dir / "timing.jsonl", step)
+        kept = {row["step"]: row for row in [*map(numbers, rows), *read_metrics(run_dir / "metrics.jsonl", step)]}
+        write_whole(run_dir / "metrics.jsonl", "".join(metrics_line(kept[done]) for done in sorted(kept)))
+        self._recent = [numbers(row) for row in rows] if interim else []
         # Line by line: a checkpoint must never be ahead of its metrics.
         self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self.timing = (run_dir / "timing.jsonl").open("a", buffering=1)
@@ -103,9 +120,15 @@ class Metrics:
 
     def log(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """Write a row of each file, and hand the metrics to the trackers."""
-        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._recent.append({"step": step, **metrics})
+        self.metrics.write(metrics_line(self._recent[-1]))
         self.timing.write(json.dumps({"step": step, **timing}) + "\n")
         self.track(step, metrics)
+
+    def recent(self) -> list[PlainRow]:
+        """Return the rows of metrics.jsonl since the last call, as JSON has them, for a checkpoint."""
+        rows, self._recent = self._recent, []
+        return [plain_row(row) for row in rows]
 
     def track(self, step: int, metrics: dict[str, float]) -> None:
         """Hand metrics to the trackers alone."""

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json_lines
+from diffalign.files import make_folder, read_json_lines
+from diffalign.training.alone import Alone
 from diffalign.training.protocols import Say
 from diffalign.training.protocols import ValidationRow as Row
 from diffalign.training.tracking import cut_rows
@@ -101,7 +102,7 @@ class Validation:
         grid = Image.new("RGB", (sum(i.width for i in shown), shown[0].height))
         for n, image in enumerate(shown):
             grid.paste(image, (n * shown[0].width, 0))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         grid.save(path)
 
 
@@ -136,11 +137,12 @@ class Validations:
         run_dir: Path,
         first: int,
         accelerator: Accelerator,
+        alone: Alone,
         health: HealthMonitor | None,
         say: Say,
     ) -> None:
         self.validation, self.run_dir = validation, run_dir
-        self.accelerator, self.health, self.say = accelerator, health, say
+        self.accelerator, self.alone, self.health, self.say = accelerator, alone, health, say
         self.path, step = run_dir / "validation.jsonl", first or -1
         self.rows: list[Row] = read_json_lines(self.path, step)
         if accelerator.is_main_process:
@@ -151,13 +153,18 @@ class Validations:
         every = self.validation.settings.every
         return every is not None and (done % every == 0 or done == steps)
 
+    def lacks(self, done: int, steps: int) -> bool:
+        """Return whether a validation was due after `done` steps and has no row."""
+        return done > 0 and self.due(done, steps) and all(row["step"] != done for row in self.rows)
+
     def run(self, done: int) -> dict[str, float]:
         """Validate the weights as they are after `done` steps; return the mean score by name, for trackers.
 
         The main process draws and scores; all learn the outcome, since it may end the run.
         """
         main = self.accelerator.is_main_process
-        message: list[Any] = [self.validation.run(self.run_dir, done) if main else None]
+        with self.alone.main_alone():
+            message: list[Any] = [self.validation.run(self.run_dir, done) if main else None]
         row: Row = broadcast_object_list(message)[0]
         self.rows.append(row)
         if main:

@@ -179,7 +179,7 @@ def test_users_mistakes_are_one_line(
 def test_ctrl_c(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     install(monkeypatch, "train", train=fail_with(KeyboardInterrupt()))
     assert run("train", config) == 130
-    assert capsys.readouterr().err == "stopped by Ctrl-C; the same command resumes where it stopped\n"
+    assert capsys.readouterr().err == "stopped by Ctrl-C: nothing was saved yet; the same command starts again\n"
 
 
 def wrapped(text: str) -> RuntimeError:

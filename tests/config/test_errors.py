@@ -239,7 +239,7 @@ def test_an_entry_of_a_list_is_reached_by_its_index(tmp_path: Path) -> None:
     path.write_text(SYNTH)
     config = load_synth_config(path, ["generators.0.batch_size=4", "generators.1.model.dtype=bfloat16", "seed=3"])
     assert [one.batch_size for one in config.generators] == [4, 8]
-    assert [one.model.dtype for one in config.generators] == ["float32", "bfloat16"]
+    assert [one.model.dtype for one in config.generators] == ["auto", "bfloat16"]
 
 
 def test_the_same_section_is_checked_wherever_it_stands(tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ def test_prompts_come_in_every_form(tmp_path: Path) -> None:
     assert found[2][1].metadata == {"kind": "y"}
     assert read_prompts(tmp_path / "geneval", split="test")[0].metadata == {"tag": "counting"}
     assert [row.prompt for row in unique_prompts(found[0])] == ["a dog", "a cat, sitting"]
-    with pytest.raises(DiffalignError, match="no column 'prompt'; it has caption, n"):
-        hub_prompts(str(tmp_path / "hub"), "prompt", "train")
+    with pytest.raises(DiffalignError, match="no column 'words'; it has caption, n"):
+        hub_prompts(str(tmp_path / "hub"), "words", "train")
     with pytest.raises(DiffalignError, match=r"holds neither test_metadata\.jsonl"):
         read_prompts(tmp_path / "ocr", split="test")
 

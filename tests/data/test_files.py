@@ -6,7 +6,16 @@ import pytest
 
 from diffalign import progress
 from diffalign.errors import DiffalignError
-from diffalign.files import dotted_keys, free_bytes, read_json, read_json_lines, replacing, write_whole
+from diffalign.files import (
+    dotted_keys,
+    free_bytes,
+    read_json,
+    read_json_lines,
+    replacing,
+    replacing_folder,
+    write_whole,
+)
+from helpers.files import tree
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -28,10 +37,70 @@ def test_rows_up_to_a_step_without_the_torn_line(tmp_path: Path) -> None:
 
 
 def test_damaged_json_names_the_file(tmp_path: Path) -> None:
-    assert read_json(tmp_path / "a.json") is None
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(DiffalignError, match=r"a\.json is not valid JSON .*; delete it and make it again"):
-        read_json(tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json", "delete it") is None
+    for text in ("", "{", "[1", "\x00", "{}", "[]", "3", "null"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DiffalignError, match=r"a\.json cannot be read \(.*\); delete it$"):
+            read_json(tmp_path / "a.json", "delete it", "key")
+    (tmp_path / "a.json").write_text("3")
+    assert read_json(tmp_path / "a.json", "delete it") == 3
+
+
+@pytest.mark.parametrize("line", ["null", "3", "[]", "{}", '"a"', '{"step": "1"}', '{"step": null}', "{", "[[["])
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(DiffalignError, match=r"metrics\.jsonl:2 cannot be read \(.+\); delete this line$"):
+        read_json_lines(path)
+
+
+def write_two(folder: Path, content: str, fail: bool = False) -> None:
+    with replacing_folder(folder) as part:
+        (part / "deep").mkdir()
+        (part / "deep/a.txt").write_text(content)
+        if fail:
+            raise KeyboardInterrupt
+        (part / "b.txt").write_text(content)
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_two(tmp_path / "weights", "1", fail=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "weights.part").mkdir()
+    (tmp_path / "weights.part/left by a kill").touch()
+    write_two(tmp_path / "weights", "2")
+    assert tree(tmp_path) == {"weights/b.txt": b"2", "weights/deep/a.txt": b"2"}
+
+
+def test_files_of_a_folder_are_replaced_and_others_stay(tmp_path: Path) -> None:
+    write_two(tmp_path, "1")
+    (tmp_path / "deep/mine").touch()
+    before = tree(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        write_two(tmp_path, "2", fail=True)
+    assert tree(tmp_path) == before
+    write_two(tmp_path, "2")
+    assert tree(tmp_path) == {"b.txt": b"2", "deep/a.txt": b"2", "deep/mine": b""}
+
+
+def test_weights_are_whole_or_not_there(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffalign.pipelines import load_backbone
+
+    backbone = load_backbone(sdxl_dir)
+    backbone.add_lora(2, 2.0)
+
+    def half(folder: Path, **_: object) -> None:
+        (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backbone.pipeline, "save_lora_weights", half)
+    with pytest.raises(KeyboardInterrupt):
+        backbone.save_weights(tmp_path / "weights")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    backbone.save_weights(tmp_path / "weights")
+    assert list(tree(tmp_path)) == ["weights/pytorch_lora_weights.safetensors"]
 
 
 def test_nested_keys_become_dotted_and_empty_mappings_vanish() -> None:

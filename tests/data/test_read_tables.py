@@ -14,6 +14,7 @@ from diffalign.data.convert import guess_form, import_pairs, open_rows
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_export import export
 from diffalign.data.imported import ImportedGroup, Report, write_imported
+from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from helpers import pictures
 
@@ -39,6 +40,44 @@ FORMS: list[dict[str, Any]] = [
         "weighted_results_image1_preference": 0.3,
         "weighted_results_image2_preference": 0.7,
     },
+    # Cards of Rapidata's data sets: 700k_Human_Preference_Dataset_FLUX_SD3_MJ_DALLE3, then the t2i_human_preference series,
+    # whose preference, not alignment or coherence, is the label.
+    {
+        "prompt": "a cat",
+        "image1": struct(0),
+        "image2": struct(1),
+        "votes_image1": 20,
+        "votes_image2": 6,
+        "model1": "flux",
+        "model2": "dalle-3",
+        "detailed_results": "[]",
+        "image1_path": "x/0.jpg",
+        "image2_path": "x/1.jpg",
+    },
+    {
+        "prompt": "a cat",
+        "image1": struct(1),
+        "image2": struct(0),
+        "model1": "flux",
+        "model2": "dalle-3",
+        "weighted_results_image1_alignment": 0.9,
+        "weighted_results_image2_alignment": 0.1,
+        "weighted_results_image1_preference": 0.3,
+        "weighted_results_image2_preference": 0.7,
+        "detailed_results_preference": "[]",
+    },
+    # Card of TIGER-Lab/GenAI-Bench, config image_generation.
+    {
+        "prompt": "a cat",
+        "left_model": "flux",
+        "left_image": struct(1),
+        "right_model": "dalle-3",
+        "right_image": struct(0),
+        "vote_type": "rightvote",
+    },
+    # ImageRewardDB.py of THUDM/ImageRewardDB: configs 8k_pair and 8k_group.
+    {"prompt_id": "1", "prompt": "a cat", "classification": "x", "img_better": struct(0), "img_worse": struct(1)},
+    {"prompt_id": "1", "prompt": "a cat", "image": [struct(1), struct(0)], "rank": [2, 1], "overall_rating": [1, 5]},
     {"prompt": "a cat", "images": [struct(0), struct(1)], "preference": [1.0, 0.0]},
     {"prompt": "a cat", "generations": [struct(0), struct(1)], "ranking": [1, 2]},
 ]
@@ -97,7 +136,6 @@ def test_broken_rows_cost_only_themselves(tmp_path: Path) -> None:
     good = {"prompt": "a cat", "image_0": "0.png", "image_1": "1.png", "label": 0}
     bad = [
         {"label": "left"},
-        {"label": None},
         {"label": 10**400},
         {"label": 2},
         {"image_0": "../0.png"},
@@ -107,11 +145,12 @@ def test_broken_rows_cost_only_themselves(tmp_path: Path) -> None:
         {"image_1": "none.png"},
     ]
     rows = [good, *({**good, **change} for change in bad), {**good, "label": "tie"}]
+    rows += [{**good, "label": label} for label in (None, "", "nan")]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report, found = converted(tmp_path / "t.jsonl", tmp_path / "out")
-    assert len(found) == 1 and report.counted == {"ties": 1}
+    assert len(found) == 1 and report.counted == {"ties": 1, "without a label": 3}
     assert len(report.faults) == len(bad)
-    assert report.faults[6].reason == "the two images are the same"
+    assert report.faults[5].reason == "the two images are the same"
 
 
 def test_image_reward_db(tmp_path: Path) -> None:
@@ -152,5 +191,58 @@ def test_a_damaged_tar_costs_what_is_missing(tmp_path: Path) -> None:
     report, found = converted(tar, tmp_path / "back")
     assert [prompt for prompt, *_ in found] == ["p0", "p1"] and report.faults
     tar.write_bytes(b"no tar")
-    with pytest.raises(DiffalignError, match="no row gives a group of images; the first: .*not a complete tar file"):
+    with pytest.raises(DiffalignError, match="not a complete tar file"):
         converted(tar, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"vote_type": "tievote"}, "ties"),
+        ({"vote_type": "bothbad_vote"}, "ties"),
+        ({"vote_type": None}, "without a label"),
+        ({"vote_type": float("nan")}, "without a label"),
+    ],
+)
+def test_votes_that_prefer_nothing_are_counted(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    row = {"prompt": "a", "left_image": struct(0), "right_image": struct(1), "left_model": "m", "right_model": "n"}
+    rows = [{**row, "vote_type": "leftvote"}, {**row, "vote_type": "rightvote", **change}]
+    (tmp_path / "p.parquet").write_bytes(b"")
+    pq.write_table(pa.Table.from_pylist([{**r, "vote_type": str(v) if (v := r["vote_type"]) else None} for r in rows]),
+                   tmp_path / "p.parquet")  # fmt: skip
+    report, found = converted(tmp_path / "p.parquet", tmp_path / "out")
+    assert found == [("a", PNG[0], PNG[1])] and report.counted == {reason: 1} and not report.faults
+    assert [
+        image.generator for image in PreferenceDataset(tmp_path / "out").images(f"0000000-{PromptRow('a').prompt_id}")
+    ] == ["m", "n"]
+
+
+@pytest.mark.parametrize("votes", [(None, None), (float("nan"), float("nan")), (0.4, None)])
+def test_pairs_that_nobody_voted_on_are_counted(tmp_path: Path, votes: tuple[float | None, float | None]) -> None:
+    """Makers of Rapidata's form write NaN where a pair got no votes."""
+    names = [f"weighted_results_image{n}_preference" for n in (1, 2)]
+    row = {"prompt": "a", "image1": struct(0), "image2": struct(1)}
+    rows = [{**row, names[0]: 0.8, names[1]: 0.2}, {**row, **dict(zip(names, votes, strict=True))}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    report, found = converted(tmp_path / "p.parquet", tmp_path / "out")
+    assert len(found) == 1 and report.counted == {"without a label": 1} and not report.faults
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("labels", [("preference", 1.0, 0.0), ("ranking", 1, 2), ("rank", 1, 2)])
+def test_an_image_of_a_list_without_a_label_is_in_no_pair(
+    tmp_path: Path, bad: float | None, labels: tuple[str, float, float]
+) -> None:
+    name, best, worst = labels
+    row = {"prompt": "a", "images": [struct(0), struct(2), struct(1)], name: [float(best), bad, float(worst)]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "p.parquet")
+    report, found = converted(tmp_path / "p.parquet", tmp_path / "out")
+    assert found == [("a", PNG[0], PNG[1])] and report.unlabelled == 1
+
+
+def test_a_table_of_texts_about_images_is_not_taken_for_pairs_of_images(tmp_path: Path) -> None:
+    """TRL's form for image-text models: `images` are what is asked about, chosen and rejected are answers."""
+    row = {"prompt": "what is it?", "images": [struct(0)], "chosen": "a cat", "rejected": "a dog"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "p.parquet")
+    with pytest.raises(DiffalignError, match="a cat: No such file"):
+        converted(tmp_path / "p.parquet", tmp_path / "out")

@@ -230,8 +230,8 @@ def test_imagefolder(tmp_path: Path) -> None:
         "metadata.jsonl:10: an object is expected, not list",
         "metadata.jsonl:4: preference out of range: [2.0, 0.0]; it lies in [0, 1]",
         "metadata.jsonl:7: no prompt or text",
-        "metadata.jsonl:8: score is missing, or no number, for some images of the group",
     ]
+    assert report.counted == {"fewer than two images have a label": 1}
 
 
 def test_folders_of_winners_and_losers(tmp_path: Path) -> None:
@@ -292,3 +292,36 @@ def test_what_is_no_dataset(tmp_path: Path) -> None:
 def test_ranks() -> None:
     assert vote_shares_of_ranks([1, 2, 3]) == (1.0, 0.5, 0.0)
     assert vote_shares_of_ranks([1, 1, 2]) == (0.5, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("bad", [None, "", "nan", "inf", float("nan"), float("inf"), "-inf", "good", True])
+@pytest.mark.parametrize("label", ["score", "rank", "preference"])
+def test_a_label_that_is_no_finite_number_is_absent(tmp_path: Path, label: str, bad: Any) -> None:
+    """In an imagefolder: the images with a label keep their order, the other is kept in no pair, and counted."""
+    folder = tmp_path / "folder"
+    for n in range(3):
+        put(folder / f"{n}.jpg", n)
+    best_first = {"score": (9, 1), "rank": (1, 2), "preference": (1, 0)}[label]
+    rows: list[dict[str, Any]] = [{"file_name": f"{n}.jpg", "text": "a"} for n in range(3)]
+    rows[0][label], rows[1][label], rows[2][label] = best_first[0], bad, best_first[1]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    report, dataset = converted(tmp_path, folder)
+    assert report.groups == 1 and report.unlabelled == 1 and not report.faults and not report.counted
+    (group,) = (dataset.group(i) for i in range(len(dataset)))
+    assert group["preference"] == [1, 0] and dataset.members(group["group_id"]) == [0, 2]
+    assert len(pictures(dataset, 0)) == 2
+    assert sum(1 for rows in dataset.iter_images() for _ in rows) == 3
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", None])
+def test_a_group_without_two_labels_is_counted_and_no_tie(tmp_path: Path, bad: str | None) -> None:
+    folder = tmp_path / "folder"
+    for n in range(5):
+        put(folder / f"{n}.jpg", n)
+    rows = [{"file_name": f"{n}.jpg", "text": "ab"[n // 2], "score": [bad, bad, 3, bad][n]} for n in range(4)]
+    rows += [{"file_name": f"{n}.jpg", "text": "c", "score": n} for n in (3, 4)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    report, dataset = converted(tmp_path, folder)
+    nobody = bad is None  # a group for which nobody gave a label is kept without a preference
+    assert dataset.column("prompt") == (["a", "c"] if nobody else ["c"])
+    assert report.counted == {"fewer than two images have a label": 1 if nobody else 2}

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from diffalign.config import RoundsConfig
+from diffalign.data.prompts import PromptRow
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import EvaluationPlan, summarise
 from diffalign.intervals import Interval, bootstrap, interval_in
@@ -20,8 +23,9 @@ from diffalign.report.images import Candidate
 from diffalign.report.model_card import write_card
 from diffalign.report.render import verdicts, write_report
 from diffalign.report.runs import read_run
-from diffalign.scoring.compare_folders import compare_scores, comparison_table, pair_up
+from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
 from diffalign.scoring.human_agreement import Choice, agree, agreement_table
+from diffalign.stages import rounds
 from helpers.run_directory import comparison, make_run
 from helpers.scored_items import made
 
@@ -60,7 +64,7 @@ def test_seven_prompts_have_no_interval_and_eight_have_one(count: int) -> None:
 def test_a_kind_of_few_prompts_has_none_beside_one_of_many() -> None:
     rng = np.random.default_rng(0)
     tags = ["a"] * 20 + ["b"] * 3 + ["c"]
-    prompts = [type("P", (), {"prompt": str(i), "metadata": {"tag": tag}})() for i, tag in enumerate(tags)]
+    prompts = [PromptRow(str(i), {"tag": tag}) for i, tag in enumerate(tags)]
     scores = {m: {"r": rng.normal(size=(24, 2))} for m in ("base", "tuned")}
     found = summarise(scores, EvaluationPlan(prompts, seeds=2))["r"]
     assert {kind: interval_in(c).low is not None for kind, c in found.items()} == {
@@ -68,11 +72,20 @@ def test_a_kind_of_few_prompts_has_none_beside_one_of_many() -> None:
     }  # fmt: skip
 
 
+def test_a_kind_without_scores_costs_only_itself() -> None:
+    values = np.array([[1.0], [2.0], [np.nan]])
+    prompts = [PromptRow(str(i), {"tag": tag}) for i, tag in enumerate("aab")]
+    scores = {"base": {"r": values}, "tuned": {"r": values[::-1]}}
+    assert list(summarise(scores, EvaluationPlan(prompts, seeds=1))["r"]) == ["all", "a"]
+    with pytest.raises(DiffalignError, match="r: no image was scored for both models"):
+        summarise({"base": {"r": values}, "tuned": {"r": values * np.nan}}, EvaluationPlan(prompts, seeds=1))
+
+
 def test_images_of_few_prompts_are_few_however_many() -> None:
     """Seven prompts with 50 images each are seven prompts, in each of the tables of `score`."""
     values, prompts = [float(i) for i in range(350)], [f"p{i % 7}" for i in range(350)]
     a, b = made(values, [*prompts]), made([v + 1 for v in values], [*prompts], side="b")
-    table = shown(comparison_table(compare_scores(a, b, pair_up(a, b))))
+    table = shown(comparison_table(outcomes(a, b, pair_up(a, b))))
     assert FEW.format(7) in re.sub(r"\s+", " ", table) and "+1.0000 to" not in table
     choices = [Choice(i, i + 7, 1, prompts[i]) for i in range(343)]
     assert agree(choices, a, "r").interval.words() == FEW.format(7)
@@ -124,3 +137,22 @@ def test_a_verdict_names_score_and_prompts() -> None:
         one["reason"]
         == "r changed by +0.200 over 40 held-out prompts, 95% interval +0.100 to +0.300, which excludes 0."
     )
+
+
+@pytest.mark.parametrize("prompts", [1, 7, 8, 64])
+def test_the_table_of_rounds(
+    tmp_path: Path, prompts: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ends that an earlier version wrote into round.json for few prompts are not shown either."""
+    monkeypatch.setattr(rounds, "write_reports", lambda runs, out: out)
+    done = [{"round": 1, "column": "r", "weights": "w", **comparison(0.125), "prompts": prompts}]
+    rounds._summary(RoundsConfig.model_construct(out=tmp_path), done)
+    said = capsys.readouterr().out
+    interval = "+0.025 to +0.225" if prompts >= 8 else FEW.format(prompts)
+    assert f"round 1: 0.3750 (+0.125 against the base, 95%: {interval})" in said
+
+
+def test_labels_without_prompts_are_groups() -> None:
+    scores = made([1.0, 2.0, 3.0], [None] * 3)
+    found = agree([Choice(0, 1, 1, "c.csv:2"), Choice(1, 2, -1, "c.csv:3")], scores, "r")
+    assert found.interval.words() == "too few groups (2) for an interval"

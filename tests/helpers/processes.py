@@ -32,9 +32,9 @@ def torchrun() -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
 
 
-def finish(line: list[str]) -> None:
-    """Run a command to its end; a failure shows the end of what it wrote."""
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+def finish(line: list[str], **more: str) -> None:
+    """Run a command to its end, with `more` in its environment; a failure shows the end of what it wrote."""
+    done = subprocess.run(line, env={**environment(), **more}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

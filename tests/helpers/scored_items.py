@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffalign.scoring.items import FileOrigin, Item
+from diffalign.data.containers import FileOrigin
+from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
 from diffalign.scoring.sources import Prompting, collect
 

@@ -62,6 +62,11 @@ class Encoder:
         mean = self.encode_images(pixels)
         return mean, mean / 4
 
+    longest = 77
+
+    def count_cut(self, prompts: list[str]) -> int:
+        return 0
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.texts += len(prompts)
         return {"length": torch.tensor([[float(len(p))] for p in prompts])}
@@ -72,7 +77,9 @@ class Encoder:
 
 def settings(**changes: Any) -> SimpleNamespace:
     known = {"split": "train", "group_size": None, "limit": None, "cache": "all", "cache_dir": None, "resolution": None}
-    return SimpleNamespace(**{**known, "buckets": "none", "latent_sampling": "mean", **changes})
+    return SimpleNamespace(**{
+        **known, "buckets": "none", "latent_sampling": "mean", "cache_dtype": None, **changes
+    })  # fmt: skip
 
 
 def quiet(_: str) -> None:

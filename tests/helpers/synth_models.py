@@ -30,6 +30,11 @@ class Painter:
     def __init__(self, name: str, log: Path | None = None, pause: float = 0.0, **facts: str) -> None:
         self.name, self.log, self.pause, self.known = name, log, pause, facts
 
+    longest = 5
+
+    def count_cut(self, prompts: list[str]) -> int:
+        return sum(len(prompt.split()) > self.longest for prompt in set(prompts))
+
     def facts(self) -> dict[str, str]:
         return self.known
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from diffalign.cli.errors import plain_errors
 from diffalign.training.validation import Validation
 from helpers import toy
 
@@ -50,4 +53,8 @@ if __name__ == "__main__":
     config, backbone = toy.toy_config(run_dir, **sections), toy.ToyBackbone()
     if config.validation.every:
         options["validation"] = Weighed(backbone, config.validation, [], {}, {}, 8)
-    toy.train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)
+    try:
+        with plain_errors(resumes=True):
+            toy.train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)
+    except typer.Exit as left:
+        sys.exit(left.exit_code)

@@ -14,12 +14,14 @@ import io
 import json
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,9 +93,19 @@ def arrow(*rows: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def tar(files: dict[str, bytes]) -> bytes:
+def saved(*rows: dict[str, Any], images: tuple[str, ...]) -> Files:
+    """What `save_to_disk` of the datasets library writes."""
+    made = datasets.Dataset.from_list(list(rows))
+    for name in images:
+        made = made.cast_column(name, datasets.Image())
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_to_disk(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def tar(files: Mapping[str, bytes], mode: Literal["w", "w:gz", "w:xz"] = "w") -> bytes:
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
@@ -101,7 +113,7 @@ def tar(files: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def zipped(files: dict[str, bytes]) -> bytes:
+def zipped(files: Mapping[str, bytes]) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, data in files.items():
@@ -118,6 +130,9 @@ ROW = ["a cat", "a.png", "b.png"]
 GRAPH = {"1": {"class_type": "KSampler", "inputs": {"positive": ["2", 0]}}, "2": {"class_type": "CLIPTextEncode",
          "inputs": {"text": "a cat"}}}  # fmt: skip
 FACTS = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}
+FOLDER_ROWS = lines(
+    {"file_name": "a.png", "text": "a cat", "score": 2}, {"file_name": "b.png", "text": "a cat", "score": 1}
+)
 STRIP = Image.new("RGB", (6000, 2), (9, 9, 9))
 
 LAYOUTS: dict[str, Layout] = {
@@ -155,6 +170,8 @@ LAYOUTS: dict[str, Layout] = {
                               {**PAIR, "metadata.jsonl": lines({"file_name": "a.png", "text": "a cat", "score": 1},
                                                            {"file_name": "b.png", "text": "a cat", "score": 2}) + b"\n{"}),
     "geneval": Layout("GenEval's folders", {"00000/metadata.jsonl": lines(FACTS), "00000/samples/0000.png": A}),
+    "geneval-flat": Layout("images in one folder, named by their row of GenEval's `evaluation_metadata.jsonl` beside them",
+                           {"00000_0.png": A, "00001_0.png": B, "evaluation_metadata.jsonl": lines(FACTS, FACTS)}),
     "w-l": Layout("`w/` and `l/` with `.txt`", {"w/a.png": A, "l/a.png": B, "w/a.txt": b"a cat"}),
     "two-folders": Layout("two folders, `.txt` beside the winners", {"x/a.png": A, "y/a.png": B, "x/a.txt": b"a cat"}, ("x", "y")),
     "two-folders-a1111": Layout("two folders, prompts in the PNGs",
@@ -196,6 +213,25 @@ LAYOUTS: dict[str, Layout] = {
     "image-reward-db": Layout("ImageRewardDB's rows", {**PAIR, "m.jsonl": lines(
         {"image_path": "a.png", "prompt_id": "1", "prompt": "a cat", "rank": 1},
         {"image_path": "b.png", "prompt_id": "1", "prompt": "a cat", "rank": 2})}, ("m.jsonl",)),
+    "image-reward-db-parquet": Layout("ImageRewardDB as parquet: an image a row, `rank`", {"p.parquet": parquet(
+        {"image": cell(A), "prompt_id": "1", "prompt": "a cat", "rank": 1},
+        {"image": cell(B), "prompt_id": "1", "prompt": "a cat", "rank": 2})}, ("p.parquet",)),
+    "image-reward-db-group": Layout("ImageRewardDB's groups: lists `image` and `rank`", {"p.parquet": parquet(
+        {"image": [cell(A), cell(B)], "prompt_id": "1", "prompt": "a cat", "rank": [1, 2]})}, ("p.parquet",)),
+    "image-reward-db-pair": Layout("ImageRewardDB's pairs: `img_better`, `img_worse`", {"p.parquet": parquet(
+        {"prompt_id": "1", "prompt": "a cat", "img_better": cell(A), "img_worse": cell(B)})}, ("p.parquet",)),
+    "image-reward-db-zip": Layout("a zip file of ImageRewardDB, with names from the root of the data set", {"train_1.zip": zipped(
+        {**PAIR, "train_1.json": lines([{"image_path": f"images/train/train_1/{n}.png", "prompt_id": "1", "prompt": "a cat",
+                                         "rank": r} for n, r in (("a", 1), ("b", 2))])})}, ("train_1.zip",)),
+    "genai-bench": Layout("GenAI-Bench: left_image, right_image, vote_type", {"p.parquet": parquet(
+        {"prompt": "a cat", "left_model": "x", "left_image": cell(A), "right_model": "y", "right_image": cell(B),
+         "vote_type": "leftvote"})}, ("p.parquet",)),
+    "votes-counted": Layout("Rapidata's votes_image1 and votes_image2, one pair without votes", {"p.parquet": parquet(
+        {"prompt": "a cat", "image1": cell(A), "image2": cell(B), "votes_image1": 9, "votes_image2": 17, "model1": "x",
+         "model2": "y"}, {"prompt": "a dog", "image1": cell(A), "image2": cell(B), "votes_image1": None,
+                          "votes_image2": None, "model1": "x", "model2": "y"})}, ("p.parquet",)),
+    "missing-label": Layout("imagefolder in which one of three images has no label", {**PAIR, "c.png": C, "metadata.csv": table(
+        ["file_name", "text", "score"], ["a.png", "a cat", "2"], ["b.png", "a cat", "nan"], ["c.png", "a cat", "1"])}),
     "generations": Layout("JSON: generations and ranking", {**PAIR, "t.json": lines(
         [{"prompt": "a cat", "generations": ["a.png", "b.png"], "ranking": [2, 1]}])}, ("t.json",)),
     "parquet": Layout("parquet: image, caption", {"p.parquet": parquet({"image": cell(A), "caption": "a cat"})}, ("p.parquet",)),
@@ -204,9 +240,26 @@ LAYOUTS: dict[str, Layout] = {
     "parquet-torn": Layout("a parquet file that is not complete", {"p.parquet": parquet({"image": cell(A)})[:-20]}, ("p.parquet",)),
     "save-to-disk": Layout("`Dataset.save_to_disk`", {"data-00000-of-00001.arrow": arrow({"image": cell(A), "text": "a cat"}),
                                                       "state.json": b"{}", "dataset_info.json": b"{}"}),
+    "save-to-disk-pairs": Layout("`Dataset.save_to_disk` of prompt, chosen, rejected", saved(
+        {"prompt": "a cat", "chosen": cell(A), "rejected": cell(B)}, images=("chosen", "rejected"))),
+    "save-to-disk-splits": Layout("`DatasetDict.save_to_disk` of Pick-a-Pic's columns", {
+        "dataset_dict.json": lines({"splits": ["train", "test"]}), **{
+            f"{split}/{name}": data for split in ("train", "test") for name, data in saved(
+                {"caption": "a cat", "jpg_0": A, "jpg_1": B, "label_0": 1.0, "label_1": 0.0}, images=()).items()}}),
     "webdataset": Layout("webdataset: a tar of images, `.txt` and `.json`",
                          {"0.tar": tar({"0.png": A, "0.txt": b"a cat", "1.png": B, "1.json": lines({"caption": "a dog"})})}),
     "zip": Layout("a zip file of images and `.txt`", {"x.zip": zipped({"a/0.png": A, "a/0.txt": b"a cat"})}, ("x.zip",)),
+    "zip-imagefolder": Layout("a zip file of an imagefolder, in a folder", {"x.zip": zipped(
+        {f"x/{name}": data for name, data in {**PAIR, "metadata.jsonl": FOLDER_ROWS}.items()})}, ("x.zip",)),
+    "tar-gz": Layout("a compressed tar of an imagefolder", {"x.tar.gz": tar({**PAIR, "metadata.jsonl": FOLDER_ROWS}, "w:gz")},
+                     ("x.tar.gz",)),
+    "tar-xz-csv": Layout("a tar.xz of a csv of pairs and its images", {"x.tar.xz": tar({**PAIR, "p.csv": table(HEAD, ROW)}, "w:xz")},
+                         ("x.tar.xz",)),
+    "zip-w-l": Layout("a zip file of `w/` and `l/`", {"x.zip": zipped({"w/a.png": A, "l/a.png": B, "w/a.txt": b"a cat"})}, ("x.zip",)),
+    "webdataset-gz": Layout("a folder of webdataset's tars, compressed", {
+        f"{n}.tar.gz": tar({f"{n}.png": A, f"{n}.txt": b"a cat"}, "w:gz") for n in range(2)}),
+    "tar-gz-torn": Layout("a compressed tar that is not complete", {"x.tar.gz": tar(PAIR, "w:gz")[:-40]}, ("x.tar.gz",)),
+    "folder-csv": Layout("a folder with a csv of pairs", {**PAIR, "p.csv": table(HEAD, ROW)}),
     "export-webdataset": Layout("our own webdataset export", {"data/train-0.tar": tar({
         "g.json": lines({"prompt": "a cat", "images": ["0.png", "1.png"], "preference": [1, 0], "metadata": {}}),
         "g.0.png": A, "g.1.png": B})}),

@@ -50,7 +50,10 @@ def scored(given: list[Path]) -> str:
 
 def imported(report: Report) -> str:
     left_out = len(report.faults) + sum(report.counted.values())
-    return many(report.groups, "group") + (f", {many(left_out, 'row')} left out" if left_out else "")
+    rows = f", {many(left_out, 'row')} left out" if left_out else ""
+    return (
+        many(report.groups, "group") + rows + (f", {many(n, 'image')} unlabelled" if (n := report.unlabelled) else "")
+    )
 
 
 def outcomes(layout: Layout, folder: Path) -> tuple[str, str, str]:

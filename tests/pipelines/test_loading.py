@@ -92,7 +92,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
         (remove("transformer/config.json"), r"transformer/config\.json is missing"),
         (remove(WEIGHTS), r"transformer/ holds no \.safetensors weights$"),
         (rename(WEIGHTS, "transformer/diffusion_pytorch_model.bin"), "is a pickle, which is not read"),
-        (write(WEIGHTS, "garbage"), "cannot be loaded as StableDiffusion3Pipeline"),
+        (write(WEIGHTS, "garbage"), "is damaged or no safetensors file"),
         (lambda f: edit(f / "scheduler/scheduler_config.json", lambda c: c.update(use_dynamic_shifting=True)),
          "use_dynamic_shifting is not supported"),
     ],
@@ -118,7 +118,7 @@ def test_missing_folders_never_reach_the_hub(path: str, monkeypatch: pytest.Monk
 def test_other_refusals(sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(DiffalignError, match="is a file; a folder in diffusers format"):
+    with pytest.raises(DiffalignError, match="is damaged or no safetensors file"):
         load_backbone(file)
     with pytest.raises(DiffalignError, match="is a local folder, which has none"):
         load_backbone(sd15_dir, revision="main")

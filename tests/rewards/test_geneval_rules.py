@@ -29,8 +29,14 @@ def stands(a: np.ndarray, b: np.ndarray, relation: str) -> bool:
 
 
 def verdicts(scene: list[Detection], facts: dict[str, Any]) -> tuple[bool, bool, float]:
-    """(official, exact, server) of detections above the threshold, at most 16 of a class."""
-    by_class = {n: sorted((d for d in scene if d.label == n), key=lambda d: -d.score) for n in NAMES}
+    """(official, exact, server): detections above the threshold count, compared in float32 as mmdet's arrays are, at most
+    16 of a class.
+    """
+    by_class = {}
+    for name in NAMES:
+        ordered = sorted((d for d in scene if d.label == name), key=lambda d: -d.score)
+        above = np.array([d.score for d in ordered], np.float32) > (0.9 if facts["tag"] == "counting" else 0.3)
+        by_class[name] = [d for d, one in zip(ordered, above, strict=True) if one][:16]
 
     def together(first: list[Detection], second: list[Detection], relation: str) -> bool:
         return all(stands(np.array(a.box), np.array(b.box), relation) for a, b in itertools.product(first, second))
@@ -61,7 +67,14 @@ def verdicts(scene: list[Detection], facts: dict[str, Any]) -> tuple[bool, bool,
     return answers[0] and not refused, answers[1], sum(points) / len(points)
 
 
-def scene_and_facts(draw: random.Random) -> tuple[list[Detection], dict[str, Any]]:
+def scores_near(threshold: float) -> list[float]:
+    """The threshold as a double and in float32, the neighbours of the latter, and what is far away."""
+    near = np.float32(threshold)
+    around = [np.nextafter(near, np.float32(0)), near, np.nextafter(near, np.float32(1))]
+    return [threshold, *map(float, around), threshold + 1e-9, threshold - 0.1, threshold + 0.05]
+
+
+def scene_and_facts(draw: random.Random, edges: bool = False) -> tuple[list[Detection], dict[str, Any]]:
     include: list[dict[str, Any]] = []
     for k in range(draw.randint(1, 3)):
         clause: dict[str, Any] = {"class": draw.choice([NAMES[k]] * 4 + list(NAMES)), "count": draw.randint(1, 3)}
@@ -79,7 +92,12 @@ def scene_and_facts(draw: random.Random) -> tuple[list[Detection], dict[str, Any
             x, y = (150 * draw.randrange(4) + draw.random() for _ in range(2))
             color = draw.choice(colors if draw.random() < 0.85 else COLORS)
             scene.append(Detection(name, (x, y, x + 60, y + 60), draw.uniform(0.31, 1), color))
-    return scene, {"tag": "mixed", "include": include, "exclude": exclude}
+    tag = draw.choice(["mixed", "counting"]) if edges else "mixed"
+    if edges:
+        near = scores_near(0.9 if tag == "counting" else 0.3)
+        scene = [Detection(d.label, d.box, draw.choice(near), d.color) for d in scene]
+        scene += [Detection(draw.choice(NAMES), (0, 0, 9, 9), draw.choice(near), "red")] * draw.choice([0, 0, 20])
+    return scene, {"tag": tag, "include": include, "exclude": exclude}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -94,6 +112,20 @@ def test_random_scenes(seed: int) -> None:
         assert found.server == pytest.approx(server, abs=1e-12), (scene, facts)
         right += official
     assert right > 50
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_at_the_threshold(seed: int) -> None:
+    draw = random.Random(100 + seed)
+    right = 0
+    for _ in range(1000):
+        scene, facts = scene_and_facts(draw, edges=True)
+        found = decide(scene, facts)
+        official, exact, server = verdicts(scene, facts)
+        assert (found.official, found.exact) == (official, exact), (scene, facts)
+        assert found.server == pytest.approx(server, abs=1e-12), (scene, facts)
+        right += official
+    assert right > 30
 
 
 def box(name: str, y: float, x: float = 0, color: str | None = None) -> Detection:

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from diffalign.data.cut_prompts import cut_lines
 from diffalign.errors import DiffalignError
 from diffalign.rewards import Reward, load_reward
 from diffalign.rewards.pixels import BOUND, CLIP_MEAN, CLIP_STD, crop_square, crop_square_tensor, letterbox, to_tensor
-from diffalign.scoring.score_summary import cut_lines
 from helpers import pictures, tiny_rewards
 from helpers.learned_inputs import IMAGES, PROMPTS
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffalign.data import containers
 from diffalign.errors import DiffalignError
 from diffalign.files.images import Unreadable
-from diffalign.scoring import containers
 from diffalign.scoring.sources import collect
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures

@@ -77,6 +77,27 @@ def test_a_stray_row_does_not_rule_the_folder(tmp_path: Path) -> None:
         collect([str(folder)])
 
 
+@pytest.mark.parametrize("column", ["file_name", "image", "image_path", "path"])
+def test_one_row_that_names_an_image_is_of_that_image(tmp_path: Path, column: str) -> None:
+    """Also with GenEval's facts in it, which in a file without names belong to the whole folder."""
+    folder = below(tmp_path)
+    row = {column: "images/1.png", "prompt": "a cat", "include": [{"class": "cat", "count": 1}]}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    assert prompts_of([str(folder)]) == {"images/0.png": None, "images/1.png": "a cat", "images/deep/2.png": None}
+
+
+@pytest.mark.parametrize("again", ["images/0.png", "./images/0.png", "images/deep/../0.png"])
+def test_metadata_with_two_prompts_of_an_image_is_refused(tmp_path: Path, again: str) -> None:
+    folder = below(tmp_path)
+    rows = [{"file_name": "images/0.png", "text": "a"}, {"file_name": again, "text": "a"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert prompts_of([str(folder)])["images/0.png"] == "a"
+    rows[1]["text"] = "b"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DiffalignError, match=r"metadata\.jsonl:2: '.*0\.png' has another prompt above"):
+        collect([str(folder)])
+
+
 @pytest.mark.parametrize("column", ["file_name", "filename", "image_path", "path", "id"])
 def test_prompt_tables_are_relative_to_themselves(tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = below(tmp_path)
@@ -101,6 +122,14 @@ def test_tables_that_say_nothing_or_two_things(tmp_path: Path, capsys: pytest.Ca
     table.write_text("file,prompt\n0.png,a\n0.png,b\n")
     with pytest.raises(DiffalignError, match=r"t\.csv:3: '0\.png' has another prompt above"):
         score(request)
+    for again in ("./0.png", "x/../0.png", str(tmp_path / "0.png")):
+        table.write_text(f"file,prompt\n0.png,a\n{again},b\n")
+        with pytest.raises(DiffalignError, match=r"t\.csv:3: '.*0\.png' has another prompt above"):
+            score(request)
+    rows = [{"file": "0.png", "prompt": "a", "include": [{"class": c, "count": 1}]} for c in ("cat", "dog")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DiffalignError, match=r"t\.jsonl:2: '0\.png' has another prompt above"):
+        score(ScoreRequest([str(folder)], ["sharpness"], prompts=tmp_path / "t.jsonl"))
     table.write_text("file,words\n0.png,a\n")
     with pytest.raises(DiffalignError, match="column prompt is missing .*; there are file, words"):
         score(request)

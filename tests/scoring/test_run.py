@@ -352,3 +352,40 @@ def test_errors_that_no_picture_causes_are_raised(tmp_path: Path, error: type[Ex
     pictures.folder(tmp_path / "in", 3)
     with pytest.raises(error):
         run([tmp_path / "in"], None, Picky(48, error=error))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "gone"),
+    [
+        ("in/*.png", "0.png"),
+        ("in/[01].png", "1.png"),
+        ("**/?.png", "0.png"),
+        ("i*", "2.png"),
+        ("in/sub*/*.png", "sub/3.png"),
+    ],
+)
+def test_images_of_a_glob_that_were_deleted_leave_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, gone: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("in/sub", "other"):
+        (tmp_path / place).mkdir(parents=True)
+    for n, name in enumerate(("in/0.png", "in/1.png", "in/2.png", "in/sub/3.png", "in/sub/4.png", "other/00.png")):
+        pictures.smooth(n).save(tmp_path / name)
+    out = tmp_path / "o.jsonl"
+
+    def scored(*sources: str) -> set[str]:
+        assert score(ScoreRequest(list(sources), ["sharpness"], output=out)) == 0
+        return {json.loads(line)["image"] for line in out.read_text().splitlines()}
+
+    everything = scored("in", "other")
+    assert scored(pattern) == everything  # other sources keep their rows
+    (tmp_path / "in" / gone).unlink()
+    assert scored(pattern) == everything - {f"in/{gone}"}
+    (tmp_path / "other" / "00.png").unlink()
+    assert scored("in") == everything - {f"in/{gone}"}  # gone, but nobody asked for it
+    (tmp_path / "[x].png").write_bytes((tmp_path / "in" / "sub" / "4.png").read_bytes())
+    pictures.smooth(9).save(tmp_path / "x.png")
+    assert {"[x].png", "x.png"} <= scored("[x].png", "x.png")
+    (tmp_path / "x.png").unlink()
+    assert {"[x].png", "x.png"} <= scored("[x].png")  # a file that is there is no pattern

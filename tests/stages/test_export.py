@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,21 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from diffalign.cli import app
 from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
+from diffalign.files.published import load_base, public_name
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.export import to_kohya
+from diffalign.pipelines.kohya import KOHYA_FILE, diffusers_place, to_kohya
+from diffalign.pipelines.lora_file import LORA_FILE
+from diffalign.pipelines.original_names import unet_place
+from diffalign.pipelines.save_single_file import SINGLE_FILE
 from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
 from diffalign.stages.export import export
+from diffalign.training.readme import train_readme
+from helpers.processes import finish
 from helpers.run_directory import SCRIPT, make_run
 
 PROMPT, SEED = "a red cube", 11
@@ -31,6 +39,7 @@ def tuned_run(folder: Path, model: Path, kind: str = "lora") -> np.ndarray:
     plain_config = {
         "run_dir": str(folder), "device": "cpu", "model": {"path": str(model), **options_of(model)},
         "tune": {"kind": kind, "rank": 4, "alpha": 6.0}, "data": {"path": str(folder / "data")},
+        "train": {"steps": 40},
     }  # fmt: skip
     (folder / "config.yaml").write_text(resolved_yaml(TrainConfig.model_validate(plain_config)))
     backbone = load_backbone(model, **options_of(model))
@@ -71,24 +80,27 @@ def plain_image(pipeline: Any, **options: Any) -> np.ndarray:
 
 
 def options_of(model: Path) -> dict[str, Any]:
-    return {"max_sequence_length": 12} if "sd3" in str(model) else {}
+    return {"max_sequence_length": 12} if "sd3" in str(model) or "flux" in str(model) else {}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 def test_every_format_draws_the_tuned_image(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """diffusers reads kohya's layout of SD1.5 and SDXL; that of SD3 not, that of FLUX only at FLUX's width."""
     from diffusers import DiffusionPipeline
 
     model = request.getfixturevalue(f"{family}_dir")
     tuned = tuned_run(tmp_path / "run", model)
     options = options_of(model)
-    for form, file in (("diffusers", None), ("kohya", "kohya_lora.safetensors")):
-        if form == "kohya" and family == "sd3":
-            with pytest.raises(DiffalignError, match="use --format diffusers"):
-                export(tmp_path / "run", tmp_path / form, form)
+    out = export(tmp_path / "run", tmp_path / "both")
+    assert {file.name for file in out.glob("*.safetensors")} == {LORA_FILE, KOHYA_FILE}
+    for form, file in (("diffusers", LORA_FILE), ("kohya", KOHYA_FILE)):
+        alone = export(tmp_path / "run", tmp_path / form, form)
+        assert [f.name for f in alone.glob("*.safetensors")] == [file]
+        assert (alone / file).read_bytes() == (out / file).read_bytes()
+        if form == "kohya" and family in ("sd3", "flux"):
             continue
-        out = export(tmp_path / "run", tmp_path / form, form)
         pipeline = DiffusionPipeline.from_pretrained(model)
-        pipeline.load_lora_weights(out, **({"weight_name": file} if file else {}))
+        pipeline.load_lora_weights(out, weight_name=file)
         assert np.abs(plain_image(pipeline, **options) - tuned).max() < 1e-4, form
     out = export(tmp_path / "run", tmp_path / "merged", "merged")
     pipeline = DiffusionPipeline.from_pretrained(out)
@@ -96,7 +108,7 @@ def test_every_format_draws_the_tuned_image(family: str, tmp_path: Path, request
 
 
 def test_merged_is_base_plus_adapter(tmp_path: Path, sdxl_dir: Path) -> None:
-    """W + alpha / rank B A, layer by layer, computed here from the LoRA's file."""
+    """W + alpha / rank B A, layer by layer, computed here from the LoRA's file, whose B holds alpha / rank."""
     from diffusers import UNet2DConditionModel
 
     tuned_run(tmp_path / "run", sdxl_dir)
@@ -104,15 +116,37 @@ def test_merged_is_base_plus_adapter(tmp_path: Path, sdxl_dir: Path) -> None:
     base, merged = (
         UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict() for folder in (sdxl_dir, out)
     )
-    with safe_open(tmp_path / "run/weights/pytorch_lora_weights.safetensors", "pt") as file:
+    with safe_open(tmp_path / "run/weights" / LORA_FILE, "pt") as file:
         lora = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     adapted = {key.removeprefix("unet.").removesuffix(".lora_A.weight") for key in lora if ".lora_A." in key}
     assert adapted
     for key, value in base.items():
         name = key.removesuffix(".weight")
         if name in adapted:
-            value = value + 6.0 / 4 * lora[f"unet.{name}.lora_B.weight"] @ lora[f"unet.{name}.lora_A.weight"]
+            value = value + lora[f"unet.{name}.lora_B.weight"] @ lora[f"unet.{name}.lora_A.weight"]
         assert torch.allclose(merged[key], value, atol=1e-5), key
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_half_precision_and_one_file(kind: str, tmp_path: Path, sd15_dir: Path) -> None:
+    """A float16 model is half as large, and its card's snippet loads the file that lies beside it."""
+    from diffusers import StableDiffusionPipeline
+
+    tuned = tuned_run(tmp_path / "run", sd15_dir, kind)
+    whole, half = (
+        export(tmp_path / "run", tmp_path / dtype, "single-file", dtype=dtype) for dtype in ("float32", "float16")
+    )
+    sizes = [(out / SINGLE_FILE).stat().st_size for out in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    read = StableDiffusionPipeline.from_single_file(
+        str(whole / SINGLE_FILE), config=str(sd15_dir), local_files_only=True
+    )
+    assert np.abs(plain_image(read) - tuned).max() < 1e-3
+    card = (half / "README.md").read_text()
+    assert "| `model.safetensors` | ComfyUI, A1111 and Forge; diffusers' `from_single_file` |" in card
+    assert 'pipeline = StableDiffusionPipeline.from_single_file("model.safetensors")' in card
+    merged = export(tmp_path / "run", tmp_path / "merged", "merged", dtype="float16")
+    assert {v.dtype for v in load_file(merged / "unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
 
 
 def test_all_weights(tmp_path: Path, sdxl_dir: Path) -> None:
@@ -129,14 +163,7 @@ def test_all_weights(tmp_path: Path, sdxl_dir: Path) -> None:
         export(tmp_path / "run", tmp_path / "kohya", "kohya")
 
 
-def test_rank_and_alpha_stand_in_the_metadata(tmp_path: Path, sdxl_dir: Path) -> None:
-    tuned_run(tmp_path / "run", sdxl_dir)
-    facts = {}
-    for form, name in (("diffusers", "pytorch_lora_weights"), ("kohya", "kohya_lora")):
-        with safe_open(export(tmp_path / "run", tmp_path / form, form) / f"{name}.safetensors", "pt") as file:
-            facts[form] = file.metadata()
-    assert (facts["diffusers"]["rank"], facts["diffusers"]["alpha"]) == ("4", "6")
-    assert (facts["kohya"]["ss_network_dim"], facts["kohya"]["ss_network_alpha"]) == ("4", "6")
+SDXL = {"layers_per_block": 2, "block_out_channels": [320, 640, 1280]}
 
 
 def test_kohya_names() -> None:
@@ -150,16 +177,18 @@ def test_kohya_names() -> None:
     }  # fmt: skip
     shapes = {"A": (4, 8), "B": (16, 4)}
     state = {f"unet.{m}.lora_{x}.weight": torch.ones(shape) for m in modules for x, shape in shapes.items()}
-    made = to_kohya(state, 3.0, "sgm")
+    named = {key.removeprefix("unet."): value for key, value in state.items()}
+    made = to_kohya(named, 3.0 / 4, unet_place, SDXL)
     stems = {f"lora_unet_{name}" for name in modules.values()}
     assert set(made) == {f"{s}.{end}" for s in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
     for stem in stems:
         assert made[f"{stem}.lora_down.weight"].shape == (4, 8) and made[f"{stem}.lora_up.weight"].shape == (16, 4)
         assert made[f"{stem}.alpha"].shape == () and made[f"{stem}.alpha"] == 3.0
     plain = {f"lora_unet_{m.replace('.', '_')}" for m in modules}
-    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "diffusers")} == plain
-    state["unet.down_blocks.0.resnets.0.conv1.lora_A.weight"] = torch.ones(4, 8, 3, 3)
-    assert {key.split(".")[0] for key in to_kohya(state, 3.0, "sgm")} > plain  # never both kinds of names in a file
+    assert {key.split(".")[0] for key in to_kohya(named, 0.75, diffusers_place, SDXL)} == plain
+    for name in list(modules):  # the same names, whatever else has an adapter
+        alone = {key: value for key, value in named.items() if key.startswith(f"{name}.")}
+        assert set(to_kohya(alone, 0.75, unet_place, SDXL)) < set(made)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -205,10 +234,9 @@ def test_the_card(tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatc
     tuned_run(tmp_path / "run", sdxl_dir)
     text = exported_card(tmp_path / "run", tmp_path / "out", monkeypatch, licence="mit")
     head = front_matter(tmp_path / "out/README.md")
-    assert head["base_model"] == str(sdxl_dir)
+    assert "base_model" not in head  # a folder of this machine
     assert head["license"] == "mit"
     assert head["library_name"] == "diffusers"
-    assert head["base_model_relation"] == "adapter"
     assert "lora" in head["tags"]
     assert head["pipeline_tag"] == "text-to-image"
     for said in ("## Training", "| rank | 4 |", "+0.200", "load_lora_weights", "health checks found nothing"):
@@ -254,7 +282,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run directory" in refused(capsys, tmp_path)
     tuned_run(tmp_path / "run", sdxl_dir)
-    assert "one of diffusers, kohya, merged" in refused(capsys, tmp_path / "run", "--format", "safetensors")
+    assert "one of weights, diffusers, kohya, merged, single-file" in refused(
+        capsys, tmp_path / "run", "--format", "safetensors"
+    )
+    for given in (
+        ("--dtype", "float16"),
+        ("--format", "merged", "--dtype", "fp8"),
+        ("--format", "kohya", "--dtype", "bfloat16"),
+    ):
+        assert "only with --format merged or single-file" in refused(capsys, tmp_path / "run", *given)
     assert "it had no validation" in refused(capsys, tmp_path / "run", "--best")
     assert "named owner/name" in refused(capsys, tmp_path / "run", "--push", "https://x/y")
     (tmp_path / "full").mkdir()
@@ -278,19 +314,137 @@ def test_push_by_name_only(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     tuned_run(tmp_path / "run", sdxl_dir)
-    export(tmp_path / "run", tmp_path / "out", "diffusers", push="me/model", private=True)
+    export(tmp_path / "run", tmp_path / "out", push="me/model", private=True, base="them/base")
     assert [name for name, _ in calls] == ["me/model", "me/model"] and calls[0][1]["private"]
     assert calls[1][1]["folder_path"] == str(tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'pipeline.load_lora_weights("me/model", weight_name="pytorch_lora_weights.safetensors")' in card
+    assert (
+        'from_pretrained("them/base")' in card and front_matter(tmp_path / "out/README.md")["base_model"] == "them/base"
+    )
 
     def no_login(self: Hub, name: str, **options: Any) -> None:
         raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
 
     monkeypatch.setattr(Hub, "create_repo", no_login)
-    assert "hf auth login" in refused(capsys, tmp_path / "run", "--push", "me/model")
-    assert (tmp_path / "run/export/diffusers/README.md").is_file()  # the export itself is kept
+    pushed = ("--push", "me/model", "--base", "them/base")
+    assert "hf auth login" in refused(capsys, tmp_path / "run", *pushed)
+    assert (tmp_path / "run/export/weights/README.md").is_file()  # the export itself is kept
+    errors = (ValueError("Invalid metadata in README.md"), OSError("no network"))
+    for error in errors:
+
+        def upload(self: Hub, name: str, error: Exception = error, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(Hub, "create_repo", upload)
+        assert f"the hub refused ({error})" in refused(capsys, tmp_path / "run", *pushed)
 
 
 def test_the_front_matter_is_yaml_whatever_the_names(tmp_path: Path, sdxl_dir: Path) -> None:
     tuned_run(tmp_path / "run", sdxl_dir)
     out = export(tmp_path / "run", tmp_path / "out", "diffusers", licence="odd: [name")
     assert yaml.safe_load((out / "README.md").read_text().split("---")[1])["license"] == "odd: [name"
+
+
+# --- what others get to see ------------------------------------------------------------------------------------------
+
+
+def test_a_local_base_is_not_pushed_without_a_name(
+    tmp_path: Path, sdxl_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the repository is created, for what cannot be used without the base."""
+    import huggingface_hub
+
+    calls: list[str] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> None:
+            calls.append(name)
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append("upload")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    tuned_run(tmp_path / "run", sdxl_dir)
+    said = (
+        "others cannot load the base model model, which is not on the hub; give its name there with --base OWNER/NAME"
+    )
+    for form in ("weights", "diffusers", "kohya"):
+        assert said in refused(capsys, tmp_path / "run", "--format", form, "--push", "me/model")
+    assert "--base them: the base model's name on the hub is owner/name" in refused(
+        capsys, tmp_path / "run", "--push", "me/model", "--base", "them"
+    )
+    assert not calls and not (tmp_path / "run/export").exists()
+    export(tmp_path / "run", tmp_path / "out", "merged", push="me/model")
+    assert calls == ["me/model", "upload"]
+    head = front_matter(tmp_path / "out/README.md")
+    assert "base_model" not in head and "lora" not in head["tags"]
+    assert 'DiffusionPipeline.from_pretrained("me/model")' in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_no_path_of_this_machine_is_exported(kind: str, tmp_path: Path, sdxl_dir: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    tuned_run(tmp_path / "run", sdxl_dir, kind)
+    for form in ("weights", "merged", "single-file"):
+        out = export(tmp_path / "run", tmp_path / form, form)
+        for file in out.rglob("*"):
+            if file.is_file():
+                found = file.read_bytes()
+                for path in (str(tmp_path), str(sdxl_dir), str(sdxl_dir.parent), str(Path.home()) + "/"):
+                    assert path.encode() not in found, file
+                assert b"_name_or_path" not in found, file
+    assert DiffusionPipeline.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ann/models/sdxl", "sdxl"),
+        ("../models/my model", "my model"),
+        ("~/sdxl", "sdxl"),
+        ("a/b/c", "c"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("shapes-sd3", "shapes-sd3"),
+    ],
+)
+def test_public_names(name: str, shown: str) -> None:
+    assert public_name(name) == shown
+
+
+def test_snippets_of_a_base_run(tmp_path: Path, sdxl_dir: Path) -> None:
+    """A run's README shows its own base, also that of the embedded world; a card shows no folder of this machine."""
+    for base, published in ((str(sdxl_dir), False), ("shapes-sdxl", False), ("shapes-sd3", True)):
+        found: dict[str, Any] = {}
+        exec(load_base(base, published=published), found)
+        assert found["pipeline"].unet if "sdxl" in base else found["pipeline"].transformer
+    assert str(sdxl_dir.parent) not in load_base(str(sdxl_dir), published=True)
+    config = TrainConfig.model_validate({"model": {"path": "shapes-sdxl"}, "data": {"path": "d"}, "run_dir": "runs/a"})
+    assert load_base("shapes-sdxl", published=False) in train_readme(config)
+    assert "`diffalign export runs/a` writes it, as `kohya_lora.safetensors`" in train_readme(config)
+
+
+def test_equal_weights_are_equal_bytes_whatever_the_hash_seed(tmp_path: Path, sdxl_dir: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from diffalign.pipelines import load_backbone
+from diffalign.pipelines.export import export_diffusers, export_kohya
+from diffalign.pipelines.hub import component_config, find_index
+backbone = load_backbone(sys.argv[1])
+backbone.add_lora(2, 3.0)
+out = Path(sys.argv[2])
+backbone.save_weights(out / "weights")
+(out / "export").mkdir()
+export_diffusers(out / "weights", "unet", out / "export")
+found = find_index(sys.argv[1], None, None, True)
+config = component_config(sys.argv[1], *found, "unet", None, True)
+export_kohya(out / "weights", type(backbone), config, out / "export")
+"""
+    for seed in ("1", "2"):
+        finish([sys.executable, "-c", program, str(sdxl_dir), str(tmp_path / seed)], PYTHONHASHSEED=seed)
+    files = [file.relative_to(tmp_path / "1") for file in sorted((tmp_path / "1").rglob("*.safetensors"))]
+    assert len(files) == 3
+    for file in files:
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file

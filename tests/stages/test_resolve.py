@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config import ModelSection, RewardSection
+from diffalign.config import ModelSection, RewardSection, TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.stages import resolve
+from diffalign.stages.resolve import settled
 from diffalign.testbed.detector import ShapeDetector
+from diffalign.training.same_run import check_same_run
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +70,43 @@ def test_a_rewards_own_device_counts() -> None:
 def test_weights_without_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match=r"no \.safetensors file in it"):
         resolve.weights_digest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "kind", "wanted"),
+    [
+        ("cpu", False, "lora", "float32"),
+        ("cuda", True, "lora", "bfloat16"),
+        ("cuda", False, "lora", "float32"),
+        ("cuda", True, "full", "float32"),
+        ("auto", True, "lora", "bfloat16"),
+    ],
+)
+def test_the_number_type_follows_the_device(
+    device: str, bf16: bool, kind: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the config that a run writes says which it was; a stated type stays."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    plain = {
+        "run_dir": "r", "device": device, "model": {"path": "m"}, "data": {"path": "d"}, "objective": {"name": "dpo"},
+        "tune": {"kind": kind},
+    }  # fmt: skip
+    config = TrainConfig.model_validate(plain)
+    assert config.model.dtype == "auto" and settled(config).model.dtype == wanted
+    for stated in ("float32", "bfloat16"):
+        given = TrainConfig.model_validate({**plain, "model": {"path": "m", "dtype": stated}})
+        assert settled(given) == given
+
+
+def test_runs_of_before_resume(tmp_path: Path) -> None:
+    """Their configs state the type that auto takes on a CPU, and lack the keys that came later."""
+    plain = {
+        "run_dir": "r", "device": "cpu", "model": {"path": "m"}, "data": {"path": "d"}, "objective": {"name": "dpo"},
+    }  # fmt: skip
+    now = settled(TrainConfig.model_validate(plain)).model_dump(mode="json")
+    before = {**now, "model": {k: v for k, v in now["model"].items() if k not in ("lora_text_encoders", "config")}}
+    assert before["model"]["dtype"] == "float32" and len(before["model"]) == len(now["model"]) - 2
+    check_same_run(tmp_path, before, now)
+    with pytest.raises(DiffalignError, match="model.lora_text_encoders"):
+        check_same_run(tmp_path, before, {**now, "model": {**now["model"], "lora_text_encoders": "ignore"}})

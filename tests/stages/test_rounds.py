@@ -16,7 +16,7 @@ from diffalign.config import RoundsConfig, load_config, load_rounds_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.adapters import LORA_FILE
+from diffalign.pipelines.lora_file import LORA_FILE
 from diffalign.pipelines.momentum import extrapolate, extrapolate_lora
 from diffalign.stages import rounds
 from diffalign.stages.real_images import real_images

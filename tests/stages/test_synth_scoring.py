@@ -165,3 +165,36 @@ def test_a_reward_that_fails_on_all_images_ends_the_scoring(
     (tmp_path / "prompts.txt").write_text("\n".join(f"odd {i}" for i in range(21)))
     with pytest.raises(ValueError, match="this picture is odd"):
         world("odd")
+
+
+class Short(Channel):
+    """A reward that reads four words."""
+
+    longest = 4
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        return [len(prompt.split()) for prompt in prompts]
+
+
+def test_long_prompts_are_counted_in_one_line(
+    world: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once for each generator (which reads five words here) and for each reward that reads a part of them only."""
+    monkeypatch.setattr(
+        synth, "open_reward", lambda section, device: (Short if section.name == "red" else Channel)(section.name)
+    )
+    prompts = [" ".join(["word"] * (1 + i % 7)) + f" {i}" for i in range(21)]  # of two to eight words
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    world("some")
+    told = [line for line in capsys.readouterr().out.splitlines() if "were cut" in line]
+    generators = [line for line in told if not line.startswith("red ")]
+    assert generators and len(set(generators)) == len(generators)
+    assert all(
+        line.endswith(" reads 5 tokens of a prompt: 9 of 21 prompts are longer and were cut") for line in generators
+    )
+    assert [line for line in told if line.startswith("red ")] == [
+        "red reads 4 tokens of a prompt: 12 of 21 prompts are longer and were cut"
+    ]

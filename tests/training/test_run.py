@@ -202,7 +202,7 @@ def test_the_average_is_taken_after_all_updates_of_a_step(tmp_path: Path) -> Non
     sections: dict[str, Any] = {
         "reward": {"terms": [{"name": "mean"}], "policy_weight": 2.0, "policy_clip": 0.1, "policy_reuse": 2},
         "group": {"size": 4},
-        "train": {"steps": 1, "ema_decay": 0.75},
+        "train": {"steps": 1, "ema_decay": 0.75, "ema_warmup": False},
     }
     configs = (toy_distill.toy_config(tmp_path, seed=seed, **sections) for seed in range(20))
     config = next(

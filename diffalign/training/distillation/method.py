@@ -23,6 +23,7 @@ from diffalign.config import DistillConfig
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.few_step import FewStep
 from diffalign.training.average import start_average
+from diffalign.training.average_decay import decay_of
 from diffalign.training.checkpoint import Partner, TrainState
 from diffalign.training.device import share_of_step
 from diffalign.training.distillation.batch import PromptBatch, make_batch
@@ -85,8 +86,9 @@ class Distillation:
         common = (train.steps, train.max_grad_norm, accelerator, self.finite)
         self.learner = Network(learnt, config.optimizer, *common, "student's")
         self.fake = Network(fake, config.fake.optimizer, *common, "fake network's")
+        decay = decay_of(train)
         self.state = TrainState(
-            learnt, self.learner.optimizer, start_average(learnt, train.ema_decay), train.ema_decay,
+            learnt, self.learner.optimizer, start_average(learnt, decay), decay,
             partners={"fake": Partner(fake, self.fake.optimizer)},
         )  # fmt: skip
 

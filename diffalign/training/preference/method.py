@@ -15,6 +15,7 @@ from torch import Tensor
 from diffalign.config import TrainConfig
 from diffalign.pipelines import Backbone
 from diffalign.training.average import start_average
+from diffalign.training.average_decay import decay_of
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.device import share_of_step
 from diffalign.training.finite import FiniteGuard
@@ -63,8 +64,9 @@ class Preference:
         self.policy = backbone.trainable()
         optimizer = build_optimizer(config.optimizer, self.policy.values())
         self.sharded = train.shard == "fsdp2"
+        decay = decay_of(train)
         self.state = TrainState(
-            self.policy, optimizer, start_average(self.policy, train.ema_decay), train.ema_decay,
+            self.policy, optimizer, start_average(self.policy, decay), decay,
             scaler=accelerator.scaler, sharded=self.sharded, store=self.store,
         )  # fmt: skip
 
@@ -95,6 +97,8 @@ class Preference:
         skipped = is_outlier(norm, config.train.skip_grad_norm, extra)
         if not skipped:
             self.optimizer.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # it expects one after every unscaled gradient, and lowers its scale on overflow
         self.optimizer.zero_grad()
 
         # ---- Numbers: kept on the device until a row is due; beta of the next step depends on this one's ----

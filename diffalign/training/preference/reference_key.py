@@ -21,7 +21,9 @@ from diffalign.training.preference.reference_store import ReferenceStore
 from diffalign.training.protocols import GroupSource, Say
 
 ROWS = 65536
-ELSEWHERE = {"path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing"}
+ELSEWHERE = {
+    "path", "revision", "variant", "token", "local_files_only", "gradient_checkpointing", "lora_text_encoders", "config",
+}  # fmt: skip
 """Keys of the model section that its fingerprint covers, or that change no prediction."""
 
 
@@ -73,6 +75,7 @@ def reference_key(
         "data.resolution": data.resolution,
         "data.buckets": data.buckets,
         "data.latent_sampling": data.latent_sampling,
+        "data.cache_dtype": data.cache_dtype,
         "groups": _hash(group.encode() for group in source.group_ids),
         "data": source.content(),
         "data.group_size": data.group_size,
@@ -108,6 +111,8 @@ def _labels(config: TrainConfig, rewards: Tensor, members: str) -> str | None:
 
 def _files(folder: Path) -> str:
     """Hash of a LoRA's weights, wherever it lies."""
+    if Path(folder).is_file():
+        return _hash([Path(folder).read_bytes()])
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json"))
     return _hash(part for path in files for part in (path.relative_to(folder).as_posix().encode(), path.read_bytes()))
 

@@ -11,6 +11,7 @@ the forward pass. What is not stored yet is computed, and stored in turn.
         prediction  [B, k, C, h, w]: what it was taken of, float32 or a narrower type that loses nothing (keep: predictions)
         noise       [B k, C, h, w]: likewise, where noise is found by inverting the reference
 
+Each tensor has a CRC-32 in its file's metadata, which is compared when it is read; files of earlier versions have none.
 Files are written under another name, renamed, and never touched again, so a kill loses only what was not yet written.
 """
 
@@ -18,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from torch import Tensor
 
 from diffalign.config.model import current_keys
 from diffalign.errors import DiffalignError
+from diffalign.files import make_folder, reading
+from diffalign.files.checksums import check_crc, crc_metadata, stored_crcs, tensor_crc
+from diffalign.files.parse import parse_json
 
 Make = Callable[[], Tensor]
 Recall = Callable[[str, Tensor, Make], Tensor]
@@ -55,10 +60,10 @@ class ReferenceStore:
         _claim(folder, key)
         self._at: dict[str, Path] = {}
         for path in sorted(folder.glob("step-*.safetensors")):
-            with _reading(path) as file:
+            with _reading(path), safe_open(path, "pt") as file:
                 self._at |= dict.fromkeys(file.keys(), path)
         self._new: dict[str, Tensor] = {}
-        self._file: tuple[Path, Any] | None = None
+        self._file: tuple[Path, Any, dict[str, int]] | None = None  # path, open file, checksums
         for part in folder.glob("step-*.part"):  # of runs that were killed, and not of those that write now
             if time.time() - part.stat().st_mtime > DAY:
                 part.unlink(missing_ok=True)
@@ -105,7 +110,8 @@ class ReferenceStore:
         path = self.folder / f"step-{min(steps):08d}-{max(steps):08d}-{self.process}.safetensors"
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            save_file({name: _narrow(values.detach().cpu()) for name, values in self._new.items()}, part)
+            kept = {name: _narrow(values.detach().cpu()) for name, values in self._new.items()}
+            save_file(kept, part, crc_metadata({name: tensor_crc([values]) for name, values in kept.items()}))
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
             part.replace(path)
@@ -121,18 +127,17 @@ class ReferenceStore:
 
     def _read(self, name: str) -> Tensor:
         path = self._at[name]
-        if self._file is None or self._file[0] != path:
-            self._file = path, _reading(path)
-        return self._file[1].get_tensor(name)
+        with _reading(path):
+            if self._file is None or self._file[0] != path:
+                opened = safe_open(path, "pt")
+                self._file = path, opened, stored_crcs(opened.metadata())
+            values: Tensor = self._file[1].get_tensor(name)
+            check_crc(name, tensor_crc([values]), self._file[2])
+        return values
 
 
-def _reading(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise DiffalignError(
-            f"reference.store {path} cannot be read ({error}); delete it, and its steps are computed again"
-        ) from error
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading(path, "reference.store ", "delete it, and its steps are computed again")
 
 
 def _narrow(values: Tensor) -> Tensor:
@@ -156,7 +161,7 @@ def _claim(folder: Path, key: dict[str, object]) -> None:
     path = folder / "key.json"
     part = folder / f"key.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         part.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
         try:
             os.link(part, path)  # unlike a rename, it fails where the name is taken
@@ -166,10 +171,11 @@ def _claim(folder: Path, key: dict[str, object]) -> None:
             if not path.exists():
                 path.write_bytes(part.read_bytes())
         part.unlink()
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DiffalignError(f"reference.store {folder} cannot be used ({error}); choose another folder") from error
-    kept, now = _current(kept), json.loads(json.dumps(key))
+    with reading(path, "reference.store ", "choose another folder"):
+        kept = _current(parse_json(path.read_text(encoding="utf-8")))
+    now = json.loads(json.dumps(key))
     for field in {**now, **kept}:
         if kept.get(field) != now.get(field):
             raise DiffalignError(

@@ -22,12 +22,16 @@ AUTO_BETA_REACH = 100.0
 
 
 def is_outlier(norm: float | Tensor, factor: float | None, memory: Memory) -> bool:
-    """Return whether a gradient norm is `factor` times the median of recent ones; remember ordinary norms."""
+    """Return whether a gradient norm is `factor` times the median of recent ones; remember ordinary norms.
+
+    A norm that is not finite, as where fp16 overflows, is an outlier from the first step on, and is never remembered.
+    """
     if factor is None:
         return False
     norm = float(norm)
     usual = memory.setdefault("usual_norms", [])
-    if len(usual) >= NEEDED_STEPS and not norm <= factor * median(usual):
+    usual[:] = [one for one in usual if math.isfinite(one)]  # checkpoints of earlier versions may hold others
+    if not math.isfinite(norm) or (len(usual) >= NEEDED_STEPS and norm > factor * median(usual)):
         return True
     usual.append(norm)
     del usual[:-USUAL_STEPS]

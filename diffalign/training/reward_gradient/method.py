@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.config import RewardGradientConfig
 from diffalign.pipelines import Backbone
 from diffalign.training.average import start_average
+from diffalign.training.average_decay import decay_of
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.device import share_of_step
 from diffalign.training.finite import FiniteGuard
@@ -64,8 +65,8 @@ class RewardGradient:
         make_trainable(backbone, config.tune, config.seed, keep_reference=reference)
         policy = backbone.trainable()
         self.policy = Network(policy, config.optimizer, train.steps, train.max_grad_norm, accelerator, self.finite)
-        average = start_average(policy, train.ema_decay)
-        self.state = TrainState(policy, self.policy.optimizer, average, train.ema_decay)
+        decay = decay_of(train)
+        self.state = TrainState(policy, self.policy.optimizer, start_average(policy, decay), decay)
         self.sums = MetricSums()
         self.plain: dict[str, float | Tensor] = {}
 

@@ -163,6 +163,7 @@ def other_data() -> toy.ToySource:
         ("objective.members", {"objective": "gdro"}),
         ("data.group_size", {"data": {"group_size": 3}}),
         ("data.latent_sampling", {"data": {"latent_sampling": "posterior"}}),
+        ("data.cache_dtype", {"data": {"cache_dtype": "float32"}}),
         ("data.resolution", {"data": {"resolution": 64}}),
         ("model.dtype", {"model": {"dtype": "bfloat16"}}),
         ("train.micro_batch", {"train": {"micro_batch": 2}}),
@@ -267,6 +268,38 @@ def test_a_stored_reference_may_round_differently_but_no_more(tmp_path: Path) ->
     tampered(tmp_path / "kept", 0.05 / 20 * 0.2)
     with pytest.raises(DiffalignError, match="reference.store: before the first update beta times .* is 0.05"):
         run(tmp_path / "c", tmp_path / "kept")
+
+
+@pytest.mark.parametrize("keep", ["errors", "predictions"])
+@pytest.mark.parametrize("at", [-6, -1, 0.5, 0.9])
+def test_changed_bytes_are_found(at: float, keep: str, tmp_path: Path) -> None:
+    """A low bit of a stored number: the numbers stay plausible, and only the checksum tells."""
+    first, _ = run(tmp_path / "a", tmp_path / "kept", reference={"keep": keep})
+    path = sorted((tmp_path / "kept").glob("step-*"))[-1]
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")  # of the numbers, after the header
+    data[at if at < 0 else start + int(at * (len(data) - start))] ^= 1  # type: ignore[index]
+    path.write_bytes(data)
+    with pytest.raises(DiffalignError, match=rf"{path} cannot be read \(the checksum of .* differs\); delete it, and"):
+        run(tmp_path / "b", tmp_path / "kept", reference={"keep": keep})
+    path.unlink()
+    assert run(tmp_path / "c", tmp_path / "kept", reference={"keep": keep})[0] == first
+
+
+def test_a_store_without_checksums_is_read(tmp_path: Path) -> None:
+    """As versions before 0.2 wrote it."""
+    first, _ = run(tmp_path / "a", tmp_path / "kept")
+    for path in (tmp_path / "kept").glob("step-*"):
+        save_file(load_file(path), path)
+    assert run(tmp_path / "b", tmp_path / "kept") == (first, 0)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a"'])
+def test_a_damaged_key_is_named(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", tmp_path / "kept")
+    (tmp_path / "kept/key.json").write_text(text)
+    with pytest.raises(DiffalignError, match=r"^reference.store .*key.json cannot be read .*; choose another folder$"):
+        run(tmp_path / "b", tmp_path / "kept")
 
 
 def test_damage_and_a_full_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

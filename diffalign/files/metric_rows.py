@@ -1,0 +1,28 @@
+"""Rows of metrics.jsonl: numbers by name, where JSON has null for a number that is not finite."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffalign.files import read_json_lines
+
+
+def plain_row(row: Mapping[str, float]) -> dict[str, float | None]:
+    """Return a row as JSON has it."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def numbers(row: Mapping[str, float | None]) -> dict[str, float]:
+    """Return a row from JSON, with NaN for null."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def metrics_line(row: Mapping[str, float]) -> str:
+    """Return a row as its line in the file."""
+    return json.dumps(plain_row(row), allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
+    """Return the rows of metrics.jsonl, as `read_json_lines` reads them, with NaN for null."""
+    return [numbers(row) for row in read_json_lines(path, last_step)]

@@ -1,0 +1,112 @@
+"""The tables of `score` on a terminal of 80 columns: whole names, whole numbers, no line beyond the edge."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from diffalign.errors import DiffalignError
+from diffalign.rewards import REWARDS, accepted, find_reward
+from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
+from diffalign.scoring.human_agreement import Choice, agreement_table
+from diffalign.scoring.list_rewards import rewards_table
+from diffalign.scoring.run import Scores
+from diffalign.scoring.score_summary import summarise, summary_table
+from diffalign.terminal import shortened
+from helpers.scored_items import made
+
+LABELS = ["pickscore", "jpeg_compressibility", "unifiedreward"]
+LONG = "a rather long folder/of my own/with files of/many/different/kinds/and a long name of the file-{}.png"
+
+
+def scored(values: list[float], side: str = "a") -> Scores:
+    scores = made(values, [f"p{i}" for i in range(len(values))], [LONG.format(i) for i in range(len(values))], side)
+    scores.columns = {label: (label,) for label in LABELS}
+    scores.columns["unifiedreward"] = ("unifiedreward", "alignment")
+    for row in scores.rows:
+        row |= {f"{label}.reason": "" for label in LABELS}
+        row |= {"pickscore": row["r"], "jpeg_compressibility": 100 * row["r"], "unifiedreward": row["r"]}
+        row["unifiedreward.alignment"] = row["r"]
+    return scores
+
+
+def lines(table: Table, width: int = 80) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text().splitlines()
+
+
+def tables(count: int) -> list[Table]:
+    a, b = scored([-1.25 + i for i in range(count)]), scored([-1.5 + 1.1 * i for i in range(count)], "b")
+    choices = [Choice(i, i + 1, 1, f"p{i}") for i in range(count - 1)]
+    return [
+        summary_table(summarise(a), f"{count} images"),
+        comparison_table(outcomes(a, b, pair_up(a, b))),
+        agreement_table(choices, a),
+    ]
+
+
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_names_and_numbers_stay_whole(count: int, width: int, which: int) -> None:
+    found = lines(tables(count)[which], width)
+    assert max(map(len, found)) <= width
+    text = "\n".join(found)
+    for name in (*LABELS, "unifiedreward.alignment"):
+        assert re.search(rf"^{re.escape(name)} ", text, re.MULTILINE), name
+    assert not re.search(r"\d…", text)
+    if which == 0:
+        assert text.count(f"-{count - 1}.png") == text.count("-0.png") == 4  # best and worst of each
+    else:
+        assert ("too few" in text) == (count < 9)
+
+
+def test_what_is_not_there_is_a_dash_or_no_row() -> None:
+    scores = made([math.nan, math.nan], ["p", "q"])
+    assert "nan" not in "".join(lines(summary_table(summarise(scores), "2 images")))
+    text = "\n".join(lines(agreement_table([Choice(0, 1, 1, "p")], scores)))
+    assert "nan" not in text and "–" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [("abc", 3, "abc"), ("abcdef", 4, "…def"), ("größe 大大.png", 8, "…大.png"), ("x", 1, "x")],
+)
+def test_names_keep_their_end(text: str, width: int, shown: str) -> None:
+    assert shortened(text, width) == shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_list_of_rewards_can_be_read_and_copied(width: int) -> None:
+    shown, problems = rewards_table()
+    found = lines(shown, width)
+    text = "\n".join(found)
+    assert not problems and max(map(len, found)) <= width
+    for name, kind in REWARDS.items():
+        assert re.search(rf"^{name}  ", text, re.MULTILINE)
+        for word in (*kind.weights.replace(",", " ").split(), *kind.licence.split(), *kind.requires):
+            assert word in text or word == "none", word
+    assert "diffalign[ocr]" in text and "inf" not in text
+    # A number stands in one line with its unit.
+    assert not [line for line in found if re.match(r"\s*(GB|MB)\b", line)]
+
+
+@pytest.mark.parametrize("names", [["geneval"], ["hpsv2", "ocr"], ["helpers.counting_reward:Counting"], ["sharpness"]])
+def test_one_reward_has_its_columns_and_options(names: list[str]) -> None:
+    shown, _ = rewards_table(names)
+    text = "\n".join(lines(shown))
+    for name in names:
+        kind = find_reward(name)
+        assert name in text and all(option in text for option in accepted(name))
+        assert all(column in text for column in kind.columns[1:])
+
+
+def test_an_unknown_reward_is_refused() -> None:
+    with pytest.raises(DiffalignError, match="did you mean 'hpsv3'"):
+        rewards_table(["hpsv9"])
