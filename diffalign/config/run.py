@@ -38,7 +38,7 @@ STEPS = OnResume(
     ),
 )
 """A rate that falls to 0, and phases of a selection, depend on the number of steps."""
-MICRO_BATCH = OnResume("rounding", only_where=(("data.buckets", "none"),))
+MICRO_BATCH = OnResume("rounding", only_where=(("data.buckets", "none"),), pending="auto")
 """With buckets, the groups of a micro-batch are drawn together."""
 WARMUP = OnResume("none", only_where=(("train.ema_decay", None),), formerly=False)
 PROMPT_COUNT = "use only the first n prompts; null: all of a file, 256 of the testbed"

@@ -54,18 +54,21 @@ class OnResume:
     """What a new value of a key does to a run that resumes. A key without this makes it another run, which is refused.
 
     effect: none: no number of the training changes; rounding: only last digits may; named: none, where the value stands for
-    the same as before (a moved folder with the same content); derived: null stands for what is computed from the data.
+    the same as before (a moved folder with the same content); derived: it makes another run, as without this.
     only_where: keys and the values that they must have, in the checkpoint's config or the new one, which matters where they may
     change themselves; else the key makes another run.
     formerly: the value of runs from before there was the key, where it is not the default; ...: the default.
+    pending: the value that stands for what is found only when model and data are loaded; ...: none does.
     """
 
     effect: Literal["none", "rounding", "named", "derived"]
     only_where: tuple[tuple[str, object], ...] = ()
     formerly: object = ...
+    pending: object = ...
 
 
-UNAFFECTED, ROUNDING, NAMED, DERIVED = OnResume("none"), OnResume("rounding"), OnResume("named"), OnResume("derived")
+UNAFFECTED, ROUNDING, NAMED = OnResume("none"), OnResume("rounding"), OnResume("named")
+DERIVED = OnResume("derived", pending=None)
 
 
 class Section(BaseModel):

@@ -43,6 +43,8 @@ def changes(
     rules, found = config.resume_rules(), []
     for key in sorted(old.keys() | new.keys() | before.keys()):
         rule, same = _rule_of(key, rules), old.get(key) == new.get(key)
+        if rule is not None and not loaded and rule.pending is not ... and new.get(key) == rule.pending:
+            continue
         if rule is not None and rule.effect == "named" and key in before:
             if key in now and before[key] != now[key]:
                 found.append(Change(key, f"{old.get(key)} ({before[key]})", f"{new.get(key)} ({now[key]})", None))
@@ -50,12 +52,9 @@ def changes(
             if key not in now and not loaded:
                 continue
             allowed = key in now
-        elif rule is not None and rule.effect == "derived":
-            if same or (new.get(key) is None and not loaded):
-                continue
-            allowed = False
         else:
-            allowed = rule is not None and rule.effect != "named" and (_holds(rule, old) or _holds(rule, new))
+            free = rule is not None and rule.effect in ("none", "rounding")
+            allowed = free and rule is not None and (_holds(rule, old) or _holds(rule, new))
         if not same:
             effect = rule.effect if rule is not None and allowed else None
             found.append(Change(key, repr(old.get(key)), repr(new.get(key)), effect))

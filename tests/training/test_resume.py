@@ -167,7 +167,7 @@ def test_the_precision_behind_auto_is_compared(tmp_path: Path) -> None:
         ({"train": {"ema_decay": 0.9}}, "train.ema_decay was None, is now 0.9"),
         ({"optimizer": {"lr": 2e-2}}, "optimizer.lr was 0.01, is now 0.02"),
         ({"train": {"groups_per_step": 8}}, "train.groups_per_step was 4, is now 8"),
-        ({"model": {"dtype": "bfloat16"}}, "model.dtype was 'float32', is now 'bfloat16'"),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype was 'auto', is now 'bfloat16'"),
         ({"optimizer": {"name": "adafactor", "lr": 1e-2}}, "optimizer.name was 'adamw', is now 'adafactor'"),
     ],
 )
@@ -199,6 +199,8 @@ def test_buckets_draw_the_groups_of_a_micro_batch_together(tmp_path: Path) -> No
     run(tmp_path, steps=4, data={"buckets": "auto"})
     with pytest.raises(DiffalignError, match="train.micro_batch was 4, is now 2"):
         run(tmp_path, data={"buckets": "auto"}, train={"micro_batch": 2})
+    # Before the model is there, nobody knows what auto will be.
+    check_before_loading(toy.toy_config(tmp_path, data={"buckets": "auto"}, train={"steps": 4, "micro_batch": "auto"}))
 
 
 def test_a_schedule_depends_on_the_number_of_steps(tmp_path: Path) -> None:
