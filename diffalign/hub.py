@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 SECONDS = 2.0
+_CACHE_ALONE: ContextVar[bool] = ContextVar("_CACHE_ALONE", default=False)
+
+
+@contextmanager
+def cache_alone() -> Iterator[None]:
+    """Look into the local cache alone inside the block: nothing is downloaded, and the hub is not asked."""
+    token = _CACHE_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _CACHE_ALONE.reset(token)
 
 
 def hub_answers() -> bool:
@@ -14,7 +28,7 @@ def hub_answers() -> bool:
     """
     from huggingface_hub import constants
 
-    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+    return not _CACHE_ALONE.get() and not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
 
 
 @cache

@@ -81,6 +81,22 @@ def download(path: str, commit: str, variant: str | None, token: str | None, abs
         )
 
 
+def hub_size(path: str, revision: str | None, token: str | None, variant: str | None) -> int | None:
+    """Return the bytes of a repository's files that `download_command` fetches; None where the hub does not say.
+
+    Raises DiffalignError for a repository that does not exist or is not open to the token.
+    """
+    import huggingface_hub
+
+    ending = ".safetensors" if variant is None else f".{variant}.safetensors"
+    with hub_errors(path, revision, "its facts"):
+        info = huggingface_hub.HfApi(token=token).model_info(path, revision=revision, timeout=5, files_metadata=True)
+        if info.gated:
+            huggingface_hub.HfApi(token=token).auth_check(path)
+    sizes = [one.size for one in info.siblings or () if one.rfilename.endswith((ending, ".json", ".txt", ".model"))]
+    return sum(size for size in sizes if size) or None
+
+
 def download_configs(path: str, commit: str, token: str | None, local: bool) -> Path:
     """Fetch the configs and tokenizers of a commit, without weights; local: only look into the cache."""
     import huggingface_hub

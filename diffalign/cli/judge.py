@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffalign.cli.config_verb import Overrides, Source, checked_config
+from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int)
 
 
 @verbs.command("judge")
-def train_judge(config: Source, overrides: Overrides = None) -> None:
+def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a judge of images.
 
     A teacher that reasons, or a student that scores at once. The same command resumes where it stopped.
@@ -38,7 +38,7 @@ def train_judge(config: Source, overrides: Overrides = None) -> None:
     with checked_config("judge", config, overrides) as checked:
         from diffalign.stages.judge import train_from_config
 
-        train_from_config(checked)
+        train_from_config(checked, dry_run=dry_run)
 
 
 @verbs.command("judge-distributions")

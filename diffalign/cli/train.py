@@ -55,6 +55,7 @@ def reward_gradient(config: Source, overrides: Overrides = None, dry_run: DryRun
 def sample(
     config: Source,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
     images: Annotated[
         Path | None, typer.Option(help="Also write every image as a file into this folder, to look at.")
     ] = None,
@@ -66,7 +67,7 @@ def sample(
     with checked_config("sample", config, overrides) as checked:
         from diffalign.stages.sample import sample
 
-        sample(checked, images)
+        sample(checked, images, dry_run=dry_run)
 
 
 @verbs.command("eval")
@@ -86,6 +87,7 @@ def evaluate(
             help="What scores, as in `diffalign score`: NAME or NAME:key=value,... Repeat for more_rewards.",
         ),
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Compare trained weights with the base model.
 
@@ -94,11 +96,11 @@ def evaluate(
     with checked_config("eval", source, [*(overrides or ()), *reward_overrides(reward or ())]) as checked:
         from diffalign.stages.evaluate import evaluate
 
-        evaluate(checked)
+        evaluate(checked, dry_run=dry_run)
 
 
 @verbs.command()
-def rounds(config: Source, overrides: Overrides = None) -> None:
+def rounds(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Sample, score, rank, train and evaluate in rounds.
 
     Each round draws its training images from the model of the round before. The same command resumes where it stopped.
@@ -106,7 +108,7 @@ def rounds(config: Source, overrides: Overrides = None) -> None:
     with checked_config("rounds", config, overrides) as checked:
         from diffalign.stages.rounds import rounds
 
-        rounds(checked)
+        rounds(checked, dry_run=dry_run)
 
 
 @verbs.command("recipes")

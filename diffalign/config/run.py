@@ -23,6 +23,8 @@ from diffalign.config.section import (
 )
 from diffalign.plugins import load_class
 
+AUTO = 0
+"""How a micro-batch is stored that is found when the run begins: `train.micro_batch: auto`."""
 PRECISION = "auto: bf16 on CUDA, no on CPU"
 WITHOUT_VALIDATION = OnResume("none", only_where=(("validation.every", None),))
 """Images of a run's validations are compared, so they stay the same once there are some."""
@@ -90,7 +92,7 @@ class StepSection(Section):
     @model_validator(mode="after")
     def _check_micro_batch(self) -> StepSection:
         drawn, micro = int(getattr(self, self.drawn)), self.micro_batch
-        if drawn % micro:
+        if micro != AUTO and drawn % micro:
             fitting = ", ".join(str(n) for n in divisors(drawn, micro))
             refuse(
                 f"{micro} does not divide train.{self.drawn}={drawn}, and every forward pass takes the same number of "
@@ -191,9 +193,16 @@ class RewardSection(Section):
 
     text_key: ClassVar[str | None] = "name"
 
-    name: str = Field("geneval", min_length=1, description="the reward's name, or module:Class from another package")
+    name: str = Field(
+        "geneval",
+        min_length=1,
+        description="the reward's name, or module:Class from another package. Not given, and "
+        "outside the embedded world: the first of hpsv2 and pickscore that can be had",
+    )
     detector: str | None = Field(
-        "shapes", description="the object detector that a GenEval reward looks through; null: its own"
+        "shapes",
+        description="the object detector that a GenEval reward looks through; null: its own, also where this is not given "
+        "outside the embedded world",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the reward")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from diffalign.config.data import DataSection, LabelSection, SelectionSection
 from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
 from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
-from diffalign.config.run import WITHOUT_VALIDATION, AveragedStepSection, BackboneRunConfig, ValidationSection
+from diffalign.config.run import AUTO, WITHOUT_VALIDATION, AveragedStepSection, BackboneRunConfig, ValidationSection
 from diffalign.config.section import (
     MOST_IMAGES,
     ROUNDING,
@@ -25,6 +25,13 @@ class TrainSection(AveragedStepSection):
 
     groups_per_step: int = Field(
         8, gt=0, le=MOST_IMAGES, description="groups in one optimiser step, over all processes and micro-batches"
+    )
+    micro_batch: Annotated[int, ROUNDING] = Field(
+        8,
+        ge=AUTO,
+        le=MOST_IMAGES,
+        description="groups in one forward pass; must divide groups_per_step. auto: as many as the GPU is predicted to hold, "
+        "at most 16; the run's config.yaml keeps the number. Not given: the largest divisor up to 8",
     )
     images_per_pass: Annotated[int | None, ROUNDING] = Field(
         None,
@@ -52,6 +59,15 @@ class TrainSection(AveragedStepSection):
     shard: Literal["none", "fsdp2"] = Field(
         "none", description="fsdp2: cut weights, gradients and averages over the processes (tune.kind full, adamw)"
     )
+
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _read_auto(cls, value: Any) -> Any:
+        return AUTO if value == "auto" else value
+
+    @field_serializer("micro_batch", when_used="json")
+    def _write_auto(self, value: int) -> int | str:
+        return "auto" if value == AUTO else value
 
 
 class SampledValidationSection(ValidationSection, SamplingSection):

@@ -138,19 +138,29 @@ def check_guidance(data: GroupSettings, dataset: PreferenceDataset, backbone: En
         )
 
 
-def prepare_source(
-    data: GroupSettings, label: LabelSettings, dataset: PreferenceDataset, backbone: Encoder, say: Say = print
-) -> TrainingSource:
-    """Encode what is not cached yet and join it with the labels.
+@dataclass(frozen=True)
+class ChosenLabels:
+    """The groups that a run trains on and their labels, before anything is encoded.
 
-    data, label: a config's `data` and `labels` sections.
+    rows: numbers in groups.parquet; members: K of the largest group, smaller: how many have fewer. rewards [G, K], NaN where
+    there is none; mask [G]: groups of two images or more. stats: the scale of the labels.
+    """
+
+    rows: list[int]
+    members: int
+    smaller: int
+    rewards: Tensor
+    mask: Tensor
+    stats: dict[str, float]
+
+
+def choose_labels(data: GroupSettings, label: LabelSettings, dataset: PreferenceDataset) -> ChosenLabels:
+    """Read the labels of the groups that `data` chooses: a config's `data` and `labels` sections.
+
+    Raises DiffalignError as `choose_groups`, and for labels that are not in the dataset.
     """
     chosen, members, smaller = choose_groups(data, dataset)
-    if smaller:
-        say(
-            f"{smaller} of {len(chosen)} groups have fewer than {members} images and are trained on with those they have"
-        )
-    # Labels: from stored preferences or scores, scaled over the chosen groups unless a scale is given.
+    # From stored preferences or scores, scaled over the chosen groups unless a scale is given.
     if label.source == "combined":
         assert label.combine is not None  # the config is checked
         stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
@@ -162,6 +172,29 @@ def prepare_source(
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
+    mask = torch.tensor([len(v) >= 2 for v in values])
+    return ChosenLabels(chosen, members, smaller, torch.from_numpy(rewards), mask, stats)
+
+
+def prepare_source(
+    data: GroupSettings,
+    label: LabelSettings,
+    dataset: PreferenceDataset,
+    backbone: Encoder,
+    say: Say = print,
+    labels: ChosenLabels | None = None,
+) -> TrainingSource:
+    """Encode what is not cached yet and join it with the labels.
+
+    data, label: a config's `data` and `labels` sections. labels: what `choose_labels` returned, where it was asked before.
+    """
+    labels = labels or choose_labels(data, label, dataset)
+    chosen, members = labels.rows, labels.members
+    if labels.smaller:
+        say(
+            f"{labels.smaller} of {len(chosen)} groups have fewer than {members} images and are trained on with those they "
+            "have"
+        )
     # Latents and embeddings: refused before anything is encoded if the cache does not fit on the disk.
     ids = dataset.column("group_id")
     plan = plan_cache(data, dataset, chosen, members, backbone)
@@ -172,11 +205,11 @@ def prepare_source(
     return TrainingSource(
         plan.latents(say),
         plan.embeddings(say),
-        torch.from_numpy(rewards),
-        torch.tensor([len(v) >= 2 for v in values]),
+        labels.rewards,
+        labels.mask,
         [ids[i] for i in chosen],
         plan.prompts,
-        stats,
+        labels.stats,
         [sizes.index(size) for size in plan.frames.sizes],
         plan,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import DistillConfig, RewardTerm, resolved_yaml
+from diffalign.config import DistillConfig, RewardTerm
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import ImageRow
@@ -19,8 +19,10 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say, say_block
+from diffalign.progress import say
 from diffalign.rewards.base import Reward
+from diffalign.stages.checks import check_packages, check_validation, check_weights
+from diffalign.stages.dry_run import TIME_UNKNOWN, count_trainable, model_facts, print_config, print_facts, print_where
 from diffalign.stages.fingerprints import of_model, of_prompts, of_real_images
 from diffalign.stages.real_images import real_images
 from diffalign.stages.resolve import (
@@ -29,9 +31,12 @@ from diffalign.stages.resolve import (
     open_plain_backbone,
     open_rewards,
     open_validation,
+    planned_backbone,
+    process_device,
     resolve_device,
     resolve_prompts,
     settled,
+    with_judges,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
@@ -80,21 +85,32 @@ def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, An
     return student, scheduler
 
 
-def latent_scores(
-    config: DistillConfig, backbone: Backbone, rows: list[PromptRow], device: str
-) -> tuple[LatentScores | None, DifferentiableScore | None]:
-    """Return what decodes finished latents and scores them with every reward of the mix, and what does so with a gradient.
+def open_terms(config: DistillConfig, rows: list[PromptRow], device: str) -> dict[str, Reward]:
+    """Build the rewards of the mix, by label.
 
-    Raises DiffalignError for a column that a reward lacks, and where reward.gradient_weight finds no differentiable reward.
+    Raises DiffalignError for a reward that cannot judge a prompt, a column that a reward lacks, and where
+    reward.gradient_weight finds no differentiable reward.
     """
     terms: list[RewardTerm] = list(config.reward.terms)
-    if not terms:
-        return None, None
-    rewards: dict[str, Reward] = open_rewards(terms, rows, device, "reward.terms", config.prompts)
+    rewards = open_rewards(terms, rows, device, "reward.terms", config.prompts)
     for term in terms:
         if term.column is not None and term.column not in rewards[term.label].columns:
             known = ", ".join(rewards[term.label].columns)
             raise DiffalignError(f"reward.terms: {term.name} has no column {term.column}; it has {known}")
+    if terms and config.reward.gradient_weight and not any(reward.differentiable for reward in rewards.values()):
+        raise DiffalignError(
+            "reward.gradient_weight: none of reward.terms is differentiable; `diffalign rewards` lists those"
+        )
+    return rewards
+
+
+def latent_scores(
+    config: DistillConfig, backbone: Backbone, rows: list[PromptRow], rewards: dict[str, Reward]
+) -> tuple[LatentScores | None, DifferentiableScore | None]:
+    """Return what decodes finished latents and scores them with every reward of the mix, and what does so with a gradient."""
+    terms: list[RewardTerm] = list(config.reward.terms)
+    if not terms:
+        return None, None
 
     def decoded(latents: Tensor) -> Tensor:
         backbone.pipeline.vae.to(backbone.device)  # a validation puts it back into the CPU's memory
@@ -117,10 +133,6 @@ def latent_scores(
     smooth = [term for term in terms if rewards[term.label].differentiable]
     if not config.reward.gradient_weight:
         return scores, None
-    if not smooth:
-        raise DiffalignError(
-            "reward.gradient_weight: none of reward.terms is differentiable; `diffalign rewards` lists those"
-        )
 
     def differentiable_score(latents: Tensor, indices: list[int]) -> Tensor:
         pixels, texts = decoded(latents), [rows[i].prompt for i in indices]
@@ -155,13 +167,19 @@ def distill(config: DistillConfig, dry_run: bool = False) -> None:
 
 
 def _distill(config: DistillConfig, dry_run: bool) -> None:
-    config, device = settled(config), resolve_device(config.device)
-    for settings in (config.optimizer, config.fake.optimizer):
-        check_installed(settings)
+    config = with_judges(settled(config), tuple(term.name for term in config.reward.terms))
+    device = resolve_device(config.device)
     check_before_loading(config)
-    rows = unique_prompts(resolve_prompts(config.prompts, config.n))
     if dry_run:
-        _describe(config, rows, device)
+        print_config(config)
+    else:
+        _check_packages(config)
+    rows = unique_prompts(resolve_prompts(config.prompts, config.n))
+    rewards = open_terms(config, rows, process_device(config.device))
+    steered = check_weights(rewards, dry_run)
+    judged, judges = check_validation(config.validation, device, dry_run)
+    if dry_run:
+        _describe(config, rows, device, steered | judges)
         return
     accelerator = start_accelerator(config)
     resolved = {
@@ -176,10 +194,14 @@ def _distill(config: DistillConfig, dry_run: bool) -> None:
     backbone = open_backbone(config.model, str(accelerator.device))
     student, scheduler = open_student(config, backbone)
     backbone.pipeline.scheduler = scheduler  # for validation; the noise process is the base model's and stays
-    scores, differentiable_score = latent_scores(config, backbone, rows, str(accelerator.device))
+    scores, differentiable_score = latent_scores(config, backbone, rows, rewards)
     side = config.resolution or backbone.default_resolution
     drawn = SamplingSettings(config.student.steps, 0.0, height=side, width=side)
-    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
+    validation = (
+        None
+        if judged is None
+        else open_validation(config.validation, backbone, judged.rows, judged.rewards, config.seed, drawn)
+    )
     for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
         say(line)
     source = PromptSource(backbone, rows, cache=config.train.cache_prompts)
@@ -224,25 +246,33 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     return out
 
 
-def _describe(config: DistillConfig, rows: list[PromptRow], device: str) -> None:
-    """Print what a run would do, from the files alone: nothing is written, no GPU memory is taken."""
-    backbone = open_backbone(config.model, "cpu")
-    student, _ = open_student(config, backbone)
+def _check_packages(config: DistillConfig) -> None:
+    """Refuse an optimiser or a tracker whose package is not installed."""
+    check_packages(config)
+    check_installed(config.fake.optimizer)
+
+
+def _describe(config: DistillConfig, rows: list[PromptRow], device: str, judges: dict[str, str]) -> None:
+    """Print what a run would do, from the files alone: nothing is written or downloaded, no GPU memory is taken."""
     steps, updates = config.train.steps, config.train.steps * config.fake.updates
-    say_block(resolved_yaml(config))
-    for title, values in (
-        ("model", backbone.facts()),
-        ("student", {
+    print_facts("run", {
+        "device": device,
+        "prompts": len(rows),
+        "updates": f"{steps} of the student, {updates} of the fake network",
+        "images": f"{config.train.groups_per_step * config.group.size} an update",
+        "time": TIME_UNKNOWN,
+    })  # fmt: skip
+    backbone = planned_backbone(config.model)
+    model = model_facts(backbone, config.model)
+    if backbone is not None:
+        student, _ = open_student(config, backbone)
+        print_facts("student", {
             "times": ", ".join(f"{t:.4g}" for t in student.times.tolist()),
             "sampler": student.sampler,
-        }),
-        ("run", {
-            "device": device,
-            "prompts": len(rows),
-            "updates": f"{steps} of the student, {updates} of the fake network",
-            "images": f"{config.train.groups_per_step * config.group.size} an update",
-        }),
-    ):  # fmt: skip
-        say(f"# {title}")
-        for key, value in values.items():
-            say(f"#   {key}: {value}")
+        })  # fmt: skip
+        print_facts("model", model | {"trainable": f"{count_trainable(backbone, config.tune):,}"})
+    else:
+        print_facts("model", model)
+    print_facts("rewards", judges)
+    print_where(config.model, model)
+    _check_packages(config)

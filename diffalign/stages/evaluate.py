@@ -19,6 +19,8 @@ from diffalign.pipelines.tuning import trains_all
 from diffalign.progress import ImageProgress, say
 from diffalign.report.images import Candidate
 from diffalign.report.render import verdicts, write_report
+from diffalign.stages.checks import check_weights
+from diffalign.stages.dry_run import print_config, print_facts, print_where
 from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
@@ -27,25 +29,45 @@ from diffalign.stages.resolve import (
     resolve_device,
     resolve_prompts,
     sampling_settings,
+    settled_rewards,
     weights_digest,
 )
 from diffalign.terminal import show_table
 from diffalign.training.checkpoint_files import checkpoints, verify
 
 
-def evaluate(config: EvalConfig, base_folder: Path | None = None) -> dict[str, Any]:
-    """Compare trained weights with the base model: `diffalign eval`. Return what eval.json holds.
+def evaluate(config: EvalConfig, base_folder: Path | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Compare trained weights with the base model: `diffalign eval`. Return what eval.json holds; {} after a dry run.
 
     base_folder: where the base's images lie or go, so that several evaluations share them. Raises DiffalignError for
     weights that are missing, a reward that cannot score a prompt, and prompts that chose the weights.
     """
-    with writing_folder(config.out, "out"):
-        return _evaluate(config, base_folder)
+    with writing_folder(None if dry_run else config.out, "out"):
+        return _evaluate(config, base_folder, dry_run)
 
 
-def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
-    weights = _weights_to_compare(config)
+def _evaluate(config: EvalConfig, base_folder: Path | None, dry_run: bool) -> dict[str, Any]:
+    # Refuse before a model is loaded.
     device = resolve_device(config.device)
+    weights = _weights_to_compare(config)
+    rows = resolve_prompts(config.prompts, config.n)
+    _refuse_selection_prompts(config, rows)
+    named = settled_rewards((config.reward, *config.more_rewards), config.model.path, config.prompts, "reward")
+    config = config.model_copy(update={"reward": named[0], "more_rewards": named[1:]})
+    rewards = open_rewards(named, rows, device, "reward", config.prompts)
+    judges = check_weights(rewards, dry_run)
+    if dry_run:
+        images = len(rows) * config.seeds * (1 + len(weights))
+        print_config(config)
+        print_facts("run", {
+            "device": device,
+            "images": f"{images}: {len(rows)} prompts x {config.seeds} seeds x {1 + len(weights)} models",
+            "weights": ", ".join(f"{name} {path}" for name, path in weights.items()),
+            "time": "unknown; it is shown once the first images are drawn",
+        })  # fmt: skip
+        print_facts("rewards", judges)
+        print_where(config.model, {})
+        return {}
     backbone = open_backbone(config.model, device)
     check_guidance_scale(config.guidance_scale, backbone)
 
@@ -55,11 +77,6 @@ def _evaluate(config: EvalConfig, base_folder: Path | None) -> dict[str, Any]:
 
     for path in weights.values():
         note_other_base(path, config.model)
-
-    # Refuse before anything is drawn.
-    rows = resolve_prompts(config.prompts, config.n)
-    _refuse_selection_prompts(config, rows)
-    rewards = open_rewards((config.reward, *config.more_rewards), rows, device, "reward", config.prompts)
 
     settings = sampling_settings(config)
     trained = _trained_samplers(backbone, weights, settings)

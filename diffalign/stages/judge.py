@@ -20,13 +20,14 @@ from diffalign.judge.records import Rated, rated_images, read_pairs, read_rating
 from diffalign.pretrained import quiet_progress
 from diffalign.progress import ImageProgress, say, say_block
 from diffalign.rewards.judge import Judge
+from diffalign.stages.checks import check_packages
+from diffalign.stages.dry_run import TIME_UNKNOWN, print_config, print_facts
 from diffalign.stages.fingerprints import of_judge
 from diffalign.stages.resolve import open_judge, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.testbed.judge_base import BaseSettings, make_base
 from diffalign.testbed.judge_data import faulty_groups, judge_records
 from diffalign.training.checkpoint import check_before_loading
-from diffalign.training.optim import check_installed
 
 
 def judge_data(out: Path, split: str, groups: int, images: int, raters: int, seed: int) -> None:
@@ -67,29 +68,47 @@ def judge_base(out: Path, size: str, steps: int, seed: int) -> None:
     say(f"judge: {out}")
 
 
-def train_from_config(config: JudgeConfig) -> Path:
+def train_from_config(config: JudgeConfig, dry_run: bool = False) -> Path:
     """Train a judge: `diffalign judge`. The same command resumes where it stopped. Returns the folder of the trained judge."""
-    with writing_folder(config.run_dir, "run_dir"):
-        return _train_from_config(config)
+    with writing_folder(None if dry_run else config.run_dir, "run_dir"):
+        return _train_from_config(config, dry_run)
 
 
-def _train_from_config(config: JudgeConfig) -> Path:
-    check_installed(config.optimizer)
+def _train_from_config(config: JudgeConfig, dry_run: bool) -> Path:
+    if dry_run:
+        print_config(config)
+    check_packages(config)
     check_before_loading(config)
     device = resolve_device(config.device)
+    for key, folder in (("model.path", config.model.path), ("teacher", config.teacher)):
+        if folder is not None and not folder.is_dir():
+            raise DiffalignError(
+                f"{key} {folder}: no such folder; give an image-text model of transformers with its processor, or make the "
+                f"test bench's with `diffalign testbed judge-base {config.role if key == 'model.path' else 'teacher'} {folder}`"
+            )
     source = config.data.distributions if config.method == "risd" else config.data.pairs
     assert source is not None  # the config is checked
     records: list[Any] = [*(read_taught(source) if config.method == "risd" else read_pairs(source))][
         : config.data.limit
     ]
-    resolved = of_judge(config, records)
-    check_before_loading(config, resolved)
-    judge = open_judge(config.model, device)
-    check_dimensions(judge, {one.dimension for one in records}, source)
     if config.method == "sft" and config.role == "teacher" and len({one.traces is None for one in records}) == 2:
         raise DiffalignError(
             f"{source}: some pairs have traces and some have none; supervised reasons need them everywhere"
         )
+    if dry_run:
+        epochs = config.train.steps * config.train.records_per_step / max(1, len(records))
+        print_facts("run", {
+            "device": device,
+            "records": f"{len(records)} of {source}",
+            "dimensions": ", ".join(sorted({one.dimension for one in records})),
+            "steps": f"{config.train.steps} x {config.train.records_per_step} records = {epochs:.2f} epochs",
+            "time": TIME_UNKNOWN,
+        })  # fmt: skip
+        return config.run_dir / "weights"
+    resolved = of_judge(config, records)
+    check_before_loading(config, resolved)
+    judge = open_judge(config.model, device)
+    check_dimensions(judge, {one.dimension for one in records}, source)
     teacher = None
     if config.teacher is not None:
         teacher = open_judge(JudgeModelSection(path=config.teacher), device)

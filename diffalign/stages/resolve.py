@@ -6,6 +6,7 @@ reward, since rewards and pipelines know nothing of the embedded world.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,8 +33,11 @@ from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
 from diffalign.files.tensors import read_tensors
+from diffalign.hub import cache_alone, hub_answers
 from diffalign.pipelines import Backbone, load_backbone
 from diffalign.pipelines.generator import Generator, load_generator
+from diffalign.pipelines.hub import HUB_ID, find_index
+from diffalign.pipelines.known_models import known_backbone, known_models
 from diffalign.pipelines.lora_file import checkpoint_file, is_checkpoint, stated_base
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
@@ -52,6 +56,9 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DETECTORS: dict[str, type[Detector]] = {"shapes": ShapeDetector}
 TESTBED_PROMPTS = 256
+FIRST_JUDGES = ("hpsv2", "pickscore")
+"""Rewards that judge any image with a prompt, in the order in which they are tried where none is named."""
+Settled = TypeVar("Settled", bound=BackboneRunConfig)
 
 
 def resolve_device(device: str) -> str:
@@ -78,6 +85,38 @@ def model_folder(path: str) -> str:
 def open_backbone(model: ModelSection, device: str) -> Backbone:
     """Load the backbone that a `model` section names."""
     return load_backbone(model_folder(model.path), device=device, **_loading(model, device))
+
+
+def planned_backbone(model: ModelSection) -> Backbone | None:
+    """Return a backbone to plan with, on the CPU: of a known hub model its shapes alone, of any other the model itself.
+
+    None where that is not on this machine: nothing is downloaded. Raises DiffalignError as `load_backbone`.
+    """
+    # 4-bit weights have no shapes without the weights themselves.
+    if model.path in known_models() and not Path(model.path).exists() and model.quantize != "nf4":
+        wanted = ("dtype", "attention", "gradient_checkpointing", "quantize", "channels_last", *model.options)
+        given = {key: value for key, value in _loading(model, "cpu").items() if key in wanted}
+        return known_backbone(model.path, **given)
+    if testbed_or_folder(model.path) or model_is_here(model):
+        with cache_alone():
+            return open_backbone(model, "cpu")
+    return None
+
+
+def testbed_or_folder(path: str) -> bool:
+    """Return whether a model's path is no hub id: a model of the embedded world, a folder or a file, or a mistyped one."""
+    return path in testbed.MODELS or Path(path).expanduser().exists() or not HUB_ID.fullmatch(path)
+
+
+def model_is_here(model: ModelSection) -> bool:
+    """Return whether a model needs no download; of a hub model, whether its index is in the local cache."""
+    if testbed_or_folder(model.path):
+        return True
+    try:
+        find_index(model.path, model.revision, None, local_files_only=True)
+    except DiffalignError:
+        return False
+    return True
 
 
 def open_plain_backbone(model: ModelSection) -> Backbone:
@@ -169,6 +208,62 @@ def resolve_prompts(
     return (unique_prompts(rows) if unique else rows)[:n]
 
 
+def with_judges(config: Settled, trained_on: Sequence[str] = ()) -> Settled:
+    """Return the config of a trainer with the rewards of its validation settled (`settled_rewards`).
+
+    A run that is resumed keeps those in its config.yaml. trained_on: rewards that the run learns from.
+    """
+    section = config.validation
+    if section.every is None or section.prompts is None:
+        return config
+    resolve_prompts(section.prompts, section.n)  # what cannot be read comes before what is not named
+    given = section.rewards
+    written = Path(config.run_dir) / "config.yaml"
+    if "rewards" not in section.model_fields_set and written.is_file():
+        before = load_run_config(written)
+        if isinstance(before, BackboneRunConfig) and before.validation.every is not None:
+            given = before.validation.rewards
+    rewards = settled_rewards(given, config.model.path, section.prompts, "validation.rewards", trained_on)
+    return config.model_copy(update={"validation": section.model_copy(update={"rewards": rewards})})
+
+
+def settled_rewards(
+    sections: Sequence[RewardSection], model: str, prompts: str, key: str, trained_on: Sequence[str] = ()
+) -> list[RewardSection]:
+    """Return rewards with what is left open settled: nothing of the embedded world judges other models.
+
+    Without a name: GenEval there, elsewhere the first of FIRST_JUDGES that is here or can be fetched. Without a detector:
+    the world's own there, elsewhere GenEval's own. Raises DiffalignError where no such reward is to be had.
+    """
+    if model in testbed.MODELS or prompts.startswith("testbed:"):
+        return list(sections)
+    settled = []
+    for section in sections:
+        changed: dict[str, Any] = {}
+        if "name" not in section.model_fields_set:
+            changed["name"] = _first_judge(key, trained_on)
+        name = changed.get("name", section.name)
+        if "detector" not in section.model_fields_set and takes(name, "detector"):
+            changed["detector"] = None
+        settled.append(section.model_copy(update=changed) if changed else section)
+    return settled
+
+
+def _first_judge(key: str, trained_on: Sequence[str]) -> str:
+    """Return the reward that judges where none is named: one whose weights are here, else one that can be fetched."""
+    names = [name for name in FIRST_JUDGES if name not in trained_on]
+    for name in names:
+        with cache_alone(), suppress(DiffalignError):
+            load_reward(name).weights_id()
+            return name
+    if hub_answers():
+        return names[0]
+    raise DiffalignError(
+        f"{key}: none is named, the weights of {' and '.join(names)} are not here, and the hub gave no answer; name a reward "
+        "that is here, such as clipscore, or fetch one (`diffalign rewards` lists them)"
+    )
+
+
 def open_reward(section: RewardSection, device: str) -> Reward:
     """Build the reward that a section names; `detector` counts for rewards that take one."""
     named = {"detector": section.detector} if section.detector is not None and takes(section.name, "detector") else {}
@@ -240,16 +335,18 @@ def weights_digest(weights: Path) -> str:
 
 
 def open_validation(
-    section: ValidationSection, backbone: Backbone, device: str, seed: int, sampling: SamplingSettings
-) -> Validation | None:
-    """Encode prompts and build rewards, while the text encoders are in memory; None where no validation is wanted.
+    section: ValidationSection,
+    backbone: Backbone,
+    rows: list[PromptRow],
+    rewards: dict[str, Reward],
+    seed: int,
+    sampling: SamplingSettings,
+) -> Validation:
+    """Encode the prompts of a validation, while the text encoders are in memory.
 
-    sampling: how the images are drawn, of which the negative prompt is encoded here.
+    rows, rewards: as `checks.check_validation` found them. sampling: how the images are drawn, of which the negative prompt
+    is encoded here.
     """
-    if section.every is None or section.prompts is None:
-        return None
-    rows = resolve_prompts(section.prompts, section.n)
-    rewards = open_rewards(section.rewards, rows, device, "validation.rewards", section.prompts)
     texts = [row.prompt for row in rows]
     chunks = [texts[i : i + section.batch_size] for i in range(0, len(texts), section.batch_size)]
     parts = [backbone.encode_guided(chunk, sampling.negative_prompt) for chunk in chunks]

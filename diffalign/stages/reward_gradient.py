@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffalign.config import RewardGradientConfig, resolved_yaml
+from diffalign.config import RewardGradientConfig
 from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
@@ -11,8 +11,10 @@ from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.own_sampler import reason_not_followed
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say, say_block
+from diffalign.progress import say
 from diffalign.rewards import REWARDS, Reward, find_reward, foreign_rewards
+from diffalign.stages.checks import check_packages, check_validation, check_weights
+from diffalign.stages.dry_run import TIME_UNKNOWN, count_trainable, model_facts, print_config, print_facts, print_where
 from diffalign.stages.fingerprints import of_model, of_prompts
 from diffalign.stages.resolve import (
     check_guidance_scale,
@@ -20,14 +22,16 @@ from diffalign.stages.resolve import (
     open_backbone,
     open_rewards,
     open_validation,
+    planned_backbone,
+    process_device,
     resolve_device,
     resolve_prompts,
     settled,
+    with_judges,
 )
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
-from diffalign.training.optim import check_installed
 from diffalign.training.prompt_source import PromptSource
 from diffalign.training.protocols import LatentScores
 from diffalign.training.reward_gradient.draws import late_steps
@@ -87,13 +91,20 @@ def reward_gradient(config: RewardGradientConfig, dry_run: bool = False) -> None
 
 
 def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
-    config, device = settled(config), resolve_device(config.device)
-    check_installed(config.optimizer)
+    config = with_judges(settled(config), tuple(term.name for term in config.rewards))
+    device = resolve_device(config.device)
+    if dry_run:
+        print_config(config)
+    else:
+        check_packages(config)
     check_before_loading(config)
     check_differentiable(config)
     rows = unique_prompts(resolve_prompts(config.prompts, config.n))
+    rewards = open_rewards(config.rewards, rows, process_device(config.device), "rewards", config.prompts)
+    followed = check_weights(rewards, dry_run)
+    judged, judges = check_validation(config.validation, device, dry_run)
     if dry_run:
-        _describe(config, rows, device)
+        _describe(config, rows, device, followed | judges)
         return
     accelerator = start_accelerator(config)
     resolved = {"train.mixed_precision": accelerator.mixed_precision, **of_prompts(rows)}
@@ -103,11 +114,14 @@ def _reward_gradient(config: RewardGradientConfig, dry_run: bool) -> None:
     note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     side = check_sampler(config, backbone)
-    rewards = open_rewards(config.rewards, rows, str(accelerator.device), "rewards", config.prompts)
     scores = gradient_scores(config, backbone, rows, rewards)
     sampler = config.sampler
     drawn = SamplingSettings(sampler.steps, sampler.guidance_scale, height=side, width=side)
-    validation = open_validation(config.validation, backbone, device, config.seed, drawn)
+    validation = (
+        None
+        if judged is None
+        else open_validation(config.validation, backbone, judged.rows, judged.rewards, config.seed, drawn)
+    )
     if validation is not None:
         # What is followed as well need not be in memory twice.
         same = [
@@ -143,24 +157,26 @@ def describe_steps(config: RewardGradientConfig) -> str:
     return f"the last, from {method.noises} noises"
 
 
-def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str) -> None:
-    """Print what a run would do, from the files alone: nothing is written, no GPU memory is taken."""
-    backbone = open_backbone(config.model, "cpu")
-    side = check_sampler(config, backbone)
-    open_rewards(config.rewards, rows, "cpu", "rewards", config.prompts)
-    times = backbone.sampling_times(config.sampler.steps, side, side)
-    say_block(resolved_yaml(config))
-    for title, values in (
-        ("model", backbone.facts()),
-        ("run", {
-            "device": device,
-            "prompts": len(rows),
-            "images": f"{config.train.steps} x {config.train.images_per_step} of {side} x {side} pixels",
-            "sampler": f"{config.sampler.steps} steps from {times[0]:.4g} to {times[-2]:.4g}",
-            "steps with a gradient": describe_steps(config),
-            "rewards": ", ".join(f"{term.weight:g} x {term.name}" for term in config.rewards),
-        }),
-    ):  # fmt: skip
-        say(f"# {title}")
-        for key, value in values.items():
-            say(f"#   {key}: {value}")
+def _describe(config: RewardGradientConfig, rows: list[PromptRow], device: str, judges: dict[str, str]) -> None:
+    """Print what a run would do, from the files alone: nothing is written or downloaded, no GPU memory is taken."""
+    run: dict[str, object] = {
+        "device": device,
+        "prompts": len(rows),
+        "images": f"{config.train.steps} x {config.train.images_per_step}",
+        "steps with a gradient": describe_steps(config),
+        "rewards": ", ".join(f"{term.weight:g} x {term.name}" for term in config.rewards),
+        "time": TIME_UNKNOWN,
+    }
+    backbone = planned_backbone(config.model)
+    model = model_facts(backbone, config.model)
+    if backbone is not None:
+        side = check_sampler(config, backbone)
+        times = backbone.sampling_times(config.sampler.steps, side, side)
+        run["images"] = f"{run['images']} of {side} x {side} pixels"
+        run["sampler"] = f"{config.sampler.steps} steps from {times[0]:.4g} to {times[-2]:.4g}"
+        model["trainable"] = f"{count_trainable(backbone, config.tune):,}"
+    print_facts("run", run)
+    print_facts("model", model)
+    print_facts("rewards", judges)
+    print_where(config.model, model)
+    check_packages(config)

@@ -29,10 +29,19 @@ from diffalign.intervals import interval_in
 from diffalign.pipelines.momentum import extrapolate_lora
 from diffalign.progress import say
 from diffalign.report.render import write_reports
+from diffalign.stages.checks import check_packages, check_weights
+from diffalign.stages.dry_run import TIME_UNKNOWN, print_config, print_facts, print_where
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rank import rank_dataset
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.stages.resolve import open_reward, open_rewards, resolve_device, resolve_prompts, settled
+from diffalign.stages.resolve import (
+    open_reward,
+    open_rewards,
+    resolve_device,
+    resolve_prompts,
+    settled,
+    settled_rewards,
+)
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
 
@@ -68,8 +77,8 @@ def stops(scores: list[float], patience: int | None) -> bool:
     return max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def rounds(config: RoundsConfig) -> dict[str, Any]:
-    """Run rounds of training: `diffalign rounds`. Return what rounds.json holds.
+def rounds(config: RoundsConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Run rounds of training: `diffalign rounds`. Return what rounds.json holds; {} after a dry run.
 
     Raises DiffalignError where several processes were launched, for a reward that cannot score a prompt, and for a folder
     that holds rounds of another config.
@@ -78,17 +87,23 @@ def rounds(config: RoundsConfig) -> dict[str, Any]:
         raise DiffalignError(
             "rounds run in one process, since their evaluation does; launch `diffalign rounds` without torchrun or accelerate"
         )
-    with writing_folder(config.out, "out"):
-        return _rounds(config)
+    with writing_folder(None if dry_run else config.out, "out"):
+        return _rounds(config, dry_run)
 
 
-def _rounds(config: RoundsConfig) -> dict[str, Any]:
+def _rounds(config: RoundsConfig, dry_run: bool) -> dict[str, Any]:
+    training = train_config(config, 1, None)
+    config = _settled(config, training)
     # Check the whole config before the first round; later only that it is the same.
     begun = _remembered(config).is_file() and any(config.out.glob("round-*/*"))
     if begun:
         _same_config(config)
-    else:
-        _check_rewards(config, train_config(config, 1, None))
+    if dry_run:
+        print_config(config)
+    judges = {} if begun and not dry_run else _check_round(config, training, dry_run)
+    if dry_run:
+        _describe(config, training, judges)
+        return {}
     write_whole(_remembered(config), json.dumps(_decisive(config), indent=1) + "\n")
     # Each round starts from the weights of the round before.
     done: list[dict[str, Any]] = []
@@ -192,17 +207,72 @@ def _next_start(config: RoundsConfig, number: int) -> Path:
     return out
 
 
-def _check_rewards(config: RoundsConfig, training: TrainConfig) -> None:
-    """Refuse a reward that cannot be built, or cannot score a prompt, before the first round is trained."""
+def _settled(config: RoundsConfig, training: TrainConfig) -> RoundsConfig:
+    """Return the config with its rewards settled, as `settled_rewards` says."""
+    given, judged, path = config.data, config.evaluate, training.model.path
+    drawn = settled_rewards(given.rewards, path, given.prompts, "data.rewards")
+    held_out = settled_rewards((judged.reward, *judged.more_rewards), path, judged.prompts, "evaluate.reward")
+    return config.model_copy(
+        update={
+            "data": given.model_copy(update={"rewards": drawn}),
+            "evaluate": judged.model_copy(update={"reward": held_out[0], "more_rewards": held_out[1:]}),
+        }
+    )
+
+
+def _check_round(config: RoundsConfig, training: TrainConfig, dry_run: bool) -> dict[str, str]:
+    """Check what a round needs before the first one is drawn; return what `check_weights` says of the rewards.
+
+    Refuses a reward that cannot be built or cannot score a prompt, groups that are too small for training, and labels that
+    no reward of the round makes.
+    """
+    check_packages(training)
     given, judged = config.data, config.evaluate
     device = resolve_device(training.device)
     held_out = resolve_prompts(judged.prompts, judged.n)
-    open_rewards([judged.reward, *judged.more_rewards], held_out, device, "evaluate.reward", judged.prompts)
+    rewards = open_rewards([judged.reward, *judged.more_rewards], held_out, device, "evaluate.reward", judged.prompts)
     if given.real is None:
         prompts = resolve_prompts(given.prompts, given.n, config.seed)
-        open_rewards(given.rewards, prompts, device, "data.rewards", given.prompts)
+        rewards |= open_rewards(given.rewards, prompts, device, "data.rewards", given.prompts)
         if not given.rewards:
             raise DiffalignError("data.rewards: empty, so nothing makes labels; name a reward, or set data.real")
+        _check_groups(config, training)
+    return check_weights(rewards, dry_run)
+
+
+def _check_groups(config: RoundsConfig, training: TrainConfig) -> None:
+    """Refuse groups that training cannot use."""
+    images, size = config.data.images_per_prompt, training.data.group_size
+    if images < 2:
+        raise DiffalignError("data.images_per_prompt=1: a preference needs at least two images of a prompt")
+    if size is not None and size > images:
+        raise DiffalignError(
+            f"data.images_per_prompt={images}: training takes data.group_size={size} images of each prompt; draw as many, or "
+            f"add data.group_size={images} to overrides"
+        )
+    kind, _, name = training.labels.source.partition(".")
+    labels = [section.label for section in config.data.rewards]
+    if kind == "scores" and name.partition(".")[0] not in labels:
+        raise DiffalignError(
+            f"labels.source={training.labels.source} of {config.train}: the rounds score with {', '.join(labels)}; add that "
+            "reward to data.rewards, or labels.source=preference to overrides"
+        )
+
+
+def _describe(config: RoundsConfig, training: TrainConfig, judges: dict[str, str]) -> None:
+    """Print what the rounds would do, from the files alone: nothing is written or downloaded."""
+    given, judged = config.data, config.evaluate
+    drawn = len(resolve_prompts(given.prompts, given.n, config.seed))
+    held_out = len(resolve_prompts(judged.prompts, judged.n))
+    print_facts("run", {
+        "device": resolve_device(training.device),
+        "rounds": f"at most {config.rounds}",
+        "images of a round": drawn * given.images_per_prompt + held_out * judged.seeds,
+        "training of a round": f"{training.train.steps} steps x {training.train.groups_per_step} groups, by {config.train}",
+        "time": TIME_UNKNOWN,
+    })  # fmt: skip
+    print_facts("rewards", judges)
+    print_where(training.model, {})
 
 
 def _remembered(config: RoundsConfig) -> Path:

@@ -6,9 +6,12 @@ from diffalign.config import SampleConfig
 from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.pictures import write_pictures
+from diffalign.data.prompts import PromptRow
 from diffalign.data.sample import sample_groups
+from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
 from diffalign.progress import ImageProgress, say
+from diffalign.stages.dry_run import print_config, print_facts, print_where
 from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
@@ -21,15 +24,27 @@ from diffalign.stages.resolve import (
 )
 
 
-def sample(config: SampleConfig, images: Path | None = None) -> None:
+def sample(config: SampleConfig, images: Path | None = None, dry_run: bool = False) -> None:
     """Draw groups of images for prompts into a dataset folder: `diffalign sample`; `images`: a folder of plain files, too."""
+    rows = resolve_prompts(config.prompts, config.n, config.seed)
+    if config.weights is not None and not Path(config.weights).exists():
+        raise DiffalignError(f"weights {config.weights}: no such folder; give a run's weights/, or null")
+    if dry_run:
+        print_config(config)
+        print_facts("run", {
+            "device": resolve_device(config.device),
+            "images": f"{len(rows) * config.images_per_prompt}: {len(rows)} prompts x {config.images_per_prompt}",
+            "time": "unknown; it is shown once the first images are drawn",
+        })  # fmt: skip
+        print_where(config.model, {})
+        return
     with writing_folder(config.out, "out", shared=True):
-        _sample(config)
+        _sample(config, rows)
     if images is not None:
         say(f"images:  {write_pictures(PreferenceDataset(config.out), images)} in {images}")
 
 
-def _sample(config: SampleConfig) -> None:
+def _sample(config: SampleConfig, rows: list[PromptRow]) -> None:
     config = settled(config)
     backbone = open_backbone(config.model, resolve_device(config.device))
     check_guidance_scale(config.guidance_scale, backbone)
@@ -39,12 +54,11 @@ def _sample(config: SampleConfig) -> None:
         note_other_base(config.weights, config.model)
         backbone.load_weights(config.weights)
         origin["weights"] = weights_digest(Path(config.weights))
-    prompts = resolve_prompts(config.prompts, config.n, config.seed)
-    for line in cut_lines({"the model": backbone}, [row.prompt for row in prompts]):
+    for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
         say(line)
     sample_groups(
         backbone,
-        prompts,
+        rows,
         config.out,
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,

@@ -4,24 +4,47 @@ import os
 
 import torch
 
-from diffalign.config import TrainConfig, resolved_yaml
+from diffalign.config import TrainConfig
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import shuffled_labels
-from diffalign.data.training_source import check_guidance, choose_groups, prepare_source
+from diffalign.data.training_source import ChosenLabels, check_guidance, choose_labels, prepare_source
 from diffalign.errors import DiffalignError
+from diffalign.files.images import displayed_size
 from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
 from diffalign.objectives import has_preference
+from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.pipelines.settings import SamplingSettings
-from diffalign.progress import say, say_block
+from diffalign.progress import say
+from diffalign.stages.checks import check_packages, check_validation
+from diffalign.stages.dry_run import (
+    MANY_EPOCHS,
+    TIME_UNKNOWN,
+    model_facts,
+    print_config,
+    print_facts,
+    print_where,
+    warn,
+)
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.resolve import note_other_base, open_backbone, open_validation, resolve_device, settled
+from diffalign.stages.micro_batch import gpu_room, usual_micro_batch, with_micro_batch
+from diffalign.stages.resolve import (
+    note_other_base,
+    open_backbone,
+    open_validation,
+    planned_backbone,
+    resolve_device,
+    settled,
+    with_judges,
+)
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator
-from diffalign.training.memory import described
-from diffalign.training.optim import check_installed
+from diffalign.training.memory import MemoryPrediction, described, fitting_micro_batch
 from diffalign.training.preference.method import Preference
+
+LOOKED_AT = 32
+"""Groups whose pictures' sizes a dry run looks at."""
 
 
 def train(config: TrainConfig, dry_run: bool = False) -> None:
@@ -31,28 +54,30 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _train(config: TrainConfig, dry_run: bool) -> None:
-    config, device = settled(config), resolve_device(config.device)
-    check_installed(config.optimizer)
+    config, device = with_judges(settled(config)), resolve_device(config.device)
     check_before_loading(config)
-    dataset = PreferenceDataset(config.data.path)
     if dry_run:
-        _describe(config, dataset, device)
+        print_config(config)
+    else:
+        check_packages(config)
+    dataset = PreferenceDataset(config.data.path)
+    labels = choose_labels(config.data, config.labels, dataset)
+    _check_preferences(config, labels)
+    judged, judges = check_validation(config.validation, device, dry_run)
+    if dry_run:
+        _describe(config, dataset, labels, device, judges)
         return
     accelerator = start_accelerator(config)
     resolved = {"train.mixed_precision": accelerator.mixed_precision}
     check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    config = with_micro_batch(config, labels.members, accelerator)
     note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
-    source = prepare_source(config.data, config.labels, dataset, backbone, say)
-    if config.objective.kind.label_kind != "none" and not has_preference(source.rewards, source.mask).any():
-        raise DiffalignError(
-            f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
-            "its scores may all be equal, or the groups may have one image each"
-        )
+    source = prepare_source(config.data, config.labels, dataset, backbone, say, labels)
     if source.label_stats:
         # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
         config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})
@@ -66,7 +91,9 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
         findings += shuffled_labels(dataset)
     wanted, side = config.validation, config.data.resolution or backbone.default_resolution
     drawn = SamplingSettings(wanted.steps, wanted.guidance_scale, wanted.negative_prompt, side, side)
-    validation = open_validation(wanted, backbone, device, config.seed, drawn)
+    validation = (
+        None if judged is None else open_validation(wanted, backbone, judged.rows, judged.rewards, config.seed, drawn)
+    )
     if config.data.cache != "off":
         backbone.drop_encoders(keep_vae=validation is not None, keep_text=config.data.cache == "latents")
     method = Preference(config, backbone, source, accelerator, say)
@@ -74,29 +101,70 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     run_and_report(config, method, validation=validation, findings=findings, resolved=resolved)
 
 
-def _describe(config: TrainConfig, dataset: PreferenceDataset, device: str) -> None:
-    """Print what a run would do, from the files alone: nothing is written, no GPU memory is taken."""
-    chosen, members, smaller = choose_groups(config.data, dataset)
+def _check_preferences(config: TrainConfig, labels: ChosenLabels) -> None:
+    """Refuse data in which no group prefers an image to another."""
+    if config.objective.kind.label_kind != "none" and not has_preference(labels.rewards, labels.mask).any():
+        raise DiffalignError(
+            f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "
+            "its scores may all be equal, or the groups may have one image each"
+        )
+
+
+def _describe(
+    config: TrainConfig, dataset: PreferenceDataset, labels: ChosenLabels, device: str, judges: dict[str, str]
+) -> None:
+    """Print what a run would do, from the files alone: nothing is written or downloaded, no GPU memory is taken."""
+    chosen, members, smaller = labels.rows, labels.members, labels.smaller
     facts = dataset.facts(config.data.split)
-    backbone = open_backbone(config.model, "cpu")
-    check_guidance(config.data, dataset, backbone)
     epochs = config.train.steps * config.train.groups_per_step / len(chosen)
-    say_block(resolved_yaml(config))
-    for title, values in (
-        ("model", backbone.facts()),
-        ("dataset", facts),
-        ("run", {
-            "device": device,
-            "groups used": f"{len(chosen)} of {members} images" + (f", {smaller} of them smaller" if smaller else ""),
-            "images of a group in a step": config.data.group_size or members,
-            "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
-        }),
-    ):  # fmt: skip
-        say(f"# {title}")
-        for key, value in values.items():
-            say(f"#   {key}: {value}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    memory = described(config, backbone, members, cuda=device != "cpu", processes=processes)  # uses the backbone up
-    say("# memory of a process, predicted")
-    for key, value in memory.items():
-        say(f"#   {key}: {value}")
+    print_facts("dataset", facts)
+    print_facts("run", {
+        "device": device,
+        "groups used": f"{len(chosen)} of {members} images" + (f", {smaller} of them smaller" if smaller else ""),
+        "images of a group in a step": config.data.group_size or members,
+        "steps": f"{config.train.steps} x {config.train.groups_per_step} groups = {epochs:.2f} epochs",
+        "time": TIME_UNKNOWN,
+    })  # fmt: skip
+    if epochs > MANY_EPOCHS:
+        steps = max(1, MANY_EPOCHS * len(chosen) // config.train.groups_per_step)
+        warn(f"{epochs:.0f} epochs: the same groups again and again; {MANY_EPOCHS} are train.steps={steps}")
+    if config.validation.every is None:
+        warn("no validation: nothing tells when to stop; set validation.every and validation.prompts=FILE")
+
+    backbone = planned_backbone(config.model)
+    model = model_facts(backbone, config.model)
+    if backbone is None:
+        print_facts("model", model)
+    else:
+        check_guidance(config.data, dataset, backbone)
+        _warn_of_size(config, dataset, chosen, backbone.default_resolution)
+        conditioning = empty_conditioning(backbone) if backbone.device.type == "meta" else backbone.encode_prompts([""])
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        prediction = MemoryPrediction(config, backbone, conditioning, cuda=device != "cpu", processes=processes)
+        print_facts("model", model | {"trainable": f"{prediction.trainable:,}"})
+        each = max(1, config.train.groups_per_step // processes)
+        memory = described(prediction, min(config.train.micro_batch or usual_micro_batch(each), each), members)
+        if device != "cpu":
+            fitting = fitting_micro_batch(prediction, members, gpu_room())
+            memory["this GPU holds"] = f"train.micro_batch={fitting}" + (
+                "" if config.train.micro_batch else ", as auto takes"
+            )
+        print_facts("memory of a process, predicted", memory)
+    print_facts("rewards of the validation", judges)
+    print_where(config.model, model)
+    check_packages(config)
+
+
+def _warn_of_size(config: TrainConfig, dataset: PreferenceDataset, chosen: list[int], own: int) -> None:
+    """Warn where most pictures are smaller than the resolution they are trained at, or that is far from the model's own."""
+    wanted = config.data.resolution or own
+    ids = dataset.column("group_id")
+    sizes = [displayed_size(image.data) for i in chosen[:LOOKED_AT] for image in dataset.images(ids[i])[:1]]
+    small = [size for size in sizes if min(size) < wanted]
+    if 2 * len(small) > len(sizes):
+        least = "x".join(map(str, min(small, key=min)))
+        warn(
+            f"pictures are smaller than the resolution {wanted} (such as {least}) and would be enlarged; set data.resolution"
+        )
+    if 2 * wanted < own or wanted > 2 * own:
+        warn(f"the resolution {wanted} is far from the model's own, {own}")

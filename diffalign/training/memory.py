@@ -29,6 +29,8 @@ from diffalign.pipelines import Backbone
 from diffalign.training.preference.policy import build_objective, prepare_policy
 
 Output = TypeVar("Output")
+LARGEST = 16
+"""Groups in a micro-batch beyond which a GPU is busy anyway."""
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for BLOCK numbers; tensors smaller than SMALL stay in 32 bits."""
 
@@ -250,6 +252,85 @@ def gathered_bytes(backbone: Backbone) -> int:
     return total
 
 
+class MemoryPrediction:
+    """What a process of a training run will hold, for steps of any size.
+
+    `backbone` is untuned, on the CPU or on the meta device, and unusable afterwards. conditioning: of one prompt. processes:
+    over how many the weights are cut where train.shard is fsdp2. `trainable`: the numbers that are trained.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        conditioning: dict[str, Tensor],
+        *,
+        cuda: bool,
+        processes: int = 1,
+    ) -> None:
+        self.config, self.backbone, self.conditioning = config, backbone, conditioning
+        self.processes = processes
+        self.objective = build_objective(config.objective)
+        self.frozen = stored_bytes(backbone.trunk)
+        to_meta(backbone)
+        # Whole, uncompiled and from no file: none of it changes a shape.
+        plain = {
+            "model": config.model.model_copy(update={"compile": False}),
+            "train": config.train.model_copy(update={"shard": "none"}),
+            "tune": config.tune.model_copy(update={"init": None, "reference": "init"}),
+        }
+        prepare_policy(config.model_copy(update=plain), backbone, self.objective)
+        self.trained = list(backbone.trainable().values())
+        self.trainable = sum(p.numel() for p in self.trained)
+        precision = config.train.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if cuda else "no"
+        self.autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def parts(self, latents: tuple[int, ...], micro_batch: int) -> dict[str, int]:
+        """Return bytes by part, `peak` their sum, and `host` what the optimiser keeps in the host's memory.
+
+        latents: [images of a micro-batch, C, h, w]. micro_batch: its groups.
+        """
+        config, backbone, objective, tune = self.config, self.backbone, self.objective, self.config.tune
+        peak, gradients = step_peak(
+            backbone,
+            latents,
+            self.conditioning,
+            reference=objective.needs_reference,
+            autocast=self.autocast,
+            micro_batches=-(-config.train.groups_per_step // (micro_batch * self.processes)),
+        )
+        states = optimizer_bytes(config.optimizer.name, self.trained)
+        cut = self.processes if config.train.shard == "fsdp2" else 1
+        own_reference = tune.init is not None and tune.reference == "init"
+        full = tune.kind == "full"
+        if full:
+            reference = self.frozen // cut if objective.needs_reference else 0
+        else:
+            reference = 4 * self.trainable if own_reference else 0
+        parts = {
+            "weights": stored_bytes(backbone.trunk) // cut if full else self.frozen,
+            "reference": reference,
+            "adapters": 0 if full else 4 * self.trainable,
+            "optimiser": 0 if config.optimizer.offload else states // cut,
+            "average": 4 * self.trainable // cut if config.train.ema_decay else 0,
+            "gradients": gradients // cut,
+            "activations": max(0, peak - gradients),
+            "gathered": gathered_bytes(backbone) if cut > 1 else 0,
+        }
+        return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
+
+    def of_groups(self, micro_batch: int, members: int) -> tuple[int, dict[str, int]]:
+        """Return the images in the model at a time and the parts, for micro-batches of so many groups of `members` images."""
+        config, backbone = self.config, self.backbone
+        used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
+        images = micro_batch * used[config.objective.kind.members]
+        images = min(images, config.train.images_per_pass or images)
+        side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
+        return images, self.parts((images, backbone.latent_channels, side, side), micro_batch)
+
+
 def predict_memory(
     config: TrainConfig,
     backbone: Backbone,
@@ -259,69 +340,30 @@ def predict_memory(
     cuda: bool,
     processes: int = 1,
 ) -> dict[str, int]:
-    """Return bytes by part, `peak` their sum, and `host` what the optimiser keeps in the host's memory.
-
-    `backbone` is untuned, on the CPU, and unusable afterwards. latents: [images of a micro-batch, C, h, w]. processes: over
-    how many the weights are cut where train.shard is fsdp2.
-    """
-    objective, tune = build_objective(config.objective), config.tune
-    frozen = stored_bytes(backbone.trunk)
-    to_meta(backbone)
-    # Whole, uncompiled and from no file: none of it changes a shape.
-    plain = {
-        "model": config.model.model_copy(update={"compile": False}),
-        "train": config.train.model_copy(update={"shard": "none"}),
-        "tune": tune.model_copy(update={"init": None, "reference": "init"}),
-    }
-    prepare_policy(config.model_copy(update=plain), backbone, objective)
-    trained = list(backbone.trainable().values())
-    numbers = sum(p.numel() for p in trained)
-    full = tune.kind == "full"
-    precision = config.train.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if cuda else "no"
-    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    peak, gradients = step_peak(
-        backbone,
-        latents,
-        conditioning,
-        reference=objective.needs_reference,
-        autocast=autocast,
-        micro_batches=-(-config.train.groups_per_step // (config.train.micro_batch * processes)),
-    )
-    states = optimizer_bytes(config.optimizer.name, trained)
-    cut = processes if config.train.shard == "fsdp2" else 1
-    own_reference = tune.init is not None and tune.reference == "init"
-    if full:
-        reference = frozen // cut if objective.needs_reference else 0
-    else:
-        reference = 4 * numbers if own_reference else 0
-    parts = {
-        "weights": stored_bytes(backbone.trunk) // cut if full else frozen,
-        "reference": reference,
-        "adapters": 0 if full else 4 * numbers,
-        "optimiser": 0 if config.optimizer.offload else states // cut,
-        "average": 4 * numbers // cut if config.train.ema_decay else 0,
-        "gradients": gradients // cut,
-        "activations": max(0, peak - gradients),
-        "gathered": gathered_bytes(backbone) if cut > 1 else 0,
-    }
-    return {**parts, "peak": sum(parts.values()), "host": states if config.optimizer.offload else 0}
+    """Return the parts of one `MemoryPrediction` for the config's own micro-batch."""
+    prediction = MemoryPrediction(config, backbone, conditioning, cuda=cuda, processes=processes)
+    return prediction.parts(latents, config.train.micro_batch)
 
 
-def described(
-    config: TrainConfig, backbone: Backbone, members: int, *, cuda: bool, processes: int = 1
-) -> dict[str, str]:
-    """Describe `predict_memory` of a micro-batch of groups with `members` images each, for `--dry-run`."""
-    conditioning = backbone.encode_prompts([""])
-    used = {"best": 1, "best_worst": 2, "all": config.data.group_size or members}
-    groups = min(config.train.micro_batch, max(1, config.train.groups_per_step // processes))
-    images = groups * used[config.objective.kind.members]
-    images = min(images, config.train.images_per_pass or images)
-    side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
-    shape = (images, backbone.latent_channels, side, side)
-    parts = predict_memory(config, backbone, shape, conditioning, cuda=cuda, processes=processes)
+def described(prediction: MemoryPrediction, micro_batch: int, members: int) -> dict[str, str]:
+    """Describe the memory of a micro-batch of groups with `members` images each, for `--dry-run`."""
+    images, parts = prediction.of_groups(micro_batch, members)
     host = parts.pop("host")
     sizes = {name: f"{size / 2**30:.3f} GiB" for name, size in parts.items() if size}
     sizes["peak"] += f", in a step of {images} images at a time; beside it a CUDA context and the allocator's rounding"
     return sizes | ({"host": f"{host / 2**30:.3f} GiB (optimizer.offload)"} if host else {})
+
+
+def fitting_micro_batch(prediction: MemoryPrediction, members: int, room: int) -> int:
+    """Return the largest number of groups in a micro-batch whose step fits into `room` bytes; 1 where none does.
+
+    It divides the groups of a process's step. Activations grow evenly with the groups, so two sizes tell all.
+    """
+    each = max(1, prediction.config.train.groups_per_step // prediction.processes)
+    sizes = [n for n in range(min(each, LARGEST), 0, -1) if each % n == 0]
+    one = prediction.of_groups(1, members)[1]["peak"]
+    if len(sizes) == 1 or one > room:
+        return 1
+    second = sizes[-2]
+    growth = (prediction.of_groups(second, members)[1]["peak"] - one) / (second - 1)
+    return next((size for size in sizes if one + growth * (size - 1) <= room), 1)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -42,10 +43,8 @@ class WandB:
     """Weights & Biases; offline unless the user is logged in, so no run waits for a login."""
 
     def __init__(self, run_dir: Path, project: str, config: PlainConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise DiffalignError("tracking.trackers: wandb is not installed: pip install 'diffalign[wandb]'") from error
+        import wandb
+
         known = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
         self.run = wandb.init(
@@ -63,12 +62,8 @@ class Trackio:
     """Hugging Face's local-first tracker."""
 
     def __init__(self, run_dir: Path, project: str, config: PlainConfig) -> None:
-        try:
-            import trackio
-        except ImportError as error:
-            raise DiffalignError(
-                "tracking.trackers: trackio is not installed: pip install 'diffalign[trackio]'"
-            ) from error
+        import trackio
+
         self.trackio = trackio
         trackio.init(project=project, name=run_dir.name, config=config)
 
@@ -77,6 +72,13 @@ class Trackio:
 
     def close(self) -> None:
         self.trackio.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise DiffalignError where a tracker's package is absent, before anything is loaded."""
+    for name in names:
+        if find_spec(name) is None:
+            raise DiffalignError(f"tracking.trackers: {name} is not installed: pip install 'diffalign[{name}]'")
 
 
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
@@ -113,6 +115,7 @@ class Metrics:
         # Line by line: a checkpoint must never be ahead of its metrics.
         self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self.timing = (run_dir / "timing.jsonl").open("a", buffering=1)
+        check_trackers(trackers)
         self.trackers: list[Tracker] = [TRACKERS[name](run_dir, project, config) for name in trackers]
 
     def log(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:

@@ -60,7 +60,7 @@ def test_the_rewards_of_an_evaluation_by_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[Any] = []
-    install(monkeypatch, "evaluate", evaluate=calls.append)
+    install(monkeypatch, "evaluate", evaluate=lambda c, dry_run: calls.append(c))
     (tmp_path / "e.yaml").write_text(IMAGES)
     assert run("eval", tmp_path / "e.yaml", "-r", "pickscore") == 0
     assert run("eval", tmp_path / "e.yaml", "-r", "hpsv2", "-r", "pickscore:dtype=bfloat16", "seeds=2") == 0
@@ -79,8 +79,8 @@ def test_the_rewards_of_an_evaluation_by_option(
 
 def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    install(monkeypatch, "sample", sample=lambda c, images: calls.append(("sample", c.n, images)))
-    install(monkeypatch, "evaluate", evaluate=lambda c: calls.append(("eval", str(c.weights), c.n)))
+    install(monkeypatch, "sample", sample=lambda c, images, dry_run: calls.append(("sample", c.n, images, dry_run)))
+    install(monkeypatch, "evaluate", evaluate=lambda c, dry_run: calls.append(("eval", str(c.weights), c.n)))
     path = tmp_path / "i.yaml"
     path.write_text(IMAGES)
     assert run("sample", str(path), "n=3") == 0
@@ -88,7 +88,7 @@ def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.Monkey
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(CONFIG)
     assert run("eval", str(tmp_path / "run"), "prompts=testbed:test", "n=5") == 0
-    assert calls == [("sample", 3, None), ("eval", "w", None), ("eval", str(tmp_path / "run" / "weights"), 5)]
+    assert calls == [("sample", 3, None, False), ("eval", "w", None), ("eval", str(tmp_path / "run" / "weights"), 5)]
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,32 @@ def test_the_same_command_makes_what_is_cut_or_gone_again(
     assert encoder.encoded <= 3 and encoder.texts <= 2  # one group, or one prompt and another to learn the shapes
 
 
-@pytest.mark.parametrize("damage", [_flip, _zeros, _header])
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kind", ["latents", "prompts"])
+def test_a_changed_index_is_made_again(folder: Path, kind: str, place: float) -> None:
+    made = fill(folder)
+    before = tree(made.folder)
+    (path,) = made.folder.glob(f"{kind}-*/index.json")
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    encoder = Encoder()
+    fill(folder, encoder)
+    assert tree(made.folder) == before and encoder.encoded == 0 and encoder.texts <= 1
+
+
+def _renamed(path: Path) -> None:
+    """Flip a bit in the name of a tensor: mean becomes lean, length mength."""
+    data = path.read_bytes()
+    at = data.index(b"mean" if b"mean" in data else b"length")
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def _unchecked(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"crc32", b"crc33"))
+
+
+@pytest.mark.parametrize("damage", [_flip, _zeros, _header, _renamed, _unchecked])
 @pytest.mark.parametrize("name", ["latents-*/00000.*", "latents-*/00002.*", "prompts-*/00001.*"])
 def test_changed_bytes_are_found_and_named(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
     made = fill(folder, latent_sampling="posterior")

@@ -232,11 +232,11 @@ def test_empty_prompt_file(config: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_prompts_that_the_reward_cannot_judge(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before anything is drawn or encoded, in training's validation and in an evaluation."""
     (tmp_path / "plain.txt").write_text("a dog\n")
-    given = ["validation.every=1", f"validation.prompts={tmp_path / 'plain.txt'}"]
+    given = ["validation.every=1", f"validation.prompts={tmp_path / 'plain.txt'}", "validation.rewards=[geneval]"]
     assert "validation.rewards: geneval cannot judge 'a dog'" in refused(capsys, "train", config, *given)
     assert run("train", config) == 0
     capsys.readouterr()
-    message = refused(capsys, "eval", tmp_path / "run", f"prompts={tmp_path / 'plain.txt'}")
+    message = refused(capsys, "eval", tmp_path / "run", f"prompts={tmp_path / 'plain.txt'}", "-r", "geneval")
     assert "reward: geneval cannot judge 'a dog'" in message and not (tmp_path / "run" / "eval").exists()
 
 

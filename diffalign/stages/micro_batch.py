@@ -1,0 +1,66 @@
+"""`train.micro_batch: auto`: as many groups in a forward pass as the GPU is predicted to hold."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from diffalign.config import TrainConfig, load_run_config
+from diffalign.config.run import AUTO, divisors
+from diffalign.pipelines import Backbone
+from diffalign.pipelines.known_models import empty_conditioning
+from diffalign.progress import say
+from diffalign.stages.resolve import open_backbone, planned_backbone
+from diffalign.training.memory import MemoryPrediction, fitting_micro_batch
+
+SHARE, CONTEXT = 0.92, 2**30
+"""What of a GPU's memory a step may take, beside a CUDA context: predictions are within 7%."""
+USUAL = 8
+
+
+def gpu_room() -> int:
+    """Return the bytes that a step may take on this process's GPU; of its size, so that it is the same in every run."""
+    return int(SHARE * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) - CONTEXT
+
+
+def usual_micro_batch(each: int) -> int:
+    """Return the micro-batch where there is no GPU to fill: the largest divisor of a process's groups up to 8."""
+    return divisors(each, USUAL)[0]
+
+
+def with_micro_batch(config: TrainConfig, members: int, accelerator: Accelerator) -> TrainConfig:
+    """Return the config with a number in the place of `train.micro_batch: auto`, the same on all processes.
+
+    A run that is resumed keeps the number in its config.yaml: on another GPU it stays the same run.
+    """
+    if config.train.micro_batch != AUTO:
+        return config
+    found = [_found(config, members, accelerator) if accelerator.is_main_process else AUTO]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found[0]})})
+
+
+def _found(config: TrainConfig, members: int, accelerator: Accelerator) -> int:
+    """Return the micro-batch of the run's config.yaml, or else the one that fits."""
+    each = max(1, config.train.groups_per_step // accelerator.num_processes)
+    written = Path(config.run_dir) / "config.yaml"
+    if written.is_file():
+        before = load_run_config(written)
+        if isinstance(before, TrainConfig) and before.train.micro_batch and each % before.train.micro_batch == 0:
+            return before.train.micro_batch
+    if accelerator.device.type != "cuda":
+        return usual_micro_batch(each)
+    prediction = predicted(config, planned_backbone(config.model) or open_backbone(config.model, "cpu"), accelerator)
+    found = fitting_micro_batch(prediction, members, gpu_room())
+    say(f"train.micro_batch=auto: {found} groups, predicted to fit {gpu_room() / 2**30:.0f} GiB")
+    return found
+
+
+def predicted(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> MemoryPrediction:
+    """Return the prediction for this run; uses the backbone up."""
+    known = backbone.device.type == "meta"
+    conditioning = empty_conditioning(backbone) if known else backbone.encode_prompts([""])
+    cuda = accelerator.device.type == "cuda"
+    return MemoryPrediction(config, backbone, conditioning, cuda=cuda, processes=accelerator.num_processes)
