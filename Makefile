@@ -6,6 +6,7 @@
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
+#   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (half an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
@@ -21,7 +22,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: setup oracles quickstart test test-gpu lint view wheel wheel-test soak kills bench clean
+.PHONY: setup oracles quickstart test test-gpu lint view wheel wheel-test soak hostile bench kills clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -81,6 +82,9 @@ wheel-test: $(SITE)/.built
 
 soak: $(STAMP) oracles
 	DIFFALIGN_SOAK=1 $(BIN)/pytest -q -m soak -o timeout=0
+
+hostile: $(STAMP)
+	PYTHONPATH=$(ROOT)/tests:$(ROOT) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/hostile/classes.py $(ARGS)
 
 kills: $(STAMP)
 	DIFFALIGN_KILLS=long $(BIN)/pytest -q tests/reliability/test_kills.py -o timeout=0

@@ -62,8 +62,8 @@ def measure(name: str) -> dict[str, dict[str, str]]:
                 row["diffusers"] = f"not read ({type(error).__name__})"
             for program, read in PROGRAMS.items():
                 reading = read(files[form], model)
-                whole = reading.changes and not reading.unread
-                row[program] = f"{largest_difference(reading.changes, true):.0e}" if whole else "not read"
+                whole = f"{largest_difference(reading.changes, true):.0e}" if not reading.unread else "in part"
+                row[program] = whole if reading.changes else "not read"
     return found
 
 

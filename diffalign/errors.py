@@ -4,8 +4,12 @@
 class DiffalignError(Exception):
     """A mistake that the user can correct. The message is one line: what is wrong, where, and how to correct it.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. The newlines of a library's words in it become
+    blanks.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(filter(None, str(message).splitlines())))
 
 
 def brief(error: BaseException) -> str:

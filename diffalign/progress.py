@@ -33,6 +33,10 @@ HIDDEN = re.compile(
 )
 
 
+LONGEST_LINE = 10_000
+"""Characters of a line on the terminal: a message may name a prompt, and a prompt may have a million."""
+
+
 def visible(text: str, keep: str = "") -> str:
     """Return text from anywhere as a terminal may show it: what would move the cursor, ring or hide becomes an escape.
 
@@ -45,14 +49,19 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def _line(message: str) -> str:
+    shown = visible(redact(message))
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}..."
+
+
 def say(message: str) -> None:
     """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(visible(redact(message)), flush=True)
+    print(_line(message), flush=True)
 
 
 def say_aside(message: str) -> None:
     """Print a line to standard error, apart from a command's results."""
-    print(visible(redact(message)), file=sys.stderr, flush=True)
+    print(_line(message), file=sys.stderr, flush=True)
 
 
 def say_block(text: str) -> None:

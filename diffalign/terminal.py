@@ -13,6 +13,8 @@ from rich.text import Text
 
 from diffalign.progress import visible
 
+LONGEST_NAME = 26
+"""Characters of a row's name in one line, so that the numbers beside it stay whole."""
 PIPE = 120
 """Columns where the output is no terminal: rich would take a pipe for 80."""
 
@@ -35,6 +37,17 @@ def plain_table(first: str, *numbers: str, title: str | None = None) -> Table:
     for name in numbers:
         shown.add_column(name, justify="right", no_wrap="interval" not in name)
     return shown
+
+
+def name_cell(name: str) -> Text:
+    """Return a row's name as text, never markup. A very long one breaks into lines, behind a mark where there is one."""
+    lines = []
+    while len(name) > LONGEST_NAME:
+        cut = 1 + max(name.rfind(mark, LONGEST_NAME // 2, LONGEST_NAME) for mark in " _.-:")
+        cut = cut or LONGEST_NAME
+        lines.append(name[:cut].rstrip())
+        name = name[cut:]
+    return Text("\n".join([*lines, name]))
 
 
 def number(value: float, form: str = ".4f") -> str:

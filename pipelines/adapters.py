@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.kohya import from_kohya
 from diffalign.pipelines.lora_file import (
     LORA_FILE,
     LoraFile,
@@ -21,6 +22,7 @@ from diffalign.pipelines.lora_file import (
     product_size,
     read_lora_file,
 )
+from diffalign.pipelines.original_names import sd3_place
 from diffalign.pipelines.save_lora import write_lora
 from diffalign.pretrained import foreign
 
@@ -168,8 +170,11 @@ def _translated(
     strengths = {layer.strength for layer in file.layers.values()}
     layers = file.layers.values() if len(strengths) == 1 else [fold(layer) for layer in file.layers.values()]
     state = {key: value for layer in layers for key, value in zip(layer.keys, (layer.down, layer.up), strict=True)}
-    if file.former:
-        options: dict[str, Any] = {"unet_config": trunk.config} if trunk_name == "unet" else {}
+    config: Any = trunk.config
+    if any(key.startswith("lora_unet_joint_blocks") for key in state):  # SD3's, which diffusers does not translate
+        state = from_kohya(state, sd3_place, _outputs(trunk), config)
+    elif file.former:
+        options: dict[str, Any] = {"unet_config": config} if trunk_name == "unet" else {}
         with foreign(f"{file.path}: this LoRA does not fit the model"):
             found = pipeline.lora_state_dict(state, **options)
             state = _as_peft(found[0] if isinstance(found, tuple) else found)
@@ -181,6 +186,12 @@ def _translated(
             f"{file.path}: adapts {', '.join(other)[:80]}, but only a LoRA of this model's {trunk_name} can be used"
         )
     return plain, strengths.pop() if len(strengths) == 1 else 1.0
+
+
+def _outputs(trunk: nn.Module) -> dict[str, int]:
+    """Return the number of outputs of every layer that can have an adapter."""
+    layers = {name.removesuffix(".base_layer"): part for name, part in trunk.named_modules() if ".lora_" not in name}
+    return {name: len(part.weight) for name, part in layers.items() if isinstance(part, nn.Linear | nn.Conv2d)}
 
 
 def _as_peft(state: dict[str, Tensor]) -> dict[str, Tensor]:

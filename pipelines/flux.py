@@ -99,7 +99,7 @@ class Flux(TransformerBackbone):
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux1", "networks.lora_flux", flux_place)
     single_file: ClassVar[SingleFile | None] = SingleFile(
         flux_place,
-        "ComfyUI (Load Diffusion Model) and Forge, beside FLUX's own VAE and text encoders; diffusers' "
+        "ComfyUI (Load Diffusion Model), beside FLUX's own VAE and text encoders; diffusers' "
         "`FluxTransformer2DModel.from_single_file`",
         trunk="",
     )

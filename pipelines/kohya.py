@@ -58,6 +58,36 @@ def to_kohya(
     return out
 
 
+def from_kohya(
+    state: Mapping[str, Tensor],
+    place: Callable[[str, Config], Place | None],
+    outputs: Mapping[str, int],
+    config: Config,
+) -> dict[str, Tensor]:
+    """Undo `to_kohya`: return the matrices under diffusers' names. What has no place in the trunk keeps its name.
+
+    outputs: how many values each of the trunk's layers gives. Parts of a fused layer share its down matrix.
+    """
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name, rows in outputs.items():
+        where = place(name, config)
+        stem = "" if where is None else f"lora_unet_{where.layer.replace('.', '_')}"
+        keys = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+        if where is None or any(key not in state for key in keys):
+            continue
+        down, up = (state[key] for key in keys)
+        if where.rows is not None and len(up) != where.rows:
+            continue
+        if where.swapped:
+            up = torch.cat(up.chunk(2)[::-1])
+        elif where.rows is not None:
+            up = up[where.start : where.start + rows]
+        found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        used |= {*keys}
+    return found | {key: value for key, value in state.items() if key not in used}
+
+
 def _fused(parts: list[tuple[Place, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return down and up of one layer of the original code from the adapters that lie in it."""
     first, down, up = parts[0]

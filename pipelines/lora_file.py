@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.checksums import check_crc, file_crc
 from diffalign.files.parse import parse_json
 from diffalign.files.tensors import SUFFIX, read_metadata, read_tensors
 from diffalign.pipelines.save_lora import as_trained
@@ -116,6 +117,18 @@ def checkpoint_file(folder: Path) -> Path:
     return average if average.is_file() else folder / POLICY_FILE
 
 
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the names of parameters. Raise DiffalignError where its checksum differs."""
+    path = checkpoint_file(folder)
+    tensors = read_tensors(path)
+    try:
+        stored = parse_json((folder / STATE).read_bytes()).get("files", {})
+        check_crc(path.name, file_crc(path), stored)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DiffalignError(f"{folder} is damaged ({brief(error)}); use another checkpoint") from error
+    return tensors
+
+
 def checkpoint_tuning(folder: Path) -> dict[str, Any]:
     """Return the `tune` section of the config that a checkpoint was trained under.
 
@@ -145,7 +158,7 @@ def read_lora_file(folder: str | Path, trunk_name: str, text_encoders: TextEncod
     if is_checkpoint(folder):
         tune = checkpoint_tuning(folder)
         path = checkpoint_file(folder)
-        state = {f"{trunk_name}.{key}": value for key, value in read_tensors(path).items()}
+        state = {f"{trunk_name}.{key}": value for key, value in read_checkpoint(folder).items()}
         config = {"r": tune["rank"], "lora_alpha": tune["alpha"], "target_modules": tune["targets"]}
     else:
         path = lora_file(folder)
@@ -291,7 +304,7 @@ def _checked(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def product_size(layer: LoraLayer) -> float:
     """Return the squared norm of strength x B A, without forming it. A [r, ...], B [out, r, ...]."""
-    down, up = (t.double().flatten(1) for t in (layer.down, layer.up))
+    down, up = (t.detach().double().flatten(1) for t in (layer.down, layer.up))
     return float(layer.strength**2 * ((up.T @ up) * (down @ down.T)).sum())
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.files import make_folder
+from diffalign.files.tensors import damaged, read_metadata, read_tensors
 from diffalign.pipelines.lora_file import LORA_FILE, lora_file
 from diffalign.pipelines.save_lora import as_trained, as_written, write_tensors
 
@@ -59,7 +59,10 @@ def extrapolate_lora(now: Path, before: Path | None, momentum: float, out: Path)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors as trained, and the metadata."""
-    with safe_open(lora_file(folder), framework="pt") as file:
-        metadata = file.metadata() or {}
-        return as_trained({name: file.get_tensor(name) for name in file.keys()}, metadata)[0], metadata  # noqa: SIM118
+    """Return the tensors as trained, and the metadata. Raises DiffalignError for a damaged file."""
+    path = lora_file(folder)
+    metadata = read_metadata(path)
+    try:
+        return as_trained(read_tensors(path), metadata)[0], metadata
+    except ValueError as error:
+        raise damaged(path, error) from error

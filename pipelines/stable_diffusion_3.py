@@ -41,7 +41,7 @@ class StableDiffusion3(TransformerBackbone):
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd3", "networks.lora_sd3", sd3_place)
     single_file: ClassVar[SingleFile | None] = SingleFile(
         sd3_place,
-        "ComfyUI and Forge; diffusers' `from_single_file`",
+        "ComfyUI; diffusers' `from_single_file`",
         components={
             "vae": (VAE, vae_state),
             "text_encoder": ("text_encoders.clip_l.transformer.", clip_state),

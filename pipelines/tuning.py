@@ -20,11 +20,10 @@ from torch import nn
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing_folder
 from diffalign.files.published import drop_local_paths
-from diffalign.files.tensors import read_tensors
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
 from diffalign.pipelines.components import DIFFUSERS
-from diffalign.pipelines.lora_file import TextEncoders, checkpoint_file, checkpoint_tuning, is_checkpoint
+from diffalign.pipelines.lora_file import TextEncoders, checkpoint_tuning, is_checkpoint, read_checkpoint
 from diffalign.pipelines.quantize import is_quantized
 from diffalign.pretrained import load_model, quiet_progress
 
@@ -270,7 +269,7 @@ class Tunable(ABC):
     def _load_full(self, folder: Path, checkpoint: bool) -> None:
         """Load the whole trunk from its folder, or from a checkpoint, into the policy."""
         if checkpoint:
-            values = read_tensors(checkpoint_file(folder))
+            values = read_checkpoint(folder)
         else:
             kind: Any = type(self.trunk)
             loaded = load_model(kind, folder, "weights", stem=DIFFUSERS, dtype=self.base_dtype(self.trunk))

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.redaction import redacted
 
-LABEL = re.compile(r"[A-Za-z0-9_-]+")
+LABEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """The form of a reward's name: columns and files are called by it."""
 TAKEN_COLUMNS = ("group_id", "index", "reason", "identity")
 TAKEN_NAMES = (*TAKEN_COLUMNS, "image", "sha256", "prompt", "split", "human")

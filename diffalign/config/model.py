@@ -76,7 +76,7 @@ class ModelSection(Section):
     local_files_only: Annotated[bool, UNAFFECTED] = Field(
         False, description="true: never ask the network, use what is in the cache"
     )
-    config: str | None = Field(
+    config: Annotated[str | None, NAMED] = Field(
         None,
         min_length=1,
         description="where configs and tokenizers of a checkpoint in one file come from: a diffusers folder, which needs no "
@@ -102,7 +102,7 @@ class ModelSection(Section):
     compile: Annotated[bool, ROUNDING] = Field(
         False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
     )
-    lora_text_encoders: Literal["refuse", "ignore"] = Field(
+    lora_text_encoders: Annotated[Literal["refuse", "ignore"], UNAFFECTED] = Field(
         "refuse",
         description="a LoRA that adapts text encoders too: refuse it, or ignore that part and take the UNet's or "
         "transformer's",

@@ -46,7 +46,7 @@ ARCHIVES = (*TARS, ".zip")
 TABLES = (".parquet", ".arrow")
 CONTAINERS = (*TABLES, *ARCHIVES)
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, RuntimeError,
-           NotImplementedError, ValueError, IndexError)  # fmt: skip
+           NotImplementedError, ValueError, LookupError)  # fmt: skip
 """What the standard library raises for a damaged or encrypted archive."""
 
 
@@ -91,7 +91,10 @@ class ParquetImages:
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self.column = path, column
-        self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise DiffalignError(f"{path}: not a complete parquet file ({error})") from error
         self._kept: OrderedDict[int, list[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -162,8 +165,11 @@ class ArrowImages:
 
     def read(self, batch: int, row: int) -> bytes:
         """Return an image's encoded bytes. Raises Unreadable if the row holds none."""
-        with self._lock:
-            value = self._batches[batch].column(self.column)[row].as_py()
+        try:
+            with self._lock:
+                value = self._batches[batch].column(self.column)[row].as_py()
+        except UNREADABLE_CELLS as error:
+            raise Unreadable(_unreadable(error)) from error
         return image_bytes(value, self.path.parent)
 
     def others(self, batch: int) -> list[Row | str]:

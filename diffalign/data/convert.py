@@ -154,7 +154,8 @@ def _form_of_columns(path: Path) -> str:
     """Return the format of a parquet or arrow file."""
     schema = table_schema(path)
     # A column of lists stands for a row with a list in it.
-    row: dict[str, object] = {f.name: [] if pa.types.is_list(f.type) else None for f in schema}
+    lists = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+    row: dict[str, object] = {field.name: [] if isinstance(field.type, lists) else None for field in schema}
     if "jpg_0" in row:
         return "pickapic"
     if path.stem == "metadata":

@@ -251,7 +251,12 @@ class PreferenceDataset:
     def image_column(self, name: str) -> np.ndarray:
         """Return a column of the image files other than `image`, such as `generator`, in the order of `image_index`."""
         parts = [read_columns(path, [name], IMAGES_MEND)[name].to_pylist() for path in self.shards]
-        return np.array([value for part in parts for value in part], dtype=object)[self.image_index.positions]
+        values = np.array([value for part in parts for value in part], dtype=object)
+        if len(values) <= int(self.image_index.positions.max(initial=-1)):
+            raise DiffalignError(
+                f"{self.folder}/images cannot be read (column {name} is shorter than the others); {IMAGES_MEND}"
+            )
+        return values[self.image_index.positions]
 
     def score_columns(self, reward: str) -> list[str]:
         """Return the names of a reward's columns, the score first."""

@@ -10,7 +10,6 @@ an error as large as the differences that training looks at. That requires the s
 and a latent for every image of the group; a group half drawn and half encoded would reveal which is which.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from diffalign.data.protocols import ImageEncoder
 from diffalign.data.records import INDEX, MEND, Reader, Record, Records, finished_index, make_records, share
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.parse import parse_json
 from diffalign.progress import Say
 
 BATCH = 8
@@ -132,7 +132,7 @@ def stored_latent(dataset: PreferenceDataset, place: int, vae: str, size: Size) 
     table, row = dataset.image_index.read(place, [*STORED, "image"])
     stored = {name: table[name][row].as_py() for name in STORED}
     with reading(dataset.image_index.path(place), mend=IMAGES_MEND):
-        if stored["latent"] is None or json.loads(stored["provenance"] or "{}").get("vae") != vae:
+        if stored["latent"] is None or parse_json(stored["provenance"] or "{}").get("vae") != vae:
             return None
         if header_size(table["image"][row].as_py()["bytes"], "", place) != size:
             return None

@@ -170,8 +170,9 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     schema = table_schema(path) if kind_of(path) in TABLES else pa.schema([])
     column = column_for("image", schema.names)
-    if column is None or pa.types.is_string(schema.field(column).type):
-        yield from table_rows(path)
+    kind = schema.field(column).type if column is not None else None
+    if column is None or not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        yield from table_rows(path)  # the images are files
         return
     for where, row, origin in image_rows(path, column):
         yield where, row if isinstance(row, str) else {**row, column: origin}

@@ -119,6 +119,9 @@ def judged(row: Row) -> Judged:
         names = [str(column_for(meaning, row)) for meaning in ("winner", "loser")]
         images = tuple((meaning, row[n]) for n, meaning in zip(names, ("winner", "loser"), strict=True))
         return Judged(images, (1.0, 0.0), frozenset(names))
+    missing = [meaning for meaning in ("a", "b") if column_for(meaning, row) is None]
+    if missing:
+        raise DiffalignError(no_column("winner" if len(missing) == 2 else missing[0], row))
     names = [str(column_for(meaning, row)) for meaning in ("a", "b")]
     preference = _of_choice(row, names[0])
     skipped = "without a label" if preference is None else "ties" if preference == TIE else ""

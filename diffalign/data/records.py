@@ -9,6 +9,7 @@ processes made it, nor on kills. A complete file is never made again unless it i
 
 import json
 import shutil
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,8 @@ from diffalign import stopping
 from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, replacing, write_whole
-from diffalign.files.checksums import check_crc, crc_metadata, stored_crcs, tensor_crc
+from diffalign.files.checksums import check_crc, check_seal, crc_metadata, sealed, stored_crcs, tensor_crc
+from diffalign.files.parse import parse_json
 from diffalign.progress import OnImages
 
 INDEX = "index.json"
@@ -83,13 +85,16 @@ class _File:
 
     def check(self, number: int, record: Record) -> None:
         """Raise ValueError where a record is not as it was written."""
+        if str(number) not in self._crcs:
+            raise ValueError(f"no checksum of record {number}")
         check_crc(str(number), _crc(record), self._crcs)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
     """Return the index of a finished folder; None if it is not finished, or a file lacks or has another size."""
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json((folder / INDEX).read_text(encoding="utf-8"))
+        check_seal(index)
         sizes = index.get("files", {}).items()
         return index if all((folder / name).stat().st_size == size for name, size in sizes) else None
     except (OSError, ValueError, AttributeError):
@@ -154,7 +159,7 @@ def make_records(
             if path.is_file() and path.name not in sizes:
                 path.unlink()  # of a layout of earlier versions that was damaged
         index = {**facts, "records_per_file": each, "files": sizes}
-        write_whole(folder / INDEX, json.dumps(index))
+        write_whole(folder / INDEX, json.dumps(sealed(index)))
 
     locks = folder / ".locks"
     mine = complete_all([task(place) for place in places], locks, on_progress, kept="records")
@@ -177,7 +182,9 @@ def _remove_if_damaged(path: Path) -> None:
 
 
 def _crc(record: Record) -> int:
-    return tensor_crc(record[name] for name in sorted(record))
+    """Return the CRC-32 of a record: names, types and shapes, then the bytes."""
+    kinds = json.dumps([(name, str(record[name].dtype), list(record[name].shape)) for name in sorted(record)])
+    return tensor_crc((record[name] for name in sorted(record)), zlib.crc32(kinds.encode()))
 
 
 def _file(folder: Path, place: int) -> Path:

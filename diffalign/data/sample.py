@@ -28,6 +28,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import ROWS_PER_GROUP, image_row, parquet_writer, regrouped, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files import reading, write_whole
+from diffalign.files.parse import parse_json
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import OnImages
 
@@ -131,7 +132,7 @@ def write_planned_groups(plan: SynthPlan, out: Path, split: str = "train") -> No
         if lines:
             write_whole(failures, "\n".join(lines) + "\n")
         with reading(out / WORK_FOLDER / "failed", mend=PIECE_MEND):
-            dead = {json.loads(line)["group_id"] for line in lines}
+            dead = {parse_json(line)["group_id"] for line in lines}
         write_groups(out, (_group(g, row, split) for g, row in plan.groups if g not in dead))
 
     complete_all([Task("groups", groups.is_file, make)], out / WORK_FOLDER / "locks")

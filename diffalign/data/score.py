@@ -1,6 +1,5 @@
 """Score a dataset's images into `scores/<reward>.parquet`, one image file at a time, with any number of processes."""
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -17,6 +16,7 @@ from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.parse import parse_json
 from diffalign.progress import OnImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
@@ -123,7 +123,7 @@ def _same_reward(path: Path, made_by: dict[str, Any]) -> None:
     """Refuse scores of another version, other weights or other settings. Files without a note are accepted."""
     note = (open_parquet(path, SCORES_MEND).schema_arrow.metadata or {}).get(b"diffalign")
     with reading(path, mend=SCORES_MEND):
-        before = dict(json.loads(note)) if note else made_by
+        before = dict(parse_json(note)) if note else made_by
     # An older note does not say what really judged, so only its version can be compared.
     compared = ("version", "weights", "settings") if before.get("format") == made_by["format"] else ("version",)
     changed = next((key for key in compared if before.get(key) != made_by[key]), None)

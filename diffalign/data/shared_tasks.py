@@ -14,9 +14,10 @@ from pathlib import Path
 
 from diffalign import stopping
 from diffalign.files.lock import try_lock
-from diffalign.progress import OnImages
+from diffalign.progress import OnImages, say_aside
 
 WAIT = 0.2  # seconds between checks of tasks that others are doing
+SILENT = 300.0  # seconds of waiting after which a line says so: another process may be stopped
 WORK_FOLDER = ".work"
 
 
@@ -46,6 +47,7 @@ def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | Non
         on_progress(done, total)
     if kept and done:
         stopping.keep(f"{done} of {total} {kept} are")
+    waited = 0.0
     while missing:
         others = []
         for task in missing:
@@ -68,6 +70,12 @@ def complete_all(tasks: Iterable[Task], locks: Path, on_progress: OnImages | Non
         # Wait only if every missing task is in another process's hands.
         if len(others) == len(missing):
             time.sleep(WAIT)
+            waited += WAIT
+            if waited >= SILENT:
+                say_aside(f"waiting for other processes that hold {len(others)} tasks of {locks.parent}")
+                waited = 0.0
+        else:
+            waited = 0.0
         missing = others
     return mine
 

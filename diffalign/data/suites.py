@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.prompts import PromptRow, read_prompts
-from diffalign.data.tables import read_rows
+from diffalign.data.tables import parquet_rows, read_rows, table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
 from diffalign.files.parse import parse_json
@@ -88,13 +88,16 @@ def _compbench(path: Path) -> list[PromptRow]:
 
 def _pickapic(path: Path) -> list[PromptRow]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         if not path.is_file():
             raise DiffalignError(f"suite file {path}: does not exist")
-        if "caption" not in pq.read_schema(path).names:
+        if "caption" not in table_schema(path).names:
             raise DiffalignError(f"suite file {path}: no column 'caption'")
-        return [PromptRow(str(c).strip()) for c in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
+        captions = []
+        for where, row in parquet_rows(path, ["caption"]):  # the images beside it are not read
+            if isinstance(row, str):
+                raise DiffalignError(f"{where}: {row}")
+            captions.append(PromptRow(str(row["caption"]).strip()))
+        return captions
     if path.suffix == ".jsonl":
         rows = [row for _, row in read_rows(path)]
         _column(rows, "caption", path)

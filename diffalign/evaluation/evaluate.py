@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from rich.table import Table
-from rich.text import Text
 
 from diffalign import stopping
 from diffalign.draws import draw
@@ -29,7 +28,7 @@ from diffalign.files import make_folder, read_json_lines, reading, replacing, wr
 from diffalign.intervals import interval_in
 from diffalign.progress import OnImages, OnNamedImages
 from diffalign.rewards import Reward
-from diffalign.terminal import counted, plain_table
+from diffalign.terminal import counted, name_cell, plain_table
 
 ALL = "all"
 """The kind of all prompts together; a tag of that name is shown as another."""
@@ -257,7 +256,7 @@ def comparison_table(result: dict[str, Any], columns: list[str] | None = None) -
                     continue  # further weights and diversity get one line each
                 name = f"{model}: {column}" if model else column
                 shown.add_row(
-                    Text(name if kind == "all" else f"  {kind}"),
+                    name_cell(name if kind == "all" else f"  {kind}"),
                     str(int(c["prompts"])),
                     *(f"{c[side]:.3f}" for side in ("base", "tuned")),
                     f"{c['difference']:+.3f}",

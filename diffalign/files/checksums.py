@@ -1,21 +1,23 @@
-"""CRC-32 checksums, with which a file of tensors tells whether its bytes are as they were written."""
+"""CRC-32 checksums, with which files of tensors and JSON tell whether their bytes are as they were written."""
 
 import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.files.parse import parse_json
+
 CRC = "crc32"
-"""The one entry of a safetensors file's metadata: with several, their order would differ from process to process."""
+"""The checksum's key in JSON, and the one entry of a safetensors file's metadata: several would come in any order."""
 CHUNK = 2**22
 
 
-def tensor_crc(tensors: Iterable[Tensor]) -> int:
-    """Return the CRC-32 of the bytes of tensors on the CPU, one after another."""
-    crc = 0
+def tensor_crc(tensors: Iterable[Tensor], crc: int = 0) -> int:
+    """Return the CRC-32 of the bytes of tensors on the CPU, one after another; `crc`: of what came before."""
     for tensor in tensors:
         crc = zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data, crc)
     return crc
@@ -30,6 +32,22 @@ def file_crc(path: Path) -> int:
     return crc
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object for JSON with the CRC-32 of its other entries."""
+    return {**record, CRC: _json_crc(record)}
+
+
+def check_seal(record: Mapping[str, Any]) -> None:
+    """Raise ValueError where an object from JSON has a checksum that differs; those of earlier versions have none."""
+    if CRC in record and record[CRC] != _json_crc(record):
+        raise ValueError("its checksum differs")
+
+
+def _json_crc(record: Mapping[str, Any]) -> int:
+    plain = {key: value for key, value in record.items() if key != CRC}
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+
+
 def crc_metadata(crcs: Mapping[str, int]) -> dict[str, str]:
     """Return the metadata of a safetensors file with these checksums by name."""
     return {CRC: json.dumps(crcs)}
@@ -37,7 +55,7 @@ def crc_metadata(crcs: Mapping[str, int]) -> dict[str, str]:
 
 def stored_crcs(metadata: Mapping[str, str] | None) -> dict[str, int]:
     """Return the checksums of a safetensors file by name; none of files of earlier versions."""
-    found: dict[str, int] = json.loads((metadata or {}).get(CRC, "{}"))
+    found: dict[str, int] = parse_json((metadata or {}).get(CRC, "{}"))
     return found
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TypedDict
 
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder
 from diffalign.progress import say_aside
 
 LOCK_FILE = ".lock"
@@ -136,7 +135,7 @@ def _take(lock: Path, mode: int) -> int | None:
 def _open(path: Path) -> int:
     """Open a lock's file. A process that has finished may delete the folder between the two steps."""
     while True:
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)  # `_writing` names the option where that fails
         try:
             # A link in a folder of others might lead to any file.
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

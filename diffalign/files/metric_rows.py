@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines
 
 
@@ -24,5 +25,14 @@ def metrics_line(row: Mapping[str, float]) -> str:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl, as `read_json_lines` reads them, with NaN for null."""
-    return [numbers(row) for row in read_json_lines(path, last_step)]
+    """Return the rows of metrics.jsonl, as `read_json_lines` reads them, with NaN for null.
+
+    Raises DiffalignError where a value is neither a number nor null.
+    """
+    rows = read_json_lines(path, last_step)
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and not isinstance(value, int | float):
+                what = f"{path}: {name} of step {row['step']} is {value!r}, no number"
+                raise DiffalignError(f"{what}; delete this line")
+    return [numbers(row) for row in rows]

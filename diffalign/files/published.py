@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.files import write_whole
+from diffalign.redaction import without_folders
 
 NAMES = ("_name_or_path", "name_or_path")
 """Keys in which diffusers and transformers note where a model was read from."""
@@ -18,7 +19,7 @@ def is_local(model: str) -> bool:
 
 def public_name(model: str) -> str:
     """Return a name as it may be published: a path without its folders, all else as it is."""
-    return Path(model).expanduser().resolve().name if is_local(model) else model
+    return str(without_folders(str(Path(model).expanduser().resolve()))) if is_local(model) else model
 
 
 def drop_local_paths(folder: Path) -> None:

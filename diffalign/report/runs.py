@@ -7,7 +7,7 @@ from typing import Any
 
 from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
-from diffalign.files.metric_rows import numbers
+from diffalign.files.metric_rows import read_metrics
 from diffalign.files.parse import parse_yaml
 from diffalign.health import ENDINGS, Finding, examine, examine_ending
 from diffalign.redaction import without_folders
@@ -77,7 +77,7 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
     """Read a run directory. Raises DiffalignError if it holds neither metrics nor an evaluation."""
     if not folder.is_dir():
         raise DiffalignError(f"{folder}: no such folder; give the run_dir of a training run")
-    rows, result = _rows(folder / "metrics.jsonl"), result or _evaluation(folder / "eval.json")
+    rows, result = read_metrics(folder / "metrics.jsonl"), result or _evaluation(folder / "eval.json")
     if not rows and result is None:
         raise DiffalignError(f"{folder} holds neither metrics.jsonl nor eval.json; there is nothing to report")
     validations = _validations(folder / "validation.jsonl")
@@ -100,18 +100,6 @@ def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[
     kept = [one for one in findings if one["name"] not in ENDINGS]
     known = {one["name"] for one in kept}
     return [*kept, *(one.as_dict() for one in ending if one.name not in known)]
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl. Raises DiffalignError where a value is neither a number nor null."""
-    rows = read_json_lines(path)
-    for row in rows:
-        wrong = next((name for name, value in row.items() if not isinstance(value, int | float | None)), None)
-        if wrong is not None:
-            raise DiffalignError(
-                f"{path}: {wrong} of step {row['step']} is {row[wrong]!r}, no number; delete this line"
-            )
-    return [numbers(row) for row in rows]
 
 
 def _validations(path: Path) -> list[dict[str, Any]]:
@@ -137,7 +125,8 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     found: dict[str, Any] | None = read_json(path, mend, "scores", "images", "prompts", "seeds")
     with reading(path, mend=mend):
         for comparison in (found or {"scores": {}})["scores"].values():
-            comparison["all"]
+            for kind in ("all", *comparison):
+                comparison[kind].keys()
     return found
 
 

@@ -7,14 +7,13 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import Comparison, compare
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
-from diffalign.terminal import counted, number, plain_table
+from diffalign.terminal import counted, name_cell, number, plain_table
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def comparison_table(found: dict[str, Outcome]) -> Table:
             continue  # the verdict says so
         share = f"{c.win_rate:.1%}" + ("" if c.win_interval.low is None else f"\n{c.win_interval.words('.1%')}")
         change = f"{c.difference:+.4f}\n{c.interval.words('+.4f')}"
-        shown.add_row(Text(column), number(c.base), number(c.tuned), change, share)
+        shown.add_row(name_cell(column), number(c.base), number(c.tuned), change, share)
     return shown
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from diffalign.data.imported import finite_number
 from diffalign.data.read_tables import is_table_of_pairs, judged
@@ -27,7 +26,7 @@ from diffalign.intervals import Interval, bootstrap
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
-from diffalign.terminal import number, plain_table
+from diffalign.terminal import name_cell, number, plain_table
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,6 @@ def agreement_table(choices: list[Choice], scores: Scores) -> Table:
         a = agree(choices, scores, column)
         counts = map(str, (a.pairs, a.human_ties, a.predicted_ties))
         shown.add_row(
-            Text(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
+            name_cell(column), *counts, number(a.accuracy, ".1%"), a.interval.words(".1%"), number(a.kendall, "+.3f")
         )
     return shown

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from diffalign.progress import visible
 from diffalign.scoring.run import Scores
-from diffalign.terminal import NameCell, plain_table, shortened
+from diffalign.terminal import NameCell, name_cell, plain_table, shortened
 
 BINS = 24
 
@@ -84,7 +83,7 @@ def summary_table(found: list[Summary], title: str) -> Table:
         if s.scored:
             count = f"{s.scored} of {s.scored + s.unscored}" if s.unscored else str(s.scored)
             ends = Group(*(NameCell(f"{value:.4g}", name) for value, name in (s.best, s.worst)))
-            shown.add_row(Text(s.column), count, f"{s.mean:.4f}", f"{s.spread:.4f}", ends)
+            shown.add_row(name_cell(s.column), count, f"{s.mean:.4f}", f"{s.spread:.4f}", ends)
     return shown
 
 

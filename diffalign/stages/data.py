@@ -22,7 +22,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
 from diffalign.progress import say, say_aside
 from diffalign.report.contact_sheet import small_picture, write_contact_sheet
-from diffalign.stages.resolve import open_backbone, resolve_device, settled
+from diffalign.stages.resolve import open_backbone, process_device, settled
 
 FAULTS_SHOWN = 20
 
@@ -119,7 +119,7 @@ def cache(config: TrainConfig, dry_run: bool = False) -> None:
     """Encode what `diffalign train` would encode before its first step: `diffalign cache`. dry_run: print its size only."""
     config, dataset = settled(config), PreferenceDataset(config.data.path)
     chosen, members, _ = choose_groups(config.data, dataset)
-    backbone = open_backbone(config.model, "cpu" if dry_run else resolve_device(config.device))
+    backbone = open_backbone(config.model, "cpu" if dry_run else process_device(config.device))
     plan = plan_cache(config.data, dataset, chosen, members, backbone)
     if plan.mode == "off":
         raise DiffalignError("data.cache=off: nothing is encoded beforehand; set data.cache=all or latents")

@@ -14,6 +14,7 @@ from diffalign.data.dataset import ImageRow
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_folder
+from diffalign.files.published import public_name
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import export_merged
 from diffalign.pipelines.few_step import FewStep, call_options, few_step, student_scheduler
@@ -54,7 +55,7 @@ arguments of the call, whose defaults belong to the pipeline's class:
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{folder}")
+pipeline = DiffusionPipeline.from_pretrained(".")  # the folder of this file
 image = pipeline("...", {call}).images[0]
 ```
 {note}"""
@@ -239,7 +240,7 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     if wanted.sampler == "cps":
         note = CPS.format(eta=wanted.eta)
     call = ", ".join(f"{name}={value}" for name, value in options.items())
-    text = HOW.format(steps=wanted.steps, base=config.model.path, folder=out.as_posix(), call=call, note=note)
+    text = HOW.format(steps=wanted.steps, base=public_name(config.model.path), call=call, note=note)
     (out / "README.md").write_text(text)
     (out / "student.json").write_text(json.dumps({"call": options, "sampler": wanted.sampler}, indent=1) + "\n")
     return out

@@ -39,7 +39,7 @@ LOAD_TRUNK = """{trunk}_class = type(pipeline.{trunk})
 pipeline.register_modules({trunk}={trunk}_class.from_pretrained("{out}", subfolder="{trunk}")){here}"""
 READERS = {
     LORA_FILE: "diffusers; ComfyUI for SD3 and FLUX",
-    KOHYA_FILE: "ComfyUI, A1111, Forge and kohya's sd-scripts; diffusers, too",
+    KOHYA_FILE: "ComfyUI, Forge and kohya's sd-scripts; A1111 for SD1.5 and SDXL",
 }
 FILES = {
     "weights": (LORA_FILE, KOHYA_FILE),

@@ -19,7 +19,9 @@ from diffalign.stages.resolve import weights_digest
 
 def of_model(backbone: Backbone, tune: TuneSection) -> dict[str, str]:
     """Return the fingerprints of the model and of the LoRA that training starts from."""
-    found = dict.fromkeys(("model.path", "model.revision", "model.variant"), backbone.source.content_fingerprint())
+    found = dict.fromkeys(
+        ("model.path", "model.revision", "model.variant", "model.config"), backbone.source.content_fingerprint()
+    )
     return found if tune.init is None else {**found, "tune.init": weights_digest(tune.init)}
 
 

@@ -36,6 +36,7 @@ from diffalign.scoring.store import Store
 from diffalign.stages.resolve import build_reward, process_device
 from diffalign.terminal import counted, show_table
 
+PAGES = (".html", ".htm")
 UNSCORED = 3
 """Exit code of a run that ended, but left images without a score."""
 
@@ -79,7 +80,7 @@ def score(request: ScoreRequest) -> int:
 def _score(request: ScoreRequest, processes: Processes) -> int:
     keep_freed_memory()
     if processes.main and request.html:
-        make_folder(request.html.parent)
+        _check_page(request.html)
     # Resolve what the options name.
     device = process_device(request.device)
     rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
@@ -131,6 +132,13 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
 
 def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
     return NumberedRows(path, column) if is_numbered(path) else PromptTable(path, column)
+
+
+def _check_page(path: Path) -> None:
+    """Make the folder of the page. Raise DiffalignError where no page can be written, before anything is scored."""
+    if path.is_dir() or path.suffix.lower() not in PAGES:
+        raise DiffalignError(f"--html {path}: name a file that ends in {' or '.join(PAGES)}")
+    make_folder(path.parent)
 
 
 def _show(

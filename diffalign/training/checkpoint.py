@@ -154,12 +154,21 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
             f"no space left on the disk of {run_dir} at step {step}; the last complete checkpoint is "
             f"{last[-1] if last else 'none'}: free some space and run the same command again"
         ) from error
-    earlier = [path for path in checkpoints(run_dir) if path != final]
+    drop_old_checkpoints(run_dir, keep)
+    return final
+
+
+def drop_old_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete interim checkpoints but the newest of all, all but the newest `keep` others, and what a kill left unfinished.
+
+    Also to be called when a run resumes: a kill may have come between the writing of a checkpoint and this.
+    """
+    earlier = checkpoints(run_dir)[:-1]
     interim = [path for path in earlier if _is_interim(path)]
     scheduled = [path for path in earlier if path not in interim]
-    for old in [*interim, *(scheduled[: -(keep - 1)] if keep > 1 else scheduled)]:
+    unfinished = (run_dir / "checkpoints").glob("step-*.part")
+    for old in [*interim, *(scheduled[: -(keep - 1)] if keep > 1 else scheduled), *unfinished]:
         shutil.rmtree(old)
-    return final
 
 
 def _is_interim(path: Path) -> bool:

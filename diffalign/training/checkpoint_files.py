@@ -5,7 +5,6 @@ Checkpoints of earlier versions have no checksums. All of them must agree with t
 
 import json
 import re
-import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.files import reading
-from diffalign.files.checksums import CRC, check_crc, file_crc
+from diffalign.files.checksums import check_crc, check_seal, file_crc, sealed
 from diffalign.files.parse import parse_json
 
 NAME = re.compile(r"step-(\d{8})")
@@ -33,15 +32,16 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write state.json, with checksums of itself and of the files of tensors that lie in the folder."""
     files = {path.name: file_crc(path) for path in sorted(folder.glob("*.safetensors"))}
-    sealed = {**record, FILES: files}
-    (folder / STATE).write_text(json.dumps({**sealed, CRC: _crc(sealed)}, indent=1))
+    (folder / STATE).write_text(json.dumps(sealed({**record, FILES: files}), indent=1))
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """Return what state.json holds. Raises DiffalignError where it is damaged or speaks of another step."""
     with damage(checkpoint):
-        record: dict[str, Any] = parse_json((checkpoint / STATE).read_text(encoding="utf-8"))
-        check_crc(STATE, _crc(record), {STATE: record[CRC]} if CRC in record else {})
+        text = (checkpoint / STATE).read_text(encoding="utf-8")
+        record: dict[str, Any] = parse_json(text)
+        # Of what was written: `parse_json` changes text that UTF-8 cannot hold.
+        check_seal(json.loads(text))
         named = int(checkpoint.name.rpartition("-")[2]) if NAME.fullmatch(checkpoint.name) else record["step"]
         if record["step"] != named:
             raise ValueError(f"{STATE} is of step {record['step']}")
@@ -79,9 +79,3 @@ def damage(checkpoint: Path) -> AbstractContextManager[None]:
     earlier = [path for path in checkpoints(checkpoint.parent.parent) if path < checkpoint]
     then = f"resumes from {earlier[-1].name}" if earlier else "begins with the first step"
     return reading(checkpoint, "checkpoint ", f"it is damaged; delete it, and the same command {then}")
-
-
-def _crc(record: dict[str, Any]) -> int:
-    """Return the CRC-32 of a record without its own."""
-    plain = {key: value for key, value in record.items() if key != CRC}
-    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())

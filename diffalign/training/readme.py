@@ -15,7 +15,7 @@ TRAIN = """# {name}
 - `checkpoints/`: the state to resume from.
 """
 
-LORA = """ComfyUI (SD1.5, SDXL), A1111, Forge and kohya's sd-scripts read another layout:
+LORA = """ComfyUI, A1111, Forge and kohya's sd-scripts read another layout:
   `diffalign export {folder}` writes it, as `kohya_lora.safetensors`, beside diffusers' own. Use `weights/` with
 
 ```python

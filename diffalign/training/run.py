@@ -19,7 +19,7 @@ from diffalign.config import RunConfig
 from diffalign.health import Finding
 from diffalign.training.alone import Alone
 from diffalign.training.average import averaged, examine_average, keep_average, update_average
-from diffalign.training.checkpoint import About, TrainState, resume, save_checkpoint
+from diffalign.training.checkpoint import About, TrainState, drop_old_checkpoints, resume, save_checkpoint
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import HealthMonitor, OnAlarm
 from diffalign.training.progress import Pace, TrainProgress
@@ -101,6 +101,7 @@ def run(
         for line in (f"resuming after step {first}" if first else None, resumed.changed):
             if line:
                 say(line)
+        drop_old_checkpoints(run_dir, config.checkpoint.keep)
         open_run_dir(run_dir, plain, method.readme)
         rows, track = resumed.rows, config.tracking
         log = Metrics(run_dir, track.trackers, track.project, plain, first, rows, resumed.interim)

@@ -220,3 +220,26 @@ def test_the_shell_says_what_was_unpacked(tmp_path: Path) -> None:
         (tmp_path / "set" / name).write_bytes(data)
     subprocess.run(["tar", "-czf", "x.tar.gz", "set"], cwd=tmp_path, check=True)
     assert converted(tmp_path / "x.tar.gz", tmp_path / "out")[1][0][1] == PNG[:3]
+
+
+def test_the_types_of_other_writers(tmp_path: Path) -> None:
+    """polars writes large strings, large binaries and large lists; pandas' categories are dictionaries."""
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(PNG[n])
+    names = pa.array(["1.png", "0.png"])
+    tables = {
+        "names": {"image_path": names.cast(pa.large_string()), "prompt": pa.array(["a cat"] * 2, pa.large_string())},
+        "categories": {"image_path": names.dictionary_encode(), "prompt": pa.array(["a cat"] * 2).dictionary_encode()},
+        "bytes": {"image": pa.array([PNG[1], PNG[0]], pa.large_binary()), "prompt": pa.array(["a cat"] * 2)},
+        "lists": {
+            "image": pa.array(
+                [[cell(1), cell(0)]], pa.large_list(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+            ),
+            "prompt": pa.array(["a cat"], pa.large_string()),
+        },
+    }
+    for name, columns in tables.items():
+        rank = pa.array([[1, 2]], pa.large_list(pa.int8())) if name == "lists" else pa.array([1, 2])
+        pq.write_table(pa.table({**columns, "rank": rank}), tmp_path / f"{name}.parquet")
+        found = converted(tmp_path / f"{name}.parquet", tmp_path / f"out-{name}")[1]
+        assert [group[:3] for group in found] == [PAIR], name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffalign.data import shared_tasks
 from diffalign.data.cache import CachePlan, plan_cache
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.records import Records, make_records, read_index
@@ -80,6 +82,20 @@ def test_any_number_of_processes_makes_the_same_bytes(folder: Path, tmp_path: Pa
     children = [in_a_child(lambda: fill(folder, Slow(), cache_dir=tmp_path / "many")) for _ in range(processes)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def test_waiting_for_a_stopped_process_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared_tasks, "SILENT", 0.4)
+    child = in_a_child(lambda: fill(folder, Slow(), cache_dir=tmp_path / "cache"))
+    while not list(tmp_path.glob("cache/latents-*/.locks/*")):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGSTOP)
+    threading.Timer(3.0, lambda: os.kill(child, signal.SIGCONT)).start()
+    fill(folder, cache_dir=tmp_path / "cache")
+    assert "waiting for other processes that hold 1 tasks of" in capsys.readouterr().err
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_kills_change_no_byte(folder: Path, tmp_path: Path) -> None:
@@ -149,7 +165,32 @@ def test_the_same_command_makes_what_is_cut_or_gone_again(
     assert encoder.encoded <= 3 and encoder.texts <= 2  # one group, or one prompt and another to learn the shapes
 
 
-@pytest.mark.parametrize("damage", [_flip, _zeros, _header])
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kind", ["latents", "prompts"])
+def test_a_changed_index_is_made_again(folder: Path, kind: str, place: float) -> None:
+    made = fill(folder)
+    before = tree(made.folder)
+    (path,) = made.folder.glob(f"{kind}-*/index.json")
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    encoder = Encoder()
+    fill(folder, encoder)
+    assert tree(made.folder) == before and encoder.encoded == 0 and encoder.texts <= 1
+
+
+def _renamed(path: Path) -> None:
+    """Flip a bit in the name of a tensor: mean becomes lean, length mength."""
+    data = path.read_bytes()
+    at = data.index(b"mean" if b"mean" in data else b"length")
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def _unchecked(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"crc32", b"crc33"))
+
+
+@pytest.mark.parametrize("damage", [_flip, _zeros, _header, _renamed, _unchecked])
 @pytest.mark.parametrize("name", ["latents-*/00000.*", "latents-*/00002.*", "prompts-*/00001.*"])
 def test_changed_bytes_are_found_and_named(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
     made = fill(folder, latent_sampling="posterior")

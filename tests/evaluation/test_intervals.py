@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,8 @@ def test_the_report_says_first_what_can_be_told(
     claims = set(re.findall(r'class="(good|bad)">', page.replace('<b class="good">Nothing found', "")))
     assert claims == ({tone} if tone else set())
     ends = f"{difference - 0.1:+.3f} to {difference + 0.1:+.3f}"
-    config = {"model.path": "shapes-sdxl"}
-    card = write_card(replace(read_run(folder), config=config), tmp_path, kind="diffusers", usage="", generators={})
+    options = {"base": "shapes-sdxl", "adapter": True, "usage": "", "files": {}, "generators": {}}
+    card = write_card(read_run(folder), tmp_path, **options)
     for text in (page, card.read_text()):
         assert (ends in text) == (prompts >= 8) and (FEW.format(prompts) in text) == (prompts < 8)
 

@@ -130,6 +130,7 @@ RUN: list[tuple[str, Damage, list[str]]] = [
     *[("r/metrics.jsonl", replaced('{"step": 3,', wrong), REPORT) for wrong in ("3", "null\n{", '{"step": "3",', "[")],
     *[("r/eval.json", damage, REPORT) for damage in (cut, empty, junk, nested)],
     *[("r/eval.json", text(content), REPORT) for content in ("{}", "[1]", "3", '{"scores": 3}')],
+    ("r/eval.json", json_value("scores", "geneval.dense", "all", value=3), REPORT),
     *[("r/eval.json", json_value(key, value=...), REPORT) for key in ("images", "prompts", "seeds", "scores")],
     *[("r/health.json", text(content), REPORT) for content in ("{", "", "3", "[3]", '[{"name": "a"}]', '{"a": 1}')],
     *[("r/validation.jsonl", text(f"{line}\n"), REPORT) for line in ("3", '{"step": 1}', '{"step": 1, "scores": 3}')],

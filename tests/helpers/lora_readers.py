@@ -6,7 +6,8 @@ It knows torch and safetensors alone: no diffalign, diffusers or peft. What it d
                           comfy/weight_adapter/lora.py (alpha / rank, or 1 without an alpha tensor)
     sd-scripts 48d368fa   networks/lora.py, lora_sd3.py, lora_flux.py (names of modules, alpha; alpha = rank without a tensor)
     A1111 (Lora extension, as kept in ussoewwin/A1111-for-Python3.12 1fc455d5)
-                          networks.py (names), network.py (alpha / rank, or 1 without an alpha tensor)
+                          networks.py (names), network.py (alpha / rank, or 1 without an alpha tensor); SD3's names
+                          from modules/models/sd3/sd3_model.py
 
 Models are given by their weights under diffusers' names and the trunk's config, and are laid out as the original code has
 them. ComfyUI takes SD3's width for 64 times its depth; here it is read from the weights, so that narrow models work.
@@ -235,15 +236,21 @@ def sd_scripts(file: Path, model: Model) -> Reading:
 
 
 def a1111(file: Path, model: Model) -> Reading:
-    """load_network and calc_updown; SD1.5 by diffusers' or original names, SDXL and SD3 by original ones; no FLUX."""
+    """load_network and calc_updown. Of SD1.5 and SDXL kohya's files, by diffusers' or original names.
+
+    Of SD3 it splits every key at its last two dots, so that a file with `NAME.alpha` raises an error; it knows diffusers'
+    names of the image's side, and misspells those of the text's. It has no FLUX.
+    """
     keys: dict[str, Target] = {}
+    if model.family == "sd3" and all(key.count(".") > 1 for key in load_file(file)):
+        own = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+        sides = {n: t for n, t in model.targets.items() if n.removesuffix(".weight").endswith(own) and "attn2" not in n}
+        keys = {f"transformer.{name.removesuffix('.weight')}": target for name, target in sides.items()}
     for ours, target in model.targets.items():
-        if model.family == "flux":
-            continue
-        keys[f"lora_unet_{target.name.removesuffix('.weight').replace('.', '_')}"] = Target(target.name)
         if model.family in ("sd15", "sdxl"):  # convert_diffusers_name_to_compvis
+            keys[f"lora_unet_{target.name.removesuffix('.weight').replace('.', '_')}"] = target
             keys[f"lora_unet_{ours.removesuffix('.weight').replace('.', '_')}"] = target
-    return _read(file, model, keys, (("lora_up", "lora_down"),))
+    return _read(file, model, keys, (("lora_up", "lora_down"), ("lora_B", "lora_A")))
 
 
 PROGRAMS: dict[str, Callable[[Path, Model], Reading]] = {"ComfyUI": comfyui, "sd-scripts": sd_scripts, "A1111": a1111}

@@ -59,7 +59,9 @@ def test_datasets_cards_sheets_and_exports(tmp_path: Path) -> None:
                 writer.write(group, k, pictures.smooth(k), "model", k, provenance)
     write_groups(folder, group_rows())  # type: ignore[arg-type]  # plain dicts
     (folder / "generators").mkdir()
-    (folder / "generators" / "x.json").write_text(json.dumps({"model": f"{HOME}/models/x", "revision": None}))
+    (folder / "generators" / "x.json").write_text(
+        json.dumps({"model": f"{HOME}/models/x", "revision": None, "licence": None})
+    )
     settings = {"weights": f"{HOME}/weights/h.pt", "rubric": f"{HOME}/r.txt"}
     note = {"version": "1", "weights": f"{HOME}/weights/h.pt", "licence": "MIT", "settings": settings}
     with parquet_writer(folder / "scores" / "r.parquet", score_schema(("score",), note)):

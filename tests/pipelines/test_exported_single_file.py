@@ -66,6 +66,9 @@ def test_diffusers_reads_every_tensor(family: str, dtype: torch.dtype, tmp_path:
         found = read.components[name].state_dict()
         for key, value in module.state_dict().items():
             assert torch.equal(found[key], value), (name, key)
+    again = load_backbone(tmp_path / SINGLE_FILE, config=str(path), dtype=dtype)  # and as model.path
+    for key, value in backbone.pipeline_trunk.state_dict().items():
+        assert torch.equal(again.pipeline_trunk.state_dict()[key], value), key
     assert any(
         not torch.equal(before[key].to(dtype), value) for key, value in backbone.pipeline_trunk.state_dict().items()
     )

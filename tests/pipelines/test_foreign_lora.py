@@ -6,6 +6,7 @@ written under the names that each program uses, without diffusers or peft.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,7 +122,10 @@ def test_layouts(layout: str, request: pytest.FixtureRequest, tmp_path: Path) ->
     layers = deltas(untouched(folder), names, alphas, ranks)
     if "float16" in layout:
         layers = {n: (down.half().float(), up.half().float(), s) for n, (down, up, s) in layers.items()}
-    backbone.load_weights(save(tmp_path / "lora", layers))
+    path = save(tmp_path / "lora", layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a file that is used in full is no reason for a warning
+        backbone.load_weights(path)
     wanted = merged(folder, layers)
     assert (predict(backbone) - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
     with backbone.role("reference"):
@@ -202,3 +206,36 @@ def test_text_encoders_are_refused_or_ignored_as_asked(sd15_dir: Path, sd3_dir: 
     write(tmp_path / "none", {"lora_te_text_model_x.lora_down.weight": torch.ones(2, 2)})
     with pytest.raises(DiffalignError, match="holds no LoRA of a unet"):
         load_backbone(sd15_dir, lora_text_encoders="ignore").load_weights(tmp_path / "none")
+
+
+def test_fused_layers_of_sd3(sd3_dir: Path, tmp_path: Path) -> None:
+    """As kohya's SD3 trainer names them; diffusers itself does not read these. The last modulation has its halves swapped."""
+    generator = torch.Generator().manual_seed(1)
+    state, layers = {}, {}
+
+    def add(old: str, rows: int, into: int, alpha: float, parts: tuple[str, ...], swapped: bool = False) -> None:
+        down, up = torch.randn(2, into, generator=generator) * 0.3, torch.randn(rows, 2, generator=generator) * 0.3
+        stem = f"lora_unet_joint_blocks_{old}"
+        state.update(
+            {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(alpha)}
+        )
+        up = torch.cat(up.chunk(2)[::-1]) if swapped else up
+        for name, part in zip(parts, up.chunk(len(parts)), strict=True):
+            layers[f"transformer_blocks.{name}"] = (down, part, alpha / 2)
+
+    add("0_x_block_attn_qkv", 48, 16, 1.0, ("0.attn.to_q", "0.attn.to_k", "0.attn.to_v"))
+    add("1_context_block_attn_qkv", 48, 16, 6.0, ("1.attn.add_q_proj", "1.attn.add_k_proj", "1.attn.add_v_proj"))
+    add("0_x_block_mlp_fc2", 16, 64, 2.0, ("0.ff.net.2",))
+    add("1_context_block_adaLN_modulation_1", 32, 16, 3.0, ("1.norm1_context.linear",), swapped=True)
+    backbone = load_backbone(sd3_dir)
+    backbone.load_weights(write(tmp_path / "whole", state))
+    wanted = merged(sd3_dir, layers)
+    assert (predict(backbone) - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+
+    for key, value in (
+        ("lora_unet_joint_blocks_7_x_block_attn_qkv", 48),
+        ("lora_unet_joint_blocks_1_x_block_attn_qkv", 47),
+    ):
+        more = {f"{key}.lora_down.weight": torch.ones(2, 16), f"{key}.lora_up.weight": torch.ones(value, 2)}
+        with pytest.raises(DiffalignError, match=f"adapts {key}"):
+            backbone.load_weights(write(tmp_path / key, state | more))

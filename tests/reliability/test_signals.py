@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign import stopping
 from diffalign.cli import errors
+from diffalign.data.prompts import PromptRow
 from diffalign.data.shared_tasks import Task, complete_all
 from diffalign.errors import DiffalignError
+from diffalign.evaluation.evaluate import EvaluationPlan, sample_images
 from diffalign.training import stop
-from helpers import toy, toy_distill, toy_reward_gradient
+from helpers import counting_reward, toy, toy_distill, toy_reward_gradient
 from helpers.command_line import run as command
 from helpers.processes import command as toy_command
 from helpers.processes import environment, finish, torchrun
@@ -192,6 +195,55 @@ def test_tasks_are_finished_and_counted(
     assert left.value.exit_code == 75 and made == [0, 1, 2]
     assert "30 of 50 images are kept; the same command resumes from there" in capfd.readouterr().err
     assert complete_all(tasks, tmp_path / "locks") == 20
+
+
+class Interrupting(counting_reward.Counting):
+    """Sends a signal while it measures its third batch."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+    def measure(self, *given: Any) -> dict[str, torch.Tensor]:
+        if len(self.batches) == 2:
+            os.kill(os.getpid(), self.number)
+        return super().measure(*given)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_score_keeps_the_batch(number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for i in range(20):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(tmp_path / "in" / f"{i:02d}.png")
+        (tmp_path / "in" / f"{i:02d}.txt").write_text(f"prompt {i}")
+    counting_reward.run([tmp_path / "in"], tmp_path / "straight.jsonl")
+    first, out = Interrupting(number), tmp_path / "out.jsonl"
+    with pytest.raises(errors.typer.Exit) as left, errors.plain_errors(resumes=True):
+        counting_reward.run([tmp_path / "in"], out, first)
+    assert left.value.exit_code == 75 and first.batches == [4, 4, 4]
+    assert "12 scores are kept; the same command resumes from there" in capfd.readouterr().err
+    _, second = counting_reward.run([tmp_path / "in"], out)
+    assert sum(second.batches) == 8
+    assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_eval_keeps_the_batch(number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = EvaluationPlan([PromptRow(f"prompt {i}") for i in range(5)], seeds=2, batch_size=3)
+    drawn: list[int] = []
+
+    def sampler(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        drawn.append(len(prompts))
+        if len(drawn) == 2:
+            os.kill(os.getpid(), number)
+        return [Image.new("RGB", (4, 4), (seed % 256, 0, 0)) for seed in seeds]
+
+    with pytest.raises(errors.typer.Exit) as left, errors.plain_errors(resumes=True):
+        sample_images(sampler, plan, tmp_path / "tuned", "x")
+    assert left.value.exit_code == 75 and drawn == [3, 3] and len(list((tmp_path / "tuned").glob("*.png"))) == 6
+    assert "6 of 10 images of tuned are kept" in capfd.readouterr().err
+    sample_images(sampler, plan, tmp_path / "tuned", "x")
+    assert drawn == [3, 3, 3, 1]
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -111,6 +111,31 @@ def test_targets() -> None:
         assert similarity(target, [("HELLO", 0.9), ("WORLD", 0.9)]) == exact_match(target, [(HELLO, 0.9)]) == 1.0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_targets_beside_flow_grpos(seed: int) -> None:
+    """There the target is what stands between the first two quotes, or after the only one, blank or not. Here a blank text
+    or one without an end is none, and blanks and line breaks in it are one space, which the score ignores.
+    """
+    draw = random.Random(seed)
+    counted = {"same": 0, "blank": 0, "open": 0, "none": 0}
+    for _ in range(1000):
+        prompt = "".join(draw.choice(['"', '"', "a", "Bc", " ", "\n", "ß"]) for _ in range(draw.randint(1, 12)))
+        parts, ours = prompt.split('"'), target_of(prompt)
+        if len(parts) < 3:
+            counted["none" if len(parts) == 1 else "open"] += 1
+            assert ours is None
+        elif parts[1].strip():
+            counted["same"] += 1
+            assert ours is not None and ours.split() == parts[1].split()
+            read = [(parts[1].replace("\n", " "), 0.9)]
+            assert similarity(ours, read) == exact_match(ours, read) == 1.0
+        else:
+            counted["blank"] += 1
+            later = [text for text in parts[3:-1:2] if text.strip()]
+            assert ours is None if not later else ours is not None and ours.split() == later[0].split()
+    assert min(counted.values()) > 50
+
+
 @pytest.mark.soak
 def test_rendered_text_is_read(soak: bool) -> None:
     pictures = lettering.rendered(160 if soak else 16)

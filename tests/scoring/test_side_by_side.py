@@ -194,3 +194,15 @@ def test_numbers_within_groups_of_datasets_tell_nothing() -> None:
         side.items[:] = [replace(item, origin=InTable()) for item in side.items]
     pairing = pair_up(a, b)
     assert pairing.how == "prompt" and pairing.prompts == [[(0, 1)], [(1, 0)]]
+
+
+@pytest.mark.parametrize("name", ["a", "labels.csv", "a/000.png", "page"])
+def test_the_page_overwrites_nothing_else(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pictures.folder(tmp_path / "a", 2), pictures.folder(tmp_path / "b", 2)
+    (tmp_path / "labels.csv").write_text("mine")
+    monkeypatch.setattr("diffalign.stages.score.score_items", lambda *a, **k: pytest.fail("scored"))
+    assert run("score", a, "-r", "sharpness", "--against", b, "--html", tmp_path / name) == 2
+    assert "name a file that ends in .html" in capsys.readouterr().err
+    assert (tmp_path / "labels.csv").read_text() == "mine"

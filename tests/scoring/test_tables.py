@@ -17,7 +17,7 @@ from diffalign.scoring.human_agreement import Choice, agreement_table
 from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import summarise, summary_table
-from diffalign.terminal import shortened
+from diffalign.terminal import name_cell, shortened
 from helpers.scored_items import made
 
 LABELS = ["pickscore", "jpeg_compressibility", "unifiedreward"]
@@ -65,6 +65,27 @@ def test_names_and_numbers_stay_whole(count: int, width: int, which: int) -> Non
         assert text.count(f"-{count - 1}.png") == text.count("-0.png") == 4  # best and worst of each
     else:
         assert ("too few" in text) == (count < 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("jpeg_compressibility", ["jpeg_compressibility"]),
+        ("unifiedreward.alignment", ["unifiedreward.alignment"]),
+        ("step-100: unifiedreward.alignment", ["step-100: unifiedreward.", "alignment"]),
+        ("a_label_that_somebody_gave_to_a_reward", ["a_label_that_somebody_", "gave_to_a_reward"]),
+        ("x" * 60, ["x" * 26, "x" * 26, "x" * 8]),
+        ("[red]markup", ["[red]markup"]),
+    ],
+)
+def test_a_very_long_name_breaks_and_numbers_stay_whole(name: str, shown: list[str]) -> None:
+    assert name_cell(name).plain.split("\n") == shown
+    scores = made([-1.25, 2.5], ["p", "q"])
+    scores.columns = {name: (name,)}
+    for row in scores.rows:
+        row |= {name: row["r"], f"{name}.reason": ""}
+    text = "\n".join(found := lines(summary_table(summarise(scores), "2 images")))
+    assert "0.6250" in text and "1.8750" in text and max(map(len, found)) <= 80
 
 
 def test_what_is_not_there_is_a_dash_or_no_row() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.generator import load_generator
+from diffalign.stages.resolve import weights_digest
 from helpers import tiny_training, toy
 from helpers.command_line import run
 from helpers.lora_files import UNET, as_kohya, deltas, merged, predict, write
@@ -105,7 +107,7 @@ def test_checkpoints_are_trained_on(runs: dict[str, Path], sd3_dir: Path) -> Non
         (lambda f: (f / "state.json").write_text("[" * 9999), "is no checkpoint of an image model"),
         (lambda f: (f / "state.json").write_text("{}"), "is no checkpoint of an image model"),
         (lambda f: (f / "state.json").write_text('{"config": {"tune": {"kind": "lora"}}}'), "is no checkpoint of an image"),
-        (lambda f: save_file({"x": torch.ones(2)}, f / "policy.safetensors"), "is no part of a LoRA"),
+        (lambda f: save_file({"x": torch.ones(2)}, f / "policy.safetensors"), "the checksum of policy.safetensors differs"),
     ],
 )  # fmt: skip
 def test_damaged_checkpoints(
@@ -117,6 +119,33 @@ def test_damaged_checkpoints(
     assert run("sample", *sampling(tmp_path / "out", sd3_dir), f"weights={checkpoint}") == 2
     seen = capsys.readouterr()
     assert words in seen.err and len(seen.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "average"])
+def test_a_flipped_byte_of_a_checkpoint_is_found(
+    kind: str, runs: dict[str, Path], sd3_dir: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run/checkpoints/step-00000003"
+    shutil.copytree(runs[kind] / "checkpoints/step-00000003", checkpoint)
+    file = checkpoint / ("ema.safetensors" if kind == "average" else "policy.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DiffalignError, match="is damaged .*checksum"):
+        load_backbone(sd3_dir, max_sequence_length=12).load_weights(checkpoint)
+
+
+def test_damaged_weights_have_no_digest(runs: dict[str, Path], tmp_path: Path) -> None:
+    """What `eval` and `sample` hash before they draw, or load."""
+    shutil.copytree(runs["lora"] / "weights", tmp_path / "weights")
+    file = tmp_path / "weights/pytorch_lora_weights.safetensors"
+    whole = weights_digest(tmp_path / "weights")
+    assert whole == weights_digest(tmp_path / "weights") != weights_digest(runs["average"] / "weights")
+    for content in (b"", b"junk" * 9, file.read_bytes()[:-1]):
+        file.write_bytes(content)
+        for path in (tmp_path / "weights", file):
+            with pytest.raises(DiffalignError, match="is damaged or no safetensors file"):
+                weights_digest(path)
 
 
 def test_checkpoints_of_another_model_are_refused(

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diffalign.errors import DiffalignError
+from diffalign.training.checkpoint_files import read_record, write_record
 from helpers import toy
 from helpers.damage import Damage, cut, empty, json_value, junk, last, nested, tensors, text
 
@@ -75,6 +76,14 @@ def test_a_damaged_checkpoint_is_named(file: str, damage: Damage, earlier: bool,
     with pytest.raises(DiffalignError, match=rf"^checkpoint .*{LATEST} cannot be read \(.+\); {advice}$") as caught:
         train(run_dir, steps=5)
     assert "\n" not in str(caught.value)
+
+
+def test_text_that_utf8_cannot_hold_is_no_damage(tmp_path: Path) -> None:
+    """A file's name that is not UTF-8 stands in the config as lone surrogates."""
+    record = {"step": 4, "config": {"a": "\udcff", "b": 1e-300}, "optimizer": {"scalars": {}, "groups": [{}]}}
+    (tmp_path / "step-00000004").mkdir()
+    write_record(tmp_path / "step-00000004", record)
+    assert read_record(tmp_path / "step-00000004")["config"]["b"] == 1e-300
 
 
 def test_without_an_earlier_one_the_first_step_is_named(trained: Path, tmp_path: Path) -> None:

@@ -111,6 +111,18 @@ def test_nothing_is_said_where_nothing_changed(tmp_path: Path) -> None:
     assert not [line for line in run(tmp_path) if line.startswith("changed")]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_a_kill_left_of_checkpoints_is_cleared(tmp_path: Path, keep: int) -> None:
+    """A kill between the writing of a checkpoint and the deletion of an older one, and in the middle of writing one."""
+    given: dict[str, Any] = {"checkpoint": {"every": 2, "keep": keep}}
+    run(tmp_path / "straight", **given)
+    run(tmp_path / "killed", checkpoint={"every": 2, "keep": 4})
+    (tmp_path / "killed/checkpoints/step-00000007.part").mkdir()
+    run(tmp_path / "killed", **given)
+    a, b = (sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) for name in ("straight", "killed"))
+    assert a == b and len(a) == keep
+
+
 # --- places: compared by content --------------------------------------------------------------------------------------
 
 
