@@ -11,7 +11,14 @@ from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
 from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
-from diffalign.config.run import AUTO, WITHOUT_VALIDATION, AveragedStepSection, BackboneRunConfig, ValidationSection
+from diffalign.config.run import (
+    AUTO,
+    MICRO_BATCH,
+    WITHOUT_VALIDATION,
+    AveragedStepSection,
+    BackboneRunConfig,
+    ValidationSection,
+)
 from diffalign.config.section import (
     MOST_IMAGES,
     ROUNDING,
@@ -26,7 +33,7 @@ class TrainSection(AveragedStepSection):
     groups_per_step: int = Field(
         8, gt=0, le=MOST_IMAGES, description="groups in one optimiser step, over all processes and micro-batches"
     )
-    micro_batch: Annotated[int, ROUNDING] = Field(
+    micro_batch: Annotated[int, MICRO_BATCH] = Field(
         8,
         ge=AUTO,
         le=MOST_IMAGES,
