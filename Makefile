@@ -6,7 +6,7 @@
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
 #   make soak           the long form of tests whose short form is part of `make test`
-#   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (half an hour)
+#   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3

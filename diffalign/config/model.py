@@ -37,7 +37,7 @@ def with_options(model: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "options": options}
 
 
-# Keys that earlier runs lack, with what was done then.
+# Keys that the plans of earlier synth folders lack, with what was done then.
 LATER_KEYS: dict[str, object] = {"lora_text_encoders": "refuse", "config": None}
 
 
@@ -45,13 +45,6 @@ def current_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return a run's plain config, as a checkpoint stores it, with today's keys, so that earlier runs resume."""
     model = config.get("model")
     return {**config, "model": with_options(model)} if isinstance(model, dict) else config
-
-
-def complete_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `current_keys` with the keys that were added since, at what was done before them."""
-    config = current_keys(config)
-    model = config.get("model")
-    return {**config, "model": {**LATER_KEYS, **model}} if isinstance(model, dict) else config
 
 
 class ModelSection(Section):

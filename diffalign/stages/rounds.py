@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import EvalConfig, RoundsConfig, SampleConfig, TrainConfig, load_config
-from diffalign.config.model import complete_keys
+from diffalign.config.model import current_keys
 from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.real_against_generated import write_real_against_generated
@@ -23,7 +23,7 @@ from diffalign.data.sample import clean_up
 from diffalign.data.score import score_images
 from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
-from diffalign.files import read_json, reading, write_whole
+from diffalign.files import dotted_keys, read_json, reading, write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.intervals import interval_in
 from diffalign.pipelines.momentum import extrapolate_lora
@@ -287,10 +287,11 @@ def _decisive(config: RoundsConfig) -> dict[str, Any]:
 
 def _same_config(config: RoundsConfig) -> None:
     """Refuse to continue rounds under other settings."""
-    before, now = read_json(_remembered(config), MEND), _decisive(config)
+    stored, now = read_json(_remembered(config), MEND), dotted_keys(_decisive(config))
     with reading(_remembered(config), mend=MEND):
-        before = complete_keys(dict(before))
-    changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+        stored = dotted_keys(current_keys(dict(stored)))
+    before = dotted_keys(config.former_values()) | stored
+    changed = [key for key in sorted(now.keys() | stored.keys()) if now.get(key) != before.get(key)]
     if changed:
         raise DiffalignError(
             f"{config.out} holds rounds of another config: {changed[0]} was {before.get(changed[0])!r}, is now "

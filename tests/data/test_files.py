@@ -90,11 +90,11 @@ def test_weights_are_whole_or_not_there(tmp_path: Path, sdxl_dir: Path, monkeypa
     backbone = load_backbone(sdxl_dir)
     backbone.add_lora(2, 2.0)
 
-    def half(folder: Path, **_: object) -> None:
-        (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(b"half")
+    def half(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backbone.pipeline, "save_lora_weights", half)
+    monkeypatch.setattr("diffalign.pipelines.adapters.write_lora", half)
     with pytest.raises(KeyboardInterrupt):
         backbone.save_weights(tmp_path / "weights")
     assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def test_a_signal_finishes_the_step_and_the_run_resumes_bit_for_bit(
 ) -> None:
     sections: dict[str, Any] = {"train": {"steps": 8}, "checkpoint": {"every": 3, "keep": keep}}
     train(method, tmp_path / "straight", **sections)
-    for at in (1, 5, 7):
+    for at in (1, 7):
         run_dir = tmp_path / f"stopped-{at}"
         before = signal.getsignal(number)
         assert stopped(method, run_dir, Signalling(source_of(method), number, at), **sections) == 75
