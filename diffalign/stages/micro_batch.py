@@ -29,11 +29,21 @@ def usual_micro_batch(each: int) -> int:
     return divisors(each, USUAL)[0]
 
 
-def with_micro_batch(config: TrainConfig, members: int, accelerator: Accelerator) -> TrainConfig:
-    """Return the config with a number in the place of `train.micro_batch: auto`, the same on all processes.
+def kept_micro_batch(config: TrainConfig) -> TrainConfig:
+    """Return the config with the number that the run's config.yaml has in the place of `auto`, where the run has begun.
 
-    A run that is resumed keeps the number in its config.yaml: on another GPU it stays the same run.
+    On another GPU it so stays the same run.
     """
+    written = Path(config.run_dir) / "config.yaml"
+    if config.train.micro_batch != AUTO or not written.is_file():
+        return config
+    before = load_run_config(written)
+    found = before.train.micro_batch if isinstance(before, TrainConfig) else AUTO
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found})})
+
+
+def with_micro_batch(config: TrainConfig, members: int, accelerator: Accelerator) -> TrainConfig:
+    """Return the config with a number in the place of `train.micro_batch: auto`, the same on all processes."""
     if config.train.micro_batch != AUTO:
         return config
     found = [_found(config, members, accelerator) if accelerator.is_main_process else AUTO]
@@ -43,13 +53,8 @@ def with_micro_batch(config: TrainConfig, members: int, accelerator: Accelerator
 
 
 def _found(config: TrainConfig, members: int, accelerator: Accelerator) -> int:
-    """Return the micro-batch of the run's config.yaml, or else the one that fits."""
+    """Return the micro-batch that fits this process's device."""
     each = max(1, config.train.groups_per_step // accelerator.num_processes)
-    written = Path(config.run_dir) / "config.yaml"
-    if written.is_file():
-        before = load_run_config(written)
-        if isinstance(before, TrainConfig) and before.train.micro_batch and each % before.train.micro_batch == 0:
-            return before.train.micro_batch
     if accelerator.device.type != "cuda":
         return usual_micro_batch(each)
     prediction = predicted(config, planned_backbone(config.model) or open_backbone(config.model, "cpu"), accelerator)

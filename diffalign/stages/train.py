@@ -27,7 +27,7 @@ from diffalign.stages.dry_run import (
     warn,
 )
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.micro_batch import gpu_room, usual_micro_batch, with_micro_batch
+from diffalign.stages.micro_batch import gpu_room, kept_micro_batch, usual_micro_batch, with_micro_batch
 from diffalign.stages.resolve import (
     note_other_base,
     open_backbone,
@@ -54,7 +54,7 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _train(config: TrainConfig, dry_run: bool) -> None:
-    config, device = with_judges(settled(config)), resolve_device(config.device)
+    config, device = kept_micro_batch(with_judges(settled(config))), resolve_device(config.device)
     check_before_loading(config)
     if dry_run:
         print_config(config)

@@ -73,7 +73,7 @@ def pairs(tmp_path: Path) -> Path:
         (
             "sd35_medium_dpo",
             None,
-            "about 15.8 GB",
+            "about 11.7 GB",
             "accept them at https://huggingface.co/stabilityai/stable-diffusion-3.5",
         ),
     ],
