@@ -46,6 +46,8 @@ def changes(
         if rule is not None and not loaded and rule.pending is not ... and new.get(key) == rule.pending:
             continue
         if rule is not None and rule.effect == "named" and key in before:
+            if old.get(key) is None and new.get(key) is None:
+                continue  # it names nothing; the key that does is compared
             if key in now and before[key] != now[key]:
                 found.append(Change(key, f"{old.get(key)} ({before[key]})", f"{new.get(key)} ({now[key]})", None))
                 continue
