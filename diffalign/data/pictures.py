@@ -7,6 +7,7 @@ from pathlib import Path
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_export import suffix
 from diffalign.files import make_folder, write_whole
+from diffalign.rewards.facts import geneval_facts
 
 LONGEST_NAME = 60
 
@@ -15,7 +16,7 @@ def write_pictures(dataset: PreferenceDataset, folder: Path) -> int:
     """Write every image that counts into `folder`, as it is stored, and return how many.
 
     A file is named by the number of its group, its prompt and its index, such as 0003-a-red-circle-1.png. `metadata.jsonl`
-    has file_name, prompt and seed, so `diffalign score` finds the prompts.
+    has file_name, prompt, seed and GenEval's facts, so `diffalign score` finds what every reward reads.
     """
     make_folder(folder)
     digits = max(4, len(str(len(dataset))))
@@ -26,6 +27,7 @@ def write_pictures(dataset: PreferenceDataset, folder: Path) -> int:
         for image in dataset.images(row["group_id"]):
             name = f"{number:0{digits}d}-{slug}-{image.index}.{suffix(image.data)}"
             (folder / name).write_bytes(image.data)
-            lines.append(json.dumps({"file_name": name, "prompt": row["prompt"], "seed": image.seed}) + "\n")
+            caption = {"file_name": name, "prompt": row["prompt"], "seed": image.seed, **geneval_facts(row)}
+            lines.append(json.dumps(caption) + "\n")
     write_whole(folder / "metadata.jsonl", "".join(lines))
     return len(lines)

@@ -41,3 +41,23 @@ def test_score_reads_the_folder(tmp_path: Path) -> None:
     assert not score(request)
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert sorted(row["prompt"] for row in rows) == ["prompt a"] * 3 + ["prompt b"] * 3 + ["prompt c"] * 2
+
+
+def test_geneval_judges_the_folder_as_it_judges_the_dataset(tmp_path: Path) -> None:
+    facts = {
+        "tag": "counting",
+        "include": [{"class": "circle", "count": 2}],
+        "exclude": [{"class": "circle", "count": 3}],
+    }
+    write_images(tmp_path / "data")
+    write_groups(tmp_path / "data", [row | {"metadata": facts} for row in group_rows()])
+    write_pictures(PreferenceDataset(tmp_path / "data"), tmp_path / "look")
+    found = []
+    for source in ("data", "look"):
+        request = ScoreRequest(
+            [str(tmp_path / source)], ["geneval:detector=shapes"], output=tmp_path / f"{source}.jsonl"
+        )
+        assert not score(request)
+        rows = [json.loads(line) for line in request.output.read_text().splitlines()]
+        found.append([row["geneval"] for row in rows])
+    assert len(found[0]) == 8 and found[0] == found[1]
