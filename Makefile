@@ -45,7 +45,7 @@ quickstart: $(STAMP)
 
 # The numbers of these tests are a CPU's; a GPU has its own, which compare with them.
 test: $(STAMP) oracles
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -q
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q tests/gpu
