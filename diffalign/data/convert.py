@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from diffalign.data.containers import ARCHIVES, TABLES, TARS, containers_below, kind_of, unpacked
+from diffalign.data.folder_metadata import METADATA_FILES
 from diffalign.data.imported import ImportedGroup, Report, SkippedRow, write_imported
-from diffalign.data.read_groups import LABELS, metadata_files, read_hpdv2, read_imagefolder
+from diffalign.data.read_groups import LABELS, read_hpdv2, read_imagefolder
 from diffalign.data.read_pairs import (
     is_hpdv3pp,
     read_hpdv3,
@@ -114,7 +115,7 @@ def guess_form(path: Path) -> str:
     if path.is_dir():
         if (path / "w").is_dir() and (path / "l").is_dir():
             return "w_l"
-        if any(file.is_file() for file in metadata_files(path)):
+        if any((path / name).is_file() for name in METADATA_FILES):
             return "imagefolder"
         named = [inside(path, f"{split}.json") for split in ("train", "test") if (path / f"{split}.json").is_file()]
         for file in named or json_files(path):

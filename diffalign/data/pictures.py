@@ -27,7 +27,12 @@ def write_pictures(dataset: PreferenceDataset, folder: Path) -> int:
         for image in dataset.images(row["group_id"]):
             name = f"{number:0{digits}d}-{slug}-{image.index}.{suffix(image.data)}"
             (folder / name).write_bytes(image.data)
-            caption = {"file_name": name, "prompt": row["prompt"], "seed": image.seed, **geneval_facts(row)}
+            caption = {
+                "file_name": name,
+                "prompt": row["prompt"],
+                "seed": image.seed,
+                **geneval_facts({"metadata": row["metadata"]}),
+            }
             lines.append(json.dumps(caption) + "\n")
     write_whole(folder / "metadata.jsonl", "".join(lines))
     return len(lines)

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from diffalign.data.containers import TABLES, RowOrigin, image_rows, kind_of, tables_below
+from diffalign.data.folder_metadata import METADATA_FILES
 from diffalign.data.imported import (
     ImportedGroup,
     ImportedImage,
@@ -71,11 +72,6 @@ def _hpdv2_row(row: dict[str, Any], where: str, file: Path) -> ImportedGroup | S
     return ImportedGroup(row["prompt"].strip(), tuple(images), preference, where, split=file.stem)
 
 
-def metadata_files(folder: Path) -> list[Path]:
-    """Return the names that the metadata of a folder may have."""
-    return [folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")]
-
-
 def read_imagefolder(path: Path) -> Rows:
     """Read a folder of images with metadata.jsonl (or .csv): file_name and text or prompt, one row an image.
 
@@ -86,7 +82,7 @@ def read_imagefolder(path: Path) -> Rows:
     """
     files = [path]
     if path.is_dir():
-        files = [own_file(path, p) for p in metadata_files(path) if p.is_file()][:1]
+        files = [inside(path, name) for name in METADATA_FILES if (path / name).is_file()][:1]
         files = files or json_files(path) or tables_below(path)
     if not files:
         raise DiffalignError(f"{path}: holds neither metadata.jsonl nor metadata.csv")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.containers import tables_below
+from diffalign.data.folder_metadata import folder_metadata
 from diffalign.data.imported import ImportedGroup, SkippedRow, finite_number
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.tables import json_files, json_rows, table_rows, table_schema
@@ -141,11 +142,12 @@ def _hpdv3_rows(file: Path, root: Path, split: str, facts: dict[str, Any]) -> Ro
 
 def read_two_folders(winners: Path, losers: Path) -> Rows:
     """Read images of equal stem. The caption of a.png is in a.txt beside the winner, beside the loser, or one folder
-    up.
+    up, or in the metadata file of one of the two folders.
     """
     for folder in (winners, losers):
         if not folder.is_dir():
             raise DiffalignError(f"{folder}: no such folder")
+    listed = [folder_metadata(folder, None)[0] for folder in (winners, losers)]
     others = {p.stem: p for p in losers.iterdir() if p.suffix.lower() in SUFFIXES}
     for winner in sorted(p for p in winners.iterdir() if p.suffix.lower() in SUFFIXES):
         loser = others.pop(winner.stem, None)
@@ -157,14 +159,17 @@ def read_two_folders(winners: Path, losers: Path) -> Rows:
             yield SkippedRow(str(winner), str(error))
             continue
         beside = [prompt_beside(folder / winner.name) for folder in (winners, losers, winners.parent)]
-        caption = next((prompt for prompt, _ in beside if prompt), None) or prompt_within(winner)
+        rows = [found[image] for found, image in zip(listed, (winner, loser), strict=True) if image in found]
+        stated = [prompt for prompt, _ in beside] + [row.prompt for row in rows]
+        caption = next((prompt for prompt in stated if prompt), None) or prompt_within(winner)
         fault = next((fault for _, fault in beside if fault), f"write it into {winner.stem}.txt beside it")
         if loser is None:
             yield SkippedRow(str(winner), f"no image of the same name in {losers}")
         elif not caption:
             yield SkippedRow(str(winner), f"no caption; {fault}")
         else:
-            yield ImportedGroup(caption, (winner, loser), (1.0, 0.0), str(winner))
+            facts = next((row.facts for row in rows if row.facts), {})
+            yield ImportedGroup(caption, (winner, loser), (1.0, 0.0), str(winner), metadata=facts)
     for stem in sorted(others):
         yield SkippedRow(str(others[stem]), f"no image of the same name in {winners}")
 

@@ -31,6 +31,19 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_place(path: Path) -> None:
+    """Raise DiffalignError where no file `path` can be written; call it before work whose result would be lost."""
+    part = path.with_name(path.name + ".part")
+    make_folder(path.parent)
+    try:
+        part.touch()
+    except FileNotFoundError as error:
+        raise DiffalignError(
+            f"{path}: no file can be written there ({error.strerror}); choose another place"
+        ) from error
+    part.unlink()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path `<name>.part` to write to; when the block ends, rename it to `path`.

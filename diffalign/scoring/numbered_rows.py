@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.folder_metadata import Caption, caption_of, named_image
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
 from diffalign.rewards.facts import geneval_facts
-from diffalign.scoring.captions import Caption, caption_of, named_image
 
 GENEVAL_FILE = "evaluation_metadata.jsonl"
 

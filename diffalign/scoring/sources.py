@@ -19,6 +19,7 @@ from diffalign.data.containers import (
     kind_of,
 )
 from diffalign.data.dataset import PreferenceDataset
+from diffalign.data.folder_metadata import Caption, caption_of, folder_metadata
 from diffalign.data.own_parquet import IMAGES_MEND, read_columns
 from diffalign.data.prompts_beside import prompt_beside, prompt_within
 from diffalign.data.schema import GROUPS_FILE
@@ -29,10 +30,7 @@ from diffalign.files.parse import valid_unicode
 from diffalign.files.paths import inside, leads_out, own_file
 from diffalign.scoring.captions import (
     SOURCES,
-    Caption,
     PromptTable,
-    caption_of,
-    folder_metadata,
     from_name,
 )
 from diffalign.scoring.containers import archive_members

@@ -19,6 +19,7 @@ from diffalign.data.dataset_summary import summarise_dataset
 from diffalign.data.imported import Report, write_imported
 from diffalign.data.training_source import choose_groups
 from diffalign.errors import DiffalignError
+from diffalign.files import check_place
 from diffalign.files.lock import writing_folder
 from diffalign.progress import say, say_aside
 from diffalign.report.contact_sheet import small_picture, write_contact_sheet
@@ -37,6 +38,8 @@ def write_sheet(dataset: PreferenceDataset, path: Path, groups: int, facts: dict
 
 def inspect(folder: Path, html: Path | None = None, groups: int = 100) -> dict[str, Any]:
     """Print what a dataset holds, and return it: `diffalign data inspect`. html: also write a contact sheet there."""
+    if html is not None:
+        check_place(html)
     dataset = PreferenceDataset(folder)
     facts = summarise_dataset(dataset)
     width = max(map(len, facts))

@@ -15,7 +15,7 @@ from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder
+from diffalign.files import check_place
 from diffalign.files.lock import writing_file, writing_folder
 from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import Reward
@@ -138,7 +138,7 @@ def _check_page(path: Path) -> None:
     """Make the folder of the page. Raise DiffalignError where no page can be written, before anything is scored."""
     if path.is_dir() or path.suffix.lower() not in PAGES:
         raise DiffalignError(f"--html {path}: name a file that ends in {' or '.join(PAGES)}")
-    make_folder(path.parent)
+    check_place(path)
 
 
 def _show(

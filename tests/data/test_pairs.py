@@ -87,3 +87,38 @@ def test_the_verb(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert left.value.code == code, sources
     assert "holds a dataset already" in capsys.readouterr().err
     assert json.loads(PreferenceDataset(own / "out")._table["metadata"][0].as_py()) == {}
+
+
+ROWS = [{"file_name": "x.png", "prompt": "a red cup", "tag": "counting", "include": [{"class": "cup", "count": 1}]}]
+TABLE = "file_name,text\n./x.png,a red cup\n"
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "text"),
+    [
+        ("win", "metadata.jsonl", json.dumps(ROWS[0])),
+        ("lose", "metadata.jsonl", json.dumps(ROWS[0])),
+        ("lose", "metadata.csv", TABLE),
+        ("win", "metadata.csv", TABLE.replace(",", ";")),
+    ],
+)
+def test_two_folders_take_prompts_from_a_metadata_file(own: Path, side: str, name: str, text: str) -> None:
+    (own / "win" / "x.txt").unlink()
+    (own / side / name).write_text(text)
+    import_pairs([own / "win", own / "lose"], own / "out")
+    row = PreferenceDataset(own / "out").group(0)
+    assert row["prompt"] == "a red cup"
+    assert row["metadata"].get("include") == (ROWS[0]["include"] if name.endswith("jsonl") else None)
+
+
+def test_a_text_beside_an_image_comes_before_the_metadata_file(own: Path) -> None:
+    before = (own / "win" / "x.txt").read_text().strip()
+    (own / "win" / "metadata.jsonl").write_text(json.dumps(ROWS[0]))
+    import_pairs([own / "win", own / "lose"], own / "out")
+    assert PreferenceDataset(own / "out").group(0)["prompt"] == before != "a red cup"
+
+
+def test_a_broken_metadata_file_is_named(own: Path) -> None:
+    (own / "win" / "metadata.jsonl").write_text('{"prompt": "no image"}\n{"prompt": "again"}')
+    with pytest.raises(DiffalignError, match=r"metadata.jsonl:1: no file_name"):
+        import_pairs([own / "win", own / "lose"], own / "out")

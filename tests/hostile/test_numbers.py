@@ -126,3 +126,14 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
 def test_numbers_of_the_command_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_scoring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures.smooth(1).save(tmp_path / "a.png")
+    for page in ("/proc/x.html", "/proc/self/x/y.html", f"/sys/{'x' * 9}.html"):
+        assert run("score", tmp_path, "-r", "sharpness", "--html", page, "-o", tmp_path / "s.csv") == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+        assert not shown.out and not (tmp_path / "s.csv").exists()
