@@ -14,7 +14,6 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffalign.cli import app
 from diffalign.config import TrainConfig, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.files.published import load_base, public_name
@@ -26,6 +25,7 @@ from diffalign.pipelines.save_single_file import SINGLE_FILE
 from diffalign.report.model_card import front_matter, licence_name, licence_of, plain
 from diffalign.stages.export import export
 from diffalign.training.readme import train_readme
+from helpers.command_line import refused
 from helpers.processes import finish
 from helpers.run_directory import SCRIPT, make_run
 
@@ -270,32 +270,23 @@ def test_the_licence_is_the_bases(tmp_path: Path) -> None:
 # --- the verb --------------------------------------------------------------------------------------------------------
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as left:
-        app(["export", *map(str, arguments)], prog_name="diffalign")
-    assert left.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
 def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no run directory" in refused(capsys, tmp_path)
+    assert "no run directory" in refused(capsys, "export", tmp_path)
     tuned_run(tmp_path / "run", sdxl_dir)
     assert "one of weights, diffusers, kohya, merged, single-file" in refused(
-        capsys, tmp_path / "run", "--format", "safetensors"
+        capsys, "export", tmp_path / "run", "--format", "safetensors"
     )
     for given in (
         ("--dtype", "float16"),
         ("--format", "merged", "--dtype", "fp8"),
         ("--format", "kohya", "--dtype", "bfloat16"),
     ):
-        assert "only with --format merged or single-file" in refused(capsys, tmp_path / "run", *given)
-    assert "it had no validation" in refused(capsys, tmp_path / "run", "--best")
-    assert "named owner/name" in refused(capsys, tmp_path / "run", "--push", "https://x/y")
+        assert "only with --format merged or single-file" in refused(capsys, "export", tmp_path / "run", *given)
+    assert "it had no validation" in refused(capsys, "export", tmp_path / "run", "--best")
+    assert "named owner/name" in refused(capsys, "export", tmp_path / "run", "--push", "https://x/y")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious.txt").write_text("mine")
-    assert "not empty" in refused(capsys, tmp_path / "run", "--out", tmp_path / "full")
+    assert "not empty" in refused(capsys, "export", tmp_path / "run", "--out", tmp_path / "full")
 
 
 def test_push_by_name_only(
@@ -328,7 +319,7 @@ def test_push_by_name_only(
 
     monkeypatch.setattr(Hub, "create_repo", no_login)
     pushed = ("--push", "me/model", "--base", "them/base")
-    assert "hf auth login" in refused(capsys, tmp_path / "run", *pushed)
+    assert "hf auth login" in refused(capsys, "export", tmp_path / "run", *pushed)
     assert (tmp_path / "run/export/weights/README.md").is_file()  # the export itself is kept
     errors = (ValueError("Invalid metadata in README.md"), OSError("no network"))
     for error in errors:
@@ -337,7 +328,7 @@ def test_push_by_name_only(
             raise error
 
         monkeypatch.setattr(Hub, "create_repo", upload)
-        assert f"the hub refused ({error})" in refused(capsys, tmp_path / "run", *pushed)
+        assert f"the hub refused ({error})" in refused(capsys, "export", tmp_path / "run", *pushed)
 
 
 def test_the_front_matter_is_yaml_whatever_the_names(tmp_path: Path, sdxl_dir: Path) -> None:
@@ -370,9 +361,9 @@ def test_a_local_base_is_not_pushed_without_a_name(
         "others cannot load the base model model, which is not on the hub; give its name there with --base OWNER/NAME"
     )
     for form in ("weights", "diffusers", "kohya"):
-        assert said in refused(capsys, tmp_path / "run", "--format", form, "--push", "me/model")
+        assert said in refused(capsys, "export", tmp_path / "run", "--format", form, "--push", "me/model")
     assert "--base them: the base model's name on the hub is owner/name" in refused(
-        capsys, tmp_path / "run", "--push", "me/model", "--base", "them"
+        capsys, "export", tmp_path / "run", "--push", "me/model", "--base", "them"
     )
     assert not calls and not (tmp_path / "run/export").exists()
     export(tmp_path / "run", tmp_path / "out", "merged", push="me/model")

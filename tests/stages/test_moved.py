@@ -18,7 +18,7 @@ from diffalign.data.writer import write_groups
 from diffalign.stages import fingerprints
 from diffalign.stages.judge import judge_data
 from diffalign.testbed.judge_base import untrained_judge
-from helpers.command_line import run
+from helpers.command_line import refused, run
 
 
 @pytest.fixture
@@ -42,14 +42,6 @@ def place(tmp_path: Path, sd3_dir: Path) -> Path:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *command: Any) -> str:
-    capsys.readouterr()
-    assert run(*command) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
 
 
 def test_a_moved_model_data_and_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

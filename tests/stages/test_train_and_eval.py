@@ -19,7 +19,7 @@ from diffalign.data.score import score_images
 from diffalign.data.writer import write_groups
 from diffalign.rewards import Reward
 from diffalign.stages.resolve import weights_digest
-from helpers.command_line import run
+from helpers.command_line import refused, run
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +160,6 @@ def test_scale_of_the_labels_is_written_down(config: Path, tmp_path: Path) -> No
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line on stderr of a call that a user's mistake ends."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 def test_models_that_are_none(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
