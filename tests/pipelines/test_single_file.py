@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.generator import load_generator
 from diffalign.pipelines.loading import pipeline_class
 from diffalign.pipelines.single_file import CONFIGS, clip_tokenizer
 from helpers import original_layout, tiny
+from helpers.refusals import refused
 
 LENGTH = 16
 
@@ -194,15 +194,6 @@ def test_clips_tokenizer_without_a_download() -> None:
         end = wanted.index(49407)
         assert ids[0][: end + 1] == wanted[: end + 1] and set(ids[0][end:]) == {49407}
     assert clip_tokenizer("!", 77)(["a"], padding="max_length").input_ids[0][-1] == 0
-
-
-def refused(load: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> str:
-    capfd.readouterr()
-    with pytest.raises(DiffalignError) as error:
-        load()
-    seen = capfd.readouterr()
-    assert seen.out + seen.err == "" and "\n" not in str(error.value)
-    return str(error.value)
 
 
 def without(part: str) -> Callable[[dict[str, torch.Tensor]], object]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.pipelines.generator import load_generator
+from helpers.refusals import refused
 
 Damage = Callable[[Path], object]
 
@@ -74,16 +74,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "an index of another part": (index(lambda m: dict.fromkeys(m, "../a.safetensors")), "only .safetensors files"),
     "an index of half": (index(lambda m: {k: v for k, v in m.items() if "00001" in v}), "missing; first "),
 }  # fmt: skip
-
-
-def refused(load: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> str:
-    """Return the one line of the refusal; nothing else may be written."""
-    capfd.readouterr()
-    with pytest.raises(DiffalignError) as error:
-        load()
-    seen = capfd.readouterr()
-    assert seen.out + seen.err == "" and "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

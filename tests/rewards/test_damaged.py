@@ -13,21 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from helpers import tiny_rewards, tiny_vlm
 from helpers.learned_inputs import IMAGES, PROMPTS
-
-
-def refused(action: Callable[[], object], capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    """Return the one line that the action is refused with; nothing else may be written."""
-    capfd.readouterr()
-    with pytest.raises(DiffalignError) as error:
-        action()
-    written = capfd.readouterr()
-    assert written.out + written.err == "" and "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in words), error.value
-    return str(error.value)
+from helpers.refusals import refused
 
 
 class Evil:
