@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,27 +19,27 @@ LFS = b"version https://git-lfs"
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the CPU. Raise DiffalignError for a file that cannot be read as one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise damaged(path, error) from error
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, and read no tensor. Raise DiffalignError as `read_tensors` does."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise damaged(path, error) from error
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
     """Return the shapes of a safetensors file's tensors, and read no tensor. Raise DiffalignError as `read_tensors` does."""
+    with _opened(path) as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise damaged(path, error) from error
 
