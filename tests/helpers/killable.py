@@ -25,6 +25,7 @@ from diffalign.stages.judge import judge_data, train_from_config
 from diffalign.testbed.judge_base import untrained_judge
 from helpers import counting_reward, toy, toy_distill, toy_reward_gradient
 from helpers.processes import in_a_child
+from helpers.small_datasets import quiet
 from helpers.synth_models import CONFIG, Channel, Painter
 
 PAUSE = 0.02
@@ -33,23 +34,6 @@ TRIES = 6
 CLOCKS = ("timing.jsonl", "report.html", ".lock")
 STEPS: dict[str, Any] = {"train": {"steps": 30}, "checkpoint": {"every": 7}}
 """What a signal finds at work."""
-
-
-class Slow:
-    """A source that takes its time."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def batch(self, indices: list[int]) -> Any:
-        time.sleep(PAUSE)
-        return self.source.batch(indices)
 
 
 class SlowReward(counting_reward.Counting):
@@ -64,17 +48,19 @@ def train(folder: Path, inputs: Path) -> None:
     backbone = toy.ToyBackbone()
     script = {step: float(np.sin(step)) for step in range(31)}
     validation = toy.Scripted(backbone, config.validation, [], {}, {}, 8, 0, script)
-    toy.train(config, backbone=backbone, source=Slow(toy.ToySource()), say=quiet, validation=validation)
+    toy.train(
+        config, backbone=backbone, source=toy.SlowSource(toy.ToySource(), PAUSE), say=quiet, validation=validation
+    )
 
 
 def distill(folder: Path, inputs: Path) -> None:
     config = toy_distill.toy_config(folder / "run", train={"steps": 15, "ema_decay": 0.9}, checkpoint={"every": 4})
-    toy_distill.run(config, source=Slow(toy_distill.ToyPrompts()))
+    toy_distill.run(config, source=toy.SlowSource(toy_distill.ToyPrompts(), PAUSE))
 
 
 def reward_gradient(folder: Path, inputs: Path) -> None:
     config = toy_reward_gradient.toy_config(folder / "run", **STEPS)
-    toy_reward_gradient.run(config, source=Slow(toy_distill.ToyPrompts()))
+    toy_reward_gradient.run(config, source=toy.SlowSource(toy_distill.ToyPrompts(), PAUSE))
 
 
 def judge(folder: Path, inputs: Path) -> None:
@@ -96,10 +82,6 @@ JOBS: dict[str, Callable[[Path, Path], None]] = {
     "synth": draw_and_rank, "score": score,
 }  # fmt: skip
 TRAINERS = ("train", "distill", "reward-gradient", "judge")
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def make_inputs(folder: Path) -> Path:

@@ -5,6 +5,7 @@ The backbone is one frozen linear map with a low-rank policy beside it, behind t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,6 +121,23 @@ class ToySource:
             names,
             names,
         )
+
+
+class SlowSource:
+    """A source that takes its time for each batch."""
+
+    def __init__(self, source: Any, seconds: float) -> None:
+        self.source, self.seconds = source, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: list[int]) -> Any:
+        time.sleep(self.seconds)
+        return self.source.batch(indices)
 
 
 def train(

@@ -8,7 +8,6 @@ for. SECTIONS: further sections of the config, as JSON.
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,6 @@ import typer
 from diffalign.cli.errors import plain_errors
 from diffalign.training.validation import Validation
 from helpers import toy
-
-
-class SlowSource(toy.ToySource):
-    """Takes its time, so that a kill finds the run at work."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-
-    def batch(self, indices: list[int]) -> toy.Batch:
-        time.sleep(self.seconds)
-        return super().batch(indices)
 
 
 @dataclass(frozen=True)
@@ -55,6 +42,6 @@ if __name__ == "__main__":
         options["validation"] = Weighed(backbone, config.validation, [], {}, {}, 8)
     try:
         with plain_errors(resumes=True):
-            toy.train(config, backbone=backbone, source=SlowSource(float(sys.argv[5])), **options)
+            toy.train(config, backbone=backbone, source=toy.SlowSource(toy.ToySource(), float(sys.argv[5])), **options)
     except typer.Exit as left:
         sys.exit(left.exit_code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -55,23 +54,6 @@ def test_a_run_that_no_longer_improves_stops_and_says_why(method: str, tmp_path:
     assert best.keys() == last.keys() and any(not torch.equal(best[name], last[name]) for name in best)
 
 
-class Slow:
-    """A source that takes its time."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def batch(self, indices: list[int]) -> Any:
-        time.sleep(0.03)
-        return self.source.batch(indices)
-
-
 @pytest.mark.parametrize(
     ("method", "remedy"),
     [
@@ -82,7 +64,7 @@ class Slow:
 )
 def test_waiting_for_data_is_logged_and_said(method: str, remedy: str, tmp_path: Path) -> None:
     said: list[str] = []
-    source = Slow(toy.ToySource() if method == "train" else toy_distill.ToyPrompts())
+    source = toy.SlowSource(toy.ToySource() if method == "train" else toy_distill.ToyPrompts(), seconds=0.03)
     run(method, tmp_path, source, say=said.append, train={"steps": 4, "log_every": 2})
     rows = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and all(0.1 < row["waiting"] < 1.0 for row in rows)
