@@ -246,11 +246,8 @@ def _push(out: Path, name: str, private: bool) -> None:
         raise DiffalignError(
             f"--push {name}: not logged in ({brief(error)}); log in with `hf auth login`. The export itself is in {out}"
         ) from error
-    except (
-        HfHubHTTPError,
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: huggingface_hub checks the card before the upload
+    # ValueError: huggingface_hub checks the card before the upload.
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise DiffalignError(
             f"--push {name}: the hub refused ({brief(error)}); check name, card and login (`hf auth login`). The export itself "
             f"is in {out}"
