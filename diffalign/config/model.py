@@ -37,10 +37,6 @@ def with_options(model: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "options": options}
 
 
-# Keys that the plans of earlier synth folders lack, with what was done then.
-LATER_KEYS: dict[str, object] = {"lora_text_encoders": "refuse", "config": None}
-
-
 def current_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return a run's plain config, as a checkpoint stores it, with today's keys, so that earlier runs resume."""
     model = config.get("model")

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 
 from diffalign.config import GeneratorSection, RewardSection, SynthConfig
-from diffalign.config.model import LATER_KEYS
 from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_card import GENERATOR_MEND
@@ -52,6 +51,8 @@ Result = TypeVar("Result")
 
 PROBE_BATCHES = 2
 REASONS_SHOWN = 5
+LATER_KEYS = ("lora_text_encoders", "config")
+"""Keys of a model that the plans of earlier folders lack."""
 
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
@@ -276,12 +277,13 @@ def _settings(config: SynthConfig, plan: SynthPlan) -> dict[str, Any]:
     keys = {"model", "prior", "weights", "scheduler", "steps", "guidance_scale", "negative_prompt", "height", "width"}
     keys |= {"images_per_prompt", "batch_size", "options", "name"}
     generators = [section.model_dump(mode="json", include=keys) for section in config.generators]
-    for section in generators:
-        # Keys that earlier folders lack count where they say something else than was done then.
+    for section, given in zip(generators, config.generators, strict=True):
+        # A later key counts where it says something else than was done then.
+        former = given.model.former_values()
         section["model"] = {
             key: value
             for key, value in section["model"].items()
-            if key not in ("token", "local_files_only") and (key not in LATER_KEYS or value != LATER_KEYS[key])
+            if key not in ("token", "local_files_only") and (key not in LATER_KEYS or value != former[key])
         }
     return {
         "generators": generators,
