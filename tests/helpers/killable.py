@@ -21,9 +21,9 @@ from safetensors import safe_open
 from diffalign.cli import errors
 from diffalign.config import load_judge_config, load_synth_config
 from diffalign.stages import synth
-from diffalign.stages.judge import judge_data, train_from_config
-from diffalign.testbed.judge_base import untrained_judge
+from diffalign.stages.judge import train_from_config
 from helpers import counting_reward, toy, toy_distill, toy_reward_gradient
+from helpers.judge_run import make_judge_run
 from helpers.processes import in_a_child
 from helpers.small_datasets import quiet
 from helpers.synth_models import CONFIG, Channel, Painter
@@ -86,13 +86,7 @@ TRAINERS = ("train", "distill", "reward-gradient", "judge")
 
 def make_inputs(folder: Path) -> Path:
     """Write what the jobs read."""
-    judge_data(folder / "records", "train", 5, 3, 2, seed=0)
-    untrained_judge("student", 0).save(folder / "base")
-    (folder / "judge.yaml").write_text(
-        f"role: teacher\nmethod: sft\ndevice: cpu\nrun_dir: x\nmodel: {{path: {folder / 'base'}}}\n"
-        f"data: {{pairs: {folder / 'records/pairs.jsonl'}}}\ncheckpoint: {{every: 2}}\ntracking: {{trackers: []}}\n"
-        "train: {steps: 8, records_per_step: 2, micro_batch: 2, threads: 1}\n"
-    )
+    make_judge_run(folder, groups=5, steps=8, every=2)
     (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(21)))
     (folder / "synth.yaml").write_text(CONFIG.replace("PROMPTS", str(folder / "prompts.txt")))
     (folder / "pictures").mkdir()

@@ -16,9 +16,8 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import write_groups
 from diffalign.stages import fingerprints
-from diffalign.stages.judge import judge_data
-from diffalign.testbed.judge_base import untrained_judge
 from helpers.command_line import refused, run
+from helpers.judge_run import make_judge_run
 
 
 @pytest.fixture
@@ -89,23 +88,17 @@ def test_keys_that_change_numbers_are_named_before_the_model_is_loaded(
 
 
 def test_a_judge_on_moved_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judge_data(tmp_path / "records", "train", 4, 3, 2, seed=0)
-    untrained_judge("student", 0).save(tmp_path / "base")
-    (tmp_path / "j.yaml").write_text(
-        f"role: teacher\nmethod: sft\ndevice: cpu\nrun_dir: {tmp_path / 'run'}\nmodel: {{path: {tmp_path / 'base'}}}\n"
-        f"data: {{pairs: {tmp_path / 'records/pairs.jsonl'}}}\ncheckpoint: {{every: 1}}\ntracking: {{trackers: []}}\n"
-        "train: {steps: 1, records_per_step: 2, micro_batch: 2, threads: 1}\n"
-    )
-    assert run("judge", tmp_path / "j.yaml", f"run_dir={tmp_path / 'straight'}", "train.steps=2") == 0
-    assert run("judge", tmp_path / "j.yaml") == 0
+    config = make_judge_run(tmp_path, groups=4, steps=1, every=1)
+    assert run("judge", config, f"run_dir={tmp_path / 'straight'}", "train.steps=2") == 0
+    assert run("judge", config) == 0
     (tmp_path / "records").rename(tmp_path / "moved")
     (tmp_path / "base").rename(tmp_path / "moved/base")
     given = [f"data.pairs={tmp_path / 'moved/pairs.jsonl'}", f"model.path={tmp_path / 'moved/base'}", "train.steps=2"]
-    assert run("judge", tmp_path / "j.yaml", *given) == 0
+    assert run("judge", config, *given) == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     with (tmp_path / "moved/pairs.jsonl").open("a") as stream:
         stream.write((tmp_path / "moved/pairs.jsonl").read_text().splitlines()[0] + "\n")
-    assert "data.pairs was" in refused(capsys, "judge", tmp_path / "j.yaml", *given[:2], "train.steps=3")
+    assert "data.pairs was" in refused(capsys, "judge", config, *given[:2], "train.steps=3")
 
 
 def test_prompts_are_compared_by_text_and_metadata() -> None:
