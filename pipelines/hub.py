@@ -36,14 +36,23 @@ def find_index(
         raise DiffalignError(f"{key}: {path} is a file; a folder in diffusers format (with {INDEX}) is needed")
     if not HUB_ID.fullmatch(path):
         raise DiffalignError(f"model folder {path} does not exist (and it is no hub id of the form owner/name)")
+    found = _fetch(path, INDEX, revision, token, local_files_only, key)
+    # The cache names a snapshot's folder after its commit.
+    return found, found.parent.name
+
+
+def _fetch(
+    path: str, wanted: str, revision: str | None, token: str | None, local_files_only: bool, key: str = "model.path"
+) -> Path:
+    """Return one file of a repository, from the cache or the hub."""
     import huggingface_hub
 
-    with hub_errors(path, revision, INDEX, asked=not local_files_only, key=key):
-        found = huggingface_hub.hf_hub_download(
-            path, INDEX, revision=revision, token=token, local_files_only=local_files_only or not hub_answers()
+    with hub_errors(path, revision, wanted, asked=not local_files_only, key=key):
+        return Path(
+            huggingface_hub.hf_hub_download(
+                path, wanted, revision=revision, token=token, local_files_only=local_files_only or not hub_answers()
+            )
         )
-    # The cache names a snapshot's folder after its commit.
-    return Path(found), Path(found).parent.name
 
 
 def component_config(
@@ -52,14 +61,7 @@ def component_config(
     """Read a component's config.json, without its weights. index, commit: what `find_index` found for the model `path`."""
     file = index.parent / component / "config.json"
     if commit is not None and not file.is_file():
-        import huggingface_hub
-
-        wanted = f"{component}/config.json"
-        with hub_errors(path, commit, wanted, asked=not local_files_only):
-            found = huggingface_hub.hf_hub_download(
-                path, wanted, revision=commit, token=token, local_files_only=local_files_only or not hub_answers()
-            )
-        file = Path(found)
+        file = _fetch(path, f"{component}/config.json", commit, token, local_files_only)
     try:
         config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
