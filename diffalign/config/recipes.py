@@ -59,7 +59,7 @@ def config_path(name: str | Path) -> Path:
     if path.is_dir():
         raise DiffalignError(f"{name}: a folder, where a config file or the name of a recipe is expected")
     near = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(shipped)}"
+    hint = f"did you mean {near[0]}?" if near else "`diffalign recipes` lists the recipes"
     raise DiffalignError(f"{name}: neither a file nor a shipped recipe; {hint}")
 
 
