@@ -280,7 +280,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no run directory" in refused(capsys, tmp_path)
+    assert "not a run directory" in refused(capsys, tmp_path)
     tuned_run(tmp_path / "run", sdxl_dir)
     assert "one of weights, diffusers, kohya, merged, single-file" in refused(
         capsys, tmp_path / "run", "--format", "safetensors"
