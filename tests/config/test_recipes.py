@@ -226,3 +226,5 @@ def test_a_mistyped_recipe() -> None:
         load_config("sdxl_dpoo")
     with pytest.raises(DiffalignError, match="^zzz/qqq.yaml: .*; `diffalign recipes` lists the recipes$"):
         load_config("zzz/qqq.yaml")
+    with pytest.raises(DiffalignError, match="^runs/sdxl: no such file or folder; `diffalign recipes`"):
+        load_config("runs/sdxl")
