@@ -60,9 +60,11 @@ def fetch(
         return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not hub_answers()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         what = file or ("model.safetensors and its config" if "*.safetensors" in patterns else f"the {option}'s files")
+        absent = isinstance(error, LocalEntryNotFoundError)
+        why = "not in the local cache, and the hub gave no answer" if absent else brief(error).rstrip(".")
         raise DiffalignError(
             f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: "
-            f"{brief(error).rstrip('.')}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and point to "
+            f"{why}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and point to "
             f"the copy: --reward {reward}:{option}=PATH"
         ) from error
 

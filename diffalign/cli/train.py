@@ -129,7 +129,7 @@ def show_recipes(
             return
         from diffalign.config import list_recipes
 
-        row = "{:27}{:24}{:15}{}"
+        row = "{:27}{:25}{:15}{}"
         print(row.format("name", "task", "model", "memory"))
         for recipe in list_recipes():
             print(row.format(recipe.name, recipe.task, recipe.model, recipe.memory))

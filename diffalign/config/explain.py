@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from diffalign.config.document import Document, Key
 from diffalign.config.objective import FOREIGN_SECTIONS
 from diffalign.config.section import COMBINATION, Section
-from diffalign.config.synonyms import elsewhere
+from diffalign.config.synonyms import VALUES, elsewhere
 from diffalign.redaction import HIDDEN, is_secret, redact, redacted
 
 
@@ -72,7 +72,9 @@ def _hint(one: ErrorDetails) -> str:
     """Return the likely remedy for a wrong type or value, or ""."""
     given = redacted(one["input"])
     if one["type"] == "literal_error":
-        return _meant(str(given), re.findall(r"'([^']+)'", one["ctx"]["expected"]), None)
+        known = re.findall(r"'([^']+)'", one["ctx"]["expected"])
+        meant = VALUES.get(str(given))
+        return f"; did you mean {meant}?" if meant in known else _meant(str(given), known, None)
     if one["type"] == "string_type" and isinstance(given, int | float):
         return "; quote it"
     if one["type"] == "list_type" and isinstance(given, str):

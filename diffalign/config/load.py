@@ -128,7 +128,7 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
     trained = run_dir / "config.yaml"
     if not trained.is_file():
         raise DiffalignError(
-            f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run or a config file"
+            f"{run_dir} is not a run directory: it has no config.yaml; give a training run's run_dir, or a config file"
         )
     document = read_document(trained)
     kind = kind_of_run(document.values)

@@ -58,8 +58,10 @@ def config_path(name: str | Path) -> Path:
         return shipped[str(name)]
     if path.is_dir():
         raise DiffalignError(f"{name}: a folder, where a config file or the name of a recipe is expected")
+    if len(path.parts) > 1 and not path.suffix:
+        raise DiffalignError(f"{name}: no such file or folder; `diffalign recipes` lists the recipes")
     near = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(shipped)}"
+    hint = f"did you mean {near[0]}?" if near else "`diffalign recipes` lists the recipes"
     raise DiffalignError(f"{name}: neither a file nor a shipped recipe; {hint}")
 
 

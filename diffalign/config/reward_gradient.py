@@ -32,7 +32,7 @@ class SamplerSection(Section):
 
     steps: int = Field(40, gt=0, le=1000, description="denoising steps")
     scheduler: SchedulerSection | None = Field(
-        None, description="ddim, euler or flow_euler where the model's own cannot be followed; null: its own"
+        None, description="null: the model's own; where that is refused: ddim, euler or flow_euler"
     )
     guidance_scale: float = Field(
         1.0, ge=0, description="classifier-free guidance, also in the steps with a gradient; 1 or less: none"

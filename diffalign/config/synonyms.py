@@ -1,4 +1,4 @@
-"""Names that other trainers have for our keys, and keys that were written into the wrong section."""
+"""Names that other trainers have for our keys and values, and keys that were written into the wrong section."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "cfg_scale": ("guidance_scale", "sampler.guidance_scale", "validation.guidance_scale"),
     "size": ("data.resolution", "resolution", "height"),
 }
+VALUES = {"gpu": "cuda"}
+"""Other words for our values that are spelled like another value."""
 
 
 def elsewhere(kind: type[BaseModel], key: Sequence[str | int]) -> str:

@@ -50,9 +50,9 @@ class PreferenceDataset:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         if not (self.folder / GROUPS_FILE).is_file():
-            what = "is no dataset: it has no groups.parquet" if self.folder.is_dir() else "does not exist"
+            what = "is not a dataset: it has no groups.parquet" if self.folder.is_dir() else "does not exist"
             raise DiffalignError(
-                f"data.path {self.folder} {what}; make one with `diffalign sample`, or import your own pairs"
+                f"data.path {self.folder} {what}; make one from your pairs with `diffalign pairs`, or with `diffalign synth`"
             )
         self.shards = sorted((self.folder / "images").glob("*.parquet"))
 

@@ -37,6 +37,8 @@ def read_prompts(path: Path | str, column: str = "prompt", split: str = "train")
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path, split)
+    if not path.exists():
+        raise DiffalignError(f"prompts {path}: no such file; write one prompt a line there, or name another file")
     readers = {".txt": _lines, ".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     if table_kind(path) not in readers:
         raise DiffalignError(

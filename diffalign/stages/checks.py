@@ -45,7 +45,7 @@ def check_weights(rewards: Mapping[str, Reward], dry_run: bool) -> dict[str, str
         except DiffalignError as error:
             if "not installed" in str(error) or "does not exist" in str(error):
                 raise
-            download = "to be downloaded" if hub_answers() else f"not here, and the hub gave no answer: {error}"
+            download = "to be downloaded" if hub_answers() else f"not here: {error}"
             where = f"{reward.weights} ({reward.size}), {download}"
         said[label] = f"{where}; licence: {reward.licence}"
     return said

@@ -56,7 +56,7 @@ def _config(run_dir: Path) -> TrainConfig | RewardGradientConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise DiffalignError(
-            f"{run_dir}: no run directory, it holds no config.yaml; give the run_dir of a training run"
+            f"{run_dir} is not a run directory: it has no config.yaml; give the run_dir of a training run"
         )
     if (run_dir / "student").is_dir():
         raise DiffalignError(

@@ -82,9 +82,10 @@ def _train_from_config(config: JudgeConfig, dry_run: bool) -> Path:
     device = resolve_device(config.device)
     for key, folder in (("model.path", config.model.path), ("teacher", config.teacher)):
         if folder is not None and not folder.is_dir():
+            role = config.role if key == "model.path" else "teacher"
             raise DiffalignError(
                 f"{key} {folder}: no such folder; give an image-text model of transformers with its processor, or make the "
-                f"test bench's with `diffalign testbed judge-base {config.role if key == 'model.path' else 'teacher'} {folder}`"
+                f"embedded world's with `diffalign testbed judge-base {role} {folder}`"
             )
     source = config.data.distributions if config.method == "risd" else config.data.pairs
     assert source is not None  # the config is checked

@@ -74,6 +74,7 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
             "c.yaml:8: reference.store: the noise is found by the policy, which is another one at every step",
         ),
         (BASE + "  images_per_pass: 0\n", "c.yaml:8: train.images_per_pass should be greater than 0, not 0"),
+        (BASE + "device: gpu\n", "not 'gpu'; did you mean cuda?"),
         (
             BASE + "noise: sharde\n",
             "c.yaml:8: noise should be 'shared', 'independent' or 'inverted', not 'sharde'; did you mean",

@@ -128,7 +128,7 @@ def test_eval_of_a_run(tmp_path: Path) -> None:
     assert judged.n == 8
     with pytest.raises(DiffalignError, match="prompts is missing; give prompts="):
         eval_config_of_run(run)
-    with pytest.raises(DiffalignError, match="holds no config.yaml"):
+    with pytest.raises(DiffalignError, match="it has no config.yaml"):
         eval_config_of_run(tmp_path / "nowhere")
 
 

@@ -224,5 +224,7 @@ def test_a_file_wins_over_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_mistyped_recipe() -> None:
     with pytest.raises(DiffalignError, match="^sdxl_dpoo: neither a file nor a shipped recipe; did you mean sdxl_dpo"):
         load_config("sdxl_dpoo")
-    with pytest.raises(DiffalignError, match="recipes: .*shapes_sd3_dpo"):
+    with pytest.raises(DiffalignError, match="^zzz/qqq.yaml: .*; `diffalign recipes` lists the recipes$"):
         load_config("zzz/qqq.yaml")
+    with pytest.raises(DiffalignError, match="^runs/sdxl: no such file or folder; `diffalign recipes`"):
+        load_config("runs/sdxl")

@@ -271,7 +271,7 @@ def test_the_licence_is_the_bases(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no run directory" in refused(capsys, "export", tmp_path)
+    assert "not a run directory" in refused(capsys, "export", tmp_path)
     tuned_run(tmp_path / "run", sdxl_dir)
     assert "one of weights, diffusers, kohya, merged, single-file" in refused(
         capsys, "export", tmp_path / "run", "--format", "safetensors"
