@@ -32,7 +32,7 @@ def through_diffusers(name: str, file: Path, model: Model) -> dict[str, Tensor]:
     """Load the file as `load_lora_weights` does and return the change of each weight."""
     from peft.tuners.lora import LoraLayer
 
-    trunk: Any = TRUNKS[name]()
+    trunk: Any = TRUNKS[name]()  # five classes of diffusers, each with loaders of its own
     pipeline: Any = BACKBONES[PIPELINES[name]].pipeline_class()
     where = {"weight_name": file.name, "return_lora_metadata": True}
     if name in ("sd15", "sdxl"):

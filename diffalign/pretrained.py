@@ -111,7 +111,7 @@ def refuse_code(folder: Path, what: str) -> None:
                 )
 
 
-def _all_values(content: Any) -> list[tuple[str, Any]]:
+def _all_values(content: object) -> list[tuple[str, Any]]:
     """Return every key with its value, at any depth of parsed JSON."""
     found: list[tuple[str, Any]] = []
     left = [content]

@@ -116,7 +116,7 @@ def _keys(model: type[BaseModel]) -> list[str]:
     return model.reading_order() if issubclass(model, Section) else list(model.model_fields)
 
 
-def models_of(annotation: Any) -> Iterable[type[BaseModel]]:
+def models_of(annotation: object) -> Iterable[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Annotated, Union, UnionType, list):

@@ -133,7 +133,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _abbreviated(cls, value: Any) -> Any:
+    def _abbreviated(cls, value: object) -> object:
         """Read a text as the section's `text_key`, and `tune:` with every key commented out as the defaults."""
         if isinstance(value, str) and cls.text_key is not None:
             return {cls.text_key: value}
@@ -144,7 +144,7 @@ def _rule(section: type[Section], key: str) -> OnResume | None:
     return next((one for one in section.model_fields[key].metadata if isinstance(one, OnResume)), None)
 
 
-def by_name(value: Any) -> Any:
+def by_name(value: object) -> object:
     """Read a text in the place of one of several sections as its `name`: `objective: ipo`."""
     return {"name": value} if isinstance(value, str) else value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_origin
+from typing import get_origin
 
 from pydantic import BaseModel
 
@@ -33,12 +33,11 @@ def write_out_texts(document: Document, model: type[BaseModel]) -> None:
     _write_out(document, model, document.values, ())
 
 
-def _write_out(document: Document, model: type[BaseModel], inside: Any, key: Key) -> None:
+def _write_out(document: Document, model: type[BaseModel], inside: object, key: Key) -> None:
     """Do so in the values `inside`, which stand at `key`."""
-    entries = list(
-        inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, list) else ()
-    )
-    for name, value in entries:
+    if not isinstance(inside, dict | list):
+        return
+    for name, value in list(inside.items() if isinstance(inside, dict) else enumerate(inside)):
         here = (*key, name)
         if isinstance(value, str) and (below := text_key(model, here)) is not None:
             inside[name] = {below: value}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -69,7 +69,7 @@ class TrainSection(AveragedStepSection):
 
     @field_validator("micro_batch", mode="before")
     @classmethod
-    def _read_auto(cls, value: Any) -> Any:
+    def _read_auto(cls, value: object) -> object:
         return AUTO if value == "auto" else value
 
     @field_serializer("micro_batch", when_used="json")

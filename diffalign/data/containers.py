@@ -47,7 +47,8 @@ TABLES = (".parquet", ".arrow")
 CONTAINERS = (*TABLES, *ARCHIVES)
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, RuntimeError,
            NotImplementedError, ValueError, LookupError)  # fmt: skip
-"""What the standard library raises for a damaged or encrypted archive."""
+"""What the standard library raises for a damaged archive, an encrypted one (RuntimeError), and a compression that it lacks
+(NotImplementedError)."""
 
 
 def kind_of(path: Path | PurePosixPath) -> str:
@@ -132,7 +133,7 @@ def _unreadable(error: Exception) -> str:
     return f"cannot be read ({' '.join(str(error).split())})"
 
 
-def image_bytes(value: Any, folder: Path) -> bytes:
+def image_bytes(value: object, folder: Path) -> bytes:
     """Return the encoded bytes in a table's cell: bytes, a struct with bytes, or the path of a file below `folder`.
 
     Raises Unreadable if the cell holds none.

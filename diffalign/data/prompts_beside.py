@@ -165,7 +165,7 @@ def _of_graph(graph: dict[str, Any]) -> str | None:
     return None
 
 
-def _text_behind(graph: dict[str, Any], value: Any, seen: set[str]) -> str | None:
+def _text_behind(graph: dict[str, Any], value: object, seen: set[str]) -> str | None:
     """Return the text of an input: itself, or what the node has that it is linked to ([node id, output])."""
     if isinstance(value, str):
         return value.strip() or None

@@ -145,7 +145,7 @@ def _group(row: Row, where: str, folder: Path, split: str) -> ImportedGroup | Sk
     return ImportedGroup(prompt, images, said.preference, where, _generators(row, len(images)), split, rest)
 
 
-def _image(folder: Path, value: Any, name: str) -> Image:
+def _image(folder: Path, value: object, name: str) -> Image:
     """Return the image of a cell: bytes, a struct with bytes, or a file below the folder."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(data, bytes) and data:

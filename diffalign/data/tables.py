@@ -187,7 +187,7 @@ def arrow_batches(path: Path) -> list[pa.RecordBatch]:
         raise DiffalignError(f"{path}: not a complete arrow file ({str(error).splitlines()[0]})") from error
 
 
-def _batches(source: Any) -> Iterator[pa.RecordBatch]:
+def _batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     try:
         yield from pa.ipc.open_stream(source)
     except pa.ArrowInvalid:
@@ -253,5 +253,5 @@ def json_object(line: str) -> Row | str:
         return f"not JSON ({error})"
 
 
-def _object(value: Any) -> Row | str:
+def _object(value: object) -> Row | str:
     return value if isinstance(value, dict) else f"an object is expected, not {type(value).__name__}"

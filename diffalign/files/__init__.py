@@ -16,7 +16,10 @@ DAMAGE = (
     ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, EOFError, OverflowError, RecursionError,
     MemoryError, NotImplementedError, SafetensorError, yaml.YAMLError,
 )  # fmt: skip
-"""What parsers (json, yaml, numpy, pyarrow, safetensors) and code that takes their result apart raise for damaged bytes."""
+"""What parsers (json, yaml, numpy, pyarrow, safetensors) and code that takes their result apart raise for damaged bytes.
+
+NotImplementedError is what pyarrow raises where a damaged byte names an encoding that it lacks.
+"""
 
 
 def make_folder(path: Path) -> Path:

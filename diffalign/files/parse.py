@@ -61,7 +61,7 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
 
 
-def _depths(value: Any) -> Iterator[int]:
+def _depths(value: object) -> Iterator[int]:
     """Yield the depth of every list and object, without recursion."""
     level = [value]
     depth = 0
@@ -73,7 +73,7 @@ def _depths(value: Any) -> Iterator[int]:
         level = [inner for one in containers for inner in (one.values() if isinstance(one, dict) else one)]
 
 
-def _valid(value: Any) -> Any:
+def _valid(value: object) -> object:
     """Return JSON with valid Unicode in its texts."""
     if isinstance(value, str):
         return value if value.isascii() else valid_unicode(value)

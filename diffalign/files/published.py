@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from diffalign.files import write_whole
 from diffalign.redaction import without_folders
@@ -34,7 +33,7 @@ def drop_local_paths(folder: Path) -> None:
             write_whole(file, json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n")
 
 
-def _without_names(value: Any) -> Any:
+def _without_names(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_names(inner) for key, inner in value.items() if key not in NAMES}
     return [_without_names(inner) for inner in value] if isinstance(value, list) else value
