@@ -108,6 +108,12 @@ def test_a_ranking_is_a_choice_between_every_two(scores: Scores) -> None:
     assert [(c.a, c.b, c.human) for c in read_choices(Path("set/c.jsonl"), scores)] == [(3, 4, 1), (3, 5, 1), (4, 5, 0)]
 
 
+@pytest.mark.parametrize(("column", "labels"), [("preference", [1, None, 0]), ("ranking", [1, float("nan"), 2])])
+def test_an_image_without_a_label_ties_with_no_other(scores: Scores, column: str, labels: list[float | None]) -> None:
+    jsonl({"images": ["in/000.png", "in/001.png", "in/002.png"], column: labels})[1](Path("set/c.jsonl"))
+    assert [(c.a, c.b, c.human) for c in read_choices(Path("set/c.jsonl"), scores)] == [(3, 5, 1)]
+
+
 @pytest.mark.parametrize(
     ("form", "words"),
     [
