@@ -82,10 +82,11 @@ class HealthMonitor:
                 f"{f.words.title} ({f.measured if f.name in (*ENDINGS, WITHOUT_SPREAD) else f'step {f.step}'})"
                 for f in self.watch.in_order()
             ]
+            said = said or ["nothing found"]
             weightless = self.watch.ending.share_weightless
             if weightless and WITHOUT_SPREAD not in self.watch.findings:
                 said.append(f"{weightless:.0%} of the groups drawn state no preference and weighed nothing")
-            self.say("health: " + ("; ".join(said) or "nothing found"))
+            self.say("health: " + "; ".join(said))
         if self.stops:
             raise DiffalignError(self.reason())
 

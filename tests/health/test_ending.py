@@ -78,7 +78,7 @@ def test_groups_that_weigh_nothing_are_counted(tmp_path: Path) -> None:
     source.rewards[:3] = 0.5
     said: list[str] = []
     toy.train(toy.toy_config(tmp_path, train={"steps": 26}), backbone=toy.ToyBackbone(), source=source, say=said.append)
-    assert said[-1] == "health: 23% of the groups drawn state no preference and weighed nothing"
+    assert said[-1] == "health: nothing found; 23% of the groups drawn state no preference and weighed nothing"
 
 
 def test_masked_groups_count_as_weightless() -> None:
