@@ -18,6 +18,11 @@ import torch
 from helpers import tiny
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: their content may hold a date, and all workers must collect the same tests."""
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """The number of threads changes the last bits of sums, so every test runs with the same one."""
