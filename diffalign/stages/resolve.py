@@ -32,6 +32,7 @@ from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
+from diffalign.files.remote import is_address, local_copy
 from diffalign.files.tensors import read_tensors
 from diffalign.hub import cache_alone, hub_answers
 from diffalign.pipelines import Backbone, load_backbone
@@ -190,9 +191,9 @@ def resolve_prompts(
 ) -> list[PromptRow]:
     """Return the first `n` prompts of a source, all where `n` is None (256 of the embedded world).
 
-    source: a file or folder as `read_prompts` takes it, `hub:OWNER/DATASET`, `suite:NAME:PATH`, `suite:NAME:hub` or
-    `testbed:SPLIT`, whose prompts are drawn with `seed`. column, split: where a table, a folder or a hub dataset keeps
-    the prompts. unique: skip prompts that came before.
+    source: a file or folder as `read_prompts` takes it, the address of a file (s3://), `hub:OWNER/DATASET`,
+    `suite:NAME:PATH`, `suite:NAME:hub` or `testbed:SPLIT`, whose prompts are drawn with `seed`. column, split: where a
+    table, a folder or a hub dataset keeps the prompts. unique: skip prompts that came before.
     """
     kind, _, rest = source.partition(":")
     if kind == "suite":
@@ -204,7 +205,7 @@ def resolve_prompts(
     elif kind == "hub":
         rows = hub_prompts(rest, column, split)
     else:
-        rows = read_prompts(source, column, split)
+        rows = read_prompts(str(local_copy(source)) if is_address(source) else source, column, split)
     return (unique_prompts(rows) if unique else rows)[:n]
 
 
