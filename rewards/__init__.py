@@ -18,6 +18,7 @@ from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.vqa import VQA
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
 
@@ -29,6 +30,7 @@ REWARDS: dict[str, type[Reward]] = {
     "clipscore": CLIPScore,
     "aesthetic": Aesthetic,
     "vqascore": VQAScore,
+    "vqa": VQA,
     "unifiedreward": UnifiedReward,
     "zreward": ZReward,
     "geneval": GenEvalReward,
