@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from diffalign import __version__
-from diffalign.cli import data, judge, score, testbed, train
+from diffalign.cli import bench, data, judge, score, testbed, train
 from diffalign.cli.terminal import guard_libraries
 
 EXIT_CODES = (
@@ -37,5 +37,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 for verbs in (train.verbs, score.verbs, data.verbs, judge.verbs):
     app.add_typer(verbs)
+app.add_typer(bench.bench, name="bench")
 app.add_typer(data.data, name="data")
 app.add_typer(testbed.testbed, name="testbed")

@@ -15,6 +15,7 @@ import torch
 from diffalign import testbed
 from diffalign.config import (
     BackboneRunConfig,
+    BenchConfig,
     DistillConfig,
     GeneratorSection,
     JudgeModelSection,
@@ -50,7 +51,7 @@ from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
 
-Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig)
+Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig, BenchConfig)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
