@@ -21,11 +21,12 @@ from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
-from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
+from diffalign.scoring.compare_folders import comparison_table, outcomes, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
+from diffalign.scoring.pairing import heading, pair_up
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summarise, summary_table
@@ -109,7 +110,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     # Labels and pairs are checked before hours are spent on scores.
     choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
     if "B" in items:
-        pair_up(*(Scores([], {}, items=side) for side in items.values()))
+        pair_up(*items.values())
     # Score the items of both sides in one run, so that each reward loads once.
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
@@ -179,7 +180,7 @@ def _show(
 
 def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
     """Print how B compares with A; return a line about the page, if one was asked for and written."""
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     names = (" ".join(request.images), " ".join(request.against or []))
     say(f"A against B: {heading(pairing)}")
     found = outcomes(a, b, pairing)
