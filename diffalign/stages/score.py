@@ -34,6 +34,7 @@ from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
+from diffalign.scoring.thumbnails import folder_beside
 from diffalign.stages.resolve import build_reward, process_device
 from diffalign.terminal import counted, show_table
 
@@ -172,7 +173,8 @@ def _show(
     if compared:
         say(compared)
     elif request.html:
-        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+        shown, beside = write_gallery(request.html, both), folder_beside(request.html)
+        say(f"gallery: {request.html} ({shown} images{f', thumbnails in {beside}' if beside.is_dir() else ''})")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
         say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
