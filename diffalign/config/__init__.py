@@ -25,6 +25,7 @@ from diffalign.config.load import (
     load_distill_config,
     load_eval_config,
     load_judge_config,
+    load_personal_config,
     load_rank_config,
     load_reward_gradient_config,
     load_rounds_config,
@@ -36,6 +37,7 @@ from diffalign.config.load import (
 from diffalign.config.model import ModelSection, PolicySection, TuneSection
 from diffalign.config.noise import TimeSection
 from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
@@ -69,6 +71,7 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
+    "PersonalConfig",
     "PolicySection",
     "PromptSection",
     "RankConfig",
@@ -101,6 +104,7 @@ __all__ = [
     "load_distill_config",
     "load_eval_config",
     "load_judge_config",
+    "load_personal_config",
     "load_rank_config",
     "load_reward_gradient_config",
     "load_rounds_config",
