@@ -17,6 +17,7 @@ from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
+from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
@@ -35,6 +36,7 @@ REWARDS: dict[str, type[Reward]] = {
     "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,
     "sharpness": Sharpness,
+    "remote": Remote,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.remote_address import remote_label
 from diffalign.rewards import REWARDS, find_reward
 from diffalign.rewards.base import LABEL, TAKEN_NAMES
 
@@ -28,6 +29,7 @@ def parse(text: str) -> RewardSpec:
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
+    equals_label = bool(equals)
     label, name = (label, name) if equals else (head, head)
     kind, _, options_of_kind = tail.partition(":")
     if kind.isidentifier() and name not in REWARDS:
@@ -43,6 +45,8 @@ def parse(text: str) -> RewardSpec:
         if not equals or not key.strip():
             raise DiffalignError(f"--reward {text!r}: option {pair!r} is not key=value")
         options[key.strip()] = _value(value.strip())
+    if name == "remote" and not equals_label:
+        label = remote_label(options.get("url"))
     return RewardSpec(label, name, options)
 
 
