@@ -18,7 +18,9 @@ from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.personal import Personal
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
+from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.vqa import VQA
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
 
@@ -30,6 +32,7 @@ REWARDS: dict[str, type[Reward]] = {
     "clipscore": CLIPScore,
     "aesthetic": Aesthetic,
     "vqascore": VQAScore,
+    "vqa": VQA,
     "unifiedreward": UnifiedReward,
     "zreward": ZReward,
     "geneval": GenEvalReward,
@@ -37,6 +40,7 @@ REWARDS: dict[str, type[Reward]] = {
     "personal": Personal,
     "jpeg_compressibility": JpegCompressibility,
     "sharpness": Sharpness,
+    "remote": Remote,
 }
 
 

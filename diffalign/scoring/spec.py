@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.remote_address import remote_label
 from diffalign.rewards import REWARDS, find_reward
 from diffalign.rewards.base import LABEL, TAKEN_NAMES
 
@@ -28,6 +29,7 @@ def parse(text: str) -> RewardSpec:
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
+    equals_label = bool(equals)
     label, name = (label, name) if equals else (head, head)
     kind, _, options_of_kind = tail.partition(":")
     if kind.isidentifier() and name not in REWARDS:
@@ -37,7 +39,10 @@ def parse(text: str) -> RewardSpec:
         raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     if label in TAKEN_NAMES:
         raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
-    return RewardSpec(label, name, parse_options(tail, f"--reward {text!r}"))
+    options = parse_options(tail, f"--reward {text!r}")
+    if name == "remote" and not equals_label:
+        label = remote_label(options.get("url"))
+    return RewardSpec(label, name, options)
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:

@@ -15,8 +15,19 @@ except ImportError as error:
 from diffalign.web.address import Address, new_token
 from diffalign.web.app import build_app, page
 from diffalign.web.guard import Limits
-from diffalign.web.server import Listener, listen, running, serve
+from diffalign.web.server import Listener, listen, running, serve, show_address
 
-__all__ = ["Address", "Limits", "Listener", "build_app", "listen", "new_token", "page", "running", "serve"]
+__all__ = [
+    "Address",
+    "Limits",
+    "Listener",
+    "build_app",
+    "listen",
+    "new_token",
+    "page",
+    "running",
+    "serve",
+    "show_address",
+]
 
 del python_multipart, starlette, uvicorn  # imported to see that they are there
