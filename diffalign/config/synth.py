@@ -184,7 +184,7 @@ class SynthConfig(Section):
     @model_validator(mode="after")
     def _check_names(self) -> SynthConfig:
         refuse_twice([generator.name for generator in self.generators], "a generator", "generators")
-        names = [reward.name for reward in self.rewards]
+        names = [reward.written_name for reward in self.rewards]
         if len(set(names)) < len(names):
             refuse(
                 "a reward is named twice; its columns can vote separately, as rank.sources=[geneval.exact]", "rewards"

@@ -15,6 +15,7 @@ import torch
 from diffalign import testbed
 from diffalign.config import (
     BackboneRunConfig,
+    BenchConfig,
     DistillConfig,
     GeneratorSection,
     JudgeModelSection,
@@ -51,7 +52,7 @@ from diffalign.testbed.detector import ShapeDetector
 from diffalign.testbed.shape_prompts import draw_prompts
 from diffalign.training.validation import Validation
 
-Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig)
+Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig, BenchConfig)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -268,6 +269,8 @@ def _first_judge(key: str, trained_on: Sequence[str]) -> str:
 def open_reward(section: RewardSection, device: str) -> Reward:
     """Build the reward that a section names; `detector` counts for rewards that take one."""
     named = {"detector": section.detector} if section.detector is not None and takes(section.name, "detector") else {}
+    if section.address is not None:
+        named["url"] = section.address
     return build_reward(section.name, {**section.options, **named}, device)
 
 
