@@ -14,6 +14,7 @@ from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
 from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
+from diffalign.rewards.hpsv3_plus import HPSv3Plus
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.personal import Personal
@@ -28,6 +29,7 @@ REWARDS: dict[str, type[Reward]] = {
     "pickscore": PickScore,
     "hpsv2": HPSv2,
     "hpsv3": HPSv3,
+    "hpsv3_plus": HPSv3Plus,
     "imagereward": ImageReward,
     "clipscore": CLIPScore,
     "aesthetic": Aesthetic,

@@ -29,7 +29,6 @@ def parse(text: str) -> RewardSpec:
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
-    equals_label = bool(equals)
     label, name = (label, name) if equals else (head, head)
     kind, _, options_of_kind = tail.partition(":")
     if kind.isidentifier() and name not in REWARDS:
@@ -40,7 +39,7 @@ def parse(text: str) -> RewardSpec:
     if label in TAKEN_NAMES:
         raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
     options = parse_options(tail, f"--reward {text!r}")
-    if name == "remote" and not equals_label:
+    if name == "remote" and not equals:
         label = remote_label(options.get("url"))
     return RewardSpec(label, name, options)
 
