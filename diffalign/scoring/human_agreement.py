@@ -108,10 +108,12 @@ class _Images:
         given = cell.get("path") if isinstance(cell, dict) else cell
         name = given.strip() if isinstance(given, str) else ""
         # As `pairs` reads it: a path is relative to the table before anything else.
-        ways = (plain_path(self.folder / name), name, os.path.normpath(name), plain_path(Path(name))) if name else ()
-        # The export of votes copies a dataset's images to group/index.png.
-        stem = name.removesuffix(PurePosixPath(name).suffix)
-        ways += ("/".join(PurePosixPath(stem).parts[-2:]),) if stem and self.in_dataset else ()
+        ways: list[str] = []
+        if name:
+            ways = [plain_path(self.folder / name), name, os.path.normpath(name), plain_path(Path(name))]
+        if self.in_dataset:  # the export of votes copies a dataset's images to group/index.png
+            stem = name.removesuffix(PurePosixPath(name).suffix)
+            ways.append("/".join(PurePosixPath(stem).parts[-2:]))
         found = next((self.index[way] for way in ways if self.index.get(way) is not None), None)
         if found is None:
             twice = any(way in self.index for way in ways)

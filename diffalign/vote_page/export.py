@@ -124,13 +124,13 @@ def write_judge_records(votes: Sequence[Vote], gallery: Gallery, out: Path) -> t
                     })  # fmt: skip
     if not given:
         raise DiffalignError(f"{gallery.log}: no vote has scores of a rubric; vote with --rubric first")
-    ratings = (
+    ratings: list[dict[str, object]] = [
         {
             "prompt": prompt, "dimension": question, "image": images.path(name),
             "ratings": [sum(scores) / len(scores) for scores in raters.values()],
         }
         for (prompt, question, name), raters in given.items()
-    )  # fmt: skip
+    ]  # fmt: skip
     return write_records(out / "pairs.jsonl", pairs), write_records(out / "ratings.jsonl", ratings)
 
 
