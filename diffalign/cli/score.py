@@ -56,7 +56,10 @@ def score_images(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Human choices, in any form that `pairs` reads, or ratings (image, rating) to compare with."),
+        typer.Option(
+            help="Human choices to compare with: a table that `pairs` reads, ratings (image, rating), a log of votes, or "
+            "human or a rater's name for the votes on a dataset."
+        ),
     ] = None,
     into_dataset: Annotated[
         bool,
