@@ -21,7 +21,7 @@ from diffalign.pretrained import load_part
 from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
-from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state, without_memory
 from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -123,7 +123,6 @@ class HPSv3(VisionLanguageReward):
         return int(tokenizer.convert_tokens_to_ids(TOKEN))
 
     def build(self) -> nn.Module:
-        from accelerate import init_empty_weights
         from transformers import AutoConfig, Qwen2VLModel
 
         config = load_part(AutoConfig, self.processor_path, "reward hpsv3")
@@ -133,7 +132,7 @@ class HPSv3(VisionLanguageReward):
             raise DiffalignError(f"reward hpsv3: {self.path} holds no Qwen2-VL; is it another model's file?")
         # One row was added for the reward token; the checkpoint says how many there are.
         config.text_config.vocab_size = len(words)
-        with init_empty_weights(include_buffers=False):
+        with without_memory():
             model = HPSv3Model(Qwen2VLModel(config), config.text_config.hidden_size)
         del words
         fill_empty(model, state, self.path, self.name, self.dtype, self.device, exact="rm_head.")

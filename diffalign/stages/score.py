@@ -33,7 +33,7 @@ from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
-from diffalign.stages.resolve import build_reward, process_device
+from diffalign.stages.resolve_rewards import build_reward, process_device
 from diffalign.terminal import counted, show_table
 
 PAGES = (".html", ".htm")

@@ -37,15 +37,8 @@ from diffalign.report.model_card import licence_name
 from diffalign.rewards import Reward
 from diffalign.stages.data import write_sheet
 from diffalign.stages.rank import rank_dataset, write_card_once
-from diffalign.stages.resolve import (
-    open_generator,
-    open_reward,
-    process_device,
-    resolve_dtype,
-    resolve_prompts,
-    sampling_settings,
-    weights_digest,
-)
+from diffalign.stages.resolve import open_generator, resolve_dtype, resolve_prompts, sampling_settings, weights_digest
+from diffalign.stages.resolve_rewards import open_reward, process_device
 
 Result = TypeVar("Result")
 
