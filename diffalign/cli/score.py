@@ -108,6 +108,6 @@ def list_rewards(
     Range, licence, weights and their size, and packages to install. With a NAME, also its columns and options.
     """
     with plain_errors():
-        from diffalign.stages.score import show_rewards
+        from diffalign.stages.rewards import show_rewards
 
         show_rewards(names or ())

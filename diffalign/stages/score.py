@@ -1,10 +1,10 @@
-"""`diffalign score` and `diffalign rewards`: score images; print, write and compare the scores."""
+"""`diffalign score`: score images; print, write and compare the scores."""
 
 import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,6 @@ from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import comparison_table, outcomes, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
-from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.mirror import Mirror, mirror
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.on_cluster import OnCluster
@@ -41,7 +40,7 @@ from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import RewardSpec, parse_all
 from diffalign.scoring.store import Store
 from diffalign.scoring.thumbnails import folder_beside
-from diffalign.stages.resolve import build_reward, process_device
+from diffalign.stages.resolve_rewards import build_reward, process_device
 from diffalign.terminal import counted, show_table
 
 PAGES = (".html", ".htm")
@@ -265,14 +264,3 @@ def write_into_dataset(scores: Scores, sources: list[str], rewards: Mapping[str,
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         written.append(path)
     return written
-
-
-def show_rewards(names: Iterable[str] = ()) -> None:
-    """Print the rewards, or more about some of them: `diffalign rewards`."""
-    names = list(names)
-    shown, problems = rewards_table(names)
-    if not names:
-        say(f"{shown.row_count} rewards; higher is better. `diffalign rewards NAME` says more of one.")
-    show_table(shown)
-    for problem in problems:
-        say_aside(f"not listed: {problem}")

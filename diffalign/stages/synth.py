@@ -47,13 +47,8 @@ from diffalign.rewards import Reward
 from diffalign.stages.data import write_sheet
 from diffalign.stages.drawing import OpenPainter, drawer, provenance_of
 from diffalign.stages.rank import rank_dataset, write_card_once
-from diffalign.stages.resolve import (
-    open_generator,
-    open_reward,
-    process_device,
-    resolve_dtype,
-    resolve_prompts,
-)
+from diffalign.stages.resolve import open_generator, resolve_dtype, resolve_prompts
+from diffalign.stages.resolve_rewards import open_reward, process_device
 
 Result = TypeVar("Result")
 
