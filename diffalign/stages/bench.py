@@ -30,12 +30,12 @@ from diffalign.files.lock import writing_folder
 from diffalign.pipelines import Backbone
 from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.redaction import redacted
-from diffalign.scoring.gallery import thumbnail
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import score_items
 from diffalign.scoring.score_summary import faults
 from diffalign.scoring.sources import collect
 from diffalign.scoring.store import Store
+from diffalign.scoring.thumbnails import thumbnail
 from diffalign.stages.bench_tasks import BenchTask, open_tasks
 from diffalign.stages.checks import check_weights
 from diffalign.stages.dry_run import print_config, print_facts, print_where
