@@ -19,6 +19,7 @@ from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.vlm_judge import VLMJudge
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
 
@@ -33,6 +34,7 @@ REWARDS: dict[str, type[Reward]] = {
     "vqascore": VQAScore,
     "unifiedreward": UnifiedReward,
     "zreward": ZReward,
+    "vlm_judge": VLMJudge,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,
