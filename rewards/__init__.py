@@ -21,6 +21,7 @@ from diffalign.rewards.personal import Personal
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.vlm_judge import VLMJudge
 from diffalign.rewards.vqa import VQA
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
@@ -37,6 +38,7 @@ REWARDS: dict[str, type[Reward]] = {
     "vqa": VQA,
     "unifiedreward": UnifiedReward,
     "zreward": ZReward,
+    "vlm_judge": VLMJudge,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "personal": Personal,
