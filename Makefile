@@ -5,6 +5,7 @@
 #   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
+#   make browser-test   tests of pages in a real browser (chromium; CHROMIUM=PATH names one)
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
@@ -22,7 +23,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: setup oracles quickstart test test-gpu lint view wheel wheel-test soak hostile bench kills clean
+.PHONY: setup oracles quickstart test test-gpu browser-test lint view wheel wheel-test soak hostile bench kills clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -45,7 +46,10 @@ quickstart: $(STAMP)
 
 # The numbers of these tests are a CPU's; a GPU has its own, which compare with them.
 test: $(STAMP) oracles
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore tests/browser
+
+browser-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/browser
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q tests/gpu

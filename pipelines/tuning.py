@@ -30,7 +30,7 @@ from diffalign.pretrained import load_model, quiet_progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
-ROLES = ("policy", "reference", "student", "teacher", "fake")
+ROLES = ("policy", "reference", "base", "student", "teacher", "fake")
 SAME_AS = {"student": "policy", "teacher": "reference"}
 
 
@@ -169,6 +169,8 @@ class Tunable(ABC):
     def role(self, name: str) -> Iterator[None]:
         """Run as one of ROLES inside the block, for `predict` and `sample`; student is policy, teacher is reference.
 
+        base is the model without anything that was trained or loaded on top of it.
+
         No requires_grad changes and no autograd state is touched, so a graph built before or after keeps its gradients.
         Run backward outside a reference block, and the fake's inside one of its own: gradient checkpointing repeats the
         forward there, under the role of that moment.
@@ -177,7 +179,8 @@ class Tunable(ABC):
             raise ValueError(f"unknown role '{name}'; choose one of {', '.join(ROLES)}")
         name = SAME_AS.get(name, name)
         if self.tuning == "full":
-            module = {"policy": self.trunk, "reference": self._full_reference, "fake": self._full_fake}[name]
+            base = self._full_reference
+            module = {"policy": self.trunk, "reference": base, "base": base, "fake": self._full_fake}[name]
             if module is None and name == "fake":
                 raise RuntimeError("there is no fake network: call add_fake first")
             if module is None:
@@ -215,7 +218,7 @@ class Tunable(ABC):
             return nullcontext()
         if name in (adapters.POLICY, adapters.FAKE):
             return adapters.use_adapter(self.trunk, name)
-        second = adapters.has_adapter(self.trunk, adapters.REFERENCE)
+        second = name == "reference" and adapters.has_adapter(self.trunk, adapters.REFERENCE)
         return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
 
     def trainable(self, role: str = "policy") -> dict[str, nn.Parameter]:

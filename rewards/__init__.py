@@ -16,6 +16,7 @@ from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
+from diffalign.rewards.personal import Personal
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
@@ -34,6 +35,7 @@ REWARDS: dict[str, type[Reward]] = {
     "zreward": ZReward,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
+    "personal": Personal,
     "jpeg_compressibility": JpegCompressibility,
     "sharpness": Sharpness,
     "remote": Remote,

@@ -48,8 +48,8 @@ class Reward(ABC):
     version: ClassVar[str] = "1"
     source: ClassVar[str] = ""
     size: ClassVar[str] = "none"
-    reads: ClassVar[tuple[str, ...]] = ("prompt",)
-    longest: ClassVar[int] = 0
+    reads: tuple[str, ...] = ("prompt",)
+    longest: int = 0
 
     preprocessing: str = "RGB"
     reasons: list[str]

@@ -18,6 +18,7 @@ from diffalign.config.load import (
     load_distill_config,
     load_eval_config,
     load_judge_config,
+    load_personal_config,
     load_rank_config,
     load_reward_gradient_config,
     load_rounds_config,
@@ -29,6 +30,7 @@ from diffalign.config.load import (
 from diffalign.config.model import ModelSection, PolicySection, TuneSection
 from diffalign.config.noise import TimeSection
 from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
@@ -61,6 +63,7 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
+    "PersonalConfig",
     "PolicySection",
     "PromptSection",
     "RankConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "load_distill_config",
     "load_eval_config",
     "load_judge_config",
+    "load_personal_config",
     "load_rank_config",
     "load_reward_gradient_config",
     "load_rounds_config",

@@ -13,6 +13,7 @@ from diffalign.config.document import Document, Key, apply_override, dump, is_te
 from diffalign.config.explain import explain
 from diffalign.config.images import EvalConfig, SampleConfig
 from diffalign.config.judge import JudgeConfig
+from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import config_path, read_recipe, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
@@ -30,6 +31,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "distill": DistillConfig,
     "reward-gradient": RewardGradientConfig,
     "judge": JudgeConfig,
+    "judge personal": PersonalConfig,
     "sample": SampleConfig,
     "eval": EvalConfig,
     "synth": SynthConfig,
@@ -96,12 +98,22 @@ def load_rounds_config(config: str | Path, overrides: Sequence[str] = ()) -> Rou
 
 def load_rank_config(source: str | Path, overrides: Sequence[str] = ()) -> RankConfig:
     """Load the config of `diffalign rank`; `source` may also be the dataset's folder, with everything in `overrides`."""
+    return cast("RankConfig", _load_of_dataset("rank", source, overrides))
+
+
+def load_personal_config(source: str | Path, overrides: Sequence[str] = ()) -> PersonalConfig:
+    """Load the config of `diffalign judge personal`; `source` may also be the dataset's folder."""
+    return cast("PersonalConfig", _load_of_dataset("judge personal", source, overrides))
+
+
+def _load_of_dataset(kind: str, source: str | Path, overrides: Sequence[str]) -> BaseModel:
+    """Load a config whose `data` is a dataset: from a file or a recipe, or from the dataset's folder and arguments."""
     if not Path(source).is_dir():
         if Path(source).suffix not in (".yaml", ".yml") and str(source) not in recipes():
             raise DiffalignError(f"{source}: no such dataset folder; give one, or a YAML file with data and the rest")
-        return cast("RankConfig", load("rank", source, overrides))
+        return load(kind, source, overrides)
     document = Document({"data": str(source)}, str(source))
-    return _loaded(document, RankConfig, overrides)
+    return _loaded(document, KINDS[kind], overrides)
 
 
 def load_run_config(path: Path) -> RunConfigs:

@@ -165,6 +165,11 @@ class PolicySection(TuneSection):
         "init", description="what the policy is compared with where init is given: that LoRA, or the model without one"
     )
 
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the policy is compared with the model as it was loaded."""
+        return self.init is None or self.reference == "base"
+
     @model_validator(mode="after")
     def _check_reference(self) -> PolicySection:
         if self.reference == "base" and self.init is None:

@@ -10,9 +10,9 @@ from diffalign.data.containers import Archive, MemberOrigin
 from diffalign.data.folder_metadata import METADATA_FILES, Caption, folder_metadata
 from diffalign.data.prompts_beside import TEXTS, prompt_in_text
 from diffalign.errors import DiffalignError
+from diffalign.files.facts import geneval_facts
 from diffalign.files.images import SUFFIXES, Unreadable
 from diffalign.files.parse import parse_json
-from diffalign.rewards.facts import geneval_facts
 
 LARGEST_TEXT = 1_000_000
 

@@ -22,7 +22,7 @@ from diffalign.data.imported import finite_number
 from diffalign.data.read_tables import is_table_of_pairs, judged
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
-from diffalign.intervals import Interval, bootstrap
+from diffalign.intervals import Interval, share_interval
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
@@ -169,7 +169,7 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
     denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
     unit = "prompts" if all(scores.items[c.a].prompt for c in choices) else "groups"
     groups = [f[2] for f, kept in zip(found, decided, strict=True) if kept]
-    interval = _interval(right, groups, unit, seed, resamples)
+    interval = share_interval(right, groups, seed=seed, resamples=resamples, unit=unit)
     return Agreement(
         int(decided.sum()),
         int((~decided).sum()),
@@ -178,15 +178,6 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
         interval,
         concordant / denominator if denominator else math.nan,
     )
-
-
-def _interval(right: np.ndarray, groups: list[str], unit: str, seed: int, resamples: int) -> Interval:
-    """Return the interval of the mean, resampling whole groups: pairs of one prompt share their images."""
-    names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
-    place = np.array([names[g] for g in groups])
-    sums_and_sizes = np.stack([np.bincount(place, right), np.bincount(place)], axis=1)
-    share = lambda means: means[:, :1] / means[:, 1:]  # noqa: E731
-    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples, unit=unit)[0]
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:

@@ -29,7 +29,7 @@ def parse(text: str) -> RewardSpec:
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
-    equals_label = bool(equals)
+    labelled = bool(equals)
     label, name = (label, name) if equals else (head, head)
     kind, _, options_of_kind = tail.partition(":")
     if kind.isidentifier() and name not in REWARDS:
@@ -39,15 +39,21 @@ def parse(text: str) -> RewardSpec:
         raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     if label in TAKEN_NAMES:
         raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
-    options: dict[str, Any] = {}
-    for pair in filter(None, tail.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise DiffalignError(f"--reward {text!r}: option {pair!r} is not key=value")
-        options[key.strip()] = _value(value.strip())
-    if name == "remote" and not equals_label:
+    options = parse_options(tail, f"--reward {text!r}")
+    if name == "remote" and not labelled:
         label = remote_label(options.get("url"))
     return RewardSpec(label, name, options)
+
+
+def parse_options(text: str, where: str) -> dict[str, Any]:
+    """Return the options in `key=value,key=value`. Raises DiffalignError, naming `where`, if the text has another form."""
+    options: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise DiffalignError(f"{where}: option {pair!r} is not key=value")
+        options[key.strip()] = _value(value.strip())
+    return options
 
 
 def parse_all(texts: list[str]) -> list[RewardSpec]:

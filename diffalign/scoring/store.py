@@ -44,6 +44,10 @@ class Result:
     reason: str = ""
 
 
+Known = dict[str, Result]
+"""Results by key."""
+
+
 def key_of(sha256: str, prompt: str | None, identity: dict[str, Any]) -> str:
     """Return the key of a score; `identity` includes the metadata's hash if the reward reads metadata."""
     read = prompt if "prompt" in identity["reads"] else None

@@ -21,11 +21,12 @@ from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
-from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
+from diffalign.scoring.compare_folders import comparison_table, outcomes, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.list_rewards import rewards_table
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
+from diffalign.scoring.pairing import heading, pair_up
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summarise, summary_table
@@ -33,6 +34,7 @@ from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import parse_all
 from diffalign.scoring.store import Store
+from diffalign.scoring.thumbnails import folder_beside
 from diffalign.stages.resolve import build_reward, process_device
 from diffalign.terminal import counted, show_table
 
@@ -109,7 +111,7 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     # Labels and pairs are checked before hours are spent on scores.
     choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
     if "B" in items:
-        pair_up(*(Scores([], {}, items=side) for side in items.values()))
+        pair_up(*items.values())
     # Score the items of both sides in one run, so that each reward loads once.
     workers = request.workers or min(8, os.cpu_count() or 1)
     with Store(request.output, processes.rank) as store:
@@ -171,7 +173,8 @@ def _show(
     if compared:
         say(compared)
     elif request.html:
-        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+        shown, beside = write_gallery(request.html, both), folder_beside(request.html)
+        say(f"gallery: {request.html} ({shown} images{f', thumbnails in {beside}' if beside.is_dir() else ''})")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
         say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
@@ -179,7 +182,7 @@ def _show(
 
 def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
     """Print how B compares with A; return a line about the page, if one was asked for and written."""
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     names = (" ".join(request.images), " ".join(request.against or []))
     say(f"A against B: {heading(pairing)}")
     found = outcomes(a, b, pairing)

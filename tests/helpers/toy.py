@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.config import TrainConfig
+from diffalign.objectives import OBJECTIVES
 from diffalign.pipelines.process import Flow
 from diffalign.training.device import start_accelerator
 from diffalign.training.preference.method import Preference
@@ -121,6 +122,17 @@ class ToySource:
             names,
             names,
         )
+
+
+def labelled(objective: str) -> ToySource:
+    """A source whose labels an objective takes: roles, advantages, or shares in [0, 1], in the order of the rewards."""
+    source = ToySource()
+    places = source.rewards.argsort(dim=1).argsort(dim=1)
+    kind = OBJECTIVES[objective].label_kind
+    source.rewards = (places >= 2).float() if kind == "role" else places / (source.rewards.shape[1] - 1)
+    if kind == "advantage":
+        source.rewards = source.rewards - 0.5
+    return source
 
 
 class SlowSource:
