@@ -12,6 +12,7 @@ from diffalign.rewards.base import LABEL, TAKEN_COLUMNS, TAKEN_NAMES, Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
+from diffalign.rewards.group_judge import GroupJudge
 from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.hpsv3_plus import HPSv3Plus
@@ -19,6 +20,7 @@ from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.unifiedreward_pairs import UnifiedRewardFlex, UnifiedRewardThink
 from diffalign.rewards.vlm_judge import VLMJudge
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
@@ -33,8 +35,11 @@ REWARDS: dict[str, type[Reward]] = {
     "aesthetic": Aesthetic,
     "vqascore": VQAScore,
     "unifiedreward": UnifiedReward,
+    "unifiedreward_think": UnifiedRewardThink,
+    "unifiedreward_flex": UnifiedRewardFlex,
     "zreward": ZReward,
     "vlm_judge": VLMJudge,
+    "group_judge": GroupJudge,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "jpeg_compressibility": JpegCompressibility,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from PIL import Image
@@ -21,6 +22,8 @@ from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
 from diffalign.rewards.batches import measure_batch, reason_of
+from diffalign.rewards.groupwise import GroupReward
+from diffalign.scoring.groups import in_groups, with_groups
 from diffalign.scoring.items import Item, digest
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.store import IDENTITY, REASON, Result, Store, key_of, with_facts
@@ -95,16 +98,21 @@ def score_items(
         hashes, areas, broken = _scan(items, pool, processes)
         computed = known = 0
         failures: dict[str, Known] = {label: {} for label in rewards}
+        theirs = dict.fromkeys(rewards, items)  # a reward of groups sees each image's group as metadata
         for label, reward in rewards.items():
             if label not in usable:
                 continue
+            if isinstance(reward, GroupReward):
+                theirs[label] = with_groups(items, hashes, broken, reward.largest)
             # This process scores its share of what nobody has scored yet.
-            wanted = _wanted(items, hashes, reward, identities[label])
+            wanted = _wanted(theirs[label], hashes, reward, identities[label])
             todo = [(key, i) for key, i in wanted.items() if key not in store.known and hashes[i] not in broken]
             known += sum(key in store.known for key in wanted)
-            mine = _score(
-                items, processes.share(todo), hashes, areas, reward, store, batch_size, pool, label, on_progress
-            )
+            if isinstance(reward, GroupReward):
+                todo = [one for group in processes.share(in_groups(todo, theirs[label])) for one in group]
+            else:
+                todo = processes.share(todo)
+            mine = _score(theirs[label], todo, hashes, areas, reward, store, batch_size, pool, label, on_progress)
             # All processes learn all results, so that each could write the rows.
             for found in processes.gather(mine):
                 store.known |= found.results
@@ -114,7 +122,10 @@ def score_items(
             # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
-    rows = [_row(item, hashes[i], broken, rewards, identities, store.known, failures) for i, item in enumerate(items)]
+    rows = [
+        _row([theirs[label][i] for label in rewards], hashes[i], broken, rewards, identities, store.known, failures)
+        for i in range(len(items))
+    ]
     failed = sum(any(_reason_of(row, label) for label in rewards) for row in rows)
     return Scores(rows, {label: r.columns for label, r in rewards.items()}, computed, known, failed, items)
 
@@ -223,6 +234,10 @@ def _score(
             found.failed.update(failed)
             batch.clear()
 
+    # Images of a group stay in one batch.
+    whole = isinstance(reward, GroupReward)
+    ends = set(accumulate(len(group) for group in in_groups(todo, items))) if whole else set()
+
     if on_progress:
         on_progress(label, 0, len(todo))
     for done, (key, i, ahead) in enumerate(_ahead(items, todo, areas, reward, pool, 2 * batch_size), start=1):
@@ -234,7 +249,8 @@ def _score(
             found.failed[key] = Result({}, ahead.failed)
         else:
             batch.append((key, i, ahead.prepared))
-        if len(batch) == batch_size or sum(_pixels(prepared) for _, _, prepared in batch) > PIXELS_AHEAD:
+        full = len(batch) >= batch_size or sum(_pixels(prepared) for _, _, prepared in batch) > PIXELS_AHEAD
+        if full and (not whole or done in ends):
             flush()
         if on_progress:
             on_progress(label, done, len(todo))
@@ -266,7 +282,7 @@ def _named(reward: Reward, values: dict[str, float]) -> dict[str, float]:
 
 
 def _row(
-    item: Item,
+    views: list[Item],
     sha256: str,
     broken: dict[str, str],
     rewards: dict[str, Reward],
@@ -274,15 +290,17 @@ def _row(
     known: Known,
     failures: dict[str, Known],
 ) -> dict[str, Any]:
+    """Return an image's row; views: the image as each reward sees it."""
+    item = views[0]
     unread = sha256.startswith("unread ")
     row: dict[str, Any] = {"image": item.name, "sha256": None if unread else sha256, "prompt": item.prompt}
     row["reason"] = broken.get(sha256, "")
-    for label, reward in rewards.items():
-        not_scorable = _not_scorable(reward, item)
+    for view, (label, reward) in zip(views, rewards.items(), strict=True):
+        not_scorable = _not_scorable(reward, view)
         result = failure = identity = None
         if not not_scorable:
-            identity = with_facts(identities[label], item.metadata)
-            key = key_of(sha256, item.prompt, identity)
+            identity = with_facts(identities[label], view.metadata)
+            key = key_of(sha256, view.prompt, identity)
             result, failure = known.get(key), failures[label].get(key)
         values = result.values if result else {}
         for k, name in enumerate(reward.columns):

@@ -44,6 +44,7 @@ from diffalign.pipelines.settings import SamplingSettings
 from diffalign.pretrained import quiet_progress
 from diffalign.progress import say
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
+from diffalign.rewards.groupwise import GroupReward
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.testbed.detector import ShapeDetector
@@ -267,7 +268,12 @@ def _first_judge(key: str, trained_on: Sequence[str]) -> str:
 def open_reward(section: RewardSection, device: str) -> Reward:
     """Build the reward that a section names; `detector` counts for rewards that take one."""
     named = {"detector": section.detector} if section.detector is not None and takes(section.name, "detector") else {}
-    return build_reward(section.name, {**section.options, **named}, device)
+    reward = build_reward(section.name, {**section.options, **named}, device)
+    if isinstance(reward, GroupReward):
+        raise DiffalignError(
+            f"reward {section.name}: it compares images of one prompt; score a folder or dataset with `diffalign score`"
+        )
+    return reward
 
 
 def build_reward(name: str, options: Mapping[str, Any], device: str) -> Reward:
