@@ -10,8 +10,9 @@ import numpy as np
 from diffalign.files import write_whole
 from diffalign.redaction import without_folders
 from diffalign.report.page import render_page
-from diffalign.scoring.compare_folders import Pairing, heading, outcomes
+from diffalign.scoring.compare_folders import outcomes
 from diffalign.scoring.gallery import reasons_of, spread_choice
+from diffalign.scoring.pairing import Pairing, heading
 from diffalign.scoring.run import Scores
 from diffalign.scoring.thumbnails import INSIDE, thumbnail
 

@@ -22,7 +22,7 @@ from diffalign.rewards.groupwise import ImageGroup
 from diffalign.rewards.unifiedreward_pairs import PairReward, UnifiedRewardFlex, UnifiedRewardThink
 from diffalign.scoring.position_bias import position_bias
 from diffalign.scoring.run import Scores
-from diffalign.stages.resolve import open_reward
+from diffalign.stages.resolve_rewards import open_reward
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures
 from helpers.chat_server import Reply, chat_server, completion, images_of, text_of
