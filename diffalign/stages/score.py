@@ -32,6 +32,7 @@ from diffalign.scoring.mirror import Mirror, mirror
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.on_cluster import OnCluster
 from diffalign.scoring.pairing import heading, pair_up
+from diffalign.scoring.position_bias import position_bias
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summarise, summary_table
@@ -203,6 +204,8 @@ def _show(
         say_aside(f"not scored: {line}")
     scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
     for line in cut_lines(scored, [item.prompt for item in both.items]):
+        say(line)
+    for line in position_bias(both, rewards):
         say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):
