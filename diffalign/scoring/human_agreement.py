@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from diffalign.agreement import Agreement, agreement
 from diffalign.data.imported import finite_number
 from diffalign.data.read_tables import is_table_of_pairs, judged
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
 from diffalign.files.paths import member_name
-from diffalign.intervals import Interval, share_interval
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
@@ -39,22 +39,6 @@ class Choice:
     b: int
     human: int
     group: str
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far a reward agrees with people.
-
-    pairs: those with a human preference and both scores. accuracy: share of correct ones, a predicted tie counts half;
-    interval: its 95% interval over groups. kendall: tau-b, in which ties of either side reduce the denominator.
-    """
-
-    pairs: int
-    human_ties: int
-    predicted_ties: int
-    accuracy: float
-    interval: Interval
-    kendall: float
 
 
 def read_choices(path: Path, scores: Scores) -> list[Choice]:
@@ -169,26 +153,9 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
         a, b = scores.rows[c.a][column], scores.rows[c.b][column]
         if math.isfinite(a) and math.isfinite(b):
             found.append((c.human, int(a > b) - int(a < b), c.group))
-    human, model = np.array([f[0] for f in found]), np.array([f[1] for f in found])
-    decided = human != 0
-    if not found or not decided.any():
-        nothing = Interval(0, None, None)
-        return Agreement(0, int((~decided).sum()), int((model == 0).sum()), math.nan, nothing, math.nan)
-    right = np.where(model == 0, 0.5, human == model)[decided]
-    untied = (human != 0) & (model != 0)
-    concordant = float((human * model)[untied].sum())
-    denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
+    human, model = (np.array([f[n] for f in found], dtype=np.int64) for n in (0, 1))
     unit = "prompts" if all(scores.items[c.a].prompt for c in choices) else "groups"
-    groups = [f[2] for f, kept in zip(found, decided, strict=True) if kept]
-    interval = share_interval(right, groups, seed=seed, resamples=resamples, unit=unit)
-    return Agreement(
-        int(decided.sum()),
-        int((~decided).sum()),
-        int((model == 0).sum()),
-        float(right.mean()),
-        interval,
-        concordant / denominator if denominator else math.nan,
-    )
+    return agreement(human, model, [f[2] for f in found], unit, seed, resamples)
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:

@@ -11,11 +11,11 @@ from diffalign.errors import DiffalignError
 from diffalign.files.lock import writing_file
 from diffalign.files.paths import plain_name
 from diffalign.progress import say, say_aside
+from diffalign.stages.vote_scores import Asking, sampler_of, scores_by
 from diffalign.terminal import counted
 from diffalign.vote_page.app import LONGEST_BODY, VotePage
 from diffalign.vote_page.gallery import Gallery, open_gallery
 from diffalign.vote_page.session import Sessions
-from diffalign.voting.balanced import Balanced
 from diffalign.voting.log import VoteLog, check_rater
 from diffalign.web import Address, Limits, Listener, build_app, listen, serve
 
@@ -40,6 +40,9 @@ class VoteRequest:
     token: str | None = None
     allowed: tuple[str, ...] = ()
     browser: bool = True
+    ask: Asking = "balanced"
+    reward: str | None = None
+    repeats: float = 0.0
 
 
 def vote(request: VoteRequest) -> None:
@@ -50,12 +53,14 @@ def vote(request: VoteRequest) -> None:
         plain_name(name, "--rubric")
     if request.images > 2 and any(group.pairs is not None for group in gallery.groups):
         raise DiffalignError("--images: two folders are compared in pairs; leave it out")
+    scores = scores_by(gallery, request.reward)[1] if request.reward is not None else None
+    sampler = sampler_of(request.ask, request.repeats, scores)
     address = Address(request.host, request.port, request.token, request.allowed)
     with writing_file(gallery.log, "votes"), VoteLog(gallery.log) as log, listen(address) as listener:
         sessions = Sessions(
             gallery,
             log,
-            Balanced(),
+            sampler,
             size=request.images,
             seed=request.seed,
             most=request.most,
