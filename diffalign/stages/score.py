@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,14 @@ from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.files import check_place
 from diffalign.files.lock import writing_file, writing_folder
-from diffalign.progress import ImageProgress, say, say_aside
+from diffalign.progress import ImageProgress, OnNamedImages, say, say_aside
 from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
+from diffalign.scoring.items import Item
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
@@ -100,33 +101,65 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
     # Before any weights are asked for.
     every = [item for side in items.values() for item in side]
-    without = not any((item.prompt or "").strip() or item.fault for item in every)
-    if without and all("prompt" in reward.reads for reward in rewards.values()):
-        raise DiffalignError(
-            f"{', '.join(rewards)}: no image has a prompt; give --prompt or --prompts, or write a.txt beside a.png"
-        )
+    refuse_without_prompts(every, rewards, "give --prompt or --prompts, or write a.txt beside a.png")
     # Labels and pairs are checked before hours are spent on scores.
     choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
     if "B" in items:
         pair_up(*(Scores([], {}, items=side) for side in items.values()))
     # Score the items of both sides in one run, so that each reward loads once.
-    workers = request.workers or min(8, os.cpu_count() or 1)
-    with Store(request.output, processes.rank) as store:
-        both = score_items(
-            every,
-            rewards,
-            store,
-            batch_size=request.batch_size,
-            workers=workers,
-            processes=processes,
-            on_progress=ImageProgress(say_aside) if processes.main else None,
-        )
-        if not processes.main:
-            return 0
-        kept = store.finish(both.rows, [Path(s).as_posix() for paths in sources.values() for s in paths])
+    both, kept = score_and_store(
+        every,
+        rewards,
+        request.output,
+        [path for paths in sources.values() for path in paths],
+        batch_size=request.batch_size,
+        workers=request.workers,
+        processes=processes,
+        on_progress=ImageProgress(say_aside) if processes.main else None,
+    )
+    if not processes.main:
+        return 0
     parts = _split(both, len(items["A"]))
     _show(request, both, parts, choices, kept, rewards)
     return UNSCORED if both.failed else 0
+
+
+def refuse_without_prompts(items: Sequence[Item], rewards: Mapping[str, Reward], advice: str) -> None:
+    """Raise DiffalignError if no image has the prompt that every reward reads. advice: where prompts may come from."""
+    without = not any((item.prompt or "").strip() or item.fault for item in items)
+    if without and all("prompt" in reward.reads for reward in rewards.values()):
+        raise DiffalignError(f"{', '.join(rewards)}: no image has a prompt; {advice}")
+
+
+def score_and_store(
+    items: list[Item],
+    rewards: dict[str, Reward],
+    output: Path | None,
+    sources: list[str],
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    processes: Processes | None = None,
+    on_progress: OnNamedImages | None = None,
+) -> tuple[Scores, int]:
+    """Score items, and write the output if one is wanted. Return the scores, and how many rows of other images it keeps.
+
+    What the output holds already is not scored again. sources: what the user named; rows of other images stay. Of several
+    processes the first one writes.
+    """
+    processes = processes or Processes()
+    with Store(output, processes.rank) as store:
+        scores = score_items(
+            items,
+            rewards,
+            store,
+            batch_size=batch_size,
+            workers=workers or min(8, os.cpu_count() or 1),
+            processes=processes,
+            on_progress=on_progress,
+        )
+        kept = store.finish(scores.rows, [Path(source).as_posix() for source in sources]) if processes.main else 0
+    return scores, kept
 
 
 def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
