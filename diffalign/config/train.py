@@ -92,8 +92,10 @@ class TrainConfig(BackboneRunConfig):
     labels: LabelSection = LabelSection()
     selection: SelectionSection = SelectionSection()
     objective: AnyObjective = DEFAULT_OBJECTIVE
-    noise: Literal["shared", "independent", "inverted"] = Field(
-        "shared", description="one noise for all images of a group, one each, or each image's own by inversion"
+    noise: Literal["shared", "independent", "inverted", "tracked"] = Field(
+        "shared",
+        description="one noise for all images of a group, one each, each image's own by inversion, or (tracked) the noise that "
+        "made it, from its seed",
     )
     inversion: InversionSection = InversionSection()
     error_space: Literal["native", "epsilon", "x0"] = Field(
@@ -136,6 +138,8 @@ class TrainConfig(BackboneRunConfig):
                 "train.auto_beta",
                 "objective.name",
             )
+        if self.train.auto_beta is not None and objective.arguments().get("beta_end") is not None:
+            refuse("both set beta from step to step; leave one of them out", "train.auto_beta", "objective.beta_end")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """`diffalign sample`: prompts to a folder of image groups."""
 
 from pathlib import Path
+from typing import Any
 
 from diffalign.config import SampleConfig
 from diffalign.data.cut_prompts import cut_lines
@@ -56,15 +57,21 @@ def _sample(config: SampleConfig, rows: list[PromptRow]) -> None:
         origin["weights"] = weights_digest(Path(config.weights))
     for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
         say(line)
+    settings = sampling_settings(config)
+    facts: dict[str, Any] = {"noise": backbone.noise_record(settings)}
+    if config.latents:
+        facts["vae"] = backbone.vae_fingerprint()
     sample_groups(
         backbone,
         rows,
         config.out,
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,
-        settings=sampling_settings(config),
+        settings=settings,
         batch_size=config.batch_size,
         origin=origin,
+        facts=facts,
+        latents=config.latents,
         on_progress=ImageProgress().named("sampling"),
     )
     say(f"dataset: {config.out}")

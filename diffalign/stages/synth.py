@@ -122,6 +122,7 @@ def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> 
         return
     generator = open_generator(section, device)
     provenance = provenance_of(section, generator)
+    provenance["noise"] = generator.noise_record(sampling_settings(section))
     _check_same_model(out, section.name, provenance)
     _say_cut(plan, section.name, generator)
     draw = drawer(generator, section, config.latents)
@@ -262,8 +263,8 @@ def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     before = read_json(path, GENERATOR_MEND, "licence")
-    # `vae` follows from the fingerprint, and older folders lack it.
-    compared = [key for key in provenance if key not in ("licence", "vae")]
+    # `vae` and `noise` follow from the others, and older folders lack them.
+    compared = [key for key in provenance if key not in ("licence", "vae", "noise")]
     changed = next((key for key in compared if before.get(key) != provenance[key]), None)
     if changed:
         raise DiffalignError(

@@ -87,7 +87,7 @@ class StepGradient:
             batch = with_samples(self.config, self.source.batch([indices[s] for s in slots]), step, slots)
             draws = make_draws(
                 self.config, self.backbone.process, step, slots, batch.group_ids, batch.latents.shape,
-                batch.rewards.isfinite(),
+                batch.rewards.isfinite(), batch.seeds if self.config.noise == "tracked" else None,
             )  # fmt: skip
             draws = self.selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
             self.drawing += time.monotonic() - began
