@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
-from diffalign.rewards.published_weights import fill_empty, load_state
+from diffalign.rewards.published_weights import fill_empty, load_state, without_memory
 
 SIDE = 224
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -74,14 +74,13 @@ class HPSv2(TensorReward):
 
     def build(self) -> torch.nn.Module:
         import open_clip
-        from accelerate import init_empty_weights
 
         path = self.path
         state = load_state(path, "state_dict")
         sizes = open_clip.get_model_config(self.architecture)
         if sizes is None:
             raise DiffalignError(f"reward hpsv2: architecture {self.architecture}: open_clip has no such model")
-        with init_empty_weights(include_buffers=False):
+        with without_memory():
             model = open_clip.CLIP(**sizes)
         fill_empty(model, state, path, self.name, self.dtype, self.device)
         return model.to(self.dtype)  # the text encoder's mask, too
@@ -93,12 +92,19 @@ class HPSv2(TensorReward):
     def prepare_tensors(self, pixels: Tensor) -> Tensor:
         return normalise(letterbox(pixels, SIDE, self.antialias))
 
-    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        network = self.network
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Return unit vectors of prepared pixels, float32 [B, D]."""
+        return F.normalize(self.network.encode_image(pixels.to(self.dtype)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Return unit vectors of prompts, float32 [B, D]; each distinct prompt is encoded once."""
         unique = list(dict.fromkeys(prompts))
-        with torch.no_grad():
-            tokens = self.tokenizer(unique).to(self.device)
-            text = F.normalize(network.encode_text(tokens).float(), dim=-1)
+        network = self.network  # before the tokenizer: loading it makes the architecture known
+        text = F.normalize(network.encode_text(self.tokenizer(unique).to(self.device)).float(), dim=-1)
         place = {prompt: i for i, prompt in enumerate(unique)}
-        image = F.normalize(network.encode_image(pixels.to(self.dtype)).float(), dim=-1)
-        return (image * text[[place[p] for p in prompts]]).sum(-1)
+        return text[[place[p] for p in prompts]]
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        text = self.embed_prompts(prompts)
+        return (self.embed_images(pixels) * text).sum(-1)

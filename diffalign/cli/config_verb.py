@@ -42,6 +42,8 @@ def checked_config(kind: str, source: str, overrides: list[str] | None) -> Itera
         given = overrides or ()
         if kind == "rank":  # also of a dataset's folder
             yield config.load_rank_config(source, given)
+        elif kind == "judge personal":  # also of a dataset's folder
+            yield config.load_personal_config(source, given)
         elif kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
             yield config.eval_config_of_run(Path(source), given)
         else:

@@ -7,10 +7,17 @@ Nothing here imports torch.
 
 from diffalign.config.data import DataSection, LabelSection
 from diffalign.config.distill import DistillConfig, RewardTerm
-from diffalign.config.images import EvalConfig, SampleConfig, SamplingSection, SizedSamplingSection
+from diffalign.config.images import (
+    BenchConfig,
+    EvalConfig,
+    SampleConfig,
+    SamplingSection,
+    SizedSamplingSection,
+)
 from diffalign.config.judge import JudgeConfig, JudgeModelSection, JudgeTuneSection
 from diffalign.config.load import (
     KINDS,
+    bench_config,
     eval_config_of_run,
     kind_of_run,
     load,
@@ -18,6 +25,7 @@ from diffalign.config.load import (
     load_distill_config,
     load_eval_config,
     load_judge_config,
+    load_personal_config,
     load_rank_config,
     load_reward_gradient_config,
     load_rounds_config,
@@ -29,6 +37,7 @@ from diffalign.config.load import (
 from diffalign.config.model import ModelSection, PolicySection, TuneSection
 from diffalign.config.noise import TimeSection
 from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
@@ -49,6 +58,7 @@ __all__ = [
     "KINDS",
     "OBJECTIVE_SECTIONS",
     "BackboneRunConfig",
+    "BenchConfig",
     "CheckpointSection",
     "DataSection",
     "DistillConfig",
@@ -61,6 +71,7 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
+    "PersonalConfig",
     "PolicySection",
     "PromptSection",
     "RankConfig",
@@ -83,6 +94,7 @@ __all__ = [
     "TrainSection",
     "TuneSection",
     "ValidationSection",
+    "bench_config",
     "config_path",
     "eval_config_of_run",
     "kind_of_run",
@@ -92,6 +104,7 @@ __all__ = [
     "load_distill_config",
     "load_eval_config",
     "load_judge_config",
+    "load_personal_config",
     "load_rank_config",
     "load_reward_gradient_config",
     "load_rounds_config",
