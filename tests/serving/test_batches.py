@@ -22,13 +22,13 @@ BASE64 = base64.b64encode(FILE).decode()
 
 
 def ask(root: str, count: int = 1, prompt: str = "a", **more: Any) -> httpx.Response:
-    return httpx.post(f"{root}/v1/score", json={"images": [BASE64] * count, "prompts": prompt, **more}, timeout=20)
+    return httpx.post(f"{root}/v1/score", json={"images": [BASE64] * count, "prompts": prompt, **more}, timeout=60)
 
 
 def until(condition: Any) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "it did not happen within 5 s"
+        assert time.monotonic() < end, "it did not happen within a minute"
         time.sleep(0.005)
 
 
@@ -82,7 +82,7 @@ def test_a_request_that_breaks_a_shared_batch_costs_no_other() -> None:
 def test_a_full_queue_is_refused_and_the_client_returns() -> None:
     slow = Slow()
     with serving({"slow": slow}, queue=4) as server:
-        client = load_reward("remote", url=server.root, patience=20)
+        client = load_reward("remote", url=server.root, patience=60)
         slow.free_to_go.clear()
         with ThreadPoolExecutor(3) as pool:
             first = pool.submit(ask, server.root, 3)
@@ -121,6 +121,15 @@ def test_one_model_at_a_time_answers_all_rewards() -> None:
     assert [answer.json()["results"][0]["double"]["score"] for answer in answers] == [80.0] * 3
     assert (both["slow"]["score"], both["double"]["score"]) == (40.0, 80.0)
     assert max(reward.most_loaded for reward in rewards.values()) == 1 and loads >= 4
+
+
+def test_a_model_that_cannot_be_released_costs_its_request_alone() -> None:
+    stuck = Slow()
+    stuck.free = lambda: (_ for _ in ()).throw(RuntimeError("stuck"))  # type: ignore[method-assign]
+    with serving({"slow": stuck, "double": Slow(2.0)}, resident="one") as server:
+        statuses = [ask(server.root, rewards=[label]).status_code for label in ("slow", "double", "slow")]
+        assert statuses == [200, 500, 200]
+        assert httpx.get(f"{server.root}/health").json()["status"] == "ok"
 
 
 def test_all_models_stay_in_memory_by_default() -> None:
