@@ -7,16 +7,24 @@ Nothing here imports torch.
 
 from diffalign.config.data import DataSection, LabelSection
 from diffalign.config.distill import DistillConfig, RewardTerm
-from diffalign.config.images import EvalConfig, SampleConfig, SamplingSection, SizedSamplingSection
+from diffalign.config.images import (
+    BenchConfig,
+    EvalConfig,
+    SampleConfig,
+    SamplingSection,
+    SizedSamplingSection,
+)
 from diffalign.config.judge import JudgeConfig, JudgeModelSection, JudgeTuneSection
 from diffalign.config.load import (
     KINDS,
+    bench_config,
     eval_config_of_run,
     kind_of_run,
     load,
     load_config,
     load_distill_config,
     load_eval_config,
+    load_for,
     load_judge_config,
     load_personal_config,
     load_rank_config,
@@ -51,6 +59,7 @@ __all__ = [
     "KINDS",
     "OBJECTIVE_SECTIONS",
     "BackboneRunConfig",
+    "BenchConfig",
     "CheckpointSection",
     "DataSection",
     "DistillConfig",
@@ -86,6 +95,7 @@ __all__ = [
     "TrainSection",
     "TuneSection",
     "ValidationSection",
+    "bench_config",
     "config_path",
     "eval_config_of_run",
     "kind_of_run",
@@ -94,6 +104,7 @@ __all__ = [
     "load_config",
     "load_distill_config",
     "load_eval_config",
+    "load_for",
     "load_judge_config",
     "load_personal_config",
     "load_rank_config",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from diffalign.config.distill import DistillConfig
 from diffalign.config.document import Document, Key, apply_override, dump, is_text, read_document
 from diffalign.config.explain import explain
-from diffalign.config.images import EvalConfig, SampleConfig
+from diffalign.config.images import BenchConfig, EvalConfig, SampleConfig
 from diffalign.config.judge import JudgeConfig
 from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import config_path, read_recipe, recipes
@@ -37,6 +37,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "synth": SynthConfig,
     "rank": RankConfig,
     "rounds": RoundsConfig,
+    "bench": BenchConfig,
 }
 """What `kind:` may say, which is the verb that reads the file -> the config's class."""
 
@@ -54,6 +55,17 @@ def load(kind: str, source: str | Path, overrides: Sequence[str] = ()) -> BaseMo
     document = read_recipe(config_path(source), KINDS[kind])
     _check_kind(document, kind)
     return _loaded(document, KINDS[kind], overrides)
+
+
+def load_for(kind: str, source: str, overrides: Sequence[str] = ()) -> BaseModel:
+    """Load the config of a verb from what its users name: as `load`, but also from the folder that a verb works on."""
+    if kind == "rank":  # a dataset
+        return load_rank_config(source, overrides)
+    if kind == "judge personal":  # a dataset
+        return load_personal_config(source, overrides)
+    if kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
+        return eval_config_of_run(Path(source), overrides)
+    return load(kind, source, overrides)
 
 
 def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -137,6 +149,24 @@ def kind_of_run(values: dict[str, Any]) -> str:
 
 def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
     """Make the evaluation of a training run: its model, weights and folder; `prompts` must come as an override."""
+    return _loaded(_model_of_run(run_dir, run_dir), EvalConfig, overrides)
+
+
+def bench_config(model: str, overrides: Sequence[str] = ()) -> BenchConfig:
+    """Make the config of `diffalign bench`.
+
+    model: a run directory, whose weights are judged, or what `model.path` may be. Results go to `bench/` of a run, and
+    else to runs/bench-NAME. Raises DiffalignError as `load`.
+    """
+    if (Path(model) / "config.yaml").is_file():
+        return _loaded(_model_of_run(Path(model), Path(model) / "bench"), BenchConfig, overrides)
+    name = Path(model).stem if model.endswith(".safetensors") else Path(model).name
+    values = {"model": {"path": model}, "out": f"runs/bench-{name or 'model'}"}
+    return _loaded(Document(values, model), BenchConfig, overrides)
+
+
+def _model_of_run(run_dir: Path, out: Path) -> Document:
+    """Return a config with the model, device and weights of a training run. Raises DiffalignError for a run without them."""
     trained = run_dir / "config.yaml"
     if not trained.is_file():
         raise DiffalignError(
@@ -151,17 +181,16 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
         )
     if kind not in ("train", "reward-gradient"):
         raise DiffalignError(f"{run_dir}: a run of `diffalign {kind}`, which has no image model to evaluate")
-    run = Document(
+    return Document(
         {
             "model": document.values.get("model"),
             "device": document.values.get("device", "auto"),
             "weights": str(run_dir / "weights"),
-            "out": str(run_dir),
+            "out": str(out),
         },
         str(trained),
         {key: place for key, place in document.places.items() if key[:1] in (("model",), ("device",))},
     )
-    return _loaded(run, EvalConfig, overrides)
 
 
 def resolved_yaml(config: BaseModel) -> str:

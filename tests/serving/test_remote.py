@@ -25,7 +25,7 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.remote_protocol import Catalogue
 from diffalign.scoring.spec import parse
-from diffalign.stages.resolve import open_reward
+from diffalign.stages.resolve_rewards import open_reward
 from helpers import command_line
 from helpers.pictures import folder, smooth
 from helpers.processes import environment
