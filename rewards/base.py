@@ -37,7 +37,7 @@ class Reward(ABC):
     Building a reward loads nothing: weights are loaded with the first image, or by `identity`, which names them.
     """
 
-    name: ClassVar[str]
+    name: str
     columns: tuple[str, ...]
     range: ClassVar[tuple[float, float]]
     usual: ClassVar[str] = ""

@@ -1,6 +1,8 @@
 """Find and load a reward's weights: a local file or folder, or the hub at a revision. Pickles are never executed."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,26 @@ def fill(
         raise DiffalignError(
             f"{asked} {reward}: {path} does not fit the model: {faults} ({len(missing)} missing, {len(extra)} left over)"
         )
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Give no memory to the parameters of modules that are built inside (the meta device); buffers get their values.
+
+    As accelerate's `init_empty_weights(include_buffers=False)`. Not for several threads at once: it replaces a method of
+    torch's Module.
+    """
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        empty = None if parameter is None else torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, empty)
+
+    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fill_empty(

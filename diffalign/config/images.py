@@ -134,7 +134,7 @@ class EvalConfig(ImagesConfig):
             if name in ("base", "tuned") or not is_plain_name(name):
                 refuse(f"{name!r} is taken or no plain name; use letters, digits, dots and dashes", "others")
         refuse_twice(
-            [self.reward.name, *(reward.name for reward in self.more_rewards)],
+            [self.reward.written_name, *(reward.written_name for reward in self.more_rewards)],
             "a reward",
             "more_rewards",
             "reward.name",

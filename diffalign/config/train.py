@@ -169,6 +169,31 @@ class TrainConfig(BackboneRunConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_average(self) -> TrainConfig:
+        if self.tune.reference != "ema":
+            return self
+        if not self.objective.kind.needs_reference:
+            refuse(
+                f"{self.objective.name} has no reference; leave tune.reference out",
+                "tune.reference",
+                "objective.name",
+            )
+        if self.reference.store is not None:
+            refuse(
+                "the reference is another one at every step, so nothing can be kept; set reference.store=null, or "
+                "tune.reference=init",
+                "reference.store",
+                "tune.reference",
+            )
+        if self.train.shard != "none":
+            refuse(
+                "an average as the reference was not shown to work with shard=fsdp2; use shard=none, or tune.reference=init",
+                "tune.reference",
+                "train.shard",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_reference(self) -> TrainConfig:
         if self.reference.store is None:
             return self

@@ -34,19 +34,21 @@ class Ahead:
 class Found:
     """What was found with one reward.
 
-    broken: reasons of images that cannot be decoded, by hash. failed: the reward raised an error; not stored, so that
-    the next run tries again.
+    failed: the reward raised an error; not stored, so that the next run tries again. broken: reasons of images that
+    cannot be decoded, by hash. images: how many were tried.
     """
 
     results: Known = field(default_factory=dict)
     failed: Known = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    images: int = 0
 
     def add(self, other: Found) -> None:
         """Add what another batch found."""
         self.results |= other.results
         self.failed |= other.failed
         self.broken |= other.broken
+        self.images += other.images
 
 
 def read_ahead(cells: Iterable[Cell], reward: Reward, pool: ThreadPoolExecutor, window: int) -> Iterator[Ahead]:
@@ -81,6 +83,7 @@ def score_batch(reward: Reward, read: Iterable[tuple[Cell, Ahead]], proven: bool
     """
     found, ready = Found(), list[tuple[Cell, Prepared]]()
     for cell, ahead in read:
+        found.images += 1
         if ahead.unreadable:
             found.broken[cell.sha256] = ahead.unreadable
         elif ahead.sha256 != cell.sha256:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffalign.data.containers import Origin
+from diffalign.data.plan import chunks
 from diffalign.rewards import Reward
 from diffalign.scoring.items import Item
 from diffalign.scoring.store import Known, key_of, with_facts
@@ -69,21 +70,27 @@ def make_plan(
 ) -> Plan:
     """Return the batches of what is not known yet, in the order of the items.
 
-    Copies of an image with the same prompt share a key and are scored once.
+    All images are cut into batches, known or not, so that those that a kill left over are the ones of an undisturbed run.
+    What is left of batches that are known in part, as new images among old ones, makes batches at the end. Copies of an
+    image with the same prompt share a key and are scored once.
     """
     wanted: dict[str, int] = {}
     for i, item in enumerate(items):
         if not not_scorable(reward, item):
             wanted.setdefault(key_of(scanned.hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
-    cells = [
-        _cell(key, items[i], scanned.hashes[i], scanned.areas[i])
-        for key, i in wanted.items()
-        if key not in known and scanned.hashes[i] not in scanned.broken
+    readable = [(key, i) for key, i in wanted.items() if scanned.hashes[i] not in scanned.broken]
+    whole, rest = list[list[tuple[str, int]]](), list[tuple[str, int]]()
+    for chunk in chunks(readable, batch_size):
+        new = [(key, i) for key, i in chunk if key not in known]
+        if len(new) == len(chunk):
+            whole.append(new)
+        else:
+            rest += new
+    batches = [
+        Batch(number, tuple(_cell(key, items[i], scanned.hashes[i], scanned.areas[i]) for key, i in chunk))
+        for number, chunk in enumerate([*whole, *chunks(rest, batch_size)])
     ]
-    chunks = [cells[start : start + batch_size] for start in range(0, len(cells), batch_size)]
-    return Plan(
-        [Batch(number, tuple(chunk)) for number, chunk in enumerate(chunks)], sum(key in known for key in wanted)
-    )
+    return Plan(batches, sum(key in known for key in wanted))
 
 
 def _cell(key: str, item: Item, sha256: str, pixels: int) -> Cell:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.remote_address import remote_label
 from diffalign.rewards import REWARDS, find_reward
 from diffalign.rewards.base import LABEL, TAKEN_NAMES
 
@@ -33,11 +34,14 @@ def parse(text: str) -> RewardSpec:
     if kind.isidentifier() and name not in REWARDS:
         name, tail = f"{name}:{kind}", options_of_kind
         label = label if equals else find_reward(name).name
+    options = parse_options(tail, f"--reward {text!r}")
+    if name == "remote" and not equals:
+        label = remote_label(options.get("url"))
     if not LABEL.fullmatch(label) or not name:
         raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     if label in TAKEN_NAMES:
         raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
-    return RewardSpec(label, name, parse_options(tail, f"--reward {text!r}"))
+    return RewardSpec(label, name, options)
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
     open_backbone,
-    resolve_device,
     resolve_prompts,
     sampling_settings,
     settled,
     weights_digest,
 )
+from diffalign.stages.resolve_rewards import resolve_device
 
 
 def sample(config: SampleConfig, images: Path | None = None, dry_run: bool = False) -> None:

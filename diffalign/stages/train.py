@@ -33,10 +33,10 @@ from diffalign.stages.resolve import (
     open_backbone,
     open_validation,
     planned_backbone,
-    resolve_device,
     settled,
     with_judges,
 )
+from diffalign.stages.resolve_rewards import resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator

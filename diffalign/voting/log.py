@@ -10,6 +10,7 @@ Images are named as `diffalign score` names them: `group/index` in a dataset fol
 log's folder. The log of a dataset lies in its folder.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -143,6 +144,11 @@ def effective(entries: Iterable[Entry]) -> list[Vote]:
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes of a log that count; see `read_entries` and `effective`."""
     return effective(read_entries(path))
+
+
+def votes_digest(votes: Iterable[Vote]) -> str:
+    """Return a short hash of votes: equal for the same votes in the same order."""
+    return hashlib.blake2b("".join(map(line_of, votes)).encode(), digest_size=8).hexdigest()
 
 
 class VoteLog:

@@ -37,8 +37,8 @@ class Address:
     """A host and a port to listen on; port 0 is any free one.
 
     token: what each request must carry, None for nothing. A host that other machines reach always has one: without yours,
-    a random one is made. names: host names by which the server may be addressed besides localhost, `host`, the machine's
-    own name and IP addresses; a request to another name is refused, since a web site could have its own name point here.
+    a random one is made (`made_token`). names: host names by which the server may be addressed besides localhost, `host`,
+    the machine's own name and IP addresses. A request to another name is refused: a web site could have its name point here.
 
     Raises DiffalignError for a port or a token that cannot be used.
     """
@@ -47,12 +47,14 @@ class Address:
     port: int = 8000
     token: str | None = field(default=None, repr=False)
     names: tuple[str, ...] = ()
+    made_token: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise DiffalignError(f"port {self.port}: use one from 1 to 65535, or 0 for any free one")
         if self.token is None and not is_loopback(self.host):
             object.__setattr__(self, "token", new_token())
+            object.__setattr__(self, "made_token", True)
         if self.token is not None and not TOKEN.fullmatch(self.token):
             raise DiffalignError("the token must have 16 to 256 characters: letters, digits and . _ ~ -")
 

@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from diffalign.errors import DiffalignError
@@ -27,7 +27,7 @@ def build_app(
     `{"error": "one line"}`. open_paths: paths that need no token.
     """
     app = Starlette(
-        routes=list(routes),
+        routes=[*routes, Route("/favicon.ico", _no_icon)],  # which browsers ask for
         exception_handlers={
             HTTPException: _refused,
             DiffalignError: _mistaken,
@@ -43,6 +43,10 @@ def page(render: Callable[[str], str]) -> HTMLResponse:
     nonce = secrets.token_urlsafe(16)
     policy = POLICY.format(scripts=f"'nonce-{nonce}'")
     return HTMLResponse(render(nonce), headers={"Content-Security-Policy": policy})
+
+
+async def _no_icon(request: Request) -> Response:
+    return Response(status_code=204)
 
 
 def _refused(request: Request, error: Exception) -> Response:

@@ -1,6 +1,8 @@
 """What every request passes before an app sees it: the host's name, the origin, the token and the size of the body."""
 
 import asyncio
+import base64
+import binascii
 import hmac
 import time
 from collections.abc import Mapping
@@ -106,7 +108,7 @@ class Guard:
         """Return whether a request carries the token, in a header, in its address or in the cookie set by `_welcome`."""
         if self.address.token is None:
             return True
-        given = [headers.get("authorization", "").removeprefix("Bearer "), _query(scope).get("token", "")]
+        given = [_authorization(headers.get("authorization", "")), _query(scope).get("token", "")]
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(_cookie_name(scope))
         except CookieError:
@@ -170,6 +172,17 @@ class _Body:
                     dropped += len(message.get("body", b""))
         except TimeoutError:
             return
+
+
+def _authorization(header: str) -> str:
+    """Return the token in a header: `Bearer TOKEN`, or the password of basic authentication, which an address can hold."""
+    scheme, _, rest = header.partition(" ")
+    if scheme.lower() != "basic":
+        return rest if scheme.lower() == "bearer" else ""
+    try:
+        return base64.b64decode(rest, validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
 
 
 def _query(scope: Scope) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Run an app on a host and a port until a signal asks it to stop, or in a thread."""
 
 import errno
+import logging
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.progress import say
 from diffalign.web.address import Address
 
 BACKLOG = 1024
@@ -40,6 +42,14 @@ class Listener:
     def url(self) -> str:
         """Return what to open in a browser: the root, with the token if there is one."""
         return f"{self.root}/" + (f"?token={self.address.token}" if self.address.token else "")
+
+
+def show_address(listener: Listener, what: str) -> None:
+    """Print what lies at the address, and the address; with a token that was made here, since nobody else knows it."""
+    if listener.address.made_token:
+        print(f"{what}: {listener.url}", flush=True)  # not say, which hides tokens
+    else:
+        say(f"{what}: {listener.url}")
 
 
 @contextmanager
@@ -95,6 +105,8 @@ def running(app: ASGIApp, listener: Listener, drain: int = 30) -> Iterator[str]:
 
 
 def _server(app: ASGIApp, drain: int) -> _Server:
+    # It logs every byte that it does not expect in a form; the sender gets an error.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     return _Server(
         uvicorn.Config(
             app,

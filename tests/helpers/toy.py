@@ -39,12 +39,16 @@ class Trunk(nn.Module):
         self.down = nn.Parameter(torch.randn(WIDTH + 4, 3, generator=generator) / 6)
         self.up = nn.Parameter(torch.zeros(3, WIDTH))
         self.adapted = True
+        self.second = nn.ParameterDict()
+        self.following = False
 
     def forward(self, x: Tensor, prompt: Tensor, time: Tensor) -> Tensor:
         features = torch.cat([x.flatten(1), prompt, time[:, None]], dim=1)
         out = features @ self.base
         if self.adapted:
             out = out + features @ self.down @ self.up
+        elif self.following:
+            out = out + features @ self.second["down"] @ self.second["up"]
         return out.view_as(x)
 
 
@@ -61,13 +65,21 @@ class ToyBackbone:
     def add_lora(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def follow_policy(self, keep_base: bool = False) -> None:
+        for name, value in self.trainable().items():
+            self.trunk.second[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
+
+    def followers(self) -> dict[str, nn.Parameter]:
+        return dict(self.trunk.second.items())
+
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
         self.trunk.adapted = name == "policy"
+        self.trunk.following = name == "reference" and len(self.trunk.second) > 0
         try:
             yield
         finally:
-            self.trunk.adapted = True
+            self.trunk.adapted, self.trunk.following = True, False
 
     def predict(
         self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor], module: nn.Module | None = None

@@ -113,10 +113,12 @@ def test_a_page_runs_its_own_scripts_alone(local: httpx.Client) -> None:
 
 
 def test_a_token_is_asked_for(with_token: httpx.Client) -> None:
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {TOKEN}x"}, {"Cookie": "a=b"}):
-        answer = with_token.get("/", headers=headers)
+    wrong = ["", "Bearer wrong", f"Bearer {TOKEN}x", TOKEN, "Basic !!", f"Basic {TOKEN}", "Basic eDp5"]
+    for header in wrong:
+        answer = with_token.get("/", headers={"Authorization": header, "Cookie": "a=b"})
         assert answer.status_code == 401 and "token" in answer.json()["error"] and TOKEN not in answer.text
     assert with_token.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert with_token.get("/", auth=("anybody", TOKEN)).status_code == 200
     assert with_token.post(f"/echo?token={TOKEN}", content=b"x").json() == {"bytes": 1}
     assert with_token.get("/health").status_code == 200
     assert with_token.get("/health", headers={"Host": "gpu1.EXAMPLE:80"}).status_code == 200
@@ -162,10 +164,20 @@ def test_another_host_has_a_token() -> None:
     assert web.Address().token is None and web.Address("::1").token is None
     made = web.Address("0.0.0.0")
     assert made.token and len(made.token) == 32 and made.token not in repr(made)
-    assert web.Address("0.0.0.0", token=TOKEN).token == TOKEN
+    given = web.Address("0.0.0.0", token=TOKEN)
+    assert given.token == TOKEN and made.made_token and not given.made_token
     for wrong in ("short", "with blanks in the token"):
         with pytest.raises(DiffalignError, match="16 to 256"):
             web.Address(token=wrong)
+
+
+def test_a_token_is_printed_where_nobody_else_knows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for address in (web.Address("0.0.0.0", port=0), web.Address(port=0, token=TOKEN)):
+        with web.listen(address) as listener:
+            web.show_address(listener, "the page")
+            shown = capsys.readouterr().out
+            assert shown.startswith(f"the page: {listener.root}/?token=")
+        assert (str(address.token) in shown) == address.made_token
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -217,4 +229,4 @@ def test_a_signal_ends_it_after_the_running_requests(number: signal.Signals) -> 
 def test_without_the_packages_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['uvicorn'] = None\nimport diffalign.web"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert "DiffalignError: a local server needs uvicorn; pip install 'diffalign[serve]'" in done.stderr
+    assert "DiffalignError: a local server: uvicorn is not installed; pip install 'diffalign[serve]'" in done.stderr
