@@ -17,6 +17,7 @@ from diffalign.judge.personal import Choices, choices_in, choices_of, fit_taste
 from diffalign.rewards import load_reward
 from diffalign.rewards.features import NAMES, load_features
 from diffalign.rewards.personal import Head
+from diffalign.stages.personal import find_choices
 from diffalign.voting.log import Vote, line_of
 from helpers import pictures, tastes, tiny_rewards
 from helpers.command_line import refused, run
@@ -113,15 +114,17 @@ def test_votes_of_one_or_all_raters(tmp_path: Path, capsys: pytest.CaptureFixtur
         (1, 0, 1.0, "p0"), (3, 5, 0.5, "p1"), (8, 6, 0.0, "p2"), (8, 7, 0.5, "p2"), (6, 7, 1.0, "p2"),
     ]  # fmt: skip
     assert len(found) == 5 and found.ties == 2
-    with pytest.raises(DiffalignError, match="g9/0, which is not in the dataset"):
-        choices_in([Vote("1", "t", "ann", "p", ("g9/0", "g0/0"), ("m", "m"), "left")], dataset)
+    gone = [Vote("1", "t", "ann", "p", (name, "g0/0"), ("m", "m"), "left") for name in ("g9/0", "g0/7", "none")]
+    assert len(choices_in(gone, dataset)) == 0
     by_score = choices_of(dataset, "x", "train")
     assert len(by_score) == 9 and set(by_score.wins) == {0.0}
     (tmp_path / "mine/votes.jsonl").write_text("".join(map(line_of, votes)))
     data = tmp_path / "mine"
     assert "3 choices between two images and 2 ties: at least 50" in refused(capsys, "judge", "personal", data)
     assert "0 choices between two images and 1 tie" in refused(capsys, "judge", "personal", data, "source=ben")
-    assert "it has votes, ann, ben, x" in refused(capsys, "judge", "personal", data, "source=carl")
+    both = find_choices(PreferenceDataset(data), "human", "train")
+    assert len(both) == 5  # every group was voted on: the shares that follow from votes do not count a second time
+    assert "it has human, ann, ben, x" in refused(capsys, "judge", "personal", data, "source=carl")
 
 
 def test_too_few_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
