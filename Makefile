@@ -1,7 +1,7 @@
 # Every target sets up .venv first, and again only when pyproject.toml has changed.
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
-#   make docs           docs/config.md from the config's schema
+#   make docs           docs/config.md from the config's schema, and the list of rewards from their classes
 #   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
@@ -9,6 +9,7 @@
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
+#   make test-ray       tests on a Ray cluster of this machine; installs Ray (0.2 GB) into a folder of its own
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ORACLES := $(VENV)/oracles
 HPSV3 := $(VENV)/oracles-hpsv3
+RAY := $(VENV)/ray
 ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
 VIEW := $(ROOT)/build/view
@@ -23,12 +25,12 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: setup oracles quickstart test test-gpu browser-test lint view wheel wheel-test soak hostile bench kills clean
+.PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench kills clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,test,dev]"
 	touch $(STAMP)
 
 # Without their dependencies, which do not go with ours; what they lack when they are imported, tests/helpers/oracles.py lends them.
@@ -53,6 +55,14 @@ browser-test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q tests/gpu
+
+# Ray stays out of .venv: tests/cluster skips without it.
+test-ray: $(STAMP) $(RAY)/.installed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=$(ROOT)/$(RAY) $(BIN)/pytest -q tests/cluster
+$(RAY)/.installed: pyproject.toml | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-compile --target $(@D) "ray[client]>=2.60"
+	touch $@
 
 # The wheel unpacked into a folder of its own. Its tests start in an empty folder: the checkout's root would shadow it.
 # build/lib is deleted first because setuptools packs whatever an earlier build left there.
@@ -96,10 +106,11 @@ kills: $(STAMP)
 bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
 	@$(BIN)/python benchmarks $(NAME) $(ARGS)
 
-# The page of all config keys, from the schema; a test compares them.
+# The page of all config keys, from the schema, and the list of rewards, from their classes; tests compare them.
 .PHONY: docs
 docs: $(STAMP)
 	$(BIN)/python -m diffalign.config.commented > docs/config.md
+	$(BIN)/python -m diffalign.scoring.list_rewards
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

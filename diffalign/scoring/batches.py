@@ -12,6 +12,7 @@ from diffalign.files.images import Unreadable, decode
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
 from diffalign.rewards.batches import measure_batch, reason_of
+from diffalign.rewards.groupwise import GroupReward
 from diffalign.scoring.items import digest
 from diffalign.scoring.plan import Cell
 from diffalign.scoring.store import Known, Result
@@ -34,19 +35,21 @@ class Ahead:
 class Found:
     """What was found with one reward.
 
-    broken: reasons of images that cannot be decoded, by hash. failed: the reward raised an error; not stored, so that
-    the next run tries again.
+    failed: the reward raised an error; not stored, so that the next run tries again. broken: reasons of images that
+    cannot be decoded, by hash. images: how many were tried.
     """
 
     results: Known = field(default_factory=dict)
     failed: Known = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    images: int = 0
 
     def add(self, other: Found) -> None:
         """Add what another batch found."""
         self.results |= other.results
         self.failed |= other.failed
         self.broken |= other.broken
+        self.images += other.images
 
 
 def read_ahead(cells: Iterable[Cell], reward: Reward, pool: ThreadPoolExecutor, window: int) -> Iterator[Ahead]:
@@ -80,7 +83,9 @@ def score_batch(reward: Reward, read: Iterable[tuple[Cell, Ahead]], proven: bool
     proven: as `measure_batch` takes it. Raises what that raises.
     """
     found, ready = Found(), list[tuple[Cell, Prepared]]()
+    whole = isinstance(reward, GroupReward)
     for cell, ahead in read:
+        found.images += 1
         if ahead.unreadable:
             found.broken[cell.sha256] = ahead.unreadable
         elif ahead.sha256 != cell.sha256:
@@ -89,7 +94,8 @@ def score_batch(reward: Reward, read: Iterable[tuple[Cell, Ahead]], proven: bool
             found.failed[cell.key] = Result({}, ahead.failed)
         else:
             ready.append((cell, ahead.prepared))
-        if sum(_pixels(prepared) for _, prepared in ready) > PIXELS_AHEAD:
+        # A judge of groups sees the images of a prompt together.
+        if not whole and sum(_pixels(prepared) for _, prepared in ready) > PIXELS_AHEAD:
             _measure(reward, ready, proven, found)
             yield found
             proven, found, ready = proven or bool(found.results), Found(), []

@@ -5,10 +5,13 @@ any number of processes, and a cluster, that work on the same plan find the same
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffalign.data.containers import Origin
+from diffalign.data.plan import chunks
 from diffalign.rewards import Reward
+from diffalign.rewards.groupwise import GROUP, GroupReward
 from diffalign.scoring.items import Item
 from diffalign.scoring.store import Known, key_of, with_facts
 
@@ -69,21 +72,42 @@ def make_plan(
 ) -> Plan:
     """Return the batches of what is not known yet, in the order of the items.
 
-    Copies of an image with the same prompt share a key and are scored once.
+    All images are cut into batches, known or not, so that those that a kill left over are the ones of an undisturbed run.
+    What is left of batches that are known in part, as new images among old ones, makes batches at the end. Copies of an
+    image with the same prompt share a key and are scored once.
     """
     wanted: dict[str, int] = {}
     for i, item in enumerate(items):
         if not not_scorable(reward, item):
             wanted.setdefault(key_of(scanned.hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
-    cells = [
-        _cell(key, items[i], scanned.hashes[i], scanned.areas[i])
-        for key, i in wanted.items()
-        if key not in known and scanned.hashes[i] not in scanned.broken
+    readable = [(key, i) for key, i in wanted.items() if scanned.hashes[i] not in scanned.broken]
+    whole, rest = list[list[tuple[str, int]]](), list[tuple[str, int]]()
+    parts = partial(group_chunks, items=items) if isinstance(reward, GroupReward) else chunks
+    for chunk in parts(readable, batch_size):
+        new = [(key, i) for key, i in chunk if key not in known]
+        if len(new) == len(chunk):
+            whole.append(new)
+        else:
+            rest += new
+    batches = [
+        Batch(number, tuple(_cell(key, items[i], scanned.hashes[i], scanned.areas[i]) for key, i in chunk))
+        for number, chunk in enumerate([*whole, *parts(rest, batch_size)])
     ]
-    chunks = [cells[start : start + batch_size] for start in range(0, len(cells), batch_size)]
-    return Plan(
-        [Batch(number, tuple(chunk)) for number, chunk in enumerate(chunks)], sum(key in known for key in wanted)
-    )
+    return Plan(batches, sum(key in known for key in wanted))
+
+
+def group_chunks(wanted: list[tuple[str, int]], size: int, items: list[Item]) -> list[list[tuple[str, int]]]:
+    """Return parts of at least `size` (key, item) pairs, but for the last, in which the images of a group stay together."""
+    groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for key, i in wanted:
+        groups.setdefault((items[i].prompt or "", *items[i].metadata[GROUP]), []).append((key, i))
+    parts: list[list[tuple[str, int]]] = []
+    for group in groups.values():
+        if parts and len(parts[-1]) < size:
+            parts[-1] += group
+        else:
+            parts.append(list(group))
+    return parts
 
 
 def _cell(key: str, item: Item, sha256: str, pixels: int) -> Cell:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from diffalign import stopping
-from diffalign.files.images import Unreadable, area
+from diffalign.data.containers import AddressOrigin
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
+from diffalign.rewards.groupwise import GroupReward
 from diffalign.scoring.batches import Found, read_ahead, score_batch
-from diffalign.scoring.items import Item, digest
+from diffalign.scoring.groups import with_groups
+from diffalign.scoring.items import Item, scan
+from diffalign.scoring.on_cluster import OnCluster
 from diffalign.scoring.plan import Batch, Scanned, make_plan, not_scorable
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.store import IDENTITY, REASON, Known, Store, key_of, with_facts
@@ -46,12 +50,13 @@ def score_items(
     batch_size: int = 32,
     workers: int = 4,
     processes: Processes | None = None,
+    cluster: OnCluster | None = None,
     on_progress: OnNamedImages | None = None,
 ) -> Scores:
     """Score every item with every reward (label -> reward) that has not scored it yet; all processes get all rows.
 
     An image that cannot be read or decoded gets the reason and no score; so does one whose prompt a reward cannot use, and
-    one on which a reward fails.
+    one on which a reward fails. cluster: scores the batches instead of this process.
     """
     processes = processes or Processes()
     # Of all rewards first, so that missing weights are reported before an hour is spent on another reward. A reward that
@@ -59,16 +64,24 @@ def score_items(
     usable = {label for label, r in rewards.items() if any(not not_scorable(r, item) for item in items)}
     identities = {label: rewards[label].identity() for label in usable}
     with ThreadPoolExecutor(workers) as pool:
-        scanned = _scan(items, pool, processes)
+        scanned = _scan(items, pool, processes, cluster)
         computed = known = 0
         failures: dict[str, Known] = {label: {} for label in rewards}
+        views = dict.fromkeys(rewards, items)  # a judge of groups reads each image's group as metadata
         for label, reward in rewards.items():
             if label not in usable:
                 continue
+            if isinstance(reward, GroupReward):
+                views[label] = with_groups(items, scanned, reward.largest)
             # This process scores its share of the batches.
-            plan = make_plan(items, scanned, reward, identities[label], store.known, batch_size)
+            plan = make_plan(views[label], scanned, reward, identities[label], store.known, batch_size)
             known += plan.known
-            mine = _score(label, processes.share(plan.batches), reward, store, pool, on_progress)
+            batches = processes.share(plan.batches)
+            if cluster is None:
+                parts = _parts(batches, reward, pool)
+            else:
+                parts = cluster.parts(label, batches, identities[label], pool, workers)
+            mine = _keep(label, parts, sum(len(batch.cells) for batch in batches), store, on_progress)
             # All processes learn all results, so that each could write the rows.
             for found in processes.gather(mine):
                 store.known |= found.results
@@ -78,24 +91,32 @@ def score_items(
             # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
-    rows = [_row(item, i, scanned, rewards, identities, store.known, failures) for i, item in enumerate(items)]
+    rows = [
+        _row(
+            item,
+            [views[label][i] for label in rewards],
+            scanned.hashes[i],
+            scanned,
+            rewards,
+            identities,
+            store.known,
+            failures,
+        )
+        for i, item in enumerate(items)
+    ]
     failed = sum(any(_reason_of(row, label) for label in rewards) for row in rows)
     return Scores(rows, {label: r.columns for label, r in rewards.items()}, computed, known, failed, items)
 
 
-def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes) -> Scanned:
-    """Read every image once, for its hash and size."""
-
-    def one(item: Item) -> tuple[str, int, str]:
-        try:
-            data = item.origin.read()
-            return digest(data), area(data), ""
-        except Unreadable as error:
-            return f"unread {item.name}", 0, str(error)
-
+def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes, cluster: OnCluster | None) -> Scanned:
+    """Read every image once, for its hash and size; a cluster reads those at an address."""
     scanned = Scanned([""] * len(items), [0] * len(items), {})
     mine = processes.share(list(range(len(items))))
-    found = [(i, *answer) for i, answer in zip(mine, pool.map(one, (items[i] for i in mine)), strict=True)]
+    there = [i for i in mine if cluster is not None and isinstance(items[i].origin, AddressOrigin)]
+    here = [i for i in mine if i not in set(there)] if there else mine
+    found = [(i, *answer) for i, answer in zip(here, pool.map(scan, (items[i] for i in here)), strict=True)]
+    if cluster is not None:
+        found += [(i, *answer) for i, answer in cluster.scan({i: items[i] for i in there})]
     for part in processes.gather(found):
         for i, sha256, pixels, reason in part:
             scanned.hashes[i], scanned.areas[i] = sha256, pixels
@@ -104,63 +125,56 @@ def _scan(items: list[Item], pool: ThreadPoolExecutor, processes: Processes) -> 
     return scanned
 
 
-def _score(
-    label: str,
-    batches: list[Batch],
-    reward: Reward,
-    store: Store,
-    pool: ThreadPoolExecutor,
-    on_progress: OnNamedImages | None,
-) -> Found:
-    """Score batches in this process."""
-    found, done = Found(), 0
-    total = sum(len(batch.cells) for batch in batches)
-    if on_progress:
-        on_progress(label, 0, total)
+def _parts(batches: list[Batch], reward: Reward, pool: ThreadPoolExecutor) -> Iterator[Found]:
+    """Yield what this process finds in batches."""
+    proven = False
     window = 2 * max((len(batch.cells) for batch in batches), default=0)
     read = read_ahead((cell for batch in batches for cell in batch.cells), reward, pool, window)
     for batch in batches:
         cells = zip(batch.cells, islice(read, len(batch.cells)), strict=True)
-        parts = score_batch(reward, cells, proven=bool(found.results))
-        while True:
-            with stopping.deferred():
-                if (part := next(parts, None)) is None:
-                    break
-                _keep(part, store)
-            stopping.check()
-            found.add(part)
-        done += len(batch.cells)
+        for part in score_batch(reward, cells, proven):
+            proven = proven or bool(part.results)
+            yield part
+
+
+def _keep(label: str, parts: Iterator[Found], total: int, store: Store, on_progress: OnNamedImages | None) -> Found:
+    """Write the scores of each part to the journal as it comes; return all of them."""
+    found = Found()
+    if on_progress:
+        on_progress(label, 0, total)
+    while True:
+        with stopping.deferred():
+            if (part := next(parts, None)) is None:
+                return found
+            store.add(part.results)
+        if store.path is not None:
+            stopping.keep(f"{len(store.known)} scores are")
+        stopping.check()
+        found.add(part)
         if on_progress:
-            on_progress(label, done, total)
-    return found
-
-
-def _keep(part: Found, store: Store) -> None:
-    """Write the scores of a batch to the journal."""
-    store.add(part.results)
-    if store.path is not None:
-        stopping.keep(f"{len(store.known)} scores are")
+            on_progress(label, found.images, total)
 
 
 def _row(
     item: Item,
-    number: int,
+    views: list[Item],
+    sha256: str,
     scanned: Scanned,
     rewards: dict[str, Reward],
     identities: dict[str, dict[str, Any]],
     known: Known,
     failures: dict[str, Known],
 ) -> dict[str, Any]:
-    sha256 = scanned.hashes[number]
+    """Return the row of an image; views: the image as each reward sees it."""
     unread = sha256.startswith("unread ")
     row: dict[str, Any] = {"image": item.name, "sha256": None if unread else sha256, "prompt": item.prompt}
     row["reason"] = scanned.broken.get(sha256, "")
-    for label, reward in rewards.items():
-        refused = not_scorable(reward, item)
+    for view, (label, reward) in zip(views, rewards.items(), strict=True):
+        refused = not_scorable(reward, view)
         result = failure = identity = None
         if not refused:
-            identity = with_facts(identities[label], item.metadata)
-            key = key_of(sha256, item.prompt, identity)
+            identity = with_facts(identities[label], view.metadata)
+            key = key_of(sha256, view.prompt, identity)
             result, failure = known.get(key), failures[label].get(key)
         values = result.values if result else {}
         for k, name in enumerate(reward.columns):

@@ -39,7 +39,8 @@ from diffalign.scoring.thumbnails import thumbnail
 from diffalign.stages.bench_tasks import BenchTask, open_tasks
 from diffalign.stages.checks import check_weights
 from diffalign.stages.dry_run import print_config, print_facts, print_where
-from diffalign.stages.resolve import resolve_device, sampling_settings, settled
+from diffalign.stages.resolve import sampling_settings, settled
+from diffalign.stages.resolve_rewards import resolve_device
 from diffalign.stages.sample import check_drawing_weights, draw_groups, open_drawing
 from diffalign.terminal import counted, plain_table, show_table
 

@@ -19,7 +19,7 @@ from diffalign.rewards.features import Features, PixelFeatures, load_features, p
 from diffalign.rewards.personal import FeatureNote, Head
 from diffalign.scoring.spec import parse_options
 from diffalign.stages.dry_run import print_config, print_facts
-from diffalign.stages.resolve import FIRST_JUDGES, resolve_device
+from diffalign.stages.resolve_rewards import FIRST_JUDGES, resolve_device
 from diffalign.terminal import counted
 
 

@@ -14,7 +14,7 @@ from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.spec import parse_all
 from diffalign.serving.app import reward_app
 from diffalign.serving.service import Service, Settings
-from diffalign.stages.resolve import build_reward, resolve_device
+from diffalign.stages.resolve_rewards import build_reward, resolve_device
 from diffalign.terminal import counted
 
 MEBIBYTE = 2**20

@@ -1,6 +1,7 @@
 """`diffalign vote`: serve the page on which people choose between images, and keep their votes."""
 
 import os
+import shlex
 import sys
 import webbrowser
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def vote(request: VoteRequest) -> None:
         )
         before = len(sessions.votes)
         _announce(gallery, before, listener)
-        page = VotePage(sessions, request.rater)
+        page = VotePage(sessions, request.rater, _next_steps(gallery, request))
         if request.browser:
             _open_browser(listener.url)
         serve(build_app(page.routes(), address, Limits(body=LONGEST_BODY)), listener, drain=2)
@@ -79,6 +80,18 @@ def _announce(gallery: Gallery, before: int, listener: Listener) -> None:
     say(gallery.about)
     say(f"votes: {gallery.log}" + (f" ({counted(before, 'vote')} so far)" if before else ""))
     say(f"open {listener.url} in a browser; Ctrl-C ends, and every vote is kept")
+
+
+def _next_steps(gallery: Gallery, request: VoteRequest) -> list[str]:
+    """Return the commands that make training data of the votes."""
+    if gallery.dataset is not None:
+        folder = shlex.quote(str(gallery.dataset))
+        return [
+            f"diffalign rank {folder}",
+            f"diffalign train RECIPE data.path={folder}",
+        ]
+    sources = shlex.join(str(source) for source in request.sources)
+    return [f"diffalign vote-export {sources} --out votes/votes.csv", "diffalign pairs votes/votes.csv --out data/mine"]
 
 
 def _open_browser(url: str) -> None:

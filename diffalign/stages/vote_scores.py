@@ -12,7 +12,7 @@ from diffalign.scoring.items import Item
 from diffalign.scoring.run import score_items
 from diffalign.scoring.spec import parse
 from diffalign.scoring.store import Store
-from diffalign.stages.resolve import build_reward, resolve_device
+from diffalign.stages.resolve_rewards import build_reward, resolve_device
 from diffalign.vote_page.gallery import Gallery
 from diffalign.voting.active import Active
 from diffalign.voting.balanced import Balanced
