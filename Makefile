@@ -1,7 +1,7 @@
 # Every target sets up .venv first, and again only when pyproject.toml has changed.
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
-#   make docs           docs/config.md from the config's schema
+#   make docs           docs/config.md from the config's schema, and the list of rewards from their classes
 #   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
@@ -30,7 +30,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,test,dev]"
 	touch $(STAMP)
 
 # Without their dependencies, which do not go with ours; what they lack when they are imported, tests/helpers/oracles.py lends them.
@@ -106,10 +106,11 @@ kills: $(STAMP)
 bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
 	@$(BIN)/python benchmarks $(NAME) $(ARGS)
 
-# The page of all config keys, from the schema; a test compares them.
+# The page of all config keys, from the schema, and the list of rewards, from their classes; tests compare them.
 .PHONY: docs
 docs: $(STAMP)
 	$(BIN)/python -m diffalign.config.commented > docs/config.md
+	$(BIN)/python -m diffalign.scoring.list_rewards
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

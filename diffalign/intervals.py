@@ -94,6 +94,16 @@ def share_interval(
     return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples, unit=unit)[0]
 
 
+def exact_interval(hits: int, count: int, unit: str) -> Interval:
+    """Return the interval of a share of independent cases (Clopper and Pearson 1934), which holds also where all are equal."""
+    if count < FEWEST:
+        return Interval(count, None, None, unit)
+    from scipy.stats import binomtest
+
+    ends = binomtest(hits, count).proportion_ci(LEVEL[1] - LEVEL[0], method="exact")
+    return Interval(count, float(ends.low), float(ends.high), unit)
+
+
 def _resampled_means(values: np.ndarray, seed: int, resamples: int, chunk: int = 500) -> np.ndarray:
     """Return means over resampled rows, [resamples, columns], computed in chunks to save memory."""
     rng = np.random.default_rng(seed)

@@ -21,6 +21,8 @@ from typing import Any
 
 from diffalign.errors import DiffalignError
 
+REWARD_GROUP = "diffalign.rewards"
+"""The entry points by which other packages offer rewards."""
 CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """The form of `module:Class`."""
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from diffalign.errors import DiffalignError, brief
 from diffalign.files.parse import parse_json
 from diffalign.files.tensors import check_shards, read_metadata, weight_files
+from diffalign.packages import install_command, not_installed
 
 if TYPE_CHECKING:
     import torch
@@ -41,20 +43,35 @@ class Loadable(Protocol[T]):
 @contextmanager
 def quiet_progress() -> Iterator[None]:
     """Keep diffusers' and transformers' progress bars off the terminal; they have a switch each."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
+    with _quiet_transformers(), _quiet_diffusers() if sys.modules.get("diffusers") else nullcontext():
+        yield
 
-    # Two calls each, not a loop: the modules only look alike.
-    shown = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging as switch
+
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
     try:
         yield
     finally:
-        if shown[0]:
-            diffusers_logging.enable_progress_bar()
-        if shown[1]:
-            transformers_logging.enable_progress_bar()
+        if shown:
+            switch.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    # Scoring never imports diffusers, and need not have it.
+    from diffusers.utils import logging as switch
+
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            switch.enable_progress_bar()
 
 
 @contextmanager
@@ -87,6 +104,8 @@ def foreign(what: str) -> Iterator[None]:
     except (DiffalignError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and install_command(error.name):
+            raise not_installed(error.name, what) from error
         raise DiffalignError(f"{what}: {brief(error)}") from error
 
 

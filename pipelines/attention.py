@@ -15,6 +15,7 @@ from torch import nn
 
 from diffalign.errors import DiffalignError
 from diffalign.kernels import avoid_cudnn_attention
+from diffalign.packages import not_installed
 
 ATTENTION = ("sdpa", "xformers", "flash")
 # The same in the words of diffusers' dispatcher.
@@ -54,9 +55,7 @@ def _require_xformers() -> None:
     try:
         import xformers.ops  # noqa: F401
     except ImportError as error:
-        raise DiffalignError(
-            "model.attention: xformers is not installed; `pip install diffalign[xformers]` or use attention: sdpa"
-        ) from error
+        raise not_installed("xformers", "model.attention", "use attention: sdpa") from error
     if not torch.cuda.is_available():
         raise DiffalignError("model.attention: xformers needs a CUDA device and none is available; use attention: sdpa")
     if not _xformers_computes():

@@ -63,6 +63,8 @@ def load_pipeline(
     device: str | torch.device,
 ) -> DiffusionPipeline:
     """Build a pipeline and put it on the device, without a progress bar. Raises DiffalignError where it cannot be."""
+    import diffusers.utils.logging  # noqa: F401 - before `foreign`, which quiets what is imported
+
     with foreign(f"{source.path} cannot be loaded"):
         pipeline = build(source, dtype)
     pipeline.set_progress_bar_config(disable=True)

@@ -9,7 +9,6 @@ the same quantised layers, so a fresh LoRA still leaves a margin of exactly 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.packages import require
 
 QUANTIZE = ("none", "int8", "nf4")
 
@@ -102,8 +102,8 @@ def quantize_blocks(trunk: nn.Module, kind: str, blocks: Sequence[str], device: 
         raise DiffalignError(f"model.quantize: unknown kind '{kind}'; choose one of {', '.join(QUANTIZE)}")
     if kind == "none":
         return
-    if kind == "nf4" and find_spec("bitsandbytes") is None:
-        raise DiffalignError("model.quantize=nf4 needs bitsandbytes: pip install 'diffalign[8bit]', or use int8")
+    if kind == "nf4":
+        require("bitsandbytes", "model.quantize=nf4", "use int8")
     for block in [module for module in trunk.modules() if type(module).__name__ in blocks]:
         for parent in list(block.modules()):
             for name, layer in list(parent.named_children()):

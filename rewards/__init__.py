@@ -6,12 +6,13 @@ from dataclasses import fields
 from typing import Any
 
 from diffalign.errors import DiffalignError
-from diffalign.plugins import find_class, offered_names
+from diffalign.plugins import REWARD_GROUP, find_class, offered_names
 from diffalign.rewards.aesthetic import Aesthetic
 from diffalign.rewards.base import LABEL, TAKEN_COLUMNS, TAKEN_NAMES, Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
+from diffalign.rewards.group_judge import GroupJudge
 from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.hpsv3_plus import HPSv3Plus
@@ -21,6 +22,8 @@ from diffalign.rewards.personal import Personal
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.unifiedreward_pairs import UnifiedRewardFlex, UnifiedRewardThink
+from diffalign.rewards.vlm_judge import VLMJudge
 from diffalign.rewards.vqa import VQA
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
@@ -36,7 +39,11 @@ REWARDS: dict[str, type[Reward]] = {
     "vqascore": VQAScore,
     "vqa": VQA,
     "unifiedreward": UnifiedReward,
+    "unifiedreward_think": UnifiedRewardThink,
+    "unifiedreward_flex": UnifiedRewardFlex,
     "zreward": ZReward,
+    "vlm_judge": VLMJudge,
+    "group_judge": GroupJudge,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "personal": Personal,
@@ -46,8 +53,6 @@ REWARDS: dict[str, type[Reward]] = {
 }
 
 
-GROUP = "diffalign.rewards"
-"""The entry points by which other packages offer rewards."""
 REQUIRED = ("name", "columns", "range", "licence", "weights")
 
 
@@ -57,7 +62,7 @@ def find_reward(name: str) -> type[Reward]:
     A reward has one name, the `name` of its class: columns and files are called by it, and its entry point must be. Raises
     DiffalignError for an unknown name, and for a class that is no reward or does not state what a reward states.
     """
-    found = find_class(name, REWARDS, GROUP, Reward)
+    found = find_class(name, REWARDS, REWARD_GROUP, Reward)
     if name in REWARDS:
         return found
     missing = [one for one in REQUIRED if one not in dir(found)]
@@ -78,7 +83,7 @@ def find_reward(name: str) -> type[Reward]:
 def foreign_rewards() -> tuple[dict[str, type[Reward]], list[str]]:
     """Return the rewards that other packages offer, by name, and in one line each why others cannot be used."""
     found, problems = {}, []
-    for name in offered_names(GROUP):
+    for name in offered_names(REWARD_GROUP):
         try:
             if name in REWARDS:
                 raise DiffalignError(

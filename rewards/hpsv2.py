@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
-from diffalign.rewards.published_weights import fill_empty, load_state
+from diffalign.rewards.published_weights import fill_empty, load_state, without_memory
 
 SIDE = 224
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -74,14 +74,13 @@ class HPSv2(TensorReward):
 
     def build(self) -> torch.nn.Module:
         import open_clip
-        from accelerate import init_empty_weights
 
         path = self.path
         state = load_state(path, "state_dict")
         sizes = open_clip.get_model_config(self.architecture)
         if sizes is None:
             raise DiffalignError(f"reward hpsv2: architecture {self.architecture}: open_clip has no such model")
-        with init_empty_weights(include_buffers=False):
+        with without_memory():
             model = open_clip.CLIP(**sizes)
         fill_empty(model, state, path, self.name, self.dtype, self.device)
         return model.to(self.dtype)  # the text encoder's mask, too

@@ -21,7 +21,7 @@ from diffalign.pretrained import load_part
 from diffalign.rewards.base import Metadata, Prepared
 from diffalign.rewards.learned import check_pixels
 from diffalign.rewards.pixels import normalise, patches, resize
-from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state, without_memory
 from diffalign.rewards.vlm import VisionLanguageOptions, VisionLanguageReward, pictures, plain
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -135,7 +135,6 @@ class HPSv3(VisionLanguageReward):
 
         kind: the `model_type` that the base's config must have. exact: the beginnings of names that stay in float32.
         """
-        from accelerate import init_empty_weights
         from transformers import AutoConfig
 
         config = load_part(AutoConfig, self.processor_path, f"reward {self.name}")
@@ -149,7 +148,7 @@ class HPSv3(VisionLanguageReward):
             raise DiffalignError(f"reward {self.name}: {self.path} holds no Qwen model; is it another model's file?")
         # One row was added for the reward token; the checkpoint says how many there are.
         config.text_config.vocab_size = len(words)
-        with init_empty_weights(include_buffers=False):
+        with without_memory():
             model = make(config)
         del words
         fill_empty(model, state, self.path, self.name, self.dtype, self.device, exact=exact)

@@ -16,7 +16,7 @@ from diffalign.pretrained import load_part
 from diffalign.rewards.aesthetic import linear_head
 from diffalign.rewards.learned import LearnedOptions, TensorReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
-from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state
+from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state, without_memory
 
 SIDE, TOKENS, HEAD_WIDTH = 224, 35, 64
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -145,11 +145,10 @@ class ImageReward(TensorReward):
         return [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
 
     def build(self) -> nn.Module:
-        from accelerate import init_empty_weights
 
         path = self.path
         state = renamed(load_state(path))
-        with init_empty_weights(include_buffers=False):
+        with without_memory():
             model = ImageRewardModel(state)
         fill_empty(model, state, path, self.name, self.dtype, self.device, exact="head.")
         return model

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.packages import extras_named, not_installed
 from diffalign.rewards.base import Metadata, Reward
 
 Line = tuple[str, float]
@@ -94,11 +95,7 @@ class OCRReward(Reward):
         try:
             return f"rapidocr {version('rapidocr')}"
         except PackageNotFoundError:
-            raise self._missing() from None
-
-    @staticmethod
-    def _missing() -> DiffalignError:
-        return DiffalignError("reward ocr: rapidocr is not installed; pip install 'diffalign[ocr]'")
+            raise not_installed("rapidocr", "reward ocr") from None
 
     def reason_not_scorable(self, prompt: str | None, metadata: Metadata) -> str:
         no_quotes = 'no text in straight double quotes in the prompt, as in: a sign that says "OPEN"'
@@ -107,10 +104,8 @@ class OCRReward(Reward):
     def _load(self) -> Any:
         with self._lock:
             if self._engine is None:
-                try:
+                with extras_named("reward ocr"):
                     from rapidocr import RapidOCR
-                except ImportError:
-                    raise self._missing() from None
                 threads = self.threads or torch.get_num_threads()
                 self._engine = RapidOCR(
                     params={

@@ -253,6 +253,7 @@ class Remote(Reward):
                     headers=headers,
                     timeout=httpx.Timeout(self.timeout, connect=CONNECT),
                     trust_env=not self.address.loopback,
+                    verify=self.address.root.startswith("https:"),  # else certificates would be loaded for nothing
                 )
             return self._clients[os.getpid()]
 

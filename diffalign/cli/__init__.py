@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from diffalign import __version__
-from diffalign.cli import bench, data, judge, score, serve, testbed, train, vote
+from diffalign.cli import bench, data, judge, score, serve, testbed, train, vote, vote_export
 from diffalign.cli.terminal import guard_libraries
+from diffalign.version import __version__
 
 EXIT_CODES = (
     "Exit codes: 0 success. 2 a mistake that you can mend, in one line. 3 `score` ended, but some image has no score. "
@@ -35,7 +35,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for verbs in (train.verbs, score.verbs, serve.verbs, data.verbs, judge.verbs, vote.verbs):
+for verbs in (train.verbs, score.verbs, serve.verbs, data.verbs, judge.verbs, vote.verbs, vote_export.verbs):
     app.add_typer(verbs)
 app.add_typer(bench.bench, name="bench")
 app.add_typer(data.data, name="data")

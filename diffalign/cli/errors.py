@@ -8,6 +8,7 @@ import typer
 
 from diffalign import stopping
 from diffalign.errors import DiffalignError
+from diffalign.packages import extras_named
 from diffalign.progress import say_aside
 
 NOT_THERE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO)
@@ -21,7 +22,7 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
     resumes: whether the same command resumes where it was stopped; then signals are handled (`diffalign.stopping`).
     """
     try:
-        with stopping.stopping_on_signals() if resumes else nullcontext():
+        with stopping.stopping_on_signals() if resumes else nullcontext(), extras_named():
             yield
     except DiffalignError as error:
         raise _exit(f"error: {error}", 2) from None

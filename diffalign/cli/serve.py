@@ -48,7 +48,7 @@ def serve_rewards(
     drain: Annotated[int, typer.Option(min=0, help="Seconds for the last requests after SIGTERM or Ctrl-C.")] = 30,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Serve rewards over HTTP, for trainers and other programs.
+    """Serve rewards to trainers and others over HTTP.
 
     Clients: `reward: {name: remote, url: http://HOST:PORT/NAME}` in any config, `-r remote:url=...` of `score`, or JSON.
     """

@@ -1,5 +1,7 @@
 """Export a dataset in formats that other code reads: one row a prompt, Pick-a-Pic's columns, webdataset."""
 
+from __future__ import annotations
+
 import io
 import json
 import math
@@ -7,11 +9,10 @@ import tarfile
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features, Image, List, Value
 
 from diffalign.data.dataset import ImageRow, PreferenceDataset
 from diffalign.data.dataset_card import write_card
@@ -21,6 +22,9 @@ from diffalign.draws import draw
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
 from diffalign.files.paths import member_name, plain_name
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 GROUPS_PER_FILE = 1000
 ROWS_PER_GROUP = 50
@@ -73,6 +77,8 @@ class StoredScores:
 
 def _rows(dataset: PreferenceDataset, scores: StoredScores, groups: list[int], out: Path, name: str, pairs: str) -> int:
     """Write one row a prompt; images, preference, scores, generators and seeds are lists of equal length."""
+    from datasets import Features, Image, List, Value
+
     features = Features(
         {
             "group_id": Value("string"),
@@ -217,6 +223,8 @@ def webdataset_features(out: Path, rewards: list[str]) -> Features:
 
     rewards: the names of score columns.
     """
+    from datasets import Features, Image, List, Value
+
     names: set[str] = set()
     for path in (out / "data").glob("*.tar"):
         with tarfile.open(path) as tar:

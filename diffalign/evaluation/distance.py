@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from scipy.linalg import sqrtm
 
 THUMBNAIL = 8
 
@@ -27,6 +26,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     It is biased upwards for few images.
     """
+    from scipy.linalg import sqrtm
+
     means = a.mean(axis=0) - b.mean(axis=0)
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The product of two covariances has real, non-negative eigenvalues; an imaginary part is rounding.

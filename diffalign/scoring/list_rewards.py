@@ -1,57 +1,68 @@
-"""List the rewards in 80 columns: what each needs and reads, and whose weights it uses."""
+"""List the rewards in 80 columns: what each needs and reads, and whose weights it uses.
 
-import inspect
-import math
+Rewards of this package are read from `rewards.json`, since importing their classes would import torch. This module, run as
+a program by `make docs`, writes that file; a test compares it with the classes.
+"""
+
+from __future__ import annotations
+
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from diffalign.rewards import REWARDS, Reward, accepted, find_reward, foreign_rewards
+from diffalign.files import write_whole
+from diffalign.plugins import REWARD_GROUP, offered_names
+
+if TYPE_CHECKING:
+    from diffalign.scoring.describe_rewards import Described
+
+WRITTEN = Path(__file__).with_name("rewards.json")
 
 
 def rewards_table(names: Iterable[str] = ()) -> tuple[Table, list[str]]:
-    """Return a table of all rewards, or of these with their columns and options, and why others are not listed.
+    """Return a table of all rewards, or of these with their details, and why others are not listed.
 
     Raises DiffalignError for an unknown name.
     """
     names = list(names)
     problems: list[str] = []
+    found: dict[str, Described] = json.loads(WRITTEN.read_text(encoding="utf-8"))
     if names:
-        kinds = {name: find_reward(name) for name in names}
-    else:
-        others, problems = foreign_rewards()
-        kinds = REWARDS | others
+        found = {name: found.get(name) or _of_class(name) for name in names}
+    elif offered_names(REWARD_GROUP):
+        others, problems = _foreign()
+        found |= others
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
-    for name, kind in kinds.items():
-        lines = [*_facts(kind), *(_details(name, kind) if names else ())]
+    for name, one in found.items():
+        lines = [*one["facts"], *(one["details"] if names else ())]
         shown.add_row(Text(name, "bold"), Text("\n".join(lines)))  # as text: rich would take diffalign[ocr] for a style
     return shown, problems
 
 
-def _facts(kind: type[Reward]) -> list[str]:
-    """Return what a user needs to choose a reward."""
-    first = [f"usually {kind.usual}" if kind.usual else _range(*kind.range)]
-    first += [f"reads the {' and '.join(kind.reads)}"] if kind.reads else []
-    first += ["gradient"] if kind.differentiable else []
-    first += [kind.size if kind.size != "none" else "no weights"]
-    first += [f"needs {', '.join(kind.requires)}"] if kind.requires else []
-    return ["; ".join(first), *([kind.weights] if kind.weights != "none" else []), kind.licence]
+def _of_class(name: str) -> Described:
+    """Describe a reward that `rewards.json` does not hold, by its class. Raises DiffalignError if there is none."""
+    from diffalign.rewards import find_reward
+    from diffalign.scoring.describe_rewards import describe
+
+    return describe(name, find_reward(name))
 
 
-def _range(low: float, high: float) -> str:
-    if math.isfinite(low) and math.isfinite(high):
-        return f"{low:.3g} to {high:.3g}"
-    return (
-        f"at least {low:.3g}" if math.isfinite(low) else f"at most {high:.3g}" if math.isfinite(high) else "unbounded"
-    )
+def _foreign() -> tuple[dict[str, Described], list[str]]:
+    """Return the rewards of other packages, described, and why some cannot be used."""
+    from diffalign.rewards import foreign_rewards
+    from diffalign.scoring.describe_rewards import describe
+
+    others, problems = foreign_rewards()
+    return {name: describe(name, kind) for name, kind in others.items()}, problems
 
 
-def _details(name: str, kind: type[Reward]) -> list[str]:
-    """Return what else is known: in the class's words, its columns and its options."""
-    about = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-    columns = [f"columns: {', '.join(kind.columns)}"] if len(kind.columns) > 1 else []
-    options = [f"options: {', '.join(sorted(accepted(name)))}"] if accepted(name) else []
-    return [*([about] if about else []), *columns, *options]
+if __name__ == "__main__":
+    from diffalign.scoring.describe_rewards import written
+
+    write_whole(WRITTEN, written())

@@ -18,7 +18,8 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards import Reward, takes
 from diffalign.rewards.vqa import questions_of
 from diffalign.scoring.spec import RewardSpec, parse
-from diffalign.stages.resolve import build_reward, resolve_prompts
+from diffalign.stages.resolve import resolve_prompts
+from diffalign.stages.resolve_rewards import build_reward
 
 BATCH = 32
 """Images that a judge sees at once."""

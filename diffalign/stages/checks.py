@@ -10,7 +10,8 @@ from diffalign.data.prompts import PromptRow
 from diffalign.errors import DiffalignError
 from diffalign.hub import cache_alone, hub_answers
 from diffalign.rewards import Reward
-from diffalign.stages.resolve import open_rewards, resolve_prompts
+from diffalign.stages.resolve import resolve_prompts
+from diffalign.stages.resolve_rewards import open_rewards
 from diffalign.training.optim import check_installed
 from diffalign.training.tracking import check_trackers
 

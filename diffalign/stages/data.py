@@ -23,7 +23,8 @@ from diffalign.files import check_place
 from diffalign.files.lock import writing_folder
 from diffalign.progress import say, say_aside
 from diffalign.report.contact_sheet import small_picture, write_contact_sheet
-from diffalign.stages.resolve import open_backbone, process_device, settled
+from diffalign.stages.resolve import open_backbone, settled
+from diffalign.stages.resolve_rewards import process_device
 
 FAULTS_SHOWN = 20
 

@@ -25,13 +25,11 @@ from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
     open_backbone,
-    open_rewards,
-    resolve_device,
     resolve_prompts,
     sampling_settings,
-    settled_rewards,
     weights_digest,
 )
+from diffalign.stages.resolve_rewards import open_rewards, resolve_device, settled_rewards
 from diffalign.terminal import show_table
 from diffalign.training.checkpoint_files import checkpoints, verify
 

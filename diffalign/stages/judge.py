@@ -23,7 +23,8 @@ from diffalign.rewards.judge import Judge
 from diffalign.stages.checks import check_packages
 from diffalign.stages.dry_run import TIME_UNKNOWN, print_config, print_facts
 from diffalign.stages.fingerprints import of_judge
-from diffalign.stages.resolve import open_judge, resolve_device
+from diffalign.stages.resolve import open_judge
+from diffalign.stages.resolve_rewards import resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.testbed.judge_base import BaseSettings, make_base
 from diffalign.testbed.judge_data import faulty_groups, judge_records

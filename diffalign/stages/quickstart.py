@@ -11,7 +11,7 @@ from diffalign.data.score import score_images
 from diffalign.files.lock import writing_folder
 from diffalign.progress import say
 from diffalign.stages.evaluate import evaluate
-from diffalign.stages.resolve import open_reward
+from diffalign.stages.resolve_rewards import open_reward
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
 

@@ -20,15 +20,13 @@ from diffalign.stages.resolve import (
     check_guidance_scale,
     note_other_base,
     open_backbone,
-    open_rewards,
     open_validation,
     planned_backbone,
-    process_device,
-    resolve_device,
     resolve_prompts,
     settled,
     with_judges,
 )
+from diffalign.stages.resolve_rewards import open_rewards, process_device, resolve_device
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import start_accelerator

@@ -34,14 +34,8 @@ from diffalign.stages.dry_run import TIME_UNKNOWN, print_config, print_facts, pr
 from diffalign.stages.evaluate import evaluate
 from diffalign.stages.rank import rank_dataset
 from diffalign.stages.real_images import prompts_file, real_images
-from diffalign.stages.resolve import (
-    open_reward,
-    open_rewards,
-    resolve_device,
-    resolve_prompts,
-    settled,
-    settled_rewards,
-)
+from diffalign.stages.resolve import resolve_prompts, settled
+from diffalign.stages.resolve_rewards import open_reward, open_rewards, resolve_device, settled_rewards
 from diffalign.stages.sample import sample
 from diffalign.stages.train import train
 

@@ -9,7 +9,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from diffalign.rewards.detection import Detection
 from diffalign.testbed.scenes import COLORS, GROUND, SHAPES, PlacedShape, draw_shape
@@ -49,6 +48,8 @@ class ShapeDetector:
         return [self._detect(np.asarray(image.convert("RGB"), dtype=np.float32)) for image in images]
 
     def _detect(self, pixels: np.ndarray) -> list[Detection]:
+        from scipy import ndimage
+
         distance = ((pixels[:, :, None, :] - _PALETTE) ** 2).sum(-1)
         nearest = distance.argmin(-1)
         found = []
@@ -66,6 +67,8 @@ class ShapeDetector:
         return sorted(found, key=lambda d: -d.score)
 
     def _classify(self, component: np.ndarray, coverage: np.ndarray, color: str) -> Detection:
+        from scipy import ndimage
+
         reach = ndimage.binary_dilation(component, structure=np.ones((3, 3)))
         soft = coverage * reach
         ys, xs = np.nonzero(soft > 0.5)

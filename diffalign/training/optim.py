@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffalign.config import OptimizerSection
-from diffalign.errors import DiffalignError
+from diffalign.packages import require
 from diffalign.training.offload import OffloadedAdamW
 
 
 def check_installed(settings: OptimizerSection) -> None:
     """Raise DiffalignError where the optimiser needs a package that is absent, before anything is loaded."""
-    if settings.name == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise DiffalignError("optimizer.name=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]'")
+    if settings.name == "adamw8bit":
+        require("bitsandbytes", "optimizer.name=adamw8bit")
 
 
 def build_optimizer(settings: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

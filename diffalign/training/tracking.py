@@ -3,13 +3,12 @@
 import json
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from diffalign.errors import DiffalignError
 from diffalign.files import read_json_lines, write_whole
 from diffalign.files.metric_rows import metrics_line, numbers, plain_row, read_metrics
+from diffalign.packages import require
 from diffalign.training.protocols import PlainConfig, PlainRow
 
 
@@ -77,8 +76,7 @@ class Trackio:
 def check_trackers(names: Sequence[str]) -> None:
     """Raise DiffalignError where a tracker's package is absent, before anything is loaded."""
     for name in names:
-        if find_spec(name) is None:
-            raise DiffalignError(f"tracking.trackers: {name} is not installed: pip install 'diffalign[{name}]'")
+        require(name, "tracking.trackers")
 
 
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}

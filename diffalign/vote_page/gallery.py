@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from diffalign.data.containers import FileOrigin, Origin
@@ -36,6 +37,12 @@ class Gallery:
     about: str
     dataset: Path | None = None
     taken: tuple[str, ...] = ()
+
+    @cached_property
+    def origin_of(self) -> dict[str, Origin]:
+        """Image's name -> where its bytes are."""
+        pairs = zip(self.groups, self.origins, strict=True)
+        return {name: origin for group, own in pairs for name, origin in zip(group.images, own, strict=True)}
 
 
 def open_gallery(sources: Sequence[Path], log: Path | None = None) -> Gallery:
@@ -158,7 +165,8 @@ def _refuse_none(found: Sequence[object] | dict[str, list[Item]], folder: Path, 
 
 def _name(item: Item, log: Path) -> str:
     """Return the name of an image in the log: its path relative to the log's folder, whether it lies in a file or not."""
-    return Path(os.path.relpath(item.name, log.parent)).as_posix()
+    above = f"{log.parent.as_posix()}/"
+    return item.name[len(above) :] if item.name.startswith(above) else os.path.relpath(item.name, log.parent)
 
 
 def _model(item: Item, folder: Path) -> str:

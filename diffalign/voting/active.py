@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,13 @@ from diffalign.voting.questions import Group, Question, State
 
 MOST_LISTED = 512
 """Pairs of a group that are compared; of a larger group each image is compared with its neighbours in score."""
+
+
+class Candidate(NamedTuple):
+    """A question of a group. gap: between the highest and the lowest score of its images. places: of its images."""
+
+    gap: float
+    places: frozenset[int]
 
 
 class Active:
@@ -25,7 +33,7 @@ class Active:
 
     def __init__(self, scores: Mapping[str, float]) -> None:
         self.scores = scores
-        self._listed: dict[tuple[int, int], tuple[Group, list[tuple[float, tuple[int, ...]]]]] = {}
+        self._listed: dict[tuple[int, int], tuple[Group, list[Candidate]]] = {}
 
     def next_question(self, state: State) -> Question | None:
         """Return the next question, or None where each one was asked."""
@@ -33,24 +41,24 @@ class Active:
         left = [i for i, group in enumerate(state.groups) if state.per_group[i] < group.count(state.size)]
         for asked in sorted({state.per_group[i] for i in left}):
             level = [(i, self._closest(i, state)) for i in left if state.per_group[i] == asked]
-            open_ones = [(found[0], i, found[1]) for i, found in level if found is not None]
-            if open_ones:
-                least = min(gap for gap, _, _ in open_ones)
-                best = [(i, places) for gap, i, places in open_ones if gap == least]
-                group, places = best[int(generator.integers(len(best)))]
-                return Question(group, places, self.name)
+            found = [(i, closest) for i, closest in level if closest is not None]
+            if found:
+                least = min(closest.gap for _, closest in found)
+                best = [one for one in found if one[1].gap == least]
+                group, closest = best[int(generator.integers(len(best)))]
+                return Question(group, tuple(sorted(closest.places)), self.name)
         return None
 
-    def _closest(self, group: int, state: State) -> tuple[float, tuple[int, ...]] | None:
-        """Return the gap and the places of a group's closest question that was not asked; None where each was."""
+    def _closest(self, group: int, state: State) -> Candidate | None:
+        """Return a group's closest question that was not asked; None where each was."""
         key, known = (group, state.size), state.groups[group]
         if key not in self._listed or self._listed[key][0] is not known:
             self._listed[key] = known, _by_gap(known, state.size, self.scores)
-        return next((one for one in self._listed[key][1] if not state.asked[group, frozenset(one[1])]), None)
+        return next((one for one in self._listed[key][1] if not state.asked[group, one.places]), None)
 
 
-def _by_gap(group: Group, size: int, scores: Mapping[str, float]) -> list[tuple[float, tuple[int, ...]]]:
-    """Return (gap, places) of a group's questions, the closest first; a gap is that of the highest and the lowest score."""
+def _by_gap(group: Group, size: int, scores: Mapping[str, float]) -> list[Candidate]:
+    """Return a group's questions, the closest first."""
     values = np.array([scores.get(name, math.nan) for name in group.images])
     order = np.argsort(values, kind="stable").tolist()  # images without a score last
     if size == 2 and (group.pairs is not None or group.count(2) <= MOST_LISTED):
@@ -65,4 +73,4 @@ def _by_gap(group: Group, size: int, scores: Mapping[str, float]) -> list[tuple[
         known = values[list(places)]
         return float(np.ptp(known)) if np.isfinite(known).all() else math.inf
 
-    return sorted(((gap(places), tuple(sorted(places))) for places in found), key=lambda one: one[0])
+    return sorted((Candidate(gap(places), frozenset(places)) for places in found), key=lambda one: one.gap)

@@ -11,7 +11,7 @@ class Repeats:
     """Asks a share of the rater's own questions a second time, and otherwise what `sampler` asks.
 
     share: of the turns, at most a half. A question is repeated once, at least 10 votes later, on sides that are drawn again;
-    one that was skipped is not repeated.
+    one that was skipped is not repeated. The draws do not depend on the rater, as those of `Balanced`.
     """
 
     def __init__(self, sampler: Sampler, share: float) -> None:
@@ -19,7 +19,7 @@ class Repeats:
 
     def next_question(self, state: State) -> Question | None:
         """Return the next question, or None where the sampler has none left."""
-        generator = draw(state.seed, "vote repeat", step=state.turn, group=state.rater)
+        generator = draw(state.seed, "vote repeat", step=state.turn)
         new = self.sampler.next_question(state)
         if new is None or generator.random() >= self.share:
             return new

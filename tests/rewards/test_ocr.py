@@ -163,7 +163,7 @@ def test_without_rapidocr(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def refuse(name: str, *rest: Any, **named: Any) -> Any:
         if name == "rapidocr":
-            raise ImportError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", refuse)

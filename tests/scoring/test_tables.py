@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -13,12 +15,14 @@ from rich.table import Table
 from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, accepted, find_reward
 from diffalign.scoring.compare_folders import comparison_table, outcomes
+from diffalign.scoring.describe_rewards import written
 from diffalign.scoring.human_agreement import Choice, agreement_table
-from diffalign.scoring.list_rewards import rewards_table
+from diffalign.scoring.list_rewards import WRITTEN, rewards_table
 from diffalign.scoring.pairing import pair_up
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import summarise, summary_table
 from diffalign.terminal import name_cell, shortened
+from helpers.processes import environment
 from helpers.scored_items import made
 
 LABELS = ["pickscore", "jpeg_compressibility", "unifiedreward"]
@@ -102,6 +106,18 @@ def test_what_is_not_there_is_a_dash_or_no_row() -> None:
 )
 def test_names_keep_their_end(text: str, width: int, shown: str) -> None:
     assert shortened(text, width) == shown
+
+
+def test_the_written_list_of_rewards_is_that_of_the_classes() -> None:
+    assert WRITTEN.read_text(encoding="utf-8") == written(), "run `make docs`"
+
+
+def test_rewards_are_listed_without_torch() -> None:
+    code = "import sys; from diffalign.stages.rewards import show_rewards; show_rewards(); show_rewards(['hpsv2'])"
+    heavy = "{'torch', 'numpy', 'transformers', 'pyarrow', 'PIL'} & set(sys.modules)"
+    line = [sys.executable, "-c", f"{code}; assert not {heavy}, {heavy}"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and "xswu/HPSv2" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -25,7 +25,7 @@ from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.remote_protocol import Catalogue
 from diffalign.scoring.spec import parse
-from diffalign.stages.resolve import open_reward
+from diffalign.stages.resolve_rewards import open_reward
 from helpers import command_line
 from helpers.pictures import folder, smooth
 from helpers.processes import environment
@@ -121,6 +121,9 @@ def test_a_section_of_a_config_names_it() -> None:
             RewardSection.model_validate(wrong)
     spec = parse("remote:url=http://gpu1:8000/hpsv2,timeout=5")
     assert (spec.label, spec.name, spec.options) == ("hpsv2", "remote", {"url": "http://gpu1:8000/hpsv2", "timeout": 5})
+    for wrong in ("human", "a/b", "..", "a%20b"):
+        with pytest.raises(DiffalignError, match="--reward"):
+            parse(f"remote:url=http://gpu1:8000/{wrong}")
     assert parse("mine=remote:url=http://gpu1:8000/hpsv2").label == "mine"
 
 
@@ -288,7 +291,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing() -> None:
     first = start(port)
     second = None
     try:
-        remote = load_reward("remote", url=f"http://127.0.0.1:{port}/sharpness", patience=90)
+        remote = load_reward("remote", url=f"http://127.0.0.1:{port}/sharpness", patience=300)
         scores = []
         for n in range(60):
             if n == 20:

@@ -11,8 +11,8 @@ from diffalign.config import RewardSection, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
-from diffalign.stages import distill, evaluate, judge, resolve, reward_gradient, rounds, sample, train
-from diffalign.stages.resolve import settled_rewards
+from diffalign.stages import distill, evaluate, judge, resolve, resolve_rewards, reward_gradient, rounds, sample, train
+from diffalign.stages.resolve_rewards import settled_rewards
 from helpers.command_line import run
 from helpers.small_datasets import group_rows, scored, write_images
 
@@ -139,7 +139,7 @@ def test_no_toy_judges_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settled_rewards(default, "runs/x/student", "testbed:test", "reward") == default
     with pytest.raises(DiffalignError, match="validation.rewards: none is named, the weights of hpsv2 and pickscore"):
         settled_rewards(default, "acme/model", "p.txt", "validation.rewards")
-    monkeypatch.setattr(resolve, "hub_answers", lambda: True)
+    monkeypatch.setattr(resolve_rewards, "hub_answers", lambda: True)
     assert settled_rewards(default, "acme/model", "p.txt", "reward")[0].name == "hpsv2"
     assert settled_rewards(default, "acme/model", "p.txt", "reward", ("hpsv2",))[0].name == "pickscore"
     assert settled_rewards([RewardSection(name="geneval")], "acme/model", "p.txt", "r")[0].detector is None
@@ -151,13 +151,13 @@ def test_the_judge_of_a_run_stays(world: Path, monkeypatch: pytest.MonkeyPatch) 
     """What was settled is in the run's config.yaml, and the run goes on with it whatever can be had later."""
     from diffalign.config import resolved_yaml
 
-    monkeypatch.setattr(resolve, "hub_answers", lambda: True)
+    monkeypatch.setattr(resolve_rewards, "hub_answers", lambda: True)
     config = load_config("sdxl_dpo", ["data.path=pairs", "validation.every=1", "validation.prompts=p.txt", "run_dir=r"])
     settled = resolve.with_judges(config)
     assert settled.validation.rewards[0].name == "hpsv2"
     (world / "r").mkdir()
     (world / "r" / "config.yaml").write_text(resolved_yaml(settled))
-    monkeypatch.setattr(resolve, "FIRST_JUDGES", ("pickscore",))
+    monkeypatch.setattr(resolve_rewards, "FIRST_JUDGES", ("pickscore",))
     assert resolve.with_judges(config).validation.rewards == settled.validation.rewards
     unvalidated = load_config("sdxl_dpo", ["data.path=pairs"])
     assert resolve.with_judges(unvalidated) == unvalidated

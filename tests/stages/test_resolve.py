@@ -9,7 +9,7 @@ import torch
 
 from diffalign.config import ModelSection, RewardSection, TrainConfig
 from diffalign.errors import DiffalignError
-from diffalign.stages import resolve
+from diffalign.stages import resolve, resolve_rewards
 from diffalign.stages.resolve import settled
 from diffalign.testbed.detector import ShapeDetector
 from diffalign.training.same_run import changes, plain_config
@@ -17,20 +17,20 @@ from diffalign.training.same_run import changes, plain_config
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve.resolve_device("auto") == resolve.resolve_device("cpu") == "cpu"
+    assert resolve_rewards.resolve_device("auto") == resolve_rewards.resolve_device("cpu") == "cpu"
     with pytest.raises(DiffalignError, match="device gpu: unknown; one of auto, cpu, cuda"):
-        resolve.resolve_device("gpu")
+        resolve_rewards.resolve_device("gpu")
     with pytest.raises(DiffalignError, match="no usable CUDA device; use cpu or auto"):
-        resolve.resolve_device("cuda")
+        resolve_rewards.resolve_device("cuda")
 
 
 def test_processes_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve.process_device("auto") == "cuda"
+    assert resolve_rewards.process_device("auto") == "cuda"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert resolve.process_device("auto") == "cuda:1" and resolve.process_device("cpu") == "cpu"
+    assert resolve_rewards.process_device("auto") == "cuda:1" and resolve_rewards.process_device("cpu") == "cpu"
 
 
 def test_a_pipeline_to_save_loads_without_what_only_a_gpu_has(sd3_dir: Path) -> None:
@@ -55,16 +55,16 @@ def test_prompts_of_the_embedded_world() -> None:
 
 def test_a_detector_goes_to_rewards_that_take_one() -> None:
     """Every reward's section has `detector: shapes` by default."""
-    assert isinstance(resolve.open_reward(RewardSection(name="geneval"), "cpu").detector, ShapeDetector)
-    assert resolve.open_reward(RewardSection(name="sharpness"), "cpu").name == "sharpness"
-    assert isinstance(resolve.build_reward("geneval", {"detector": "shapes"}, "cpu").detector, ShapeDetector)
+    assert isinstance(resolve_rewards.open_reward(RewardSection(name="geneval"), "cpu").detector, ShapeDetector)
+    assert resolve_rewards.open_reward(RewardSection(name="sharpness"), "cpu").name == "sharpness"
+    assert isinstance(resolve_rewards.build_reward("geneval", {"detector": "shapes"}, "cpu").detector, ShapeDetector)
     with pytest.raises(DiffalignError, match="reward geneval: unknown detector 'shape'; there are shapes"):
-        resolve.build_reward("geneval", {"detector": "shape"}, "cpu")
+        resolve_rewards.build_reward("geneval", {"detector": "shape"}, "cpu")
 
 
 def test_a_rewards_own_device_counts() -> None:
-    assert resolve.build_reward("pickscore", {}, "cuda:1").device == "cuda:1"
-    assert resolve.build_reward("pickscore", {"device": "cpu"}, "cuda:1").device == "cpu"
+    assert resolve_rewards.build_reward("pickscore", {}, "cuda:1").device == "cuda:1"
+    assert resolve_rewards.build_reward("pickscore", {"device": "cpu"}, "cuda:1").device == "cpu"
 
 
 def test_weights_without_tensors_are_refused(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_rewards_score_on_the_device_and_the_score_file_does_not_name_it(
 
 @pytest.mark.parametrize("name", ["pickscore", "hpsv2", "clipscore", "aesthetic", "unifiedreward", "vqascore"])
 def test_a_reward_opens_on_the_device_and_its_settings_leave_it_out(name: str) -> None:
-    from diffalign.stages.resolve import open_reward
+    from diffalign.stages.resolve_rewards import open_reward
 
     reward: Any = open_reward(RewardSection(name=name), "cuda")
     assert str(reward.device) == "cuda" and "device" not in reward.options()
