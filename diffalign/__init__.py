@@ -1,8 +1,17 @@
-"""diffalign: preference alignment for text-to-image diffusion and rectified-flow models."""
+"""diffalign: preference alignment for text-to-image diffusion and rectified-flow models.
+
+    import diffalign
+
+    table = diffalign.score("samples/", "a red circle", rewards=["pickscore", "hpsv2"])
+
+`score`, `load_reward`, `train`, `evaluate` and `sample` do what the verbs of the command line do. Importing this package
+loads nothing heavy; each function imports what it needs when it is called.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from diffalign.version import __version__
 
 
 def _extend_path_to_checkout() -> None:
@@ -20,3 +29,31 @@ def _extend_path_to_checkout() -> None:
 
 
 _extend_path_to_checkout()
+
+if TYPE_CHECKING:
+    from diffalign.api import evaluate, load_reward, sample, score, train
+    from diffalign.errors import DiffalignError
+    from diffalign.scoring.score_table import ScoreTable
+else:
+
+    def __getattr__(name: str) -> object:
+        """Return a public name of this package (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "ScoreTable":
+            from diffalign.scoring.score_table import ScoreTable
+
+            return ScoreTable
+        from diffalign import api, errors
+
+        return {
+            "DiffalignError": errors.DiffalignError,
+            "evaluate": api.evaluate,
+            "load_reward": api.load_reward,
+            "sample": api.sample,
+            "score": api.score,
+            "train": api.train,
+        }[name]
+
+
+__all__ = ["DiffalignError", "ScoreTable", "__version__", "evaluate", "load_reward", "sample", "score", "train"]

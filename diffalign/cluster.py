@@ -6,7 +6,6 @@ stores an answer as soon as it comes. An order whose node dies is given to anoth
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -19,13 +18,13 @@ from dataclasses import dataclass, field
 from platform import node
 from typing import Any, Generic, Protocol, TypeVar
 
-import diffalign
 from diffalign import stopping
 from diffalign.errors import DiffalignError, brief
+from diffalign.packages import not_installed, require
 from diffalign.progress import say_aside
+from diffalign.version import __version__
 
 LOCAL, RAY, CLIENT = "local", "ray", "ray://"
-INSTALL = "run `pip install diffalign[ray]`"
 IN_FLIGHT = 2
 """Orders that an actor has at once: the next one waits beside the model."""
 MOST_LOST = 5
@@ -65,9 +64,9 @@ class Actor(Generic[Order, Answer]):
         """Build the worker; its model loads with the first order."""
         import torch
 
-        if diffalign.__version__ != self.version:
+        if __version__ != self.version:
             return Refused(
-                f"--engine ray: a node has diffalign {diffalign.__version__}, and this command is {self.version}; install "
+                f"--engine ray: a node has diffalign {__version__}, and this command is {self.version}; install "
                 "one version everywhere"
             )
         torch.set_num_threads(self.threads)  # the number decides the last bits on a CPU
@@ -217,7 +216,7 @@ class _Pool(Generic[Key, Order, Answer]):
 
     def _start(self) -> None:
         number, self.made = self.made, self.made + 1
-        self.actors[number] = self.remote.remote(diffalign.__version__, self.engine.threads, self.open_worker)
+        self.actors[number] = self.remote.remote(__version__, self.engine.threads, self.open_worker)
         self.flying[self.actors[number].ready.remote()] = (number, None)
 
     def _next(self) -> _Task[Key, Order] | None:
@@ -293,8 +292,7 @@ def open_engine(name: str, device: str = "auto", actors: int | None = None) -> I
         raise DiffalignError(f"--engine {name}: unknown; use local, ray or ray://HOST:PORT")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DiffalignError(f"--engine {name}: start one process; Ray starts the others")
-    if importlib.util.find_spec("ray") is None:
-        raise DiffalignError(f"--engine {name}: Ray is not installed; {INSTALL}")
+    require("ray", f"--engine {name}")
     import ray
 
     owned = not ray.is_initialized()
@@ -318,7 +316,7 @@ def _connect(ray: Any, name: str) -> None:
         given = {"address": name} if name.startswith(CLIENT) else {"include_dashboard": False}
         ray.init(**given, log_to_driver=False, logging_level="error")
     except ImportError as error:
-        raise DiffalignError(f"--engine {name}: Ray's client is not installed; {INSTALL}") from error
+        raise not_installed("ray", f"--engine {name}") from error  # its client is a part that may be absent
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise DiffalignError(f"--engine {name}: no cluster answers ({brief(error)})") from error
     finally:

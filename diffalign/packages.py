@@ -11,12 +11,14 @@ from diffalign.errors import DiffalignError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("diffusers", "accelerate", "peft", "datasets", "tensorboard", "scipy"),
     "score": ("pillow_heif", "pillow_jxl"),
+    "metrics": ("torchmetrics", "torch_fidelity"),
     "ocr": ("rapidocr", "onnxruntime"),
     "serve": ("starlette", "uvicorn", "python_multipart", "httpx"),
     "8bit": ("bitsandbytes",),
     "xformers": ("xformers",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
+    "ray": ("ray",),
 }
 """The modules that each extra of pyproject.toml installs, as Python imports them. A test compares the two."""
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from diffalign import __version__
 from diffalign.cli import bench, data, judge, score, serve, testbed, train, vote, vote_export
 from diffalign.cli.terminal import guard_libraries
+from diffalign.version import __version__
 
 EXIT_CODES = (
     "Exit codes: 0 success. 2 a mistake that you can mend, in one line. 3 `score` ended, but some image has no score. "

@@ -12,7 +12,6 @@ def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,15 +38,7 @@ def checked_config(kind: str, source: str, overrides: list[str] | None) -> Itera
     with plain_errors(resumes=True):
         from diffalign import config
 
-        given = overrides or ()
-        if kind == "rank":  # also of a dataset's folder
-            yield config.load_rank_config(source, given)
-        elif kind == "judge personal":  # also of a dataset's folder
-            yield config.load_personal_config(source, given)
-        elif kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
-            yield config.eval_config_of_run(Path(source), given)
-        else:
-            yield config.load(kind, source, given)
+        yield config.load_for(kind, source, overrides or ())
 
 
 def reward_overrides(rewards: Sequence[str]) -> list[str]:

@@ -57,6 +57,17 @@ def load(kind: str, source: str | Path, overrides: Sequence[str] = ()) -> BaseMo
     return _loaded(document, KINDS[kind], overrides)
 
 
+def load_for(kind: str, source: str, overrides: Sequence[str] = ()) -> BaseModel:
+    """Load the config of a verb from what its users name: as `load`, but also from the folder that a verb works on."""
+    if kind == "rank":  # a dataset
+        return load_rank_config(source, overrides)
+    if kind == "judge personal":  # a dataset
+        return load_personal_config(source, overrides)
+    if kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
+        return eval_config_of_run(Path(source), overrides)
+    return load(kind, source, overrides)
+
+
 def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Load the config of `diffalign train`; see `load`."""
     return cast("TrainConfig", load("train", config, overrides))

@@ -61,20 +61,35 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the image in RGB as people see it (`POLICY`). Raises Unreadable with the reason."""
     try:
         with _opened(data) as opened:
-            if opened.width * opened.height > max_pixels:
-                raise Unreadable(f"{opened.width} x {opened.height} pixels, more than {max_pixels / 1e6:.0f} million")
-            opened.load()
-            # Without a turn this would be a copy.
-            image = opened if opened.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(opened)
-            if image.mode == "I" and cast("tuple[int, int]", image.getextrema())[1] > 65_535:
-                raise Unreadable("32-bit integer pixels have no agreed white")
-            if image.mode.startswith("I"):
-                return _sixteen_bits(image)
-            if image.mode == "F":
-                raise Unreadable("floating-point pixels have no agreed white")
-            return _on_ground(image)
+            return _as_seen(opened, max_pixels)
     except BROKEN as error:
         raise Unreadable(_reason(error, data)) from error
+
+
+def as_seen(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return an image of Pillow in RGB as people see it, as `decode` does for a file; of several frames, the current one.
+
+    Raises Unreadable with the reason.
+    """
+    try:
+        return _as_seen(image, max_pixels)
+    except BROKEN as error:
+        raise Unreadable(_reason(error, b"")) from error
+
+
+def _as_seen(opened: Image.Image, max_pixels: int) -> Image.Image:
+    if opened.width * opened.height > max_pixels:
+        raise Unreadable(f"{opened.width} x {opened.height} pixels, more than {max_pixels / 1e6:.0f} million")
+    opened.load()
+    # Without a turn this would be a copy.
+    image = opened if opened.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(opened)
+    if image.mode == "I" and cast("tuple[int, int]", image.getextrema())[1] > 65_535:
+        raise Unreadable("32-bit integer pixels have no agreed white")
+    if image.mode.startswith("I"):
+        return _sixteen_bits(image)
+    if image.mode == "F":
+        raise Unreadable("floating-point pixels have no agreed white")
+    return _on_ground(image)
 
 
 def area(data: bytes) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from diffalign import __version__
 from diffalign.errors import DiffalignError
 from diffalign.files import write_whole
 from diffalign.files.parse import parse_yaml
@@ -16,6 +15,7 @@ from diffalign.files.published import is_local, public_name
 from diffalign.intervals import interval_in
 from diffalign.report.images import candidates, comparisons
 from diffalign.report.runs import Run
+from diffalign.version import __version__
 
 SAMPLES = 4
 # (license, license_name or None) of the models that recipes name, as the hub writes them. Those of other models are read

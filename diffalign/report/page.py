@@ -7,9 +7,9 @@ import io
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from diffalign import __version__
 from diffalign.intervals import interval_in
 from diffalign.redaction import without_folders
+from diffalign.version import __version__
 
 
 def render_page(package: str, template: str, **values: object) -> str:

@@ -4,6 +4,7 @@ NAME may be `module:Class`. The part behind the first colon is a class if it is 
 reward of ours; options always hold an `=`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +59,33 @@ def parse_options(text: str, where: str) -> dict[str, Any]:
 def parse_all(texts: list[str]) -> list[RewardSpec]:
     """Return specs with different labels. Raises DiffalignError if two would share a column."""
     specs = [parse(text) for text in texts]
-    labels = [spec.label for spec in specs]
+    check_labels([spec.label for spec in specs])
+    return specs
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raise DiffalignError if two rewards would share a column."""
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise DiffalignError(f"--reward: two are called {twice!r}; give one another label, as in other={twice}:...")
-    return specs
+
+
+def spec_of(given: str | RewardSpec | Mapping[str, Any]) -> RewardSpec:
+    """Return the spec of a reward as Python code names it: a text as after `--reward`, a spec, or a section of a config.
+
+    A section has a name, and may have a label, a detector and options; any other key is an option, such as `weights`.
+    """
+    if isinstance(given, RewardSpec):
+        return given
+    if isinstance(given, str):
+        return parse(given)
+    options = {key: value for key, value in given.items() if key not in ("name", "label", "options")}
+    options |= given.get("options", {})
+    name = given.get("name")
+    if not isinstance(name, str) or not name:
+        raise DiffalignError(f"rewards: {dict(given)!r} has no name; write {{'name': 'pickscore', ...}}")
+    plain = parse(name if "label" not in given else f"{given['label']}={name}")
+    return RewardSpec(plain.label, plain.name, {**plain.options, **options})
 
 
 def _value(text: str) -> bool | int | float | str:

@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +21,19 @@ from diffalign.errors import DiffalignError
 from diffalign.files import check_place
 from diffalign.files.lock import writing_file, writing_folder
 from diffalign.files.remote import is_address, local_copy
-from diffalign.progress import ImageProgress, say, say_aside
+from diffalign.progress import ImageProgress, OnNamedImages, say, say_aside
 from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
 from diffalign.scoring.compare_folders import comparison_table, outcomes, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
+from diffalign.scoring.items import Item
 from diffalign.scoring.mirror import Mirror, mirror
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.on_cluster import OnCluster
 from diffalign.scoring.pairing import heading, pair_up
+from diffalign.scoring.position_bias import position_bias
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summarise, summary_table
@@ -129,34 +131,70 @@ def _score(
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
     # Before any weights are asked for.
     every = [item for side in items.values() for item in side]
-    without = not any((item.prompt or "").strip() or item.fault for item in every)
-    if without and all("prompt" in reward.reads for reward in rewards.values()):
-        raise DiffalignError(
-            f"{', '.join(rewards)}: no image has a prompt; give --prompt or --prompts, or write a.txt beside a.png"
-        )
+    refuse_without_prompts(every, rewards, "give --prompt or --prompts, or write a.txt beside a.png")
     # Labels and pairs are checked before hours are spent on scores.
     choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
     if "B" in items:
         pair_up(*items.values())
     # Score the items of both sides in one run, so that each reward loads once.
-    workers = request.workers or min(8, os.cpu_count() or 1)
-    with Store(output, processes.rank, mirrored) as store:
-        both = score_items(
-            every,
-            rewards,
-            store,
-            batch_size=request.batch_size,
-            workers=workers,
-            processes=processes,
-            cluster=_on_cluster(engine, specs) if engine else None,
-            on_progress=ImageProgress(say_aside) if processes.main else None,
-        )
-        if not processes.main:
-            return 0
-        kept = store.finish(both.rows, [_as_written(s) for paths in sources.values() for s in paths])
+    both, kept = score_and_store(
+        every,
+        rewards,
+        output,
+        [path for paths in sources.values() for path in paths],
+        batch_size=request.batch_size,
+        workers=request.workers,
+        processes=processes,
+        mirrored=mirrored,
+        cluster=_on_cluster(engine, specs) if engine else None,
+        on_progress=ImageProgress(say_aside) if processes.main else None,
+    )
+    if not processes.main:
+        return 0
     parts = _split(both, len(items["A"]))
     _show(request, both, parts, choices, kept, rewards)
     return UNSCORED if both.failed else 0
+
+
+def refuse_without_prompts(items: Sequence[Item], rewards: Mapping[str, Reward], advice: str) -> None:
+    """Raise DiffalignError if no image has the prompt that every reward reads. advice: where prompts may come from."""
+    without = not any((item.prompt or "").strip() or item.fault for item in items)
+    if without and all("prompt" in reward.reads for reward in rewards.values()):
+        raise DiffalignError(f"{', '.join(rewards)}: no image has a prompt; {advice}")
+
+
+def score_and_store(
+    items: list[Item],
+    rewards: dict[str, Reward],
+    output: Path | None,
+    sources: list[str],
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    processes: Processes | None = None,
+    mirrored: Mirror | None = None,
+    cluster: OnCluster | None = None,
+    on_progress: OnNamedImages | None = None,
+) -> tuple[Scores, int]:
+    """Score items, and write the output if one is wanted. Return the scores, and how many rows of other images it keeps.
+
+    What the output holds already is not scored again. sources: what the user named; rows of other images stay. Of several
+    processes the first one writes. mirrored: what sends the output on to an address. cluster: where the rewards run.
+    """
+    processes = processes or Processes()
+    with Store(output, processes.rank, mirrored) as store:
+        scores = score_items(
+            items,
+            rewards,
+            store,
+            batch_size=batch_size,
+            workers=workers or min(8, os.cpu_count() or 1),
+            processes=processes,
+            cluster=cluster,
+            on_progress=on_progress,
+        )
+        kept = store.finish(scores.rows, [_as_written(source) for source in sources]) if processes.main else 0
+    return scores, kept
 
 
 def _on_cluster(engine: Engine, specs: list[RewardSpec]) -> OnCluster:
@@ -203,6 +241,8 @@ def _show(
         say_aside(f"not scored: {line}")
     scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
     for line in cut_lines(scored, [item.prompt for item in both.items]):
+        say(line)
+    for line in position_bias(both, rewards):
         say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.sparse.csgraph import connected_components
 
 
 def won_shares(votes: Iterable[tuple[Sequence[int], Sequence[int]]], count: int) -> np.ndarray:
@@ -20,6 +19,8 @@ def won_shares(votes: Iterable[tuple[Sequence[int], Sequence[int]]], count: int)
                 if a != b:
                     won[a, b] += 0.5 * (1 + (rank < other) - (rank > other))
                     met[a, b] += 1
+    from scipy.sparse.csgraph import connected_components  # here, since ranking without votes needs no SciPy
+
     compared = met.sum(axis=1)
     _, which = connected_components(met, directed=False)
     sizes = np.bincount(which, weights=compared > 0, minlength=1)

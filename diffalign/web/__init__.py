@@ -3,14 +3,12 @@
 Import this package inside a verb: without Starlette and uvicorn the import itself says in one line what to install.
 """
 
-from diffalign.errors import DiffalignError
+from diffalign.packages import extras_named
 
-try:
+with extras_named("a local server"):
     import python_multipart
     import starlette
     import uvicorn
-except ImportError as error:
-    raise DiffalignError(f"a local server needs {error.name}; pip install 'diffalign[serve]'") from error
 
 from diffalign.web.address import Address, new_token
 from diffalign.web.app import build_app, page

@@ -102,7 +102,8 @@ def test_a_users_own_folders_do_not_shadow_ours(tmp_path: Path, safe_path: bool)
 def test_an_unrelated_project_around_a_copy_is_left_alone(tmp_path: Path) -> None:
     """A copy of the package inside another project must not take that project's `rewards/` for its own."""
     (tmp_path / "diffalign").mkdir()
-    shutil.copy(ROOT / "diffalign" / "__init__.py", tmp_path / "diffalign")
+    for name in ("__init__.py", "version.py"):
+        shutil.copy(ROOT / "diffalign" / name, tmp_path / "diffalign")
     (tmp_path / "rewards").mkdir()
     (tmp_path / "rewards" / "__init__.py").touch()
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "something-else"\n')
