@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
-from diffalign.files.remote import is_address
 
 verbs = typer.Typer()
 
@@ -94,6 +93,8 @@ def score_images(
 
 def _place(text: str | None) -> Path | str | None:
     """Return a path, and an address as it is."""
+    from diffalign.files.remote import is_address
+
     return text if text is None or is_address(text) else Path(text)
 
 
