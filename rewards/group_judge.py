@@ -40,6 +40,7 @@ class GroupJudge(GroupReward, ChatReward):
     """
 
     name = "group_judge"
+    columns: tuple[str, ...] = ("group_judge", "disagreement", *pass_columns(2))
     range = (0.0, 10.0)
     source = "arXiv 2511.11653, for images; the words are ours"
 

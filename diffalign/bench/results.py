@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     if "diffalign" not in found:  # a checkout that is not installed
-        from diffalign import __version__
+        from diffalign.version import __version__
 
         found["diffalign"] = __version__
     return found

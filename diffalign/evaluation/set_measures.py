@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.set_networks import EXTRA, unit
+from diffalign.evaluation.set_networks import unit
 from diffalign.intervals import bootstrap
+from diffalign.packages import extras_named
 from diffalign.terminal import counted
 
 SUBSETS, SUBSET = 100, 1000
@@ -153,10 +154,8 @@ def batches(count: int, size: int) -> Iterator[range]:
 
 
 def _torchmetrics(measure: str) -> Any:
-    try:
+    with extras_named(f"measure {measure}"):
         import torchmetrics
         import torchmetrics.image.fid
         import torchmetrics.image.kid
-    except ImportError as error:
-        raise DiffalignError(f"measure {measure}: torchmetrics is not installed; {EXTRA}") from error
     return torchmetrics

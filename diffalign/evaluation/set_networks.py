@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.packages import extras_named
 from diffalign.pretrained import load_model
 from diffalign.rewards.pixels import crop_square, normalise
 from diffalign.rewards.published_weights import fetch, fill, fingerprint, load_state
 
-EXTRA = "pip install 'diffalign[metrics]'"
 INCEPTION = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -85,10 +85,8 @@ class Inception:
     size: int = 2048
 
     def __init__(self, measure: str, weights: Path | None = None, device: str = "cpu") -> None:
-        try:
+        with extras_named(f"measure {measure}"):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise DiffalignError(f"measure {measure}: torch-fidelity is not installed; {EXTRA}") from error
         path = published_file(measure, INCEPTION, weights)
         # The package unpickles the file that it is given, so it gets one that holds the checked tensors alone.
         checked = io.BytesIO()
@@ -169,10 +167,8 @@ class Lpips:
     name: str = "LPIPS 0.1, AlexNet"
 
     def __init__(self, measure: str, weights: Path | None = None, device: str = "cpu") -> None:
-        try:
+        with extras_named(f"measure {measure}"):
             from torchmetrics.functional.image.lpips import _LPIPS
-        except ImportError as error:
-            raise DiffalignError(f"measure {measure}: torchmetrics is not installed; {EXTRA}") from error
         path = published_file(measure, ALEXNET, weights)
         # pnet_rand: without it the class would fetch AlexNet itself. The published LPIPS layers lie in the package.
         self.network: nn.Module = _LPIPS(net="alex", pnet_rand=True)

@@ -12,11 +12,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from diffalign import __version__, web
+from diffalign import web
 from diffalign.report.page import render_page
 from diffalign.rewards.remote_protocol import CATALOGUE, HEALTH, PROTOCOL, SCORE
 from diffalign.serving.requests import NO_PICKLE, Asked, as_json, read_compute, read_score
 from diffalign.serving.service import AnswerDict, Service
+from diffalign.version import __version__
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 COMPUTE = "/compute"

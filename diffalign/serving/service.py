@@ -14,7 +14,6 @@ from typing import Literal
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from diffalign import __version__
 from diffalign.files.images import Unreadable, area, decode
 from diffalign.redaction import without_folders
 from diffalign.rewards import Reward
@@ -24,6 +23,7 @@ from diffalign.rewards.remote_protocol import PROTOCOL, Catalogue, ServedReward,
 from diffalign.serving.batching import Lane, Unit, Worker
 from diffalign.serving.metrics import Metrics
 from diffalign.serving.requests import Asked
+from diffalign.version import __version__
 
 PIXELS_HELD = 128_000_000
 """Pixels of the images that are decoded and not answered yet: about 0.5 GB. One image may have more."""

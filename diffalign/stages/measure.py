@@ -23,7 +23,7 @@ from diffalign.progress import ImageProgress, say, say_aside
 from diffalign.scoring.items import Item
 from diffalign.scoring.sources import collect
 from diffalign.scoring.spec import parse_options
-from diffalign.stages.resolve import resolve_device
+from diffalign.stages.resolve_rewards import resolve_device
 from diffalign.terminal import counted, name_cell, number, plain_table, show_table
 
 NETWORKS: dict[str, Callable[..., Embedding]] = {"fid": Inception, "kid": Inception, "clip-i": Clip, "dino": Dino}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -244,3 +245,19 @@ def test_weights_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Monk
         published_file("fid", "https://example.org/net-0123abcd.pth", None)
     (tmp_path / "checkpoints" / "net-0123abcd.pth").write_bytes(b"x")
     assert published_file("fid", "https://example.org/net-0123abcd.pth", None).read_bytes() == b"x"
+
+
+def test_missing_packages_are_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (
+        "torchmetrics",
+        "torchmetrics.functional.image.lpips",
+        "torch_fidelity.feature_extractor_inceptionv3",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+    advice = r"is not installed; pip install 'diffalign\[metrics\]'"
+    with pytest.raises(DiffalignError, match=f"measure kid: torch_fidelity {advice}"):
+        Inception("kid", weights / "inception.pth")
+    with pytest.raises(DiffalignError, match=f"measure lpips: torchmetrics {advice}"):
+        Lpips("lpips", weights / "alexnet.pth")
+    with pytest.raises(DiffalignError, match=f"measure kid: torchmetrics {advice}"):
+        set_measures.kid(torch.zeros(3, 2), torch.zeros(3, 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from PIL import Image
 
@@ -81,6 +82,21 @@ def test_a_taste_is_found_and_chance_is_not_taken_for_one(
     score = load_reward("personal", weights=data / "personal/human").score(new, [""] * 60).numpy()
     agreement = np.corrcoef(score, [tastes.redness(image) for image in new])[0, 1]
     assert (abs(agreement) < 0.75) if blind else (agreement > 0.9)
+
+
+def test_the_score_is_the_head_on_the_features(tmp_path: Path) -> None:
+    """Read with safetensors alone; voted images score 0 on average."""
+    data = tastes.judged(tmp_path / "mine", 10, each=4)
+    assert run("judge", "personal", data, "features=pixels") == 0
+    head = safetensors.numpy.load_file(data / "personal/human/personal.safetensors")
+    images = [row.decode() for rows in PreferenceDataset(data).iter_images() for row in rows]
+    features = load_features("pixels", {})
+    seen = (
+        features.embed(torch.stack([features.prepare(image) for image in images]), [""] * len(images)).double().numpy()
+    )
+    score = load_reward("personal", weights=data / "personal/human").score(images, [""] * len(images)).numpy()
+    assert score == pytest.approx((seen - head["mean"]) @ head["weight"], abs=1e-5)
+    assert abs(score.mean()) < 1e-3 and score.std() > 0.1
 
 
 def test_equal_choices_give_equal_files_and_serve_every_command(
@@ -162,7 +178,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_features_of_models(
     name: str, towers: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tastes.judged(tmp_path / "mine", 56)
+    data = tastes.judged(tmp_path / "mine", 10, each=4)
     assert run("judge", "personal", data, f"features={towers[name]}", f"out={tmp_path / 'out'}") == 0
     reward = load_reward("personal", weights=tmp_path / "out")
     images, prompts = [pictures.smooth(1), pictures.smooth(2)], ["a cat", "a dog"]
@@ -190,7 +206,7 @@ def test_another_tower_is_noticed_and_a_moved_one_is_not(towers: dict[str, str],
     clip = Path(towers["pickscore"].partition("weights=")[2])
     moved = tmp_path / "moved"
     shutil.copytree(clip, moved)
-    data = tastes.judged(tmp_path / "mine", 56)
+    data = tastes.judged(tmp_path / "mine", 10, each=4)
     assert run("judge", "personal", data, f"features=pickscore:weights={moved}", f"out={tmp_path / 'out'}") == 0
     moved.rename(tmp_path / "elsewhere")
     image = [pictures.smooth(1)]
