@@ -14,6 +14,10 @@ MOST_LOOKED_AT = 512
 class Balanced:
     """Asks the prompt that was asked least; of its pairs first those of two models, and the least asked of these.
 
+    Of equals a pair that joins a new image to one that was asked comes first: votes on images that no chain of questions
+    connects cannot be ranked together, and half of them would be left out (`shares.won_shares`). In a group with more pairs
+    than are looked at, the least asked images come first.
+
     The draws do not depend on the rater: people who vote on the same images are asked the same questions, so that their
     agreement can be measured. Sides differ between them.
     """
@@ -37,7 +41,8 @@ class Balanced:
 def _pair(group: int, state: State, generator: np.random.Generator) -> tuple[int, ...] | None:
     """Return the places of the least asked pair; None where each was asked."""
     known = state.groups[group]
-    if known.count(2) <= MOST_LOOKED_AT:
+    small = known.count(2) <= MOST_LOOKED_AT
+    if small:
         found = list(known.choices())
     elif known.pairs is not None:
         found = [known.pairs[i] for i in generator.integers(0, len(known.pairs), MOST_LOOKED_AT)]
@@ -50,9 +55,13 @@ def _pair(group: int, state: State, generator: np.random.Generator) -> tuple[int
     if not new:
         return None
 
-    def order(pair: tuple[int, int]) -> tuple[bool, int, int]:
+    begun = small and any(state.per_image[group, place] for place in range(len(known.images)))
+
+    def order(pair: tuple[int, int]) -> tuple[bool, int, bool, int]:
         models = frozenset(known.models[place] for place in pair)
-        return len(models) < 2, state.per_models[models], sum(state.per_image[group, place] for place in pair)
+        asked = [state.per_image[group, place] for place in pair]
+        apart = begun and all(asked) == any(asked)
+        return len(models) < 2, state.per_models[models], apart, sum(asked)
 
     first = min(map(order, new))
     best = [pair for pair in new if order(pair) == first]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+
 from diffalign.voting.balanced import Balanced
 from diffalign.voting.questions import Group, Question, State, shown_order
+from diffalign.voting.shares import won_shares
 
 
 def groups(count: int, models: tuple[str, ...], pairs: tuple[tuple[int, int], ...] | None = None) -> list[Group]:
@@ -71,6 +74,20 @@ def test_a_ranking_asks_each_image_before_one_twice() -> None:
     assert sorted(p for q in asked if q.group == 0 for p in q.places) == list(range(8))
     few = ask_all(State(groups(1, ("m",) * 3), 4, "anna"))
     assert [q.places for q in few] == [(0, 1, 2)]
+
+
+def test_few_votes_on_a_group_hang_together() -> None:
+    """Three questions about four images are enough to rank them all."""
+    for seed in range(8):
+        asked = ask_all(State(groups(5, ("m",) * 4), 2, "anna", seed=seed), 15)
+        for group in range(5):
+            joined: set[int] = set()
+            for question in (q for q in asked if q.group == group):
+                assert not joined or len(joined & set(question.places)) == 1
+                joined |= set(question.places)
+            assert joined == {0, 1, 2, 3}
+        votes = [(q.places, (1, 2)) for q in asked if q.group == 0]
+        assert np.isfinite(won_shares(votes, 4)).all()
 
 
 def test_a_group_of_ten_thousand_images_has_a_next_pair() -> None:
