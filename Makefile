@@ -58,7 +58,7 @@ test-gpu: $(STAMP)
 
 # Ray stays out of .venv: tests/cluster skips without it.
 test-ray: $(STAMP) $(RAY)/.installed
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=$(ROOT)/$(RAY) $(BIN)/pytest -q tests/cluster
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=$(ROOT)/$(RAY) $(BIN)/pytest -q tests/cluster tests/scoring/test_same_numbers.py
 $(RAY)/.installed: pyproject.toml | $(STAMP)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --no-compile --target $(@D) "ray[client]>=2.60"

@@ -119,5 +119,5 @@ def test_what_is_refused(
 def test_ray_is_named_where_it_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ray", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DiffalignError, match=r"Ray is not installed; run `pip install diffalign\[ray\]`"):
+    with pytest.raises(DiffalignError, match=r"--engine ray: ray is not installed; pip install 'diffalign\[ray\]'"):
         run(folder, "ray.jsonl", engine="ray")

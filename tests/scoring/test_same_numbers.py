@@ -6,6 +6,7 @@ A new way of scoring is a function from `World` to scores by label, and a line i
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from PIL import Image
 import diffalign
 from helpers import pictures, tiny_rewards
 from helpers.command_line import run
+from helpers.fake_ray import FakeRay
 from helpers.processes import finish, torchrun
+from helpers.ray_cluster import NODE, small_cluster
 
 Numbers = dict[str, list[float]]
 """Scores by label, in the order of the images' names."""
@@ -79,6 +82,28 @@ def two_processes(world: World) -> Numbers:
     return of_file(world.out / "two.jsonl")
 
 
+def address(world: World) -> Numbers:
+    words = [f"file://{word}" if word == str(world.folder) else word for word in world.command]
+    assert run(*words, "-o", f"file://{world.out}/address.jsonl") == 0
+    return of_file(world.out / "address.jsonl")
+
+
+def stand_in_for_ray(world: World) -> Numbers:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", FakeRay())
+        assert run(*world.command, "-o", world.out / "fake.jsonl", "--engine", "ray", "--device", "cpu") == 0
+    return of_file(world.out / "fake.jsonl")
+
+
+def ray_cluster(world: World) -> Numbers:
+    pytest.importorskip("ray", reason="Ray is not installed (make test-ray)")
+    with small_cluster(world.out / "log") as cluster, pytest.MonkeyPatch.context() as patch:
+        cluster.add_node(**NODE)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        assert run(*world.command, "-o", world.out / "ray.jsonl", "--engine", "ray", "--device", "cpu") == 0
+    return of_file(world.out / "ray.jsonl")
+
+
 def python(images: Callable[[World], Any]) -> Callable[[World], Numbers]:
     """Return the way from images in Python to numbers."""
     return lambda world: of_table(diffalign.score(images(world), PROMPTS, rewards=world.rewards))
@@ -100,8 +125,11 @@ WAYS = {
     "Python: a tensor of floats": Way(
         python(lambda world: torch.from_numpy(world.pixels).permute(0, 3, 1, 2).float() / 255)
     ),
-    # Batches have other sizes, and sums may be in another order.
-    "two processes": Way(two_processes, 1e-5),
+    # They share the batches of one process.
+    "two processes": Way(two_processes),
+    "images and output at an address": Way(address),
+    "a stand-in for Ray": Way(stand_in_for_ray),
+    "a Ray cluster": Way(ray_cluster),
 }
 
 
