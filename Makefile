@@ -5,9 +5,11 @@
 #   make lint           ruff, mypy, import contracts
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
+#   make browser-test   tests of pages in a real browser (chromium; CHROMIUM=PATH names one)
 #   make soak           the long form of tests whose short form is part of `make test`
 #   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
+#   make test-ray       tests on a Ray cluster of this machine; installs Ray (0.2 GB) into a folder of its own
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ORACLES := $(VENV)/oracles
 HPSV3 := $(VENV)/oracles-hpsv3
+RAY := $(VENV)/ray
 ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
 VIEW := $(ROOT)/build/view
@@ -22,7 +25,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: setup oracles quickstart test test-gpu lint view wheel wheel-test soak hostile bench kills clean
+.PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench kills clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -45,10 +48,21 @@ quickstart: $(STAMP)
 
 # The numbers of these tests are a CPU's; a GPU has its own, which compare with them.
 test: $(STAMP) oracles
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore tests/browser
+
+browser-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/browser
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q tests/gpu
+
+# Ray stays out of .venv: tests/cluster skips without it.
+test-ray: $(STAMP) $(RAY)/.installed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=$(ROOT)/$(RAY) $(BIN)/pytest -q tests/cluster
+$(RAY)/.installed: pyproject.toml | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-compile --target $(@D) "ray[client]>=2.60"
+	touch $@
 
 # The wheel unpacked into a folder of its own. Its tests start in an empty folder: the checkout's root would shadow it.
 # build/lib is deleted first because setuptools packs whatever an earlier build left there.

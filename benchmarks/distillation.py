@@ -31,6 +31,7 @@ from diffalign.evaluation.distance import frechet_distance, kernel_distance, rec
 from diffalign.pipelines.few_step import student_scheduler
 from diffalign.stages import resolve
 from diffalign.stages.distill import distill
+from diffalign.stages.resolve_rewards import open_reward
 
 RESULTS = Path(__file__).parent / "results"
 GUIDANCE = {"shapes-sd3": 6.0, "shapes-sdxl": 4.0}  # those of docs/embedded-world.md
@@ -136,7 +137,7 @@ def draw_images(cell: Cell, config: Any, rows: list[Any], size: Size, folder: Pa
 
 
 def measure(images: list[Image.Image], teacher: list[Image.Image], rows: list[Any], seeds: int) -> dict[str, Any]:
-    reward = resolve.open_reward(REWARD, "cpu")
+    reward = open_reward(REWARD, "cpu")
     texts = [row.prompt for row in rows for _ in range(seeds)]
     scores = reward.measure(images, texts, [row.metadata for row in rows for _ in range(seeds)])
     ours, theirs = thumbnails(images), thumbnails(teacher)

@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
     "GDRO, 6": Method("gdro", 12, control=True),
     "IPO": Method("ipo", 4, bases=FLOW),
     "SimPO": Method("simpo", 2, bases=FLOW),
-    "MADPO": Method("madpo", 4, bases=FLOW),
+    "MADPO": Method("madpo", 4, ("objective.shape=exponential", "objective.hard=4.0"), bases=FLOW),
     "Constrained DPO": Method("constrained", 4, bases=FLOW),
     "DisCO, 6": Method("disco", 12, bases=FLOW),
     "DDO, real against generated": Method("ddo", 4, bases=FLOW, roles=True),

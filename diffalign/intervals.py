@@ -3,7 +3,7 @@
 The rule stands here alone: every table, page and sentence with an interval reads it from `Interval`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,30 @@ def bootstrap(
         return [Interval(count, None, None, unit) for _ in statistic(values[:1])[0]]
     ends = np.quantile(statistic(_resampled_means(values, seed, resamples)), LEVEL, axis=0)
     return [Interval(count, float(low), float(high), unit) for low, high in ends.T]
+
+
+def share_interval(
+    right: np.ndarray, groups: Sequence[str], *, seed: int = 0, resamples: int = 10_000, unit: str = "prompts"
+) -> Interval:
+    """Return the interval of the mean of `right` [N], resampling whole groups: rows of one prompt share their images.
+
+    groups: the group of each row, N names.
+    """
+    names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
+    place = np.array([names[g] for g in groups], dtype=np.int64)
+    sums_and_sizes = np.stack([np.bincount(place, right), np.bincount(place)], axis=1)
+    share = lambda means: means[:, :1] / means[:, 1:]  # noqa: E731
+    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples, unit=unit)[0]
+
+
+def exact_interval(hits: int, count: int, unit: str) -> Interval:
+    """Return the interval of a share of independent cases (Clopper and Pearson 1934), which holds also where all are equal."""
+    if count < FEWEST:
+        return Interval(count, None, None, unit)
+    from scipy.stats import binomtest
+
+    ends = binomtest(hits, count).proportion_ci(LEVEL[1] - LEVEL[0], method="exact")
+    return Interval(count, float(ends.low), float(ends.high), unit)
 
 
 def _resampled_means(values: np.ndarray, seed: int, resamples: int, chunk: int = 500) -> np.ndarray:

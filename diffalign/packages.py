@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "xformers": ("xformers",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
+    "ray": ("ray",),
 }
 """The modules that each extra of pyproject.toml installs, as Python imports them. A test compares the two."""
 

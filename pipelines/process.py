@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 
 ERROR_SPACES = ("native", "epsilon", "x0")
-TIME_SAMPLERS = ("uniform", "logit_normal")
+TIME_SAMPLERS = ("uniform", "logit_normal", "schedule")
 
 
 def _like(values: Tensor, latents: Tensor) -> Tensor:
@@ -87,14 +87,26 @@ class NoiseProcess(ABC):
         return _like(a, x0) * x0.float() + _like(s, x0) * noise.float()
 
     def draw_times(
-        self, u: Tensor, sampler: str = "uniform", mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+        self,
+        u: Tensor,
+        sampler: str = "uniform",
+        mean: float = 0.0,
+        std: float = 1.0,
+        shift: float = 1.0,
+        steps: int | None = None,
+        skip: int = 0,
     ) -> Tensor:
         """Turn uniform draws u [B] float64 in (0, 1) into times [B] float32; larger u is noisier.
 
         `logit_normal`: sigmoid(mean + std z) with z normal (Esser et al. 2024, eq. 19). `shift` > 1 moves them towards
-        noise: t -> shift t / (1 + (shift - 1) t) (their eq. 23). Raises DiffalignError for an unknown sampler.
+        noise: t -> shift t / (1 + (shift - 1) t) (their eq. 23). `schedule`: one of the times of `schedule(steps)` at which
+        the network is asked, all alike, without the `skip` noisiest. Raises DiffalignError for an unknown sampler, and for a
+        number of steps that the model cannot take.
         """
         fraction = u.to(torch.float64).clamp(2.0**-53, 1.0 - 2.0**-53)
+        if sampler == "schedule":
+            visited = self.schedule(steps or 1)[skip:-1].flip(0)
+            return visited[(fraction * len(visited)).long().to(visited.device)]
         if sampler == "logit_normal":
             fraction = torch.sigmoid(mean + std * torch.special.ndtri(fraction))
         elif sampler != "uniform":

@@ -1,7 +1,8 @@
 """Tune a trunk: LoRA or full, its roles, its weights on disk.
 
 After `add_lora` the policy is an adapter in float32 and the reference the bare base (or a second, frozen adapter).
-After `enable_full` the policy is the trunk itself in float32 and the reference a frozen copy. Distillation calls the policy
+After `enable_full` the policy is the trunk itself in float32 and the reference a frozen copy. `follow_policy` makes the
+reference one that can move. Distillation calls the policy
 "student" and the reference "teacher"; `add_fake` gives it a third network, an adapter or a copy as the policy is.
 """
 
@@ -30,7 +31,7 @@ from diffalign.pretrained import load_model, quiet_progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
-ROLES = ("policy", "reference", "student", "teacher", "fake")
+ROLES = ("policy", "reference", "base", "student", "teacher", "fake")
 SAME_AS = {"student": "policy", "teacher": "reference"}
 
 
@@ -52,6 +53,8 @@ class Tunable(ABC):
     tuning: str | None = None
     """None, "lora" or "full"."""
     _full_reference: nn.Module | None = None
+    _full_base: nn.Module | None = None
+    """The base where all weights train and the reference is no longer it."""
     _full_fake: nn.Module | None = None
 
     @property
@@ -119,9 +122,40 @@ class Tunable(ABC):
         self.trunk.float().requires_grad_(True)
         self.tuning = "full"
 
+    def follow_policy(self, *, keep_base: bool = False) -> None:
+        """Make the reference a second set of the policy's weights in float32, equal to them now; `followers` are its tensors.
+
+        An adapter of the same rank and targets, or a copy of the trunk. keep_base: keep the role "base" also where all weights
+        train. Call it once, after `add_lora` or `enable_full` and before anything is trained.
+        """
+        if self.tuning == "full":
+            self._full_base = self._full_reference if keep_base else None
+            self._full_reference = copy.deepcopy(self.trunk).eval().requires_grad_(False)
+            return
+        if not adapters.has_adapter(self.trunk, adapters.REFERENCE):
+            self._add_like_policy(adapters.REFERENCE, 0)
+            self._activate_policy()
+        with torch.no_grad():
+            for name, value in self.followers().items():
+                value.copy_(self.trainable()[name])
+
+    def followers(self) -> dict[str, nn.Parameter]:
+        """Return the reference's parameters under the names of the policy's, after `follow_policy`."""
+        if self.tuning == "full" and self._full_reference is not None:
+            return dict(sorted(self._full_reference.named_parameters()))
+        second = adapters.adapter_parameters(self.trunk, adapters.REFERENCE)
+        return {
+            name.replace(f".{adapters.REFERENCE}.", f".{adapters.POLICY}."): value for name, value in second.items()
+        }
+
+    def _add_like_policy(self, adapter: str, seed: int) -> None:
+        """Add an adapter of the policy's rank, alpha and targets."""
+        config: Any = vars(self.trunk)["peft_config"][adapters.POLICY]
+        adapters.add_adapter(self.trunk, config.r, config.lora_alpha, sorted(config.target_modules), seed, adapter)
+
     def trunks(self) -> list[nn.Module]:
-        """Return the policy's trunk, and after full fine-tuning began the reference's copy, if it is kept."""
-        return [trunk for trunk in (self.trunk, self._full_reference) if trunk is not None]
+        """Return the policy's trunk, and after full fine-tuning began the copies of reference and base that are kept."""
+        return [trunk for trunk in (self.trunk, self._full_reference, self._full_base) if trunk is not None]
 
     def compile_blocks(self, dynamic: bool = False, backend: str = "inductor") -> None:
         """Compile the repeated blocks in place, after `add_lora` or `enable_full`; weights keep their names.
@@ -150,9 +184,7 @@ class Tunable(ABC):
         if self.tuning == "full":
             self._full_fake = copy.deepcopy(self.trunk).float().requires_grad_(True).train()
             return
-        config: Any = vars(self.trunk)["peft_config"][adapters.POLICY]
-        targets = sorted(config.target_modules)
-        adapters.add_adapter(self.trunk, config.r, config.lora_alpha, targets, seed, adapters.FAKE)
+        self._add_like_policy(adapters.FAKE, seed)
         if adapters.has_adapter(self.trunk, adapters.REFERENCE):
             start = adapters.adapter_parameters(self.trunk, adapters.REFERENCE)
             for name, parameter in adapters.adapter_parameters(self.trunk, adapters.FAKE).items():
@@ -169,6 +201,8 @@ class Tunable(ABC):
     def role(self, name: str) -> Iterator[None]:
         """Run as one of ROLES inside the block, for `predict` and `sample`; student is policy, teacher is reference.
 
+        base is the model without anything that was trained or loaded on top of it.
+
         No requires_grad changes and no autograd state is touched, so a graph built before or after keeps its gradients.
         Run backward outside a reference block, and the fake's inside one of its own: gradient checkpointing repeats the
         forward there, under the role of that moment.
@@ -177,7 +211,9 @@ class Tunable(ABC):
             raise ValueError(f"unknown role '{name}'; choose one of {', '.join(ROLES)}")
         name = SAME_AS.get(name, name)
         if self.tuning == "full":
-            module = {"policy": self.trunk, "reference": self._full_reference, "fake": self._full_fake}[name]
+            reference = self._full_reference
+            base = self._full_base or reference
+            module = {"policy": self.trunk, "reference": reference, "base": base, "fake": self._full_fake}[name]
             if module is None and name == "fake":
                 raise RuntimeError("there is no fake network: call add_fake first")
             if module is None:
@@ -215,7 +251,7 @@ class Tunable(ABC):
             return nullcontext()
         if name in (adapters.POLICY, adapters.FAKE):
             return adapters.use_adapter(self.trunk, name)
-        second = adapters.has_adapter(self.trunk, adapters.REFERENCE)
+        second = name == "reference" and adapters.has_adapter(self.trunk, adapters.REFERENCE)
         return adapters.use_adapter(self.trunk, adapters.REFERENCE if second else None)
 
     def trainable(self, role: str = "policy") -> dict[str, nn.Parameter]:

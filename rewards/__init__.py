@@ -14,10 +14,15 @@ from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
 from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
+from diffalign.rewards.hpsv3_plus import HPSv3Plus
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.ocr import OCRReward
+from diffalign.rewards.personal import Personal
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
+from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.vlm_judge import VLMJudge
+from diffalign.rewards.vqa import VQA
 from diffalign.rewards.vqascore import VQAScore
 from diffalign.rewards.zreward import ZReward
 
@@ -25,16 +30,21 @@ REWARDS: dict[str, type[Reward]] = {
     "pickscore": PickScore,
     "hpsv2": HPSv2,
     "hpsv3": HPSv3,
+    "hpsv3_plus": HPSv3Plus,
     "imagereward": ImageReward,
     "clipscore": CLIPScore,
     "aesthetic": Aesthetic,
     "vqascore": VQAScore,
+    "vqa": VQA,
     "unifiedreward": UnifiedReward,
     "zreward": ZReward,
+    "vlm_judge": VLMJudge,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
+    "personal": Personal,
     "jpeg_compressibility": JpegCompressibility,
     "sharpness": Sharpness,
+    "remote": Remote,
 }
 
 

@@ -37,7 +37,7 @@ class Reward(ABC):
     Building a reward loads nothing: weights are loaded with the first image, or by `identity`, which names them.
     """
 
-    name: ClassVar[str]
+    name: str
     columns: tuple[str, ...]
     range: ClassVar[tuple[float, float]]
     usual: ClassVar[str] = ""
@@ -48,8 +48,8 @@ class Reward(ABC):
     version: ClassVar[str] = "1"
     source: ClassVar[str] = ""
     size: ClassVar[str] = "none"
-    reads: ClassVar[tuple[str, ...]] = ("prompt",)
-    longest: ClassVar[int] = 0
+    reads: tuple[str, ...] = ("prompt",)
+    longest: int = 0
 
     preprocessing: str = "RGB"
     reasons: list[str]

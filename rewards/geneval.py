@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.files.facts import fault_of_facts, geneval_facts
 from diffalign.rewards.base import Metadata, Reward, by_column
 from diffalign.rewards.detection import Detection, Detector
-from diffalign.rewards.facts import fault_of_facts, geneval_facts
 from diffalign.rewards.mask2former import Mask2FormerDetector
 
 Box = tuple[float, float, float, float]

@@ -92,12 +92,19 @@ class HPSv2(TensorReward):
     def prepare_tensors(self, pixels: Tensor) -> Tensor:
         return normalise(letterbox(pixels, SIDE, self.antialias))
 
-    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        network = self.network
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Return unit vectors of prepared pixels, float32 [B, D]."""
+        return F.normalize(self.network.encode_image(pixels.to(self.dtype)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Return unit vectors of prompts, float32 [B, D]; each distinct prompt is encoded once."""
         unique = list(dict.fromkeys(prompts))
-        with torch.no_grad():
-            tokens = self.tokenizer(unique).to(self.device)
-            text = F.normalize(network.encode_text(tokens).float(), dim=-1)
+        network = self.network  # before the tokenizer: loading it makes the architecture known
+        text = F.normalize(network.encode_text(self.tokenizer(unique).to(self.device)).float(), dim=-1)
         place = {prompt: i for i, prompt in enumerate(unique)}
-        image = F.normalize(network.encode_image(pixels.to(self.dtype)).float(), dim=-1)
-        return (image * text[[place[p] for p in prompts]]).sum(-1)
+        return text[[place[p] for p in prompts]]
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        text = self.embed_prompts(prompts)
+        return (self.embed_images(pixels) * text).sum(-1)

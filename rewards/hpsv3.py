@@ -8,9 +8,9 @@ image as well: the published class passes no positions, and the transformers 4.4
 rotary frequencies are rounded to bfloat16: the published code casts the whole network, buffers included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from PIL import Image
@@ -85,8 +85,11 @@ class HPSv3(VisionLanguageReward):
     config, tokenizer and image processor are read, since the checkpoint holds all weights.
     """
 
+    base_repo: ClassVar[str] = BASE
+    instruction: ClassVar[str] = INSTRUCTION
+
     name = "hpsv3"
-    columns = ("hpsv3", "sigma")
+    columns: tuple[str, ...] = ("hpsv3", "sigma")
     range = (-float("inf"), float("inf"))
     licence = "MIT (code); the weights' card says which for them"
     weights = "MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct"
@@ -109,10 +112,10 @@ class HPSv3(VisionLanguageReward):
 
     @property
     def processor_path(self) -> Path:
-        return fetch(self.name, BASE, None, "main", self.local_base, "base", SMALL_FILES)
+        return fetch(self.name, self.base_repo, None, "main", self.local_base, "base", SMALL_FILES)
 
     def weights_id(self) -> str:
-        return f"{super().weights_id()} on {BASE}@{fingerprint(self.processor_path)}"
+        return f"{super().weights_id()} on {self.base_repo}@{fingerprint(self.processor_path)}"
 
     @property
     def token(self) -> int:
@@ -123,26 +126,42 @@ class HPSv3(VisionLanguageReward):
         return int(tokenizer.convert_tokens_to_ids(TOKEN))
 
     def build(self) -> nn.Module:
-        from transformers import AutoConfig, Qwen2VLModel
+        from transformers import Qwen2VLModel
 
-        config = load_part(AutoConfig, self.processor_path, "reward hpsv3")
+        return self.filled("qwen2_vl", "rm_head.", lambda c: HPSv3Model(Qwen2VLModel(c), c.text_config.hidden_size))
+
+    def filled(self, kind: str, exact: str | tuple[str, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
+        """Return `make(config)` with the checkpoint's weights.
+
+        kind: the `model_type` that the base's config must have. exact: the beginnings of names that stay in float32.
+        """
+        from transformers import AutoConfig
+
+        config = load_part(AutoConfig, self.processor_path, f"reward {self.name}")
+        if config.model_type != kind:
+            raise DiffalignError(
+                f"reward {self.name}: {self.processor_path} is a {config.model_type}; base= must be {self.base_repo}"
+            )
         state = under_transformers(load_state(self.path, "model"))
         words = state.get("base.language_model.embed_tokens.weight")
         if words is None:
-            raise DiffalignError(f"reward hpsv3: {self.path} holds no Qwen2-VL; is it another model's file?")
+            raise DiffalignError(f"reward {self.name}: {self.path} holds no Qwen model; is it another model's file?")
         # One row was added for the reward token; the checkpoint says how many there are.
         config.text_config.vocab_size = len(words)
         with without_memory():
-            model = HPSv3Model(Qwen2VLModel(config), config.text_config.hidden_size)
+            model = make(config)
         del words
-        fill_empty(model, state, self.path, self.name, self.dtype, self.device, exact="rm_head.")
-        round_frequencies(model.base)
+        fill_empty(model, state, self.path, self.name, self.dtype, self.device, exact=exact)
+        round_frequencies(model)
         return model
+
+    def texts(self, prompts: list[str]) -> list[str]:
+        """Return the question about each prompt."""
+        return [self.instruction.replace("{prompt}", plain(prompt)) + ASK for prompt in prompts]
 
     def _inputs(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
         """Return inputs for images that have their final size."""
-        texts = [INSTRUCTION.replace("{prompt}", plain(prompt)) + ASK for prompt in prompts]
-        return self.encode(images, texts, do_resize=False)
+        return self.encode(images, self.texts(prompts), do_resize=False)
 
     @torch.no_grad()
     def measure_prepared(

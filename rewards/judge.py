@@ -90,10 +90,8 @@ class Judge:
         """
         if dimension not in self.rubrics:
             raise DiffalignError(f"dimension {dimension!r}: unknown; there are {', '.join(self.rubrics)}")
-        scale = ", ".join(f"{a} = level {b:g}" for a, b in zip(LABELS[self.labels], self.levels, strict=True))
-        how = self.wording.reasoning if reasoning else self.wording.direct
-        ask = self.wording.ask.replace("{scale}", scale).replace("{how}", how)
-        ask = ask.replace("{rubric}", escaped(self.rubrics[dimension], self.tokenizer)).strip()
+        rubric = escaped(self.rubrics[dimension], self.tokenizer)
+        ask = self.wording.rating(rubric, LABELS[self.labels], self.levels, reasoning)
         text = self.wording.question.replace("{prompt}", escaped(prompt, self.tokenizer)) + ask
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         written = written_chat(self.processor, chat)

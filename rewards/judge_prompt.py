@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,12 @@ class Wording:
                 raise DiffalignError(f"wording: {field} has no {place} in it")
         if not self.marker.strip():
             raise DiffalignError("wording: marker is empty; the label needs something to follow")
+
+    def rating(self, rubric: str, labels: Sequence[str], levels: Sequence[float], reasoning: bool = False) -> str:
+        """Return the part of a question that asks for one of `labels`, which stand for `levels`, by a rubric."""
+        scale = ", ".join(f"{label} = level {level:g}" for label, level in zip(labels, levels, strict=True))
+        how = self.reasoning if reasoning else self.direct
+        return self.ask.replace("{scale}", scale).replace("{how}", how).replace("{rubric}", rubric).strip()
 
 
 def escaped(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

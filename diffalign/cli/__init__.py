@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffalign.cli import data, judge, score, testbed, train
+from diffalign.cli import bench, data, judge, score, serve, testbed, train, vote, vote_export
 from diffalign.cli.terminal import guard_libraries
 from diffalign.version import __version__
 
@@ -35,7 +35,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for verbs in (train.verbs, score.verbs, data.verbs, judge.verbs):
+for verbs in (train.verbs, score.verbs, serve.verbs, data.verbs, judge.verbs, vote.verbs, vote_export.verbs):
     app.add_typer(verbs)
+app.add_typer(bench.bench, name="bench")
 app.add_typer(data.data, name="data")
 app.add_typer(testbed.testbed, name="testbed")

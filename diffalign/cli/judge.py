@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 
+PERSONAL = "personal"
+"""In the place of a config: the verb fits a reward of one person's taste."""
+
 JudgeFolder = Annotated[Path, typer.Argument(metavar="JUDGE", help="A judge's folder, such as RUN/weights.")]
 Records = Annotated[Path, typer.Argument(metavar="RECORDS", help="ratings.jsonl or pairs.jsonl.")]
 Traces = Annotated[int, typer.Option(min=0, help="Reasoning traces per image, averaged; 0: score at once.")]
@@ -33,12 +36,28 @@ def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int)
 def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a judge of images.
 
-    A teacher that reasons, or a student that scores at once. The same command resumes where it stopped.
+    A teacher that reasons, or a student that scores at once. The same command resumes where it stopped. `judge personal
+    DATA` fits a reward of one person's taste to their choices in a dataset, within seconds.
     """
+    if config == PERSONAL:
+        _fit_personal(overrides or [], dry_run)
+        return
     with checked_config("judge", config, overrides) as checked:
         from diffalign.stages.judge import train_from_config
 
         train_from_config(checked, dry_run=dry_run)
+
+
+def _fit_personal(arguments: list[str], dry_run: bool) -> None:
+    with plain_errors():
+        from diffalign.errors import DiffalignError
+
+        if not arguments or (arguments[0].partition("=")[0].isidentifier() and "=" in arguments[0]):
+            raise DiffalignError("judge personal: name the dataset first, as `diffalign judge personal DATA`")
+    with checked_config("judge personal", arguments[0], arguments[1:]) as checked:
+        from diffalign.stages.personal import fit
+
+        fit(checked, dry_run=dry_run)
 
 
 @verbs.command("judge-distributions")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.files.remote import is_address
 
 verbs = typer.Typer()
 
@@ -14,7 +15,9 @@ verbs = typer.Typer()
 def score_images(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES", help="Folders, files, quoted globs, parquet files, or dataset folders."),
+        typer.Argument(
+            metavar="IMAGES", help="Folders, files, quoted globs, parquet files, dataset folders, or addresses (s3://)."
+        ),
     ],
     reward: Annotated[
         list[str],
@@ -26,7 +29,8 @@ def score_images(
     ],
     prompt: Annotated[str | None, typer.Option(help="One prompt for all images.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A .jsonl, .csv or .parquet that gives each image its prompt.")
+        str | None,
+        typer.Option(metavar="FILE", help="A .jsonl, .csv or .parquet that gives each image its prompt."),
     ] = None,
     prompt_from: Annotated[
         str,
@@ -39,8 +43,10 @@ def score_images(
         str | None, typer.Option(help="Column of the prompt; without it: prompt, text or caption.")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The .jsonl, .csv or .parquet to write; scores in it are kept."),
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The .jsonl, .csv or .parquet to write; scores in it are kept."
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write one HTML file: a gallery, or with --against the pairs side by side.")
@@ -50,7 +56,10 @@ def score_images(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Human choices, in any form that `pairs` reads, or ratings (image, rating) to compare with."),
+        typer.Option(
+            help="Human choices to compare with: a table that `pairs` reads, ratings (image, rating), a log of votes, or "
+            "human or a rater's name for the votes on a dataset."
+        ),
     ] = None,
     into_dataset: Annotated[
         bool,
@@ -59,6 +68,13 @@ def score_images(
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads that read and decode.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(help="local, or where a Ray cluster is: ray (this machine or RAY_ADDRESS) or ray://HOST:PORT."),
+    ] = "local",
+    actors: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Models on the cluster at most; without it, as many as fit.")
+    ] = None,
 ) -> None:
     """Score images with one or more rewards.
 
@@ -68,12 +84,17 @@ def score_images(
         from diffalign.stages.score import ScoreRequest, score
 
         given = ScoreRequest(
-            images, reward, prompt, prompts, prompt_from, prompt_column, output, html, against, labels, into_dataset,
-            batch_size, workers, device,
+            images, reward, prompt, _place(prompts), prompt_from, prompt_column, _place(output), html, against, labels,
+            into_dataset, batch_size, workers, device, engine, actors,
         )  # fmt: skip
         code = score(given)
     if code:
         raise typer.Exit(code)
+
+
+def _place(text: str | None) -> Path | str | None:
+    """Return a path, and an address as it is."""
+    return text if text is None or is_address(text) else Path(text)
 
 
 @verbs.command("rewards")

@@ -7,10 +7,17 @@ Nothing here imports torch.
 
 from diffalign.config.data import DataSection, LabelSection
 from diffalign.config.distill import DistillConfig, RewardTerm
-from diffalign.config.images import EvalConfig, SampleConfig, SamplingSection, SizedSamplingSection
+from diffalign.config.images import (
+    BenchConfig,
+    EvalConfig,
+    SampleConfig,
+    SamplingSection,
+    SizedSamplingSection,
+)
 from diffalign.config.judge import JudgeConfig, JudgeModelSection, JudgeTuneSection
 from diffalign.config.load import (
     KINDS,
+    bench_config,
     eval_config_of_run,
     kind_of_run,
     load,
@@ -19,6 +26,7 @@ from diffalign.config.load import (
     load_eval_config,
     load_for,
     load_judge_config,
+    load_personal_config,
     load_rank_config,
     load_reward_gradient_config,
     load_rounds_config,
@@ -30,6 +38,7 @@ from diffalign.config.load import (
 from diffalign.config.model import ModelSection, PolicySection, TuneSection
 from diffalign.config.noise import TimeSection
 from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
@@ -50,6 +59,7 @@ __all__ = [
     "KINDS",
     "OBJECTIVE_SECTIONS",
     "BackboneRunConfig",
+    "BenchConfig",
     "CheckpointSection",
     "DataSection",
     "DistillConfig",
@@ -62,6 +72,7 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
+    "PersonalConfig",
     "PolicySection",
     "PromptSection",
     "RankConfig",
@@ -84,6 +95,7 @@ __all__ = [
     "TrainSection",
     "TuneSection",
     "ValidationSection",
+    "bench_config",
     "config_path",
     "eval_config_of_run",
     "kind_of_run",
@@ -94,6 +106,7 @@ __all__ = [
     "load_eval_config",
     "load_for",
     "load_judge_config",
+    "load_personal_config",
     "load_rank_config",
     "load_reward_gradient_config",
     "load_rounds_config",

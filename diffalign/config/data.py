@@ -21,6 +21,7 @@ from diffalign.config.section import (
 )
 
 STATISTICS = {"minmax": {"min", "max"}, "zscore": {"mean", "std"}}
+ADVANTAGES = ("advantage", "optimality")
 
 
 def _buckets(value: Any) -> str | list[list[int]]:
@@ -115,21 +116,27 @@ class LabelSection(Section):
     combine: CombineSection | None = Field(
         None, description="how several rewards become one label (source combined only); null: they do not"
     )
-    transform: Literal["none", "votes", "minmax", "zscore", "balanced"] = Field(
+    transform: Literal["none", "votes", "minmax", "zscore", "balanced", "advantage", "optimality"] = Field(
         "none",
         description="what is done to scores before they are used; balanced: less the group's mean, over its mean absolute "
-        "deviation",
+        "deviation; advantage: less the group's mean, over a deviation, at most 5 either way (awm); optimality: a tenth of "
+        "that plus 1/2, in [0, 1] (nft)",
+    )
+    spread: Literal["dataset", "group"] = Field(
+        "dataset", description="whose deviation an advantage is divided by (transform advantage and optimality)"
     )
     stats: Annotated[dict[str, float] | None, DERIVED] = Field(
         None,
-        description="{min, max} for minmax, {mean, std} for zscore, NAME.mean and NAME.std for combined; null: computed from "
-        "the data",
+        description="{min, max} for minmax, {mean, std} for zscore, {std} for advantage and optimality, NAME.mean and NAME.std "
+        "for combined; null: computed from the data",
     )
 
     @property
     def centred(self) -> bool:
         """Whether the labels of every group have the same mean."""
-        return self.transform in ("votes", "balanced") or (self.combine is not None and self.combine.how == "dvao")
+        return self.transform in ("votes", "balanced", *ADVANTAGES) or (
+            self.combine is not None and self.combine.how == "dvao"
+        )
 
     @model_validator(mode="after")
     def _check_source(self) -> LabelSection:
@@ -148,10 +155,17 @@ class LabelSection(Section):
             )
         if self.combine is not None and self.transform in STATISTICS:
             refuse(
-                f"combined labels are scaled already, transform={self.transform} is for one reward; use none, votes or "
-                "balanced",
+                f"combined labels are scaled already, transform={self.transform} is for one reward; use none, votes, "
+                "balanced, advantage or optimality",
                 "transform",
                 "combine",
+            )
+        if self.spread != "dataset" and self.transform not in ADVANTAGES:
+            refuse(
+                f"only advantages have a spread, transform={self.transform} has none; leave it out, or set "
+                "labels.transform=advantage",
+                "spread",
+                "transform",
             )
         return self
 
@@ -160,11 +174,14 @@ class LabelSection(Section):
         if self.stats is None:
             return self
         wanted = STATISTICS.get(self.transform)
+        if self.transform in ADVANTAGES and self.spread == "dataset":
+            wanted = {"std"}
         if self.combine is not None:
-            wanted = {f"{name}.{part}" for name in self.combine.weights for part in ("mean", "std")}
+            wanted = {f"{name}.{part}" for name in self.combine.weights for part in ("mean", "std")} | (wanted or set())
         if wanted is None:
             refuse(
-                f"statistics serve minmax, zscore and combined labels, not transform={self.transform}; leave stats out",
+                "statistics serve minmax, zscore and combined labels, and advantages with the spread of the dataset, not "
+                f"transform={self.transform}; leave stats out",
                 "stats",
                 "transform",
             )

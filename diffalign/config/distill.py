@@ -148,7 +148,7 @@ class RewardMixSection(Section):
 
     @model_validator(mode="after")
     def _check_use(self) -> RewardMixSection:
-        refuse_twice([term.name for term in self.terms], "a reward", "terms")
+        refuse_twice([term.written_name for term in self.terms], "a reward", "terms")
         if self.use == "raw" and self.start_step == 0:
             refuse(
                 "raw leaves no guidance where A is 0, so a student that cannot yet draw never learns to; set "

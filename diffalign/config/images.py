@@ -56,23 +56,38 @@ class SizedSamplingSection(SamplingSection):
         return self
 
 
-class ImagesConfig(SizedSamplingSection):
-    """What sampling and evaluation share: a model, prompts, and how the images are drawn."""
+class DrawingConfig(SizedSamplingSection):
+    """A model, and how its images are drawn."""
 
     seed: int = Field(0, ge=0, description="seed of every draw")
     device: Device = Field("auto", description=DEVICE)
     model: ModelSection
+
+    @model_validator(mode="after")
+    def _check_model(self) -> DrawingConfig:
+        check_device(self.model, self.device)
+        return self
+
+
+class BenchConfig(DrawingConfig):
+    """Draw the images of published suites and judge them."""
+
+    kind: Literal["bench"] = Field("bench", description="which verb reads this file")
+    weights: FilePath | None = Field(
+        None, description="a run's weights/ folder or checkpoint, or a LoRA; null: the model as it is"
+    )
+    out: FilePath = Field(description="the folder that gets bench.json, and a dataset folder for each suite")
+
+
+class ImagesConfig(DrawingConfig):
+    """What sampling and evaluation share: a model, prompts, and how the images are drawn."""
+
     prompts: str = Field(
         min_length=1,
         description="a .txt or .jsonl file; testbed:train, testbed:validation or testbed:test; suite:NAME:PATH, or "
         "suite:NAME:hub",
     )
     n: int | None = Field(None, gt=0, le=MOST_PROMPTS, description=PROMPT_COUNT)
-
-    @model_validator(mode="after")
-    def _check_model(self) -> ImagesConfig:
-        check_device(self.model, self.device)
-        return self
 
 
 class SampleConfig(ImagesConfig):
@@ -119,7 +134,7 @@ class EvalConfig(ImagesConfig):
             if name in ("base", "tuned") or not is_plain_name(name):
                 refuse(f"{name!r} is taken or no plain name; use letters, digits, dots and dashes", "others")
         refuse_twice(
-            [self.reward.name, *(reward.name for reward in self.more_rewards)],
+            [self.reward.written_name, *(reward.written_name for reward in self.more_rewards)],
             "a reward",
             "more_rewards",
             "reward.name",

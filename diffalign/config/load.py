@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 from diffalign.config.distill import DistillConfig
 from diffalign.config.document import Document, Key, apply_override, dump, is_text, read_document
 from diffalign.config.explain import explain
-from diffalign.config.images import EvalConfig, SampleConfig
+from diffalign.config.images import BenchConfig, EvalConfig, SampleConfig
 from diffalign.config.judge import JudgeConfig
+from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import config_path, read_recipe, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
@@ -30,11 +31,13 @@ KINDS: dict[str, type[BaseModel]] = {
     "distill": DistillConfig,
     "reward-gradient": RewardGradientConfig,
     "judge": JudgeConfig,
+    "judge personal": PersonalConfig,
     "sample": SampleConfig,
     "eval": EvalConfig,
     "synth": SynthConfig,
     "rank": RankConfig,
     "rounds": RoundsConfig,
+    "bench": BenchConfig,
 }
 """What `kind:` may say, which is the verb that reads the file -> the config's class."""
 
@@ -55,9 +58,14 @@ def load(kind: str, source: str | Path, overrides: Sequence[str] = ()) -> BaseMo
 
 
 def load_for(kind: str, source: str, overrides: Sequence[str] = ()) -> BaseModel:
-    """Load the config of a verb from what its users name: as `load`, `rank` also from a dataset, `eval` from a run."""
+    """Load the config of a verb from what its users name.
+
+    As `load`; `rank` and `judge personal` also from a dataset's folder, `eval` also from a run directory.
+    """
     if kind == "rank":
         return load_rank_config(source, overrides)
+    if kind == "judge personal":
+        return load_personal_config(source, overrides)
     if kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
         return eval_config_of_run(Path(source), overrides)
     return load(kind, source, overrides)
@@ -105,12 +113,22 @@ def load_rounds_config(config: str | Path, overrides: Sequence[str] = ()) -> Rou
 
 def load_rank_config(source: str | Path, overrides: Sequence[str] = ()) -> RankConfig:
     """Load the config of `diffalign rank`; `source` may also be the dataset's folder, with everything in `overrides`."""
+    return cast("RankConfig", _load_of_dataset("rank", source, overrides))
+
+
+def load_personal_config(source: str | Path, overrides: Sequence[str] = ()) -> PersonalConfig:
+    """Load the config of `diffalign judge personal`; `source` may also be the dataset's folder."""
+    return cast("PersonalConfig", _load_of_dataset("judge personal", source, overrides))
+
+
+def _load_of_dataset(kind: str, source: str | Path, overrides: Sequence[str]) -> BaseModel:
+    """Load a config whose `data` is a dataset: from a file or a recipe, or from the dataset's folder and arguments."""
     if not Path(source).is_dir():
         if Path(source).suffix not in (".yaml", ".yml") and str(source) not in recipes():
             raise DiffalignError(f"{source}: no such dataset folder; give one, or a YAML file with data and the rest")
-        return cast("RankConfig", load("rank", source, overrides))
+        return load(kind, source, overrides)
     document = Document({"data": str(source)}, str(source))
-    return _loaded(document, RankConfig, overrides)
+    return _loaded(document, KINDS[kind], overrides)
 
 
 def load_run_config(path: Path) -> RunConfigs:
@@ -134,6 +152,24 @@ def kind_of_run(values: dict[str, Any]) -> str:
 
 def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
     """Make the evaluation of a training run: its model, weights and folder; `prompts` must come as an override."""
+    return _loaded(_model_of_run(run_dir, run_dir), EvalConfig, overrides)
+
+
+def bench_config(model: str, overrides: Sequence[str] = ()) -> BenchConfig:
+    """Make the config of `diffalign bench`.
+
+    model: a run directory, whose weights are judged, or what `model.path` may be. Results go to `bench/` of a run, and
+    else to runs/bench-NAME. Raises DiffalignError as `load`.
+    """
+    if (Path(model) / "config.yaml").is_file():
+        return _loaded(_model_of_run(Path(model), Path(model) / "bench"), BenchConfig, overrides)
+    name = Path(model).stem if model.endswith(".safetensors") else Path(model).name
+    values = {"model": {"path": model}, "out": f"runs/bench-{name or 'model'}"}
+    return _loaded(Document(values, model), BenchConfig, overrides)
+
+
+def _model_of_run(run_dir: Path, out: Path) -> Document:
+    """Return a config with the model, device and weights of a training run. Raises DiffalignError for a run without them."""
     trained = run_dir / "config.yaml"
     if not trained.is_file():
         raise DiffalignError(
@@ -148,17 +184,16 @@ def eval_config_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConf
         )
     if kind not in ("train", "reward-gradient"):
         raise DiffalignError(f"{run_dir}: a run of `diffalign {kind}`, which has no image model to evaluate")
-    run = Document(
+    return Document(
         {
             "model": document.values.get("model"),
             "device": document.values.get("device", "auto"),
             "weights": str(run_dir / "weights"),
-            "out": str(run_dir),
+            "out": str(out),
         },
         str(trained),
         {key: place for key, place in document.places.items() if key[:1] in (("model",), ("device",))},
     )
-    return _loaded(run, EvalConfig, overrides)
 
 
 def resolved_yaml(config: BaseModel) -> str:

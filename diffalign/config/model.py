@@ -161,9 +161,37 @@ class TuneSection(Section):
 class PolicySection(TuneSection):
     """What is trained."""
 
-    reference: Literal["init", "base"] = Field(
-        "init", description="what the policy is compared with where init is given: that LoRA, or the model without one"
+    reference: Literal["init", "base", "ema"] = Field(
+        "init",
+        description="what the policy is compared with. init: what it began with; base: the model without the LoRA of "
+        "tune.init; ema: a moving average of itself",
     )
+    reference_decay: float = Field(
+        0.9999, ge=0, lt=1, description="how much of the average stays in a step (reference ema only)"
+    )
+    reference_warmup: bool = Field(
+        True, description="true: at most (1 + t) / (10 + t) of it stays after step t (reference ema only)"
+    )
+    reference_slope: float | None = Field(
+        None, gt=0, description="at most slope t of it stays after step t; null: no such limit (reference ema only)"
+    )
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the policy is compared with the model as it was loaded."""
+        return self.reference == "base" or (self.reference == "init" and self.init is None)
+
+    @model_validator(mode="after")
+    def _check_average(self) -> PolicySection:
+        plain = {"reference_decay": 0.9999, "reference_warmup": True, "reference_slope": None}
+        given = [key for key, value in plain.items() if self.model_dump()[key] != value]
+        if self.reference != "ema" and given:
+            refuse(
+                f"it belongs to an average, and reference={self.reference} is none; set tune.reference=ema, or leave it out",
+                *given,
+                "reference",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_reference(self) -> PolicySection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,22 +12,57 @@ from diffalign.config.section import MOST_STEPS, FilePath, Section, refuse
 class TimeSection(Section):
     """How the noise level of a group is drawn."""
 
-    sampler: Literal["uniform", "logit_normal"] = Field("uniform", description="density of the times")
+    sampler: Literal["uniform", "logit_normal", "schedule"] = Field(
+        "uniform",
+        description="density of the times; schedule: the times at which the model's own sampler asks the network, all alike",
+    )
     mean: float = Field(0.0, description="mean of the logit (logit_normal only)")
     std: float = Field(1.0, gt=0, description="standard deviation of the logit (logit_normal only)")
     shift: float = Field(
         1.0, gt=0, description="moves times towards noise: t -> shift t / (1 + (shift - 1) t); 1: not at all"
     )
 
+    steps: int | None = Field(
+        None, gt=0, le=MOST_STEPS, description="steps of the sampler whose times are drawn (schedule only)"
+    )
+    skip: int = Field(0, ge=0, description="how many of its noisiest times are never drawn (schedule only)")
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TimeSection:
+        if (self.sampler == "schedule") != (self.steps is not None):
+            refuse("sampler=schedule and steps go together: times.steps=10 says which schedule", "steps", "sampler")
+        if self.skip >= (self.steps or 1):
+            refuse(
+                f"skip={self.skip} leaves no time of {self.steps or 0} to draw; use times.sampler=schedule and skip fewer",
+                "skip",
+                "steps",
+            )
+        if self.sampler == "schedule" and self.shift != 1.0:
+            refuse("the schedule has the model's own shift; leave times.shift out", "shift", "sampler")
+        return self
+
     @model_validator(mode="after")
     def _check_shape(self) -> TimeSection:
-        if self.sampler == "uniform" and (self.mean, self.std) != (0.0, 1.0):
+        if self.sampler != "logit_normal" and (self.mean, self.std) != (0.0, 1.0):
             refuse(
                 "mean and std shape logit_normal times only; set times.sampler=logit_normal or leave them out",
                 "mean",
                 "std",
             )
         return self
+
+
+class GroupTimeSection(TimeSection):
+    """How the noise level of a group is drawn."""
+
+    stratified: bool = Field(
+        False,
+        description="true: the groups of a step cover the density evenly, one in each of groups_per_step equal parts of it",
+    )
+
+    def density(self) -> dict[str, Any]:
+        """Return the arguments of `NoiseProcess.draw_times`."""
+        return self.model_dump(exclude={"stratified"})
 
 
 class InversionSection(Section):

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from diffalign.config.section import Section, by_name
+from diffalign.config.section import OnResume, Section, by_name
 from diffalign.errors import DiffalignError
 from diffalign.objectives import GROUP, OBJECTIVES, Objective, find_objective
 from diffalign.plugins import offered_names
@@ -63,7 +63,10 @@ def objective_section(name: str, kind: type[Objective]) -> type[ObjectiveSection
     for one in fields(kind):  # type: ignore[arg-type]  # every objective is a dataclass
         if one.name in (*given, *dir(ObjectiveSection)):
             raise ValueError(f"the name {one.name!r} is taken; choose another")
-        given[one.name] = (hints[one.name], _field(one))
+        kind_of: Any = hints[one.name]
+        if "formerly" in one.metadata:  # runs from before the field had this value, which may not be the default
+            kind_of = Annotated[kind_of, OnResume("derived", formerly=one.metadata["formerly"])]
+        given[one.name] = (kind_of, _field(one))
     # An objective is one file, whose first line names the paper.
     meaning = (sys.modules[kind.__module__].__doc__ or kind.title or name).strip().splitlines()[0]
     made = create_model(f"{kind.__name__}Section", __base__=ObjectiveSection, __doc__=meaning, **given)

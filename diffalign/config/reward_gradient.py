@@ -205,5 +205,5 @@ class RewardGradientConfig(BackboneRunConfig):
 
     @model_validator(mode="after")
     def _check_rewards(self) -> RewardGradientConfig:
-        refuse_twice([term.name for term in self.rewards], "a reward", "rewards")
+        refuse_twice([term.written_name for term in self.rewards], "a reward", "rewards")
         return self

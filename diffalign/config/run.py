@@ -22,6 +22,7 @@ from diffalign.config.section import (
     refuse_twice,
 )
 from diffalign.plugins import load_class
+from diffalign.remote_address import TOKEN_KEY, remote_address, remote_label
 
 AUTO = 0
 """How a micro-batch is stored that is found when the run begins: `train.micro_batch: auto`."""
@@ -204,12 +205,36 @@ class RewardSection(Section):
         description="the object detector that a GenEval reward looks through; null: its own, also where this is not given "
         "outside the embedded world",
     )
+    url: str | None = Field(
+        None, description="where `diffalign serve` runs the reward, as http://host:8000/hpsv2 (name: remote only)"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the reward")
+
+    @model_validator(mode="after")
+    def _check_url(self) -> RewardSection:
+        if self.url is not None and self.name != "remote":
+            refuse("an address is for the reward remote; set name=remote", "url", "name")
+        if self.name == "remote" and self.address is None:
+            refuse("it needs the server's address, as http://host:8000/hpsv2", "url")
+        if self.address is not None and remote_address(self.address).token is not None:
+            refuse(f"config.yaml would hold the token; put it into {TOKEN_KEY} and leave it out of the address", "url")
+        return self
+
+    @property
+    def address(self) -> str | None:
+        """The address of the reward remote, also where it stands among the options."""
+        given = self.url or self.options.get("url")
+        return given if self.name == "remote" and isinstance(given, str) else None
+
+    @property
+    def written_name(self) -> str:
+        """The name as the config has it, of which two in a list must differ; of a remote reward, the label in its address."""
+        return remote_label(self.address) if self.name == "remote" else self.name
 
     @property
     def label(self) -> str:
-        """The name of the reward's columns and files: `name`, or for `module:Class` the class's own `name`."""
-        return str(load_class(self.name).name) if ":" in self.name else self.name
+        """The name of the reward's columns and files: `written_name`, or for `module:Class` the class's own `name`."""
+        return str(load_class(self.name).name) if ":" in self.name else self.written_name
 
 
 class ValidationSection(Section):

@@ -29,8 +29,8 @@ class PromptSection(Section):
 
     source: str = Field(
         min_length=1,
-        description="a .txt, .jsonl, .csv or .parquet file, a folder with <split>.txt or <split>_metadata.jsonl, "
-        "hub:OWNER/DATASET, or testbed:train, testbed:validation, testbed:test",
+        description="a .txt, .jsonl, .csv or .parquet file or the address of one (s3://), a folder with <split>.txt or "
+        "<split>_metadata.jsonl, hub:OWNER/DATASET, or testbed:train, testbed:validation, testbed:test",
     )
     column: str = Field("prompt", min_length=1, description="the prompt's column (csv, parquet, hub)")
     split: str = Field("train", min_length=1, description="which split (folder, hub)")
@@ -158,6 +158,17 @@ class SynthConfig(Section):
         le=MOST_THREADS,
         description="CPU threads of torch; fix it where runs must agree bit for bit; null: torch's choice",
     )
+    engine: str = Field(
+        "local",
+        min_length=1,
+        description="local; ray, for the Ray cluster of this machine or of RAY_ADDRESS; ray://HOST:PORT, for one elsewhere",
+    )
+    actors: int | None = Field(
+        None, gt=0, le=MOST_THREADS, description="models on the cluster at most; null: as many as fit"
+    )
+    upload: str | None = Field(
+        None, min_length=1, description="address to which the finished dataset is copied, such as s3://bucket/data"
+    )
     prompts: PromptSection
     generators: list[GeneratorSection] = Field(min_length=1, description="drawn one after another")
     rewards: list[RewardSection] = Field(default_factory=list, description="scored one after another; []: no ranking")
@@ -173,7 +184,7 @@ class SynthConfig(Section):
     @model_validator(mode="after")
     def _check_names(self) -> SynthConfig:
         refuse_twice([generator.name for generator in self.generators], "a generator", "generators")
-        names = [reward.name for reward in self.rewards]
+        names = [reward.written_name for reward in self.rewards]
         if len(set(names)) < len(names):
             refuse(
                 "a reward is named twice; its columns can vote separately, as rank.sources=[geneval.exact]", "rewards"

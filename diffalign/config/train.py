@@ -9,7 +9,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from diffalign.config.data import DataSection, LabelSection, SelectionSection
 from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
-from diffalign.config.noise import InversionSection, ReferenceSection, TimeSection
+from diffalign.config.noise import GroupTimeSection, InversionSection, ReferenceSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
 from diffalign.config.run import (
     AUTO,
@@ -99,7 +99,7 @@ class TrainConfig(BackboneRunConfig):
     error_space: Literal["native", "epsilon", "x0"] = Field(
         "native", description="what the squared errors are errors of"
     )
-    times: TimeSection = TimeSection()
+    times: GroupTimeSection = GroupTimeSection()
     reference: Annotated[ReferenceSection, UNAFFECTED] = ReferenceSection()
     train: TrainSection = TrainSection()
     validation: Annotated[SampledValidationSection, WITHOUT_VALIDATION] = SampledValidationSection()
@@ -113,13 +113,20 @@ class TrainConfig(BackboneRunConfig):
     @model_validator(mode="after")
     def _check_objective(self) -> TrainConfig:
         objective, labels = self.objective, self.labels
-        unscaled = labels.source != "preference" and labels.transform in ("none", "zscore")
+        unscaled = labels.source != "preference" and labels.transform in ("none", "zscore", "advantage")
         if unscaled and objective.build().unit_labels:
             refuse(
                 f"{objective.name} compares scores between 0 and 1, and others would count as certain or as nothing; set "
                 "labels.transform=minmax, or the objective's own bounds to the reward's",
                 "labels.transform",
                 "labels.source",
+            )
+        if objective.kind.label_kind == "advantage" and labels.transform not in ("none", "balanced", "advantage"):
+            refuse(
+                f"{objective.name} takes advantages, which are above 0 for good images of a group and below 0 for bad ones; "
+                "set labels.transform=advantage",
+                "labels.transform",
+                "objective.name",
             )
         if self.train.auto_beta is not None and not objective.kind.single_margin:
             able = " and ".join(name for name, section in OBJECTIVE_SECTIONS.items() if section.kind.single_margin)
@@ -158,6 +165,31 @@ class TrainConfig(BackboneRunConfig):
                 f"inversion has no effect with noise={self.noise}; set noise=inverted or leave it out",
                 *(f"inversion.{key}" for key in changed),
                 "noise",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_average(self) -> TrainConfig:
+        if self.tune.reference != "ema":
+            return self
+        if not self.objective.kind.needs_reference:
+            refuse(
+                f"{self.objective.name} has no reference; leave tune.reference out",
+                "tune.reference",
+                "objective.name",
+            )
+        if self.reference.store is not None:
+            refuse(
+                "the reference is another one at every step, so nothing can be kept; set reference.store=null, or "
+                "tune.reference=init",
+                "reference.store",
+                "tune.reference",
+            )
+        if self.train.shard != "none":
+            refuse(
+                "an average as the reference was not shown to work with shard=fsdp2; use shard=none, or tune.reference=init",
+                "tune.reference",
+                "train.shard",
             )
         return self
 

@@ -31,6 +31,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes
 from diffalign.files.images import Unreadable, read_file
 from diffalign.files.paths import inside, own_file
+from diffalign.files.remote import RemoteFolder, read_address
 
 LARGEST = 1_000_000_000
 """Bytes of a member; larger ones are refused, since a zip file of a few kilobytes can hold them."""
@@ -73,6 +74,26 @@ class FileOrigin:
 
     def read(self) -> bytes:
         return read_file(self.path)
+
+
+@dataclass(frozen=True)
+class AddressOrigin:
+    """An image at an address, which every machine can read."""
+
+    address: str
+
+    def read(self) -> bytes:
+        return read_address(self.address)
+
+
+@dataclass(frozen=True)
+class BytesOrigin:
+    """An image whose bytes were read already."""
+
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
 
 
 @dataclass(frozen=True)
@@ -245,7 +266,7 @@ class Archive:
 class MemberOrigin:
     """An image in a tar or zip file."""
 
-    archive: Archive
+    archive: Archive | RemoteFolder
     name: str
 
     def read(self) -> bytes:

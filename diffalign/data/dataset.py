@@ -15,11 +15,13 @@ from diffalign.data.absent_labels import has_absent_labels, without_absent_label
 from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.own_parquet import GROUPS_MEND, IMAGES_MEND, SCORES_MEND, open_parquet, read_batches, read_columns
 from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
+from diffalign.data.voted import voted_shares
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json, reading
 from diffalign.files.images import Unreadable, decode
 from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
+from diffalign.voting.log import VOTES_FILE, Vote, read_votes
 
 RANKING_FILE = "ranking.json"
 NEEDED = ("group_id", "prompt_id", "prompt", "preference", "split")
@@ -91,7 +93,7 @@ class PreferenceDataset:
             ),
             "members": stored.get("members"),  # older files lack this and the next
             "dropped": stored.get("dropped"),
-            "human": self.human[i],
+            "human": self._stored_human[i],
         }
 
     def row(self, group_id: str) -> int | None:
@@ -108,6 +110,15 @@ class PreferenceDataset:
     def human(self) -> list[list[float] | None]:
         """For each group the preference that people gave, a value for every image; None where they gave none.
 
+        Votes on a group count in place of the preference that it was imported with.
+        """
+        voted = voted_shares(self.votes, self.all_members)
+        return [voted.get(id_, stored) for id_, stored in zip(self.column("group_id"), self._stored_human, strict=True)]
+
+    @cached_property
+    def _stored_human(self) -> list[list[float] | None]:
+        """The preferences of people in groups.parquet.
+
         Older files lack the column: their preferences are people's unless they were drawn or ranked by this package.
         """
         if HUMAN in self._table.column_names:
@@ -117,6 +128,19 @@ class PreferenceDataset:
             self._stored["preference"].to_pylist() if "preference" in self._stored.column_names else [None] * len(self)
         )
         return [None if made_here else preference or None for preference in stored]
+
+    @cached_property
+    def votes(self) -> list[Vote]:
+        """The votes of `diffalign vote` that count, of all raters."""
+        return read_votes(self.folder / VOTES_FILE)
+
+    def raters(self) -> list[str]:
+        """Return the names of those who voted; each is a source, as a reward is."""
+        return sorted({vote.rater for vote in self.votes if vote.ranks})
+
+    def votes_for(self, source: str) -> list[Vote]:
+        """Return the votes behind a source: all for `human`, a rater's for their name, none for a reward."""
+        return [vote for vote in self.votes if source in (HUMAN, vote.rater)]
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""
@@ -211,8 +235,8 @@ class PreferenceDataset:
 
     def scores(self, reward: str, column: str | None = None) -> dict[tuple[str, int], float]:
         """Return (group id, index) -> score, by default the reward's first column; NaN where it could not score."""
-        if reward == HUMAN and any(self.human):
-            ids, index, values = self.column("group_id"), self.image_index, self._human_array().tolist()
+        if (given := self._given_by(reward)) is not None:
+            ids, index, values = self.column("group_id"), self.image_index, self._array_of(given).tolist()
             images = [(ids[row], int(k)) for row in range(len(self)) for k in index.indices(row)]
             return dict(zip(images, values, strict=True))
         table, name = self._score_table(reward, column)
@@ -221,10 +245,10 @@ class PreferenceDataset:
 
     def score_array(self, source: str) -> np.ndarray:
         """Return the scores of "reward" or "reward.column" as [images], in the order of `image_index`; NaN where
-        missing. "human": the preferences that people gave.
+        missing. "human": the preferences that people gave; the name of a rater: that person's votes.
         """
-        if source == HUMAN and any(self.human):
-            return self._human_array()
+        if (given := self._given_by(source)) is not None:
+            return self._array_of(given)
         reward, _, column = source.partition(".")
         table, name = self._score_table(reward, column or None)
         group = pc.index_in(table["group_id"], value_set=self._table["group_id"].combine_chunks())
@@ -234,9 +258,19 @@ class PreferenceDataset:
         values[at[at >= 0]] = scored[at >= 0]
         return values
 
-    def _human_array(self) -> np.ndarray:
+    def _given_by(self, source: str) -> list[list[float] | None] | None:
+        """Return what people gave each group, of all or of one rater; None for a reward."""
+        if source == HUMAN:
+            return self.human if any(self.human) else None
+        if source not in self.raters():
+            return None
+        voted = voted_shares(self.votes_for(source), self.all_members)
+        return [voted.get(id_) for id_ in self.column("group_id")]
+
+    def _array_of(self, groups: list[list[float] | None]) -> np.ndarray:
+        """Return values of groups in the order of `image_index`."""
         values = np.full(len(self.image_index), np.nan)
-        for i, given in enumerate(self.human):
+        for i, given in enumerate(groups):
             start, end = self.image_index.starts[i : i + 2]
             if given and len(given) != end - start:
                 group = self.column("group_id")[i]
@@ -273,7 +307,7 @@ class PreferenceDataset:
     def _score_file(self, reward: str) -> Path:
         path = self.folder / "scores" / f"{reward}.parquet"
         if not is_plain_name(reward) or not path.is_file():
-            have = ", ".join(self.rewards()) or "none"
+            have = ", ".join([*self.rewards(), *self.raters()]) or "none"
             raise DiffalignError(f"labels.source: {self.folder} has no scores of {reward!r}; scored by: {have}")
         return path
 

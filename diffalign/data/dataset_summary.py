@@ -134,7 +134,9 @@ def _labelled_by(dataset: PreferenceDataset) -> dict[str, str]:
     facts = {"ranked by": ", ".join(done["settings"]["sources"])} if done else {}
     if done and done["settings"]["shuffle"]:
         facts["shuffled"] = shuffled_words(done["settings"])
-    return facts | ({"judged by people": f"{people} groups"} if people else {})
+    facts |= {"judged by people": f"{people} groups"} if people else {}
+    voted = Counter(vote.rater for vote in dataset.votes if vote.ranks)
+    return facts | ({"votes": _counted(voted)} if voted else {})
 
 
 def tied_pairs(preferences: list[list[float]]) -> float:

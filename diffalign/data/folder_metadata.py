@@ -6,8 +6,8 @@ from typing import Any
 
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.facts import geneval_facts
 from diffalign.files.paths import inside
-from diffalign.rewards.facts import geneval_facts
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TWICE = "has another prompt above; name each image once"

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_export import suffix
 from diffalign.files import make_folder, write_whole
-from diffalign.rewards.facts import geneval_facts
+from diffalign.files.facts import geneval_facts
 
 LONGEST_NAME = 60
 

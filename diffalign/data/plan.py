@@ -81,13 +81,13 @@ class SynthPlan:
         before, this = self.parts[:part], self.parts[part]
         first = sum(p.images_per_prompt for p in before)
         number = self._first_shard(part)
-        for some in _chunks(self.groups, _groups_per_shard(this)):
+        for some in chunks(self.groups, _groups_per_shard(this)):
             cells = [
                 Cell(group, row.prompt, k, image_seed(self.seed, group, k))
                 for group, row in some
                 for k in range(first, first + this.images_per_prompt)
             ]
-            yield Shard(number, tuple(tuple(batch) for batch in _chunks(cells, this.batch_size)))
+            yield Shard(number, tuple(tuple(batch) for batch in chunks(cells, this.batch_size)))
             number += 1
 
     def shard_names(self, part: int) -> list[str]:
@@ -131,6 +131,7 @@ def _count(items: int, size: int) -> int:
     return -(-items // size)
 
 
-def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
+def chunks(items: list[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

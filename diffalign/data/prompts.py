@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from diffalign.data.tables import column_for, json_rows, parquet_rows, read_text, table_kind, table_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
+from diffalign.files.facts import KEYS, geneval_facts
 from diffalign.files.paths import inside
-from diffalign.rewards.facts import KEYS, geneval_facts
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from diffalign.data.read_pairs import split_of
 from diffalign.data.tables import COLUMNS, Row, column_for, json_files, no_column, table_kind, table_rows
 from diffalign.data.webdataset import export_rows
 from diffalign.errors import DiffalignError
+from diffalign.files.facts import KEYS, geneval_facts
 from diffalign.files.paths import inside, own_file
-from diffalign.rewards.facts import KEYS, geneval_facts
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 Image = bytes | Path

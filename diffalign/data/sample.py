@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from diffalign import stopping
 from diffalign.data.own_parquet import PIECE_MEND, read_columns
 from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, Shard, SynthPlan, image_seed, remember
 from diffalign.data.prompts import PromptRow
@@ -51,6 +53,20 @@ Draw = Callable[[list[str], list[int]], list[Drawn]]
 """Draws one image per prompt and seed."""
 
 
+@dataclass(frozen=True)
+class DrawnBatch:
+    """What became of a batch. rows: of its images, as they are stored; failed: of cells that could not be drawn."""
+
+    rows: list[dict[str, Any]]
+    failed: list[dict[str, Any]]
+
+
+BatchKey = tuple[Shard, int]
+"""A batch of the plan: its shard, and its number in it."""
+Remote = Callable[[Iterable[tuple[BatchKey, tuple[Cell, ...]]], int], Iterator[tuple[BatchKey, DrawnBatch]]]
+"""Draws batches elsewhere: takes (key, cells) of each and their number, and yields (key, what became of it)."""
+
+
 def draw_part(
     plan: SynthPlan,
     number: int,
@@ -65,56 +81,106 @@ def draw_part(
     A batch that fails is retried `RETRIES` times, then cell by cell; cells that still fail go to `failed.jsonl` with
     the reason. Raises DiffalignError if nothing in a batch can be drawn, since then the prompts are not at fault.
     """
-    part = plan.parts[number]
-    shards = list(plan.shards(number))
-    schema = with_latents() if latents else IMAGES
-    locks = out / WORK_FOLDER / "locks"
-    lost: list[bool] = []
+    files = _PartFiles(plan, number, out, latents)
 
-    def batch_task(shard: Shard, i: int) -> Task:
-        piece = _piece(out, shard, i)
+    def task(key: BatchKey) -> Task:
+        shard, i = key
+        make = lambda: files.keep(key, draw_batch(draw, shard.batches[i], files.generator, provenance))  # noqa: E731
+        return Task(f"{shard.name}-{i}", lambda: files.has(key), make, len(shard.batches[i]))
 
-        def make() -> None:
-            # A model that draws nothing for several batches is broken; going on would only fill failed.jsonl.
-            drawn, failed = _attempt(draw, shard.batches[i], part.generator)
-            lost.append(not drawn)
-            if all(lost[-HOPELESS:]) and len(lost) >= HOPELESS:
-                raise DiffalignError(f"generator {part.generator} drew nothing {HOPELESS} times: {failed[0]['reason']}")
-            rows = [
-                image_row(cell.group_id, cell.index, d.image, part.generator, cell.seed, provenance, d.latent)
-                for cell, d in drawn
-            ]
-            # The report first: a batch counts as done once its file exists.
-            if failed:
-                _report(out, shard, i, failed)
-            with parquet_writer(piece, schema) as writer:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    mine = complete_all([task(key) for key in files.batches()], files.locks, on_progress, kept="images")
+    files.merge()
+    return mine
 
-        return Task(
-            f"{shard.name}-{i}",
-            lambda: piece.is_file() or _file(out, shard).is_file(),
-            make,
-            len(shard.batches[i]),
+
+def draw_part_remotely(
+    plan: SynthPlan,
+    number: int,
+    out: Path,
+    remote: Remote,
+    on_progress: OnImages | None = None,
+    latents: bool = False,
+) -> int:
+    """Draw as `draw_part` does, but by `remote`; this process alone writes the files. Return how many were drawn."""
+    files = _PartFiles(plan, number, out, latents)
+    keys = files.batches()
+    missing = [key for key in keys if not files.has(key)]
+    total, mine = sum(_cells(key) for key in keys), 0
+    done = total - sum(_cells(key) for key in missing)
+    if on_progress:
+        on_progress(done, total)
+    answers = remote(((key, key[0].batches[key[1]]) for key in missing), len(missing))
+    while True:
+        with stopping.deferred():
+            if (answer := next(answers, None)) is None:
+                break
+            files.keep(*answer)
+        mine += _cells(answer[0])
+        stopping.keep(f"{done + mine} of {total} images are")
+        stopping.check()
+        if on_progress:
+            on_progress(done + mine, total)
+    files.merge()
+    return mine
+
+
+def _cells(key: BatchKey) -> int:
+    return len(key[0].batches[key[1]])
+
+
+def draw_batch(draw: Draw, cells: tuple[Cell, ...], generator: str, provenance: dict[str, Any]) -> DrawnBatch:
+    """Draw the cells of a batch. Raises DiffalignError if none can be drawn, unless all are of one prompt."""
+    drawn, failed = _attempt(draw, cells, generator)
+    rows = [
+        image_row(cell.group_id, cell.index, d.image, generator, cell.seed, provenance, d.latent) for cell, d in drawn
+    ]
+    return DrawnBatch(rows, failed)
+
+
+class _PartFiles:
+    """The files of one generator's images."""
+
+    def __init__(self, plan: SynthPlan, number: int, out: Path, latents: bool) -> None:
+        self.out, self.generator = out, plan.parts[number].generator
+        self.shards = list(plan.shards(number))
+        self.schema = with_latents() if latents else IMAGES
+        self.locks = out / WORK_FOLDER / "locks"
+        self._lost: list[bool] = []
+
+    def batches(self) -> list[BatchKey]:
+        """Return all batches of the plan."""
+        return [(shard, i) for shard in self.shards for i in range(len(shard.batches))]
+
+    def has(self, key: BatchKey) -> bool:
+        """Return whether a batch is done."""
+        return _piece(self.out, *key).is_file() or _file(self.out, key[0]).is_file()
+
+    def keep(self, key: BatchKey, batch: DrawnBatch) -> None:
+        """Write a batch's images, and before them which cells failed."""
+        # A model that draws nothing for several batches is broken; going on would only fill failed.jsonl.
+        self._lost.append(not batch.rows)
+        if all(self._lost[-HOPELESS:]) and len(self._lost) >= HOPELESS:
+            reason = batch.failed[0]["reason"]
+            raise DiffalignError(f"generator {self.generator} drew nothing {HOPELESS} times: {reason}")
+        # The report first: a batch counts as done once its file exists.
+        if batch.failed:
+            _report(self.out, *key, batch.failed)
+        with parquet_writer(_piece(self.out, *key), self.schema) as writer:
+            writer.write_table(pa.Table.from_pylist(batch.rows, schema=self.schema))
+
+    def merge(self) -> None:
+        """Make one file of each shard's batches. They are deleted then, so at most one shard is on disk twice."""
+        complete_all(
+            [Task(s.name, _file(self.out, s).is_file, partial(self._merge, s)) for s in self.shards], self.locks
         )
 
-    def shard_task(shard: Shard) -> Task:
-        def make() -> None:
-            with parquet_writer(_file(out, shard), schema) as writer:
-                pieces = (
-                    read_columns(_piece(out, shard, i), schema.names, PIECE_MEND) for i in range(len(shard.batches))
-                )
-                for table in regrouped(pieces, ROWS_PER_GROUP):
-                    writer.write_table(table)
-            shutil.rmtree(_piece(out, shard, 0).parent, ignore_errors=True)
-
-        return Task(shard.name, _file(out, shard).is_file, make)
-
-    mine = complete_all(
-        [batch_task(s, i) for s in shards for i in range(len(s.batches))], locks, on_progress, kept="images"
-    )
-    # A shard's batches are deleted when it is complete, so at most one shard a process is on disk twice.
-    complete_all([shard_task(s) for s in shards], locks)
-    return mine
+    def _merge(self, shard: Shard) -> None:
+        names = self.schema.names
+        with parquet_writer(_file(self.out, shard), self.schema) as writer:
+            pieces = (read_columns(_piece(self.out, shard, i), names, PIECE_MEND) for i in range(len(shard.batches)))
+            for table in regrouped(pieces, ROWS_PER_GROUP):
+                writer.write_table(table)
+        shutil.rmtree(_piece(self.out, shard, 0).parent, ignore_errors=True)
 
 
 def drawn_already(plan: SynthPlan, number: int, out: Path) -> bool:

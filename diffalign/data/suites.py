@@ -7,9 +7,10 @@
     hpsv2         folder with anime.json, concept-art.json, paintings.json, photo.json (Wu et al. 2023)
     partiprompts  PartiPrompts.tsv: Prompt, Category, Challenge (Yu et al. 2022)
     drawbench     csv: Prompts, Category (Saharia et al. 2022)
-    dpgbench      folder of .txt files, a prompt each (Hu et al. 2024)
     t2i-compbench folder of <kind>_val.txt files, a prompt a line (Huang et al. 2023)
     pickapic      test split of Pick-a-Pic as parquet, csv or jsonl: caption (Kirstain et al. 2023)
+
+Suites with questions for a judge are read in `diffalign.data.suites_questions`.
 """
 
 import csv
@@ -18,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.prompts import PromptRow, read_prompts
+from diffalign.data.prompts import PromptRow, read_prompts, unique_prompts
+from diffalign.data.suites_questions import read_dpgbench, read_geneval2, read_unigenbench, read_wise
 from diffalign.data.tables import parquet_rows, read_rows, table_schema
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
@@ -74,10 +76,6 @@ def _hpsv2(path: Path) -> list[PromptRow]:
     return rows
 
 
-def _dpgbench(path: Path) -> list[PromptRow]:
-    return [PromptRow(" ".join(_text(file).split()), {"item": file.stem}) for file in _folder(path, "*.txt")]
-
-
 def _compbench(path: Path) -> list[PromptRow]:
     return [
         PromptRow(line.strip(), {"tag": file.stem.removesuffix("_val")})
@@ -110,14 +108,20 @@ SUITES: dict[str, Callable[[Path], list[PromptRow]]] = {
     "hpsv2": _hpsv2,
     "partiprompts": lambda path: _table(path, "\t", "Prompt", "Category"),
     "drawbench": lambda path: _table(path, ",", "Prompts", "Category"),
-    "dpgbench": _dpgbench,
+    "dpgbench": read_dpgbench,
     "t2i-compbench": _compbench,
     "pickapic": _pickapic,
+    "geneval2": read_geneval2,
+    "unigenbench": read_unigenbench,
+    "wise": read_wise,
 }
 
 
-def read_suite(name: str, path: Path) -> list[PromptRow]:
-    """Return the suite's prompts in its own order, without repetitions. Raises DiffalignError with the file."""
+def read_suite(name: str, path: Path, unique: bool = True) -> list[PromptRow]:
+    """Return the suite's prompts in its own order. Raises DiffalignError with the file.
+
+    unique: whether a prompt that is there twice is returned once. Published protocols count it twice.
+    """
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise DiffalignError(
@@ -125,10 +129,7 @@ def read_suite(name: str, path: Path) -> list[PromptRow]:
         )
     if not str(path) or not path.exists():
         raise DiffalignError(f"prompts=suite:{name}:PATH: {path} does not exist; give where the suite's prompts lie")
-    rows: dict[str, PromptRow] = {}
-    for row in SUITES[name](path):
-        if row.prompt:
-            rows.setdefault(row.prompt, row)
+    rows = [row for row in SUITES[name](path) if row.prompt]
     if not rows:
         raise DiffalignError(f"suite {name} at {path}: it holds no prompt")
-    return list(rows.values())
+    return unique_prompts(rows) if unique else rows

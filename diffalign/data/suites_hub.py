@@ -69,8 +69,8 @@ def fetch(name: str, file: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_hub_suite(name: str, path: str) -> list[PromptRow]:
-    """Return the suite's prompts; each has the repository and commit in its metadata.
+def read_hub_suite(name: str, path: str, unique: bool = True) -> list[PromptRow]:
+    """Return the suite's prompts; each has the repository and commit in its metadata. unique: as of `read_suite`.
 
     Raises DiffalignError for a suite that is not on the hub or cannot be fetched now.
     """
@@ -89,7 +89,7 @@ def read_hub_suite(name: str, path: str) -> list[PromptRow]:
     commit = commit_of(first)
     # The other files at the commit of the first, even if the repository changes in between.
     files = [first, *(fetch(name, file, commit) for file in suite.files[1:])]
-    rows = read_suite(name, files[0].parent if suite.folder else files[0])
+    rows = read_suite(name, files[0].parent if suite.folder else files[0], unique)
     return [PromptRow(row.prompt, {**row.metadata, "suite": f"{suite.repository}@{commit}"}) for row in rows]
 
 

@@ -165,9 +165,13 @@ def choose_labels(data: GroupSettings, label: LabelSettings, dataset: Preference
         assert label.combine is not None  # the config is checked
         stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
         raw = combined_labels(dataset, chosen, label.combine, stats)
+        # Those of the rewards are theirs, and a deviation of the sum comes on top.
+        stats |= {
+            key: value for key, value in statistics(raw, label.transform, label.spread).items() if key not in stats
+        }
     else:
         raw = raw_labels(dataset, chosen, label.source)
-        stats = dict(label.stats or statistics(raw, label.transform))
+        stats = dict(label.stats or statistics(raw, label.transform, label.spread))
     values = scaled(raw, label.transform, stats)
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):

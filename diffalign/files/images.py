@@ -95,10 +95,11 @@ def _as_seen(opened: Image.Image, max_pixels: int) -> Image.Image:
 def area(data: bytes) -> int:
     """Return how many pixels an image has, from its header; 0 if that cannot be read."""
     try:
-        width, height = displayed_size(data)
-    except Unreadable:
+        # Not displayed_size: Pillow decodes a PNG to look for its orientation, which is no matter here.
+        with _opened(data) as opened:
+            return opened.width * opened.height
+    except (*BROKEN, Unreadable):
         return 0
-    return width * height
 
 
 def displayed_size(data: bytes) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.objectives.awm import AWM
 from diffalign.objectives.base import (
     Charts,
     GroupErrors,
@@ -25,8 +26,12 @@ from diffalign.objectives.ddo import DDO
 from diffalign.objectives.disco import DisCO
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.gdro import GDRO
+from diffalign.objectives.group_dpo import GroupDPO
 from diffalign.objectives.ipo import IPO
+from diffalign.objectives.linear_dpo import LinearDPO
+from diffalign.objectives.listwise import Listwise
 from diffalign.objectives.madpo import MADPO
+from diffalign.objectives.nft import NFT
 from diffalign.objectives.rankdpo import RankDPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.simpo import SimPO
@@ -45,6 +50,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "constrained": ConstrainedDPO,
     "disco": DisCO,
     "ddo": DDO,
+    "group_dpo": GroupDPO,
+    "nft": NFT,
+    "awm": AWM,
+    "listwise": Listwise,
+    "linear_dpo": LinearDPO,
 }
 
 GROUP = "diffalign.objectives"
@@ -68,17 +78,22 @@ def _is_frozen(kind: type[Any]) -> bool:
 
 
 __all__ = [
+    "AWM",
     "DDO",
     "GDRO",
     "IPO",
     "MADPO",
+    "NFT",
     "OBJECTIVES",
     "SFT",
     "Charts",
     "ConstrainedDPO",
     "DiffusionDPO",
     "DisCO",
+    "GroupDPO",
     "GroupErrors",
+    "LinearDPO",
+    "Listwise",
     "Objective",
     "ObjectiveOutput",
     "RankDPO",

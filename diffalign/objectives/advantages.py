@@ -23,9 +23,13 @@ CLIP = 5.0
 
 
 def standardised(
-    rewards: Tensor, baseline: Baseline = "mean", spread: Spread = "group", sample_std: bool = False
+    rewards: Tensor,
+    baseline: Baseline = "mean",
+    spread: Spread = "group",
+    sample_std: bool = False,
+    epsilon: float = EPSILON,
 ) -> Tensor:
-    """Return (r - baseline) / (std + 1e-4), [B, G]; exactly 0 in a group whose known rewards are all equal.
+    """Return (r - baseline) / (std + epsilon), [B, G]; exactly 0 in a group whose known rewards are all equal.
 
     baseline leave_one_out: the mean of the *other* images, which does not shrink the gradient by 1 - 1/G.
     spread batch: one std over all images of all prompts (RTDMD). sample_std: the std divides by n - 1.
@@ -45,7 +49,7 @@ def standardised(
         else:
             everything = values[known]
             squares, n = (everything - everything.mean()).square().sum().view(1, 1), known.sum().view(1, 1)
-        advantage = advantage / ((squares / (n - int(sample_std)).clamp_min(1)).sqrt() + EPSILON)
+        advantage = advantage / ((squares / (n - int(sample_std)).clamp_min(1)).sqrt() + epsilon)
     low = torch.where(known, rewards, torch.full_like(rewards, torch.inf)).amin(dim=1, keepdim=True)
     high = torch.where(known, rewards, torch.full_like(rewards, -torch.inf)).amax(dim=1, keepdim=True)
     return torch.where(high > low, advantage, torch.zeros_like(advantage))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-LabelKind = Literal["vote_share", "score", "role", "none"]
+LabelKind = Literal["vote_share", "score", "role", "advantage", "optimality", "none"]
 Members = Literal["all", "best_worst", "best"]
 Charts = Mapping[str, tuple[str, str]]
 """Metric -> the title of its chart and the note below it."""
@@ -36,7 +36,10 @@ class GroupErrors:
     order: a seeded random permutation of 0..K-1 in each group, used only to break ties.
     prediction_gap: mean squared difference of policy and reference predictions, where `needs_gap`.
     role: 1 for a real image, 0 for a generated one, where `label_kind` is "role".
-    time: [B], the noise level shared by the group.
+    time: [B], the noise level shared by the group, in [0, 1]: t of a flow, timestep / T of a diffusion model.
+    anchor_gap: mean squared difference of the policy's prediction from the untrained base's, where `needs_anchor_gap`. It is
+    one of native predictions, whatever space the errors are in.
+    policy_l1: [B, K, n], mean absolute residual of w policy + (1 - w) reference for each weight w in `mixed_residuals`.
     """
 
     policy_error: Tensor
@@ -47,6 +50,8 @@ class GroupErrors:
     prediction_gap: Tensor | None = None
     role: Tensor | None = None
     time: Tensor | None = None
+    anchor_gap: Tensor | None = None
+    policy_l1: Tensor | None = None
 
     @property
     def error_difference(self) -> Tensor:
@@ -78,13 +83,15 @@ class Objective(ABC):
     """Base of all objectives. A subclass is a frozen dataclass of hyperparameters with one call.
 
     The config's section is built from the fields: their types, defaults and metadata, as in
-    `field(default=2000.0, metadata={"gt": 0, "description": "..."})`. Metadata may hold `description` and the bounds `gt`,
-    `ge`, `lt`, `le`. A check of several fields stands in `__post_init__` and raises ValueError.
+    `field(default=2000.0, metadata={"gt": 0, "description": "..."})`. Metadata may hold `description`, the bounds `gt`, `ge`,
+    `lt`, `le`, and `formerly`: the value of runs from before there was the field, if not the default. A check of several
+    fields stands in `__post_init__` and raises ValueError.
 
     title: how people call the method.
     needs_reference: the loss takes `reference_error`, so the trainer runs the reference.
     needs_gap: the loss takes `prediction_gap`, which needs the reference's predictions and not only its errors.
-    label_kind: what labels must be.
+    label_kind: what labels must be: "vote_share" and "optimality" lie in [0, 1], "advantage" has a mean of about 0 in each
+    group, "role" is 1 or 0, "score" is any number, "none" is not read.
     members: which images of a group the loss depends on; the trainer skips the forward passes of the others.
     single_margin: the loss depends on one metric `margin` per group that is proportional to `beta`, so `train.auto_beta` can
     set beta.
@@ -103,6 +110,16 @@ class Objective(ABC):
     def unit_labels(self) -> bool:
         """Whether the loss takes labels as values between 0 and 1; raw scores are then refused."""
         return False
+
+    @property
+    def needs_anchor_gap(self) -> bool:
+        """Whether the loss takes `anchor_gap`: one more forward pass, of the base, where that is not the reference."""
+        return False
+
+    @property
+    def mixed_residuals(self) -> tuple[float, ...]:
+        """The weights w of the policy in the mixed predictions whose residuals `policy_l1` holds; none: no `policy_l1`."""
+        return ()
 
     @abstractmethod
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
@@ -179,9 +196,26 @@ def check_labels(rewards: Tensor, kind: LabelKind) -> str | None:
             f"vote shares lie in [0, 1], but labels reach from {known.min():.4g} to {known.max():.4g}; set "
             "labels.transform=votes"
         )
+    if kind == "optimality" and known.numel() and (known.min() < 0 or known.max() > 1):
+        return (
+            f"this objective takes labels in [0, 1], but they reach from {known.min():.4g} to {known.max():.4g}; set "
+            "labels.transform=optimality, which makes them of scores"
+        )
+    if kind == "advantage" and not _centred(rewards).all():
+        return (
+            f"advantages are above 0 for some images of a group and below 0 for others, but labels reach from "
+            f"{known.min():.4g} to {known.max():.4g} with a group on one side; set labels.transform=advantage, which makes "
+            "them of scores"
+        )
     if kind == "role" and not ((known == 0) | (known == 1)).all():
         return (
             f"labels must be 1 for real images and 0 for generated ones, but reach from {known.min():.4g} to "
             f"{known.max():.4g}; `diffalign pairs REAL GENERATED` makes such a dataset"
         )
     return None
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    """Return which groups have labels on both sides of 0, or none but 0, [B]; groups without two labels count as such."""
+    high, low = label_range(rewards)
+    return ((high > 0) & (low < 0)) | ((high == 0) & (low == 0)) | (labelled_count(rewards) < 2)

@@ -13,11 +13,12 @@ from diffalign.objectives.dpo import PAIR_CHARTS, pair_loss
 class ConstrainedDPO(Objective):
     """-log sigmoid(-beta / 2 (d_w - d_l)) + weight beta / 2 max(0, d_w), of the best and the worst image.
 
-    CPO (Xu et al., arXiv 2401.08417, section 3) keeps the policy from leaving what is preferred by a constraint on the
-    winner, and relaxes it to a plain likelihood term that always pulls. This form, which is ours, keeps the constraint: an
-    exact penalty, 0 as long as the policy fits the winner at least as well as the reference does. DPO-Positive (arXiv
-    2402.13228) has the same one-sided term inside the log-sigmoid, where it fades as the margin saturates; outside, it
-    does not.
+    A method of ours. Contrastive preference optimisation (Xu et al., arXiv 2401.08417, section 3) keeps the policy from
+    leaving what is preferred by a constraint on the winner, and relaxes it to a plain likelihood term that always pulls. This
+    form keeps the constraint: an exact penalty, 0 as long as the policy fits the winner at least as well as the reference
+    does. DPO-Positive (arXiv 2402.13228) has the same one-sided term inside the log-sigmoid, where it fades as the margin
+    saturates; outside, it does not. *Constrained* preference optimisation (arXiv 2605.20834) is another method: `dpo` with
+    an `offset`.
 
     In units of the margin: a weight above 1 outweighs the pull on the loser wherever both raise the winner's error
     alike. At policy = reference d_w is 0, and loss and gradient are Diffusion-DPO's. The constraint is checked on each draw

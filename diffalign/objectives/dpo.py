@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffalign.objectives.base import (
     Charts,
@@ -38,10 +38,11 @@ def pair_loss(
     loser_weight: float = 1.0,
     margin_clamp: float | None = None,
     anchor: float = 0.0,
+    offset: float = 0.0,
 ) -> ObjectiveOutput:
-    """Return -log sigmoid(-strength (d_w - d_l)) of the best and the worst image; `strength` is a number or [B].
+    """Return -log sigmoid(-strength (d_w - d_l) - offset) of the best and the worst image; `strength` is a number or [B].
 
-    `loser_weight`, `margin_clamp` and `anchor` are those of `DiffusionDPO`.
+    `loser_weight`, `margin_clamp`, `anchor` and `offset` are those of `DiffusionDPO`.
     """
     d = group.error_difference
     best, worst = best_and_worst(group)
@@ -54,10 +55,16 @@ def pair_loss(
         "accuracy": 0.5 * (margin.sign() + 1),
         "winner_gap": d_w,
         "loser_gap": d_l,
-        "gradient_factor": (-margin).sigmoid(),
+        "gradient_factor": (offset - margin).sigmoid(),
     }
     anchored = anchor * group.policy_error.gather(1, best).squeeze(1) if anchor else 0.0
-    return ObjectiveOutput(-logsigmoid(pulled) + anchored, metrics)
+    return ObjectiveOutput(-logsigmoid(pulled - offset) + anchored, metrics)
+
+
+def label_gap(group: GroupErrors) -> Tensor:
+    """Return the label of the best image less that of the worst, [B]."""
+    best, worst = best_and_worst(group)
+    return (group.labels.gather(1, best) - group.labels.gather(1, worst)).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,13 @@ class DiffusionDPO(Objective):
     Three remedies for runs that unlearn both images, none of them in the paper and all off by default: `loser_weight` < 1
     multiplies d_l, so that the loser cannot carry the margin alone; `margin_clamp` stops the pull at this margin; `anchor`
     adds the policy's error on the winner with this weight (as GDRO's stabiliser does).
+
+    Two forms from papers, off by default as well. `strength: gap` multiplies beta by `strength_scale` (|Delta| + 1), Delta the
+    difference of the two labels: the released form of DA-DPO (arXiv 2601.00623), whose Delta is the margin of a frozen scorer.
+    Clear pairs pull harder at first and are done sooner. `offset` is the margin by which the policy must prefer the winner,
+    -log sigmoid(margin - offset): the loss of constrained preference optimisation (arXiv 2605.20834) with a constant in the
+    place of gamma (1 / p_w + 1 / p_l), which a squared error does not have. It is meant for pairs whose loser the reference
+    prefers, where Diffusion-DPO's optimum may do so, too.
     """
 
     beta: float = field(
@@ -99,6 +113,17 @@ class DiffusionDPO(Objective):
     anchor: float = field(
         default=0.0, metadata={"ge": 0, "description": "weight of the policy's error on the winner; 0: none"}
     )
+    offset: float = field(
+        default=0.0,
+        metadata={"ge": 0, "description": "margin by which the policy must prefer the winner; 0: Diffusion-DPO"},
+    )
+    strength: Literal["none", "gap"] = field(
+        default="none",
+        metadata={
+            "description": "gap: beta times strength_scale (difference of the labels + 1), as DA-DPO; none: beta"
+        },
+    )
+    strength_scale: float = field(default=1.0, metadata={"gt": 0, "description": "of strength=gap"})
 
     title: ClassVar[str] = "Diffusion-DPO"
     needs_reference: ClassVar[bool] = True
@@ -109,4 +134,7 @@ class DiffusionDPO(Objective):
     charts: ClassVar[Charts] = PAIR_CHARTS
 
     def __call__(self, group: GroupErrors) -> ObjectiveOutput:
-        return pair_loss(group, 0.5 * self.beta, self.loser_weight, self.margin_clamp, self.anchor)
+        strength: float | Tensor = 0.5 * self.beta
+        if self.strength == "gap":
+            strength = strength * self.strength_scale * (label_gap(group).abs() + 1)
+        return pair_loss(group, strength, self.loser_weight, self.margin_clamp, self.anchor, self.offset)

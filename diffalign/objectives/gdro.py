@@ -16,17 +16,18 @@ from diffalign.objectives.base import (
     ranking,
 )
 from diffalign.objectives.dpo import MARGIN_CHARTS
+from diffalign.objectives.group_metrics import order_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
-    """Return the sum over places of a cross-entropy, [B]; both inputs [B, K] are sorted from best to worst (equation 7).
+def place_losses(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
+    """Return a cross-entropy for every place, [B, K]; both inputs [B, K] are sorted from best to worst (equation 7).
 
     At place i, without the better images: log sum_{m >= i} exp(s_m) - sum_{j >= i} q_i(j) s_j, where q_i is the softmax
     of the remaining r / tau. tau = 0 puts all of q_i on image i, which is the Plackett-Luce likelihood (equation 12).
-    The last place follows from the others and has no term.
+    At the last place it is 0.
     """
     import torch
 
@@ -38,7 +39,12 @@ def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
     else:
         target = (rewards / tau)[:, None, :].expand(-1, k, -1).masked_fill(gone, float("-inf")).softmax(dim=2)
         wanted = (target * implicit[:, None, :]).sum(2)
-    return (remaining.logsumexp(dim=2) - wanted)[:, :-1].sum(1)
+    return remaining.logsumexp(dim=2) - wanted
+
+
+def listwise_loss(implicit: Tensor, rewards: Tensor, tau: float) -> Tensor:
+    """Return the sum of `place_losses` over places, [B]. The last place follows from the others and has no term."""
+    return place_losses(implicit, rewards, tau)[:, :-1].sum(1)
 
 
 @dataclass(frozen=True)
@@ -96,15 +102,9 @@ class GDRO(Objective):
         implicit, rewards = -self.beta * d, all_labels(group).gather(1, ranked)
         listwise = listwise_loss(implicit, rewards, self.tau)
         best = group.policy_error.gather(1, ranked[:, :1]).squeeze(1)
-        better = (rewards[:, :, None] > rewards[:, None, :]).to(d.dtype)
-        margins = implicit[:, :, None] - implicit[:, None, :]
-        pairs = better.sum(dim=(1, 2)).clamp_min(1)
         metrics = {
             "listwise": listwise,
-            "margin": implicit[:, 0] - implicit[:, -1],
-            "accuracy": (better * 0.5 * (margins.sign() + 1)).sum(dim=(1, 2)) / pairs,
-            "winner_gap": d[:, 0],
-            "loser_gap": d[:, -1],
+            **order_metrics(group, self.beta),
             "winner_error": best,
             "implicit_spread": implicit.std(dim=1, unbiased=False),
             "reward_spread": rewards.std(dim=1, unbiased=False),

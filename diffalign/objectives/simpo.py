@@ -25,7 +25,8 @@ class SimPO(Objective):
     The paper's equation 6, with the mean squared error in the place of the mean negative log-likelihood of a token (our
     mapping): a mean over elements is what a length-normalised likelihood is to texts. The 1/2 is Diffusion-DPO's, so that
     beta means the same there and here. `anchor` is the weight of the winner's error in the loss. gamma = 0 with an anchor is
-    the form of CPO (arXiv 2401.08417).
+    the form of *contrastive* preference
+    optimisation (CPO, arXiv 2401.08417).
 
     Half the forward passes and no second model. But the errors of two images differ before anything is learnt, by what
     the images show: a busy picture is harder than a plain one under every model. A reference would cancel this; here

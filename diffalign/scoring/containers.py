@@ -1,4 +1,4 @@
-"""Images in tar and zip files with the prompts that stand beside them, as in a folder."""
+"""Images in tar and zip files, and below addresses, with the prompts that stand beside them, as in a folder."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +10,10 @@ from diffalign.data.containers import Archive, MemberOrigin
 from diffalign.data.folder_metadata import METADATA_FILES, Caption, folder_metadata
 from diffalign.data.prompts_beside import TEXTS, prompt_in_text
 from diffalign.errors import DiffalignError
+from diffalign.files.facts import geneval_facts
 from diffalign.files.images import SUFFIXES, Unreadable
 from diffalign.files.parse import parse_json
-from diffalign.rewards.facts import geneval_facts
+from diffalign.files.remote import RemoteFolder
 
 LARGEST_TEXT = 1_000_000
 
@@ -30,12 +31,14 @@ class Member:
     fault: str
 
 
-def archive_members(archive: Archive, column: str | None) -> Iterator[Member]:
-    """Yield the images of a tar or zip file in the order of their names; webdataset's layout is one.
+def archive_members(archive: Archive | RemoteFolder, column: str | None) -> Iterator[Member]:
+    """Yield the images of a tar or zip file, or of an address, in the order of names; webdataset's layout is one.
 
     The prompt of `a.jpg` is in a metadata file of its folder or one above, in `a.txt`, `a.caption` or `a.json`. column: the
     prompt's in metadata files.
     """
+    if isinstance(archive, RemoteFolder):
+        archive.fetch([name for name, size in archive.sizes.items() if size <= LARGEST_TEXT and _is_text(name)])
     listed = _listed(archive, column)
     for name in sorted(archive.sizes):
         if PurePosixPath(name).suffix.lower() not in SUFFIXES or PurePosixPath(name).name.startswith("._"):
@@ -44,7 +47,13 @@ def archive_members(archive: Archive, column: str | None) -> Iterator[Member]:
         yield Member(MemberOrigin(archive, name), listed.get(name), beside, facts, fault)
 
 
-def _listed(archive: Archive, column: str | None) -> dict[str, Caption]:
+def _is_text(name: str) -> bool:
+    """Return whether a file may hold prompts."""
+    place = PurePosixPath(name)
+    return place.suffix in (*TEXTS, ".json") or place.name in METADATA_FILES
+
+
+def _listed(archive: Archive | RemoteFolder, column: str | None) -> dict[str, Caption]:
     """Return the captions in the metadata files of an archive, by the member that each names."""
     found: dict[str, Caption] = {}
     for name in sorted(archive.sizes, key=lambda name: (name.count("/"), name)):  # the one nearest to an image counts
@@ -65,7 +74,7 @@ def _listed(archive: Archive, column: str | None) -> dict[str, Caption]:
     return found
 
 
-def _beside(archive: Archive, name: str) -> tuple[str | None, dict[str, Any], str]:
+def _beside(archive: Archive | RemoteFolder, name: str) -> tuple[str | None, dict[str, Any], str]:
     prompt, facts, fault = None, {}, ""
     # webdataset's key ends at the first dot of the name; a plain folder's at the last.
     folder, _, base = name.rpartition("/")

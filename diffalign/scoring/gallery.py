@@ -1,52 +1,70 @@
-"""Write one HTML file of images and scores that sorts by any reward, needs no network and shows no text as markup."""
+"""Write the gallery of scored images: an HTML page to look, filter and choose, which needs no network."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
 from diffalign.files import write_whole
-from diffalign.files.images import Unreadable, decode
-from diffalign.report.page import data_uri, encoded, render_page
+from diffalign.redaction import without_folders
+from diffalign.report.page import policy_of_script, render_page
 from diffalign.scoring.items import Item
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import Summary, columns_of, summarise
+from diffalign.scoring.thumbnails import delete_unused, thumbnails_of
 
-THUMBNAIL = 256
-MOST = 400
+MOST = 20_000
 """Images in one page; of more, every reward's ranking is shown at even steps from best to worst."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """An image in the page. values: in the order of the columns, None where not scored."""
+    """An image in the page.
 
-    image: str
+    name: without folders that say whose machine it was. sha256: its first 16 digits, by which a favourite is known.
+    thumbnail, link: for `src` and `href`, "" where there is none. values: in the order of the columns, None where not
+    scored.
+    """
+
+    name: str
+    sha256: str
     prompt: str
-    picture: str
-    values: list[float | None]
     reason: str
+    thumbnail: str
+    link: str
+    values: list[float | None]
 
 
 def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
-    """Write the page; return how many images it shows."""
+    """Write the page, and the thumbnails of many images beside it; return how many images it shows."""
     columns = columns_of(scores)
     chosen = choose(scores, columns, most)
-    cards = [_card(scores.items[i], scores.rows[i], scores, columns) for i in chosen]
+    thumbnails = thumbnails_of(path, [scores.items[i] for i in chosen])
+    cards = [
+        _card(scores.items[i], scores.rows[i], scores, columns, thumbnail, path)
+        for i, thumbnail in zip(chosen, thumbnails, strict=True)
+    ]
+    script = resources.files("diffalign.scoring").joinpath("templates", "gallery.js.j2").read_text(encoding="utf-8")
     html = render_page(
         "diffalign.scoring",
         "gallery.html.j2",
-        cards=cards,
+        shown=len(cards),
+        data={"columns": columns, "images": [asdict(card) for card in cards]},
         columns=columns,
         total=len(scores.rows),
         unscored=scores.failed,
         charts=[(s, bars(s)) for s in summarise(scores)],
+        script=script,
+        policy=policy_of_script(script, images="'self' data: file:"),
     )
     write_whole(path, html)
+    delete_unused(path, thumbnails)
     return len(cards)
 
 
@@ -69,30 +87,51 @@ def spread_choice(values: np.ndarray, most: int) -> list[int]:
     return [int(i) for i in order[0] if int(i) in picked]
 
 
-def _card(item: Item, row: dict[str, Any], scores: Scores, columns: Sequence[str]) -> Card:
+def _card(item: Item, row: dict[str, Any], scores: Scores, columns: Sequence[str], thumbnail: str, page: Path) -> Card:
     return Card(
-        image=item.name,
+        name=shown_name(item),
+        sha256=(row.get("sha256") or "")[:16],
         prompt=item.prompt or "",
-        picture=thumbnail(item),
-        values=[row[c] if math.isfinite(row[c]) else None for c in columns],
-        reason="; ".join(reasons_of(row, scores.columns)),
+        reason=without_folders("; ".join(reasons_of(row, scores.columns))),
+        thumbnail=thumbnail,
+        link=link_to(item, page),
+        # Nine digits hold a float32 exactly.
+        values=[float(f"{row[c]:.9g}") if math.isfinite(row[c]) else None for c in columns],
     )
+
+
+def shown_name(item: Item) -> str:
+    """Return an image's name as the page shows it: of an absolute path, the source's last folder and what is below it."""
+    source = item.name.removesuffix(item.key)
+    bare = source.rstrip("/#")
+    home = Path.home()
+    if source == item.name or Path(bare or "/") in (home, *home.parents):
+        return str(without_folders(item.name))
+    return f"{without_folders(bare)}{source[len(bare) :]}{without_folders(item.key)}"
+
+
+def link_to(item: Item, page: Path) -> str:
+    """Return the way from the page to an image's file; "" if it is in a container, or if the way would name a user.
+
+    That is so where page and image have only `/` or the folder of all homes in common.
+    """
+    if item.path is None:
+        return ""
+    folder, file = page.absolute().parent, item.path.absolute()
+    home = Path.home().absolute()
+    try:
+        common = Path(os.path.commonpath([folder, file]))
+    except ValueError:  # on two drives
+        return ""
+    if common in home.parents:
+        return ""
+    return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
 
 
 def reasons_of(row: dict[str, Any], labels: Iterable[str]) -> list[str]:
     """Return why an image has no score, each reason once: why it cannot be read, or what its rewards said."""
     reasons = [row["reason"]] if row["reason"] else [row[f"{label}.reason"] for label in labels]
     return list(dict.fromkeys(reason for reason in reasons if reason))
-
-
-def thumbnail(item: Item, side: int = THUMBNAIL) -> str:
-    """Return the image as a data URI of at most `side` pixels; "" if it cannot be read."""
-    try:
-        picture = decode(item.origin.read())
-    except Unreadable:
-        return ""
-    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
-    return data_uri(encoded(picture, "JPEG", quality=82), "jpeg")
 
 
 def bars(summary: Summary, width: int = 240, height: int = 56) -> list[dict[str, float]]:

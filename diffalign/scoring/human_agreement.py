@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from diffalign.agreement import Agreement, agreement
 from diffalign.data.imported import finite_number
 from diffalign.data.read_tables import is_table_of_pairs, judged
 from diffalign.data.tables import column_for, read_rows
 from diffalign.errors import DiffalignError
-from diffalign.intervals import Interval, bootstrap
+from diffalign.files.paths import member_name
 from diffalign.scoring.captions import plain_path
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import columns_of
+from diffalign.scoring.vote_labels import vote_rows
 from diffalign.terminal import name_cell, number, plain_table
 
 
@@ -39,31 +41,16 @@ class Choice:
     group: str
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far a reward agrees with people.
-
-    pairs: those with a human preference and both scores. accuracy: share of correct ones, a predicted tie counts half;
-    interval: its 95% interval over groups. kendall: tau-b, in which ties of either side reduce the denominator.
-    """
-
-    pairs: int
-    human_ties: int
-    predicted_ties: int
-    accuracy: float
-    interval: Interval
-    kendall: float
-
-
 def read_choices(path: Path, scores: Scores) -> list[Choice]:
-    """Read the human choices of a labels file; only the items of `scores` are looked at.
+    """Read the human choices of a labels file, or of a log of votes; only the items of `scores` are looked at.
 
     Raises DiffalignError for a table with other columns, an unknown image or an unknown choice.
     """
-    images = _Images(scores, path.parent)
-    rows = list(read_rows(path))
+    voted = vote_rows(path, scores.items)
+    folder, rows = voted if voted is not None else (path.parent, list(read_rows(path)))
+    images = _Images(scores, folder)
     if not rows:
-        raise DiffalignError(f"{path}: the table is empty")
+        raise DiffalignError(f"{path}: " + ("the table is empty" if voted is None else "no vote prefers an image"))
     first = rows[0][1]
     image, rating = column_for("image", first), column_for("rating", first)
     if is_table_of_pairs(first):
@@ -87,12 +74,15 @@ class _Images:
 
     def __init__(self, scores: Scores, folder: Path) -> None:
         self.items, self.folder = scores.items, folder
+        self.in_dataset = any(item.group is not None for item in scores.items)
         short: dict[str, int | None] = {}
         exact: dict[str, int | None] = {}
         for i, item in enumerate(scores.items):
             exact |= {item.name: i, item.key: i}
-            if item.path is not None:
-                exact[plain_path(item.path)] = i
+            # An image in a container has a path too, as the log of votes names it.
+            exact[plain_path(Path(item.name) if item.path is None else item.path)] = i
+            if item.group is not None:
+                exact[f"{member_name(item.group[0])}/{item.group[1]}"] = i
             for name in {PurePosixPath(item.key).name, PurePosixPath(item.key).stem}:
                 short[name] = None if name in short else i
         self.index = short | exact
@@ -102,7 +92,12 @@ class _Images:
         given = cell.get("path") if isinstance(cell, dict) else cell
         name = given.strip() if isinstance(given, str) else ""
         # As `pairs` reads it: a path is relative to the table before anything else.
-        ways = (plain_path(self.folder / name), name, os.path.normpath(name), plain_path(Path(name))) if name else ()
+        ways: list[str] = []
+        if name:
+            ways = [plain_path(self.folder / name), name, os.path.normpath(name), plain_path(Path(name))]
+        if self.in_dataset:  # the export of votes copies a dataset's images to group/index.png
+            stem = name.removesuffix(PurePosixPath(name).suffix)
+            ways.append("/".join(PurePosixPath(stem).parts[-2:]))
         found = next((self.index[way] for way in ways if self.index.get(way) is not None), None)
         if found is None:
             twice = any(way in self.index for way in ways)
@@ -158,35 +153,9 @@ def agree(choices: list[Choice], scores: Scores, column: str, seed: int = 0, res
         a, b = scores.rows[c.a][column], scores.rows[c.b][column]
         if math.isfinite(a) and math.isfinite(b):
             found.append((c.human, int(a > b) - int(a < b), c.group))
-    human, model = np.array([f[0] for f in found]), np.array([f[1] for f in found])
-    decided = human != 0
-    if not found or not decided.any():
-        nothing = Interval(0, None, None)
-        return Agreement(0, int((~decided).sum()), int((model == 0).sum()), math.nan, nothing, math.nan)
-    right = np.where(model == 0, 0.5, human == model)[decided]
-    untied = (human != 0) & (model != 0)
-    concordant = float((human * model)[untied].sum())
-    denominator = math.sqrt(float(decided.sum()) * float((model != 0).sum()))
+    human, model = (np.array([f[n] for f in found], dtype=np.int64) for n in (0, 1))
     unit = "prompts" if all(scores.items[c.a].prompt for c in choices) else "groups"
-    groups = [f[2] for f, kept in zip(found, decided, strict=True) if kept]
-    interval = _interval(right, groups, unit, seed, resamples)
-    return Agreement(
-        int(decided.sum()),
-        int((~decided).sum()),
-        int((model == 0).sum()),
-        float(right.mean()),
-        interval,
-        concordant / denominator if denominator else math.nan,
-    )
-
-
-def _interval(right: np.ndarray, groups: list[str], unit: str, seed: int, resamples: int) -> Interval:
-    """Return the interval of the mean, resampling whole groups: pairs of one prompt share their images."""
-    names = {name: n for n, name in enumerate(dict.fromkeys(groups))}
-    place = np.array([names[g] for g in groups])
-    sums_and_sizes = np.stack([np.bincount(place, right), np.bincount(place)], axis=1)
-    share = lambda means: means[:, :1] / means[:, 1:]  # noqa: E731
-    return bootstrap(sums_and_sizes, share, seed=seed, resamples=resamples, unit=unit)[0]
+    return agreement(human, model, [f[2] for f in found], unit, seed, resamples)
 
 
 def agreement_table(choices: list[Choice], scores: Scores) -> Table:

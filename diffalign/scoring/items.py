@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.containers import FileOrigin, Origin
+from diffalign.files.images import Unreadable, area
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,15 @@ class Item:
 def digest(data: bytes) -> str:
     """Return SHA-256 in hex, as `sha256sum` prints it."""
     return hashlib.sha256(data).hexdigest()
+
+
+def scan(item: Item) -> tuple[str, int, str]:
+    """Return the hash of an image's bytes, its number of pixels, and why it cannot be read, else "".
+
+    An unreadable image has a stand-in for the hash.
+    """
+    try:
+        data = item.origin.read()
+        return digest(data), area(data), ""
+    except Unreadable as error:
+        return f"unread {item.name}", 0, str(error)

@@ -8,7 +8,7 @@ from typing import Any
 from diffalign.data.folder_metadata import Caption, caption_of, named_image
 from diffalign.data.tables import read_rows
 from diffalign.errors import DiffalignError
-from diffalign.rewards.facts import geneval_facts
+from diffalign.files.facts import geneval_facts
 
 GENEVAL_FILE = "evaluation_metadata.jsonl"
 

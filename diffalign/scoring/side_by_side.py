@@ -10,9 +10,11 @@ import numpy as np
 from diffalign.files import write_whole
 from diffalign.redaction import without_folders
 from diffalign.report.page import render_page
-from diffalign.scoring.compare_folders import Pairing, heading, outcomes
-from diffalign.scoring.gallery import MOST, reasons_of, spread_choice, thumbnail
+from diffalign.scoring.compare_folders import outcomes
+from diffalign.scoring.gallery import reasons_of, spread_choice
+from diffalign.scoring.pairing import Pairing, heading
 from diffalign.scoring.run import Scores
+from diffalign.scoring.thumbnails import INSIDE, thumbnail
 
 SIDE = 384
 """Pixels of an image's longer side in the page."""
@@ -30,7 +32,7 @@ class Pair:
 
 
 def write_side_by_side(
-    path: Path, a: Scores, b: Scores, pairing: Pairing, names: tuple[str, str], most: int = MOST // 2
+    path: Path, a: Scores, b: Scores, pairing: Pairing, names: tuple[str, str], most: int = INSIDE // 2
 ) -> int:
     """Write the page; return how many pairs it shows, of more than `most` those at even steps of the differences."""
     found = outcomes(a, b, pairing)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from diffalign.data.containers import (
     CONTAINERS,
     TABLES,
+    AddressOrigin,
     Archive,
     FileOrigin,
     ParquetImages,
@@ -28,12 +29,13 @@ from diffalign.errors import DiffalignError
 from diffalign.files.images import SUFFIXES
 from diffalign.files.parse import valid_unicode
 from diffalign.files.paths import inside, leads_out, own_file
+from diffalign.files.remote import RemoteFolder, is_address, local_copy
 from diffalign.scoring.captions import (
     SOURCES,
     PromptTable,
     from_name,
 )
-from diffalign.scoring.containers import archive_members
+from diffalign.scoring.containers import Member, archive_members
 from diffalign.scoring.items import Item
 from diffalign.scoring.numbered_rows import GENEVAL_FILE, NumberedRows, is_numbered
 
@@ -70,7 +72,7 @@ class Prompting:
 
 
 def collect(sources: list[str], prompting: Prompting | None = None, skipped: Counter[str] | None = None) -> list[Item]:
-    """Return the items of folders, files, globs, parquet files and datasets.
+    """Return the items of folders, files, globs, parquet files, datasets and addresses.
 
     skipped: counts, by suffix, the files of folders that are no images of a known kind. Raises DiffalignError if a
     source holds no image, or an image is given twice.
@@ -79,7 +81,10 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
     skipped = Counter() if skipped is None else skipped
     items: list[Item] = []
     for source in sources:
-        found = [item for path in _expand(source) for item in _items(path, prompting, skipped)]
+        if is_address(source):
+            found = list(_at_address(RemoteFolder(source), prompting, skipped))
+        else:
+            found = [item for path in _expand(source) for item in _items(path, prompting, skipped)]
         if not found:
             raise DiffalignError(f"{source}: no image in it; known are {', '.join(SUFFIXES + CONTAINERS)}")
         items += found
@@ -190,27 +195,59 @@ def _prompt(path: Path, caption: Caption | None, source: str, root: Path | None)
     return prompt, fault
 
 
-def _contained(path: Path, below: str, prompting: Prompting, skipped: Counter[str]) -> Iterator[Item]:
-    """Yield the images of a parquet, arrow, tar or zip file. below: its path in the folder that is scored."""
+def _at_address(folder: RemoteFolder, prompting: Prompting, skipped: Counter[str]) -> Iterator[Item]:
+    """Yield the images below an address. As in a folder, containers are read only where no image lies beside them.
+
+    A container is copied into a temporary folder first.
+    """
+    if GROUPS_FILE in folder.sizes:
+        raise DiffalignError(f"{folder.path}: a dataset folder; copy it to a disk, and score it there")
+    _count_skipped(folder.sizes, skipped)
+    members = list(archive_members(folder, prompting.column))
+    for member in members:
+        address = folder.address(member.origin.name)
+        item = _member(member, folder.path, "", prompting)
+        yield replace(item, name=valid_unicode(address), origin=AddressOrigin(address))
+    for name in () if members else folder.sizes:
+        if (kind := kind_of(PurePosixPath(name))) in CONTAINERS:
+            skipped[kind] -= kind not in BESIDE
+            yield from _contained(local_copy(folder.address(name)), name, prompting, skipped, folder.address(name))
+    for suffix in [s for s, n in skipped.items() if n <= 0]:
+        del skipped[suffix]
+
+
+def _contained(
+    path: Path, below: str, prompting: Prompting, skipped: Counter[str], name: str | None = None
+) -> Iterator[Item]:
+    """Yield the images of a parquet, arrow, tar or zip file.
+
+    below: its path in the folder that is scored. name: what the user calls it, where `path` is a copy.
+    """
+    name = name or path.as_posix()
     if kind_of(path) in TABLES:
-        yield from _table(path, below, prompting)
+        yield from _table(path, name, below, prompting)
         return
     archive = Archive(path)
     _count_skipped(archive.sizes, skipped)
     for member in archive_members(archive, prompting.column):
-        inner = member.origin.name
-        prompt, facts, source = None, dict(member.facts), prompting.source
-        if source in ("auto", "metadata") and member.caption is not None:
-            prompt, facts = member.caption.prompt, facts | member.caption.facts
-        if source == "name":
-            prompt = from_name(Path(inner))
-        elif prompt is None and source not in ("none", "metadata"):
-            prompt = member.beside
-        key = valid_unicode(f"{below}#{inner}" if below else inner)
-        yield Item(valid_unicode(f"{path.as_posix()}#{inner}"), key, member.origin, prompt, facts, fault=member.fault)
+        yield _member(member, name, below, prompting)
 
 
-def _table(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
+def _member(member: Member, name: str, below: str, prompting: Prompting) -> Item:
+    """Return the item of an image in an archive or at an address, with the prompt that stands beside it."""
+    inner = member.origin.name
+    prompt, facts, source = None, dict(member.facts), prompting.source
+    if source in ("auto", "metadata") and member.caption is not None:
+        prompt, facts = member.caption.prompt, facts | member.caption.facts
+    if source == "name":
+        prompt = from_name(Path(inner))
+    elif prompt is None and source not in ("none", "metadata"):
+        prompt = member.beside
+    key = valid_unicode(f"{below}#{inner}" if below else inner)
+    return Item(valid_unicode(f"{name}#{inner}"), key, member.origin, prompt, facts, fault=member.fault)
+
+
+def _table(path: Path, name: str, below: str, prompting: Prompting) -> Iterator[Item]:
     """Yield the rows of a parquet or arrow file with an image column and possibly a prompt column."""
     names = table_schema(path).names
     if not names:
@@ -218,13 +255,15 @@ def _table(path: Path, below: str, prompting: Prompting) -> Iterator[Item]:
     column = next((c for c in IMAGE_COLUMNS if c in names), None)
     if column is None:
         raise DiffalignError(
-            f"{path}: no image column; one of {', '.join(IMAGE_COLUMNS)} is needed, not {', '.join(names)}"
+            f"{name}: no image column; one of {', '.join(IMAGE_COLUMNS)} is needed, not {', '.join(names)}"
         )
     for number, (where, row, origin) in enumerate(image_rows(path, column)):
         caption = Caption(None) if isinstance(row, str) else caption_of(row, where, prompting.column)
         fault = row if isinstance(row, str) else ""
-        name, key = f"{path.as_posix()}#{number}", f"{below}#{number}"
-        yield Item(valid_unicode(name), key, origin, caption.prompt, caption.facts, fault=fault)
+        key = f"{below}#{number}"
+        yield Item(
+            valid_unicode(f"{name}#{number}"), valid_unicode(key), origin, caption.prompt, caption.facts, fault=fault
+        )
 
 
 def _dataset(folder: Path) -> Iterator[Item]:

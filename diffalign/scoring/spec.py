@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.remote_address import remote_label
 from diffalign.rewards import REWARDS, find_reward
 from diffalign.rewards.base import LABEL, TAKEN_NAMES
 
@@ -29,22 +30,35 @@ def parse(text: str) -> RewardSpec:
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
-    label, name = (label, name) if equals else (head, head)
+    name = name if equals else head
     kind, _, options_of_kind = tail.partition(":")
     if kind.isidentifier() and name not in REWARDS:
         name, tail = f"{name}:{kind}", options_of_kind
-        label = label if equals else find_reward(name).name
+    return _checked(label if equals else None, name, parse_options(tail, f"--reward {text!r}"), text)
+
+
+def _checked(label: str | None, name: str, options: dict[str, Any], said: str) -> RewardSpec:
+    """Return a spec, with the reward's own label where none is given. said: what messages quote."""
+    if label is None and name == "remote":
+        label = remote_label(options.get("url"))
+    elif label is None:
+        label = find_reward(name).name if ":" in name else name
     if not LABEL.fullmatch(label) or not name:
-        raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
+        raise DiffalignError(f"--reward {said!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     if label in TAKEN_NAMES:
-        raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
+        raise DiffalignError(f"--reward {said!r}: {label} is a column of every table; give it another label")
+    return RewardSpec(label, name, options)
+
+
+def parse_options(text: str, where: str) -> dict[str, Any]:
+    """Return the options in `key=value,key=value`. Raises DiffalignError, naming `where`, if the text has another form."""
     options: dict[str, Any] = {}
-    for pair in filter(None, tail.split(",")):
+    for pair in filter(None, text.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise DiffalignError(f"--reward {text!r}: option {pair!r} is not key=value")
+            raise DiffalignError(f"{where}: option {pair!r} is not key=value")
         options[key.strip()] = _value(value.strip())
-    return RewardSpec(label, name, options)
+    return options
 
 
 def parse_all(texts: list[str]) -> list[RewardSpec]:
@@ -75,8 +89,7 @@ def spec_of(given: str | RewardSpec | Mapping[str, Any]) -> RewardSpec:
     name = given.get("name")
     if not isinstance(name, str) or not name:
         raise DiffalignError(f"rewards: {dict(given)!r} has no name; write {{'name': 'pickscore', ...}}")
-    plain = parse(name if "label" not in given else f"{given['label']}={name}")
-    return RewardSpec(plain.label, plain.name, {**plain.options, **options})
+    return _checked(given.get("label"), name, options, name)
 
 
 def _value(text: str) -> bool | int | float | str:

@@ -29,6 +29,8 @@ from diffalign.data.tables import table_rows
 from diffalign.errors import DiffalignError
 from diffalign.files import make_folder, reading, replacing, write_whole
 from diffalign.files.parse import parse_json
+from diffalign.files.remote import is_address
+from diffalign.scoring.mirror import Mirror
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
@@ -42,6 +44,10 @@ class Result:
 
     values: dict[str, float]
     reason: str = ""
+
+
+Known = dict[str, Result]
+"""Results by key."""
 
 
 def key_of(sha256: str, prompt: str | None, identity: dict[str, Any]) -> str:
@@ -59,9 +65,9 @@ def with_facts(identity: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any
 
 
 class Store:
-    """Scores by key. Without a path nothing is read or written."""
+    """Scores by key. Without a path nothing is read or written. mirror: sends what is written to an address."""
 
-    def __init__(self, path: Path | None, process: int = 0) -> None:
+    def __init__(self, path: Path | None, process: int = 0, mirror: Mirror | None = None) -> None:
         if path is not None and path.suffix not in ENDINGS:
             raise DiffalignError(f"--output {path}: unknown suffix; one of {', '.join(ENDINGS)}")
         self.path = path
@@ -69,7 +75,7 @@ class Store:
         self.known: dict[str, Result] = {}
         self.added: dict[str, Result] = {}
         self.journal = None if path is None else path.with_name(path.name + ".journal")
-        self._process = process
+        self._process, self._mirror = process, mirror
         self._journaled: set[str] = set()
         self._stream: TextIO | None = None
         if path is not None:
@@ -132,6 +138,8 @@ class Store:
             values = {k: v if math.isfinite(v) else None for k, v in result.values.items()}
             self._stream.write(json.dumps({"key": key, "values": values, "reason": result.reason}) + "\n")
         self._stream.flush()
+        if self._mirror is not None:
+            self._mirror.sync()
 
     def finish(self, rows: list[dict[str, Any]], sources: list[str]) -> int:
         """Write the output; return how many earlier rows of other sources were kept.
@@ -152,6 +160,8 @@ class Store:
         # A run on other images may have been killed before this one: its scores stay until they are asked for again.
         if self._journaled <= {key for row in merged + kept for key in _keys(row)}:
             shutil.rmtree(self.journal, ignore_errors=True)
+        if self._mirror is not None:
+            self._mirror.finish()
         return len(kept)
 
 
@@ -165,7 +175,11 @@ def _below(name: str, sources: list[str]) -> bool:
         if name == source or name.startswith((source.rstrip("/") + "/", source + "#")):
             return True
         # As when images are listed, a path that exists is no pattern. Of an image that is gone, only the name is left.
-        if any(c in source for c in "*?[") and not os.path.lexists(source) and _matches(name, source):
+        if (
+            any(c in source for c in "*?[")
+            and (is_address(source) or not os.path.lexists(source))
+            and _matches(name, source)
+        ):
             return True
     return False
 

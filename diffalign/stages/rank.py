@@ -18,6 +18,7 @@ from diffalign.files import write_whole
 from diffalign.files.lock import writing_folder
 from diffalign.progress import say
 from diffalign.terminal import counted
+from diffalign.voting.log import votes_digest
 
 RULES = 2
 """Part of a ranking's settings. A ranking made under older rules, by which an unscored image was the worst, is made again."""
@@ -57,6 +58,8 @@ def rank_dataset(dataset: PreferenceDataset, section: RankSection, voters: list[
     scored_by = {name: dataset.scored_by(name) for name in sorted(names) if name in dataset.rewards()}
     settings = {**section.model_dump(mode="json", include=set(RankSection.model_fields)), "sources": sources}
     settings |= {"shuffle": shuffle, "scored_by": scored_by, "rules": RULES}
+    if votes := [vote for source in sources for vote in dataset.votes_for(source)]:
+        settings["votes"] = votes_digest(votes)  # new votes make another ranking
 
     def done() -> bool:
         before = dataset.ranking()

@@ -16,6 +16,7 @@ import torch
 from diffalign import testbed
 from diffalign.config import (
     BackboneRunConfig,
+    BenchConfig,
     DistillConfig,
     GeneratorSection,
     JudgeModelSection,
@@ -31,6 +32,7 @@ from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_
 from diffalign.data.suites import read_suite
 from diffalign.data.suites_hub import from_hub, read_hub_suite
 from diffalign.errors import DiffalignError
+from diffalign.files.remote import is_address, local_copy
 from diffalign.files.tensors import read_tensors
 from diffalign.hub import cache_alone
 from diffalign.pipelines import Backbone, load_backbone
@@ -51,7 +53,7 @@ from diffalign.testbed.shape_prompts import draw_prompts
 if TYPE_CHECKING:
     from diffalign.training.validation import Validation
 
-Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig)
+Loading = TypeVar("Loading", TrainConfig, DistillConfig, RewardGradientConfig, SampleConfig, BenchConfig)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TESTBED_PROMPTS = 256
@@ -171,9 +173,9 @@ def resolve_prompts(
 ) -> list[PromptRow]:
     """Return the first `n` prompts of a source, all where `n` is None (256 of the embedded world).
 
-    source: a file or folder as `read_prompts` takes it, `hub:OWNER/DATASET`, `suite:NAME:PATH`, `suite:NAME:hub` or
-    `testbed:SPLIT`, whose prompts are drawn with `seed`. column, split: where a table, a folder or a hub dataset keeps
-    the prompts. unique: skip prompts that came before.
+    source: a file or folder as `read_prompts` takes it, the address of a file (s3://), `hub:OWNER/DATASET`,
+    `suite:NAME:PATH`, `suite:NAME:hub` or `testbed:SPLIT`, whose prompts are drawn with `seed`. column, split: where a
+    table, a folder or a hub dataset keeps the prompts. unique: skip prompts that came before.
     """
     kind, _, rest = source.partition(":")
     if kind == "suite":
@@ -185,7 +187,7 @@ def resolve_prompts(
     elif kind == "hub":
         rows = hub_prompts(rest, column, split)
     else:
-        rows = read_prompts(source, column, split)
+        rows = read_prompts(str(local_copy(source)) if is_address(source) else source, column, split)
     return (unique_prompts(rows) if unique else rows)[:n]
 
 

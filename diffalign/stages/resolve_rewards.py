@@ -84,6 +84,8 @@ def _first_judge(key: str, trained_on: Sequence[str]) -> str:
 def open_reward(section: RewardSection, device: str) -> Reward:
     """Build the reward that a section names; `detector` counts for rewards that take one."""
     named = {"detector": section.detector} if section.detector is not None and takes(section.name, "detector") else {}
+    if section.address is not None:
+        named["url"] = section.address
     return build_reward(section.name, {**section.options, **named}, device)
 
 

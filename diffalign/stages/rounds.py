@@ -52,10 +52,19 @@ def train_config(config: RoundsConfig, number: int, init: Path | None) -> TrainC
     """Return the training config of round `number` (from 1), which starts from the LoRA in `init` (None: from the base)."""
     folder, seed = round_folder(config.out, number), config.seed + number - 1
     given: dict[str, Any] = {"run_dir": folder / "run", "data.path": folder / "data", "seed": seed}
+
+    def loaded() -> TrainConfig:
+        written = (
+            f"{key}={json.dumps(value if isinstance(value, int) else str(value))}" for key, value in given.items()
+        )
+        return load_config(config.train, [*config.overrides, *written])
+
+    found = loaded()
     if init is not None:
-        given |= {"tune.init": init, "tune.reference": "base" if config.reference == "base" else "init"}
-    written = [f"{key}={json.dumps(value if isinstance(value, int) else str(value))}" for key, value in given.items()]
-    found = load_config(config.train, [*config.overrides, *written])
+        given["tune.init"] = init
+        if found.tune.reference != "ema":  # an average begins anew with what the round begins with
+            given["tune.reference"] = "base" if config.reference == "base" else "init"
+        found = loaded()
     if found.tune.kind != "lora":
         raise DiffalignError(
             f"train: {config.train} has tune.kind=full; rounds carry a LoRA from one to the next, so set tune.kind=lora in "

@@ -4,35 +4,43 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
 
+from diffalign.cluster import LOCAL, Engine, open_engine
 from diffalign.data.cut_prompts import cut_lines
 from diffalign.data.schema import GROUPS_FILE, score_schema
 from diffalign.data.writer import parquet_writer
 from diffalign.errors import DiffalignError
 from diffalign.files import check_place
 from diffalign.files.lock import writing_file, writing_folder
+from diffalign.files.remote import is_address, local_copy
 from diffalign.progress import ImageProgress, OnNamedImages, say, say_aside
 from diffalign.rewards import Reward
 from diffalign.scoring.allocator import keep_freed_memory
 from diffalign.scoring.captions import PromptTable
-from diffalign.scoring.compare_folders import comparison_table, heading, outcomes, pair_up, verdict_lines
+from diffalign.scoring.compare_folders import comparison_table, outcomes, verdict_lines
 from diffalign.scoring.gallery import write_gallery
 from diffalign.scoring.human_agreement import Choice, agreement_table, read_choices
 from diffalign.scoring.items import Item
+from diffalign.scoring.mirror import Mirror, mirror
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
+from diffalign.scoring.on_cluster import OnCluster
+from diffalign.scoring.pairing import heading, pair_up
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summarise, summary_table
 from diffalign.scoring.side_by_side import write_side_by_side
 from diffalign.scoring.sources import Prompting, collect
-from diffalign.scoring.spec import parse_all
+from diffalign.scoring.spec import RewardSpec, parse_all
 from diffalign.scoring.store import Store
+from diffalign.scoring.thumbnails import folder_beside
 from diffalign.stages.resolve_rewards import build_reward, process_device
 from diffalign.terminal import counted, show_table
 
@@ -43,15 +51,15 @@ UNSCORED = 3
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The options of `diffalign score` as the user gave them."""
+    """The options of `diffalign score` as the user gave them. prompts, output: a text is an address, such as s3://."""
 
     images: list[str]
     rewards: list[str]
     prompt: str | None = None
-    prompts: Path | None = None
+    prompts: Path | str | None = None
     prompt_from: str = "auto"
     prompt_column: str | None = None
-    output: Path | None = None
+    output: Path | str | None = None
     html: Path | None = None
     against: list[str] | None = None
     labels: Path | None = None
@@ -59,6 +67,8 @@ class ScoreRequest:
     batch_size: int = 32
     workers: int | None = None
     device: str = "auto"
+    engine: str = LOCAL
+    actors: int | None = None
 
 
 def score(request: ScoreRequest) -> int:
@@ -67,23 +77,42 @@ def score(request: ScoreRequest) -> int:
     dataset = Path(request.images[0]) if request.into_dataset else None
     try:
         with (
-            writing_file(request.output, "--output"),
+            place_of_output(request.output) as (output, mirrored),
+            writing_file(None if mirrored else output, "--output"),
             writing_folder(dataset if dataset and (dataset / GROUPS_FILE).is_file() else None, "dataset"),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
-            return _score(request, processes)
+            with open_engine(request.engine, request.device, request.actors) as engine:
+                return _score(request, processes, engine, output, mirrored)
     finally:
         processes.stop()
 
 
-def _score(request: ScoreRequest, processes: Processes) -> int:
+@contextmanager
+def place_of_output(output: Path | str | None) -> Iterator[tuple[Path | None, Mirror | None]]:
+    """Yield where the output is written here, and what sends it on if it belongs to an address."""
+    if not isinstance(output, str):
+        yield output, None
+    elif not is_address(output):
+        yield Path(output), None
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DiffalignError(f"--output {output}: several processes write to a disk; name a file there")
+    else:
+        with mirror(output) as made:
+            yield made.path, made
+
+
+def _score(
+    request: ScoreRequest, processes: Processes, engine: Engine | None, output: Path | None, mirrored: Mirror | None
+) -> int:
     keep_freed_memory()
     if processes.main and request.html:
         _check_page(request.html)
     # Resolve what the options name.
-    device = process_device(request.device)
-    rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in parse_all(request.rewards)}
+    device = process_device("cpu" if engine else request.device)
+    specs = parse_all(request.rewards)
+    rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in specs}
     given = _prompt_table(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
@@ -105,16 +134,18 @@ def _score(request: ScoreRequest, processes: Processes) -> int:
     # Labels and pairs are checked before hours are spent on scores.
     choices = read_choices(request.labels, Scores([], {}, items=every)) if request.labels else []
     if "B" in items:
-        pair_up(*(Scores([], {}, items=side) for side in items.values()))
+        pair_up(*items.values())
     # Score the items of both sides in one run, so that each reward loads once.
     both, kept = score_and_store(
         every,
         rewards,
-        request.output,
+        output,
         [path for paths in sources.values() for path in paths],
+        mirrored=mirrored,
         batch_size=request.batch_size,
         workers=request.workers,
         processes=processes,
+        cluster=_on_cluster(engine, specs) if engine else None,
         on_progress=ImageProgress(say_aside) if processes.main else None,
     )
     if not processes.main:
@@ -137,18 +168,20 @@ def score_and_store(
     output: Path | None,
     sources: list[str],
     *,
+    mirrored: Mirror | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     processes: Processes | None = None,
+    cluster: OnCluster | None = None,
     on_progress: OnNamedImages | None = None,
 ) -> tuple[Scores, int]:
     """Score items, and write the output if one is wanted. Return the scores, and how many rows of other images it keeps.
 
-    What the output holds already is not scored again. sources: what the user named; rows of other images stay. Of several
-    processes the first one writes.
+    What the output holds already is not scored again. sources: what the user named; rows of other images stay. mirrored: what
+    sends the output on to an address. Of several processes the first one writes.
     """
     processes = processes or Processes()
-    with Store(output, processes.rank) as store:
+    with Store(output, processes.rank, mirrored) as store:
         scores = score_items(
             items,
             rewards,
@@ -156,13 +189,24 @@ def score_and_store(
             batch_size=batch_size,
             workers=workers or min(8, os.cpu_count() or 1),
             processes=processes,
+            cluster=cluster,
             on_progress=on_progress,
         )
-        kept = store.finish(scores.rows, [Path(source).as_posix() for source in sources]) if processes.main else 0
+        kept = store.finish(scores.rows, [_as_written(source) for source in sources]) if processes.main else 0
     return scores, kept
 
 
-def _prompt_table(path: Path, column: str | None) -> PromptTable | NumberedRows:
+def _on_cluster(engine: Engine, specs: list[RewardSpec]) -> OnCluster:
+    return OnCluster(engine, {s.label: partial(build_reward, s.name, s.options, engine.device) for s in specs})
+
+
+def _as_written(source: str) -> str:
+    """Return a source as the names of its images begin."""
+    return source if is_address(source) else Path(source).as_posix()
+
+
+def _prompt_table(place: Path | str, column: str | None) -> PromptTable | NumberedRows:
+    path = local_copy(place) if isinstance(place, str) and is_address(place) else Path(place)
     return NumberedRows(path, column) if is_numbered(path) else PromptTable(path, column)
 
 
@@ -203,7 +247,8 @@ def _show(
     if compared:
         say(compared)
     elif request.html:
-        say(f"gallery: {request.html} ({write_gallery(request.html, both)} images)")
+        shown, beside = write_gallery(request.html, both), folder_beside(request.html)
+        say(f"gallery: {request.html} ({shown} images{f', thumbnails in {beside}' if beside.is_dir() else ''})")
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
         say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
@@ -211,7 +256,7 @@ def _show(
 
 def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
     """Print how B compares with A; return a line about the page, if one was asked for and written."""
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     names = (" ".join(request.images), " ".join(request.against or []))
     say(f"A against B: {heading(pairing)}")
     found = outcomes(a, b, pairing)

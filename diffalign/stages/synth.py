@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,35 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from diffalign.config import GeneratorSection, RewardSection, SynthConfig
+from diffalign.cluster import LOCAL, Engine, open_engine
+from diffalign.config import RewardSection, SynthConfig
 from diffalign.data.cut_prompts import PromptReader, cut_lines
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_card import GENERATOR_MEND
-from diffalign.data.plan import IMAGES_PER_SHARD, Part, SynthPlan, remember
-from diffalign.data.sample import Draw, Drawn, clean_up, draw_part, drawn_already, write_planned_groups
-from diffalign.data.score import score_images, unscored
+from diffalign.data.plan import IMAGES_PER_SHARD, Cell, Part, SynthPlan, remember
+from diffalign.data.sample import (
+    BatchKey,
+    DrawnBatch,
+    clean_up,
+    draw_part,
+    draw_part_remotely,
+    drawn_already,
+    write_planned_groups,
+)
+from diffalign.data.score import OpenJudge, score_images, unscored
+from diffalign.data.score import Remote as RemoteScores
 from diffalign.data.shared_tasks import WORK_FOLDER, Task, complete_all, local_rank_and_world_size
 from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes, read_json, write_whole
 from diffalign.files.lock import writing_folder
-from diffalign.pipelines.generator import Generator
+from diffalign.files.remote import is_address, upload
 from diffalign.progress import ImageProgress, say
-from diffalign.report.model_card import licence_name
 from diffalign.rewards import Reward
 from diffalign.stages.data import write_sheet
+from diffalign.stages.drawing import OpenPainter, drawer, provenance_of
 from diffalign.stages.rank import rank_dataset, write_card_once
-from diffalign.stages.resolve import open_generator, resolve_dtype, resolve_prompts, sampling_settings, weights_digest
+from diffalign.stages.resolve import open_generator, resolve_dtype, resolve_prompts
 from diffalign.stages.resolve_rewards import open_reward, process_device
 
 Result = TypeVar("Result")
@@ -50,17 +60,29 @@ LATER_KEYS = ("lora_text_encoders", "config")
 
 def synth(config: SynthConfig, dry_run: bool = False) -> None:
     """Make a ranked dataset from prompts: `diffalign synth`. dry_run: print time, disk and cost, and write nothing."""
-    with writing_folder(None if dry_run else config.out, "out", shared=True):
-        _synth(config, dry_run)
-
-
-def _synth(config: SynthConfig, dry_run: bool) -> None:
-    device = process_device(config.device)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
+    if dry_run and config.engine != LOCAL:
+        raise DiffalignError(f"engine={config.engine}: --dry-run measures this machine; use engine=local with it")
+    if config.upload and not is_address(config.upload):
+        raise DiffalignError(f"upload={config.upload}: no address, such as s3://bucket/data")
     if config.threads:
         torch.set_num_threads(config.threads)
-    parts = [s.model_copy(update={"model": resolve_dtype(s.model, device)}) for s in config.generators]
+    # On a cluster this process alone writes the folder.
+    with (
+        writing_folder(None if dry_run else config.out, "out", shared=config.engine == LOCAL),
+        open_engine(config.engine, config.device, config.actors) as engine,
+    ):
+        _synth(config, dry_run, engine)
+
+
+def _synth(config: SynthConfig, dry_run: bool, engine: Engine | None) -> None:
+    device = process_device("cpu" if engine else config.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if engine:
+        models = [engine.call(resolve_dtype, section.model, engine.device) for section in config.generators]
+    else:
+        models = [resolve_dtype(section.model, device) for section in config.generators]
+    parts = [s.model_copy(update={"model": m}) for s, m in zip(config.generators, models, strict=True)]
     config = config.model_copy(update={"generators": parts})
     plan = make_plan(config)
     rewards = [open_reward(section, device) for section in config.rewards]  # weights load with the first image
@@ -73,7 +95,7 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
 
     # Draw, one generator in memory at a time.
     for part in range(len(config.generators)):
-        _draw_part(config, plan, part, device)
+        _draw_part(config, plan, part, device, engine)
     write_planned_groups(plan, out, config.split)
     _print_failures(out)
 
@@ -81,7 +103,8 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
     dataset = PreferenceDataset(out)
     for section in config.rewards:
         reward = rewards.pop(0)
-        scored = score_images(dataset, reward, config.reward_batch)
+        remote = None if engine is None else _remote_scores(engine, section, reward)
+        scored = score_images(dataset, reward, config.reward_batch, remote=remote)
         _say_cut(plan, section.name, reward)
         del reward  # before the next one loads
         say(f"{section.name}: this process scored {scored} images")
@@ -96,8 +119,22 @@ def _synth(config: SynthConfig, dry_run: bool) -> None:
         sheet = out / "contact.html"
         make = lambda: write_sheet(PreferenceDataset(out), sheet, config.contact_sheet)  # noqa: E731
         complete_all([Task("sheet", sheet.is_file, make)], out / WORK_FOLDER / "locks")
+    if config.upload:
+        _send(out, config.upload)
     clean_up(out)
     say(f"dataset: {out}")
+
+
+def _send(out: Path, address: str) -> None:
+    """Copy the dataset to an address; one process of several does."""
+    done = out / WORK_FOLDER / "uploaded"
+
+    def make() -> None:
+        upload(out, address)
+        done.touch()
+
+    complete_all([Task("upload", done.is_file, make)], out / WORK_FOLDER / "locks")
+    say(f"uploaded: {address}")
 
 
 def _say_cut(plan: SynthPlan, name: str, reader: PromptReader) -> None:
@@ -107,20 +144,55 @@ def _say_cut(plan: SynthPlan, name: str, reader: PromptReader) -> None:
             say(line)
 
 
-def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str) -> None:
+def _remote_scores(engine: Engine, section: RewardSection, reward: Reward) -> RemoteScores:
+    """Return what scores batches in actors with a reward of the same weights."""
+    opened = OpenJudge(section.name, partial(open_reward, section, engine.device), reward.provenance())
+    return partial(engine.run, opened)
+
+
+def _draw_part(config: SynthConfig, plan: SynthPlan, part: int, device: str, engine: Engine | None) -> None:
     """Draw the images of one generator, as far as other processes or an earlier command have not."""
     section, out = config.generators[part], config.out
     if drawn_already(plan, part, out):
         say(f"{section.name}: all images are drawn already")
+        return
+    progress = ImageProgress().named(section.name)
+    if engine is not None:
+        count = draw_part_remotely(plan, part, out, _Nodes(engine, config, plan, part), progress, config.latents)
+        say(f"{section.name}: the cluster drew {count} images")
         return
     generator = open_generator(section, device)
     provenance = provenance_of(section, generator)
     _check_same_model(out, section.name, provenance)
     _say_cut(plan, section.name, generator)
     draw = drawer(generator, section, config.latents)
-    count = draw_part(plan, part, out, draw, provenance, ImageProgress().named(section.name), config.latents)
+    count = draw_part(plan, part, out, draw, provenance, progress, config.latents)
     generator.close()
     say(f"{section.name}: this process drew {count} images")
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Draws the batches of one generator in actors, and checks that all of them have the dataset's model."""
+
+    engine: Engine
+    config: SynthConfig
+    plan: SynthPlan
+    part: int
+
+    def __call__(
+        self, orders: Iterable[tuple[BatchKey, tuple[Cell, ...]]], count: int
+    ) -> Iterator[tuple[BatchKey, DrawnBatch]]:
+        section = self.config.generators[self.part]
+        prompts = tuple(row.prompt for row in self.plan.prompts)
+        opened = OpenPainter(section, self.engine.device, self.config.latents, prompts)
+        seen = False
+        for key, drawn in self.engine.run(opened, orders, count):
+            _check_same_model(self.config.out, section.name, drawn.provenance)
+            for line in () if seen else drawn.cut:
+                say(line)
+            seen = True
+            yield key, drawn.batch
 
 
 def _check_rewards(config: SynthConfig, plan: SynthPlan, rewards: list[Reward]) -> None:
@@ -145,18 +217,6 @@ def make_plan(config: SynthConfig) -> SynthPlan:
         wanted.source, wanted.n, config.seed, column=wanted.column, split=wanted.split, unique=wanted.unique
     )
     return SynthPlan(tuple(rows), tuple(parts), config.seed)
-
-
-def drawer(generator: Generator, section: GeneratorSection, latents: bool) -> Draw:
-    """Return the function with which `draw_part` draws a batch."""
-
-    settings = sampling_settings(section)
-
-    def draw(prompts: list[str], seeds: list[int]) -> list[Drawn]:
-        drawn = generator.draw(prompts, seeds, settings, options=section.options, latents=latents)
-        return [Drawn(image, latent) for image, latent in drawn]
-
-    return draw
 
 
 def estimate(config: SynthConfig, plan: SynthPlan, device: str) -> None:
@@ -235,18 +295,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def provenance_of(section: GeneratorSection, generator: Generator) -> dict[str, Any]:
-    """Return what is written beside each image of a generator."""
-    provenance: dict[str, Any] = {**generator.facts(), "model": section.model.path}
-    provenance |= section.model_dump(
-        mode="json", include={"steps", "guidance_scale", "negative_prompt", "height", "width", "options", "prior"}
-    )
-    provenance["licence"] = section.licence or licence_name(section.model.path)
-    provenance["scheduler_options"] = section.scheduler.options if section.scheduler else {}
-    provenance["weights"] = None if section.weights is None else weights_digest(section.weights)
-    return provenance
 
 
 def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files.images import displayed_size
 from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
-from diffalign.objectives import has_preference
+from diffalign.objectives import check_labels, has_preference
 from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say
@@ -102,7 +102,9 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
 
 
 def _check_preferences(config: TrainConfig, labels: ChosenLabels) -> None:
-    """Refuse data in which no group prefers an image to another."""
+    """Refuse labels that the objective does not take, and data in which no group prefers an image to another."""
+    if problem := check_labels(labels.rewards, config.objective.kind.label_kind):
+        raise DiffalignError(f"labels.source={config.labels.source}: {problem}")
     if config.objective.kind.label_kind != "none" and not has_preference(labels.rewards, labels.mask).any():
         raise DiffalignError(
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "

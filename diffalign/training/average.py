@@ -22,6 +22,12 @@ def examine_average(decay: AverageDecay | None, steps: int) -> list[Finding]:
     return [Finding("average_is_start", 0, f"after {steps} steps {share:.0%} of it is the weights before the first")]
 
 
+def move_average(average: Parameters | Weights, policy: Parameters, kept: float) -> None:
+    """Move an average towards weights of the same names, so that `kept` of it stays."""
+    weights = [policy[name].detach() for name in average]
+    torch._foreach_lerp_([value.detach() for value in average.values()], weights, 1 - kept)
+
+
 def start_average(policy: Parameters, decay: AverageDecay | None) -> Weights | None:
     """Return copies of the weights, for an average that begins with them; None where no average is wanted."""
     return {name: p.detach().clone() for name, p in policy.items()} if decay else None
@@ -30,8 +36,7 @@ def start_average(policy: Parameters, decay: AverageDecay | None) -> Weights | N
 def update_average(state: TrainState, step: int) -> None:
     """Move the average towards the weights as they are after step 0, 1, ..."""
     if state.decay and state.average is not None:
-        weights = [p.detach() for p in state.policy.values()]
-        torch._foreach_lerp_(list(state.average.values()), weights, 1 - state.decay.at(step))
+        move_average(state.average, state.policy, state.decay.at(step))
 
 
 @torch.no_grad()

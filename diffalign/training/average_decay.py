@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffalign.config.model import PolicySection
 from diffalign.config.run import AveragedStepSection
 
 
@@ -41,3 +42,10 @@ class AverageDecay:
 def decay_of(train: AveragedStepSection) -> AverageDecay | None:
     """Return the decay that a config's `train` section states; None where it wants no average."""
     return None if train.ema_decay is None else AverageDecay(train.ema_decay, train.ema_warmup, train.ema_slope)
+
+
+def reference_decay(tune: PolicySection) -> AverageDecay | None:
+    """Return the decay of a reference that averages the policy; None where the reference stays as it is."""
+    if tune.reference != "ema":
+        return None
+    return AverageDecay(tune.reference_decay, tune.reference_warmup, tune.reference_slope)

@@ -1,6 +1,7 @@
 """Checkpoints: everything an exact resume needs, in safetensors and JSON, written under another name and renamed.
 
 checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
+                            reference.safetensors (if the reference moves)
 A run that trains further networks (distillation: "fake") has NAME.safetensors and NAME_optimizer.safetensors of each.
 """
 
@@ -53,8 +54,8 @@ class TrainState:
     """Everything that training changes, and so what a checkpoint holds.
 
     ema: a second set of the policy's weights: their moving average where `decay` is set; a judge keeps the policy of its
-    outer iteration there. sharded: weights are cut over the processes, so all of them take part in saving. store: written
-    before a checkpoint is.
+    outer iteration there. reference: the weights of a reference that moves. sharded: weights are cut over the processes, so
+    all of them take part in saving. store: written before a checkpoint is.
     """
 
     policy: Parameters
@@ -66,6 +67,7 @@ class TrainState:
     partners: dict[str, Partner] = field(default_factory=dict)
     sharded: bool = False
     store: Flushable | None = None
+    reference: Parameters | None = None
 
     @property
     def average(self) -> Weights | None:
@@ -134,6 +136,9 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         save_file(tensors, part / "optimizer.safetensors")
         if state.ema is not None:
             save_file(averages, part / "ema.safetensors")
+        if state.reference is not None:
+            moving = {k: v.detach().cpu().contiguous() for k, v in state.reference.items()}
+            save_file(moving, part / "reference.safetensors")
         for name, partner in state.partners.items():
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
@@ -187,6 +192,9 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
     policy = read_tensors(path, record, "policy.safetensors", state.policy)
     tensors = read_tensors(path, record, "optimizer.safetensors")
     averages = read_tensors(path, record, "ema.safetensors", state.ema) if state.ema is not None else {}
+    moving = {}
+    if state.reference is not None:
+        moving = read_tensors(path, record, "reference.safetensors", state.reference)
     others = {
         name: (
             read_tensors(path, record, f"{name}.safetensors", partner.parameters),
@@ -199,6 +207,8 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
             parameter.copy_(placed(policy[name], parameter))
         for name, average in (state.ema or {}).items():
             average.copy_(placed(averages[name], average))
+        for name, weight in (state.reference or {}).items():
+            weight.copy_(moving[name])
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])

@@ -277,7 +277,9 @@ class MemoryPrediction:
         plain = {
             "model": config.model.model_copy(update={"compile": False}),
             "train": config.train.model_copy(update={"shard": "none"}),
-            "tune": config.tune.model_copy(update={"init": None, "reference": "init"}),
+            "tune": config.tune.model_copy(
+                update={"init": None, "reference": "ema" if config.tune.reference == "ema" else "init"}
+            ),
         }
         prepare_policy(config.model_copy(update=plain), backbone, self.objective)
         self.trained = list(backbone.trainable().values())
@@ -303,10 +305,13 @@ class MemoryPrediction:
         )
         states = optimizer_bytes(config.optimizer.name, self.trained)
         cut = self.processes if config.train.shard == "fsdp2" else 1
-        own_reference = tune.init is not None and tune.reference == "init"
+        moves = tune.reference == "ema"
+        own_reference = moves or (tune.init is not None and tune.reference == "init")
         full = tune.kind == "full"
         if full:
-            reference = self.frozen // cut if objective.needs_reference else 0
+            reference = self.frozen // cut if objective.needs_reference and not moves else 0
+            if moves:  # a copy in float32, and the base beside it where the loss is anchored to it
+                reference = 4 * self.trainable + (self.frozen if objective.needs_anchor_gap else 0)
         else:
             reference = 4 * self.trainable if own_reference else 0
         parts = {

@@ -158,6 +158,18 @@ def test_mistakes_in_an_argument_name_it(tmp_path: Path, override: str, expected
             "labels.stats: minmax takes exactly max and min",
         ),
         (["times.std=2"], "times.std: mean and std shape logit_normal times only"),
+        (["times.sampler=schedule"], "times.sampler: sampler=schedule and steps go together"),
+        (["times={sampler: schedule, steps: 4, skip: 4}"], "times.skip: skip=4 leaves no time of 4 to draw"),
+        (["times={sampler: schedule, steps: 4, shift: 3.0}"], "times.shift: the schedule has the model's own shift"),
+        (["labels={source: scores.a, spread: group}"], "labels.spread: only advantages have a spread"),
+        (
+            ["labels={source: scores.a, transform: advantage, spread: group, stats: {std: 1.0}}"],
+            "labels.stats: statistics serve minmax, zscore and combined labels, and advantages",
+        ),
+        (
+            ["labels={source: scores.a, transform: zscore}", "objective.name=awm"],
+            "labels.transform: awm takes advantages, which are above 0 for good images",
+        ),
         (["optimizer.warmup_steps=20"], "optimizer.warmup_steps: the warm-up of 20 steps does not end within"),
         (["tracking.trackers=[wandb, wandb]"], "tracking.trackers: a tracker is named twice"),
         (["train.ema_decay=1"], "train.ema_decay should be less than 1, not 1"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_card import write_own_card
-from diffalign.data.labels import labels
+from diffalign.data.labels import advantages, labels, scaled
 from diffalign.data.prompts import PromptRow, hub_prompts, read_prompts, unique_prompts
 from diffalign.data.rank import rank
 from diffalign.data.sample import image_seed, sample_groups
@@ -355,6 +355,15 @@ def test_ranking_and_its_control(folder: Path) -> None:
     assert shuffled != shares and [sorted(s) for s in shuffled] == [sorted(s) for s in shares]
 
 
+def test_advantages_of_ties_and_of_images_without_a_score() -> None:
+    raw = [np.array([0.3, 0.3, np.nan]), np.array([0.1, np.nan, 0.9]), np.array([0.0] * 70 + [1.0])]
+    tied, gap, outlier = advantages(raw, None)
+    assert tied[:2].tolist() == [0.0, 0.0] and np.isnan(tied[2])
+    assert gap[[0, 2]] == pytest.approx([-0.4 / 0.4001, 0.4 / 0.4001]) and np.isnan(gap[1])
+    assert outlier[-1] == 5.0
+    assert scaled(raw, "optimality", {})[2][-1] == 1.0 and scaled(raw, "optimality", {})[0][0] == 0.5
+
+
 def test_labels(folder: Path) -> None:
     dataset = PreferenceDataset(folder)
     score_images(dataset, Brightness())
@@ -367,6 +376,13 @@ def test_labels(folder: Path) -> None:
     for got, want in zip(labels(dataset, [0, 1, 2], "scores.brightness", "minmax", stats), raw, strict=True):
         assert got == pytest.approx(want / 255)
     assert labels(dataset, [2], "scores.brightness", "votes")[0].sum() == 1.0
+    deviation = np.concatenate(raw).std()
+    whole, own = (labels(dataset, [0, 1, 2], "scores.brightness", "advantage", None, s) for s in ("dataset", "group"))
+    for at, values in enumerate(raw):
+        assert whole[at] == pytest.approx((values - values.mean()) / (deviation + 1e-4))
+        assert own[at] == pytest.approx((values - values.mean()) / (values.std() + 1e-4))
+    shared = labels(dataset, [2], "scores.brightness", "optimality", {"std": 0.01})[0]
+    assert shared == pytest.approx(np.clip((raw[2] - raw[2].mean()) / 0.0101 / 10 + 0.5, 0, 1))
     assert labels(dataset, [2])[0] == pytest.approx([0, 1])
 
 

@@ -15,7 +15,7 @@ from diffalign.data.dataset import ImageRow
 from diffalign.data.imported import ImportedGroup, write_imported
 from diffalign.errors import DiffalignError
 from diffalign.files import images
-from diffalign.files.images import Unreadable, decode, displayed_size
+from diffalign.files.images import Unreadable, area, decode, displayed_size
 from diffalign.judge.forward import open_image
 from diffalign.rewards.pixels import crop_square
 from helpers import pictures
@@ -101,6 +101,13 @@ def test_no_reader_starts_another_program(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_reader_has_the_limit_of_pixels() -> None:
     with pytest.raises(DiffalignError, match="40000 x 40000 pixels|exceeds limit"):
         ImageRow("g", 0, pictures.bomb(), "", 0).decode()
+
+
+def test_the_area_is_read_without_the_pixels() -> None:
+    """The pixels of the PNG are cut off: what decodes it to find its orientation would find nothing."""
+    whole = pictures.encoded(Image.new("RGB", (300, 200)), "PNG")
+    assert area(whole[:45]) == area(whole) == 60_000
+    assert area(b"no image") == area(b"") == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError, KeyError, MemoryError])

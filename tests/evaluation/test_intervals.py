@@ -22,8 +22,9 @@ from diffalign.report.images import Candidate
 from diffalign.report.model_card import write_card
 from diffalign.report.render import verdicts, write_report
 from diffalign.report.runs import read_run
-from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
+from diffalign.scoring.compare_folders import comparison_table, outcomes
 from diffalign.scoring.human_agreement import Choice, agree, agreement_table
+from diffalign.scoring.pairing import pair_up
 from diffalign.stages import rounds
 from helpers.run_directory import comparison, make_run
 from helpers.scored_items import made
@@ -84,7 +85,7 @@ def test_images_of_few_prompts_are_few_however_many() -> None:
     """Seven prompts with 50 images each are seven prompts, in each of the tables of `score`."""
     values, prompts = [float(i) for i in range(350)], [f"p{i % 7}" for i in range(350)]
     a, b = made(values, [*prompts]), made([v + 1 for v in values], [*prompts], side="b")
-    table = shown(comparison_table(outcomes(a, b, pair_up(a, b))))
+    table = shown(comparison_table(outcomes(a, b, pair_up(a.items, b.items))))
     assert FEW.format(7) in re.sub(r"\s+", " ", table) and "+1.0000 to" not in table
     choices = [Choice(i, i + 7, 1, prompts[i]) for i in range(343)]
     assert agree(choices, a, "r").interval.words() == FEW.format(7)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.config import TrainConfig
+from diffalign.objectives import OBJECTIVES
 from diffalign.pipelines.process import Flow
 from diffalign.training.device import start_accelerator
 from diffalign.training.preference.method import Preference
@@ -38,12 +39,16 @@ class Trunk(nn.Module):
         self.down = nn.Parameter(torch.randn(WIDTH + 4, 3, generator=generator) / 6)
         self.up = nn.Parameter(torch.zeros(3, WIDTH))
         self.adapted = True
+        self.second = nn.ParameterDict()
+        self.following = False
 
     def forward(self, x: Tensor, prompt: Tensor, time: Tensor) -> Tensor:
         features = torch.cat([x.flatten(1), prompt, time[:, None]], dim=1)
         out = features @ self.base
         if self.adapted:
             out = out + features @ self.down @ self.up
+        elif self.following:
+            out = out + features @ self.second["down"] @ self.second["up"]
         return out.view_as(x)
 
 
@@ -60,13 +65,21 @@ class ToyBackbone:
     def add_lora(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def follow_policy(self, keep_base: bool = False) -> None:
+        for name, value in self.trainable().items():
+            self.trunk.second[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
+
+    def followers(self) -> dict[str, nn.Parameter]:
+        return dict(self.trunk.second.items())
+
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
         self.trunk.adapted = name == "policy"
+        self.trunk.following = name == "reference" and len(self.trunk.second) > 0
         try:
             yield
         finally:
-            self.trunk.adapted = True
+            self.trunk.adapted, self.trunk.following = True, False
 
     def predict(
         self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor], module: nn.Module | None = None
@@ -121,6 +134,17 @@ class ToySource:
             names,
             names,
         )
+
+
+def labelled(objective: str) -> ToySource:
+    """A source whose labels an objective takes: roles, advantages, or shares in [0, 1], in the order of the rewards."""
+    source = ToySource()
+    places = source.rewards.argsort(dim=1).argsort(dim=1)
+    kind = OBJECTIVES[objective].label_kind
+    source.rewards = (places >= 2).float() if kind == "role" else places / (source.rewards.shape[1] - 1)
+    if kind == "advantage":
+        source.rewards = source.rewards - 0.5
+    return source
 
 
 class SlowSource:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from diffalign.files.images import Unreadable, decode, read_file
 from diffalign.rewards import load_reward, pixel_rewards
-from diffalign.scoring import run as scoring
+from diffalign.scoring import batches as scoring
 from diffalign.scoring.sources import Prompting
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures

@@ -151,8 +151,9 @@ def mixed_groups(rows: slice = slice(None)) -> GroupErrors:
     """Four groups of three images with everything that any objective asks for."""
     generator = torch.Generator().manual_seed(1)
     policy, reference, rewards = (torch.rand(4, 3, generator=generator, dtype=torch.float64)[rows] for _ in range(3))
+    gap = policy.square()
     roles = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(4, 3)[rows]
-    return GroupErrors(policy, reference, rewards, prediction_gap=policy.square(), role=roles)
+    return GroupErrors(policy, reference, rewards, prediction_gap=gap, role=roles, anchor_gap=gap)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -180,6 +181,7 @@ def test_an_objective_is_what_it_states(name: str) -> None:
         group.rewards,
         prediction_gap=group.prediction_gap if kind.needs_gap else None,
         role=group.role if kind.label_kind == "role" else None,
+        anchor_gap=group.anchor_gap if kind().needs_anchor_gap else None,
     )
     torch.testing.assert_close(kind()(bare).loss, kind()(group).loss, rtol=0, atol=0)
     if kind.single_margin:

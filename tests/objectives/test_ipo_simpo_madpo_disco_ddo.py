@@ -102,7 +102,7 @@ def test_simpo_needs_no_reference_and_is_dpo_where_the_reference_says_nothing() 
 
 
 def test_madpo_by_hand() -> None:
-    loss, gradient, metrics = solve(MADPO(100.0, hard=4.0, easy=0.5, reward_scale=0.5), errors(*PAIR))
+    loss, gradient, metrics = solve(MADPO(100.0, "exponential", hard=4.0, easy=0.5, reward_scale=0.5), errors(*PAIR))
     h = 2.0
     weight = sigmoid((0.5 + 3.5 * math.exp(-h)) * h) / sigmoid(h)
     assert metrics["pair_weight"] == pytest.approx(weight)
@@ -113,7 +113,7 @@ def test_madpo_by_hand() -> None:
 @pytest.mark.parametrize("h", [0.02, 0.4, 1.5, 6.0])
 def test_madpo_leads_to_a_multiple_of_the_rewards_margin(h: float) -> None:
     """Both orders of a pair come up in Bradley-Terry's proportion; the weighted loss is minimal where it was derived."""
-    objective = MADPO(hard=3.0, easy=0.25)
+    objective = MADPO(shape="exponential", hard=3.0, easy=0.25)
     forward, back = (objective.weight(torch.tensor(x, dtype=torch.float64)).item() for x in (h, -h))
     margins = np.linspace(-20, 20, 400_001)
     risk = sigmoid(h) * forward * np.logaddexp(0, -margins) + sigmoid(-h) * back * np.logaddexp(0, margins)
@@ -122,12 +122,47 @@ def test_madpo_leads_to_a_multiple_of_the_rewards_margin(h: float) -> None:
 
 
 def test_madpo_weighs_close_pairs_more_and_is_dpo_when_told_so() -> None:
-    weights = MADPO().weight(torch.tensor([0.0, 0.3, 2.0, 5.0], dtype=torch.float64))
+    weights = MADPO(shape="exponential", hard=4.0).weight(torch.tensor([0.0, 0.3, 2.0, 5.0], dtype=torch.float64))
     assert weights[0] == 1 and weights[1] > 1 > weights[2] and weights.min() > 0.5 and weights.max() < 2
     group = errors(*PAIR)
     assert solve(MADPO(100.0, hard=1.0, easy=1.0), group)[:2] == solve(DiffusionDPO(100.0), group)[:2]
     tied = errors(PAIR[0], PAIR[1], [0.5, 0.5])
     assert solve(MADPO(100.0), tied)[2]["pair_weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("turn", "factors", "weights"),
+    [
+        (
+            2.0,
+            [0.50185676, 1.36417533, 1.68047906, 1.53715768, 1.0, 0.59506841, 0.50185676],
+            [1.0, 0.75690289, 1.0, 1.09760326, 1.0, 0.93207515, 0.98260380],
+        ),
+        (
+            math.log(999),
+            [0.71527339, 1.99188117, 1.99700300, 1.99506517, 1.97813410, 1.85219726, 0.71527339],
+            [1.0, 0.44640943, 1.0, 1.17368821, 1.11401921, 1.01769901, 0.99707250],
+        ),
+    ],
+)
+def test_madpo_as_released(turn: float, factors: list[float], weights: list[float]) -> None:
+    h = torch.tensor([-8.0, -1.0, 0.0, 0.5, 2.0, 4.0, 8.0], dtype=torch.float64)
+    objective = MADPO(turn=turn)
+    assert objective.factor(h).tolist() == pytest.approx(factors, abs=6e-9)
+    assert objective.weight(h).tolist() == pytest.approx(weights, abs=6e-9)
+
+
+def test_madpo_as_released_in_a_loss_and_at_its_edges() -> None:
+    # beta times the margin is 0.3, h = 0.5.
+    group = errors([0.0, 0.6], [0.0, 0.0], [0.5, 0.0])
+    assert solve(MADPO(1.0), group)[0] == pytest.approx(0.60846212, abs=6e-9)
+    h = torch.tensor([-900.0, -1.0, 0.0, 3.0, 900.0], dtype=torch.float64)
+    for hard, easy in ((1.0, 0.5), (2.0, 1.0), (1.0, 1.0)):
+        assert MADPO(hard=hard, easy=easy).factor(h).tolist() == [1.0] * 5
+    assert MADPO(hard=1 + 1e-9).factor(h).tolist() == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5], abs=1e-8)
+    assert MADPO(easy=1 - 1e-9).factor(h).tolist() == pytest.approx([1.0] * 5, abs=1e-7)
+    with pytest.raises(ValueError, match="shape=released needs easy <= 1 <= hard"):
+        MADPO(hard=0.9)
 
 
 # --- the winner's error may not rise -----------------------------------------------------------------------------

@@ -164,6 +164,18 @@ def test_times_follow_their_distribution() -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("skip", [0, 3])
+def test_times_of_the_schedule_come_up_alike(process: NoiseProcess, skip: int) -> None:
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    times = process.draw_times(u, "schedule", steps=10, skip=skip)
+    visited = process.schedule(10)[skip:-1]
+    for time in visited:
+        assert int((times == time).sum()) == pytest.approx(1000 / len(visited), abs=1)
+    assert torch.equal(times, times.sort().values), "larger draws are noisier"
+    assert process.draw_times(torch.ones(1, dtype=torch.float64), "schedule", steps=10, skip=skip) == visited[0]
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 @pytest.mark.parametrize("sampler", ["uniform", "logit_normal"])
 def test_extreme_draws_stay_in_range(process: NoiseProcess, sampler: str) -> None:
     times = process.draw_times(torch.tensor([0.0, 1e-300, 1.0 - 1e-16, 1.0], dtype=torch.float64), sampler)

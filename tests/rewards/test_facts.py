@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from diffalign.data.prompts import read_prompts
+from diffalign.files.facts import fault_of_facts, geneval_facts
 from diffalign.rewards.detection import Detection
-from diffalign.rewards.facts import fault_of_facts, geneval_facts
 from diffalign.rewards.geneval import GenEvalReward
 from diffalign.scoring.sources import collect
 from helpers import pictures

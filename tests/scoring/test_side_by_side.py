@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffalign.scoring.compare_folders import outcomes, pair_up, verdict_lines
+from diffalign.scoring.compare_folders import outcomes, verdict_lines
 from diffalign.scoring.items import FileOrigin, Item
+from diffalign.scoring.pairing import pair_up
 from diffalign.scoring.run import Scores
 from diffalign.scoring.side_by_side import write_side_by_side
 from helpers import pictures
@@ -25,7 +26,9 @@ EVIL = '<script>alert("x")</script> "a\' onerror=alert(1)'
 
 def shown(tmp_path: Path, a: list[float], b: list[float], prompts: list[str | None], most: int = 200) -> Tags:
     sides = made(a, prompts), made(b, prompts, side="b")
-    write_side_by_side(tmp_path / "p.html", *sides, pair_up(*sides), ("A folder", "B folder"), most)
+    write_side_by_side(
+        tmp_path / "p.html", *sides, pair_up(*(side.items for side in sides)), ("A folder", "B folder"), most
+    )
     return Tags((tmp_path / "p.html").read_text())
 
 
@@ -44,7 +47,7 @@ def test_text_stays_text_and_nothing_is_fetched(tmp_path: Path) -> None:
         )
         for side in "ab"
     ]
-    write_side_by_side(tmp_path / "p.html", *sides, pair_up(*sides), (EVIL, EVIL))
+    write_side_by_side(tmp_path / "p.html", *sides, pair_up(*(side.items for side in sides)), (EVIL, EVIL))
     html = (tmp_path / "p.html").read_text()
     page = Tags(html)
     names = [name for name, _ in page.tags]
@@ -119,7 +122,7 @@ def test_the_verdict_counts_ties_and_claims_no_more_than_the_interval(
 ) -> None:
     prompts: list[str | None] = [f"p{i}" for i in range(len(a))]
     sides = made(a, prompts), made(b, prompts, side="b")
-    assert verdict_lines(outcomes(*sides, pair_up(*sides))) == [words]
+    assert verdict_lines(outcomes(*sides, pair_up(*(side.items for side in sides)))) == [words]
 
 
 def test_the_command_writes_the_page_and_no_table_of_nothing(
@@ -178,7 +181,7 @@ def test_names_and_prompts_pair_each_image_once(
     prompts = in_order if how != "name" else [None] * 3
     a = made([1.0] * len(ours), prompts[: len(ours)], ours)
     b = made([1.0] * len(theirs), prompts[: len(theirs)], theirs, "b")
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     assert pairing.how == how
     assert sorted(pair for group in pairing.prompts for pair in group) == pairs
     assert pairing.unpaired == len(ours) + len(theirs) - 2 * len(pairs)
@@ -192,7 +195,7 @@ def test_numbers_within_groups_of_datasets_tell_nothing() -> None:
     a, b = made([1.0] * 2, ["p", "q"], ["g/0", "g/1"]), made([1.0] * 2, ["q", "p"], ["k/0", "k/1"], "b")
     for side in (a, b):
         side.items[:] = [replace(item, origin=InTable()) for item in side.items]
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     assert pairing.how == "prompt" and pairing.prompts == [[(0, 1)], [(1, 0)]]
 
 

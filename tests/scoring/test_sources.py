@@ -19,9 +19,10 @@ from diffalign.evaluation.compare import compare
 from diffalign.files.images import Unreadable, decode
 from diffalign.rewards import load_reward
 from diffalign.scoring.captions import PromptTable, from_name
-from diffalign.scoring.compare_folders import compare_scores, heading, pair_up
+from diffalign.scoring.compare_folders import compare_scores
 from diffalign.scoring.gallery import choose
 from diffalign.scoring.human_agreement import agree, read_choices
+from diffalign.scoring.pairing import heading, pair_up
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import faults, summarise
 from diffalign.scoring.sources import Prompting, collect
@@ -155,7 +156,7 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
     prompts: list[str | None] = ["p", "p", "q", None]
     a = made([1.0, 2.0, 3.0, math.nan], prompts)
     b = made([2.0, 2.0, 2.0, 9.0], prompts, side="b")
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     assert pairing.how == "name"
     assert pairing.prompts == [[(0, 0), (1, 1)], [(2, 2)], [(3, 3)]]
     found = compare_scores(a, b, pairing)["r"]
@@ -165,12 +166,12 @@ def test_against_pairs_by_name_then_by_prompt() -> None:
     assert found.difference == pytest.approx((0.5 - 1) / 2)
     assert (found.low, found.high, found.win_low, found.win_high) == (None,) * 4
     other = made([5.0, 0.0], ["q", "p"], ["x.png", "y.png"], "b")
-    by_prompt = pair_up(a, other)
+    by_prompt = pair_up(a.items, other.items)
     assert by_prompt.how == "prompt"
     assert by_prompt.prompts == [[(0, 1)], [(2, 0)]]
     assert by_prompt.unpaired == 2
     with pytest.raises(DiffalignError, match="same name or the same prompt"):
-        pair_up(a, made([1.0], ["z"], ["z.png"], "b"))
+        pair_up(a.items, made([1.0], ["z"], ["z.png"], "b").items)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_equal_names_with_other_prompts(
     theirs: list[str | None], how: str, pairs: list[tuple[int, int]], other: int
 ) -> None:
     a, b = made([1.0] * 3, ["p0", "p1", "p2"]), made([1.0] * 3, theirs, side="b")
-    pairing = pair_up(a, b)
+    pairing = pair_up(a.items, b.items)
     assert pairing.how == how and pairing.other_prompt == other
     assert sorted(pair for group in pairing.prompts for pair in group) == pairs
     assert ("with different prompts" in heading(pairing)) == bool(other)
@@ -198,7 +199,7 @@ def test_against_agrees_with_evaluation() -> None:
     x, y = rng.normal(size=40), rng.normal(0.3, size=40)
     prompts: list[str | None] = [f"p{i}" for i in range(40)]
     a, b = made(x.tolist(), prompts), made(y.tolist(), prompts, side="b")
-    assert compare_scores(a, b, pair_up(a, b))["r"] == compare(x[:, None], y[:, None])
+    assert compare_scores(a, b, pair_up(a.items, b.items))["r"] == compare(x[:, None], y[:, None])
 
 
 def test_agreement_counts_ties(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, accepted, find_reward
-from diffalign.scoring.compare_folders import comparison_table, outcomes, pair_up
+from diffalign.scoring.compare_folders import comparison_table, outcomes
 from diffalign.scoring.describe_rewards import written
 from diffalign.scoring.human_agreement import Choice, agreement_table
 from diffalign.scoring.list_rewards import WRITTEN, rewards_table
+from diffalign.scoring.pairing import pair_up
 from diffalign.scoring.run import Scores
 from diffalign.scoring.score_summary import summarise, summary_table
 from diffalign.terminal import name_cell, shortened
@@ -50,7 +51,7 @@ def tables(count: int) -> list[Table]:
     choices = [Choice(i, i + 1, 1, f"p{i}") for i in range(count - 1)]
     return [
         summary_table(summarise(a), f"{count} images"),
-        comparison_table(outcomes(a, b, pair_up(a, b))),
+        comparison_table(outcomes(a, b, pair_up(a.items, b.items))),
         agreement_table(choices, a),
     ]
 

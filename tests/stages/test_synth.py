@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -236,6 +237,19 @@ def test_latents_are_kept(world: Callable[..., Path]) -> None:
     rows = pq.read_table(world("whole", "latents=true") / "images" / "part-00000.parquet").to_pylist()
     assert rows[0]["latent_shape"] == [1, 2, 2]
     assert np.frombuffer(rows[0]["latent"], np.float16).tolist() == [rows[0]["seed"] % 7] * 4
+
+
+def test_prompts_from_and_a_dataset_to_an_address(world: Callable[..., Path], tmp_path: Path) -> None:
+    expected = tree(world("whole"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "prompts.txt"), "/synth/prompts.txt")
+    given = ("prompts.source=memory://synth/prompts.txt", "upload=memory://synth/data")
+    assert tree(world("some", *given)) == expected
+    memory.get("/synth/data", str(tmp_path / "back"), recursive=True)
+    assert tree(tmp_path / "back") == expected
+    memory.rm("/synth", recursive=True)
+    with pytest.raises(DiffalignError, match="upload=data: no address"):
+        world("other", "upload=data")
 
 
 def test_dry_run_writes_nothing(world: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,11 @@ def make_draws(
             every = every[np.argsort(~labelled[row].numpy()[every], kind="stable")]
         chosen.append(np.sort(every[:size]))
         dropped.append(bool(one("prompt_dropout", slot, group).random() < config.train.prompt_dropout))
-    times = process.draw_times(torch.tensor(uniform, dtype=torch.float64), **config.times.model_dump())
+    fractions = torch.tensor(uniform, dtype=torch.float64)
+    if config.times.stratified:
+        # The order of the groups is random, so their places in the step say nothing about them.
+        fractions = (torch.tensor(slots) + fractions) / config.train.groups_per_step
+    times = process.draw_times(fractions, **config.times.density())
     if config.noise == "inverted":
         times = process.invertible_times(times, config.inversion.steps)
     return Draws(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffalign.config import TrainConfig
 from diffalign.pipelines import Backbone
-from diffalign.training.average import start_average
-from diffalign.training.average_decay import decay_of
+from diffalign.training.average import move_average, start_average
+from diffalign.training.average_decay import decay_of, reference_decay
 from diffalign.training.checkpoint import TrainState
 from diffalign.training.device import share_of_step
 from diffalign.training.finite import FiniteGuard
@@ -64,10 +64,11 @@ class Preference:
         self.policy = backbone.trainable()
         optimizer = build_optimizer(config.optimizer, self.policy.values())
         self.sharded = train.shard == "fsdp2"
-        decay = decay_of(train)
+        decay, self.reference_decay = decay_of(train), reference_decay(config.tune)
         self.state = TrainState(
             self.policy, optimizer, start_average(self.policy, decay), decay,
             scaler=accelerator.scaler, sharded=self.sharded, store=self.store,
+            reference=backbone.followers() if self.reference_decay else None,
         )  # fmt: skip
 
         # ---- Several processes: DDP averages gradients; weights that are cut over processes do so themselves ----
@@ -100,6 +101,8 @@ class Preference:
         elif accelerator.scaler is not None:
             accelerator.scaler.update()  # it expects one after every unscaled gradient, and lowers its scale on overflow
         self.optimizer.zero_grad()
+        if self.reference_decay and self.state.reference is not None:
+            move_average(self.state.reference, self.policy, self.reference_decay.at(step))
 
         # ---- Numbers: kept on the device until a row is due; beta of the next step depends on this one's ----
         self.plain: dict[str, float | Tensor] = {"grad_norm": norm, "lr": rate}

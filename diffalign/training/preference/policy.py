@@ -17,15 +17,17 @@ def build_objective(section: ObjectiveSection) -> Objective:
 def prepare_policy(config: TrainConfig, backbone: Backbone, objective: Objective) -> bool:
     """Make the policy trainable; return whether it equals the reference by construction."""
     tune = config.tune
-    own = tune.reference == "init"
+    own = tune.reference != "base"
     make_trainable(backbone, tune, config.seed, keep_reference=objective.needs_reference, init_is_reference=own)
+    if tune.reference == "ema":
+        backbone.follow_policy(keep_base=objective.needs_anchor_gap)
     if config.train.shard == "fsdp2":
         shard(backbone)
     if config.model.compile:
         backbone.compile_blocks(dynamic=config.data.buckets != "none")
         # Graphs with and without gradient may round differently in 16 bits.
         return False
-    if tune.kind == "full":
+    if tune.kind == "full" and tune.reference != "ema":
         # The policy trains in float32; a reference kept in half precision rounds differently.
         return backbone.dtype == torch.float32
     return own or tune.init is None

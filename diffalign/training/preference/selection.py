@@ -84,8 +84,9 @@ def loser_by_score(ranked: Tensor, labels: Tensor, phase: int, phases: int) -> T
 def weights_by_gap(gaps: np.ndarray, strength: float) -> np.ndarray:
     """Return the weight of each group, mean 1: close labels count more, clear ones less.
 
-    In the spirit of DA-DPO (arXiv 2601.00623), which weighs pairs by how hard they are to tell apart and maps its scores
-    through their own distribution; the form is ours: 1 + strength (1 - 2 Phi(z)) with z the gap's z-score over the dataset.
+    Ours: 1 + strength (1 - 2 Phi(z)) with z the gap's z-score over the dataset. DA-DPO (arXiv 2601.00623) also looks at how
+    hard pairs are to tell apart, but puts its strength inside the sigmoid and gives more of it to clear pairs (`strength:
+    gap` of dpo).
     """
     spread = gaps.std()
     z = (gaps - gaps.mean()) / spread if spread > 0 else np.zeros(len(gaps))

@@ -39,7 +39,9 @@ def is_outlier(norm: float | Tensor, factor: float | None, memory: Memory) -> bo
 
 
 def with_auto_beta(objective: Objective, target: float | None, memory: Memory) -> Objective:
-    """Return the objective with the beta at which the mean margin gives the gradient factor sigmoid(-margin) = `target`.
+    """Return the objective with the beta at which the mean margin gives a gradient factor of `target`.
+
+    The gradient factor is sigmoid(offset - margin), the offset being that of dpo.
 
     The margin is beta times a size that is remembered as a moving average; before there is one, and while it is not above
     0, beta stays what it was. Objectives other than dpo and smpo, which the config refuses, stay as they are.
@@ -49,7 +51,8 @@ def with_auto_beta(objective: Objective, target: float | None, memory: Memory) -
     size = memory.get("margin_size", 0.0) / (1 - AUTO_BETA_MEMORY ** memory.get("margin_count", 0) or 1.0)
     if size <= 0:
         return objective
-    wanted = math.log((1 - target) / target) / size
+    offset = objective.offset if isinstance(objective, DiffusionDPO) else 0.0
+    wanted = (math.log((1 - target) / target) + offset) / size
     low, high = objective.beta / AUTO_BETA_REACH, objective.beta * AUTO_BETA_REACH
     return dataclasses.replace(objective, beta=min(max(wanted, low), high))
 

@@ -115,6 +115,26 @@ def _predicted(
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What predictions of policy, reference and base are worth, in native space: see `GroupErrors` for each."""
+
+    policy_error: Tensor
+    reference_error: Tensor | None
+    gap: Tensor | None
+    anchor_gap: Tensor | None
+    residuals: Tensor | None
+
+
+def _mixed_residuals(objective: Objective, policy: Tensor, reference: Tensor | None, target: Tensor) -> Tensor | None:
+    """Return the mean absolute residuals of the mixes that the objective names, [B, k, n], without a gradient."""
+    if not objective.mixed_residuals or reference is None:
+        return None
+    ours, theirs, wanted = (values.detach().float() for values in (policy, reference, target))
+    mixes = (w * ours + (1 - w) * theirs - wanted for w in objective.mixed_residuals)
+    return torch.stack([mix.abs().mean(dim=(2, 3, 4)) for mix in mixes], dim=2)
+
+
+@dataclass(frozen=True)
 class PreferenceOutput:
     """A step's result.
 
@@ -153,26 +173,37 @@ def preference_step(
     inputs = _inputs(config, backbone, batch, draws, chosen, unconditional, recall)
     target = inputs.target.unflatten(0, chosen.shape)
 
-    def reference_prediction() -> Tensor:
+    def frozen_prediction(role: str = "reference") -> Tensor:
         with torch.no_grad():
-            return _predicted(backbone, "reference", inputs, images_per_pass, None).unflatten(0, chosen.shape)
+            return _predicted(backbone, role, inputs, images_per_pass, None).unflatten(0, chosen.shape)
 
     # ---- Reference first: switching adapters between the policy's forward and its backward would lose gradients ----
     reference = reference_error = None
     if objective.needs_reference and config.reference.errors_only:
-        reference_error = recall("error", chosen, lambda: squared_error(reference_prediction(), target))
+        reference_error = recall("error", chosen, lambda: squared_error(frozen_prediction(), target))
         reference_error = to_device(reference_error, backbone.device)
     elif objective.needs_reference:
-        reference = to_device(recall("prediction", chosen, reference_prediction), backbone.device)
+        reference = to_device(recall("prediction", chosen, frozen_prediction), backbone.device)
         reference_error = squared_error(reference, target)
+
+    # ---- The untrained base, where the objective is anchored to it and the reference is another model ----
+    base = None
+    if objective.needs_anchor_gap and not config.tune.reference_is_base:
+        base = frozen_prediction("base")
 
     # ---- Policy, with gradient ----
     policy = _predicted(backbone, "policy", inputs, images_per_pass, module).unflatten(0, chosen.shape)
-    policy_error = squared_error(policy, target)
     gap = None if reference is None else squared_error(policy, reference)
+    compared = Compared(
+        squared_error(policy, target),
+        reference_error,
+        gap,
+        gap if base is None else squared_error(policy, base),
+        _mixed_residuals(objective, policy, reference, target),
+    )
 
     # ---- Objective: of each group's labelled images and no others ----
-    errors = _group_errors(config, objective, backbone, batch, draws, chosen, policy_error, reference_error, gap)
+    errors = _group_errors(config, objective, backbone, batch, draws, chosen, compared)
     sizes = sizes_of(batch.rewards.gather(1, chosen))
     output = by_size(objective, errors, sizes)
     metrics = {"policy_error": member_means(errors.policy_error, sizes), **output.metrics}
@@ -196,22 +227,24 @@ def _group_errors(
     batch: Batch,
     draws: Draws,
     chosen: Tensor,
-    policy_error: Tensor,
-    reference_error: Tensor | None,
-    gap: Tensor | None,
+    compared: Compared,
 ) -> GroupErrors:
     """Return what the objective sees, [B, k] each, in the error space of the config."""
     device = backbone.device
-    scale = to_device(backbone.process.error_scale(draws.times, config.error_space), device)[:, None]
+    process = backbone.process
+    scale = to_device(process.error_scale(draws.times, config.error_space), device)[:, None]
+    reference_error, gap, residuals = compared.reference_error, compared.gap, compared.residuals
     # A group without two labels has no weight, but 0 times NaN would still be NaN.
     labels = to_device(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
     return GroupErrors(
-        policy_error=scale * policy_error,
+        policy_error=scale * compared.policy_error,
         reference_error=None if reference_error is None else scale * reference_error,
         rewards=labels,
         mask=to_device(batch.mask, device),
         order=to_device(draws.order.gather(1, chosen), device),
         prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
         role=labels if objective.label_kind == "role" else None,
-        time=to_device(draws.times, device),
+        time=to_device(draws.times / process.span, device),
+        anchor_gap=compared.anchor_gap if objective.needs_anchor_gap else None,
+        policy_l1=None if residuals is None else scale.sqrt()[:, :, None] * residuals,
     )

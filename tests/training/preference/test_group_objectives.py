@@ -95,6 +95,18 @@ def test_a_group_is_drawn_anew_each_time_it_comes_up() -> None:
         assert torch.equal(vars(first)[name], vars(draws_of(0, None))[name])
 
 
+def test_stratified_times_cover_the_density_in_every_step() -> None:
+    """One group in each of groups_per_step parts, whatever its micro-batch; without, the draw is what it was."""
+    config = toy.toy_config(Path("x"), train={"groups_per_step": 6, "micro_batch": 6}, times={"stratified": True})
+    shape = torch.Size((2, 4, *toy.SHAPE))
+    for step in range(5):
+        times = torch.cat(
+            [make_draws(config, Flow(), step, s, ["g0", "g1"], shape).times for s in ([0, 1], [2, 3], [4, 5])]
+        )
+        assert (times * 6).floor().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert not torch.equal(times, draws_of(4, None).times)
+
+
 def test_objectives_rank_within_the_drawn_images() -> None:
     draws = draws_of(3, 4)
     rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))

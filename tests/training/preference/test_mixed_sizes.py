@@ -13,7 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.objectives import DDO, GDRO, IPO, SFT, DiffusionDPO, DisCO, Objective, RankDPO, SimPO, SmPO
+from diffalign.objectives import (
+    AWM,
+    DDO,
+    GDRO,
+    IPO,
+    NFT,
+    SFT,
+    DiffusionDPO,
+    DisCO,
+    GroupDPO,
+    LinearDPO,
+    Listwise,
+    Objective,
+    RankDPO,
+    SimPO,
+    SmPO,
+)
 from diffalign.pipelines.process import Flow
 from diffalign.training.preference.draws import Draws, make_draws
 from diffalign.training.preference.selection import Selection, loser_by_rank, loser_by_score
@@ -24,7 +40,8 @@ NAN = float("nan")
 SIZES = [4, 3, 2, 3]
 OBJECTIVES: list[Objective] = [
     RankDPO(beta=20.0), GDRO(beta=20.0, tau=0.1), GDRO(beta=20.0, tau=0.0), DisCO(beta=20.0), DDO(beta=20.0),
-    DiffusionDPO(beta=20.0), IPO(beta=20.0), SmPO(beta=20.0), SimPO(), SFT(),
+    DiffusionDPO(beta=20.0), IPO(beta=20.0), SmPO(beta=20.0), SimPO(), SFT(), GroupDPO(omega=20.0), Listwise(beta=20.0),
+    LinearDPO(), NFT(normalise="l1"), AWM("t", anchor=0.1),
 ]  # fmt: skip
 
 
@@ -55,6 +72,8 @@ def step_of(source: toy.ToySource, objective: Objective, rows: list[int], images
     )
     if objective.label_kind == "role":
         batch.rewards = (batch.rewards > 0.5).float().masked_fill(batch.rewards.isnan(), NAN)
+    if objective.label_kind == "advantage":
+        batch.rewards = batch.rewards - batch.rewards.nanmean(1, keepdim=True)
     result = preference_step(settings, objective, backbone, batch, draws, source.unconditional, None)
     gradients = [torch.autograd.grad(loss, backbone.trunk.up, retain_graph=True)[0] for loss in result.output.loss]
     return result, gradients

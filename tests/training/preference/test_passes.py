@@ -26,16 +26,9 @@ from helpers.tiny_training import Source, config_for
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {}, "dpo": {"beta": 20.0, "anchor": 0.5}, "disco": {"beta": 20.0, "trust": 1.0, "radius": 1e-6},
-    "ddo": {"beta": 20.0}, "simpo": {"beta": 5.0, "anchor": 0.5},
+    "ddo": {"beta": 20.0}, "simpo": {"beta": 5.0, "anchor": 0.5}, "group_dpo": {"omega": 20.0},
+    "nft": {"normalise": "l1"}, "awm": {"anchor": 0.1},
 }  # fmt: skip
-
-
-def labelled(name: str) -> toy.ToySource:
-    """Labels that the objective takes: 1 and 0 for roles, else shares in [0, 1]."""
-    source = toy.ToySource()
-    places = source.rewards.argsort(dim=1).argsort(dim=1)
-    source.rewards = (places >= 2).float() if name == "ddo" else places / (source.rewards.shape[1] - 1)
-    return source
 
 
 def run(
@@ -46,7 +39,7 @@ def run(
     objective = {"name": name, **SETTINGS.get(name, {"beta": 20.0})}
     config = TrainConfig.model_validate({**plain, "objective": objective})
     say = (lambda _: None) if said is None else said.append
-    toy.train(config, backbone=backbone or toy.ToyBackbone(), source=labelled(name), say=say)
+    toy.train(config, backbone=backbone or toy.ToyBackbone(), source=toy.labelled(name), say=say)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

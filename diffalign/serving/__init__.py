@@ -1,0 +1,1 @@
+"""`diffalign serve`: rewards behind an address. Requests of all clients share batches; one thread runs each model."""

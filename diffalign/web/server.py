@@ -1,0 +1,122 @@
+"""Run an app on a host and a port until a signal asks it to stop, or in a thread."""
+
+import errno
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from diffalign.errors import DiffalignError, brief
+from diffalign.progress import say
+from diffalign.web.address import Address
+
+BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that is bound to an address and its port."""
+
+    address: Address
+    socket: socket.socket
+
+    @property
+    def port(self) -> int:
+        return int(self.socket.getsockname()[1])
+
+    @property
+    def root(self) -> str:
+        """Return the address of the server, without a token: `http://127.0.0.1:8000`."""
+        host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(self.address.host, self.address.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Return what to open in a browser: the root, with the token if there is one."""
+        return f"{self.root}/" + (f"?token={self.address.token}" if self.address.token else "")
+
+
+def show_address(listener: Listener, what: str) -> None:
+    """Print what lies at the address, and the address; with a token that was made here, since nobody else knows it."""
+    if listener.address.made_token:
+        print(f"{what}: {listener.url}", flush=True)  # not say, which hides tokens
+    else:
+        say(f"{what}: {listener.url}")
+
+
+@contextmanager
+def listen(address: Address) -> Iterator[Listener]:
+    """Bind a socket to an address and close it at the end. Raises DiffalignError if that is not possible."""
+    where = f"{address.host}:{address.port}"
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        # So that a server can be started again at once on the port of one that has just ended.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(place)
+        bound.listen(BACKLOG)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise DiffalignError(f"{where}: another program listens there; choose another --port") from None
+        raise DiffalignError(f"{where}: cannot listen there: {brief(error)}; choose another --host or --port") from None
+    with bound:
+        yield Listener(address, bound)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal ends it as an orderly stop: uvicorn would raise the signal a second time at the end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
+def serve(app: ASGIApp, listener: Listener, drain: int = 30) -> None:
+    """Serve until SIGTERM or Ctrl-C: take no new requests, answer those that are running within `drain` seconds, return.
+
+    A second Ctrl-C returns at once. Must be called in the main thread.
+    """
+    _server(app, drain).run(sockets=[listener.socket])
+
+
+@contextmanager
+def running(app: ASGIApp, listener: Listener, drain: int = 30) -> Iterator[str]:
+    """Serve in a thread while the block runs; yield the root address. Ends as `serve` does."""
+    server = _server(app, drain)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.socket]}, name="web", daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
+        yield listener.root
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _server(app: ASGIApp, drain: int) -> _Server:
+    # It logs every byte that it does not expect in a form; the sender gets an error.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,  # what is logged goes where the program's own lines go
+            log_level="warning",
+            access_log=False,  # an address may hold a token
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=drain,
+        )
+    )
