@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from platform import node
 from typing import Any, Generic, Protocol, TypeVar
 
-from diffalign import stopping, version
+from diffalign import stopping
 from diffalign.errors import DiffalignError, brief
 from diffalign.packages import not_installed, require
 from diffalign.progress import say_aside
+from diffalign.version import __version__
 
 LOCAL, RAY, CLIENT = "local", "ray", "ray://"
 IN_FLIGHT = 2
@@ -63,9 +64,9 @@ class Actor(Generic[Order, Answer]):
         """Build the worker; its model loads with the first order."""
         import torch
 
-        if version.__version__ != self.version:
+        if __version__ != self.version:
             return Refused(
-                f"--engine ray: a node has diffalign {version.__version__}, and this command is {self.version}; install "
+                f"--engine ray: a node has diffalign {__version__}, and this command is {self.version}; install "
                 "one version everywhere"
             )
         torch.set_num_threads(self.threads)  # the number decides the last bits on a CPU
@@ -215,7 +216,7 @@ class _Pool(Generic[Key, Order, Answer]):
 
     def _start(self) -> None:
         number, self.made = self.made, self.made + 1
-        self.actors[number] = self.remote.remote(version.__version__, self.engine.threads, self.open_worker)
+        self.actors[number] = self.remote.remote(__version__, self.engine.threads, self.open_worker)
         self.flying[self.actors[number].ready.remote()] = (number, None)
 
     def _next(self) -> _Task[Key, Order] | None:

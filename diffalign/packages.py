@@ -11,6 +11,7 @@ from diffalign.errors import DiffalignError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("diffusers", "accelerate", "peft", "datasets", "tensorboard", "scipy"),
     "score": ("pillow_heif", "pillow_jxl"),
+    "metrics": ("torchmetrics", "torch_fidelity"),
     "ocr": ("rapidocr", "onnxruntime"),
     "serve": ("starlette", "uvicorn", "python_multipart", "httpx"),
     "8bit": ("bitsandbytes",),

@@ -19,13 +19,13 @@ from PIL import Image
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.drawn_noise import NoiseRecord, seeded
 from diffalign.pipelines.hub import find_index
 from diffalign.pipelines.loading import BACKBONES, load_backbone, model_index, read_index
 from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value
 from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline, pixart
 from diffalign.pipelines.prompt_length import count_longer
-from diffalign.pipelines.sampling import seeded
 from diffalign.pipelines.settings import SamplingKeywords, SamplingSettings, merged
 from diffalign.pipelines.source import Source
 
@@ -107,6 +107,12 @@ class Generator(ABC):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    def noise_record(self, settings: SamplingSettings) -> NoiseRecord:
+        """Return what the provenance of images says about the noise that these settings draw them from."""
+        name = type(self.pipeline.scheduler).__name__
+        reason = f"{type(self.pipeline).__name__} draws its noise itself"
+        return {"exact": False, "family": "", "shape": [], "sampler": name, "reason": reason}
+
     def close(self) -> None:
         """Free the model's memory."""
         del self.pipeline
@@ -134,9 +140,8 @@ class BackboneGenerator(Generator):
             raise DiffalignError(f"{self.source.path}: options are for pipelines without a backbone; leave them out")
         if not latents:
             return [(image, None) for image in self.backbone.sample(prompts, seeds, settings)]
-        found = self.backbone.sample(prompts, seeds, settings, output_type="latent")
-        images = self.backbone.to_images(self.backbone.decode_latents(found))
-        return list(zip(images, found.cpu().numpy(), strict=True))
+        drawn: list[Drawing] = list(self.backbone.sample_with_latents(prompts, seeds, settings))
+        return drawn
 
     @property
     def longest(self) -> int:
@@ -148,6 +153,9 @@ class BackboneGenerator(Generator):
     def facts(self) -> dict[str, str | None]:
         # By this, training knows whether stored latents are its own VAE's.
         return super().facts() | {"vae": self.backbone.vae_fingerprint()}
+
+    def noise_record(self, settings: SamplingSettings) -> NoiseRecord:
+        return self.backbone.noise_record(settings)
 
     def load_weights(self, folder: Path) -> None:
         self.backbone.load_weights(folder)

@@ -6,23 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Literal, Unpack, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.drawn_noise import NoiseRecord, noise_record, seeded
 from diffalign.pipelines.encoding import Encoding
 from diffalign.pipelines.settings import SamplingKeywords, SamplingSettings, merged
 
 OutputType = Literal["pil", "pt", "latent"]
-
-
-def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return a CPU generator for each seed. Refuse seeds of more bits than torch's generator reads there."""
-    outside = [s for s in seeds if not 0 <= s < 2**32]
-    if outside:
-        raise DiffalignError(f"sample: seed {outside[0]} is outside 0..2**32-1; larger ones would repeat silently")
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 class Sampling(Encoding):
@@ -133,6 +127,24 @@ class Sampling(Encoding):
         pixels = self.decode_latents(latents)
         return pixels if output_type == "pt" else self.to_images(pixels)
 
+    def sample_with_latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
+    ) -> list[tuple[Image.Image, np.ndarray]]:
+        """Sample as `sample` does; return each image with the latent [C, h, w] float32 that it was decoded from."""
+        found = self.sample(prompts, seeds, settings, output_type="latent")
+        return list(zip(self.to_images(self.decode_latents(found)), found.cpu().numpy(), strict=True))
+
+    def noise_record(self, settings: SamplingSettings) -> NoiseRecord:
+        """Return what the provenance of images says about the noise that these settings draw them from."""
+        return noise_record(self.pipeline.scheduler, self.family, self._noise_shape(settings))
+
+    def _pixels(self, settings: SamplingSettings) -> tuple[int, int]:
+        return settings.height or self.default_resolution, settings.width or self.default_resolution
+
+    def _noise_shape(self, settings: SamplingSettings) -> tuple[int, int, int]:
+        height, width = self._pixels(settings)
+        return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
     def _latents(self, inputs: Mapping[str, object], seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
         """Run the pipeline on `inputs`, its arguments for the prompts: latents [B, C, h, w] as the trunk has them.
 
@@ -142,14 +154,13 @@ class Sampling(Encoding):
         generators = seeded(seeds)
         if settings.steps < 1:
             raise DiffalignError(f"sample: {settings.steps} sampling steps asked for; at least 1 is needed")
-        height = settings.height or self.default_resolution
-        width = settings.width or self.default_resolution
+        height, width = self._pixels(settings)
         multiple, side = self.pixel_multiple, self.vae_scale_factor
         if height % multiple or width % multiple:
             raise DiffalignError(
                 f"sample: {height}x{width} pixels are not multiples of {multiple}, which this model needs"
             )
-        shape = (1, self.latent_channels, height // side, width // side)
+        shape = (1, *self._noise_shape(settings))
         noise = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
         # After full fine-tuning of a bf16 checkpoint the trunk is float32 while the encoders are not.
         mixed = self.base_dtype(self.pipeline_trunk) != self.dtype

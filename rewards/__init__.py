@@ -12,6 +12,7 @@ from diffalign.rewards.base import LABEL, TAKEN_COLUMNS, TAKEN_NAMES, Reward
 from diffalign.rewards.clip import CLIPScore, PickScore
 from diffalign.rewards.detection import Detection, Detector
 from diffalign.rewards.geneval import GenEvalReward, GenEvalSettings
+from diffalign.rewards.group_judge import GroupJudge
 from diffalign.rewards.hpsv2 import HPSv2
 from diffalign.rewards.hpsv3 import HPSv3
 from diffalign.rewards.hpsv3_plus import HPSv3Plus
@@ -21,6 +22,7 @@ from diffalign.rewards.personal import Personal
 from diffalign.rewards.pixel_rewards import JpegCompressibility, Sharpness
 from diffalign.rewards.remote import Remote
 from diffalign.rewards.unifiedreward import UnifiedReward
+from diffalign.rewards.unifiedreward_pairs import UnifiedRewardFlex, UnifiedRewardThink
 from diffalign.rewards.vlm_judge import VLMJudge
 from diffalign.rewards.vqa import VQA
 from diffalign.rewards.vqascore import VQAScore
@@ -37,8 +39,11 @@ REWARDS: dict[str, type[Reward]] = {
     "vqascore": VQAScore,
     "vqa": VQA,
     "unifiedreward": UnifiedReward,
+    "unifiedreward_think": UnifiedRewardThink,
+    "unifiedreward_flex": UnifiedRewardFlex,
     "zreward": ZReward,
     "vlm_judge": VLMJudge,
+    "group_judge": GroupJudge,
     "geneval": GenEvalReward,
     "ocr": OCRReward,
     "personal": Personal,

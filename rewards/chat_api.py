@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 REPEATED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Answers after which a request is repeated: the server was busy, or failed."""
+ENOUGH = 4
+"""When a server has answered nothing yet, and none of at least so many questions, the server is at fault."""
 LONGEST_PAUSE = 60.0
 TOP = 20
 """Alternatives asked for at each token: the most that OpenAI and vLLM give."""
@@ -106,7 +108,10 @@ class ChatAPI:
             httpx.Client(timeout=self.timeout, limits=limits, follow_redirects=False) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
-            return list(pool.map(lambda question: self._one(client, question), questions))
+            found = list(pool.map(lambda question: self._one(client, question), questions))
+        if not self._answered and len(found) >= ENOUGH and all(isinstance(one, NoAnswer) for one in found):
+            raise DiffalignError(str(found[0]))  # no image's fault
+        return found
 
     def _one(self, client: httpx.Client, question: Question) -> Answer | NoAnswer:
         import httpx

@@ -31,23 +31,24 @@ def fetch(
     local: str | Path | None,
     option: str = "weights",
     patterns: tuple[str, ...] = FOLDER_FILES,
+    asked: str = "reward",
 ) -> Path:
     """Return the path of `file` of `repo`, or of a whole folder if `file` is None.
 
     local: replaces the hub. option: the reward's option that sets it. patterns: the files wanted of a folder, since a
-    tokenizer's repository may hold 8 GB of weights. Raises DiffalignError naming file, repository and how to point to a
-    local copy.
+    tokenizer's repository may hold 8 GB of weights. asked: what the user named, and the command line's option. Raises
+    DiffalignError naming file, repository and how to point to a local copy.
     """
     where = f"{file or 'the files'} of {repo} (revision {revision})"
     if local is not None:
         path = Path(local).expanduser()
         path = path / file if file and path.is_dir() else path
         if not path.exists():
-            raise DiffalignError(f"reward {reward}: {path} does not exist; it should be {where}")
+            raise DiffalignError(f"{asked} {reward}: {path} does not exist; it should be {where}")
         if file is None and not path.is_dir():
-            raise DiffalignError(f"reward {reward}: {path} is a file; it should be a folder with {where}")
+            raise DiffalignError(f"{asked} {reward}: {path} is a file; it should be a folder with {where}")
         if file is None and not any(next(path.glob(pattern), None) for pattern in FOLDER_FILES):
-            raise DiffalignError(f"reward {reward}: {path} holds no model; it should be a folder with {where}")
+            raise DiffalignError(f"{asked} {reward}: {path} holds no model; it should be a folder with {where}")
         return path
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -65,9 +66,9 @@ def fetch(
         absent = isinstance(error, LocalEntryNotFoundError)
         why = "not in the local cache, and the hub gave no answer" if absent else brief(error).rstrip(".")
         raise DiffalignError(
-            f"reward {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: "
+            f"{asked} {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: "
             f"{why}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and point to "
-            f"the copy: --reward {reward}:{option}=PATH"
+            f"the copy: --{asked} {reward}:{option}=PATH"
         ) from error
 
 
@@ -134,22 +135,30 @@ def load_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
-def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str, *, assign: bool = False) -> None:
+def fill(
+    module: torch.nn.Module,
+    state: dict[str, Tensor],
+    path: Path,
+    reward: str,
+    *,
+    assign: bool = False,
+    asked: str = "reward",
+) -> None:
     """Load `state` into `module`. Raises DiffalignError unless exactly its parameters are there.
 
-    assign: make the tensors the module's parameters, in their own dtype, and copy nothing. The module may be without
-    memory (on the meta device) until then.
+    asked: what the user named. assign: make the tensors the module's parameters, in their own dtype, and copy nothing.
+    The module may be without memory (on the meta device) until then.
     """
     try:
         missing, extra = module.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:
-        raise DiffalignError(f"reward {reward}: {path} does not fit the model: {_one_line(error)}") from error
+        raise DiffalignError(f"{asked} {reward}: {path} does not fit the model: {_one_line(error)}") from error
     missing = [name for name in missing if not name.endswith("position_ids")]
     extra = [name for name in extra if not name.endswith("position_ids")]
     if missing or extra:
         faults = ", ".join([*(f"{m} is missing" for m in missing[:2]), *(f"{e} is not part of it" for e in extra[:2])])
         raise DiffalignError(
-            f"reward {reward}: {path} does not fit the model: {faults} ({len(missing)} missing, {len(extra)} left over)"
+            f"{asked} {reward}: {path} does not fit the model: {faults} ({len(missing)} missing, {len(extra)} left over)"
         )
 
 

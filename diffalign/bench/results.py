@@ -18,7 +18,9 @@ from diffalign.terminal import counted, name_cell, number, plain_table
 
 FILE = "bench.json"
 FORMAT = 1
-PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
+PACKAGES = (
+    "diffalign", "torch", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow", "torchmetrics", "torch-fidelity",
+)  # fmt: skip
 MEND = "give a bench.json that `diffalign bench` wrote"
 Results = dict[str, Any]
 

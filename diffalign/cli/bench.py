@@ -84,7 +84,7 @@ def compare(
     B less A for every score, with paired intervals over prompts.
     """
     with plain_errors():
-        from diffalign.stages.bench import compare_results
+        from diffalign.bench.show import compare_results
 
         compare_results(first, second)
 
@@ -96,6 +96,6 @@ def suites() -> None:
     How many prompts and images, what judges them, and where the prompts are to be had.
     """
     with plain_errors():
-        from diffalign.stages.bench import show_suites
+        from diffalign.bench.show import show_suites
 
         show_suites()

@@ -1,4 +1,4 @@
-"""Verbs about rewards: score, rewards."""
+"""Verbs about rewards and sets of images: score, measure, rewards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
-from diffalign.files.remote import is_address
 
 verbs = typer.Typer()
 
@@ -94,7 +93,41 @@ def score_images(
 
 def _place(text: str | None) -> Path | str | None:
     """Return a path, and an address as it is."""
+    from diffalign.files.remote import is_address
+
     return text if text is None or is_address(text) else Path(text)
+
+
+@verbs.command("measure")
+def measure_sets(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGES", help="As of `score`: folders, files, globs, parquet files, dataset folders."),
+    ],
+    measure: Annotated[
+        list[str],
+        typer.Option(
+            "--measure",
+            "-m",
+            help="fid, kid, clip-i, dino, lpips, divided by commas; or one with options: kid:subset_size=500.",
+        ),
+    ],
+    reference: Annotated[
+        list[str] | None, typer.Option(help="The images to compare with; lpips needs none. May be given again.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .json to write.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Measure a set of images.
+
+    FID, KID, CLIP-I and DINO against a reference, LPIPS within prompts; each with its features and numbers of images.
+    """
+    with plain_errors():
+        from diffalign.stages.measure import MeasureRequest
+        from diffalign.stages.measure import measure as measure_images
+
+        measure_images(MeasureRequest(images, measure, reference, output, batch_size, device))
 
 
 @verbs.command("rewards")

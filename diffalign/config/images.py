@@ -99,6 +99,10 @@ class SampleConfig(ImagesConfig):
     )
     out: FilePath = Field(description="the dataset folder to write; the same command resumes where it stopped")
     images_per_prompt: int = Field(8, gt=0, le=MOST_IMAGES, description="images per prompt, one group")
+    latents: bool = Field(
+        False,
+        description="true: keep each image's latent, so that training on the same model's VAE need not encode it again",
+    )
 
 
 class CorrectionSection(Section):

@@ -58,13 +58,10 @@ def load(kind: str, source: str | Path, overrides: Sequence[str] = ()) -> BaseMo
 
 
 def load_for(kind: str, source: str, overrides: Sequence[str] = ()) -> BaseModel:
-    """Load the config of a verb from what its users name.
-
-    As `load`; `rank` and `judge personal` also from a dataset's folder, `eval` also from a run directory.
-    """
-    if kind == "rank":
+    """Load the config of a verb from what its users name: as `load`, but also from the folder that a verb works on."""
+    if kind == "rank":  # a dataset
         return load_rank_config(source, overrides)
-    if kind == "judge personal":
+    if kind == "judge personal":  # a dataset
         return load_personal_config(source, overrides)
     if kind == "eval" and Path(source).is_dir():  # a training run, of which eval takes model and weights
         return eval_config_of_run(Path(source), overrides)

@@ -17,15 +17,13 @@ class PersonalConfig(Section):
 
     kind: Literal["judge personal"] = Field("judge personal", description="which verb reads this file")
     data: FilePath = Field(description="a dataset folder with votes, or with preferences that people gave")
-    source: str | None = Field(
-        None,
+    source: str = Field(
+        "human",
         min_length=1,
-        description="whose choices: votes for those of all raters, a rater's name, human, or scores as reward or "
-        "reward.column; null: votes where there are any, else human",
+        description="whose choices: human for the votes of all, and for preferences that people gave otherwise; a rater's "
+        "name; or scores, as reward or reward.column",
     )
-    split: PlainName = Field(
-        "train", description="groups of which split (not for votes, which count wherever they are)"
-    )
+    split: PlainName = Field("train", description="groups of which split; votes count wherever they are")
     features: str | None = Field(
         None,
         min_length=1,

@@ -36,9 +36,10 @@ STEPS = OnResume(
         ("fake.optimizer.schedule", "constant"),
         ("selection.groups", "all"),
         ("selection.images", "all"),
+        ("objective.beta_end", None),
     ),
 )
-"""A rate that falls to 0, and phases of a selection, depend on the number of steps."""
+"""A rate that falls to 0, a beta that falls, and phases of a selection, depend on the number of steps."""
 MICRO_BATCH = OnResume("rounding", only_where=(("data.buckets", "none"),), pending="auto")
 """With buckets, the groups of a micro-batch are drawn together."""
 WARMUP = OnResume("none", only_where=(("train.ema_decay", None),), formerly=False)

@@ -57,6 +57,14 @@ class TrainSection(AveragedStepSection):
     skip_grad_norm: float | None = Field(
         None, gt=1, description="skip steps whose gradient norm is more than this times the recent median; null: none"
     )
+    drift_radius: float = Field(
+        0.0, ge=0, description="mean squared difference to the reference's predictions without a penalty (drift_weight)"
+    )
+    drift_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of what the drift exceeds drift_radius by, for any objective with a reference; 0: none",
+    )
     auto_beta: float | None = Field(
         None,
         gt=0,
@@ -92,8 +100,10 @@ class TrainConfig(BackboneRunConfig):
     labels: LabelSection = LabelSection()
     selection: SelectionSection = SelectionSection()
     objective: AnyObjective = DEFAULT_OBJECTIVE
-    noise: Literal["shared", "independent", "inverted"] = Field(
-        "shared", description="one noise for all images of a group, one each, or each image's own by inversion"
+    noise: Literal["shared", "independent", "inverted", "tracked"] = Field(
+        "shared",
+        description="one noise for all images of a group, one each, each image's own by inversion, or (tracked) the noise that "
+        "made it, from its seed",
     )
     inversion: InversionSection = InversionSection()
     error_space: Literal["native", "epsilon", "x0"] = Field(
@@ -136,6 +146,8 @@ class TrainConfig(BackboneRunConfig):
                 "train.auto_beta",
                 "objective.name",
             )
+        if self.train.auto_beta is not None and objective.arguments().get("beta_end") is not None:
+            refuse("both set beta from step to step; leave one of them out", "train.auto_beta", "objective.beta_end")
         return self
 
     @model_validator(mode="after")
@@ -165,6 +177,26 @@ class TrainConfig(BackboneRunConfig):
                 f"inversion has no effect with noise={self.noise}; set noise=inverted or leave it out",
                 *(f"inversion.{key}" for key in changed),
                 "noise",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_drift(self) -> TrainConfig:
+        if self.train.drift_radius and not self.train.drift_weight:
+            refuse("a radius does nothing without a weight; set train.drift_weight=100", "train.drift_radius")
+        if not self.train.drift_weight:
+            return self
+        if not self.objective.kind.needs_reference:
+            refuse(
+                f"{self.objective.name} has no reference to drift from; leave drift_weight out",
+                "train.drift_weight",
+                "objective.name",
+            )
+        if self.reference.errors_only:
+            refuse(
+                "the drift needs the reference's predictions, not its errors alone; set reference.keep=predictions",
+                "reference.keep",
+                "train.drift_weight",
             )
         return self
 

@@ -11,6 +11,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.dataset_card import shuffled_words
 from diffalign.data.rank import generator_explains
 from diffalign.data.schema import HUMAN
+from diffalign.data.tracked_noise import noise_words
 from diffalign.errors import DiffalignError
 
 SIZES_LOOKED_AT = 500
@@ -91,6 +92,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
         "sizes": _counted(picture_sizes(dataset)),
         "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
+        **({"noise": noise_words(dataset)} if len(dataset.image_index) else {}),
         **_labelled_by(dataset),
         **({"without a label": f"{unlabelled} images"} if unlabelled else {}),
         "tied pairs": f"{tied_pairs(ranked):.1%}",

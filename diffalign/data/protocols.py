@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -66,6 +67,8 @@ class Encoder(PromptEncoder, ImageEncoder, Protocol):
     @property
     def path(self) -> str: ...
     @property
+    def family(self) -> str: ...
+    @property
     def guidance(self) -> float | None: ...
     @property
     def default_resolution(self) -> int: ...
@@ -94,6 +97,12 @@ class ImageSampler(Protocol):
         settings: SamplingSettings,
     ) -> Sequence[Image.Image]:
         """Return one image per prompt and seed."""
+        ...
+
+    def sample_with_latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
+    ) -> Sequence[tuple[Image.Image, np.ndarray]]:
+        """Return one image per prompt and seed, each with its latent [C, h, w]."""
         ...
 
 

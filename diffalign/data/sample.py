@@ -220,12 +220,15 @@ def sample_groups(
     batch_size: int,
     split: str = "train",
     origin: dict[str, str | None] | None = None,
+    facts: dict[str, Any] | None = None,
+    latents: bool = False,
     on_progress: OnImages | None = None,
 ) -> None:
     """Sample `images_per_prompt` images of every prompt from one model into dataset `out`.
 
     This is a plan with one generator. Batches that exist are not drawn again, so the same call resumes. Each image's
-    noise depends on its own seed alone. `origin`: replaces the model's path and revision in the provenance.
+    noise depends on its own seed alone. `origin`: replaces the model's path and revision in the provenance. `facts`: what else
+    stands there, which follows from the rest. latents: keep the latent of each image beside it.
     """
     plan = SynthPlan(tuple(prompts), (Part(Path(backbone.path).name, images_per_prompt, batch_size),), seed)
     drawn_with = asdict(settings)
@@ -233,12 +236,16 @@ def sample_groups(
     provenance: dict[str, Any] = {"model": backbone.path, "revision": backbone.revision, **(origin or {}), **drawn_with}
     decisive = {**provenance, "seed": seed, "images_per_prompt": images_per_prompt, **size}
     decisive |= {"batch_size": batch_size, "images_per_shard": IMAGES_PER_SHARD, "prompts": plan.digest()}
+    if latents:
+        decisive["latents"] = True
     remember(out, decisive)
 
     def draw(texts: list[str], seeds: list[int]) -> list[Drawn]:
+        if latents:
+            return [Drawn(image, latent) for image, latent in backbone.sample_with_latents(texts, seeds, settings)]
         return [Drawn(image) for image in backbone.sample(texts, seeds, settings)]
 
-    draw_part(plan, 0, out, draw, provenance, on_progress)
+    draw_part(plan, 0, out, draw, provenance | (facts or {}), on_progress, latents)
     write_planned_groups(plan, out, split)
     clean_up(out)
 

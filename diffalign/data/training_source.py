@@ -1,5 +1,6 @@
 """Prepare what training reads: latents, prompt embeddings and labels, by group."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
 from diffalign.data.latents import LatentStore, LiveLatents
 from diffalign.data.protocols import Encoder, GroupSettings, LabelSettings
+from diffalign.data.tracked_noise import tracked_seeds
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
 from diffalign.progress import Say
@@ -26,7 +28,8 @@ class Batch:
 
     latents: [B, K, C, h, w] float32. conditioning: each [B, ...]. rewards: [B, K] float32, NaN without a label. mask:
     bool [B], False for a group with fewer than two images. spread: the standard deviation of the latents' posterior, of
-    their shape, if `data.latent_sampling` is posterior.
+    their shape, if `data.latent_sampling` is posterior. seeds: [B, K] int64, of the noise that made each image, if that is
+    used; -1 where there is no image.
     """
 
     latents: Tensor
@@ -36,6 +39,7 @@ class Batch:
     group_ids: list[str]
     prompts: list[str]
     spread: Tensor | None = None
+    seeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class TrainingSource:
     """Groups to train on, all with K image slots; a slot without a label is no image of its group.
 
     label_stats: what labels.transform took from the labels, or was given. buckets: a number for each group; only groups
-    with equal numbers have one shape and may share a batch. plan: the cache that it reads.
+    with equal numbers have one shape and may share a batch. plan: the cache that it reads. seeds: [G, K], as in `Batch`.
     """
 
     latents: LatentStore | LiveLatents
@@ -55,6 +59,7 @@ class TrainingSource:
     label_stats: dict[str, float] = field(default_factory=dict)
     buckets: list[int] = field(default_factory=list)
     plan: CachePlan | None = None
+    seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -76,11 +81,18 @@ class TrainingSource:
             [self.group_ids[i] for i in indices],
             prompts,
             spread,
+            None if self.seeds is None else self.seeds[indices],
         )
 
     def content(self) -> str:
-        """Return a hash of what decides latents and embeddings: images, captions, sizes and the model's weights."""
-        return f"{self.plan.latent_folder.name} {self.plan.prompt_folder.name}" if self.plan else ""
+        """Return a hash of what decides latents and embeddings, and of the seeds if they are used.
+
+        The first are images, captions, sizes and the model's weights.
+        """
+        parts = [self.plan.latent_folder.name, self.plan.prompt_folder.name] if self.plan else []
+        if self.seeds is not None:
+            parts.append(hashlib.blake2b(self.seeds.numpy().tobytes(), digest_size=12).hexdigest())
+        return " ".join(parts)
 
     def labelled(self, dataset: PreferenceDataset) -> list[LabelledGroup]:
         """Return the labels with stored scores and generators, to check the labels before training on them."""
@@ -187,10 +199,12 @@ def prepare_source(
     backbone: Encoder,
     say: Say = print,
     labels: ChosenLabels | None = None,
+    tracked: bool = False,
 ) -> TrainingSource:
     """Encode what is not cached yet and join it with the labels.
 
     data, label: a config's `data` and `labels` sections. labels: what `choose_labels` returned, where it was asked before.
+    tracked: also the seeds of the noise that made the images. Raises DiffalignError where that is not known.
     """
     labels = labels or choose_labels(data, label, dataset)
     chosen, members = labels.rows, labels.members
@@ -205,6 +219,11 @@ def prepare_source(
     sizes = sorted(set(plan.frames.sizes))
     if len(sizes) > 1:
         say(f"groups by size: {', '.join(f'{n} of {size}' for size, n in describe(plan.frames.sizes).items())}")
+    seeds = None
+    if tracked:
+        side, channels = backbone.vae_scale_factor, backbone.latent_channels
+        shapes = [(channels, height // side, width // side) for width, height in plan.frames.sizes]
+        seeds = tracked_seeds(dataset, chosen, members, backbone.family, shapes)
     plan.check_space()
     return TrainingSource(
         plan.latents(say),
@@ -216,4 +235,5 @@ def prepare_source(
         labels.stats,
         [sizes.index(size) for size in plan.frames.sizes],
         plan,
+        seeds,
     )

@@ -44,7 +44,9 @@ def member_name(text: str) -> str:
 
 def inside(folder: Path, name: str) -> Path:
     """Return `folder / name`. Raises DiffalignError if the name, or a link on its way, leads out of the folder."""
-    below = os.path.relpath(folder / os.path.normpath(name), folder) if name and "\0" not in name else os.pardir
+    below = os.path.normpath(name) if name and "\0" not in name else os.pardir
+    if below.startswith((os.sep, os.pardir)):
+        below = os.path.relpath(folder / below, folder)
     if Path(below).parts[:1] == (os.pardir,):
         raise DiffalignError(f"path {name!r} leaves its folder {folder}; only files below it are read")
     path = folder / below

@@ -106,6 +106,13 @@ FINDINGS: dict[str, Words] = {
         "labels still have a gradient",
         "lower objective.beta, use more data, or stop here and keep an earlier checkpoint",
     ),
+    "reference_disagrees": Words(
+        "note",
+        "pairs whose loser the reference prefers are not learnt",
+        "where the reference already fits the winner better the policy learns the labels, and where it fits the loser better "
+        "the policy moves the wrong way: the labels may be wrong there, or the pull too weak",
+        "look at such pairs; set objective.offset (dpo), or draw the images from the model itself",
+    ),
     "gradient_jumps": Words(
         "alarm",
         "the gradient norm jumped",

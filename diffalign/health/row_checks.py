@@ -150,6 +150,22 @@ def margin_saturated(rows: Sequence[Row]) -> str | None:
     return f"gradient factor {factor:.3f}" if factor + 2 * error < 0.05 else None
 
 
+def reference_disagrees(rows: Sequence[Row]) -> str | None:
+    """Detect that pairs are learnt only where the reference already prefers the winner, and unlearnt elsewhere.
+
+    Twice the usual rows, and both halves clearly on their side of 0: a half has few pairs in each row.
+    """
+    last = rows[-2 * WINDOW :]
+    halves = [[row[name] for row in last if name in row] for name in ("disagreeing_gap", "agreeing_gap")]
+    if min(map(len, halves)) < WINDOW:
+        return None
+    (wrong, wrong_error), (right, right_error) = [(fmean(v), stdev(v) / sqrt(len(v))) for v in halves]
+    if wrong + 2 * wrong_error >= 0 or right - 2 * right_error <= 0:
+        return None
+    share = mean(last, "reference_disagrees")
+    return f"{share:.0%} of the pairs; gap {wrong:+.3g} there, {right:+.3g} elsewhere"
+
+
 def gradient_jumps(rows: Sequence[Row]) -> str | None:
     """Detect five rows in a row whose gradient norm is far above the usual one before them."""
     if not has(rows, "grad_norm", count=WINDOW + 5):
@@ -221,6 +237,7 @@ CHECKS: dict[str, Check] = {
     "winner_rises": winner_rises,
     "loser_dominates": loser_dominates,
     "margin_saturated": margin_saturated,
+    "reference_disagrees": reference_disagrees,
     "gradient_jumps": gradient_jumps,
     "gradient_vanished": gradient_vanished,
     "drift_explodes": drift_explodes,

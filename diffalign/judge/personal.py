@@ -1,6 +1,6 @@
 """Fit a person's taste: choices between images to a linear head on frozen features, checked on prompts that it did not see."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -40,6 +40,15 @@ class Choices:
         """Return the number of comparisons."""
         return len(self.wins)
 
+    def and_also(self, others: "Choices") -> "Choices":
+        """Return these comparisons and others."""
+        return Choices(
+            np.concatenate([self.first, others.first]),
+            np.concatenate([self.second, others.second]),
+            np.concatenate([self.wins, others.wins]),
+            [*self.prompts, *others.prompts],
+        )
+
     @property
     def ties(self) -> int:
         """The number of comparisons that chose neither."""
@@ -62,55 +71,49 @@ class Taste:
     loss: float
 
 
-def choices_of(dataset: PreferenceDataset, source: str, split: str) -> Choices:
+def choices_of(dataset: PreferenceDataset, source: str, split: str, without: Container[str] = ()) -> Choices:
     """Return every pair of labelled images within the groups of a split.
 
-    source: `human`, or scores as "reward" or "reward.column". Equal values are a tie.
+    source: as `score_array` takes it. Equal values are a tie. without: ids of groups to leave out.
     """
-    values, index, prompts = dataset.score_array(source), dataset.image_index, dataset.column("prompt")
-    first: list[int] = []
-    second: list[int] = []
-    names: list[str] = []
+    values, index = dataset.score_array(source), dataset.image_index
+    ids, prompts = dataset.column("group_id"), dataset.column("prompt")
+    found: list[tuple[int, int, float, str]] = []
     for row in dataset.split(split):
+        if ids[row] in without:
+            continue
         places = int(index.starts[row]) + np.arange(len(index.indices(row)))
-        known = places[np.isfinite(values[places])]
-        one, two = np.triu_indices(len(known), 1)
-        first += known[one].tolist()
-        second += known[two].tolist()
-        names += [prompts[row]] * len(one)
-    a, b = np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
-    return Choices(a, b, 0.5 * (1 + np.sign(values[a] - values[b])), names)
+        known = places[np.isfinite(values[places])].tolist()
+        found += [(a, b, 0.5 * (1 + np.sign(values[a] - values[b])), prompts[row]) for a, b in combinations(known, 2)]
+    return _choices(found)
 
 
 def choices_in(votes: Iterable[Vote], dataset: PreferenceDataset) -> Choices:
-    """Return the comparisons in votes on a dataset's images: of a ranking every pair. Skipped questions say nothing.
+    """Return the comparisons in votes: of a ranking every pair. Skipped questions say nothing.
 
-    Raises DiffalignError for an image that the dataset does not have.
+    Votes on images that are not in the dataset are left out.
     """
-    first: list[int] = []
-    second: list[int] = []
-    wins: list[float] = []
-    names: list[str] = []
+    found: list[tuple[int, int, float, str]] = []
     for vote in votes:
-        ranks = vote.ranks
-        places = [_place(dataset, name) for name in vote.images] if ranks else []
-        for a, b in combinations(range(len(places)), 2):
-            first.append(places[a])
-            second.append(places[b])
-            wins.append(0.5 * (1 + (ranks[a] < ranks[b]) - (ranks[a] > ranks[b])))
-            names.append(vote.prompt)
-    return Choices(np.array(first, dtype=np.int64), np.array(second, dtype=np.int64), np.array(wins), names)
+        places = [_place(dataset, name) for name in vote.images]
+        if not vote.ranks or min(places) < 0:
+            continue
+        for (a, rank), (b, other) in combinations(zip(places, vote.ranks, strict=True), 2):
+            found.append((a, b, 0.5 * (1 + (rank < other) - (rank > other)), vote.prompt))
+    return _choices(found)
+
+
+def _choices(found: list[tuple[int, int, float, str]]) -> Choices:
+    first, second = (np.array([one[n] for one in found], dtype=np.int64) for n in (0, 1))
+    return Choices(first, second, np.array([one[2] for one in found]), [one[3] for one in found])
 
 
 def _place(dataset: PreferenceDataset, name: str) -> int:
-    """Return the place in `image_index` of an image that is named `group/index`."""
+    """Return the place in `image_index` of an image that is named `group/index`; -1 if there is none."""
     group, _, index = name.rpartition("/")
     row = dataset.row(group)
     known = row is not None and index.isdecimal()
-    place = int(dataset.image_index.find(np.array([row]), np.array([int(index)]))[0]) if known else -1
-    if place < 0:
-        raise DiffalignError(f"{dataset.folder}: a vote names the image {name}, which is not in the dataset")
-    return place
+    return int(dataset.image_index.find(np.array([row]), np.array([int(index)]))[0]) if known else -1
 
 
 @torch.no_grad()

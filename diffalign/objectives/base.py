@@ -23,6 +23,8 @@ Charts = Mapping[str, tuple[str, str]]
 
 BETA = "strength of the pull to the reference, as in Diffusion-DPO: for mean errors, with the factor 1/2"
 """The meaning of a beta that several objectives share."""
+BETA_END = "beta falls along a cosine to this share of itself in the last step, as 0.5 (PNAPO); null: it stays"
+"""Read by the trainer, since an objective does not know the step."""
 
 
 @dataclass(frozen=True)

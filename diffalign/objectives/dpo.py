@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffalign.objectives.base import (
+    BETA_END,
     Charts,
     GroupErrors,
     LabelKind,
@@ -124,6 +125,7 @@ class DiffusionDPO(Objective):
         },
     )
     strength_scale: float = field(default=1.0, metadata={"gt": 0, "description": "of strength=gap"})
+    beta_end: float | None = field(default=None, metadata={"gt": 0, "description": BETA_END})
 
     title: ClassVar[str] = "Diffusion-DPO"
     needs_reference: ClassVar[bool] = True

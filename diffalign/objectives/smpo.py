@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.objectives.base import (
     BETA,
+    BETA_END,
     Charts,
     GroupErrors,
     LabelKind,
@@ -33,6 +34,9 @@ class SmPO(Objective):
     loss log 2 and its gradient 0. It lies in [0, gamma tanh(1/2)], 4.62 for gamma = 10, and pairs whose scores differ
     by little get far less than Diffusion-DPO's strength. The score alone decides the winner, as in the authors' code.
 
+    PNAPO (arXiv 2605.09433), the successor for flows, has beta (2p - 1) (d_w - d_l), without gamma and 1/2: gamma = 2 here. Its
+    beta falls to half along a cosine (`beta_end`), and its noise is what made each image (`noise: tracked`).
+
     Bounds of 0 and 1 leave labels as they are; use them where `labels.transform: minmax` has scaled the labels.
     Raises ValueError unless reward_max is above reward_min.
     """
@@ -48,6 +52,7 @@ class SmPO(Objective):
         },
     )
     reward_max: float = field(default=1.0, metadata={"description": "score that counts as 1"})
+    beta_end: float | None = field(default=None, metadata={"gt": 0, "description": BETA_END})
 
     title: ClassVar[str] = "SmPO-Diffusion"
     needs_reference: ClassVar[bool] = True

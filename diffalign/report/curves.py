@@ -33,8 +33,20 @@ LAST: dict[str, tuple[str, str]] = {
     "ca": ("Guidance term", "mean size of what guidance adds"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "drift": ("Drift", "mean squared difference of policy and reference predictions"),
+    "drift_excess": ("Drift beyond the bound", "what drift exceeds train.drift_radius by"),
+    "reference_disagrees": (
+        "Reference prefers the loser",
+        "share of pairs whose loser has the reference's lower error",
+    ),
+    "disagreeing_gap": (
+        "Learnt where the reference disagrees",
+        "error difference of the loser less that of the winner, over those pairs; should rise above 0",
+    ),
+    "agreeing_gap": ("Learnt where the reference agrees", "the same over the other pairs"),
+    "disagreeing_turned": ("Order turned", "share of the pairs that the reference has wrong and the policy right"),
+    "agreeing_lost": ("Order lost", "share of the pairs that the reference has right and the policy wrong"),
     "policy_error": ("Policy's error", "mean squared, on the images that are used"),
-    "beta": ("Beta", "as train.auto_beta sets it"),
+    "beta": ("Beta", "as train.auto_beta or objective.beta_end sets it"),
     "lr": ("Learning rate", ""),
     "share_without_preference": ("Groups without preference", "their weight is 0"),
 }

@@ -30,6 +30,7 @@ MARKED_ON: dict[str, str] = {
     "reward_below_base": "validation",
     "drift_without_reward": "validation",
     "labels_without_spread": "share_without_preference",
+    "reference_disagrees": "disagreeing_gap",
 }
 
 

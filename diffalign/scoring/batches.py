@@ -12,6 +12,7 @@ from diffalign.files.images import Unreadable, decode
 from diffalign.rewards import Reward
 from diffalign.rewards.base import Prepared
 from diffalign.rewards.batches import measure_batch, reason_of
+from diffalign.rewards.groupwise import GroupReward
 from diffalign.scoring.items import digest
 from diffalign.scoring.plan import Cell
 from diffalign.scoring.store import Known, Result
@@ -82,6 +83,7 @@ def score_batch(reward: Reward, read: Iterable[tuple[Cell, Ahead]], proven: bool
     proven: as `measure_batch` takes it. Raises what that raises.
     """
     found, ready = Found(), list[tuple[Cell, Prepared]]()
+    whole = isinstance(reward, GroupReward)
     for cell, ahead in read:
         found.images += 1
         if ahead.unreadable:
@@ -92,7 +94,8 @@ def score_batch(reward: Reward, read: Iterable[tuple[Cell, Ahead]], proven: bool
             found.failed[cell.key] = Result({}, ahead.failed)
         else:
             ready.append((cell, ahead.prepared))
-        if sum(_pixels(prepared) for _, prepared in ready) > PIXELS_AHEAD:
+        # A judge of groups sees the images of a prompt together.
+        if not whole and sum(_pixels(prepared) for _, prepared in ready) > PIXELS_AHEAD:
             _measure(reward, ready, proven, found)
             yield found
             proven, found, ready = proven or bool(found.results), Found(), []

@@ -5,11 +5,13 @@ any number of processes, and a cluster, that work on the same plan find the same
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffalign.data.containers import Origin
 from diffalign.data.plan import chunks
 from diffalign.rewards import Reward
+from diffalign.rewards.groupwise import GROUP, GroupReward
 from diffalign.scoring.items import Item
 from diffalign.scoring.store import Known, key_of, with_facts
 
@@ -80,7 +82,8 @@ def make_plan(
             wanted.setdefault(key_of(scanned.hashes[i], item.prompt, with_facts(identity, item.metadata)), i)
     readable = [(key, i) for key, i in wanted.items() if scanned.hashes[i] not in scanned.broken]
     whole, rest = list[list[tuple[str, int]]](), list[tuple[str, int]]()
-    for chunk in chunks(readable, batch_size):
+    parts = partial(group_chunks, items=items) if isinstance(reward, GroupReward) else chunks
+    for chunk in parts(readable, batch_size):
         new = [(key, i) for key, i in chunk if key not in known]
         if len(new) == len(chunk):
             whole.append(new)
@@ -88,9 +91,23 @@ def make_plan(
             rest += new
     batches = [
         Batch(number, tuple(_cell(key, items[i], scanned.hashes[i], scanned.areas[i]) for key, i in chunk))
-        for number, chunk in enumerate([*whole, *chunks(rest, batch_size)])
+        for number, chunk in enumerate([*whole, *parts(rest, batch_size)])
     ]
     return Plan(batches, sum(key in known for key in wanted))
+
+
+def group_chunks(wanted: list[tuple[str, int]], size: int, items: list[Item]) -> list[list[tuple[str, int]]]:
+    """Return parts of at least `size` (key, item) pairs, but for the last, in which the images of a group stay together."""
+    groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for key, i in wanted:
+        groups.setdefault((items[i].prompt or "", *items[i].metadata[GROUP]), []).append((key, i))
+    parts: list[list[tuple[str, int]]] = []
+    for group in groups.values():
+        if parts and len(parts[-1]) < size:
+            parts[-1] += group
+        else:
+            parts.append(list(group))
+    return parts
 
 
 def _cell(key: str, item: Item, sha256: str, pixels: int) -> Cell:

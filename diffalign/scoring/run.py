@@ -18,7 +18,9 @@ from diffalign import stopping
 from diffalign.data.containers import AddressOrigin
 from diffalign.progress import OnNamedImages
 from diffalign.rewards import Reward
+from diffalign.rewards.groupwise import GroupReward
 from diffalign.scoring.batches import Found, read_ahead, score_batch
+from diffalign.scoring.groups import with_groups
 from diffalign.scoring.items import Item, scan
 from diffalign.scoring.on_cluster import OnCluster
 from diffalign.scoring.plan import Batch, Scanned, make_plan, not_scorable
@@ -65,11 +67,14 @@ def score_items(
         scanned = _scan(items, pool, processes, cluster)
         computed = known = 0
         failures: dict[str, Known] = {label: {} for label in rewards}
+        views = dict.fromkeys(rewards, items)  # a judge of groups reads each image's group as metadata
         for label, reward in rewards.items():
             if label not in usable:
                 continue
+            if isinstance(reward, GroupReward):
+                views[label] = with_groups(items, scanned, reward.largest)
             # This process scores its share of the batches.
-            plan = make_plan(items, scanned, reward, identities[label], store.known, batch_size)
+            plan = make_plan(views[label], scanned, reward, identities[label], store.known, batch_size)
             known += plan.known
             batches = processes.share(plan.batches)
             if cluster is None:
@@ -86,7 +91,19 @@ def score_items(
             # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
-    rows = [_row(item, i, scanned, rewards, identities, store.known, failures) for i, item in enumerate(items)]
+    rows = [
+        _row(
+            item,
+            [views[label][i] for label in rewards],
+            scanned.hashes[i],
+            scanned,
+            rewards,
+            identities,
+            store.known,
+            failures,
+        )
+        for i, item in enumerate(items)
+    ]
     failed = sum(any(_reason_of(row, label) for label in rewards) for row in rows)
     return Scores(rows, {label: r.columns for label, r in rewards.items()}, computed, known, failed, items)
 
@@ -140,23 +157,24 @@ def _keep(label: str, parts: Iterator[Found], total: int, store: Store, on_progr
 
 def _row(
     item: Item,
-    number: int,
+    views: list[Item],
+    sha256: str,
     scanned: Scanned,
     rewards: dict[str, Reward],
     identities: dict[str, dict[str, Any]],
     known: Known,
     failures: dict[str, Known],
 ) -> dict[str, Any]:
-    sha256 = scanned.hashes[number]
+    """Return the row of an image; views: the image as each reward sees it."""
     unread = sha256.startswith("unread ")
     row: dict[str, Any] = {"image": item.name, "sha256": None if unread else sha256, "prompt": item.prompt}
     row["reason"] = scanned.broken.get(sha256, "")
-    for label, reward in rewards.items():
-        refused = not_scorable(reward, item)
+    for view, (label, reward) in zip(views, rewards.items(), strict=True):
+        refused = not_scorable(reward, view)
         result = failure = identity = None
         if not refused:
-            identity = with_facts(identities[label], item.metadata)
-            key = key_of(sha256, item.prompt, identity)
+            identity = with_facts(identities[label], view.metadata)
+            key = key_of(sha256, view.prompt, identity)
             result, failure = known.get(key), failures[label].get(key)
         values = result.values if result else {}
         for k, name in enumerate(reward.columns):

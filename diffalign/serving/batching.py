@@ -87,7 +87,12 @@ class Worker(threading.Thread):
         while (batch := self._next()) is not None:
             lane, units = batch
             started = time.monotonic()
-            answers = self._measure(lane, units)
+            answers: list[tuple[Unit, Measured | Exception]]
+            try:
+                self._change_to(lane)
+                answers = self._measure(lane, units)
+            except Exception as error:  # such as a model that cannot be released; the next request is scored again
+                answers = [(unit, error) for unit in units]
             self.metrics.batch(lane.label, len(units), time.monotonic() - started)
             self._settle(answers)
 
@@ -105,7 +110,6 @@ class Worker(threading.Thread):
                     continue
                 taken = [lane.units.popleft() for _ in range(min(self.batch_size, len(lane.units)))]
                 if units := [unit for unit in taken if not unit.dropped]:
-                    self._change_to(lane)
                     return lane, units
             return None
 

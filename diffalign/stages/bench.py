@@ -20,9 +20,8 @@ import torch
 
 from diffalign.bench.measures import JudgedImage
 from diffalign.bench.page import write_page
-from diffalign.bench.results import check_same, compare, keep_suite, results_table, versions
+from diffalign.bench.results import check_same, keep_suite, results_table, versions
 from diffalign.bench.suite import SuiteJudge
-from diffalign.bench.suites import SUITES
 from diffalign.config import BenchConfig
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.errors import DiffalignError
@@ -42,7 +41,7 @@ from diffalign.stages.dry_run import print_config, print_facts, print_where
 from diffalign.stages.resolve import sampling_settings, settled
 from diffalign.stages.resolve_rewards import resolve_device
 from diffalign.stages.sample import check_drawing_weights, draw_groups, open_drawing
-from diffalign.terminal import counted, plain_table, show_table
+from diffalign.terminal import counted, show_table
 
 PICTURES = 12
 """Images of a suite in the page."""
@@ -216,25 +215,3 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
     first = [item for item in collect([str(folder)]) if item.group is not None and item.group[1] == 0]
     chosen = first[:: max(1, len(first) // PICTURES)][:PICTURES]
     return [(item.prompt or "", thumbnail(item)) for item in chosen]
-
-
-def show_suites() -> None:
-    """Print the suites: `diffalign bench suites`."""
-    shown = plain_table(
-        "suite", "prompts", "images\neach", title="What each draws and how its scores are formed: docs/bench.md"
-    )
-    shown.add_column("judges")
-    shown.add_column("prompts from", overflow="fold")
-    for suite in SUITES.values():
-        judges = ", ".join(judge.label for judge in suite.judges)
-        shown.add_row(suite.name, str(suite.published), str(suite.images_per_prompt), judges, suite.where)
-    show_table(shown)
-
-
-def compare_results(first: Path, second: Path) -> None:
-    """Print B against A: `diffalign bench compare`."""
-    tables, lines = compare(first, second)
-    for table in tables:
-        show_table(table)
-    for line in lines:
-        say(line)

@@ -32,6 +32,7 @@ def provenance_of(section: GeneratorSection, generator: Generator) -> dict[str, 
     )
     provenance["licence"] = section.licence or licence_name(section.model.path)
     provenance["scheduler_options"] = section.scheduler.options if section.scheduler else {}
+    provenance["noise"] = generator.noise_record(sampling_settings(section))
     provenance["weights"] = None if section.weights is None else weights_digest(section.weights)
     return provenance
 

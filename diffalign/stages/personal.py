@@ -1,6 +1,5 @@
 """`diffalign judge personal`: choices in a dataset to a reward of one person's taste."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,21 +21,19 @@ from diffalign.scoring.spec import parse_options
 from diffalign.stages.dry_run import print_config, print_facts
 from diffalign.stages.resolve_rewards import FIRST_JUDGES, resolve_device
 from diffalign.terminal import counted
-from diffalign.voting.log import VOTES_FILE, Vote, read_votes
-
-VOTES = "votes"
-"""The source that stands for the votes of all raters."""
 
 
 def fit(config: PersonalConfig, dry_run: bool = False) -> Path:
     """Fit a reward to choices and write it: `diffalign judge personal`. Return its folder."""
     dataset = PreferenceDataset(config.data)
-    source, choices = find_choices(dataset, config.source, config.split)
-    out = config.out or config.data / "personal" / source
+    choices = find_choices(dataset, config.source, config.split)
+    out = config.out or config.data / "personal" / config.source
     features = _features(config.features, resolve_device(config.device))
     if dry_run:
         print_config(config)
-        print_facts("personal", {"choices": len(choices), "source": source, "features": features.name, "out": str(out)})
+        print_facts(
+            "personal", {"choices": len(choices), "source": config.source, "features": features.name, "out": str(out)}
+        )
         return out
     check_enough(choices)
     with writing_folder(out, "out"):
@@ -50,37 +47,36 @@ def fit(config: PersonalConfig, dry_run: bool = False) -> Path:
         note: FeatureNote = {
             "name": features.name, "options": _given(config.features), "weights": features.weights_id(),
         }  # fmt: skip
-        head = Head(taste.weight, taste.mean, probe(features).double().numpy(), note, _about(taste, choices, source))
+        head = Head(
+            taste.weight, taste.mean, probe(features).double().numpy(), note, _about(taste, choices, config.source)
+        )
         head.save(out)
-    _say_result(taste, choices, source, out)
+    _say_result(taste, choices, config.source, out)
     return out
 
 
-def find_choices(dataset: PreferenceDataset, source: str | None, split: str) -> tuple[str, Choices]:
-    """Return the name of a source and the comparisons in it; None for votes where there are any, else for `human`.
+def find_choices(dataset: PreferenceDataset, source: str, split: str) -> Choices:
+    """Return the comparisons of a source: `human`, a rater, or scores; the votes themselves where there are any.
 
-    source: `votes`, a rater, `human` or scores. Raises DiffalignError for one that the dataset does not have.
+    Raises DiffalignError for a source that the dataset does not have.
     """
-    votes = read_votes(dataset.folder / VOTES_FILE)
-    raters = sorted({vote.rater for vote in votes})
-    source = source or (VOTES if votes else HUMAN)
-    if source in (VOTES, *raters):
-        return source, choices_in(_of(votes, source), dataset)
+    votes = dataset.votes_for(source)
     if source == HUMAN and not any(dataset.human):
         raise DiffalignError(
             f"{dataset.folder}: nobody has voted yet, and no preferences of people are in it; vote with `diffalign vote "
             f"{dataset.folder}`, or name another source"
         )
-    if source not in (HUMAN, *dataset.rewards()) and source.partition(".")[0] not in dataset.rewards():
-        have = ", ".join(
-            [*([VOTES] if votes else []), *raters, *([HUMAN] if any(dataset.human) else []), *dataset.rewards()]
-        )
+    reward = source.partition(".")[0]
+    if not votes and source != HUMAN and reward not in dataset.rewards():
+        people = [HUMAN] if any(dataset.human) else []
+        have = ", ".join([*people, *dataset.raters(), *dataset.rewards()])
         raise DiffalignError(f"source {source}: {dataset.folder} has none of that name; it has {have or 'none'}")
-    return source, choices_of(dataset, source, split)
-
-
-def _of(votes: Sequence[Vote], source: str) -> list[Vote]:
-    return [vote for vote in votes if source in (VOTES, vote.rater)]
+    given = choices_in(votes, dataset)
+    if votes and source != HUMAN:
+        return given
+    # A group that was imported with a preference and voted on: the votes count.
+    voted = {name.rpartition("/")[0] for vote in votes for name in vote.images}
+    return given.and_also(choices_of(dataset, source, split, without=voted))
 
 
 def _given(features: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from diffalign.data.shared_tasks import local_rank_and_world_size
 from diffalign.errors import DiffalignError
 from diffalign.hub import cache_alone, hub_answers
 from diffalign.rewards import REWARDS, Detector, Reward, load_reward, takes
+from diffalign.rewards.groupwise import GroupReward
 from diffalign.testbed.detector import ShapeDetector
 
 if TYPE_CHECKING:
@@ -86,7 +87,12 @@ def open_reward(section: RewardSection, device: str) -> Reward:
     named = {"detector": section.detector} if section.detector is not None and takes(section.name, "detector") else {}
     if section.address is not None:
         named["url"] = section.address
-    return build_reward(section.name, {**section.options, **named}, device)
+    reward = build_reward(section.name, {**section.options, **named}, device)
+    if isinstance(reward, GroupReward):
+        raise DiffalignError(
+            f"reward {section.name}: it compares images of one prompt; score a folder or dataset with `diffalign score`"
+        )
+    return reward
 
 
 def build_reward(name: str, options: Mapping[str, Any], device: str) -> Reward:

@@ -1,6 +1,7 @@
 """`diffalign sample`: prompts to a folder of image groups."""
 
 from pathlib import Path
+from typing import Any
 
 from diffalign.config import BenchConfig, SampleConfig
 from diffalign.data.cut_prompts import cut_lines
@@ -82,14 +83,21 @@ def draw_groups(
     """Draw groups of images for prompts into the dataset folder `out`. what: the name of the work in its progress."""
     for line in cut_lines({"the model": backbone}, [row.prompt for row in rows]):
         say(line)
+    settings = sampling_settings(config)
+    facts: dict[str, Any] = {"noise": backbone.noise_record(settings)}
+    latents = isinstance(config, SampleConfig) and config.latents
+    if latents:
+        facts["vae"] = backbone.vae_fingerprint()
     sample_groups(
         backbone,
         rows,
         out,
         images_per_prompt=images_per_prompt,
         seed=config.seed,
-        settings=sampling_settings(config),
+        settings=settings,
         batch_size=config.batch_size,
         origin=origin,
+        facts=facts,
+        latents=latents,
         on_progress=ImageProgress().named(what),
     )

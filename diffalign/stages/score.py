@@ -33,6 +33,7 @@ from diffalign.scoring.mirror import Mirror, mirror
 from diffalign.scoring.numbered_rows import NumberedRows, is_numbered
 from diffalign.scoring.on_cluster import OnCluster
 from diffalign.scoring.pairing import heading, pair_up
+from diffalign.scoring.position_bias import position_bias
 from diffalign.scoring.processes import Processes
 from diffalign.scoring.run import Scores, score_items
 from diffalign.scoring.score_summary import faults, summarise, summary_table
@@ -141,10 +142,10 @@ def _score(
         rewards,
         output,
         [path for paths in sources.values() for path in paths],
-        mirrored=mirrored,
         batch_size=request.batch_size,
         workers=request.workers,
         processes=processes,
+        mirrored=mirrored,
         cluster=_on_cluster(engine, specs) if engine else None,
         on_progress=ImageProgress(say_aside) if processes.main else None,
     )
@@ -168,17 +169,17 @@ def score_and_store(
     output: Path | None,
     sources: list[str],
     *,
-    mirrored: Mirror | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     processes: Processes | None = None,
+    mirrored: Mirror | None = None,
     cluster: OnCluster | None = None,
     on_progress: OnNamedImages | None = None,
 ) -> tuple[Scores, int]:
     """Score items, and write the output if one is wanted. Return the scores, and how many rows of other images it keeps.
 
-    What the output holds already is not scored again. sources: what the user named; rows of other images stay. mirrored: what
-    sends the output on to an address. Of several processes the first one writes.
+    What the output holds already is not scored again. sources: what the user named; rows of other images stay. Of several
+    processes the first one writes. mirrored: what sends the output on to an address. cluster: where the rewards run.
     """
     processes = processes or Processes()
     with Store(output, processes.rank, mirrored) as store:
@@ -240,6 +241,8 @@ def _show(
         say_aside(f"not scored: {line}")
     scored = {label: r for label, r in rewards.items() if any(math.isfinite(row[label]) for row in both.rows)}
     for line in cut_lines(scored, [item.prompt for item in both.items]):
+        say(line)
+    for line in position_bias(both, rewards):
         say(line)
     if request.into_dataset:
         for path in write_into_dataset(parts[0], request.images, rewards):

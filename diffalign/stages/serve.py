@@ -1,6 +1,7 @@
 """`diffalign serve`: put rewards behind an address until a signal ends it."""
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 
@@ -50,6 +51,8 @@ def serve(request: ServeRequest) -> None:
     address = web.Address(request.host, request.port, request.token or os.environ.get(TOKEN_KEY), request.names)
     limits = web.Limits(body=request.body * MEBIBYTE, bodies=max(512, 4 * request.body) * MEBIBYTE)
     keep_freed_memory()
+    # A model's thread asks for the interpreter after every operation, and must not wait 5 ms for one that reads a request.
+    sys.setswitchinterval(0.0005)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
     device = resolve_device(request.device)
     with web.listen(address) as listener:

@@ -303,8 +303,8 @@ def _check_same_model(out: Path, name: str, provenance: dict[str, Any]) -> None:
     text = json.dumps(provenance, indent=1, sort_keys=True) + "\n"
     complete_all([Task(f"model-{name}", path.is_file, lambda: write_whole(path, text))], out / WORK_FOLDER / "locks")
     before = read_json(path, GENERATOR_MEND, "licence")
-    # `vae` follows from the fingerprint, and older folders lack it.
-    compared = [key for key in provenance if key not in ("licence", "vae")]
+    # `vae` and `noise` follow from the others, and older folders lack them.
+    compared = [key for key in provenance if key not in ("licence", "vae", "noise")]
     changed = next((key for key in compared if before.get(key) != provenance[key]), None)
     if changed:
         raise DiffalignError(

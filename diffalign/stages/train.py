@@ -77,7 +77,9 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     backbone = open_backbone(config.model, str(accelerator.device))
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
-    source = prepare_source(config.data, config.labels, dataset, backbone, say, labels)
+    source = prepare_source(
+        config.data, config.labels, dataset, backbone, say, labels, tracked=config.noise == "tracked"
+    )
     if source.label_stats:
         # Into config.yaml: another run can then share the scale, and this one cannot go on with another.
         config = config.model_copy(update={"labels": config.labels.model_copy(update={"stats": source.label_stats})})

@@ -19,9 +19,6 @@ from diffalign.vote_page.session import Sessions
 from diffalign.voting.log import VoteLog, check_rater
 from diffalign.web import Address, Limits, Listener, build_app, listen, serve
 
-MOST_SHOWN = 9
-"""Images of one question: each has a number key."""
-
 
 @dataclass(frozen=True)
 class VoteRequest:

@@ -9,10 +9,6 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.errors import DiffalignError
 from diffalign.progress import ImageProgress, say_aside
 from diffalign.scoring.items import Item
-from diffalign.scoring.run import score_items
-from diffalign.scoring.spec import parse
-from diffalign.scoring.store import Store
-from diffalign.stages.resolve_rewards import build_reward, resolve_device
 from diffalign.vote_page.gallery import Gallery
 from diffalign.voting.active import Active
 from diffalign.voting.balanced import Balanced
@@ -56,6 +52,12 @@ def _named(dataset: PreferenceDataset, source: str) -> NameScores:
 
 
 def _computed(gallery: Gallery, reward: str, device: str) -> tuple[str, NameScores]:
+    # Here, since they load torch: the page of a vote without a reward is there at once.
+    from diffalign.scoring.run import score_items
+    from diffalign.scoring.spec import parse
+    from diffalign.scoring.store import Store
+    from diffalign.stages.resolve_rewards import build_reward, resolve_device
+
     spec = parse(reward)
     made = build_reward(spec.name, spec.options, resolve_device(device))
     items = [

@@ -165,7 +165,8 @@ def _refuse_none(found: Sequence[object] | dict[str, list[Item]], folder: Path, 
 
 def _name(item: Item, log: Path) -> str:
     """Return the name of an image in the log: its path relative to the log's folder, whether it lies in a file or not."""
-    return Path(os.path.relpath(item.name, log.parent)).as_posix()
+    above = f"{log.parent.as_posix()}/"
+    return item.name[len(above) :] if item.name.startswith(above) else os.path.relpath(item.name, log.parent)
 
 
 def _model(item: Item, folder: Path) -> str:

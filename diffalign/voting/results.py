@@ -246,8 +246,8 @@ def _between(first: Sequence[Comparison], a: str, b: str, seed: int) -> Agreemen
             key = (one.images[1], one.images[0]) if turned else one.images
             said[one.rater].setdefault(key, (-one.sign if turned else one.sign, one.prompt))
     both = [key for key in said[a] if key in said[b]]
-    ours, theirs = (np.array([said[rater][key][0] for key in both], dtype=np.int64) for rater in (a, b))
-    return agreement(ours, theirs, [said[a][key][1] for key in both], seed=seed)
+    by_a, by_b = (np.array([said[rater][key][0] for key in both], dtype=np.int64) for rater in (a, b))
+    return agreement(by_a, by_b, [said[a][key][1] for key in both], seed=seed)
 
 
 def _reward(first: Sequence[Comparison], scores: Mapping[str, float], seed: int) -> Agreement:

@@ -44,7 +44,7 @@ class Slow(Reward):
     def measure(self, images: list[Image.Image], prompts: list[str], metadata: Any = None) -> dict[str, torch.Tensor]:
         self.loaded.add(self.factor)
         self.most_loaded = max(self.most_loaded, len(self.loaded))
-        self.free_to_go.wait(10)
+        self.free_to_go.wait(120)
         time.sleep(self.seconds)
         self.batches.append(len(images))
         if "broken" in prompts:

@@ -38,6 +38,9 @@ class Painter:
     def facts(self) -> dict[str, str]:
         return self.known
 
+    def noise_record(self, settings: SamplingSettings) -> dict[str, Any]:
+        return {"exact": False, "family": "", "shape": [], "sampler": "brush", "reason": "paint has no noise"}
+
     def draw(
         self, prompts: list[str], seeds: list[int], settings: SamplingSettings | None = None, **given: Any
     ) -> list[tuple[Image.Image, Any]]:

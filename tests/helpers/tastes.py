@@ -23,15 +23,15 @@ def coloured(rng: np.random.Generator, side: int = 24) -> Image.Image:
     return Image.fromarray((colour + rng.uniform(-30, 30, (side, side, 3))).astype(np.uint8))
 
 
-def judged(out: Path, prompts: int, noise: float = 0.1, seed: int = 0, blind: bool = False) -> Path:
-    """Write two pictures a prompt; the redder one is chosen, another share `noise` of the time. blind: any is chosen."""
+def judged(out: Path, prompts: int, noise: float = 0.1, seed: int = 0, blind: bool = False, each: int = 2) -> Path:
+    """Write `each` pictures a prompt, ordered by redness; another share `noise` of the time in reverse. blind: in any order."""
     rng = np.random.default_rng(seed)
     groups = []
     for n in range(prompts):
-        pair = coloured(rng), coloured(rng)
-        first = redness(pair[0]) > redness(pair[1]) if not blind else rng.random() < 0.5
-        first ^= rng.random() < noise
-        values = (float(first), float(not first))
-        groups.append(ImportedGroup(f"prompt {n}", tuple(map(png_bytes, pair)), values, f"row {n}"))
+        images = [coloured(rng) for _ in range(each)]
+        order = np.argsort(np.argsort([redness(image) for image in images])) if not blind else rng.permutation(each)
+        order = each - 1 - order if rng.random() < noise else order
+        values = tuple(float(place) / (each - 1) for place in order)
+        groups.append(ImportedGroup(f"prompt {n}", tuple(map(png_bytes, images)), values, f"row {n}"))
     write_imported(groups, out)
     return out

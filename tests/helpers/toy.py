@@ -103,6 +103,7 @@ class Batch:
     group_ids: list[str]
     prompts: list[str]
     spread: Tensor | None = None
+    seeds: Tensor | None = None
 
 
 class ToySource:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from PIL import Image
 
@@ -17,6 +18,7 @@ from diffalign.judge.personal import Choices, choices_in, choices_of, fit_taste
 from diffalign.rewards import load_reward
 from diffalign.rewards.features import NAMES, load_features
 from diffalign.rewards.personal import Head
+from diffalign.stages.personal import find_choices
 from diffalign.voting.log import Vote, line_of
 from helpers import pictures, tastes, tiny_rewards
 from helpers.command_line import refused, run
@@ -82,6 +84,21 @@ def test_a_taste_is_found_and_chance_is_not_taken_for_one(
     assert (abs(agreement) < 0.75) if blind else (agreement > 0.9)
 
 
+def test_the_score_is_the_head_on_the_features(tmp_path: Path) -> None:
+    """Read with safetensors alone; voted images score 0 on average."""
+    data = tastes.judged(tmp_path / "mine", 10, each=4)
+    assert run("judge", "personal", data, "features=pixels") == 0
+    head = safetensors.numpy.load_file(data / "personal/human/personal.safetensors")
+    images = [row.decode() for rows in PreferenceDataset(data).iter_images() for row in rows]
+    features = load_features("pixels", {})
+    seen = (
+        features.embed(torch.stack([features.prepare(image) for image in images]), [""] * len(images)).double().numpy()
+    )
+    score = load_reward("personal", weights=data / "personal/human").score(images, [""] * len(images)).numpy()
+    assert score == pytest.approx((seen - head["mean"]) @ head["weight"], abs=1e-5)
+    assert abs(score.mean()) < 1e-3 and score.std() > 0.1
+
+
 def test_equal_choices_give_equal_files_and_serve_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,15 +130,17 @@ def test_votes_of_one_or_all_raters(tmp_path: Path, capsys: pytest.CaptureFixtur
         (1, 0, 1.0, "p0"), (3, 5, 0.5, "p1"), (8, 6, 0.0, "p2"), (8, 7, 0.5, "p2"), (6, 7, 1.0, "p2"),
     ]  # fmt: skip
     assert len(found) == 5 and found.ties == 2
-    with pytest.raises(DiffalignError, match="g9/0, which is not in the dataset"):
-        choices_in([Vote("1", "t", "ann", "p", ("g9/0", "g0/0"), ("m", "m"), "left")], dataset)
+    gone = [Vote("1", "t", "ann", "p", (name, "g0/0"), ("m", "m"), "left") for name in ("g9/0", "g0/7", "none")]
+    assert len(choices_in(gone, dataset)) == 0
     by_score = choices_of(dataset, "x", "train")
     assert len(by_score) == 9 and set(by_score.wins) == {0.0}
     (tmp_path / "mine/votes.jsonl").write_text("".join(map(line_of, votes)))
     data = tmp_path / "mine"
     assert "3 choices between two images and 2 ties: at least 50" in refused(capsys, "judge", "personal", data)
     assert "0 choices between two images and 1 tie" in refused(capsys, "judge", "personal", data, "source=ben")
-    assert "it has votes, ann, ben, x" in refused(capsys, "judge", "personal", data, "source=carl")
+    both = find_choices(PreferenceDataset(data), "human", "train")
+    assert len(both) == 5  # every group was voted on: the shares that follow from votes do not count a second time
+    assert "it has human, ann, ben, x" in refused(capsys, "judge", "personal", data, "source=carl")
 
 
 def test_too_few_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +178,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_features_of_models(
     name: str, towers: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tastes.judged(tmp_path / "mine", 56)
+    data = tastes.judged(tmp_path / "mine", 10, each=4)
     assert run("judge", "personal", data, f"features={towers[name]}", f"out={tmp_path / 'out'}") == 0
     reward = load_reward("personal", weights=tmp_path / "out")
     images, prompts = [pictures.smooth(1), pictures.smooth(2)], ["a cat", "a dog"]
@@ -187,7 +206,7 @@ def test_another_tower_is_noticed_and_a_moved_one_is_not(towers: dict[str, str],
     clip = Path(towers["pickscore"].partition("weights=")[2])
     moved = tmp_path / "moved"
     shutil.copytree(clip, moved)
-    data = tastes.judged(tmp_path / "mine", 56)
+    data = tastes.judged(tmp_path / "mine", 10, each=4)
     assert run("judge", "personal", data, f"features=pickscore:weights={moved}", f"out={tmp_path / 'out'}") == 0
     moved.rename(tmp_path / "elsewhere")
     image = [pictures.smooth(1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,13 +21,13 @@ BASE64 = base64.b64encode(FILE).decode()
 
 
 def ask(root: str, count: int = 1, prompt: str = "a", **more: Any) -> httpx.Response:
-    return httpx.post(f"{root}/v1/score", json={"images": [BASE64] * count, "prompts": prompt, **more}, timeout=20)
+    return httpx.post(f"{root}/v1/score", json={"images": [BASE64] * count, "prompts": prompt, **more}, timeout=60)
 
 
 def until(condition: Any) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "it did not happen within 5 s"
+        assert time.monotonic() < end, "it did not happen within a minute"
         time.sleep(0.005)
 
 
@@ -82,7 +81,7 @@ def test_a_request_that_breaks_a_shared_batch_costs_no_other() -> None:
 def test_a_full_queue_is_refused_and_the_client_returns() -> None:
     slow = Slow()
     with serving({"slow": slow}, queue=4) as server:
-        client = load_reward("remote", url=server.root, patience=20)
+        client = load_reward("remote", url=server.root, patience=60)
         slow.free_to_go.clear()
         with ThreadPoolExecutor(3) as pool:
             first = pool.submit(ask, server.root, 3)
@@ -100,27 +99,29 @@ def test_a_full_queue_is_refused_and_the_client_returns() -> None:
 
 
 def test_one_model_at_a_time_answers_all_rewards() -> None:
+    """Also while the loaded model has images to the end: another reward's turn comes before that."""
     loaded: set[float] = set()
-    rewards = {"slow": Slow(1.0, 0.002, loaded), "double": Slow(2.0, 0.002, loaded)}
-    with serving(dict(rewards), resident="one", turn=0.05, batch_size=4) as server:
-        stop = threading.Event()
-
-        def stream() -> int:
-            count = 0
-            while not stop.is_set():
-                count += ask(server.root, 4, rewards=["slow"]).status_code == 200
-            return count
-
-        with ThreadPoolExecutor(4) as pool:
-            streams = [pool.submit(stream) for _ in range(3)]  # never lets the first model rest
-            answers = [ask(server.root, rewards=["double"]) for _ in range(3)]
-            stop.set()
-            assert all(one.result() > 0 for one in streams)
+    rewards = {"slow": Slow(1.0, 0.02, loaded), "double": Slow(2.0, 0.0, loaded)}
+    with serving(dict(rewards), resident="one", turn=0.05, batch_size=4) as server, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, server.root, 400, rewards=["slow"])  # 100 batches: 2 s
+        until(lambda: len(server.service.lanes["slow"].units) > 4)
+        other = ask(server.root, rewards=["double"])
+        assert not long.done()
+        assert other.json()["results"][0]["double"]["score"] == 80.0
+        assert [one["slow"]["score"] for one in long.result().json()["results"]] == [40.0] * 400
         both = ask(server.root).json()["results"][0]
         loads = server.service.metrics.total("diffalign_model_loads_total")
-    assert [answer.json()["results"][0]["double"]["score"] for answer in answers] == [80.0] * 3
     assert (both["slow"]["score"], both["double"]["score"]) == (40.0, 80.0)
     assert max(reward.most_loaded for reward in rewards.values()) == 1 and loads >= 4
+
+
+def test_a_model_that_cannot_be_released_costs_its_request_alone() -> None:
+    stuck = Slow()
+    stuck.free = lambda: (_ for _ in ()).throw(RuntimeError("stuck"))  # type: ignore[method-assign]
+    with serving({"slow": stuck, "double": Slow(2.0)}, resident="one") as server:
+        statuses = [ask(server.root, rewards=[label]).status_code for label in ("slow", "double", "slow")]
+        assert statuses == [200, 500, 200]
+        assert httpx.get(f"{server.root}/health").json()["status"] == "ok"
 
 
 def test_all_models_stay_in_memory_by_default() -> None:

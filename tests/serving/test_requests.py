@@ -88,7 +88,7 @@ def test_the_form_of_flow_factory(server: Running) -> None:
     theirs = {"prompt": ["a"] * 3, "image": BASE64, "video": None, "condition_images": None, "kwargs": None}
     for names in (theirs, {"prompts": ["a"] * 3, "images": BASE64}):
         for path in ("/slow/compute", "/compute?reward=slow"):
-            answer = httpx.post(server.root + path, json=names)
+            answer = httpx.post(server.root + path, json=names, timeout=30)
             assert (answer.status_code, answer.json()) == (200, {"rewards": WIDTHS})
     assert httpx.get(f"{server.root}/slow/health").json()["status"] == "ok"
     ambiguous = httpx.post(f"{server.root}/compute", json={"prompt": ["a"], "image": BASE64[:1]})
@@ -144,7 +144,7 @@ def test_a_pickle_is_not_read(server: Running, tmp_path: Path, monkeypatch: pyte
     body = pickle.dumps({"images": FILES, "prompts": [Trap()]})
     for path in ("/", "/v1/score", "/compute", "/slow/compute"):
         for headers in ({}, {"Content-Type": "application/json"}, {"Content-Type": "application/octet-stream"}):
-            answer = httpx.post(server.root + path, content=body, headers=headers)
+            answer = httpx.post(server.root + path, content=body, headers=headers, timeout=30)
             assert answer.status_code == 415 and "pickle is not read" in answer.json()["error"], (path, headers)
     assert not (tmp_path / "trap").exists()
 
@@ -210,7 +210,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_body_costs_its_sender_one_line(server: Running, name: str) -> None:
     kind, body, status = HOSTILE[name]
-    answer = httpx.post(f"{server.root}/v1/score", content=body, headers={"Content-Type": kind})
+    answer = httpx.post(f"{server.root}/v1/score", content=body, headers={"Content-Type": kind}, timeout=30)
     line = answer.json()["error"]
     assert answer.status_code == status, line
     assert set(answer.json()) == {"error"} and "\n" not in line and 0 < len(line) < 300

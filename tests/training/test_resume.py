@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.config import DistillConfig, JudgeConfig, RewardGradientConfig, TrainConfig
+from diffalign.config.objective import OBJECTIVE_SECTIONS
 from diffalign.config.section import OnResume, Section
 from diffalign.errors import DiffalignError
 from diffalign.files.checksums import CRC
@@ -293,4 +294,5 @@ def test_every_rule_names_keys_that_exist(kind: type[Section]) -> None:
         return own + [rule for one in inner if issubclass(one, Section) for rule in rules(one)]
 
     everywhere = set().union(*map(keys, (TrainConfig, DistillConfig, RewardGradientConfig, JudgeConfig)))
+    everywhere |= {f"objective.{key}" for section in OBJECTIVE_SECTIONS.values() for key in section.model_fields}
     assert {key for rule in rules(kind) for key, _ in rule.only_where} <= everywhere

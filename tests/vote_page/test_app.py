@@ -191,6 +191,7 @@ def test_the_page_holds_prompts_as_data_and_no_names(tmp_path: Path, opened: Ope
     assert "</script><b>" not in shown.text and "next <step>" not in shown.text
     assert "base" not in client.get("/questions").text and "g00000" not in client.get("/questions").text
     assert asked(client)[0]["prompt"] == EVIL
+    assert "http-equiv" not in shown.text and shown.text.count('<link rel="icon" href="data:,">') == 1
     policy = shown.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
 

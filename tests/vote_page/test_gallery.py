@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from diffalign.errors import DiffalignError
 from diffalign.vote_page.gallery import Gallery, open_gallery
+from helpers.processes import environment
 from helpers.vote_data import colours, folder_of
 
 
@@ -87,6 +90,12 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, make: object, fault
     assert callable(make)
     with pytest.raises(DiffalignError, match=fault):
         open_gallery(make(tmp_path))
+
+
+def test_the_page_starts_without_torch() -> None:
+    """Torch takes longer to load than 10,000 images take to list."""
+    code = "import sys, diffalign.stages.vote; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
 
 
 def test_a_link_that_leads_out_is_not_shown(tmp_path: Path) -> None:

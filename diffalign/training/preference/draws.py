@@ -9,6 +9,7 @@ from torch import Tensor
 from diffalign.config import TrainConfig
 from diffalign.draws import draw, normal
 from diffalign.pipelines import NoiseProcess
+from diffalign.pipelines.drawn_noise import initial_noise
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Draws:
     """What was drawn for a micro-batch of B groups of K images.
 
     members [B, n]: the images of each group that this step looks at, all of them or `data.group_size`. noise [B, K, C,
-    h, w] float32, None where it is found by inversion; times [B] in the process's units; order [B, K] breaks ties;
-    dropped [B] bool, groups whose prompt is replaced by the empty one.
+    h, w] float32: drawn, or what made each image; None where it is found by inversion. times [B] in the process's units;
+    order [B, K] breaks ties; dropped [B] bool, groups whose prompt is replaced by the empty one.
     """
 
     members: Tensor
@@ -35,10 +36,12 @@ def make_draws(
     group_ids: list[str],
     shape: torch.Size,
     labelled: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Draws:
     """Draw for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
 
-    labelled: bool [B, K], which images `data.group_size` draws from first; None: all.
+    labelled: bool [B, K], which images `data.group_size` draws from first; None: all. seeds: [B, K] of the noise that made the
+    images (`noise: tracked`), -1 where there is no image.
     The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
     """
     _, members, *latent = shape
@@ -54,6 +57,10 @@ def make_draws(
         elif config.noise == "independent":
             each = [normal(one("noise", slot, group, m), (1, *latent)) for m in range(members)]
             noise.append(torch.cat([torch.from_numpy(n) for n in each]).numpy())
+        elif config.noise == "tracked":
+            if seeds is None:
+                raise ValueError("noise=tracked needs the seeds of the images")
+            noise.append(initial_noise(seeds[row].clamp_min(0).tolist(), latent).numpy())
         uniform.append(one("time", slot, group).random())
         order.append(one("order", slot, group).permutation(members))
         every = np.arange(members) if size == members else one("members", slot, group).permutation(members)

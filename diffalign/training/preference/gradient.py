@@ -16,6 +16,7 @@ from diffalign.objectives import Objective
 from diffalign.pipelines import Backbone
 from diffalign.training.device import Share, to_device
 from diffalign.training.finite import FiniteGuard
+from diffalign.training.preference.disagreement import within_halves
 from diffalign.training.preference.draws import make_draws
 from diffalign.training.preference.posterior import with_samples
 from diffalign.training.preference.reference_store import ReferenceStore, live
@@ -87,7 +88,7 @@ class StepGradient:
             batch = with_samples(self.config, self.source.batch([indices[s] for s in slots]), step, slots)
             draws = make_draws(
                 self.config, self.backbone.process, step, slots, batch.group_ids, batch.latents.shape,
-                batch.rewards.isfinite(),
+                batch.rewards.isfinite(), batch.seeds if self.config.noise == "tracked" else None,
             )  # fmt: skip
             draws = self.selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
             self.drawing += time.monotonic() - began
@@ -187,4 +188,4 @@ def logged(accelerator: Accelerator, totals: dict[str, Tensor]) -> dict[str, flo
     row = dict(zip(names, values.tolist(), strict=True))
     count, groups = row.pop("_count"), row.pop("_groups")
     found = {name: value if name == "loss" else value / max(count, 1.0) for name, value in row.items()}
-    return found | {"share_without_preference": 1.0 - count / groups}
+    return (within_halves(found) if count else found) | {"share_without_preference": 1.0 - count / groups}

@@ -26,7 +26,7 @@ from diffalign.training.preference.gradient import HasBeta, StepGradient, logged
 from diffalign.training.preference.policy import build_objective, prepare_policy
 from diffalign.training.preference.reference_key import open_store
 from diffalign.training.preference.selection import Selection
-from diffalign.training.preference.stabilise import is_outlier, remember_margin, with_auto_beta
+from diffalign.training.preference.stabilise import is_outlier, remember_margin, with_auto_beta, with_beta_end
 from diffalign.training.protocols import GroupSource, Say
 from diffalign.training.readme import train_readme
 from diffalign.training.sharding import save_sharded, whole
@@ -86,6 +86,7 @@ class Preference:
         rate = set_rate(self.optimizer, learning_rate(config.optimizer, step, config.train.steps))
         indices = self.selection.groups(step)
         objective = with_auto_beta(self.objective, config.train.auto_beta, extra)
+        objective = with_beta_end(objective, step, config.train.steps)
 
         # ---- Gradient: reference and policy on every micro-batch, and the loss backward ----
         waited = self.gradient.waited
@@ -108,8 +109,9 @@ class Preference:
         self.plain: dict[str, float | Tensor] = {"grad_norm": norm, "lr": rate}
         if config.train.skip_grad_norm:
             self.plain["skipped"] = float(skipped)
-        if config.train.auto_beta and isinstance(objective, HasBeta):
+        if isinstance(objective, HasBeta) and (config.train.auto_beta or objective is not self.objective):
             self.plain["beta"] = objective.beta
+        if config.train.auto_beta and isinstance(objective, HasBeta):
             self.finite.check()
             remember_margin(self.row(), objective.beta, extra)
         if self.store:

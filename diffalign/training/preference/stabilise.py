@@ -1,6 +1,6 @@
-"""Optional stabilisers, all off by default: skip steps with an outlier gradient norm; adapt beta.
+"""Optional stabilisers, all off by default: skip steps with an outlier gradient norm; adapt beta, or let it fall.
 
-Both remember plain numbers, which go into the checkpoint, and both see metrics that are already reduced over processes, so
+The first two remember plain numbers, which go into the checkpoint, and see metrics that are already reduced over processes, so
 every process decides alike.
 """
 
@@ -55,6 +55,15 @@ def with_auto_beta(objective: Objective, target: float | None, memory: Memory) -
     wanted = (math.log((1 - target) / target) + offset) / size
     low, high = objective.beta / AUTO_BETA_REACH, objective.beta * AUTO_BETA_REACH
     return dataclasses.replace(objective, beta=min(max(wanted, low), high))
+
+
+def with_beta_end(objective: Objective, step: int, steps: int) -> Objective:
+    """Return the objective with the beta of a step of `steps`: half a cosine from its own to `beta_end` times that."""
+    if not isinstance(objective, DiffusionDPO | SmPO) or objective.beta_end is None:
+        return objective
+    share, done = objective.beta_end, step / max(steps - 1, 1)
+    factor = share + (1 - share) * 0.5 * (1 + math.cos(math.pi * done))
+    return dataclasses.replace(objective, beta=factor * objective.beta)
 
 
 def pulled_margin(row: Mapping[str, float]) -> float | None:

@@ -7,7 +7,7 @@ computes in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +20,9 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.pipelines.inversion import inverted_noise
 from diffalign.training.device import to_device
+from diffalign.training.preference.disagreement import halves
 from diffalign.training.preference.draws import Draws
-from diffalign.training.preference.mixed_sizes import by_size, labelled_first, member_means, sizes_of
+from diffalign.training.preference.mixed_sizes import by_size, labelled_first, member_means, over_sizes, sizes_of
 from diffalign.training.preference.reference_store import Recall, live
 from diffalign.training.protocols import Conditioning
 
@@ -209,8 +210,14 @@ def preference_step(
     metrics = {"policy_error": member_means(errors.policy_error, sizes), **output.metrics}
     if errors.reference_error is not None:
         metrics["reference_error"] = member_means(errors.reference_error, sizes)
+        if objective.label_kind not in ("none", "role"):  # roles tie: there is no one best image
+            metrics |= over_sizes(halves, errors, sizes)
     if gap is not None:
         metrics["drift"] = member_means(gap, sizes)
+        if config.train.drift_weight:
+            excess = (metrics["drift"] - config.train.drift_radius).relu()
+            metrics["drift_excess"] = excess
+            output = replace(output, loss=output.loss + config.train.drift_weight * excess)
 
     # ---- Weight: a group without a strict preference has no say where labels do ----
     weight = torch.ones(len(chosen))
