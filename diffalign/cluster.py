@@ -205,6 +205,7 @@ class _Pool(Generic[Key, Order, Answer]):
                 raise DiffalignError(answer.message)
             if task is None:
                 self.started.add(number)
+                self.false_starts = 0  # counted in a row
                 continue
             self._prove()
             yield task.key, answer

@@ -277,9 +277,7 @@ class MemoryPrediction:
         plain = {
             "model": config.model.model_copy(update={"compile": False}),
             "train": config.train.model_copy(update={"shard": "none"}),
-            "tune": config.tune.model_copy(
-                update={"init": None, "reference": "ema" if config.tune.reference == "ema" else "init"}
-            ),
+            "tune": config.tune.model_copy(update={"init": None, "reference": "init"}),
         }
         prepare_policy(config.model_copy(update=plain), backbone, self.objective)
         self.trained = list(backbone.trainable().values())

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from diffalign.config import load_synth_config
-from diffalign.errors import DiffalignError
 from diffalign.stages.synth import synth
 from helpers.files import tree
 from helpers.ray_cluster import NODE, when
@@ -51,18 +50,16 @@ def test_nodes_are_killed_while_drawing_and_while_scoring(tmp_path: Path, cluste
     pieces = tmp_path / "ray" / "data" / ".work" / "images"
     first, second = cluster.add_node(**NODE), []
     drawing = when(
-        lambda: len(list(pieces.rglob("*.parquet"))) >= 8,
+        lambda: len(list(pieces.rglob("*.parquet"))) >= 2,
         lambda: (cluster.remove_node(first, allow_graceful=False), second.append(cluster.add_node(**NODE))),
     )
     nodes = lambda: {node for node, _ in noted()}  # noqa: E731
-    scoring = when(lambda: len(nodes()) == 2, lambda: cluster.remove_node(second[0], allow_graceful=False))
+    scoring = when(
+        lambda: bool(second) and second[0].node_id in nodes(),
+        lambda: cluster.remove_node(second[0], allow_graceful=False),
+    )
     assert make("ray", "engine=ray", "actors=2", options="{pause: 0.2, nodes: 2}") == expected
     drawing.join()
     scoring.join()
     batches = [prompts for _, prompts in noted()]
     assert second[0].node_id in nodes() and len(set(batches)) <= len(batches) <= len(set(batches)) + 2
-
-
-def test_a_dry_run_is_of_this_machine(make: Any) -> None:
-    with pytest.raises(DiffalignError, match="use engine=local"):
-        synth(load_synth_config("synth_shapes", ["engine=ray"]), dry_run=True)

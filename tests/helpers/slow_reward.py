@@ -16,7 +16,7 @@ from diffalign.rewards import Reward
 LOG = "DIFFALIGN_TEST_LOG"
 """The environment variable that names the file of what was done: a line for each batch."""
 
-PATIENCE = 120.0  # seconds
+PATIENCE = 400.0  # seconds
 
 
 def note(what: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffalign.config import GeneratorSection, RewardSection
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.rewards import Reward
 
@@ -73,3 +74,13 @@ class Channel(Reward):
         self.reasons = [""] * len(images)
         channel = {"bright": slice(None), "red": 0}[self.name]
         return {"mean": torch.tensor([float(np.asarray(i)[..., channel].mean()) for i in images])}
+
+
+def open_painter(section: GeneratorSection, device: str) -> Painter:
+    """What actors of a stand-in for Ray open: a function that can travel."""
+    return Painter(section.name)
+
+
+def open_channel(section: RewardSection, device: str) -> Channel:
+    """As `open_painter`, for rewards."""
+    return Channel(section.name)

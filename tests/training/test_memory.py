@@ -37,22 +37,24 @@ def real(backbone: Any, config: Any) -> dict[str, int]:
     optimizer.step()
     held = sum(t.nbytes for p in trained for t in tensors(optimizer.state[p]))
     whole = sum(t.nbytes for t in [*backbone.trunk.parameters(), *backbone.trunk.buffers()])
+    moving = sum(p.nbytes for p in backbone.followers().values()) if config.tune.reference == "ema" else 0
     return {
         "weights": whole if full else frozen,
-        "reference": frozen if full else 0,
-        "adapters": 0 if full else whole - frozen,
+        "reference": moving or (frozen if full else 0),
+        "adapters": 0 if full else whole - frozen - moving,
         "gradients": gradients,
         "optimiser": held,
         "average": sum(p.nbytes for p in trained) if config.train.ema_decay else 0,
     }
 
 
+@pytest.mark.parametrize("reference", ["init", "ema"])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_parts_are_those_of_the_real_model(tune: str, sd3_dir: Path, tmp_path: Path) -> None:
+def test_parts_are_those_of_the_real_model(tune: str, reference: str, sd3_dir: Path, tmp_path: Path) -> None:
     config = config_for(sd3_dir, tmp_path, 1)
     config = config.model_copy(
         update={
-            "tune": config.tune.model_copy(update={"kind": tune}),
+            "tune": config.tune.model_copy(update={"kind": tune, "reference": reference}),
             "train": config.train.model_copy(update={"ema_decay": 0.5}),
         }
     )

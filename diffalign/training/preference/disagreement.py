@@ -41,10 +41,9 @@ def halves(group: GroupErrors) -> dict[str, Tensor]:
 
 
 def within_halves(row: dict[str, float]) -> dict[str, float]:
-    """Return a row of means over all pairs with the metrics of a half as means over its own pairs; without any, none."""
+    """Return a row of means over all pairs with the metrics of a half as means over its own pairs; 0 where it has none."""
     share = row.get(SHARE)
     if share is None:
         return row
     parts = {True: share, False: 1.0 - share}
-    kept = {name: value for name, value in row.items() if name not in IN_HALVES}
-    return kept | {name: row[name] / parts[half] for name, half in IN_HALVES.items() if parts[half] > 0}
+    return row | {name: row[name] / parts[half] if parts[half] > 0 else 0.0 for name, half in IN_HALVES.items()}

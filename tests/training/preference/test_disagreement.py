@@ -33,7 +33,7 @@ def test_halves_by_hand() -> None:
     assert row["disagreeing_gap"] == pytest.approx(0.15) and row["agreeing_gap"] == pytest.approx(0.0)
     assert row["disagreeing_turned"] == row["agreeing_lost"] == 0.5 and row["loss"] == 0.3
     whole = within_halves({**means, "reference_disagrees": 1.0})
-    assert "agreeing_gap" not in whole and "disagreeing_gap" in whole
+    assert whole["agreeing_gap"] == 0.0 and whole["disagreeing_gap"] == pytest.approx(0.075)
     assert within_halves({"loss": 0.3}) == {"loss": 0.3}
 
 
