@@ -47,7 +47,8 @@ def score(
         rewards: `"pickscore"`, `"hpsv2:release=2.0"`, `"mine=my_module:Class"`, a section such as
             `{"name": "hpsv2", "label": "mine", "weights": PATH}`, a built reward, or several of these.
         metadata: What a reward reads besides the prompt, one mapping an image, such as GenEval's `include`.
-        output: A .jsonl, .csv or .parquet file to write. What it holds already is not scored again.
+        output: A .jsonl, .csv or .parquet file to write, also at an address such as s3://. What it holds already is not
+            scored again.
         batch_size: Images in one batch. workers: threads that read and decode; None: at most 8.
         device: auto, cpu or cuda; a reward may name its own. progress: whether to print it on stderr.
 
@@ -69,7 +70,7 @@ def score(
         from diffalign.scoring.score_table import ScoreTable
         from diffalign.scoring.spec import RewardSpec, check_labels
         from diffalign.stages.resolve_rewards import process_device
-        from diffalign.stages.score import refuse_without_prompts, score_and_store
+        from diffalign.stages.score import place_of_output, refuse_without_prompts, score_and_store
 
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
         on = process_device(device)
@@ -78,13 +79,13 @@ def score(
         check_labels([label for label, _ in built])
         items = items_of(images, prompts, metadata)
         refuse_without_prompts(items, dict(built), "give prompts=")
-        path = None if output is None else Path(output)
-        with writing_file(path, "output"):
+        with place_of_output(output) as (path, mirrored), writing_file(None if mirrored else path, "output"):
             scores, _ = score_and_store(
                 items,
                 dict(built),
                 path,
                 [],
+                mirrored=mirrored,
                 batch_size=batch_size,
                 workers=workers,
                 on_progress=ImageProgress(say_aside) if progress else None,

@@ -30,18 +30,23 @@ def parse(text: str) -> RewardSpec:
     """
     head, _, tail = text.partition(":")
     label, equals, name = head.partition("=")
-    label, name = (label, name) if equals else (head, head)
+    name = name if equals else head
     kind, _, options_of_kind = tail.partition(":")
     if kind.isidentifier() and name not in REWARDS:
         name, tail = f"{name}:{kind}", options_of_kind
-        label = label if equals else find_reward(name).name
-    options = parse_options(tail, f"--reward {text!r}")
-    if name == "remote" and not equals:
+    return _checked(label if equals else None, name, parse_options(tail, f"--reward {text!r}"), text)
+
+
+def _checked(label: str | None, name: str, options: dict[str, Any], said: str) -> RewardSpec:
+    """Return a spec, with the reward's own label where none is given. said: what messages quote."""
+    if label is None and name == "remote":
         label = remote_label(options.get("url"))
+    elif label is None:
+        label = find_reward(name).name if ":" in name else name
     if not LABEL.fullmatch(label) or not name:
-        raise DiffalignError(f"--reward {text!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
+        raise DiffalignError(f"--reward {said!r}: write NAME, NAME:key=value,key=value or LABEL=NAME:key=value")
     if label in TAKEN_NAMES:
-        raise DiffalignError(f"--reward {text!r}: {label} is a column of every table; give it another label")
+        raise DiffalignError(f"--reward {said!r}: {label} is a column of every table; give it another label")
     return RewardSpec(label, name, options)
 
 
@@ -84,8 +89,7 @@ def spec_of(given: str | RewardSpec | Mapping[str, Any]) -> RewardSpec:
     name = given.get("name")
     if not isinstance(name, str) or not name:
         raise DiffalignError(f"rewards: {dict(given)!r} has no name; write {{'name': 'pickscore', ...}}")
-    plain = parse(name if "label" not in given else f"{given['label']}={name}")
-    return RewardSpec(plain.label, plain.name, {**plain.options, **options})
+    return _checked(given.get("label"), name, options, name)
 
 
 def _value(text: str) -> bool | int | float | str:

@@ -78,7 +78,7 @@ def score(request: ScoreRequest) -> int:
     dataset = Path(request.images[0]) if request.into_dataset else None
     try:
         with (
-            _place(request.output) as (output, mirrored),
+            place_of_output(request.output) as (output, mirrored),
             writing_file(None if mirrored else output, "--output"),
             writing_folder(dataset if dataset and (dataset / GROUPS_FILE).is_file() else None, "dataset"),
             warnings.catch_warnings(),
@@ -91,7 +91,7 @@ def score(request: ScoreRequest) -> int:
 
 
 @contextmanager
-def _place(output: Path | str | None) -> Iterator[tuple[Path | None, Mirror | None]]:
+def place_of_output(output: Path | str | None) -> Iterator[tuple[Path | None, Mirror | None]]:
     """Yield where the output is written here, and what sends it on if it belongs to an address."""
     if not isinstance(output, str):
         yield output, None

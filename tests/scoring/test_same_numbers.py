@@ -27,6 +27,8 @@ from helpers.ray_cluster import NODE, small_cluster
 Numbers = dict[str, list[float]]
 """Scores by label, in the order of the images' names."""
 PROMPTS = ["a red circle", "a blue square", "a star", "two stars", "a green ring", "a cat", "a dog on a hill"]
+BATCH = 2
+"""Images in a batch: small, so that every way makes several."""
 LABELS = ("clip", "sharpness")
 
 
@@ -51,7 +53,13 @@ class World:
     @property
     def command(self) -> list[str]:
         """The arguments of `diffalign score`, without the output."""
-        return ["score", str(self.folder), *(word for reward in self.rewards for word in ("-r", reward))]
+        return [
+            "score",
+            str(self.folder),
+            "--batch-size",
+            str(BATCH),
+            *(word for reward in self.rewards for word in ("-r", reward)),
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +114,7 @@ def ray_cluster(world: World) -> Numbers:
 
 def python(images: Callable[[World], Any]) -> Callable[[World], Numbers]:
     """Return the way from images in Python to numbers."""
-    return lambda world: of_table(diffalign.score(images(world), PROMPTS, rewards=world.rewards))
+    return lambda world: of_table(diffalign.score(images(world), PROMPTS, rewards=world.rewards, batch_size=BATCH))
 
 
 class Way(NamedTuple):
@@ -117,7 +125,9 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "Python: the folder": Way(lambda world: of_table(diffalign.score(world.folder, rewards=world.rewards))),
+    "Python: the folder": Way(
+        lambda world: of_table(diffalign.score(world.folder, rewards=world.rewards, batch_size=BATCH))
+    ),
     "Python: paths": Way(python(lambda world: world.files)),
     "Python: images of Pillow": Way(python(lambda world: [Image.open(path) for path in world.files])),
     "Python: a batch of 8 bits": Way(python(lambda world: world.pixels)),
