@@ -64,4 +64,5 @@ def _gone(request: Request, error: Exception) -> Response:
 
 
 def _broken(request: Request, error: Exception) -> Response:
-    return refusal(500, f"the server failed ({type(error).__name__}); its log says where")
+    # The server closes the connection of a failed request, so the client must not use it again.
+    return refusal(500, f"the server failed ({type(error).__name__}); its log says where", {"Connection": "close"})

@@ -62,13 +62,15 @@ def converted(source: Path, out: Path) -> tuple[Report, list[tuple[str, list[byt
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("below", ["", "set/"])
-def test_an_imagefolder_in_an_archive(tmp_path: Path, kind: str, below: str) -> None:
+def test_an_imagefolder_in_an_archive(tmp_path: Path, kind: str, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     path = packed(tmp_path / kind, IMAGEFOLDER, below)
     assert converted(path, tmp_path / "out")[1] == [("a cat", PNG[:3], [0.0, 0.5, 1.0], "train")]
     items = collect([str(path)])
     assert [(item.key, item.prompt) for item in items] == [(f"{below}{n}.png", "a cat") for n in range(3)]
     assert [item.origin.read() for item in items] == PNG[:3]
-    assert not list(Path(tempfile.gettempdir()).glob("diffalign-*"))
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize("files", [TABLE, SIDES], ids=["csv", "w-l"])

@@ -18,7 +18,7 @@ from diffalign.data.writer import ImageWriter, parquet_writer, write_groups
 
 SIZES = {"a": 3, "b": 3, "c": 2}
 
-LABELS = SimpleNamespace(source="preference", transform="none", stats=None)
+LABELS = SimpleNamespace(source="preference", transform="none", stats=None, spread="dataset")
 
 
 def picture(value: int, size: tuple[int, int] = (16, 16)) -> Image.Image:

@@ -126,7 +126,9 @@ def test_identity_follows_the_weights(clip: Path, tmp_path: Path) -> None:
 
 
 def test_not_differentiable_is_said() -> None:
+    asked = {"url": "http://localhost:9/v1", "model": "any"}
+    needed = {"vlm_judge": asked, "group_judge": asked}
     for name, kind in REWARDS.items():
-        if not kind.differentiable and name not in ("geneval",):
+        if not kind.differentiable and name not in ("geneval", "remote"):  # a served reward is asked first
             with pytest.raises(DiffalignError, match="is not differentiable"):
-                load_reward(name).score_tensors(torch.rand(1, 3, 8, 8), ["x"])
+                load_reward(name, **needed.get(name, {})).score_tensors(torch.rand(1, 3, 8, 8), ["x"])
