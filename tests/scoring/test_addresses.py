@@ -15,7 +15,7 @@ import pytest
 from diffalign.cli import app
 from diffalign.errors import DiffalignError
 from diffalign.scoring import mirror
-from diffalign.stages.score import ScoreRequest, _place, score
+from diffalign.stages.score import ScoreRequest, place_of_output, score
 from helpers import pictures
 
 PLACE = "memory://bucket/in"
@@ -111,5 +111,8 @@ def test_what_addresses_cannot_be(bucket: Any, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(DiffalignError, match="memory://bucket/none: no"):
         score(ScoreRequest(["memory://bucket/none"], ["sharpness"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DiffalignError, match="several processes write to a disk"), _place("memory://bucket/o.jsonl"):
+    with (
+        pytest.raises(DiffalignError, match="several processes write to a disk"),
+        place_of_output("memory://bucket/o.jsonl"),
+    ):
         pass

@@ -18,11 +18,14 @@ import torch
 from PIL import Image
 
 import diffalign
+from diffalign.rewards import load_reward
+from diffalign.scoring.spec import parse
 from helpers import pictures, tiny_rewards
 from helpers.command_line import run
 from helpers.fake_ray import FakeRay
 from helpers.processes import finish, torchrun
 from helpers.ray_cluster import NODE, small_cluster
+from helpers.served import serving
 
 Numbers = dict[str, list[float]]
 """Scores by label, in the order of the images' names."""
@@ -96,6 +99,16 @@ def address(world: World) -> Numbers:
     return of_file(world.out / "address.jsonl")
 
 
+def served(world: World) -> Numbers:
+    specs = {spec.label: spec for spec in map(parse, world.rewards)}
+    rewards = {label: load_reward(spec.name, **spec.options) for label, spec in specs.items()}
+    with serving(dict(rewards)) as server:
+        asked = (word for label in rewards for word in ("-r", f"{label}=remote:url={server.root}/{label}"))
+        command = [*world.command[: world.command.index("-r")], *asked]
+        assert run(*command, "-o", world.out / "served.jsonl") == 0
+    return of_file(world.out / "served.jsonl")
+
+
 def stand_in_for_ray(world: World) -> Numbers:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ray", FakeRay())
@@ -138,6 +151,8 @@ WAYS = {
     # They share the batches of one process.
     "two processes": Way(two_processes),
     "images and output at an address": Way(address),
+    # The server makes batches of its own, of the images that arrive together.
+    "HTTP": Way(served, bound=1e-6),
     "a stand-in for Ray": Way(stand_in_for_ray),
     "a Ray cluster": Way(ray_cluster),
 }
