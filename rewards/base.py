@@ -55,7 +55,15 @@ class Reward(ABC):
     reasons: list[str]
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None) -> Tensor:
-        """Return the first column of `measure`: float32 [B]."""
+        """Return the first column of `measure`: float32 [B].
+
+        Raises DiffalignError for another number of prompts than images.
+        """
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            found = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+            raise DiffalignError(
+                f"reward {self.name}: {found} for {len(images)} images; give a list with one for each image"
+            )
         return self.measure(images, prompts, metadata)[self.columns[0]]
 
     @abstractmethod

@@ -119,6 +119,13 @@ def test_mistakes_are_one_line(given: dict[str, Any], said: str) -> None:
         diffalign.score(**{"images": noise(8, 8, 3), "prompts": "x", "rewards": "sharpness"} | given)
 
 
+@pytest.mark.parametrize("prompts", ["abc", ["a"], ["a", "b", "c", "d"], []])
+def test_a_reward_wants_one_prompt_for_each_image(prompts: Any) -> None:
+    reward = diffalign.load_reward("sharpness")
+    with pytest.raises(DiffalignError, match="for 3 images; give a list with one for each image"):
+        reward.score([Image.new("RGB", (8, 8))] * 3, prompts)
+
+
 # --- rewards and files -----------------------------------------------------------------------------------------
 
 
