@@ -36,6 +36,8 @@ def make_folder(path: Path) -> Path:
 
 def check_place(path: Path) -> None:
     """Raise DiffalignError where no file `path` can be written; call it before work whose result would be lost."""
+    if not path.name or path.is_dir():
+        raise DiffalignError(f"{path}: a folder; name a file")
     part = path.with_name(path.name + ".part")
     make_folder(path.parent)
     try:

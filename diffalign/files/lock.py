@@ -72,6 +72,8 @@ def writing_file(path: Path | None, key: str) -> Iterator[None]:
     if path is None:
         yield
         return
+    if not path.name:
+        raise DiffalignError(f"{key} {path}: a folder; name a file")
     with _writing(path.with_name(f".{path.name}{LOCK_FILE}"), f"{key} {path}", shared=False):
         yield
 

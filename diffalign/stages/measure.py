@@ -54,6 +54,8 @@ def measure(request: MeasureRequest) -> None:
     """Measure sets of images: `diffalign measure`. Raises DiffalignError before a network is loaded for what is known then."""
     asked = _parse(request.measures)
     if request.output is not None:
+        if request.output.suffix != ".json":
+            raise DiffalignError(f"--output {request.output}: name a file that ends in .json")
         check_place(request.output)
     wants = [name for name in asked if name != "lpips"]
     if wants and not request.reference:

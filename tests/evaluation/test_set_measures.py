@@ -221,6 +221,9 @@ def test_mistakes(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "give them as --reference" in refused(capsys, "measure", a, "-m", "kid")
     assert "unknown measure; one of fid, kid" in refused(capsys, "measure", a, "-m", "fidd")
     assert "unknown option 'size'; it has weights, subsets" in refused(capsys, "measure", a, "-m", "kid:size=3")
+    for out, words in ((tmp_path / "m.txt", "ends in .json"), (tmp_path / "m.json", "a folder; name a file")):
+        (tmp_path / "m.json").mkdir(exist_ok=True)
+        assert words in refused(capsys, "measure", a, "--reference", b, "-m", "kid", "-o", out)
     assert "a whole number" in refused(capsys, "measure", a, "-m", "kid:subsets=0")
     gone = refused(capsys, "measure", a, "--reference", b, "-m", f"kid:weights={tmp_path}/gone.pth")
     assert "it should be a copy of https://github.com/toshas/torch-fidelity" in gone
