@@ -63,6 +63,7 @@ def score(
     with extras_named(), warnings.catch_warnings():
         from PIL import Image
 
+        from diffalign.errors import DiffalignError
         from diffalign.files.lock import writing_file
         from diffalign.progress import ImageProgress, say_aside
         from diffalign.rewards import Reward
@@ -74,7 +75,14 @@ def score(
 
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
         on = process_device(device)
+        for name, number in (("batch_size", batch_size), ("workers", 1 if workers is None else workers)):
+            if not isinstance(number, int) or number < 1:
+                raise DiffalignError(f"{name}: {number!r}; give a whole number of at least 1")
+        if not isinstance(rewards, (str, Mapping, Reward, RewardSpec, Iterable)):
+            raise DiffalignError(f"rewards: {type(rewards).__name__} is no reward; name one, such as 'pickscore'")
         given = [rewards] if isinstance(rewards, (str, Mapping, Reward, RewardSpec)) else list(rewards)
+        if not given:
+            raise DiffalignError("rewards: none is given; name one, such as 'pickscore'")
         built = [_built(one, on) for one in given]
         check_labels([label for label, _ in built])
         items = items_of(images, prompts, metadata)

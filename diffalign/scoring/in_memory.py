@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from diffalign.scoring.sources import Prompting, collect
 Pixels: TypeAlias = "Image.Image | np.ndarray | Tensor"
 Picture: TypeAlias = "str | Path | Pixels"
 """One image, or a batch: a path (also of a folder, a glob, an archive, a dataset), an image, an array, a tensor."""
+Given = TypeVar("Given")
 CHANNELS = (1, 3, 4)
 HALF_A_LEVEL = 0.5 / 255
 """How far rounding may take float pixels beyond 0 and 1."""
@@ -59,7 +60,8 @@ def items_of(
     image, what a reward reads besides the prompt. An image in memory is called `image N`, counted from 0. Raises
     DiffalignError for a source without images, an array of another shape or type, and another number of prompts than images.
     """
-    given = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) else list(images)
+    single = isinstance(images, (str, bytes, Path, Image.Image, np.ndarray, Tensor, Mapping))
+    given = [images] if single or not isinstance(images, Iterable) else list(images)
     items: list[Item] = []
     for one in given:
         if isinstance(one, (str, Path)):
@@ -74,19 +76,29 @@ def items_of(
     if twice:
         raise DiffalignError(f"{twice[0]!r} is given twice; name each image once")
     if prompts is not None and not isinstance(prompts, str):
-        _check_number("prompts", len(prompts), len(items))
+        texts = _one_each("prompts", prompts, (str, type(None)), "text", items)
         items = [
-            replace(item, prompt=item.prompt if one is None else one) for item, one in zip(items, prompts, strict=True)
+            replace(item, prompt=item.prompt if one is None else one) for item, one in zip(items, texts, strict=True)
         ]
     if metadata is not None:
-        _check_number("metadata", len(metadata), len(items))
-        items = [replace(item, metadata={**item.metadata, **more}) for item, more in zip(items, metadata, strict=True)]
+        facts = _one_each("metadata", metadata, Mapping, "mapping", items)
+        items = [replace(item, metadata={**item.metadata, **more}) for item, more in zip(items, facts, strict=True)]
     return items
 
 
-def _check_number(what: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise DiffalignError(f"{what}: {found} for {wanted} images; give one for each image, or a single text for all")
+def _one_each(
+    what: str, given: Iterable[Given], kind: type | tuple[type, ...], called: str, items: list[Item]
+) -> list[Given]:
+    """Return what was given for each image. Raises DiffalignError for another number or another kind."""
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
+        raise DiffalignError(f"{what}: {type(given).__name__} is no list; give a list with one {called} for each image")
+    found = list(given)
+    if len(found) != len(items):
+        raise DiffalignError(f"{what}: {len(found)} for {len(items)} images; give one {called} for each image")
+    wrong = next((number for number, one in enumerate(found) if not isinstance(one, kind)), None)
+    if wrong is not None:
+        raise DiffalignError(f"{what}: that of image {wrong} is {type(found[wrong]).__name__}; give a {called}")
+    return found
 
 
 def _single(pixels: object, number: int) -> Iterator[Pixels]:
@@ -97,6 +109,10 @@ def _single(pixels: object, number: int) -> Iterator[Pixels]:
     if not isinstance(pixels, (np.ndarray, Tensor)):
         raise DiffalignError(
             f"image {number}: {type(pixels).__name__} is no image; give a path, an image of Pillow, an array or a tensor"
+        )
+    if isinstance(pixels, Tensor) and (pixels.is_meta or pixels.layout != torch.strided):
+        raise DiffalignError(
+            f"image {number}: a tensor on device meta or a sparse one; give a dense tensor with values"
         )
     floating = pixels.is_floating_point() if isinstance(pixels, Tensor) else pixels.dtype.kind == "f"
     if not floating and pixels.dtype not in (torch.uint8, np.uint8):

@@ -97,6 +97,8 @@ def collect(sources: list[str], prompting: Prompting | None = None, skipped: Cou
 
 def _expand(source: str) -> list[Path]:
     """Return the path, or what a quoted glob matches. A path that exists is never taken for a pattern."""
+    if not source:
+        raise DiffalignError("an image source is empty; name a file or folder, or . for the current folder")
     path = Path(source)
     if os.path.lexists(path) or not any(c in source for c in "*?["):
         if not os.path.lexists(path):

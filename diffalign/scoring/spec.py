@@ -84,6 +84,8 @@ def spec_of(given: str | RewardSpec | Mapping[str, Any]) -> RewardSpec:
         return given
     if isinstance(given, str):
         return parse(given)
+    if not isinstance(given, Mapping):
+        raise DiffalignError(f"rewards: {type(given).__name__} is no reward; give a name, a section or a built reward")
     options = {key: value for key, value in given.items() if key not in ("name", "label", "options")}
     options |= given.get("options", {})
     name = given.get("name")

@@ -76,6 +76,7 @@ def test_globs_files_and_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pictures.smooth(1).save(tmp_path / "[odd] name?.png")
     assert collect(["[odd] name?.png"])[0].name == "[odd] name?.png"  # a file that is there is no pattern
     for sources, words in (
+        ([""], "an image source is empty; name a file or folder"),
         (["nowhere"], "nowhere: no such file or folder"),
         (["a/*.tiff"], "no image in it"),
         (["a", "a/000.png"], "'a/000.png' is given twice"),
