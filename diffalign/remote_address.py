@@ -34,7 +34,11 @@ def remote_address(url: str, token: str | None = None) -> RemoteAddress:
     except ValueError as error:
         raise DiffalignError(f"reward remote: url {shown}: {error}") from None
     label = parts.path.strip("/") or None
-    if parts.scheme not in ("http", "https") or not host or parts.username or parts.fragment or set(query) - {"token"}:
+    if parts.username or parts.password:
+        raise DiffalignError(
+            f"reward remote: url {shown}: leave the token out of the address; put it into DIFFALIGN_TOKEN, or set token"
+        )
+    if parts.scheme not in ("http", "https") or not host or parts.fragment or set(query) - {"token"}:
         raise DiffalignError(f"reward remote: url {shown}: write http://host:port/reward or https://host:port/reward")
     token = token or query.get("token", [None])[0]
     if token is not None and not (token.isascii() and token.isprintable()):

@@ -203,7 +203,7 @@ def _message(reply: httpx.Response) -> str:
         error = found.get("error", found)
         return str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
-        return reply.text[:200]
+        return reply.text[:200] or reply.reason_phrase or "no message"
 
 
 def _retry_after(reply: httpx.Response) -> float:

@@ -223,6 +223,8 @@ class Remote(Reward):
                 if answer.status_code == 200:
                     return answer.content
                 problem = f"{answer.status_code} {_error_in(answer)}"
+                if answer.status_code == 401:
+                    problem = "401 a token is needed, or another one: put it into DIFFALIGN_TOKEN, or set token"
                 if answer.status_code not in (*BUSY, *GONE):
                     raise DiffalignError(f"reward remote: {self.address.root}: {problem}")
                 after = _seconds(answer.headers.get("retry-after"))

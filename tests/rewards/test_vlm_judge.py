@@ -154,7 +154,7 @@ def test_a_failed_request_is_tried_again_by_the_next_run(tmp_path: Path, capsys:
             "answered 401",
         ),
         ((404, {"error": {"message": "The model `m` does not exist"}}), "does not exist; check url=, model="),
-        ((307, b"", {"Location": "http://example.org/"}), "answered 307"),
+        ((307, b"", {"Location": "http://example.org/"}), "answered 307: Temporary Redirect"),
     ],
 )
 def test_what_no_image_causes_ends_the_run_in_one_line(reply: Reply, words: str) -> None:

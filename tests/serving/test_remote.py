@@ -133,7 +133,7 @@ def test_a_section_of_a_config_names_it() -> None:
         (None, "give the server's address"),
         ("gpu1:8000", "write http://host:port/reward"),
         ("ftp://gpu1/hpsv2", "write http://host:port/reward"),
-        ("http://user:word@gpu1/hpsv2", "write http://host:port/reward"),
+        ("http://user:word@gpu1/hpsv2", "leave the token out of the address; put it into DIFFALIGN_TOKEN"),
         ("http://gpu1:99999/hpsv2", "Port out of range"),
         ("http://gpu1:8000/hpsv2?x=1", "write http://host:port/reward"),
         ("http://127.0.0.1:1/hpsv2", "no answer from http://127.0.0.1:1 in 1 tries over 0 s"),
@@ -147,7 +147,7 @@ def test_an_address_that_cannot_be_used_is_one_line(url: str | None, line: str) 
 def test_what_a_server_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFALIGN_TOKEN", raising=False)
     with serving({"slow": Slow(), "double": Slow(2.0)}, token=TOKEN) as server:
-        with pytest.raises(DiffalignError, match="401 a token is needed"):
+        with pytest.raises(DiffalignError, match="401 a token is needed, or another one: put it into DIFFALIGN_TOKEN"):
             load_reward("remote", url=f"{server.root}/slow")
         for known in ({"url": f"{server.root}/slow?token={TOKEN}"}, {"url": f"{server.root}/slow", "token": TOKEN}):
             assert load_reward("remote", **known).score(IMAGES[:1], ["a"]).tolist() == [60.0]
