@@ -37,7 +37,8 @@ def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = F
     """Train a judge of images.
 
     A teacher that reasons, or a student that scores at once. The same command resumes where it stopped. `judge personal
-    DATA` fits a reward of one person's taste to their choices in a dataset, within seconds.
+    DATA` fits a reward of one person's taste to their choices in a dataset, within seconds; its keys, such as
+    features=pickscore, are in docs/config.md.
     """
     if config == PERSONAL:
         _fit_personal(overrides or [], dry_run)

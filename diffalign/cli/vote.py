@@ -67,7 +67,7 @@ def vote(
     """Vote on images in your browser.
 
     Two are shown side by side, and you press 1 or 2. Nothing leaves this machine. Each vote is on the disk before the next
-    pair is shown; the same command goes on where it stopped.
+    pair is shown; the same command resumes.
     """
     with plain_errors():
         from diffalign.stages.vote import VoteRequest

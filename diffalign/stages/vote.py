@@ -43,7 +43,7 @@ class VoteRequest:
 
 
 def vote(request: VoteRequest) -> None:
-    """Serve the page until Ctrl-C: `diffalign vote`. The same command goes on where it stopped."""
+    """Serve the page until Ctrl-C: `diffalign vote`. The same command resumes."""
     gallery = open_gallery(request.sources, request.votes)
     check_rater(request.rater, gallery.taken)
     for name in request.rubric:
