@@ -17,7 +17,7 @@ from diffalign.vote_page.app import LONGEST_BODY, VotePage
 from diffalign.vote_page.gallery import Gallery, open_gallery
 from diffalign.vote_page.session import Sessions
 from diffalign.voting.log import VoteLog, check_rater
-from diffalign.web import Address, Limits, Listener, build_app, listen, serve
+from diffalign.web import Address, Limits, Listener, build_app, listen, serve, show_address
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def vote(request: VoteRequest) -> None:
 def _announce(gallery: Gallery, before: int, listener: Listener) -> None:
     say(gallery.about)
     say(f"votes: {gallery.log}" + (f" ({counted(before, 'vote')} so far)" if before else ""))
-    say(f"open {listener.url} in a browser; Ctrl-C ends, and every vote is kept")
+    show_address(listener, "open in a browser")
+    say("Ctrl-C ends; every vote is kept")
 
 
 def _next_steps(gallery: Gallery, request: VoteRequest) -> list[str]:

@@ -52,7 +52,7 @@ class Server:
         line = [sys.executable, "-m", "diffalign", "vote", str(self.data), "--port", str(self.port), "--no-browser"]
         self.process = subprocess.Popen([*line, *self.options], env=environment(), stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        assert any("open http" in said for said in iter(self.process.stdout.readline, ""))
+        assert any("open in a browser" in said for said in iter(self.process.stdout.readline, ""))
 
     def stop(self, how: signal.Signals) -> None:
         self.process.send_signal(how)  # nothing, where it has ended
