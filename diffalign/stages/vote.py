@@ -16,7 +16,7 @@ from diffalign.terminal import counted
 from diffalign.vote_page.app import LONGEST_BODY, VotePage
 from diffalign.vote_page.gallery import Gallery, open_gallery
 from diffalign.vote_page.session import Sessions
-from diffalign.voting.log import VoteLog, check_rater
+from diffalign.voting.log import DEFAULT_RATER, VoteLog, check_rater
 from diffalign.web import Address, Limits, Listener, build_app, listen, serve, show_address
 
 
@@ -25,7 +25,7 @@ class VoteRequest:
     """The options of `diffalign vote` as the user gave them."""
 
     sources: list[Path]
-    rater: str = "human"
+    rater: str = DEFAULT_RATER
     images: int = 2
     most: int | None = None
     minutes: float | None = None
