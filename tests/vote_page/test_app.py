@@ -16,6 +16,8 @@ from diffalign.vote_page.gallery import open_gallery
 from diffalign.vote_page.session import Sessions
 from diffalign.voting.balanced import Balanced
 from diffalign.voting.log import VoteLog
+from diffalign.voting.questions import Sampler
+from diffalign.voting.repeats import Repeats
 from diffalign.web import Address, Limits, build_app
 from helpers.vote_data import EVIL, colour_of, colours, folder_of, kept, lines
 
@@ -27,10 +29,12 @@ def opened() -> Iterator[Open]:
     """Open a client of a new server on sources."""
     logs: list[VoteLog] = []
 
-    def client(*sources: Path, address: Address | None = None, **options: Any) -> TestClient:
+    def client(
+        *sources: Path, address: Address | None = None, sampler: Sampler | None = None, **options: Any
+    ) -> TestClient:
         gallery = open_gallery(list(sources))
         logs.append(VoteLog(gallery.log))
-        page = VotePage(Sessions(gallery, logs[-1], Balanced(), **options), "me", ["next <step>"])
+        page = VotePage(Sessions(gallery, logs[-1], sampler or Balanced(), **options), "me", ["next <step>"])
         app = build_app(page.routes(), address or Address(), Limits(body=LONGEST_BODY))
         return TestClient(app, base_url="http://127.0.0.1:8017")
 
@@ -100,6 +104,14 @@ def test_undo_asks_the_same_pair_again_also_after_a_start(tmp_path: Path, opened
     give(client, "tie")
     assert client.post("/undo?rater=ben", json={}).json()["progress"]["done"] == 0  # nothing of others
     assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "tie"]
+
+
+def test_the_total_counts_repeats(tmp_path: Path, opened: Open) -> None:
+    client = opened(colours(tmp_path / "data", 10, 3), sampler=Repeats(Balanced(), 0.3))
+    totals = [client.get("/questions").json()["progress"]["total"]]
+    while asked(client):
+        totals.append(give(client, "left")["progress"]["total"])
+    assert set(totals) == {len(totals) - 1} and totals[0] > 33
 
 
 def test_each_pair_once_then_the_end(tmp_path: Path, opened: Open) -> None:
