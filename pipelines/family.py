@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ class Family(Tunable):
         """Return the components that these options leave out."""
         return ()
 
+    published_as: ClassVar[dict[str, str]] = {}
+    """Component -> another class name under which it was published."""
+
+    @classmethod
+    def component_classes(cls) -> dict[str, type]:
+        """Return the classes of components for which the pipeline's signature names a base class or several."""
+        return {}
+
     @abstractmethod
     def build_process(self, scheduler: SchedulerMixin) -> NoiseProcess:
         """Read the noise process from the pipeline's scheduler. Refuse a scheduler that the family cannot have."""
@@ -112,6 +120,14 @@ class Family(Tunable):
     @abstractmethod
     def prompt_tokens(self) -> int:
         """Return the number of tokens that a prompt is padded or cut to."""
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what `encode` gives for one prompt, from the trunk's config alone."""
+        config: Any = self._model.config
+        return {
+            "prompt_embeds": (self.prompt_tokens(), config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
         """Return the tokenizers of the text encoders, each with how many tokens of a prompt its encoder reads."""
