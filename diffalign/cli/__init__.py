@@ -14,7 +14,7 @@ from diffalign.version import __version__
 EXIT_CODES = (
     "Exit codes: 0 success. 2 a mistake that you can mend, in one line. 3 `score` ended, but some image has no score. "
     "75 stopped by SIGTERM, Ctrl-C or SIGUSR1 after the current step or batch, which is saved: run the same command again. "
-    "130 stopped at once by Ctrl-C."
+    "130 stopped at once by Ctrl-C.\n\nThe line of a mistake ends with a code, such as [DA102]: docs/errors.md explains each."
 )
 
 app = typer.Typer(
