@@ -66,7 +66,7 @@ VALUES = {"gpu": "cuda"}
 
 def elsewhere(kind: type[BaseModel], key: Sequence[str | int]) -> str:
     """Return "; did you mean ...?" for a key that another trainer has, or that belongs to another section; else ""."""
-    there = dict.fromkeys(_ways(kind))
+    there = dict.fromkeys(keys_of(kind))
     name, given = str(key[-1]), ".".join(map(str, key))
     found = [way for way in SYNONYMS.get(name, ()) if way in there]
     if not found:
@@ -76,10 +76,10 @@ def elsewhere(kind: type[BaseModel], key: Sequence[str | int]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def _ways(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+def keys_of(kind: type[BaseModel], above: str = "") -> Iterator[str]:
     """Yield every key of a config, dotted; entries of lists are left out."""
     for name, field in kind.model_fields.items():
         yield f"{above}{name}"
         for section in (field.annotation, *get_args(field.annotation)):
             if isinstance(section, type) and issubclass(section, BaseModel):
-                yield from _ways(section, f"{above}{name}.")
+                yield from keys_of(section, f"{above}{name}.")

@@ -109,7 +109,8 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pretrain_refuses_other_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("testbed", "pretrain", "shapes-sd5") == 2
     assert (
-        capsys.readouterr().err == "error: shapes-sd5: no model of the embedded world; use shapes-sd3 or shapes-sdxl\n"
+        capsys.readouterr().err
+        == "error: shapes-sd5: no model of the embedded world; use shapes-sd3 or shapes-sdxl [DA101]\n"
     )
 
 
@@ -121,7 +122,7 @@ def test_testbed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("testbed", "prompts", "test", "--n", "6", "--out", str(tmp_path / "a" / "p.jsonl")) == 0
     assert (tmp_path / "a" / "p.jsonl").read_text() == shown
     assert run("testbed", "prompts", "tests") == 2
-    assert capsys.readouterr().err == "error: split tests: unknown; one of train, validation, test\n"
+    assert capsys.readouterr().err == "error: split tests: unknown; one of train, validation, test [DA101]\n"
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +165,7 @@ def test_verbs_check_their_own_kind_of_config(verb: str, recipe: str, capsys: py
 def test_config_mistakes_come_before_anything_heavy(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", config, "train.stepz=7") == 2
     said = capsys.readouterr()
-    assert said.err == "error: argument 'train.stepz=7': unknown key train.stepz; did you mean steps?\n"
+    assert said.err == "error: argument 'train.stepz=7': unknown key train.stepz; did you mean steps? [DA102]\n"
     assert said.out == ""
 
 
@@ -173,7 +174,7 @@ def test_users_mistakes_are_one_line(
 ) -> None:
     install(monkeypatch, "train", train=fail_with(DiffalignError("model folder m\ndoes not exist")))
     assert run("train", config) == 2
-    assert capsys.readouterr().err == "error: model folder m does not exist\n"
+    assert capsys.readouterr().err == "error: model folder m does not exist [DA100]\n"
 
 
 def test_ctrl_c(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
