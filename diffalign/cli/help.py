@@ -47,7 +47,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "synth synth_one_gpu prompts=prompts.txt out=data/drawn --dry-run",
         "synth synth_one_gpu prompts=prompts.txt out=data/drawn -r pickscore",
     ),
-    "sample": ("sample my-sample.yaml prompts=prompts.txt out=data/drawn --images look/",),
+    "sample": (
+        "sample sample_sdxl prompts=prompts.txt --images look/",
+        "sample sample_sdxl prompts=prompts.txt weights=runs/mine/weights",
+    ),
     "rank": ("rank data/drawn -r pickscore", "rank data/drawn 'splits={validation: 0.1}'"),
     "vote": ("vote data/drawn", "vote folder-a/ folder-b/ --rater ann"),
     "vote-results": ("vote-results data/drawn", "vote-results data/drawn -r pickscore --html votes.html"),

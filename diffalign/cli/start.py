@@ -86,7 +86,7 @@ def show_recipes(
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A recipe, or a config file: print it with every key. A part of names: list those.",
+            help="A recipe, or a config file: print it with every key. A part of a name or a task: list those.",
             autocompletion=config_names,
         ),
     ] = None,
@@ -98,7 +98,11 @@ def show_recipes(
     with plain_errors():
         from diffalign.config import list_recipes, recipes
 
-        listed = [recipe for recipe in list_recipes() if name is None or name in recipe.name]
+        listed = [
+            recipe
+            for recipe in list_recipes()
+            if name is None or name.lower() in f"{recipe.name} {recipe.task}".lower()
+        ]
         if name is not None and (name in recipes() or Path(name).exists() or not listed):
             from diffalign.config.commented import commented_recipe
 

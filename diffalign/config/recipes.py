@@ -61,9 +61,18 @@ def config_path(name: str | Path) -> Path:
         raise DiffalignError(f"{name}: a folder, where a config file or the name of a recipe is expected")
     if len(path.parts) > 1 and not path.suffix:
         raise DiffalignError(f"{name}: no such file or folder; `diffalign recipes` lists the recipes")
-    near = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`diffalign recipes` lists the recipes"
+    hint = _meant(path.stem.lower(), list(shipped))
     raise DiffalignError(f"{name}: neither a file nor a shipped recipe; {hint}")
+
+
+def _meant(name: str, shipped: list[str]) -> str:
+    """Return which recipes a name may mean: those of the method in it, else the closest one."""
+    if "gdnm" in name:  # a slip of GNDM
+        name = name.replace("gdnm", "gndm")
+        found = [one for one in shipped if one == name] or [one for one in shipped if "gndm" in one]
+        return f"did you mean {' or '.join(found)}?"
+    near = difflib.get_close_matches(name, shipped, n=1)
+    return f"did you mean {near[0]}?" if near else "`diffalign recipes` lists the recipes"
 
 
 def read_recipe(path: Path, model: type[BaseModel]) -> Document:

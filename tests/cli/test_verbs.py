@@ -77,6 +77,32 @@ def test_the_rewards_of_an_evaluation_by_option(
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("verb", "recipe", "found"),
+    [
+        ("synth", "synth_one_gpu", lambda config: config.rewards),
+        ("rounds", "rounds_shapes_gdro", lambda config: config.data.rewards),
+        ("reward-gradient", "sdxl_refl", lambda config: config.rewards),
+        ("distill", "shapes_sd3_gndm", lambda config: config.reward.terms),
+    ],
+)
+def test_rewards_by_option(verb: str, recipe: str, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    name = verb.replace("-", "_")
+    install(monkeypatch, name, **{name: lambda c, dry_run: calls.append(c)})
+    assert run(verb, recipe, "-r", "hpsv2", "-r", "pickscore:dtype=bfloat16") == 0
+    assert [one.name for one in found(calls[0])] == ["hpsv2", "pickscore"]
+    assert found(calls[0])[1].options == {"dtype": "bfloat16"}
+
+
+def test_rank_by_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    install(monkeypatch, "rank", rank=calls.append)
+    assert run("rank", tmp_path, "-r", "hpsv2", "-r", "pickscore") == 0
+    assert run("rank", tmp_path, "reward=human") == 0
+    assert [c.sources for c in calls] == [["hpsv2", "pickscore"], ["human"]]
+
+
 def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     install(monkeypatch, "sample", sample=lambda c, images, dry_run: calls.append(("sample", c.n, images, dry_run)))
