@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.images import encoded
 from diffalign.files.parse import valid_unicode
 from diffalign.progress import say_aside
 from diffalign.remote_address import TOKEN_KEY, RemoteAddress, remote_address
@@ -149,9 +149,8 @@ class Remote(Reward):
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return the bytes of the image file that is sent, uint8 [N]."""
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG" if self.png else "PPM", compress_level=1)
-        return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        file = encoded(image.convert("RGB"), "PNG" if self.png else "PPM", compress_level=1)
+        return torch.frombuffer(bytearray(file), dtype=torch.uint8)
 
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None

@@ -1,5 +1,6 @@
-"""Decode bytes from any source to an RGB image, or say why that is not possible. Everything here decodes with it."""
+"""Decode bytes from any source to an RGB image, or say why that is not possible, and encode images. Everything does it here."""
 
+import base64
 import importlib
 import io
 import struct
@@ -153,6 +154,18 @@ def _without_text(data: bytes) -> bytes:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return the bytes of an image file; kind: Pillow's format name, options: those of its writer."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return encoded image bytes as a data URI; kind: "png" or "jpeg"."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @cache

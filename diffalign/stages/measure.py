@@ -103,6 +103,10 @@ def _parse(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         for name in (part.strip() for part in head.split(",") if part.strip()):
             if name not in OPTIONS:
                 raise DiffalignError(f"-m {name}: unknown measure; one of {', '.join(MEASURES)}")
+            if name in asked:
+                raise DiffalignError(
+                    f"-m {name}: named twice; name it once, with all its options: -m {name}:key=value,..."
+                )
             options = parse_options(tail, f"-m {text!r}") if colon else {}
             for key, value in options.items():
                 kind = OPTIONS[name].get(key)
@@ -110,9 +114,7 @@ def _parse(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
                     raise DiffalignError(f"-m {name}: unknown option {key!r}; it has {', '.join(OPTIONS[name])}")
                 if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < (key != "seed")):
                     raise DiffalignError(f"-m {name}:{key}={value}: a whole number is needed")
-            asked.setdefault(name, {}).update(
-                {key: str(v) if OPTIONS[name][key] is str else v for key, v in options.items()}
-            )
+            asked[name] = {key: str(v) if OPTIONS[name][key] is str else v for key, v in options.items()}
     if not asked:
         raise DiffalignError(f"-m: name a measure, one of {', '.join(MEASURES)}")
     return asked
