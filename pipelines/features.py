@@ -18,6 +18,8 @@ class Featured(Protocol):
 
     def middle_block(self) -> nn.Module: ...
 
+    def image_positions(self, features: Tensor, noisy: Tensor) -> Tensor: ...
+
     def predict(self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor: ...
 
 
@@ -37,7 +39,7 @@ def predict_with_features(
     last = found[-1]
     output = last[1] if isinstance(last, tuple) else last  # a block of SD3 gives (text, image)
     features: Tensor = output.flatten(2).transpose(1, 2) if output.dim() == 4 else output
-    return prediction, features.float()
+    return prediction, backbone.image_positions(features, noisy).float()
 
 
 @torch.no_grad()

@@ -180,7 +180,9 @@ def _load_pipeline(
                 f"{source.path}: {kind.family} is not read from a single file; give a folder or hub id"
             )
         return load_single_file(source, components, wanted, dtype, kind.loading_options)
-    networks = load_components(source, components, wanted, dtype, vae_dtype=torch.float32)
+    networks = load_components(
+        source, components, wanted, dtype, torch.float32, kind.component_classes(), kind.published_as
+    )
     options: dict[str, Any] = {**source.absent, **networks, **kind.loading_options}
     with foreign(f"{source.path} cannot be loaded as {wanted.__name__}"):
         return wanted.from_pretrained(source.folder, local_files_only=True, **options)

@@ -164,10 +164,11 @@ class Sampling(Encoding):
         noise = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
         # After full fine-tuning of a bf16 checkpoint the trunk is float32 while the encoders are not.
         mixed = self.base_dtype(self.pipeline_trunk) != self.dtype
+        kept = torch.float32 if self.latents_in_float32 else self.dtype
         with torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext():
             latents = self.pipeline(
                 **inputs,
-                latents=self.to_pipeline(noise.to(self.device, self.dtype)),
+                latents=self.to_pipeline(noise.to(self.device, kept)),
                 generator=generators,
                 num_inference_steps=settings.steps,
                 height=height,

@@ -27,7 +27,7 @@ Votes = Annotated[
 @verbs.command("vote", epilog=examples("vote"))
 def vote(
     sources: Sources,
-    rater: Annotated[str, typer.Option(help="The name under which votes are kept.")] = "human",
+    rater: Annotated[str, typer.Option(help="The name under which votes are kept.")] = "me",
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Votes that each rater is asked for.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Minutes after which nothing more is asked.")] = None,
     images: Annotated[
@@ -85,7 +85,7 @@ def vote(
 @verbs.command("vote-results", epilog=examples("vote-results"))
 def results(
     sources: Sources,
-    rater: Annotated[str | None, typer.Option(help="Whose votes; without it those of all.")] = None,
+    rater: Annotated[str, typer.Option(help="Whose votes; human: those of all.")] = "human",
     reward: Annotated[
         list[str] | None,
         typer.Option(

@@ -12,6 +12,8 @@ from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
+from diffalign.voting.log import EVERYBODY
+
 _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = {
     "group_id": {"dtype": "string", "_type": "Value"},
@@ -54,7 +56,7 @@ GROUPS = pa.schema(
 )
 
 GROUPS_FILE = "groups.parquet"
-HUMAN = "human"
+HUMAN = EVERYBODY
 """The source, beside the rewards, by which a dataset can be ranked where people gave preferences."""
 
 

@@ -24,7 +24,7 @@ from diffalign.scoring.items import Item
 from diffalign.scoring.sources import collect
 from diffalign.scoring.spec import parse_options
 from diffalign.stages.resolve_rewards import resolve_device
-from diffalign.terminal import counted, name_cell, number, plain_table, show_table
+from diffalign.terminal import WordsCell, counted, name_cell, number, plain_table, show_table
 
 NETWORKS: dict[str, Callable[..., Embedding]] = {"fid": Inception, "kid": Inception, "clip-i": Clip, "dino": Dino}
 OPTIONS: dict[str, dict[str, type]] = {
@@ -177,12 +177,16 @@ def _lpips(network: Lpips, items: list[Item], pairs: list[tuple[str, int, int]],
 
 def _show(request: MeasureRequest, found: dict[str, dict[str, Any]]) -> None:
     shown = plain_table("measure", "value", "generated", "reference", title="Measures of sets")
-    shown.add_column("spread, features", overflow="fold")
+    shown.add_column("spread, features")
     for name, row in found.items():
         words = ", ".join(filter(None, (row["spread"], row["features"])))
         reference = str(row["reference"]) if "reference" in row else "–"
         shown.add_row(
-            name_cell(name), number(row["value"], FORMS.get(name, ".4f")), str(row["generated"]), reference, words
+            name_cell(name),
+            number(row["value"], FORMS.get(name, ".4f")),
+            str(row["generated"]),
+            reference,
+            WordsCell(words),
         )
     show_table(shown)
     for name, row in found.items():

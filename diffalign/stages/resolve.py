@@ -78,8 +78,7 @@ def planned_backbone(model: ModelSection) -> Backbone | None:
 
     None where that is not on this machine: nothing is downloaded. Raises DiffalignError as `load_backbone`.
     """
-    # 4-bit weights have no shapes without the weights themselves.
-    if model.path in known_models() and not Path(model.path).exists() and model.quantize != "nf4":
+    if model.path in known_models() and not Path(model.path).exists():
         wanted = ("dtype", "attention", "gradient_checkpointing", "quantize", "channels_last", *model.options)
         given = {key: value for key, value in _loading(model, "cpu").items() if key in wanted}
         return known_backbone(model.path, **given)

@@ -287,9 +287,24 @@ def test_help_fits_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     assert run(*path, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 80 and lines[0].startswith(" ".join(("Usage: diffalign", *path)))
     verbs = lines[lines.index("Commands:") + 1 :] if "Commands:" in lines else []
     assert all(line.startswith("  ") and line.endswith(".") and "..." not in line for line in verbs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (("judge", "personal", "mine"), "judge personal [OPTIONS] {DATASET|CONFIG}"),
+        (("judge", "config.yaml"), "judge train [OPTIONS] {CONFIG}"),
+        (("bench", "model"), "bench run [OPTIONS] {MODEL}"),
+    ],
+)
+def test_a_nested_verb_has_its_own_help(
+    arguments: tuple[str, ...], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"Usage: diffalign {shown}")
 
 
 def test_objectives_are_imported_without_torch(tmp_path: Path) -> None:
