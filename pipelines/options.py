@@ -42,17 +42,17 @@ class SD3Options(Options):
     )
 
 
+GUIDANCE = {
+    "ge": 0,
+    "description": "guidance scale, an input of the network: the one to train under, which must be that of the data",
+}
+
+
 @dataclass(frozen=True)
 class FluxOptions(Options):
     """The options of FLUX.1-dev."""
 
-    guidance: float = field(
-        default=3.5,
-        metadata={
-            "ge": 0,
-            "description": "guidance scale, an input of the network: the one to train under, which must be that of the data",
-        },
-    )
+    guidance: float = field(default=3.5, metadata=GUIDANCE)
     max_sequence_length: int | None = field(
         default=None,
         metadata={
@@ -60,6 +60,41 @@ class FluxOptions(Options):
             "le": 512,
             "description": "tokens of a prompt that T5 encodes; null: its tokenizer's limit, at most 512",
         },
+    )
+
+
+@dataclass(frozen=True)
+class Flux2KleinOptions(Options):
+    """The options of FLUX.2 klein."""
+
+    max_sequence_length: int | None = field(
+        default=None, metadata={"gt": 0, "le": 512, "description": "tokens of a prompt that are encoded; null: 512"}
+    )
+
+
+@dataclass(frozen=True)
+class Flux2Options(Flux2KleinOptions):
+    """The options of FLUX.2-dev."""
+
+    guidance: float = field(default=4.0, metadata=GUIDANCE)
+
+
+@dataclass(frozen=True)
+class MaskedPromptOptions(Options):
+    """The options of PixArt-Sigma."""
+
+    max_sequence_length: int | None = field(
+        default=None, metadata={"gt": 0, "le": 300, "description": "tokens of a prompt that are encoded; null: 300"}
+    )
+
+
+@dataclass(frozen=True)
+class SanaOptions(MaskedPromptOptions):
+    """The options of Sana."""
+
+    instruction: bool = field(
+        default=True,
+        metadata={"description": "false: the prompt alone, without the instruction that the pipeline puts before it"},
     )
 
 
@@ -78,6 +113,10 @@ OPTIONS: dict[str, type[Options]] = {
     "sdxl": Options,
     "sd3": SD3Options,
     "flux": FluxOptions,
+    "flux2": Flux2Options,
+    "flux2_klein": Flux2KleinOptions,
+    "pixart": MaskedPromptOptions,
+    "sana": SanaOptions,
     "z_image": PromptOptions,
     "qwen_image": PromptOptions,
     "qwen_image_21": PromptOptions,

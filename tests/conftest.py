@@ -64,6 +64,24 @@ def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux2_klein_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine Flux2KleinPipeline folder, not distilled (flow). Shared: do not write into it."""
+    return tiny.flux2_klein(tmp_path_factory.mktemp("flux2_klein") / "model")
+
+
+@pytest.fixture(scope="session")
+def sana_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine SanaPipeline folder (flow, DPM-Solver). Shared: do not write into it."""
+    return tiny.sana(tmp_path_factory.mktemp("sana") / "model")
+
+
+@pytest.fixture(scope="session")
+def pixart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine PixArtSigmaPipeline folder (epsilon, DPM-Solver). Shared: do not write into it."""
+    return tiny.pixart(tmp_path_factory.mktemp("pixart") / "model")
+
+
+@pytest.fixture(scope="session")
 def z_image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny genuine ZImagePipeline folder with a fixed shift (flow). Shared: do not write into it."""
     return tiny_qwen.z_image(tmp_path_factory.mktemp("z_image") / "model")
