@@ -37,7 +37,7 @@ def check_files(source: Source, components: Mapping[str, Any]) -> None:
         where = f"{source.path}: {name}/"
         if not folder.is_dir():
             raise DiffalignError(f"{where} is missing; {INDEX} asks for it ({entry[1]})")
-        if name.startswith("tokenizer"):
+        if name.startswith("tokenizer") or name == "processor":
             needed = "tokenizer_config.json"
         elif name == "scheduler":
             needed = "scheduler_config.json"
@@ -78,11 +78,14 @@ def load_components(
     vae_dtype: torch.dtype,
     classes: Mapping[str, type] | None = None,
     published_as: Mapping[str, str] | None = None,
+    *,
+    text_dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Module]:
     """Load the networks of a folder by name, on the CPU, each as the class that the pipeline's signature names.
 
-    dtype: of all but the VAE. classes, published_as: what a family declares beside the signature. Raises DiffalignError for a
-    class that the pipeline does not take, and for a component that is not whole, as `load_model` does.
+    dtype: of all but the VAE; text_dtype: of text encoders, if it differs. classes, published_as: what a family declares
+    beside the signature. Raises DiffalignError for a class that the pipeline does not take, and for a component that is not
+    whole, as `load_model` does.
     """
     check_classes(source, components, pipeline, classes, published_as)
     wanted = component_types(pipeline, classes)
@@ -102,7 +105,7 @@ def load_components(
             source.path,
             stem=stem,
             variant=_has_weights(source, name, stem),
-            dtype=vae_dtype if name == "vae" else dtype,
+            dtype=vae_dtype if name == "vae" else (text_dtype or dtype) if name.startswith("text_encoder") else dtype,
             use_safetensors=True,
         )
         found[name] = model

@@ -69,6 +69,11 @@ class Family(Tunable):
         """Return the classes of components for which the pipeline's signature names a base class or several."""
         return {}
 
+    @classmethod
+    def text_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """Return the type in which text encoders compute where the trunk's is `dtype`."""
+        return dtype
+
     @abstractmethod
     def build_process(self, scheduler: SchedulerMixin) -> NoiseProcess:
         """Read the noise process from the pipeline's scheduler. Refuse a scheduler that the family cannot have."""
@@ -86,6 +91,12 @@ class Family(Tunable):
     """What the pipeline's `encode_prompt` returns, in its order, under the names that the pipeline's call has for it."""
     prompt_masks: ClassVar[tuple[str, ...]] = ()
     """Names in `conditioning` that are masks [B, L], True at tokens of the prompt; `forward` gets them as booleans."""
+
+    condition: ClassVar[str | None] = None
+    """The name in `forward`'s conditioning of the latents [B, C, h, w] of an image to edit; None where it takes none.
+
+    `encode` does not give it. A trunk that gets none draws from the prompt alone.
+    """
 
     def encoding_options(self) -> dict[str, object]:
         """Return arguments of the pipeline's `encode_prompt` that only this family takes."""
@@ -166,8 +177,10 @@ class Family(Tunable):
 
     # --- the network -------------------------------------------------------------------------------------------
 
-    guided: ClassVar[bool] = False
-    """Whether the guidance scale is an input of the network."""
+    @property
+    def guided(self) -> bool:
+        """Whether the guidance scale is an input of the network, so that a prediction without guidance has no use."""
+        return False
 
     @property
     def guidance(self) -> float | None:
@@ -259,6 +272,8 @@ class Family(Tunable):
 
     # --- export ------------------------------------------------------------------------------------------------
 
+    lora_loader: ClassVar[bool] = True
+    """Whether diffusers' pipeline has `load_lora_weights`."""
     kohya: ClassVar[KohyaLayout | None] = None
     """How kohya's LoRA files name the base model and its layers; None where they are not known."""
     single_file: ClassVar[SingleFile | None] = None

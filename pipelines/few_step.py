@@ -27,6 +27,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.own_sampler import ddim_stops
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.schedulers import is_flow
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -111,7 +112,7 @@ def student_scheduler(
     config = scheduler.config
     if times is not None and (len(times) != steps or any(a <= b for a, b in pairwise(times))):
         raise DiffalignError(f"student.times: {steps} falling times are needed, not {times}")
-    if "FlowMatch" in type(scheduler).__name__:
+    if is_flow(scheduler):
         shift = float(config.shift) if shift is None else shift
         options: dict[str, Any] = {
             "shift": shift,

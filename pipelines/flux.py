@@ -146,7 +146,6 @@ class Flux(PackedFlow):
     """
 
     family: ClassVar[str] = "flux"
-    guided: ClassVar[bool] = True
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -169,6 +168,10 @@ class Flux(PackedFlow):
         from diffusers import FluxPipeline
 
         return FluxPipeline
+
+    @property
+    def guided(self) -> bool:
+        return True
 
     @property
     def guidance(self) -> float:
