@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from diffalign.redaction import redact
 
@@ -37,6 +39,7 @@ HIDDEN = re.compile(
 )
 
 
+LEAD = re.compile(r"(#? *)")
 LONGEST_LINE = 10_000
 """Characters of a line on the terminal: a message may name a prompt, and a prompt may have a million."""
 
@@ -59,13 +62,35 @@ def _line(message: str) -> str:
 
 
 def say(message: str) -> None:
-    """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(_line(message), flush=True)
+    """Print a line and flush it, so that it appears at once in a file or a pipe too. A terminal breaks it between words."""
+    print(_fitted(_line(message), sys.stdout), flush=True)
 
 
 def say_aside(message: str) -> None:
-    """Print a line to standard error, apart from a command's results."""
-    print(_line(message), file=sys.stderr, flush=True)
+    """Print a line to standard error, apart from a command's results; a terminal breaks it between words."""
+    print(_fitted(_line(message), sys.stderr), file=sys.stderr, flush=True)
+
+
+def _fitted(line: str, stream: TextIO) -> str:
+    """Return a line as it is for a file; for a terminal broken between words, further lines indented as the first."""
+    if not stream.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    indent = LEAD.match(line)
+    lead = indent.group() if indent else ""
+    # Words stay whole, since a path or a command is copied; a line that is nothing but one is left to the terminal.
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            max(width, 20),
+            subsequent_indent=lead + ("  " if lead else ""),
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+            drop_whitespace=True,
+        )
+        or [line]
+    )
 
 
 def say_block(text: str) -> None:

@@ -16,6 +16,7 @@ FEW_PAIRS = 2000
 """Pairs below which the recipe for few pairs is the base."""
 PASSES = 10
 """Passes over few pairs; validation stops earlier where the result gets worse."""
+FEWEST_STEPS, MOST_STEPS = 40, 2000
 SMALL_GPU = 10.0
 """GB below which the frozen weights are kept in 8 bits."""
 LORA_ON_SD15: dict[str, Any] = {
@@ -103,22 +104,25 @@ def _values(answers: Answers, groups: int | None) -> tuple[str, dict[str, Any]]:
     train = dict(values.pop("train", {}))
     if not base.toy:
         train["micro_batch"] = "auto"
-        if few and groups is not None:
-            per_step = train.get("groups_per_step") or load_config(base.few).train.groups_per_step
-            train["steps"] = min(max(100, PASSES * groups // per_step), 2000)
         if answers.memory < SMALL_GPU:
             values["model"] = {"quantize": "int8"}
+    if few and groups is not None:
+        recipe = load_config(base.few)
+        steps = PASSES * groups // (train.get("groups_per_step") or recipe.train.groups_per_step)
+        train["steps"] = min(max(FEWEST_STEPS, steps), recipe.train.steps if base.toy else MOST_STEPS)
+        if recipe.optimizer.warmup_steps:
+            values["optimizer"] = {**values.get("optimizer", {}), "warmup_steps": train["steps"] // 10}
     if train:
         values["train"] = train
-    values["validation"] = _validation(answers, base)
+    values["validation"] = _validation(answers, base, train.get("steps"))
     return base.few if few else base.many, {key: value for key, value in values.items() if value}
 
 
-def _validation(answers: Answers, base: Base) -> dict[str, Any]:
+def _validation(answers: Answers, base: Base, steps: int | None) -> dict[str, Any]:
     if answers.prompts is None:
         # The recipes for few pairs validate; without prompts there is nothing to draw.
         return {} if base.few == base.many else {"every": None, "prompts": None, "patience": None}
-    return {"every": 50, "prompts": answers.prompts}
+    return {"every": 50 if steps is None else max(10, steps // 8), "prompts": answers.prompts}
 
 
 def _text(path: Path, recipe: str, values: dict[str, Any], groups: int | None) -> str:

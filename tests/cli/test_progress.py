@@ -110,3 +110,24 @@ def test_loading_shows_the_seconds_on_a_terminal(
     written = capsys.readouterr().err
     assert "loading [a] model" in written and "0:00:0" in written and "\a" not in written
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor is back
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("one two three four five six seven", ["one two three four", "five six seven"]),
+        ("#   peak: 3 GiB of a large step", ["#   peak: 3 GiB of a", "#     large step"]),
+        ("see data/a-long-folder/with-a-long-name now", ["see", "data/a-long-folder/with-a-long-name", "now"]),
+        ("a  b", ["a  b"]),
+        ("", [""]),
+    ],
+)
+def test_a_terminal_breaks_messages_between_words(
+    line: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress.say(line)
+    assert capsys.readouterr().out == f"{line}\n"  # whole in a pipe
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: True)
+    progress.say(line)
+    assert capsys.readouterr().out.splitlines() == shown

@@ -44,17 +44,26 @@ def test_init_writes_a_short_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_base_gives_a_config_that_loads(model: str, prompts: str | None) -> None:
     write_config(Path("c.yaml"), Answers(Path("d"), model, 24, prompts, Path("r")))
     config = load_config("c.yaml")
-    assert config.validation.every == (None if prompts is None else 50) and config.model.quantize == "none"
+    assert (config.validation.every is None) == (prompts is None) and config.model.quantize == "none"
 
 
-def test_the_number_of_pairs_chooses_recipe_and_steps() -> None:
-    for groups, recipe, steps in ((100, "sdxl_dpo_small", 125), (50_000, "sdxl_dpo", 2000)):
-        folder = Path(f"d{groups}")
-        folder.mkdir()
-        pq.write_table(pa.table({"group_id": list(map(str, range(groups)))}), folder / "groups.parquet")
-        write_config(Path(f"{groups}.yaml"), Answers(folder, "sdxl", 24, None, Path("r")))
-        assert yaml.safe_load(Path(f"{groups}.yaml").read_text())["extends"] == recipe
-        assert load_config(f"{groups}.yaml").train.steps == steps
+@pytest.mark.parametrize(
+    ("model", "groups", "recipe", "steps"),
+    [
+        ("sdxl", 100, "sdxl_dpo_small", 125),
+        ("sdxl", 5, "sdxl_dpo_small", 40),
+        ("sdxl", 50_000, "sdxl_dpo", 2000),
+        ("shapes-sd3", 64, "shapes_sd3_dpo", 80),
+    ],
+)
+def test_the_number_of_pairs_chooses_recipe_and_steps(model: str, groups: int, recipe: str, steps: int) -> None:
+    Path("d").mkdir()
+    pq.write_table(pa.table({"group_id": list(map(str, range(groups)))}), "d/groups.parquet")
+    write_config(Path("c.yaml"), Answers(Path("d"), model, 24, "held-out.txt", Path("r")))
+    assert yaml.safe_load(Path("c.yaml").read_text())["extends"] == recipe
+    config = load_config("c.yaml")
+    assert config.train.steps == steps and config.optimizer.warmup_steps < steps
+    assert config.validation.every is not None and config.validation.every < steps
 
 
 def test_init_asks_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
