@@ -130,7 +130,7 @@ class QwenImage21(QwenPrompts):
 
 def _some(inputs: Mapping[str, Any], rows: list[int]) -> dict[str, object]:
     """Return these rows of the pipeline's arguments, embeddings without the padding that all of them have."""
-    part = {
+    part: dict[str, Any] = {
         name: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
         for name, value in inputs.items()
     }

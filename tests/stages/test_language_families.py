@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.training_source import prepare_source
@@ -103,6 +104,23 @@ def test_a_prompt_is_predicted_alike_in_any_company(folder: Path) -> None:
     assert own.shape[1] == backbone.tokens(64, 96)
     lengths = both[backbone.prompt_masks[0]].sum(dim=1)
     assert 0 < lengths[0] < lengths[1] < backbone.prompt_tokens() and backbone.longest < backbone.prompt_tokens()
+
+
+def test_shapes_take_the_operations_of_numbers(folder: Path) -> None:
+    """On the meta device, where memory is predicted, no length can be read from a mask: all tokens count."""
+    found = []
+    for device in ("cpu", "meta"):
+        backbone: Any = load_backbone(folder)
+        conditioning = {
+            name: torch.ones(1, *shape, device=device) for name, shape in backbone.conditioning_shapes().items()
+        }
+        backbone.trunk.to(device)
+        backbone.device = torch.device(device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = noise(backbone)[:1].to(device)
+            assert backbone.predict(x, torch.full((1,), 0.5, device=device), conditioning).shape == x.shape
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
 
 
 def test_images_go_through_the_vae(folder: Path) -> None:
