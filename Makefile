@@ -11,6 +11,7 @@
 #   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
 #   make test-ray       tests on a Ray cluster of this machine; installs Ray (0.2 GB) into a folder of its own
+#   make step-cost      kernels, bytes and host time of a step, counted without a GPU; tests hold them to bounds
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ EMPTY := $(ROOT)/build/empty
 SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml setup.py LICENSE README.md
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench kills clean
+.PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench step-cost kills clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -110,6 +111,9 @@ kills: $(STAMP)
 
 bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
 	@$(BIN)/python benchmarks $(NAME) $(ARGS)
+
+step-cost: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py $(ARGS)
 
 # The page of all config keys, from the schema, and the list of rewards, from their classes; tests compare them.
 .PHONY: docs

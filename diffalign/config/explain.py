@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from diffalign.config.document import Document, Key
 from diffalign.config.objective import FOREIGN_SECTIONS
 from diffalign.config.section import COMBINATION, Section
-from diffalign.config.synonyms import VALUES, elsewhere
+from diffalign.config.synonyms import VALUES, elsewhere, other_verb
 from diffalign.redaction import HIDDEN, is_secret, redact, redacted
 
 
@@ -65,7 +65,7 @@ def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> st
     if one["type"] == "union_tag_not_found":
         return f"{_dotted(key)}.name is missing; one of {', '.join(known)}"
     name = str(one["ctx"]["tag"])
-    return f"unknown {_dotted(key)} {name}{_meant(name, known, 'known')}"
+    return f"unknown {_dotted(key)} {name}{other_verb(name) or _meant(name, known, 'known')}"
 
 
 def _hint(one: ErrorDetails) -> str:

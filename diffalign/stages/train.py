@@ -13,7 +13,6 @@ from diffalign.files.images import displayed_size
 from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
 from diffalign.objectives import check_labels, has_preference
-from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say
 from diffalign.stages.checks import check_packages, check_validation
@@ -27,7 +26,13 @@ from diffalign.stages.dry_run import (
     warn,
 )
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.micro_batch import gpu_room, kept_micro_batch, usual_micro_batch, with_micro_batch
+from diffalign.stages.micro_batch import (
+    gpu_room,
+    kept_micro_batch,
+    planned_conditioning,
+    usual_micro_batch,
+    with_micro_batch,
+)
 from diffalign.stages.resolve import (
     note_other_base,
     open_backbone,
@@ -142,7 +147,7 @@ def _describe(
     else:
         check_guidance(config.data, dataset, backbone)
         _warn_of_size(config, dataset, chosen, backbone.default_resolution)
-        conditioning = empty_conditioning(backbone) if backbone.device.type == "meta" else backbone.encode_prompts([""])
+        conditioning = planned_conditioning(config, backbone)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         prediction = MemoryPrediction(config, backbone, conditioning, cuda=device != "cpu", processes=processes)
         print_facts("model", model | {"trainable": f"{prediction.trainable:,}"})

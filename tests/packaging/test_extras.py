@@ -111,9 +111,9 @@ def test_datasets_need_no_extra(small: dict[str, tuple[int, str]], command: str)
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("train", "error: accelerate is not installed; pip install 'diffalign[train]'\n"),
-        ("sample", "error: diffusers is not installed; pip install 'diffalign[train]'\n"),
-        ("ocr", "error: reward ocr: rapidocr is not installed; pip install 'diffalign[ocr]'\n"),
+        ("train", "error: accelerate is not installed; pip install 'diffalign[train]' [DA201]\n"),
+        ("sample", "error: diffusers is not installed; pip install 'diffalign[train]' [DA201]\n"),
+        ("ocr", "error: reward ocr: rapidocr is not installed; pip install 'diffalign[ocr]' [DA201]\n"),
     ],
 )
 def test_a_missing_extra_is_one_line(small: dict[str, tuple[int, str]], command: str, said: str) -> None:
