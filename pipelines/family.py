@@ -102,6 +102,10 @@ class Family(Tunable):
         """Return arguments of the pipeline's `encode_prompt` that only this family takes."""
         return {}
 
+    def encoding_marks(self) -> tuple[str, ...]:
+        """Return what decides embeddings besides weights, number type and length: options that are not at their defaults."""
+        return ()
+
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Encode prompts to what `forward` takes: each [B, ...] under the names of `conditioning`.
 

@@ -203,7 +203,8 @@ class Flux2Klein(TransformerBackbone):
         patches, places = [noisy], [positions(height, width, 0, noisy.device)]
         if "image_latents" in conditioning:
             patches.append(conditioning["image_latents"])
-            places.append(positions(*patches[-1].shape[-2:], IMAGE, noisy.device))
+            rows, columns = patches[-1].shape[-2:]
+            places.append(positions(rows, columns, IMAGE, noisy.device))
         tokens: Tensor = module(
             hidden_states=torch.cat([patch.flatten(2).transpose(1, 2) for patch in patches], dim=1),
             timestep=time / 1000,  # the network multiplies by 1000 itself

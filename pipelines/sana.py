@@ -75,6 +75,9 @@ class Sana(MaskedPrompts):
     def encoding_options(self) -> dict[str, object]:
         return {**super().encoding_options(), "complex_human_instruction": self.instruction()}
 
+    def encoding_marks(self) -> tuple[str, ...]:
+        return () if self.options.instruction else ("instruction=false",)
+
     def instruction(self) -> list[str] | None:
         """Return the lines that stand before a prompt: the pipeline's own, or None."""
         if not self.options.instruction:

@@ -356,6 +356,7 @@ def test_the_instruction_of_sana_is_an_option(sana_dir: Path) -> None:
     one, other = (backbone.encode_prompts(["a cat"]) for backbone in (with_it, without))
     assert one["prompt_embeds"].shape == other["prompt_embeds"].shape
     assert not torch.allclose(one["prompt_embeds"], other["prompt_embeds"])
+    assert with_it.fingerprint() != without.fingerprint()  # by which caches are told apart
     pipeline: Any = without.pipeline
     embeds = pipeline.encode_prompt("a cat", False, max_sequence_length=24)[0]
     assert torch.equal(embeds, other["prompt_embeds"]) and without.call_options()["complex_human_instruction"] is None
