@@ -37,7 +37,7 @@ def check_files(source: Source, components: Mapping[str, Any]) -> None:
         where = f"{source.path}: {name}/"
         if not folder.is_dir():
             raise DiffalignError(f"{where} is missing; {INDEX} asks for it ({entry[1]})")
-        if name.startswith("tokenizer"):
+        if name.startswith("tokenizer") or name == "processor":
             needed = "tokenizer_config.json"
         elif name == "scheduler":
             needed = "scheduler_config.json"

@@ -61,6 +61,21 @@ class Tokens:
 
     model_max_length: int
 
+    def encode(self, text: str) -> list[int]:
+        """Return one token."""
+        return [0]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """In a processor's place: a template of no tokens."""
+
+    tokenizer: Tokens
+
+    def apply_chat_template(self, messages: object, **options: object) -> list[list[int]]:
+        """Return the tokens of one conversation."""
+        return [[]]
+
 
 @cache
 def known_models() -> dict[str, KnownModel]:
@@ -104,8 +119,9 @@ def known_backbone(
     for name, parameter in inspect.signature(kind.pipeline_class().__init__).parameters.items():
         if name != "self" and parameter.default is inspect.Parameter.empty:
             clip = "CLIP" in getattr(types[name], "__name__", "")
-            tokens = Tokens(CLIP_TOKENS if clip else model.tokens) if name.startswith("tokenizer") else None
-            parts[name] = ready.get(name, tokens)
+            tokens = Tokens(CLIP_TOKENS if clip else model.tokens)
+            stand_ins = {"processor": Processor(tokens)} | ({name: tokens} if name.startswith("tokenizer") else {})
+            parts[name] = ready.get(name, stand_ins.get(name))
     pipeline = kind.pipeline_class()(**parts, **kind.loading_options, **model.arguments)
     return kind(
         pipeline,
@@ -121,7 +137,9 @@ def known_backbone(
 
 
 def _latent_channels(trunk: Any) -> int:
-    return int(trunk.config.out_channels or trunk.config.in_channels // 4)  # FLUX packs 2 x 2 of a latent
+    config = trunk.config
+    # FLUX packs 2 x 2 of a latent; Z-Image states one number for both sides.
+    return int(config.get("out_channels", config.in_channels) or config.in_channels // 4)
 
 
 def empty_conditioning(backbone: Backbone) -> dict[str, Tensor]:

@@ -22,11 +22,14 @@ from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value, read_options
 from diffalign.pipelines.pixart import PixArt
 from diffalign.pipelines.prompt_length import hide_truncation_warnings
+from diffalign.pipelines.qwen_image import QwenImage
+from diffalign.pipelines.qwen_image_21 import QwenImage21
 from diffalign.pipelines.sana import Sana
 from diffalign.pipelines.single_file import config_index, is_single_file, left_out, load_single_file
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
+from diffalign.pipelines.z_image import ZImage
 from diffalign.pretrained import foreign
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ BACKBONES: dict[str, type[Backbone]] = {
     "Flux2KleinPipeline": Flux2Klein,
     "PixArtSigmaPipeline": PixArt,
     "SanaPipeline": Sana,
+    "ZImagePipeline": ZImage,
+    "QwenImagePipeline": QwenImage,
+    "QwenImage21Pipeline": QwenImage21,
 }
 # Components that are never needed: a filter for finished images, and inputs of image prompts.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")

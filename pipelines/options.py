@@ -98,6 +98,16 @@ class SanaOptions(MaskedPromptOptions):
     )
 
 
+@dataclass(frozen=True)
+class PromptOptions(Options):
+    """The options of families whose text encoder is a language model."""
+
+    max_sequence_length: int = field(
+        default=512,
+        metadata={"gt": 0, "le": 1024, "description": "tokens of a prompt, with its template, that the network reads"},
+    )
+
+
 OPTIONS: dict[str, type[Options]] = {
     "sd15": Options,
     "sdxl": Options,
@@ -107,6 +117,9 @@ OPTIONS: dict[str, type[Options]] = {
     "flux2_klein": Flux2KleinOptions,
     "pixart": MaskedPromptOptions,
     "sana": SanaOptions,
+    "z_image": PromptOptions,
+    "qwen_image": PromptOptions,
+    "qwen_image_21": PromptOptions,
 }
 """The options of each family, by the family's name."""
 

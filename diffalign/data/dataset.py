@@ -21,7 +21,7 @@ from diffalign.files import read_json, reading
 from diffalign.files.images import Unreadable, decode
 from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
-from diffalign.voting.log import VOTES_FILE, Vote, read_votes
+from diffalign.voting.log import VOTES_FILE, Vote, read_votes, votes_of
 
 RANKING_FILE = "ranking.json"
 NEEDED = ("group_id", "prompt_id", "prompt", "preference", "split")
@@ -140,7 +140,7 @@ class PreferenceDataset:
 
     def votes_for(self, source: str) -> list[Vote]:
         """Return the votes behind a source: all for `human`, a rater's for their name, none for a reward."""
-        return [vote for vote in self.votes if source in (HUMAN, vote.rater)]
+        return votes_of(self.votes, source)
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""

@@ -28,7 +28,7 @@ from diffalign.data.records import INDEX, MEND, Reader, Record, Records, finishe
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
 from diffalign.files.parse import parse_json
-from diffalign.progress import Say
+from diffalign.progress import ImageProgress, Say
 
 BATCH = 8
 """Images of one group encoded at once, so a group's latents are bit-identical whatever other groups are encoded."""
@@ -211,7 +211,7 @@ class LatentStore:
     @classmethod
     def make(cls, folder: Path, frames: Frames, backbone: ImageEncoder, say: Say) -> None:
         """Encode all groups into `folder`, together with other processes."""
-        encoder, shown = Encoder(frames, backbone), 0
+        encoder = Encoder(frames, backbone)
 
         def record(row: int) -> Record:
             means, spreads = encoder.group(row)
@@ -220,14 +220,9 @@ class LatentStore:
                 found["condition"] = encoder.condition(row)
             return {name: torch.from_numpy(values) for name, values in found.items()}
 
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            if done // 1000 > shown:
-                shown = done // 1000
-                say(f"encoded the images of {done}/{total} groups")
-
         facts = {"sizes": frames.sizes, "members": frames.members}
         total = len(frames.groups)
+        show = ImageProgress(say, every=60.0, unit="groups", closing=False).named("encoding images")
         if mine := make_records(folder, total, record, facts, show):
             say(f"cached latents of {share(mine, total)} groups{encoder.said()}")
 

@@ -13,6 +13,8 @@ from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
+from diffalign.voting.log import EVERYBODY
+
 _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = {
     "group_id": {"dtype": "string", "_type": "Value"},
@@ -57,7 +59,7 @@ GROUPS = pa.schema(
 GROUPS_FILE = "groups.parquet"
 CONDITIONS = "conditions"
 """The folder of condition images, with the columns of `IMAGES`: index 0 of a group is what its images were made from."""
-HUMAN = "human"
+HUMAN = EVERYBODY
 """The source, beside the rewards, by which a dataset can be ranked where people gave preferences."""
 
 

@@ -32,6 +32,11 @@ LICENCES: dict[str, tuple[str, str | None]] = {
     "black-forest-labs/FLUX.2-klein-4B": ("apache-2.0", None),
     "stabilityai/stable-cascade": ("other", "stable-cascade-nc-community"),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": ("openrail++", None),
+    "Tongyi-MAI/Z-Image": ("apache-2.0", None),
+    "Tongyi-MAI/Z-Image-Turbo": ("apache-2.0", None),
+    "Qwen/Qwen-Image": ("apache-2.0", None),
+    "Qwen/Qwen-Image-2512": ("apache-2.0", None),
+    "Qwen/Qwen-Image-2.1": ("other", "qwen-research"),
 }
 UNKNOWN = "unknown"
 

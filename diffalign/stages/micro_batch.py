@@ -69,7 +69,8 @@ def planned_conditioning(config: TrainConfig, backbone: Backbone) -> dict[str, T
     """Return the conditioning of one prompt to plan with, and of an image to edit where the dataset has such images."""
     known = backbone.device.type == "meta"
     conditioning = empty_conditioning(backbone) if known else backbone.encode_prompts([""])
-    if backbone.condition is not None and any((Path(config.data.path) / CONDITIONS).glob("*.parquet")):
+    folder = config.data.path
+    if backbone.condition is not None and folder is not None and any((folder / CONDITIONS).glob("*.parquet")):
         side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
         conditioning[backbone.condition] = torch.empty(1, backbone.latent_channels, side, side, device="meta")
     return conditioning

@@ -32,6 +32,9 @@ PUBLISHED = {
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": (1_604_462_752, 32, 1024, 32),
     "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": (1_604_641_952, 32, 1024, 32),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (610_856_096, 4, 1024, 8),
+    "Tongyi-MAI/Z-Image": (6_154_908_736, 16, 1024, 8),
+    "Qwen/Qwen-Image-2512": (20_430_401_088, 16, 1024, 8),
+    "Qwen/Qwen-Image-2.1": (7_115_124_736, 64, 1024, 16),
 }
 GATED = ("black-forest-labs/FLUX.1", "black-forest-labs/FLUX.2-dev", "-9B", "diffusion-3")
 # Of single files in bfloat16 as their repositories list them. A header of some kilobytes names the tensors.
@@ -84,9 +87,41 @@ def sana(width: int = 2240, depth: int = 20, text: int = 2304) -> int:
     return depth * block + 2 * image * 32 * width + prompt * (text + width) * width + (256 + 7 * width) * width
 
 
+def z_image(width: int = 3840, layers: int = 30, text: int = 2560) -> int:
+    """A block has 4 width^2 in its attention, three of width x 8/3 width behind it, and a modulation of 256 values."""
+    image, prompt, hidden = 64 * 64, 512, 10240
+
+    def block(tokens: int, modulated: bool = True) -> int:
+        return (4 * width**2 + 3 * width * hidden) * tokens + 2 * tokens**2 * width + modulated * 4 * 256 * width
+
+    blocks = 2 * block(image) + 2 * block(prompt, False) + layers * block(image + prompt)
+    ends = (image * 64 + prompt * text + 256 + (image + prompt) * 64) * width
+    return blocks + ends + 256 * 1024 + 1024 * 256
+
+
+def qwen_image(width: int = 3072, depth: int = 60, text: int = 3584) -> int:
+    """12 width^2 a token and block in either stream, attention over both, and two modulations of 6 width^2."""
+    image, prompt = 64 * 64, 512
+    tokens = image + prompt
+    blocks = depth * (12 * width**2 * tokens + 2 * tokens**2 * width + 12 * width**2)
+    return blocks + (2 * image * 64 + prompt * text + 256) * width + 3 * width**2
+
+
+def qwen_image_21(width: int = 4096, depth: int = 32, text: int = 4096) -> int:
+    """13 width^2 a token and block; the prompt attends to itself, the image to all; one modulation at two times."""
+    image, prompt = 64 * 64, 512
+    tokens = image + prompt
+    blocks = depth * (13 * width**2 * tokens + 2 * (prompt**2 + image * tokens) * width)
+    ends = (image * 64 + prompt * (text + width) + tokens * 64) * width
+    return blocks + ends + 2 * (256 * width + 6 * width**2)
+
+
 @pytest.mark.parametrize(
     ("path", "multiplications"),
     [
+        ("Tongyi-MAI/Z-Image", z_image()),
+        ("Qwen/Qwen-Image-2512", qwen_image()),
+        ("Qwen/Qwen-Image-2.1", qwen_image_21()),
         ("black-forest-labs/FLUX.2-klein-base-4B", mmdit2(5, 20, 3072, 7680)),
         ("black-forest-labs/FLUX.2-klein-base-9B", mmdit2(8, 24, 4096, 12288)),
         ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", pixart()),
