@@ -19,7 +19,7 @@ from diffalign.voting.log import VoteLog
 from diffalign.voting.questions import Sampler
 from diffalign.voting.repeats import Repeats
 from diffalign.web import Address, Limits, build_app
-from helpers.vote_data import EVIL, colour_of, colours, folder_of, kept, lines
+from helpers.vote_data import EVIL, colour_of, colours, folder_of, full_disk, kept, lines
 
 Open = Callable[..., TestClient]
 
@@ -104,6 +104,20 @@ def test_undo_asks_the_same_pair_again_also_after_a_start(tmp_path: Path, opened
     give(client, "tie")
     assert client.post("/undo?rater=ben", json={}).json()["progress"]["done"] == 0  # nothing of others
     assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "tie"]
+
+
+def test_a_full_disk_is_said_and_the_question_stays(tmp_path: Path, opened: Open) -> None:
+    data = colours(tmp_path / "data", 3)
+    client = opened(data)
+    give(client, "left")
+    before, first = (data / "votes.jsonl").read_bytes(), asked(client)[0]
+    with full_disk(len(before) + 9):
+        answered = client.post("/vote", json={"question": first["id"], "answer": "left"})
+        taken_back = client.post("/undo", json={})
+    assert answered.status_code == taken_back.status_code == 507 and "answer again" in answered.json()["error"]
+    assert asked(client)[0] == first and (data / "votes.jsonl").read_bytes() == before
+    give(client, "right")
+    assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "right"]
 
 
 def test_the_total_counts_repeats(tmp_path: Path, opened: Open) -> None:
