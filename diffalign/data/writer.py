@@ -71,10 +71,13 @@ def image_row(
 
 
 class ImageWriter:
-    """Writes images as a stream into one shard, `images/<shard>.parquet`; at most 64 are in memory."""
+    """Writes images as a stream into one shard, `images/<shard>.parquet`; at most 64 are in memory.
 
-    def __init__(self, folder: Path, shard: str = "part-00000") -> None:
-        self.path = Path(folder) / "images" / f"{shard}.parquet"
+    kind: `conditions` for condition images, in their own folder.
+    """
+
+    def __init__(self, folder: Path, shard: str = "part-00000", kind: str = "images") -> None:
+        self.path = Path(folder) / kind / f"{shard}.parquet"
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "ImageWriter":

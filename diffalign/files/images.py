@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageOps
 
+from diffalign.error_codes import UNREADABLE_IMAGE
 from diffalign.errors import DiffalignError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -44,6 +45,8 @@ ORIENTATION = 0x0112  # EXIF
 
 class Unreadable(DiffalignError):
     """One image that cannot be read; the others can."""
+
+    fixed_code = UNREADABLE_IMAGE
 
 
 def read_file(path: Path) -> bytes:

@@ -254,6 +254,13 @@ def test_two_scorings_into_one_file_lose_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.timeout(20)
+def test_a_place_where_no_file_can_be_made_is_refused() -> None:
+    """Not waited for: it looks like a folder that another process deletes again and again."""
+    with pytest.raises(DiffalignError, match="--out /proc/x cannot be written"), writing_file(Path("/proc/x"), "--out"):
+        pass
+
+
 def test_two_processes_of_one_command_share_a_dataset(tmp_path: Path) -> None:
     """`synth` and `sample` divide their work; a command that replaces labels waits until they have ended."""
     write_images(tmp_path / "data")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,17 @@ def folder_of(path: Path, files: dict[str, str]) -> Path:
         if prompt:
             (path / name).with_suffix(".txt").write_text(prompt)
     return path
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `most` bytes: a write is cut there, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def kept(path: Path, rater: str) -> list[dict[str, Any]]:
