@@ -45,7 +45,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "synth": (
         "synth synth_one_gpu prompts=prompts.txt out=data/drawn --dry-run",
-        "synth synth_one_gpu prompts=prompts.txt out=data/drawn -r pickscore",
+        "synth synth_one_gpu prompts=FILE out=data/drawn -r pickscore",
     ),
     "sample": (
         "sample sample_sdxl prompts=prompts.txt --images look/",

@@ -174,6 +174,16 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
     return found
 
 
+def strips(names: list[str], runs: list[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return (title, grids over steps) of every run's validations and draws, without those that have none."""
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        of = f": {name}" if len(runs) > 1 else ""
+        found.append((f"Validation over steps{of}", strip(run, run.validations, "step", validation_mean)))
+        found.append((f"Images drawn in training{of}", strip(run, run.draws, "drawn", validation_mean)))
+    return [(title, grids) for title, grids in found if grids]
+
+
 def write_reports(
     folders: list[Path], out: Path, *, result: dict[str, Any] | None = None, shown: int = PAIRS_SHOWN
 ) -> Path:
@@ -200,7 +210,7 @@ def write_reports(
         verdicts=verdicts(tuned),
         charts=drawn,
         data={"names": names, "charts": {chart["name"]: chart["data"] for chart in drawn}},
-        strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],
+        strips=strips(names, runs),
         differences=differences(runs) if len(runs) > 1 else [],
     )
     write_whole(out, html)

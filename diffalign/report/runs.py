@@ -20,6 +20,11 @@ FACTS: dict[str, str] = {
     "tune.kind": "trained",
     "tune.rank": "rank",
     "data.path": "data",
+    "train.online.prompts": "prompts that are drawn",
+    "train.online.groups": "prompts of a draw",
+    "train.online.images_per_prompt": "images of a prompt",
+    "train.online.every": "updates on a draw",
+    "train.online.rewards": "rewards that are followed",
     "student.steps": "steps of the student",
     "student.sampler": "its sampler",
     "match.guidance": "teacher's guidance",
@@ -41,7 +46,7 @@ PLACES = ("run_dir", "data.cache_dir", "tracking.trackers", "tracking.project")
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. result: its eval.json. findings: as in health.json. config: with dotted keys."""
+    """One run directory. result: its eval.json. findings: as in health.json. config: with dotted keys. draws: online.jsonl."""
 
     folder: Path
     name: str
@@ -51,6 +56,7 @@ class Run:
     result: dict[str, Any] | None
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
+    draws: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -111,7 +117,8 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
             config = dotted_keys(dict(parse_yaml(text, str(path))))
     if rows:
         findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
-    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
+    draws = _validations(folder / "online.jsonl")
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text), draws)
 
 
 def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
@@ -122,6 +129,7 @@ def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[
 
 
 def _validations(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of validation.jsonl or online.jsonl, whose scores are lists of numbers, one a prompt."""
     rows = read_json_lines(path)
     for row in rows:
         with reading(path, mend=f"delete the line of step {row['step']}"):

@@ -101,9 +101,10 @@ def _weights(run_dir: Path, best: bool) -> Path:
 
 def _generators(config: TrainConfig | RewardGradientConfig) -> dict[str, str]:
     """Return the licence of each generator of the training images; none if the dataset is not on disk any more."""
-    if isinstance(config, RewardGradientConfig) or not (config.data.path / "groups.parquet").is_file():
+    path = None if isinstance(config, RewardGradientConfig) else config.data.path
+    if path is None or not (path / "groups.parquet").is_file():
         return {}
-    names = sorted(set(PreferenceDataset(config.data.path).generators().values()) - {""})
+    names = sorted(set(PreferenceDataset(path).generators().values()) - {""})
     return {public_name(name): licence_name(name) or "licence unknown; check it" for name in names}
 
 

@@ -2,6 +2,7 @@
 
 checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
                             reference.safetensors (if the reference moves)
+                            drawn.safetensors (if the next step trains on images that the run has drawn before)
 A run that trains further networks (distillation: "fake") has NAME.safetensors and NAME_optimizer.safetensors of each.
 """
 
@@ -49,13 +50,20 @@ class Flushable(Protocol):
         """Write what has gathered since the last time."""
 
 
+class Drawn(Protocol):
+    """Images that a run has drawn and trains on for several steps."""
+
+    def kept(self, step: int) -> Weights:
+        """Return the tensors that a resume after `step` steps cannot draw again; none where the next step draws anew."""
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes, and so what a checkpoint holds.
 
     ema: a second set of the policy's weights: their moving average where `decay` is set; a judge keeps the policy of its
-    outer iteration there. reference: the weights of a reference that moves. sharded: weights are cut over the processes, so
-    all of them take part in saving. store: written before a checkpoint is.
+    outer iteration there. reference: the weights of a reference that moves. drawn: images that the run has drawn itself.
+    sharded: weights are cut over the processes, so all of them take part in saving. store: written before a checkpoint is.
     """
 
     policy: Parameters
@@ -68,6 +76,7 @@ class TrainState:
     sharded: bool = False
     store: Flushable | None = None
     reference: Parameters | None = None
+    drawn: Drawn | None = None
 
     @property
     def average(self) -> Weights | None:
@@ -88,6 +97,15 @@ class About:
     resolved: Resolved = field(default_factory=dict)
     rows: Sequence[PlainRow] = ()
     interim: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return it as the checkpoint's record has it; its values are JSON."""
+        return {
+            "config": self.config,
+            "resolved": dict(self.resolved),
+            "rows": list(self.rows),
+            "interim": self.interim,
+        }
 
 
 def _sync(folder: Path) -> None:
@@ -117,10 +135,7 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         return final
     record = {
         "step": step,
-        "config": about.config,
-        "resolved": dict(about.resolved),
-        "rows": list(about.rows),
-        "interim": about.interim,
+        **about.record(),
         "optimizer": optimizer,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "extra": state.extra,
@@ -139,6 +154,8 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         if state.reference is not None:
             moving = {k: v.detach().cpu().contiguous() for k, v in state.reference.items()}
             save_file(moving, part / "reference.safetensors")
+        if state.drawn is not None and (kept := state.drawn.kept(step)):
+            save_file(kept, part / "drawn.safetensors")
         for name, partner in state.partners.items():
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
@@ -148,11 +165,9 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         _sync(folder)
-    except Exception as error:
+    except Exception as error:  # whatever it is, no part of a checkpoint stays
         shutil.rmtree(part, ignore_errors=True)
-        # safetensors reports a full disk as an error of its own type with the system's words in it.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
+        if not _is_full_disk(error):
             raise
         last = checkpoints(run_dir)
         raise DiffalignError(
@@ -161,6 +176,11 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         ) from error
     drop_old_checkpoints(run_dir, keep)
     return final
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Return whether a disk is full; safetensors reports that as an error of its own type with the system's words in it."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
 
 
 def drop_old_checkpoints(run_dir: Path, keep: int) -> None:
@@ -195,6 +215,8 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
     moving = {}
     if state.reference is not None:
         moving = read_tensors(path, record, "reference.safetensors", state.reference)
+    images = state.drawn.kept(int(record["step"])) if state.drawn is not None else {}
+    found = read_tensors(path, record, "drawn.safetensors", images) if images else {}
     others = {
         name: (
             read_tensors(path, record, f"{name}.safetensors", partner.parameters),
@@ -209,6 +231,8 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
             average.copy_(placed(averages[name], average))
         for name, weight in (state.reference or {}).items():
             weight.copy_(moving[name])
+        for name, values in images.items():
+            values.copy_(found[name])
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])

@@ -17,12 +17,14 @@ from diffalign.pipelines import Backbone
 from diffalign.training.average import move_average, start_average
 from diffalign.training.average_decay import decay_of, reference_decay
 from diffalign.training.checkpoint import TrainState
-from diffalign.training.device import share_of_step
+from diffalign.training.device import bf16_throughout, share_of_step
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import OnAlarm
 from diffalign.training.optim import build_optimizer, learning_rate, set_rate
 from diffalign.training.order import check_units
 from diffalign.training.preference.gradient import HasBeta, StepGradient, logged
+from diffalign.training.preference.kernel_check import check_cudnn
+from diffalign.training.preference.online import Online
 from diffalign.training.preference.policy import build_objective, prepare_policy
 from diffalign.training.preference.reference_key import open_store
 from diffalign.training.preference.selection import Selection
@@ -42,14 +44,21 @@ class Preference:
     waiting_remedy: str | None = WAITING_REMEDY
 
     def __init__(
-        self, config: TrainConfig, backbone: Backbone, source: GroupSource, accelerator: Accelerator, say: Say
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        source: GroupSource,
+        accelerator: Accelerator,
+        say: Say,
+        online: Online | None = None,
     ) -> None:
         """Make `backbone` trainable and cut the step's groups over the processes.
 
-        Raises DiffalignError where they cannot be cut, where `selection` asks for more images than there are, and for a
-        reference.store of other draws.
+        online: draws the groups of `source` during the run; None: they are there. Raises DiffalignError where they cannot be
+        cut, where `selection` asks for more images than there are, and for a reference.store of other draws.
         """
         self.config, self.backbone, self.source, self.accelerator = config, backbone, source, accelerator
+        self.online = online
         train = config.train
         self.readme, self.on_alarm = train_readme(config), config.on_alarm
         self.objective = build_objective(config.objective)
@@ -61,6 +70,8 @@ class Preference:
 
         # ---- What trains: before accelerate wraps anything ----
         same_at_start = prepare_policy(config, backbone, self.objective)
+        if bf16_throughout(config, cuda=accelerator.device.type == "cuda"):
+            backbone.compute_low()
         self.policy = backbone.trainable()
         optimizer = build_optimizer(config.optimizer, self.policy.values())
         self.sharded = train.shard == "fsdp2"
@@ -68,13 +79,17 @@ class Preference:
         self.state = TrainState(
             self.policy, optimizer, start_average(self.policy, decay), decay,
             scaler=accelerator.scaler, sharded=self.sharded, store=self.store,
-            reference=backbone.followers() if self.reference_decay else None,
+            reference=backbone.followers() if config.tune.reference_moves else None,
+            drawn=online.groups if online else None,
         )  # fmt: skip
 
         # ---- Several processes: DDP averages gradients; weights that are cut over processes do so themselves ----
         module, self.optimizer = backbone.trunk, optimizer
         if not self.sharded:
             module, self.optimizer = accelerator.prepare(backbone.trunk, optimizer)
+        # Checked once, by the first step of this process.
+        self.cudnn = backbone.cudnn if config.model.attention == "cudnn" else None
+        self.say = say
         self.gradient = StepGradient(
             config, backbone, source, self.selection, accelerator, module, self.policy, share,
             self.finite, self.store, same_at_start, say, train.images_per_pass,
@@ -83,12 +98,17 @@ class Preference:
     def step(self, step: int) -> float:
         """Take one optimiser step on the groups of `step`; return the seconds of waiting for them."""
         config, accelerator, extra = self.config, self.accelerator, self.state.extra
+        if self.online is not None:
+            self.online.begin(step, self.state)
         rate = set_rate(self.optimizer, learning_rate(config.optimizer, step, config.train.steps))
         indices = self.selection.groups(step)
         objective = with_auto_beta(self.objective, config.train.auto_beta, extra)
         objective = with_beta_end(objective, step, config.train.steps)
 
         # ---- Gradient: reference and policy on every micro-batch, and the loss backward ----
+        if self.cudnn is not None:
+            check_cudnn(self.cudnn, lambda: self.gradient(step, indices, objective), self.policy, self.say)
+            self.cudnn = None
         waited = self.gradient.waited
         self.totals = self.gradient(step, indices, objective)
 
@@ -120,7 +140,8 @@ class Preference:
 
     def row(self) -> dict[str, float]:
         """Read the last step's metrics: means over the groups that count."""
-        return logged(self.accelerator, self.totals) | {name: float(value) for name, value in self.plain.items()}
+        drawn = self.online.row() if self.online is not None else {}
+        return logged(self.accelerator, self.totals) | {k: float(v) for k, v in self.plain.items()} | drawn
 
     def save_weights(self, folder: Path) -> None:
         """Write the policy in diffusers' format."""
