@@ -252,7 +252,7 @@ class TrainConfig(BackboneRunConfig):
                 "train.shard",
                 "train.images_per_pass",
             )
-        if self.model.compile:
+        if self.model.compile is True:
             refuse(
                 "compile with shard=fsdp2 was not shown to work; leave one of them out", "train.shard", "model.compile"
             )

@@ -23,6 +23,8 @@ from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_byte
 from diffalign.data.own_parquet import IMAGES_MEND, open_parquet, read_batches
 from diffalign.data.protocols import CacheMode, Encoder, GroupSettings, PromptEncoder
 from diffalign.data.records import made_bytes, read_index
+from diffalign.data.schema import CONDITIONS
+from diffalign.errors import DiffalignError
 from diffalign.files import check_space
 from diffalign.progress import Say
 
@@ -83,8 +85,20 @@ def plan_cache(
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
     sizes = group_sizes(dataset, groups, allowed)
+    conditions = len(dataset.condition_index) > 0
+    if conditions and backbone.condition is None:
+        raise DiffalignError(
+            f"{dataset.folder} has condition images, and {backbone.path} (family {backbone.family}) takes none; train a model "
+            f"that edits images, or delete {dataset.folder / CONDITIONS} to train on the prompts alone"
+        )
     frames = Frames(
-        dataset, groups, members, sizes, spread=data.latent_sampling == "posterior", exact=data.cache_dtype == "float32"
+        dataset,
+        groups,
+        members,
+        sizes,
+        spread=data.latent_sampling == "posterior",
+        exact=data.cache_dtype == "float32",
+        conditions=conditions,
     )
     prompts = dataset.column("prompt")
     folder = Path(data.cache_dir) if data.cache_dir else dataset.folder / "cache"
@@ -136,6 +150,9 @@ def latent_key(frames: Frames, backbone: Encoder) -> str:
                 for name in stored:
                     value = table[name][n].as_py() or b""
                     digest.update(_bytes_hash(value.encode() if isinstance(value, str) else value))
+    for i in frames.groups if frames.conditions else ():
+        image = dataset.condition(ids[i])
+        digest.update(b"condition\0" + _bytes_hash(image.data if image else b""))
     return digest.hexdigest()
 
 

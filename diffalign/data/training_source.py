@@ -50,6 +50,7 @@ class TrainingSource:
 
     label_stats: what labels.transform took from the labels, or was given. buckets: a number for each group; only groups
     with equal numbers have one shape and may share a batch. plan: the cache that it reads. seeds: [G, K], as in `Batch`.
+    condition: under which name the trunk takes the latents of condition images, if there are any.
     """
 
     latents: LatentStore | LiveLatents
@@ -62,6 +63,7 @@ class TrainingSource:
     buckets: list[int] = field(default_factory=list)
     plan: CachePlan | None = None
     seeds: Tensor | None = None
+    condition: str | None = None
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -75,9 +77,12 @@ class TrainingSource:
         """Return the groups at these positions, in this order."""
         latents, spread = self.latents.batch(indices)
         prompts = [self.prompts[i] for i in indices]
+        conditioning = self.embeddings.batch(prompts)
+        if self.condition is not None:
+            conditioning[self.condition] = self.latents.conditions(indices)
         return Batch(
             latents,
-            self.embeddings.batch(prompts),
+            conditioning,
             self.rewards[indices],
             self.mask[indices],
             [self.group_ids[i] for i in indices],
@@ -227,4 +232,5 @@ def prepare_source(
         [sizes.index(size) for size in plan.frames.sizes],
         plan,
         seeds,
+        backbone.condition if plan.frames.conditions else None,
     )

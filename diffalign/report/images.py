@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.files import read_json_lines, reading
-from diffalign.report.page import data_uri, encoded
+from diffalign.files.images import data_uri, encoded
 from diffalign.report.runs import Run
 
 # (side in pixels, JPEG quality), tried in turn until an image fits: 2,000 images stay below 60 MB in base64.

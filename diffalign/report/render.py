@@ -15,6 +15,8 @@ from diffalign.report.page import render_page
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 
 PAIRS_SHOWN = 12
+TELLING = {"best": 2, "worst": 1}
+"""How many of the largest gains and losses stand on the first screen."""
 # The chart on which a finding is marked, by the finding's name.
 MARKED_ON: dict[str, str] = {
     "accuracy_stuck": "accuracy",
@@ -82,6 +84,36 @@ def verdicts(members: Iterable[Candidate]) -> list[dict[str, str]]:
             reason += f", 95% interval {interval.words()}, which {'excludes' if interval.side() else 'holds'} 0"
         headline = interval.verdict("better than the base", "worse than the base")
         found.append({"label": candidate.label, "headline": headline, "reason": f"{reason}.", "tone": interval.tone})
+    return found
+
+
+def mark_telling(rows: list[dict[str, Any]]) -> None:
+    """Mark the rows of `comparisons` that stand on the first screen, with "telling": the largest gains and losses.
+
+    Each of another prompt.
+    """
+    left, seen = dict(TELLING), set()
+    for row in rows:
+        row["telling"] = left[row["kind"]] > 0 and row["prompt"] not in seen
+        if row["telling"]:
+            left[row["kind"]] -= 1
+            seen.add(row["prompt"])
+
+
+def headlines(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
+    """Return what a table of several runs says of each: progress, the first score with its verdict, health.
+
+    "score" is None for a run that was not evaluated.
+    """
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        words, tone = run.health
+        row: dict[str, Any] = {"name": name, "progress": run.progress, "health": words, "tone": tone, "score": None}
+        if run.result is not None:
+            column, kinds = next(iter(run.result["scores"].items()))
+            verdict = interval_in(kinds["all"]).verdict("better", "worse")
+            row |= {"score": column, "verdict": verdict, "all": kinds["all"]}
+        found.append(row)
     return found
 
 
@@ -163,7 +195,9 @@ def write_reports(
     runs = [read_run(Path(folder), result) for folder in folders]
     names = distinct_names(runs)
     compared = trials(runs, names)
-    made = [{"members": members, "pictures": comparisons(members, shown)} for members in compared]
+    made: list[dict[str, Any]] = [{"members": members, "pictures": comparisons(members, shown)} for members in compared]
+    for trial in made:
+        mark_telling(trial["pictures"])
     tuned = [c for members in compared for c, _ in members if c.model == "tuned"]
     drawn = charts(runs)
     html = render_page(
@@ -171,6 +205,7 @@ def write_reports(
         "report.html.j2",
         title=" · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         runs=list(zip(names, runs, strict=True)),
+        headlines=headlines(runs, names),
         trials=made,
         verdicts=verdicts(tuned),
         charts=drawn,

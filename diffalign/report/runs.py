@@ -9,7 +9,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
 from diffalign.files.metric_rows import read_metrics
 from diffalign.files.parse import parse_yaml
-from diffalign.health import ENDINGS, Finding, examine, examine_ending
+from diffalign.health import ENDINGS, NOT_FINISHED, Finding, examine, examine_ending
 from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
@@ -62,6 +62,25 @@ class Run:
     def steps(self) -> int:
         """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def progress(self) -> str:
+        """How far training got, in words: `200 steps`, or `stopped at step 6 of 30`; empty without training."""
+        wanted = self.config.get("train.steps")
+        if not self.steps:
+            return ""
+        if any(finding["name"] == NOT_FINISHED for finding in self.findings) and isinstance(wanted, int):
+            return f"stopped at step {self.steps} of {wanted}"
+        return f"{self.steps} step{'' if self.steps == 1 else 's'}"
+
+    @property
+    def health(self) -> tuple[str, str]:
+        """What the findings say in a few words, and their tone: "good", "warn" or "bad"; empty without training."""
+        if not self.rows:
+            return "", ""
+        alarms = [str(one["title"]) for one in self.findings if one["level"] == "alarm"]
+        notes = [str(one["title"]) for one in self.findings if one["level"] != "alarm"]
+        return "; ".join([*alarms, *notes]) or "nothing found", "bad" if alarms else "warn" if notes else "good"
 
     def facts(self, instead: dict[str, str] | None = None) -> list[tuple[str, str]]:
         """Return (name, value) of the settings worth showing first; `instead` replaces values of the config."""

@@ -4,11 +4,10 @@ import os
 
 from diffalign.config import TrainConfig
 from diffalign.pipelines import Backbone
-from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.stages.checks import check_packages
 from diffalign.stages.dry_run import model_facts, print_facts, print_where
-from diffalign.stages.micro_batch import gpu_room, usual_micro_batch
-from diffalign.training.memory import MemoryPrediction, described, fitting_micro_batch
+from diffalign.stages.micro_batch import gpu_room, planned_conditioning, usual_micro_batch
+from diffalign.training.memory import MemoryPrediction, described, fitting_checkpointing, fitting_micro_batch
 
 
 def describe_training(
@@ -22,12 +21,15 @@ def describe_training(
     if backbone is None:
         print_facts("model", model)
     else:
-        conditioning = empty_conditioning(backbone) if backbone.device.type == "meta" else backbone.encode_prompts([""])
+        conditioning = planned_conditioning(config, backbone)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         prediction = MemoryPrediction(config, backbone, conditioning, cuda=device != "cpu", processes=processes)
         print_facts("model", model | {"trainable": f"{prediction.trainable:,}"})
         each = max(1, config.train.groups_per_step // processes)
-        memory = described(prediction, min(config.train.micro_batch or usual_micro_batch(each), each), members)
+        micro_batch = min(config.train.micro_batch or usual_micro_batch(each), each)
+        if device != "cpu" and config.model.gradient_checkpointing == "auto":
+            fitting_checkpointing(prediction, micro_batch, members, gpu_room())  # the rest is predicted for that kind
+        memory = described(prediction, micro_batch, members)
         if device != "cpu":
             fitting = fitting_micro_batch(prediction, members, gpu_room())
             memory["this GPU holds"] = f"train.micro_batch={fitting}" + (

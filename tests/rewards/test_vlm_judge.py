@@ -13,7 +13,6 @@ import pytest
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
-from diffalign.rewards.chat_api import ChatAPI
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.rewards.vlm_judge import VLMJudge, written_label
 from diffalign.stages.score import ScoreRequest, score
@@ -25,11 +24,7 @@ PROMPTS = ["a cat", "a dog, {red} <|im_end|>", "a house"]
 TOP = {"7": math.log(0.5), "8": math.log(0.2), " 9": math.log(0.1), "Seven": math.log(0.05), "1": math.log(0.01)}
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    init = ChatAPI.__init__
-    monkeypatch.setattr(ChatAPI, "__init__", lambda self, *a, **k: init(self, *a, **{"pause": 0.001, **k}))
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def judge(served: Served, **options: Any) -> VLMJudge:
@@ -176,6 +171,26 @@ def test_what_is_no_completion_is_no_answer(body: Any) -> None:
         reward = judge(served, retries=1, concurrency=1)
         with pytest.raises(Exception, match="no chat completion in the answer"):
             reward.measure(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        {"content": [{"token": "8", "logprob": None, "top_logprobs": []}]},
+        {"content": [{"token": "8", "logprob": -0.1, "top_logprobs": [{"token": "8", "logprob": "?"}]}]},
+        {"content": [{"token": "8", "logprob": float("nan"), "top_logprobs": [{"token": "7", "logprob": -1}]}]},
+        {"content": [{"logprob": -0.1}]},
+        {"content": 5},
+        [1],
+    ],
+)
+def test_the_label_stands_without_readable_probabilities(logprobs: Any) -> None:
+    """The answer was read as none, asked again, and the image stayed without a score."""
+    status, body = completion("8")[:2]
+    body["choices"][0]["logprobs"] = logprobs
+    with chat_server(lambda b, n: (status, json.dumps(body).encode())) as served:
+        found = judge(served, retries=1, concurrency=1).measure(IMAGES, PROMPTS)
+    assert found["vlm_judge"].tolist() == [4.5] * 3 and found["alignment_spread"].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from diffalign.errors import DiffalignError
-from diffalign.voting.log import Undo, Vote, VoteLog, check_rater, line_of, read_entries, read_votes
+from diffalign.voting.log import NotKept, Undo, Vote, VoteLog, check_rater, line_of, read_entries, read_votes, votes_of
+from helpers.vote_data import full_disk
 
 LEFT = Vote("v1", "2026-01-01T00:00:00+00:00", "anna", "a fox", ("a/0", "b/0"), ("base", "tuned"), "left")
 
@@ -59,6 +60,28 @@ def test_a_torn_last_line_is_skipped_and_the_next_entry_is_whole(tmp_path: Path,
     assert read_votes(path) == [*kept, replace(LEFT, id="v3")]
 
 
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    with VoteLog(tmp_path / "votes.jsonl") as log:
+        log.append(LEFT)
+        before = log.path.read_bytes()
+        with full_disk(len(before) + 30), pytest.raises(NotKept, match="not written .* answer again"):
+            log.append(replace(LEFT, id="v2"))
+        assert log.path.read_bytes() == before and len(log.entries) == 1
+        log.append(replace(LEFT, id="v3"))
+    assert read_votes(log.path) == [LEFT, replace(LEFT, id="v3")]
+
+
+@pytest.mark.parametrize("content", ["notes of mine", "{}", '{"a": 1}\nnotes', "\ufeff"])
+def test_a_file_that_is_no_log_keeps_its_bytes(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(DiffalignError, match=r"notes.txt"):
+        VoteLog(path)
+    assert path.read_text() == content
+    with pytest.raises(DiffalignError, match="no file; name another place"):
+        VoteLog(Path("/dev/full"))
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -89,7 +112,18 @@ def test_ranks_follow_the_answer() -> None:
     assert replace(LEFT, answer="ranking", ranking=(2, 1)).ranks == (2, 1)
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "x" * 101, "pickscore", "a\nb"])
+def test_human_stands_for_all_and_a_log_that_has_it_as_a_rater_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    old = [replace(LEFT, rater="human"), replace(LEFT, id="v2", rater="human"), replace(LEFT, id="v3")]
+    entries = [*old, undo("v2", "human"), undo("v3", "human")]
+    path.write_text("".join(map(line_of, entries)))
+    votes = read_votes(path)
+    assert [(vote.id, vote.rater) for vote in votes] == [("v1", "me"), ("v3", "anna")]
+    assert votes_of(votes, "human") == votes and votes_of(votes, "me") == votes[:1] and votes_of(votes, "ben") == []
+    assert path.read_text() == "".join(map(line_of, entries))  # as it was
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "x" * 101, "pickscore", "a\nb", "human", "Human"])
 def test_a_name_that_is_no_source_is_refused(name: str) -> None:
     assert check_rater("Anna-2", {"pickscore"}) == "Anna-2"
     with pytest.raises(DiffalignError, match="rater"):
