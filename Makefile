@@ -2,7 +2,8 @@
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
 #   make docs           docs/config.md from the config's schema, and the list of rewards from their classes
-#   make lint           ruff, mypy, import contracts
+#   make docs-site      the documentation as a site, in build/docs; a link that leads nowhere is an error
+#   make lint           ruff, mypy, import contracts, scripts and Dockerfile
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
 #   make browser-test   tests of pages in a real browser (chromium; CHROMIUM=PATH names one)
@@ -10,6 +11,7 @@
 #   make hostile        thousands of hostile inputs, by class; prints the table of docs/security.md (an hour)
 #   make kills          100 kills and 20 signals at random moments in training and data stages; part of make test are 26
 #   make test-ray       tests on a Ray cluster of this machine; installs Ray (0.2 GB) into a folder of its own
+#   make step-cost      kernels, bytes and host time of a step, counted without a GPU; tests hold them to bounds
 #   make bench          the list of benchmarks;  make bench NAME=objectives ARGS=--tiny: run one (benchmarks/README.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,10 +24,10 @@ ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
 VIEW := $(ROOT)/build/view
 EMPTY := $(ROOT)/build/empty
-SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
+SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml setup.py LICENSE README.md
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
-.PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench kills clean
+.PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench step-cost kills clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -92,6 +94,8 @@ lint: $(STAMP) view
 		$(ROOT)/$(BIN)/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p diffalign | \
 		sed -E 's#^diffalign/(rewards|pipelines|configs)/#\1/#'
 	cd $(VIEW) && PYTHONPATH=$(VIEW) $(ROOT)/$(BIN)/lint-imports --config $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.import_linter_cache
+	$(BIN)/shellcheck docs/cluster/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 wheel-test: $(SITE)/.built
 	cd $(EMPTY) && PYTHONPATH=$(SITE) DIFFALIGN_SITE=$(SITE) $(ROOT)/$(BIN)/python -P -m pytest -q -c $(ROOT)/pyproject.toml $(addprefix $(ROOT)/,$(WHEEL_TESTS))
@@ -108,11 +112,19 @@ kills: $(STAMP)
 bench: $(STAMP) $(if $(filter scoring_speed,$(NAME)),oracles)
 	@$(BIN)/python benchmarks $(NAME) $(ARGS)
 
+step-cost: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py $(ARGS)
+
 # The page of all config keys, from the schema, and the list of rewards, from their classes; tests compare them.
 .PHONY: docs
 docs: $(STAMP)
 	$(BIN)/python -m diffalign.config.commented > docs/config.md
 	$(BIN)/python -m diffalign.scoring.list_rewards
+
+# Also without a network: nothing is fetched while it is built, and its pages load nothing from elsewhere.
+.PHONY: docs-site
+docs-site: $(STAMP) view
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

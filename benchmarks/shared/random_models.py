@@ -1,7 +1,8 @@
 """The models that speed is measured on: SDXL, SD3.5-Medium and FLUX.1-dev from their configs alone, randomly initialised.
 
 No weights are needed for a speed. `sdxl`, `sd35` and `flux` have the published sizes; the `small-` ones are what a CPU can step
-through. Text encoders are left out, since training reads embeddings; `common_dpo_script.py` builds its own.
+through, the `deep-` ones have the depth alone and the `shallow-` ones the width alone. Text encoders are left out, since
+training reads embeddings; `common_dpo_script.py` builds its own.
 """
 
 from __future__ import annotations
@@ -57,6 +58,17 @@ SMALL_SDXL = SDXL | {
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 6 * 32 + 160,
 }
+# The published depth and next to no width: what is left is Python's and torch's own time.
+DEEP_SDXL = SDXL | {
+    "sample_size": 8,
+    "block_out_channels": (32, 32, 32),
+    "attention_head_dim": (1, 1, 1),
+    "cross_attention_dim": 32,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+}
+# The published width, and one layer wherever there are several alike: what a test has time for.
+SHALLOW_SDXL = SDXL | {"transformer_layers_per_block": (1, 1, 1)}
 SD35: dict[str, Any] = {
     "sample_size": 128,
     "patch_size": 2,
@@ -82,6 +94,16 @@ SMALL_SD35 = SD35 | {
     "pos_embed_max_size": 64,
     "dual_attention_layers": (0, 1),
 }
+DEEP_SD35 = SD35 | {
+    "sample_size": 8,
+    "attention_head_dim": 32,
+    "num_attention_heads": 1,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 32,
+    "pos_embed_max_size": 16,
+}
+SHALLOW_SD35 = SD35 | {"num_layers": 3, "dual_attention_layers": (0,)}
 FLUX: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 64,
@@ -136,6 +158,10 @@ MODELS = {
     "small-sdxl": Model("sdxl", SMALL_SDXL, 77, 256),
     "small-sd35": Model("sd3", SMALL_SD35, 77 + 16, 256),
     "small-flux": Model("flux", SMALL_FLUX, 64, 256),
+    "deep-sdxl": Model("sdxl", DEEP_SDXL, 8, 64),
+    "deep-sd35": Model("sd3", DEEP_SD35, 8, 64),
+    "shallow-sdxl": Model("sdxl", SHALLOW_SDXL, 77, 1024),
+    "shallow-sd35": Model("sd3", SHALLOW_SD35, 77 + 256, 1024),
 }
 TRUNKS = {"sdxl": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
 

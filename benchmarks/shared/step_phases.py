@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from diffalign.training.memory import LiveBytes
+from diffalign.training.cuda_rules import LiveBytes
 
 # torch's own table has the fused attention kernels of GPUs and not those of CPUs.
 ON_CPU: dict[Any, Any] = {

@@ -8,6 +8,7 @@ import typer
 from diffalign.cli.config_verb import DryRun
 from diffalign.cli.errors import plain_errors
 from diffalign.cli.groups import DefaultGroup
+from diffalign.cli.help import examples
 
 
 class BenchGroup(DefaultGroup):
@@ -24,7 +25,7 @@ bench = typer.Typer(
 )
 
 
-@bench.command("run")
+@bench.command("run", epilog=examples("bench run"))
 def run(
     model: Annotated[
         str,
@@ -67,7 +68,7 @@ def run(
         judge_suites(config, BenchRequest(task, judge or [], data, n, dry_run))
 
 
-@bench.command("compare")
+@bench.command("compare", epilog=examples("bench compare"))
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A bench.json, or the folder that holds it.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same prompts and judges.")],
@@ -82,7 +83,7 @@ def compare(
         compare_results(first, second)
 
 
-@bench.command("suites")
+@bench.command("suites", epilog=examples("bench suites"))
 def suites() -> None:
     """List the suites.
 

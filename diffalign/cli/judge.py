@@ -8,6 +8,7 @@ import typer
 from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
 from diffalign.cli.groups import DefaultGroup
+from diffalign.cli.help import examples
 
 if TYPE_CHECKING:
     from diffalign.judge.predict import Thinking
@@ -44,7 +45,7 @@ def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int)
     return Thinking(traces, max_tokens, temperature, batch_size)
 
 
-@judge.command("train")
+@judge.command("train", epilog=examples("judge train"))
 def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a judge of images.
 
@@ -56,7 +57,7 @@ def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = F
         train_from_config(checked, dry_run=dry_run)
 
 
-@judge.command("personal")
+@judge.command("personal", epilog=examples("judge personal"))
 def fit_personal(
     source: Annotated[
         str,
@@ -86,7 +87,7 @@ def fit_personal(
         fit(checked, dry_run=dry_run)
 
 
-@verbs.command("judge-distributions")
+@verbs.command("judge-distributions", epilog=examples("judge-distributions"))
 def judge_distributions(
     judge: JudgeFolder,
     records: Records,
@@ -109,7 +110,7 @@ def judge_distributions(
         distributions(judge, records, out or records.parent / "distributions.jsonl", thinking, device, seed)
 
 
-@verbs.command("judge-eval")
+@verbs.command("judge-eval", epilog=examples("judge-eval"))
 def judge_eval(
     judge: JudgeFolder,
     records: Records,

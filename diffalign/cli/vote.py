@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
@@ -31,7 +32,7 @@ Votes = Annotated[
 ]
 
 
-@verbs.command("vote")
+@verbs.command("vote", epilog=examples("vote"))
 def vote(
     sources: Sources,
     rater: Annotated[str, typer.Option(help="The name under which votes are kept.")] = "me",
@@ -89,7 +90,7 @@ def vote(
         serve_votes(request)
 
 
-@verbs.command("vote-results")
+@verbs.command("vote-results", epilog=examples("vote-results"))
 def results(
     sources: Sources,
     rater: Annotated[str, typer.Option(help="Whose votes; human: those of all.")] = "human",

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 from diffalign.cli.vote import Sources
 
 verbs = typer.Typer()
 
 
-@verbs.command("vote-export")
+@verbs.command("vote-export", epilog=examples("vote-export"))
 def vote_export(
     sources: Sources,
     out: Annotated[

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from diffalign.config import TrainConfig, load_run_config
 from diffalign.config.run import AUTO, divisors
+from diffalign.data.schema import CONDITIONS
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.progress import say
@@ -63,9 +65,19 @@ def _found(config: TrainConfig, members: int, accelerator: Accelerator) -> int:
     return found
 
 
-def predicted(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> MemoryPrediction:
-    """Return the prediction for this run; uses the backbone up."""
+def planned_conditioning(config: TrainConfig, backbone: Backbone) -> dict[str, Tensor]:
+    """Return the conditioning of one prompt to plan with, and of an image to edit where the dataset has such images."""
     known = backbone.device.type == "meta"
     conditioning = empty_conditioning(backbone) if known else backbone.encode_prompts([""])
+    folder = config.data.path
+    if backbone.condition is not None and folder is not None and any((folder / CONDITIONS).glob("*.parquet")):
+        side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
+        conditioning[backbone.condition] = torch.empty(1, backbone.latent_channels, side, side, device="meta")
+    return conditioning
+
+
+def predicted(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> MemoryPrediction:
+    """Return the prediction for this run; uses the backbone up."""
     cuda = accelerator.device.type == "cuda"
+    conditioning = planned_conditioning(config, backbone)
     return MemoryPrediction(config, backbone, conditioning, cuda=cuda, processes=accelerator.num_processes)

@@ -11,143 +11,21 @@ allocator's rounding take is not in it.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 from diffalign.config import TrainConfig
 from diffalign.pipelines import Backbone
+from diffalign.training.cuda_rules import LiveBytes, step_on_meta
 from diffalign.training.preference.policy import build_objective, prepare_policy
 
-Output = TypeVar("Output")
 LARGEST = 16
 """Groups in a micro-batch beyond which a GPU is busy anyway."""
 BLOCK, SMALL = 256, 4096
 """bitsandbytes' 8-bit states: a float32 scale for BLOCK numbers; tensors smaller than SMALL stay in 32 bits."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """A count of the bytes of storages that operators made and that are still alive: `now`, and at most, `peak`.
-
-    It works on any device, the meta device included. What was there before the block is not counted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return made
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._seen or not storage.nbytes():
-            return
-        self._seen[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        # torch keeps the Python object of a storage alive as long as the storage itself.
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._seen.pop(key)
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these: they belong to the parts that are known, and operators that write into them make nothing new."""
-        for tensor in tensors:
-            self._seen.setdefault(tensor.untyped_storage()._cdata, 0)
-
-
-class _Attention(torch.autograd.Function):
-    """Shapes of fused attention: inputs, output and one float32 a query are kept; the matrix of all pairs never exists."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ctx.saved_tensors[:3]
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-class CudaRules(TorchFunctionMode):
-    """CUDA's rules on the meta device: fused attention, and with `autocast` the casts that torch.autocast makes.
-
-    autocast: the 16-bit type of matrix products and convolutions, None without autocast. Copies of float32 weights are
-    kept until `forget`, as autocast's cache keeps them to the end of the forward pass.
-    """
-
-    def __init__(self, autocast: torch.dtype | None) -> None:
-        super().__init__()
-        self.autocast = autocast
-        self._copies: dict[int, Tensor] = {}
-        self._keeps = True
-        tensor: Any = Tensor
-        self._low: set[Any] = {F.linear, F.conv2d, torch.conv2d, torch.matmul, tensor.matmul, torch.bmm, tensor.bmm}
-        self._low |= {tensor.__matmul__, torch.baddbmm, torch.addmm, F.scaled_dot_product_attention}
-        self._full: set[Any] = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, tensor.softmax, F.mse_loss}
-        self._full |= {torch.exp, tensor.exp, torch.pow, tensor.pow, torch.rsqrt, tensor.rsqrt, torch.sum, tensor.sum}
-        self._full |= {torch.nn.functional.rms_norm}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.autocast is not None and (func in self._low or func in self._full):
-            to: Callable[[Any], Any] = self._lowered if func in self._low else _widened
-            args, kwargs = tree_map(to, args), tree_map(to, kwargs)
-        if func is F.scaled_dot_product_attention:
-            # diffusers passes them by place in some families and by name in others.
-            given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-            return _Attention.apply(given["query"], given["key"], given["value"])
-        return func(*args, **kwargs)
-
-    def forget(self) -> None:
-        """End the forward pass: copies live as long as the graph needs them, and new ones are not kept."""
-        self._copies.clear()
-        self._keeps = False
-
-    def checkpoint(self, function: Callable[..., Output], *inputs: object, **options: Any) -> Output:
-        """Checkpoint a function as torch does, under these rules also when backward repeats it (where no mode reaches)."""
-
-        def ruled(*inputs: object, **options: object) -> Output:
-            with nullcontext() if self._keeps else CudaRules(self.autocast):
-                return function(*inputs, **options)
-
-        output: Output = checkpoint(ruled, *inputs, use_reentrant=False, **options)
-        return output
-
-    def _lowered(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return value
-        if value.dtype == self.autocast:
-            return value
-        if isinstance(value, nn.Parameter) and value.requires_grad:
-            copy = self._copies[id(value)] if id(value) in self._copies else value.to(self.autocast)
-            if self._keeps:
-                self._copies[id(value)] = copy
-            return copy
-        return value.to(self.autocast)
-
-
-def _widened(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
 
 
 def stored_bytes(module: nn.Module | None, wanted: Callable[[str], bool] = lambda _: True) -> int:
@@ -207,31 +85,14 @@ def step_peak(
 ) -> tuple[int, int]:
     """Return the bytes at the fullest moment of forward and backward, and how many of them are gradients when all are there.
 
-    Weights and optimiser are not counted. The backbone is on the meta device; latents [N, C, h, w] is a shape, conditioning
-    of one prompt. From the second of several micro-batches on, all gradients are there while activations are.
+    Weights and optimiser are not counted. From the second of several micro-batches on, all gradients are there while
+    activations are. For the arguments see `step_on_meta`.
     """
-    noisy = torch.empty(latents, device="meta")
-    times = torch.empty(latents[0], device="meta")
-    repeated = {name: value.expand(latents[0], *value.shape[1:]).to("meta") for name, value in conditioning.items()}
     trained = list(backbone.trainable().values())
-    trunk: Any = backbone.trunk  # diffusers' models carry methods that nn.Module does not declare
     with LiveBytes() as live:
         live.ignore([weight for module in backbone.trunks() for weight in module.parameters()])
         for _ in range(min(micro_batches, 2)):
-            rules = CudaRules(autocast)
-            if trunk.is_gradient_checkpointing:
-                trunk.enable_gradient_checkpointing(rules.checkpoint)
-            with rules:
-                kept = None
-                if reference:
-                    with torch.no_grad(), backbone.role("reference"):
-                        kept = backbone.predict(noisy, times, repeated)
-                with backbone.role("policy"):
-                    error = (backbone.predict(noisy, times, repeated) - noisy).square().mean()
-                del kept
-            rules.forget()
-            error.backward()
-            del error
+            step_on_meta(backbone, latents, conditioning, reference=reference, autocast=autocast)
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
@@ -303,7 +164,7 @@ class MemoryPrediction:
         )
         states = optimizer_bytes(config.optimizer.name, self.trained)
         cut = self.processes if config.train.shard == "fsdp2" else 1
-        moves = tune.reference == "ema"
+        moves = tune.reference_moves
         own_reference = moves or (tune.init is not None and tune.reference == "init")
         full = tune.kind == "full"
         if full:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.pipelines import load_backbone
-from diffalign.training.memory import LiveBytes, optimizer_bytes, predict_memory
+from diffalign.training.cuda_rules import LiveBytes
+from diffalign.training.memory import optimizer_bytes, predict_memory
 from diffalign.training.optim import build_optimizer
 from diffalign.training.preference.policy import build_objective, prepare_policy
 from helpers import toy
