@@ -24,6 +24,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import lock
 from diffalign.files.lock import LOCK_FILE, try_lock, writing_file, writing_folder
 from helpers.command_line import run
+from helpers.files import tree
 from helpers.processes import environment, in_a_child
 from helpers.small_datasets import group_rows, scored, write_groups, write_images
 
@@ -41,10 +42,6 @@ def holder(folder: Path, mode: str, ready: Path) -> subprocess.Popen[bytes]:
         assert process.poll() is None
         time.sleep(0.01)
     return process
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- the lock itself -------------------------------------------------------------------------------------------------
