@@ -82,8 +82,13 @@ def test_what_the_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {"sdxl_dpo", "sdxl_mine.yaml"} <= set(config_names("sdxl_"))
     assert config_names("ru") == ["runs/"] and config_names("runs/") == ["runs/a/"]
     assert reward_names("pick") == ["pickscore"]
-    context = ROOT.make_context("train", ["train"], resilient_parsing=True)
+    above = ROOT.make_context("diffalign", ["train"], resilient_parsing=True)
+    context = ROOT.commands["train"].make_context("train", ["x"], parent=above)
     assert "train.steps=" in config_keys(context, "train.st") and not config_keys(context, "train.steps=4")
+    assert "train.groups_per_step=" in config_keys(context, "train.")
+    judge = ROOT.commands["judge"].make_context("judge", ["train", "x"], parent=above)
+    context = ROOT.commands["judge"].commands["train"].make_context("train", ["x"], parent=judge)
+    assert "train.records_per_step=" in config_keys(context, "train.")
 
 
 def test_completion_in_a_shell(tmp_path: Path) -> None:
