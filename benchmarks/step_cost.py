@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from diffalign.pipelines.lean_lora import use_peft_forward
 from shared.host_time import Step, cpu_seconds, fixed_loop, role_switch, tuned
 from shared.speed_results import RESULTS
 from shared.step_cost import step_cost
 
 PAIRS = 4
-WAYS = {"as trained": torch.bfloat16}
+WAYS = {"autocast": torch.bfloat16, "bfloat16 throughout": None}
+"""Of a LoRA: as with `model.dtype: float32`, and as trained with bfloat16 weights. `peft` beside them, to compare."""
 
 
 def counts() -> dict[str, dict[str, float]]:
@@ -41,8 +43,12 @@ def host() -> dict[str, dict[str, float]]:
     loop = fixed_loop()
     found: dict[str, dict[str, float]] = {}
     for model in ("deep-sdxl", "deep-sd35"):
-        for way, autocast in WAYS.items():
+        for way, autocast in {"autocast, peft's layers": torch.bfloat16, **WAYS}.items():
             backbone = tuned(model)
+            if "peft" in way:
+                use_peft_forward(backbone.trunk)
+            if autocast is None:
+                backbone.compute_low()
             step = Step(model, backbone, autocast)
             step()
             seconds = cpu_seconds(step)

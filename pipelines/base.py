@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.attention import ATTENTION, set_attention
+from diffalign.pipelines.checkpointing import Checkpointing
+from diffalign.pipelines.low_adapters import installed, lowered
 from diffalign.pipelines.options import OPTIONS, Options
 from diffalign.pipelines.quantize import number_of_weights, quantize_blocks
 from diffalign.pipelines.sampling import Sampling
@@ -39,7 +41,7 @@ class Backbone(Sampling):
         dtype: torch.dtype,
         device: str | torch.device,
         attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         quantize: str = "none",
         channels_last: bool = False,
         options: Options | None = None,
@@ -64,9 +66,9 @@ class Backbone(Sampling):
             raise DiffalignError(
                 f"model.attention: {attention} is not possible with {self.family}; use {' or '.join(self.kernels)}"
             )
-        set_attention(self.trunk, attention)
+        self.cudnn = set_attention(self.trunk, attention)
         if gradient_checkpointing:
-            self._model.enable_gradient_checkpointing()
+            self.checkpoint(gradient_checkpointing)
         if channels_last:
             if self.trunk_name != "unet":
                 raise DiffalignError(
@@ -133,7 +135,9 @@ class Backbone(Sampling):
             for name, value in conditioning.items()
         }
         time = self.process.model_time(t).to(self.device)
-        return self.forward(module, noisy.to(self.device, dtype), time, inputs).float()
+        low = lowered(active, dtype) if self.lowers_adapters else []
+        with installed(active, low):
+            return self.forward(module, noisy.to(self.device, dtype), time, inputs).float()
 
 
 class TransformerBackbone(Backbone):

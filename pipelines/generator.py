@@ -19,6 +19,7 @@ from PIL import Image
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.drawn_noise import NoiseRecord, seeded
 from diffalign.pipelines.hub import find_index
 from diffalign.pipelines.loading import BACKBONES, load_backbone, model_index, read_index
@@ -275,7 +276,7 @@ def load_generator(
     config: str | None = None,
     prior: str | None = None,
     attention: str = "sdpa",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     quantize: str = "none",
     channels_last: bool = False,
     lora_text_encoders: TextEncoders = "refuse",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.components import component_types
 from diffalign.pipelines.loading import BACKBONES
 from diffalign.pipelines.options import Value, read_options
@@ -89,7 +90,7 @@ def known_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     quantize: str = "none",
     channels_last: bool = False,
     **options: Value,

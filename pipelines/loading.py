@@ -14,6 +14,7 @@ import torch
 from diffalign.errors import DiffalignError
 from diffalign.files.parse import parse_json
 from diffalign.pipelines.base import Backbone
+from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.components import check_files, is_component, load_components
 from diffalign.pipelines.flux import Flux
 from diffalign.pipelines.flux2 import Flux2, Flux2Klein
@@ -66,7 +67,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     quantize: str = "none",
     channels_last: bool = False,
     lora_text_encoders: TextEncoders = "refuse",

@@ -51,6 +51,8 @@ class _UNetBackbone(Backbone):
     single_files: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
+    # Their norms, activations and sums move as much memory as the transformer blocks' do.
+    compiled: ClassVar[tuple[str, ...]] = ("ResnetBlock2D",)
 
     def build_process(self, scheduler: SchedulerMixin) -> Diffusion:
         if self.pipeline.unet.config.get("time_cond_proj_dim") is not None:

@@ -9,6 +9,7 @@ reference one that can move. Distillation calls the policy
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +24,9 @@ from diffalign.files import replacing_folder
 from diffalign.files.published import drop_local_paths
 from diffalign.kernels import align_weights
 from diffalign.pipelines import adapters
+from diffalign.pipelines.checkpointing import Checkpointing, checkpoint_function
 from diffalign.pipelines.components import DIFFUSERS
+from diffalign.pipelines.lean_blocks import fuse_norms
 from diffalign.pipelines.lora_file import TextEncoders, checkpoint_tuning, is_checkpoint, read_checkpoint
 from diffalign.pipelines.quantize import is_quantized
 from diffalign.pretrained import load_model, quiet_progress
@@ -42,6 +45,8 @@ class Tunable(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     blocks: ClassVar[tuple[str, ...]]
     """Class names of the layers that repeat and hold nearly all weights: what is quantised, compiled and sharded."""
+    compiled: ClassVar[tuple[str, ...]] = ()
+    """Class names of further layers that are compiled, for what else costs memory traffic."""
 
     pipeline: DiffusionPipeline
     trunk: nn.Module
@@ -52,6 +57,10 @@ class Tunable(ABC):
     """What to do with a LoRA that adapts text encoders, too: refuse it, or ignore that part."""
     tuning: str | None = None
     """None, "lora" or "full"."""
+    checkpointing: Checkpointing = False
+    """What blocks keep for backward."""
+    lowers_adapters: bool = False
+    """Whether `predict` computes a LoRA in the type of the frozen weights; the trained weights are float32 in either case."""
     _full_reference: nn.Module | None = None
     _full_base: nn.Module | None = None
     """The base where all weights train and the reference is no longer it."""
@@ -160,17 +169,19 @@ class Tunable(ABC):
     def compile_blocks(self, dynamic: bool = False, backend: str = "inductor") -> None:
         """Compile the repeated blocks in place, after `add_lora` or `enable_full`; weights keep their names.
 
-        Blocks of a kind share their graphs: one for each of policy and reference, so nothing is compiled again after the
-        first step. dynamic: one graph for all sizes of images, for data in several buckets.
+        Blocks of a kind and shape share their graphs: one for each of policy and reference, so nothing is compiled again after
+        the first step. Later runs find the generated code in `~/.cache/diffalign/compiled`, or where TORCHINDUCTOR_CACHE_DIR
+        says. dynamic: one graph for all sizes of images, for data in several buckets.
         backend: torch.compile's.
         """
         import torch._dynamo
 
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/diffalign/compiled").expanduser()))
         # The default of 8 graphs for a block's code is less than SD3.5's kinds of blocks times roles and sizes.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for trunk in self.trunks():
             for module in trunk.modules():
-                if type(module).__name__ in self.blocks:
+                if type(module).__name__ in (*self.blocks, *self.compiled):
                     module.compile(dynamic=dynamic, backend=backend)
 
     def add_fake(self, seed: int = 0) -> None:
@@ -228,6 +239,22 @@ class Tunable(ABC):
         with self._adapter_role(name):
             yield
 
+    def compute_low(self) -> None:
+        """Compute `predict` in the type of the frozen weights from here on, adapters and norms included, without autocast.
+
+        For a LoRA on 16-bit weights. The trained weights stay float32, and so do their gradients.
+        """
+        self.lowers_adapters = True
+        fuse_norms(self.trunk)
+
+    def checkpoint(self, kind: Checkpointing) -> None:
+        """Choose what blocks keep for backward from here on; gradients are the same."""
+        self.checkpointing = kind
+        if kind:
+            self._model.enable_gradient_checkpointing(checkpoint_function(self.trunk, kind))
+        else:
+            self._model.disable_gradient_checkpointing()
+
     @contextmanager
     def whole_graph(self) -> Iterator[None]:
         """Switch the trunk's gradient checkpointing off inside the block, so that backward may run after it.
@@ -235,14 +262,14 @@ class Tunable(ABC):
         For a reference that passes a gradient on to its input: checkpointing would repeat its forward in the backward pass,
         when the policy's adapter is active again.
         """
-        on = bool(self._model.is_gradient_checkpointing)
-        if on:
-            self._model.disable_gradient_checkpointing()
+        before = self.checkpointing
+        if before:
+            self.checkpoint(False)
         try:
             yield
         finally:
-            if on:
-                self._model.enable_gradient_checkpointing()
+            if before:
+                self.checkpoint(before)
 
     def _adapter_role(self, name: str) -> AbstractContextManager[None]:
         if name == "fake" and not adapters.has_adapter(self.trunk, adapters.FAKE):

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.pipelines.adapters import use_adapter
+from diffalign.pipelines.lean_lora import use_peft_forward
 from shared.random_models import BETAS, VAE
 
 VAE_SHARE, TEXT_SHARE = 0.722, 0.0164
@@ -47,7 +49,9 @@ def text_encoders(device: str = "cpu") -> tuple[CLIPTextModel, CLIPTextModelWith
 class CommonScript:
     """One step a call, on a UNet with a LoRA. pixels [B, 2, 3, H, W], winners first; captions [B, TOKENS] token numbers."""
 
-    def __init__(self, unet: nn.Module, optimizer: torch.optim.Optimizer, beta: float, side: int, pairs: int) -> None:
+    def __init__(self, unet: Any, optimizer: torch.optim.Optimizer, beta: float, side: int, pairs: int) -> None:
+        use_peft_forward(unet)  # as peft and diffusers have them, without our leaner ones
+        unet.set_attn_processor(AttnProcessor2_0())
         self.unet, self.optimizer, self.beta, self.side = unet, optimizer, beta, side
         self.vae, (self.text_1, self.text_2) = autoencoder(), text_encoders()
         self.scheduler = DDPMScheduler(**{k: BETAS[k] for k in ("beta_start", "beta_end", "beta_schedule")})

@@ -24,10 +24,15 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
 
 
+def results_path(folder: Path = RESULTS) -> Path:
+    """Return this device's file with all figures."""
+    name = device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    return folder / f"speed-{name}.json"
+
+
 def keep(part: str, found: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Put a part into this device's files, beside the others; returns the one with all figures."""
-    cuda = torch.cuda.is_available()
-    path = folder / f"speed-{device_name().lower().replace(' ', '-') if cuda else 'cpu'}.json"
+    path = results_path(folder)
     known = json.loads(path.read_text()) if path.is_file() else {}
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     known[part] = {"device": device_name(), **versions, **found}

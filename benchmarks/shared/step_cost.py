@@ -86,12 +86,15 @@ class _Counting(TorchDispatchMode):
 def step_cost(name: str, pairs: int, autocast: torch.dtype | None, backbone: Any = None) -> StepCost:
     """Count a LoRA step of a model of `random_models`, of pairs of images at the size of its own.
 
+    autocast: None where the step computes in bfloat16 throughout, as `diffalign train` does on bfloat16 weights.
     backbone: one on the meta device, made trainable in some other way than with the product's LoRA of rank 16.
     """
     if backbone is None:
         backbone = random_models.backbone(name, "meta", torch.bfloat16)
         backbone.add_lora(16, 16.0)
         backbone.trunk.train()
+        if autocast is None:
+            backbone.compute_low()
     cost = StepCost()
     kept: dict[int, Tensor] = {}
     weights = {w.untyped_storage()._cdata for w in backbone.trunk.parameters()}

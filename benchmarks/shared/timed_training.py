@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.config import TrainConfig
 from diffalign.data.training_source import Batch
 from diffalign.draws import draw, normal
+from diffalign.training.cuda_rules import step_on_meta
 from diffalign.training.device import start_accelerator
 from diffalign.training.memory import predict_memory
 from diffalign.training.preference.method import Preference
 from diffalign.training.preference.policy import build_objective
 from diffalign.training.run import run
+from diffalign.training.tune import make_trainable
 from shared import random_models
 from shared.step_phases import flops_by_phase, peaks_by_phase
 
@@ -151,9 +154,27 @@ def measured(cell: Cell, device: str, steps: int, warm: int) -> dict[str, Any]:
         return {"seconds": watch.seconds(), "flops": watch.flops, "peaks": watch.peaks, "predicted": predicted}
 
 
-def model_flops(flops: dict[str, int], checkpointing: bool) -> int:
-    """What the step needs: without the second policy forward that gradient checkpointing makes within backward."""
-    return sum(flops.values()) - (flops["policy"] if checkpointing else 0)
+def backward_flops(cell: Cell) -> int:
+    """Count what backward needs where nothing is computed a second time: on shapes alone, one image times their number."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = cell.config(Path(folder), 1, "cpu")
+    backbone = random_models.backbone(cell.model, "meta", torch.bfloat16)
+    make_trainable(backbone, config.tune, config.seed, keep_reference=False)
+    at: dict[str, int] = {}
+    shape = (1, *random_models.latent_shape(cell.model, cell.side))
+    with FlopCounterMode(display=False) as counter:
+        step_on_meta(
+            backbone, shape, random_models.embeddings(cell.model), reference=False, autocast=torch.bfloat16,
+            phase=lambda ended: at.update({ended: int(counter.get_total_flops())}),
+        )  # fmt: skip
+    return cell.groups * cell.images * (at["backward"] - at["policy"])
+
+
+def model_flops(cell: Cell, flops: dict[str, int]) -> int:
+    """Return what the step needs: the counted phases, with a backward that repeats no forward."""
+    if not cell.settings.get("model.gradient_checkpointing"):
+        return sum(flops.values())
+    return sum(flops.values()) - flops["backward"] + backward_flops(cell)
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:

@@ -76,20 +76,28 @@ class ModelSection(Section):
         description="number type of the frozen weights. auto: bfloat16 on a GPU that computes in it, else float32; "
         "float32 where all weights train. A run's own config says which it was",
     )
-    attention: Annotated[Literal["sdpa", "xformers", "flash"], ROUNDING] = Field(
-        "sdpa", description="attention kernel; xformers and flash need a GPU (flash also half precision)"
+    attention: Annotated[Literal["sdpa", "xformers", "flash", "cudnn"], ROUNDING] = Field(
+        "sdpa",
+        description="attention kernel; all but sdpa need a GPU (flash also half precision). cudnn: cuDNN's in bfloat16 where "
+        "no fault of its gradients is known, compared with flash in the first step of `train`; sdpa elsewhere",
     )
-    gradient_checkpointing: Annotated[bool, UNAFFECTED] = Field(
-        False, description="true: less memory, more time, same gradients"
+    gradient_checkpointing: Annotated[bool | Literal["auto", "attention"], UNAFFECTED] = Field(
+        False,
+        description="true: less memory, more time, same gradients; attention: as true, but attention is not computed again; "
+        "auto (train only): false where the predicted memory allows it, else attention, else true",
     )
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="bits of the frozen layers under a LoRA: int8, or nf4 (4 bits; needs bitsandbytes)"
     )
     channels_last: Annotated[bool, ROUNDING] = Field(
-        False, description="true: memory format of a UNet's convolutions that GPUs prefer"
+        False,
+        description="true: memory format that a UNet's convolutions prefer. torch's group norm does not take it, so it was "
+        "slower on an H100; only with compile can it win",
     )
-    compile: Annotated[bool, ROUNDING] = Field(
-        False, description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes"
+    compile: Annotated[bool | Literal["auto"], ROUNDING] = Field(
+        False,
+        description="true: torch.compile of the repeated blocks, in training only; the first step takes minutes. auto: on a "
+        "GPU, for plain weights, and from 2000 steps on",
     )
     lora_text_encoders: Annotated[Literal["refuse", "ignore"], UNAFFECTED] = Field(
         "refuse",
@@ -111,7 +119,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check_compile(self) -> ModelSection:
-        if self.compile and self.quantize != "none":
+        if self.compile is True and self.quantize != "none":
             refuse("quantised layers are not compiled; leave one of them out", "compile", "quantize")
         return self
 

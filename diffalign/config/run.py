@@ -322,4 +322,8 @@ class BackboneRunConfig(RunConfig):
             )
         if self.model.compile and not self.compiles:
             refuse("compile serves `diffalign train`; leave it out here", "model.compile")
+        if self.model.gradient_checkpointing == "auto" and not self.compiles:
+            refuse(
+                "auto predicts the memory of `diffalign train`; use true or false here", "model.gradient_checkpointing"
+            )
         return self

@@ -7,7 +7,7 @@ from diffalign.pipelines import Backbone
 from diffalign.stages.checks import check_packages
 from diffalign.stages.dry_run import model_facts, print_facts, print_where
 from diffalign.stages.micro_batch import gpu_room, planned_conditioning, usual_micro_batch
-from diffalign.training.memory import MemoryPrediction, described, fitting_micro_batch
+from diffalign.training.memory import MemoryPrediction, described, fitting_checkpointing, fitting_micro_batch
 
 
 def describe_training(
@@ -26,7 +26,10 @@ def describe_training(
         prediction = MemoryPrediction(config, backbone, conditioning, cuda=device != "cpu", processes=processes)
         print_facts("model", model | {"trainable": f"{prediction.trainable:,}"})
         each = max(1, config.train.groups_per_step // processes)
-        memory = described(prediction, min(config.train.micro_batch or usual_micro_batch(each), each), members)
+        micro_batch = min(config.train.micro_batch or usual_micro_batch(each), each)
+        if device != "cpu" and config.model.gradient_checkpointing == "auto":
+            fitting_checkpointing(prediction, micro_batch, members, gpu_room())  # the rest is predicted for that kind
+        memory = described(prediction, micro_batch, members)
         if device != "cpu":
             fitting = fitting_micro_batch(prediction, members, gpu_room())
             memory["this GPU holds"] = f"train.micro_batch={fitting}" + (

@@ -1,4 +1,5 @@
-"""`train.micro_batch: auto`: as many groups in a forward pass as the GPU is predicted to hold."""
+"""`train.micro_batch: auto`, as many groups in a forward pass as the GPU is predicted to hold, and
+`model.gradient_checkpointing: auto`, none where it holds a step without."""
 
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from diffalign.config import TrainConfig, load_run_config
 from diffalign.config.run import AUTO, divisors
 from diffalign.data.schema import CONDITIONS
 from diffalign.pipelines import Backbone
+from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.progress import say
 from diffalign.stages.resolve import open_backbone, planned_backbone
-from diffalign.training.memory import MemoryPrediction, fitting_micro_batch
+from diffalign.training.memory import MemoryPrediction, fitting_checkpointing, fitting_micro_batch
 
 SHARE, CONTEXT = 0.92, 2**30
 """What of a GPU's memory a step may take, beside a CUDA context: predictions are within 7%."""
@@ -44,22 +46,57 @@ def kept_micro_batch(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found})})
 
 
-def with_micro_batch(config: TrainConfig, members: int, accelerator: Accelerator) -> TrainConfig:
-    """Return the config with a number in the place of `train.micro_batch: auto`, the same on all processes."""
+def with_micro_batch(
+    config: TrainConfig, members: int, accelerator: Accelerator, checkpointing: Checkpointing = False
+) -> TrainConfig:
+    """Return the config with a number in the place of `train.micro_batch: auto`, the same on all processes.
+
+    checkpointing: the kind in the place of `model.gradient_checkpointing: auto`.
+    """
     if config.train.micro_batch != AUTO:
         return config
-    found = [_found(config, members, accelerator) if accelerator.is_main_process else AUTO]
+    found = [_found(config, members, accelerator, checkpointing) if accelerator.is_main_process else AUTO]
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found[0]})})
 
 
-def _found(config: TrainConfig, members: int, accelerator: Accelerator) -> int:
+def chosen_checkpointing(config: TrainConfig, members: int, accelerator: Accelerator) -> Checkpointing:
+    """Return what `model.gradient_checkpointing` stands for, the same on all processes.
+
+    With `train.micro_batch: auto`, too, it is chosen for the usual micro-batch.
+    """
+    wanted = config.model.gradient_checkpointing
+    if wanted != "auto":
+        return wanted
+    if accelerator.device.type != "cuda":
+        return False
+    found: list[Checkpointing] = [_chosen(config, members, accelerator) if accelerator.is_main_process else True]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _chosen(config: TrainConfig, members: int, accelerator: Accelerator) -> Checkpointing:
+    each = max(1, config.train.groups_per_step // accelerator.num_processes)
+    micro_batch = min(config.train.micro_batch or usual_micro_batch(each), each)
+    prediction = predicted(config, planned_backbone(config.model) or open_backbone(config.model, "cpu"), accelerator)
+    found = fitting_checkpointing(prediction, micro_batch, members, gpu_room())
+    name = "kept outputs of attention" if found == "attention" else "on" if found else "off"
+    say(
+        f"model.gradient_checkpointing=auto: {name}, predicted for {micro_batch} groups in {gpu_room() / 2**30:.0f} GiB"
+    )
+    return found
+
+
+def _found(config: TrainConfig, members: int, accelerator: Accelerator, checkpointing: Checkpointing = False) -> int:
     """Return the micro-batch that fits this process's device."""
     each = max(1, config.train.groups_per_step // accelerator.num_processes)
     if accelerator.device.type != "cuda":
         return usual_micro_batch(each)
     prediction = predicted(config, planned_backbone(config.model) or open_backbone(config.model, "cpu"), accelerator)
+    if config.model.gradient_checkpointing == "auto":
+        prediction.backbone.checkpoint(checkpointing)
     found = fitting_micro_batch(prediction, members, gpu_room())
     say(f"train.micro_batch=auto: {found} groups, predicted to fit {gpu_room() / 2**30:.0f} GiB")
     return found

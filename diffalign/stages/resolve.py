@@ -147,6 +147,8 @@ def open_judge(model: JudgeModelSection, device: str) -> Judge:
 def _loading(model: ModelSection, device: str) -> dict[str, Any]:
     """Return the keyword arguments of `load_backbone` that a `model` section states."""
     stated = model.model_dump(exclude={"path", "dtype", "compile", "options"})
+    if stated["gradient_checkpointing"] == "auto":  # chosen once it is known what a step needs
+        stated["gradient_checkpointing"] = False
     return {"dtype": DTYPES[resolve_dtype(model, device).dtype], **stated, **model.options}
 
 

@@ -23,7 +23,7 @@ from diffalign.stages.dry_run import (
     warn,
 )
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.micro_batch import kept_micro_batch, with_micro_batch
+from diffalign.stages.micro_batch import chosen_checkpointing, kept_micro_batch, with_micro_batch
 from diffalign.stages.resolve import (
     note_other_base,
     open_backbone,
@@ -36,7 +36,7 @@ from diffalign.stages.resolve_rewards import resolve_device
 from diffalign.stages.train_online import train_online
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
-from diffalign.training.device import start_accelerator
+from diffalign.training.device import precision_of, start_accelerator
 from diffalign.training.preference.method import Preference
 
 LOOKED_AT = 32
@@ -68,13 +68,16 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
         _describe(config, dataset, labels, device, judges)
         return
     accelerator = start_accelerator(config)
-    resolved = {"train.mixed_precision": accelerator.mixed_precision}
+    resolved = {"train.mixed_precision": precision_of(config, cuda=accelerator.device.type == "cuda")}
     check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    config = with_micro_batch(config, labels.members, accelerator)
+    checkpointing = chosen_checkpointing(config, labels.members, accelerator)
+    config = with_micro_batch(config, labels.members, accelerator, checkpointing)
     note_other_base(config.tune.init, config.model)
     backbone = open_backbone(config.model, str(accelerator.device))
+    if config.model.gradient_checkpointing == "auto":
+        backbone.checkpoint(checkpointing)
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
     source = prepare_source(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 from diffalign.pipelines import Backbone
+from diffalign.pipelines.checkpointing import checkpoint_function
+from diffalign.pipelines.lean_lora import meta_autocast
 
 Output = TypeVar("Output")
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -62,6 +63,21 @@ class LiveBytes(TorchDispatchMode):
             self._seen.setdefault(tensor.untyped_storage()._cdata, 0)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """CUDA's fused norm in shapes: one kernel forward, which keeps its input and one float32 a row, and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        ctx.trained = weight if weight is not None and weight.requires_grad else None
+        return x * (x if weight is None else weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        trained = None if ctx.trained is None else torch.empty_like(ctx.trained)
+        return gradients[0] * ctx.saved_tensors[0], trained
+
+
 class CudaRules(TorchFunctionMode):
     """CUDA's rules on the meta device: fused attention, and with `autocast` the casts that torch.autocast makes.
 
@@ -81,6 +97,14 @@ class CudaRules(TorchFunctionMode):
         self._full |= {torch.exp, tensor.exp, torch.pow, tensor.pow, torch.rsqrt, tensor.rsqrt, torch.sum, tensor.sum}
         self._full |= {torch.nn.functional.rms_norm}
 
+    def __enter__(self) -> Self:
+        self._before = meta_autocast.set(self.autocast is not None)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        meta_autocast.reset(self._before)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.autocast is not None and (func in self._low or func in self._full):
@@ -92,6 +116,10 @@ class CudaRules(TorchFunctionMode):
             # One operator, so that modes of operators see it as they see a GPU's: inputs, output and one float32 a query
             # are kept, and the matrix of all pairs never exists.
             return FLASH(given["query"], given["key"], given["value"])[0]
+        if func is F.rms_norm:
+            x, _, weight, *_ = (*args, None) if "weight" not in kwargs else (*args, kwargs["weight"])
+            if weight is None or weight.dtype == x.dtype:  # others are computed step by step on CUDA, too
+                return _RMSNorm.apply(x, weight)
         return func(*args, **kwargs)
 
     def forget(self) -> None:
@@ -99,15 +127,18 @@ class CudaRules(TorchFunctionMode):
         self._copies.clear()
         self._keeps = False
 
-    def checkpoint(self, function: Callable[..., Output], *inputs: object, **options: Any) -> Output:
-        """Checkpoint a function as torch does, under these rules also when backward repeats it (where no mode reaches)."""
+    def checkpoint(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a checkpoint function that also has these rules when backward repeats a block, where no mode reaches."""
 
-        def ruled(*inputs: object, **options: object) -> Output:
-            with nullcontext() if self._keeps else CudaRules(self.autocast):
-                return function(*inputs, **options)
+        def block(function: Callable[..., Output], *inputs: object, **named: object) -> Output:
+            def ruled(*inputs: object, **named: object) -> Output:
+                with nullcontext() if self._keeps else CudaRules(self.autocast):
+                    return function(*inputs, **named)
 
-        output: Output = checkpoint(ruled, *inputs, use_reentrant=False, **options)
-        return output
+            output: Output = own(ruled, *inputs, **named)
+            return output
+
+        return block
 
     def _lowered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -146,8 +177,9 @@ def step_on_meta(
     repeated = {name: value.expand(latents[0], *value.shape[1:]).to("meta") for name, value in conditioning.items()}
     trunk: Any = backbone.trunk  # diffusers' models carry methods that nn.Module does not declare
     rules = CudaRules(autocast)
-    if trunk.is_gradient_checkpointing:
-        trunk.enable_gradient_checkpointing(rules.checkpoint)
+    if backbone.checkpointing:
+        own = checkpoint_function(trunk, backbone.checkpointing)
+        trunk.enable_gradient_checkpointing(rules.checkpoint(own))
     with rules:
         kept = None
         if reference:

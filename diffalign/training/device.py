@@ -9,11 +9,30 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from diffalign.config import BackboneRunConfig
+from diffalign.config import BackboneRunConfig, TrainConfig
 from diffalign.errors import DiffalignError
 
 LIMIT = timedelta(days=7)
 """How long a process waits in a collective for one that is still at work; that one died is for the launcher to notice."""
+
+
+def precision_of(config: BackboneRunConfig, *, cuda: bool) -> str:
+    """Return what `train.mixed_precision` stands for on such a device: no, bf16 or fp16."""
+    precision: str = config.train.mixed_precision
+    if precision == "auto":
+        return "bf16" if cuda else "no"
+    return precision
+
+
+def bf16_throughout(config: BackboneRunConfig, *, cuda: bool) -> bool:
+    """Return whether a step computes in bfloat16 without autocast: a LoRA on frozen weights that are bfloat16 themselves.
+
+    Autocast would make the norms' outputs float32 and cast them back before every product. Quantised and sharded weights keep
+    it, and so do trainers beside `train`, whose other networks are float32.
+    """
+    plain = isinstance(config, TrainConfig) and config.model.quantize == "none" and config.train.shard == "none"
+    half = config.model.dtype == "bfloat16" and precision_of(config, cuda=cuda) == "bf16"
+    return plain and half and config.tune.kind == "lora"
 
 
 def start_accelerator(config: BackboneRunConfig) -> Accelerator:
@@ -22,9 +41,9 @@ def start_accelerator(config: BackboneRunConfig) -> Accelerator:
     Raises DiffalignError where the launcher started other processes than accelerate sees.
     """
     cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision: str = config.train.mixed_precision
-    if precision == "auto":
-        precision = "no" if cpu else "bf16"
+    precision = precision_of(config, cuda=not cpu)
+    if bf16_throughout(config, cuda=not cpu):
+        precision = "no"  # nothing is left for autocast to cast
     accelerator = Accelerator(
         mixed_precision=precision, cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LIMIT)]
     )

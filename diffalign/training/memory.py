@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from diffalign.config import TrainConfig
 from diffalign.pipelines import Backbone
+from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.training.cuda_rules import LiveBytes, step_on_meta
+from diffalign.training.device import bf16_throughout, precision_of
 from diffalign.training.preference.policy import build_objective, prepare_policy
 
 LARGEST = 16
@@ -143,9 +145,10 @@ class MemoryPrediction:
         prepare_policy(config.model_copy(update=plain), backbone, self.objective)
         self.trained = list(backbone.trainable().values())
         self.trainable = sum(p.numel() for p in self.trained)
-        precision = config.train.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if cuda else "no"
+        precision = precision_of(config, cuda=cuda)
+        if bf16_throughout(config, cuda=cuda):
+            backbone.compute_low()
+            precision = "no"
         self.autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def parts(self, latents: tuple[int, ...], micro_batch: int) -> dict[str, int]:
@@ -231,3 +234,14 @@ def fitting_micro_batch(prediction: MemoryPrediction, members: int, room: int) -
     second = sizes[-2]
     growth = (prediction.of_groups(second, members)[1]["peak"] - one) / (second - 1)
     return next((size for size in sizes if one + growth * (size - 1) <= room), 1)
+
+
+def fitting_checkpointing(prediction: MemoryPrediction, micro_batch: int, members: int, room: int) -> Checkpointing:
+    """Return the fastest kind of gradient checkpointing whose step is predicted to fit into `room` bytes; True if none is."""
+    kinds: tuple[Checkpointing, ...] = (False, "attention")
+    for kind in kinds:
+        prediction.backbone.checkpoint(kind)
+        if prediction.of_groups(micro_batch, members)[1]["peak"] <= room:
+            return kind
+    prediction.backbone.checkpoint(True)
+    return True

@@ -11,7 +11,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
-from diffalign.files.paths import inside, member_name
+from diffalign.files.paths import inside, member_name, own_file
 from diffalign.scoring.items import Item
 from diffalign.scoring.pairing import heading, pair_up
 from diffalign.scoring.sources import collect
@@ -54,6 +54,13 @@ def open_gallery(sources: Sequence[Path], log: Path | None = None) -> Gallery:
     for source in sources:
         if not source.exists():
             raise DiffalignError(f"{source}: no such file or folder")
+    gallery = _open(sources, log)
+    if log is None:  # a link in a folder of others might lead to any file
+        own_file(gallery.log.parent, gallery.log)
+    return gallery
+
+
+def _open(sources: Sequence[Path], log: Path | None) -> Gallery:
     if len(sources) == 1 and (sources[0] / GROUPS_FILE).is_file():
         return _dataset(sources[0], log)
     if len(sources) == 1 and not (sources[0] / EVALUATION).is_file():
@@ -96,7 +103,7 @@ def _folder(folder: Path, log: Path | None) -> Gallery:
             without += 1
     several = {prompt: items for prompt, items in by_prompt.items() if len(items) > 1}
     alone = len(by_prompt) - len(several)
-    why = f"no two images share a prompt ({counted(without, 'image')} without one)"
+    why = "no two images share a prompt" + (f" ({counted(without, 'image')} without one)" if without else "")
     _refuse_none(several, folder, f"{why}; write a.txt beside a.png, or give two folders with equal names")
     groups = [
         Group(prompt, tuple(_name(item, log) for item in items), tuple(_model(item, folder) for item in items))

@@ -91,3 +91,44 @@ def test_what_the_counter_missed_is_counted_with_one_group() -> None:
     assert counted_flops(cell, "cpu", whole) is whole
     ended_early = {name: value for name, value in whole.items() if name not in ("backward", "update")}
     assert counted_flops(cell, "cpu", ended_early) == whole
+
+
+def test_a_checkpointed_step_needs_what_a_plain_one_needs() -> None:
+    """A UNet's first blocks have no gradient and are not computed again, so a whole forward would be too much to take off."""
+    from shared.timed_training import Cell, measured, model_flops
+
+    needed = {}
+    for checkpointing in (False, True):
+        settings = {"model.gradient_checkpointing": True} if checkpointing else {}
+        cell = Cell("small-sdxl", "dpo", "lora", 128, 2, 2, settings)
+        flops = measured(cell, "cpu", 0, 0)["flops"]
+        needed[checkpointing] = model_flops(cell, flops)
+        if checkpointing:
+            assert sum(flops.values()) - flops["policy"] < 0.99 * needed[True] < 0.99 * sum(flops.values())
+    assert needed[True] == pytest.approx(needed[False], rel=1e-3)
+
+
+def test_a_grid_resumes_with_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import training_throughput as throughput
+
+    calls: list[str] = []
+
+    def row(cell: Any, *_: Any) -> dict[str, Any]:
+        calls.append(str(cell))
+        names = ("model", "objective", "tune", "side", "groups", "images", "settings")
+        line: dict[str, Any] = {name: vars(cell)[name] for name in names}
+        if len(calls) == 2:
+            return {**line, "failed": "out of memory"}
+        rates = dict.fromkeys(("seconds", "steps_per_second", "images_per_second", "predicted_peak_gib"), 1.0)
+        unknown = dict.fromkeys(("model_teraflops_per_second", "fraction_of_ceiling"))
+        return {**line, **rates, **unknown, "teraflop": {}, "peak_gib": {"policy": 1.0}}
+
+    monkeypatch.setattr(throughput, "row", row)
+    monkeypatch.setattr(throughput, "matmul_ceiling", lambda *_: 1e12)
+    throughput.grid("cpu", True, 1, "small-sdxl dpo lora 256px", tmp_path)
+    first = list(calls)
+    assert len(first) == len(set(first)) > 3
+    throughput.grid("cpu", True, 1, "small-sdxl dpo lora 256px", tmp_path, resume=True)
+    assert calls[len(first) :] == [first[1]]  # only what failed
+    throughput.grid("cpu", True, 1, "small-sdxl dpo lora 256px", tmp_path, seconds=-1.0)
+    assert len(calls) == len(first) + 1

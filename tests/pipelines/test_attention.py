@@ -140,3 +140,63 @@ def test_cudnns_kernel_is_never_chosen(sd3_dir: Path, tmp_path: Path) -> None:
 def test_unknown_kind_is_refused(sd3_dir: Path) -> None:
     with pytest.raises(DiffalignError, match="unknown kind 'sage'; choose one of sdpa, xformers, flash"):
         load_backbone(sd3_dir, attention="sage")
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "dtype", "wanted"),
+    [
+        (4096, 4096, 64, torch.bfloat16, True),
+        (4608, 4608, 128, torch.bfloat16, True),
+        (4096, 77, 64, torch.bfloat16, False),
+        (4429, 4429, 64, torch.bfloat16, False),
+        (192, 192, 64, torch.bfloat16, False),
+        (128, 128, 16, torch.bfloat16, False),
+        (4096, 4096, 64, torch.float16, False),
+        (4096, 4096, 64, torch.float32, False),
+    ],
+)
+def test_cudnn_is_for_shapes_without_a_known_fault(
+    queries: int, keys: int, width: int, dtype: torch.dtype, wanted: bool
+) -> None:
+    rule = attention.CudnnRule()
+    assert rule.fits(queries, keys, width, dtype) == wanted
+    rule.allowed = False
+    assert not rule.fits(queries, keys, width, dtype)
+
+
+def test_cudnn_is_allowed_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 tokens alone; with 128 tokens of the prompt in joint attention; not with 77 of them, in float32 or after a fault."""
+    from diffusers import SD3Transformer2DModel
+
+    allowed: list[bool] = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*arguments: Any, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model: Any = SD3Transformer2DModel(
+        sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=1, attention_head_dim=64,
+        joint_attention_dim=8, caption_projection_dim=64, pooled_projection_dim=8, pos_embed_max_size=32,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    assert attention.set_attention(model, "sdpa") is None
+    rule = attention.set_attention(model, "cudnn")
+    assert rule is not None
+
+    def calls(dtype: torch.dtype, tokens: int) -> list[bool]:
+        allowed.clear()
+        with torch.no_grad():
+            model.to(dtype)(
+                hidden_states=torch.zeros(1, 4, 8, 16, dtype=dtype), timestep=torch.ones(1),
+                encoder_hidden_states=torch.zeros(1, tokens, 8, dtype=dtype), pooled_projections=torch.zeros(1, 8, dtype=dtype),
+            )  # fmt: skip
+        return list(allowed)
+
+    assert calls(torch.bfloat16, 128) == [True, True, True]  # joint, the first block's second, joint
+    assert calls(torch.bfloat16, 77) == [False, True, False]
+    assert calls(torch.float32, 128) == [False] * 3
+    rule.allowed = False
+    assert calls(torch.bfloat16, 128) == [False] * 3
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

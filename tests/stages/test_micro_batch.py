@@ -14,7 +14,7 @@ from diffalign.config import load_config, load_run_config, resolved_yaml
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
 from diffalign.stages import micro_batch
-from diffalign.training.memory import MemoryPrediction, fitting_micro_batch
+from diffalign.training.memory import MemoryPrediction, fitting_checkpointing, fitting_micro_batch
 
 
 def config_of(folder: Path, tmp_path: Path, *more: str) -> Any:
@@ -40,6 +40,35 @@ def test_the_largest_divisor_that_fits(sdxl_dir: Path, tmp_path: Path) -> None:
         assert fitting_micro_batch(prediction, 2, int(0.999 * peak)) == max((m for m in peaks if m < n), default=1)
     assert fitting_micro_batch(prediction, 2, 2**40) == 12 and fitting_micro_batch(prediction, 2, 0) == 1
     assert prediction.trainable == sum(p.numel() for p in prediction.backbone.trainable().values()) > 0
+
+
+def test_checkpointing_is_chosen_by_what_fits(sdxl_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off, attention kept, on: each as soon as the faster one is predicted not to fit."""
+    more = (
+        "train.groups_per_step=4",
+        "train.micro_batch=4",
+        "model.gradient_checkpointing=auto",
+        "data.resolution=256",
+    )
+    config = config_of(sdxl_dir, tmp_path, *more)
+    prediction = prediction_of(config, sdxl_dir)
+    peaks: list[int] = []
+    kinds: tuple[Any, ...] = (False, "attention", True)
+    for kind in kinds:
+        prediction.backbone.checkpoint(kind)
+        peaks.append(prediction.of_groups(4, 2)[1]["peak"])
+    assert peaks[0] > peaks[1] > peaks[2]
+    rooms = [peaks[0], peaks[0] - 1, peaks[1] - 1, 0]
+    assert [fitting_checkpointing(prediction, 4, 2, room) for room in rooms] == [False, "attention", True, True]
+
+    # On a CPU there is no memory to predict for; a stated kind stays.
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1, is_main_process=True)
+    assert micro_batch.chosen_checkpointing(config, 2, accelerator) is False
+    stated = config_of(sdxl_dir, tmp_path, "model.gradient_checkpointing=true")
+    assert micro_batch.chosen_checkpointing(stated, 2, accelerator) is True
+    monkeypatch.setattr(micro_batch, "gpu_room", lambda: peaks[1])
+    accelerator.device = torch.device("cuda")
+    assert micro_batch.chosen_checkpointing(config, 2, accelerator) == "attention"
 
 
 @pytest.mark.parametrize(("drawn", "processes", "wanted"), [(16, 1, 16), (16, 4, 4), (48, 1, 16), (7, 1, 7), (2, 2, 1)])

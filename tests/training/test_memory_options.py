@@ -16,6 +16,7 @@ from diffalign.pipelines import load_backbone
 from diffalign.pipelines.quantize import Int8Linear, as_shapes, number_of_weights, quantize_blocks
 from diffalign.training.memory import stored_bytes
 from diffalign.training.offload import OffloadedAdamW
+from diffalign.training.preference.policy import compiles
 from helpers import toy
 from helpers.files import rows
 from helpers.tiny_training import Source, config_for
@@ -181,6 +182,56 @@ def test_compiled_blocks_are_compiled_once(sd3_dir: Path, soak: bool) -> None:
     for side in (8, 4, 8, 4, 4, 8):
         step(backbone, side)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_unet_in_16_bits_has_no_breaks(checkpointing: bool, sdxl_dir: Path) -> None:
+    """Transformer blocks and resnets, new copies of the adapter in every step, roles in turns: traced in the first step."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    backbone = load_backbone(sdxl_dir, dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+    backbone.add_lora(2, 2)
+    backbone.trunk.train()
+    backbone.compute_low()
+    backbone.compile_blocks(backend="eager")
+    conditioning = first_two(Source(backbone))
+    counters.clear()
+    graphs = []
+    for _ in range(3):
+        noisy, t = torch.randn(2, 4, 8, 8), torch.tensor([300.0, 800.0])
+        with torch.no_grad(), backbone.role("reference"):
+            reference = backbone.predict(noisy, t, conditioning)
+        with backbone.role("policy"):
+            policy = backbone.predict(noisy, t, conditioning)
+        (policy - reference - 1).square().mean().backward()
+        for weight in backbone.trainable().values():
+            weight.data -= 1e-3
+        graphs.append(counters["stats"]["unique_graphs"])
+    kinds = {type(m).__name__ for m in backbone.trunk.modules() if m._compiled_call_impl is not None}
+    assert kinds == {"BasicTransformerBlock", "ResnetBlock2D"}
+    assert dict(counters["graph_break"]) == {}
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cuda", "steps", "more", "compiled"),
+    [
+        (True, False, 1, {}, True),
+        (False, True, 10**6, {}, False),
+        ("auto", True, 2000, {}, True),
+        ("auto", True, 1999, {}, False),
+        ("auto", False, 2000, {}, False),
+        ("auto", True, 2000, {"quantize": "int8"}, False),
+    ],
+)
+def test_compiling_pays_in_long_runs(
+    wanted: Any, cuda: bool, steps: int, more: dict[str, Any], compiled: bool, tmp_path: Path
+) -> None:
+    config = toy.toy_config(tmp_path, model={"path": "toy", "compile": wanted, **more}, train={"steps": steps})
+    assert compiles(config, cuda=cuda) == compiled
 
 
 @pytest.mark.parametrize(

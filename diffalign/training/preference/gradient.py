@@ -89,6 +89,7 @@ class StepGradient:
             draws = make_draws(
                 self.config, self.backbone.process, step, slots, batch.group_ids, batch.latents.shape,
                 batch.rewards.isfinite(), batch.seeds if self.config.noise == "tracked" else None,
+                batch.paths.steps.times if batch.paths else None,
             )  # fmt: skip
             draws = self.selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
             self.drawing += time.monotonic() - began
@@ -123,7 +124,15 @@ class StepGradient:
         return totals
 
     def _make_room(self, step: int, reason: str) -> None:
-        """Prepare to retry the step one image at a time; the gradient does not change."""
+        """Prepare to retry the step in less memory; the gradient does not change.
+
+        First blocks keep only their inputs, if `model.gradient_checkpointing` may be chosen; then images go one at a time.
+        """
+        checkpoints = self.config.model.gradient_checkpointing == "auto" and self.backbone.checkpointing is not True
+        if checkpoints and self.accelerator.num_processes == 1:
+            self.backbone.checkpoint(True)
+            self._retry(step, "with gradient checkpointing", "model.gradient_checkpointing=true")
+            return
         if self.images_per_pass == 1:
             raise DiffalignError(
                 f"step {step + 1}: not even one image fits into the GPU's memory ({reason}); set "
@@ -133,12 +142,16 @@ class StepGradient:
             # The others wait for this one's gradients already, and cannot retry.
             raise DiffalignError(
                 f"step {step + 1}: the images of {self.share.micro} groups do not fit into the GPU's memory ({reason}); set "
-                "train.images_per_pass=1 and run the same command again"
+                f"{'model.gradient_checkpointing=true' if checkpoints else 'train.images_per_pass=1'} and run the same "
+                "command again"
             )
         self.images_per_pass = 1
+        self._retry(step, "one image at a time", "train.images_per_pass=1")
+
+    def _retry(self, step: int, how: str, key: str) -> None:
         self.say(
-            f"step {step + 1}: the images of {self.share.micro} groups do not fit into the GPU's memory; from here on one "
-            "image at a time, with the same gradient (train.images_per_pass=1 begins so)"
+            f"step {step + 1}: the images of {self.share.micro} groups do not fit into the GPU's memory; from here on {how}, "
+            f"with the same gradient ({key} begins so)"
         )
         for parameter in self.policy.values():
             parameter.grad = None

@@ -17,12 +17,13 @@ from diffalign.pipelines import Backbone
 from diffalign.training.average import move_average, start_average
 from diffalign.training.average_decay import decay_of, reference_decay
 from diffalign.training.checkpoint import TrainState
-from diffalign.training.device import share_of_step
+from diffalign.training.device import bf16_throughout, share_of_step
 from diffalign.training.finite import FiniteGuard
 from diffalign.training.health import OnAlarm
 from diffalign.training.optim import build_optimizer, learning_rate, set_rate
 from diffalign.training.order import check_units
 from diffalign.training.preference.gradient import HasBeta, StepGradient, logged
+from diffalign.training.preference.kernel_check import check_cudnn
 from diffalign.training.preference.online import Online
 from diffalign.training.preference.policy import build_objective, prepare_policy
 from diffalign.training.preference.reference_key import open_store
@@ -69,6 +70,8 @@ class Preference:
 
         # ---- What trains: before accelerate wraps anything ----
         same_at_start = prepare_policy(config, backbone, self.objective)
+        if bf16_throughout(config, cuda=accelerator.device.type == "cuda"):
+            backbone.compute_low()
         self.policy = backbone.trainable()
         optimizer = build_optimizer(config.optimizer, self.policy.values())
         self.sharded = train.shard == "fsdp2"
@@ -84,6 +87,9 @@ class Preference:
         module, self.optimizer = backbone.trunk, optimizer
         if not self.sharded:
             module, self.optimizer = accelerator.prepare(backbone.trunk, optimizer)
+        # Checked once, by the first step of this process.
+        self.cudnn = backbone.cudnn if config.model.attention == "cudnn" else None
+        self.say = say
         self.gradient = StepGradient(
             config, backbone, source, self.selection, accelerator, module, self.policy, share,
             self.finite, self.store, same_at_start, say, train.images_per_pass,
@@ -100,6 +106,9 @@ class Preference:
         objective = with_beta_end(objective, step, config.train.steps)
 
         # ---- Gradient: reference and policy on every micro-batch, and the loss backward ----
+        if self.cudnn is not None:
+            check_cudnn(self.cudnn, lambda: self.gradient(step, indices, objective), self.policy, self.say)
+            self.cudnn = None
         waited = self.gradient.waited
         self.totals = self.gradient(step, indices, objective)
 

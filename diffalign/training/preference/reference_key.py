@@ -17,6 +17,7 @@ from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import Objective
 from diffalign.pipelines import Backbone
+from diffalign.training.device import precision_of
 from diffalign.training.preference.reference_store import ReferenceStore
 from diffalign.training.protocols import GroupSource, Say
 
@@ -44,7 +45,14 @@ def open_store(
         raise DiffalignError(
             f"reference.store={folder}: {config.objective.name} has no reference, and nothing would be kept; leave it out"
         )
-    key = reference_key(config, source, backbone, objective, micro=micro, precision=accelerator.mixed_precision)
+    key = reference_key(
+        config,
+        source,
+        backbone,
+        objective,
+        micro=micro,
+        precision=precision_of(config, cuda=accelerator.device.type == "cuda"),
+    )
     store = ReferenceStore(Path(folder), key, accelerator.process_index)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

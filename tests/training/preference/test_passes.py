@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -199,10 +199,45 @@ def test_where_not_even_one_image_fits(tmp_path: Path) -> None:
 def test_several_processes_are_told_the_key() -> None:
     """One process cannot begin its step anew while the others wait for its gradients."""
     fields = dict.fromkeys(StepGradient.__dataclass_fields__, None)
+    model = SimpleNamespace(gradient_checkpointing=False)
     fields |= {"share": Share(range(2), 2), "accelerator": SimpleNamespace(num_processes=2)}
+    fields |= {"config": SimpleNamespace(model=model), "backbone": SimpleNamespace(checkpointing=False)}
     gradient = StepGradient(**fields)
     with pytest.raises(DiffalignError, match="step 5: the images of 2 groups .*set train.images_per_pass=1 and run"):
         gradient._make_room(4, "CUDA out of memory")
+    model.gradient_checkpointing = "auto"
+    with pytest.raises(DiffalignError, match=r"step 5: .*set model.gradient_checkpointing=true and run"):
+        gradient._make_room(4, "CUDA out of memory")
+
+
+def test_auto_checkpointing_comes_before_passes(tmp_path: Path) -> None:
+    """Blocks keep less first, and images go one at a time where that is not enough either."""
+    whole = run(tmp_path / "whole", "rankdpo", None, train={"micro_batch": 2})
+    said: list[str] = []
+
+    class Tight(Small):
+        """Holds 8 images with gradient checkpointing and 7 without, and 1 from the fourth step on."""
+
+        checkpointing: Any = False
+        seen: ClassVar[list[tuple[int, Any]]] = []
+
+        def checkpoint(self, kind: Any) -> None:
+            self.checkpointing = kind
+
+        def predict(self, noisy: Tensor, *rest: Any, **options: Any) -> Tensor:
+            if torch.is_grad_enabled():
+                self.seen.append((len(noisy), self.checkpointing))
+                self.room = (8 if self.checkpointing else 7) if len(self.seen) < 8 else 1
+            return super().predict(noisy, *rest, **options)
+
+    auto = {"model": {"path": "toy", "gradient_checkpointing": "auto"}}
+    rows = run(tmp_path / "tight", "rankdpo", None, Tight(), said, train={"micro_batch": 2}, **auto)
+    assert Tight.seen[:8] == [(8, False), *[(8, True)] * 7] and Tight.seen[8] == (1, True)
+    assert_same(rows, whole)
+    assert [line.partition("memory; ")[2] for line in said if "do not fit" in line] == [
+        "from here on with gradient checkpointing, with the same gradient (model.gradient_checkpointing=true begins so)",
+        "from here on one image at a time, with the same gradient (train.images_per_pass=1 begins so)",
+    ]
 
 
 def test_two_processes_in_passes_keep_what_one_process_reads(tmp_path: Path) -> None:
