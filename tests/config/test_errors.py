@@ -77,7 +77,7 @@ def complaint(folder: Path, text: str, *overrides: str) -> str:
         (BASE + "device: gpu\n", "not 'gpu'; did you mean cuda?"),
         (
             BASE + "noise: sharde\n",
-            "c.yaml:8: noise should be 'shared', 'independent', 'inverted' or 'tracked', not 'sharde'; did you mean",
+            "c.yaml:8: noise should be 'shared', 'independent', 'inverted', 'tracked' or 'path', not 'sharde'; did",
         ),
         (
             BASE + "objective: {name: smpo}\nlabels: {source: scores.pickscore}\n",

@@ -112,7 +112,7 @@ def test_datasets_need_no_extra(small: dict[str, tuple[int, str]], command: str)
     ("command", "said"),
     [
         ("train", "error: accelerate is not installed; pip install 'diffalign[train]' [DA201]\n"),
-        ("sample", "error: diffusers is not installed; pip install 'diffalign[train]' [DA201]\n"),
+        ("sample", "error: accelerate is not installed; pip install 'diffalign[train]' [DA201]\n"),
         ("ocr", "error: reward ocr: rapidocr is not installed; pip install 'diffalign[ocr]' [DA201]\n"),
     ],
 )
