@@ -72,7 +72,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "reward-gradient sd3_draft prompts=prompts.txt -r hpsv2",
     ),
     "rounds": ("rounds rounds_shapes_gdro rounds=2", "rounds rounds_shapes_ddo out=runs/rounds --dry-run"),
-    "judge": ("judge shapes_judge_risd --dry-run", "judge personal data/mine out=judges/mine"),
+    "judge train": ("judge shapes_judge_risd --dry-run", "judge train qwen3vl_judge_risd"),
+    "judge personal": ("judge personal data/mine features=pickscore", "judge personal data/mine source=anna out=taste"),
     "judge-distributions": ("judge-distributions runs/teacher/weights ratings.jsonl",),
     "judge-eval": ("judge-eval runs/judge/weights ratings.jsonl --out measures.json",),
     "eval": (
@@ -113,6 +114,21 @@ class GroupedVerbs(TyperGroup):
                 # Equal columns in all sections: each list is as wide as its longest name.
                 rows = [(name.ljust(widest), self.commands[name].get_short_help_str(100)) for name in names]
                 formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the verb that the arguments name; the name of a method is answered with the verb that has it."""
+        if args[0] not in self.commands:
+            from diffalign.config import OBJECTIVE_SECTIONS
+            from diffalign.config.synonyms import other_verb
+
+            hint = other_verb(args[0])
+            if args[0].lower() in OBJECTIVE_SECTIONS:
+                hint = (
+                    f"; {args[0].lower()} is an objective of `diffalign train`: `diffalign recipes` lists its recipes"
+                )
+            if hint:
+                ctx.fail(f"no command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the verbs in the order of their groups."""
