@@ -57,7 +57,7 @@ WORDS = {
     "IMAGES": "samples/",
     "REFERENCE": "real/",
     "NAME": "pickscore",
-    "DATA": "written",
+    "DATA": "data/mine",
     "FILE": "mine.yaml",
     "VERB": "train",
     "REAL": "winners",
@@ -130,7 +130,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, sdxl_dir: Path) -> Path:
         shutil.copytree(root / "runs" / "a", root / "runs" / name)
     shutil.copytree(root / "runs" / "a", root / "out" / "round-02" / "run")
     shutil.copytree(root / "samples", root / "runs" / "a" / "samples")
-    (root / "my.yaml").write_text("kind: rounds\nextends: rounds_shapes_gdro\n")
     return root
 
 
@@ -199,7 +198,7 @@ def replaced(words: tuple[str, ...]) -> list[str]:
     """Return words as somebody would type them: `--out ...` gets a name, and placeholders theirs."""
     found = []
     for before, word in zip(("", *words), words, strict=False):
-        if word == "..." and before.startswith("--"):
+        if word in ("...", "DATA") and before.startswith("--"):
             found.append("written")
         elif word in ("...", "CONFIG") and before in FIRST:
             found += FIRST[before].split()
@@ -238,6 +237,10 @@ def test_a_command_of_ours(
     monkeypatch.syspath_prepend(here)
     for name, text in files(command.page).items():
         (here / name).write_text(text)
+    verb = command.words[1]
+    if verb != "init":  # which writes it
+        own = "kind: rounds\nextends: rounds_shapes_gdro\n" if verb == "rounds" else "kind: train\nextends: sdxl_dpo\n"
+        (here / "my.yaml").write_text(own)
     code = run_command(replaced(command.words), monkeypatch, soak)
     assert code == 0, f"{command}\n{capsys.readouterr().err}"
 
