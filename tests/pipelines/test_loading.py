@@ -73,7 +73,10 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
-SUPPORTED = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline"
+SUPPORTED = (
+    "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline, Flux2Pipeline, "
+    "Flux2KleinPipeline, PixArtSigmaPipeline, SanaPipeline, ZImagePipeline, QwenImagePipeline, QwenImage21Pipeline"
+)
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
