@@ -36,6 +36,7 @@ from diffalign.data.real_against_generated import write_real_against_generated
 from diffalign.draws import draw
 from diffalign.evaluation.compare import compare, pool
 from diffalign.evaluation.evaluate import load_scores
+from diffalign.rewards import find_reward
 from diffalign.stages import resolve
 from diffalign.stages.data import cache
 from diffalign.stages.evaluate import evaluate
@@ -221,6 +222,26 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     started = time.process_time()
     train(config)
     spent = time.process_time() - started
+    finish_cell(cell, folder, out, config.model.model_dump(), size, prompts, steps, spent)
+
+
+def finish_cell(
+    cell: Cell,
+    folder: Path,
+    out: Path,
+    model: dict[str, Any],
+    size: Size,
+    prompts: str,
+    steps: int,
+    spent: float,
+    more_rewards: tuple[str, ...] = (),
+    **more: Any,
+) -> None:
+    """Evaluate the weights in `folder` and write cell.json. spent: CPU-seconds of training; more: further facts.
+
+    more_rewards: judged beside the GenEval reward, by their first column.
+    """
+    measures = (*MEASURES, *(f"{name}.{find_reward(name).columns[0]}" for name in more_rewards))
     other = out / "out_of_distribution.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in out_of_distribution(size.out_of_distribution)))
     scores: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
@@ -228,13 +249,14 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
     for kind, source, n in judged[: 2 if size.out_of_distribution else 1]:
         place = folder / kind
         plan = {
-            "model": config.model.model_dump(), "weights": str(folder / "weights"), "prompts": source, "n": n,
-            "seeds": size.seeds_per_prompt, "reward": REWARD, "out": str(place),
+            "model": model, "weights": str(folder / "weights"), "prompts": source, "n": n,
+            "seeds": size.seeds_per_prompt, "reward": REWARD, "more_rewards": [{"name": one} for one in more_rewards],
+            "out": str(place),
         }  # fmt: skip
         evaluate(
             EvalConfig.model_validate({**plan, **sampling(cell.base)}), base_folder=out / cell.base / f"base-{kind}"
         )
-        scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in MEASURES} for m in ("base", "tuned")}
+        scores[kind] = {m: {c: load_scores(place, m, c).tolist() for c in measures} for m in ("base", "tuned")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tail = rows[-max(1, len(rows) // 10) :]
     facts = {
@@ -245,6 +267,7 @@ def run_cell(cell: Cell, out: Path, size: Size, prompts: str, overrides: list[st
         "diversity": diversity(folder / "held_out" / "eval" / "images" / "tuned"),
         "base_diversity": diversity(out / cell.base / "base-held_out"),
         "scores": scores,
+        **more,
     }
     part = folder / "cell.part"
     part.write_text(json.dumps(facts))
@@ -280,7 +303,7 @@ def summarise(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [c for c in done if (c["base"], c["method"], c["shuffled"]) == key]
         row: dict[str, Any] = {"base": key[0], "method": key[1], "shuffled": key[2], "seeds": len(own)}
         for kind in own[0]["scores"]:
-            for column in MEASURES:
+            for column in own[0]["scores"][kind]["base"]:
                 sides = [pool([np.array(c["scores"][kind][m][column], float) for c in own]) for m in ("base", "tuned")]
                 row[f"{kind} {column}"] = asdict(compare(sides[0], sides[1]))
         twins = [c for c in done if (c["base"], c["method"], c["shuffled"]) == (*key[:2], True)]

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 from diffalign.intervals import interval_in
 
-DENSE, EXACT = "geneval.dense", "geneval.exact"
+DENSE, EXACT, SECOND = "geneval.dense", "geneval.exact", "sharpness.sharpness"
 ROW, LEFT, WIDTH, TICK = 22, 270, 780, 0.05
 
 
@@ -28,18 +28,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     for base in dict.fromkeys(row["base"] for row in rows):
         own = [row for row in rows if row["base"] == base]
         score = own[0][f"held_out {DENSE}"]["base"]
+        second = "second reward | " if f"held_out {SECOND}" in own[0] else ""
         lines += [
             f"### {base} (dense {score:.3f}, diversity {own[0]['base_diversity']:.3f} before)\n",
             "| method | dense, held out | exact, held out | dense, unseen kinds | true against shuffled | drift | "
-            "diversity | steps | CPU s/step |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"diversity | {second}steps | CPU s/step |",
+            "|---|---|---|---|---|---|---|---|---|" + ("---|" if second else ""),
         ]
         for row in own:
             drift = "" if row["drift"] is None else f"{row['drift']:.2g}"
             lines.append(
                 f"| {name(row)} | {change(row[f'held_out {DENSE}'])} | {change(row[f'held_out {EXACT}'])} | "
                 f"{change(row.get(f'out_of_distribution {DENSE}'))} | {change(row.get('against shuffled'))} | {drift} | "
-                f"{row['diversity']:.3f} | {row['steps']:.0f} | {row['cpu_seconds_per_step']:.2f} |"
+                f"{row['diversity']:.3f} | {change(row[f'held_out {SECOND}']) + ' | ' if second else ''}{row['steps']:.0f} | "
+                f"{row['cpu_seconds_per_step']:.2f} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -87,11 +89,11 @@ def picture(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def write_report(rows: list[dict[str, Any]], folder: Path, size: dict[str, Any]) -> None:
+def write_report(rows: list[dict[str, Any]], folder: Path, size: dict[str, Any], stem: str = "objectives") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = table(rows)
     print(f"\n{text}")
-    (folder / "objectives.md").write_text(text)
-    (folder / "objectives.svg").write_text(picture(rows))
-    (folder / "objectives.json").write_text(json.dumps({"size": size, "rows": rows}, indent=1) + "\n")
-    print(f"written: {folder}/objectives.md, .svg, .json")
+    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.svg").write_text(picture(rows))
+    (folder / f"{stem}.json").write_text(json.dumps({"size": size, "rows": rows}, indent=1) + "\n")
+    print(f"written: {folder}/{stem}.md, .svg, .json")
