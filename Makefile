@@ -2,7 +2,8 @@
 #   make quickstart     one round on the embedded world: sample, score, rank, train, evaluate, report
 #   make test           the test suite;  make test-gpu: what needs a CUDA device
 #   make docs           docs/config.md from the config's schema, and the list of rewards from their classes
-#   make lint           ruff, mypy, import contracts
+#   make docs-site      the documentation as a site, in build/docs; a link that leads nowhere is an error
+#   make lint           ruff, mypy, import contracts, scripts and Dockerfile
 #   make wheel-test     tests of packaging, config, command line and data files against the built wheel
 #   make oracles        packages that tests compare with (60 MB), in folders of their own; part of `make test`
 #   make browser-test   tests of pages in a real browser (chromium; CHROMIUM=PATH names one)
@@ -23,7 +24,7 @@ ROOT := $(CURDIR)
 SITE := $(ROOT)/build/site
 VIEW := $(ROOT)/build/view
 EMPTY := $(ROOT)/build/empty
-SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml LICENSE $(wildcard README.md)
+SOURCES := $(shell find diffalign rewards pipelines configs -type f -not -path '*/__pycache__/*') pyproject.toml setup.py LICENSE README.md
 WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 
 .PHONY: setup oracles quickstart test test-gpu test-ray browser-test lint view wheel wheel-test soak hostile bench step-cost kills clean
@@ -93,6 +94,8 @@ lint: $(STAMP) view
 		$(ROOT)/$(BIN)/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p diffalign | \
 		sed -E 's#^diffalign/(rewards|pipelines|configs)/#\1/#'
 	cd $(VIEW) && PYTHONPATH=$(VIEW) $(ROOT)/$(BIN)/lint-imports --config $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.import_linter_cache
+	$(BIN)/shellcheck docs/cluster/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 wheel-test: $(SITE)/.built
 	cd $(EMPTY) && PYTHONPATH=$(SITE) DIFFALIGN_SITE=$(SITE) $(ROOT)/$(BIN)/python -P -m pytest -q -c $(ROOT)/pyproject.toml $(addprefix $(ROOT)/,$(WHEEL_TESTS))
@@ -117,6 +120,11 @@ step-cost: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m diffalign.config.commented > docs/config.md
 	$(BIN)/python -m diffalign.scoring.list_rewards
+
+# Also without a network: nothing is fetched while it is built, and its pages load nothing from elsewhere.
+.PHONY: docs-site
+docs-site: $(STAMP) view
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -87,11 +87,11 @@ def vote(gallery: Gallery, rater: Rater, most: int, seed: int) -> None:
     """Answer questions as the page does, until `most` votes are in the log."""
     with VoteLog(gallery.log) as log:
         sessions = Sessions(gallery, log, sampler_of("balanced", 0.0, None), seed=seed, most=most)
-        while queue := sessions.queue("human"):
+        while queue := sessions.queue("me"):
             asked = queue[0]
             origins = gallery.origins[asked.question.group]
             left = rater(asked, [decode(origins[place].read()) for place in asked.order])
-            sessions.vote("human", asked.id, Given("left" if left else "right"))
+            sessions.vote("me", asked.id, Given("left" if left else "right"))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ Makes the two tables of docs/score.md.
 """
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -32,9 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -48,59 +45,16 @@ from diffalign.scoring.run import score_items
 from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.store import Store
 from helpers import oracles
+from shared.scoring_inputs import jpeg_pictures, random_clip
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "a picture"
 TARGET, RATIO = 1.15, 5.0
-BASES = 64
 REDUCED = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 224, "layers": 4, "width": 128, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4},
 }
-
-
-def make_pictures(folder: Path, count: int, side: int) -> None:
-    """Smooth pictures with a little noise, JPEG at quality 90: what a diffusion model's samples weigh.
-
-    BASES of them are drawn; the others are copies with a comment of their own, so that every file is another one to score.
-    """
-    folder.mkdir()
-    y, x = np.mgrid[0:side, 0:side] / side
-    bases = []
-    for i in range(min(count, BASES)):
-        rng = np.random.default_rng(i)
-        waves = [np.sin(rng.uniform(2, 20) * x + rng.uniform(2, 20) * y + rng.uniform(0, 6)) for _ in range(3)]
-        pixels = np.clip(128 + 90 * np.stack(waves, -1) + rng.normal(0, 6, (side, side, 3)), 0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-        bases.append(buffer.getvalue())
-    for i in range(count):
-        start, rest = bases[i % BASES][:2], bases[i % BASES][2:]
-        comment = f"picture {i:06d}".encode()
-        data = start + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + rest
-        (folder / f"{i:06d}.jpg").write_bytes(data)
-
-
-def clip_folder(path: Path) -> Path:
-    """A random CLIP with CLIP's own tokenizer, as a hub folder."""
-    from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    shared = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
-    torch.manual_seed(0)
-    CLIPModel(
-        CLIPConfig(
-            text_config={**shared, "vocab_size": 49408, "eos_token_id": 2},
-            vision_config={**shared, "image_size": 224, "patch_size": 32},
-            projection_dim=256,
-        )
-    ).save_pretrained(path)
-    words = SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(word, word): i for word, i in words.encoder.items()}
-    CLIPTokenizer(vocab=vocabulary, merges=list(words.bpe_ranks), model_max_length=77).save_pretrained(path)
-    return path
 
 
 def parts(items: list[Item], reward: Reward, count: int = 256, batch: int = 32) -> tuple[float, float]:
@@ -155,9 +109,9 @@ def command(folder: Path, clip: Path, output: Path) -> tuple[float, float, list[
 
 def throughput(work: Path, items: list[Item], side: int, cores: int) -> dict[str, Any]:
     """The first table."""
-    clip = clip_folder(work / "clip")
+    clip = random_clip(work / "clip")
     decoding, model = parts(items, load_reward("clipscore", convention="cosine", weights=clip))
-    make_pictures(work / "one", 1, side)
+    jpeg_pictures(work / "one", 1, side)
     start, start_cpu, _ = command(work / "one", clip, work / "one.jsonl")
     wall, cpu, memory = command(work / "pictures", clip, work / "all.jsonl")
     expected = len(items) * (decoding + model) / cores
@@ -246,7 +200,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": platform.machine(), "cores": cores, "load before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_pictures(work / "pictures", arguments.images, arguments.side)
+        jpeg_pictures(work / "pictures", arguments.images, arguments.side)
         items = collect([str(work / "pictures")], Prompting(one=PROMPT))
         result["command"] = throughput(work, items, arguments.side, cores)
         show(f"diffalign score on {cores} cores", [result["command"]])

@@ -40,13 +40,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from diffalign.files.images import decode
 from diffalign.rewards import Reward, load_reward
 from diffalign.terminal import plain_table, show_table
-from helpers import tiny
-from helpers.tiny_rewards import randomise
+from shared.scoring_inputs import random_clip
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
@@ -73,23 +70,6 @@ def pictures(folder: Path, number: int, side: int) -> list[Path]:
         paths.append(folder / f"{n}.png")
         small.resize((side, side), Image.Resampling.BICUBIC).save(paths[-1])
     return paths
-
-
-def random_clip(folder: Path, layers: int, width: int) -> Path:
-    """Write a CLIP of ViT-S/32's sizes (12 layers of 384) with random weights, and its tokenizer."""
-    from transformers import CLIPConfig, CLIPModel
-
-    tokenizer = tiny.clip_tokenizer(77)
-    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    shared |= {"num_attention_heads": max(1, width // 64)}
-    torch.manual_seed(0)
-    text = {**shared, "vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": 2}
-    vision = {**shared, "image_size": 224, "patch_size": 32}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=256))
-    randomise(model, 0, 0.02)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def measure(sources: list[str], votes: int) -> dict[str, Any]:
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        assert any("open http" in said for said in iter(process.stdout.readline, ""))
+        assert any("open in a browser" in said for said in iter(process.stdout.readline, ""))
         ready = time.perf_counter()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
             client.get("/").raise_for_status()

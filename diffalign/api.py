@@ -63,42 +63,25 @@ def score(
     with extras_named(), warnings.catch_warnings():
         from PIL import Image
 
-        from diffalign.errors import DiffalignError
-        from diffalign.files.lock import writing_file
-        from diffalign.progress import ImageProgress, say_aside
-        from diffalign.rewards import Reward
         from diffalign.scoring.in_memory import items_of
         from diffalign.scoring.score_table import ScoreTable
-        from diffalign.scoring.spec import RewardSpec, check_labels
-        from diffalign.stages.resolve_rewards import process_device
-        from diffalign.stages.score import place_of_output, refuse_without_prompts, score_and_store
+        from diffalign.scoring.spec import RewardSpec, rewards_named
+        from diffalign.stages.resolve_rewards import build_rewards, process_device
+        from diffalign.stages.score import refuse_without_prompts, score_for_python
 
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.py has its own limit
         on = process_device(device)
-        for name, number in (("batch_size", batch_size), ("workers", 1 if workers is None else workers)):
-            if not isinstance(number, int) or number < 1:
-                raise DiffalignError(f"{name}: {number!r}; give a whole number of at least 1")
-        if not isinstance(rewards, (str, Mapping, Reward, RewardSpec, Iterable)):
-            raise DiffalignError(f"rewards: {type(rewards).__name__} is no reward; name one, such as 'pickscore'")
-        given = [rewards] if isinstance(rewards, (str, Mapping, Reward, RewardSpec)) else list(rewards)
-        if not given:
-            raise DiffalignError("rewards: none is given; name one, such as 'pickscore'")
-        built = [_built(one, on) for one in given]
-        check_labels([label for label, _ in built])
+        _check_counts(batch_size=batch_size, workers=1 if workers is None else workers)
+        named = rewards_named(rewards)
+        specs = [one for one in named.values() if isinstance(one, RewardSpec)]
+        built = build_rewards(specs, on, served=False)
         items = items_of(images, prompts, metadata)
-        refuse_without_prompts(items, dict(built), "give prompts=")
-        with place_of_output(output) as (path, mirrored), writing_file(None if mirrored else path, "output"):
-            scores, _ = score_and_store(
-                items,
-                dict(built),
-                path,
-                [],
-                mirrored=mirrored,
-                batch_size=batch_size,
-                workers=workers,
-                on_progress=ImageProgress(say_aside) if progress else None,
-            )
-        return ScoreTable(scores)
+        built |= build_rewards(specs, on, served=True)  # last: a server may not answer for minutes
+        judges = {label: built[label] if isinstance(one, RewardSpec) else one for label, one in named.items()}
+        refuse_without_prompts(items, judges, "give prompts=")
+        return ScoreTable(
+            score_for_python(items, judges, output, batch_size=batch_size, workers=workers, progress=progress)
+        )
 
 
 def load_reward(reward: str | Mapping[str, Any] | RewardSpec, *, device: str = "auto", **options: object) -> Reward:
@@ -158,16 +141,13 @@ def evaluate(config: str | Path | EvalConfig, **keys: object) -> dict[str, Any]:
         return compare(checked)
 
 
-def _built(given: OneReward, device: str) -> tuple[str, Reward]:
-    """Return label and reward."""
-    from diffalign.rewards import Reward
-    from diffalign.scoring.spec import spec_of
-    from diffalign.stages.resolve_rewards import build_reward
+def _check_counts(**counts: object) -> None:
+    """Raise DiffalignError for a number that is no count."""
+    from diffalign.errors import DiffalignError
 
-    if isinstance(given, Reward):
-        return given.name, given
-    spec = spec_of(given)
-    return spec.label, build_reward(spec.name, spec.options, device)
+    for name, number in counts.items():
+        if not isinstance(number, int) or number < 1:
+            raise DiffalignError(f"{name}: {number!r}; give a whole number of at least 1")
 
 
 def _config(kind: str, given: object, keys: Mapping[str, object]) -> Any:

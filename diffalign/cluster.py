@@ -287,6 +287,8 @@ def open_engine(name: str, device: str = "auto", actors: int | None = None) -> I
     for a cluster elsewhere. device: auto, cpu or cuda. Raises DiffalignError where there is no such cluster.
     """
     if name == LOCAL:
+        if actors is not None:
+            raise DiffalignError(f"--actors {actors}: only a cluster has actors; add --engine ray")
         yield None
         return
     if name != RAY and not name.startswith(CLIENT):

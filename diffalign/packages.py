@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import NotInstalled
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("diffusers", "accelerate", "peft", "datasets", "tensorboard", "scipy"),
@@ -30,14 +30,14 @@ def install_command(module: str) -> str | None:
     return extra and f"pip install 'diffalign[{extra}]'"
 
 
-def not_installed(module: str, what: str = "", instead: str = "") -> DiffalignError:
+def not_installed(module: str, what: str = "", instead: str = "") -> NotInstalled:
     """Return the error for a missing module of an extra.
 
     what: who needs it, as in `reward ocr`. instead: what else the user can do, as in `use int8`.
     """
     advice = f"{install_command(module)}, or {instead}" if instead else install_command(module)
     said = f"{module.partition('.')[0]} is not installed; {advice}"
-    return DiffalignError(f"{what}: {said}" if what else said)
+    return NotInstalled(f"{what}: {said}" if what else said)
 
 
 def require(module: str, what: str, instead: str = "") -> None:

@@ -1,13 +1,19 @@
-"""Show how work proceeds: messages, and a bar, or a plain line every few seconds, while images are drawn or scored."""
+"""Show how work proceeds: messages, and a bar, or a plain line every few seconds, while a model is loaded or images are
+encoded, drawn or scored.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
 
 from diffalign.redaction import redact
 
@@ -33,6 +39,7 @@ HIDDEN = re.compile(
 )
 
 
+LEAD = re.compile(r"(#? *)")
 LONGEST_LINE = 10_000
 """Characters of a line on the terminal: a message may name a prompt, and a prompt may have a million."""
 
@@ -55,13 +62,35 @@ def _line(message: str) -> str:
 
 
 def say(message: str) -> None:
-    """Print a line and flush it, so that it appears at once in a file or a pipe too."""
-    print(_line(message), flush=True)
+    """Print a line and flush it, so that it appears at once in a file or a pipe too. A terminal breaks it between words."""
+    print(_fitted(_line(message), sys.stdout), flush=True)
 
 
 def say_aside(message: str) -> None:
-    """Print a line to standard error, apart from a command's results."""
-    print(_line(message), file=sys.stderr, flush=True)
+    """Print a line to standard error, apart from a command's results; a terminal breaks it between words."""
+    print(_fitted(_line(message), sys.stderr), file=sys.stderr, flush=True)
+
+
+def _fitted(line: str, stream: TextIO) -> str:
+    """Return a line as it is for a file; for a terminal broken between words, further lines indented as the first."""
+    if not stream.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    indent = LEAD.match(line)
+    lead = indent.group() if indent else ""
+    # Words stay whole, since a path or a command is copied; a line that is nothing but one is left to the terminal.
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            max(width, 20),
+            subsequent_indent=lead + ("  " if lead else ""),
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+            drop_whitespace=True,
+        )
+        or [line]
+    )
 
 
 def say_block(text: str) -> None:
@@ -92,15 +121,53 @@ def progress_bar(console: Console, what: str, done: int, total: int, transient: 
     return bar
 
 
+def first_process() -> bool:
+    """Return whether this is the only process of a launcher or its first: the others would draw over its bar."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def waiting_for(what: str, say: Say = say_aside, worth: float = 5.0) -> Iterator[None]:
+    """Show on a terminal that something is loaded, with the seconds so far; elsewhere a line if it took `worth` seconds."""
+    begun = time.monotonic()
+    spinner: Progress | None = None
+    if sys.stderr.isatty() and first_process():
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        spinner = Progress(*columns, console=Console(stderr=True), transient=True)
+        spinner.add_task(visible(what), total=None)
+        spinner.start()
+    try:
+        yield
+    finally:
+        if spinner is not None:
+            spinner.stop()
+    seconds = time.monotonic() - begun
+    if spinner is None and seconds >= worth:
+        say(f"{what}: {seconds:.0f} s")
+
+
 class ImageProgress:
     """Shows a bar on a terminal, else prints `what: 64/256 images, 0.120 s each` at most every `every` seconds.
 
-    The line is printed at the end in both cases. The first call for a name starts the clock: it gives the number of images
-    that existed already, and prints nothing. A call with fewer images done than before starts the clock again.
+    The line is printed at the end in both cases, unless `closing` is False. The first call for a name starts the clock: it
+    gives the number of images that existed already, and prints nothing. A call with fewer images done than before starts
+    the clock again.
+
+    unit: what is counted.
     """
 
-    def __init__(self, say: Say = say, every: float = 15.0, console: Console | None = None) -> None:
-        self.say, self.every = say, every
+    def __init__(
+        self,
+        say: Say = say,
+        every: float = 15.0,
+        console: Console | None = None,
+        unit: str = "images",
+        closing: bool = True,
+    ) -> None:
+        self.say, self.every, self.unit, self.closing = say, every, unit, closing
         self.what: str | None = None
         self.first = self.done = 0
         self.started = self.last = 0.0
@@ -119,9 +186,9 @@ class ImageProgress:
                 self._bar.update(self._bar.task_ids[0], completed=done, text=each)
             if done == total:
                 self._stop_bar()
-            if done == total or (self._bar is None and now - self.last >= self.every):
+            if (done == total and self.closing) or (self._bar is None and now - self.last >= self.every):
                 self.last = now
-                self.say(f"{what}: {done}/{total} images, {each}")
+                self.say(f"{what}: {done}/{total} {self.unit}, {each}")
         self.done = done
 
     def _start_bar(self, what: str, done: int, total: int) -> None:
@@ -130,7 +197,7 @@ class ImageProgress:
 
         self._stop_bar()
         console = self._console or Console(stderr=True)
-        if done < total and console.is_terminal:
+        if done < total and console.is_terminal and first_process():
             self._bar = progress_bar(console, what, done, total, transient=True)
             self._bar.start()
             # A run that ends by an error must give the terminal its cursor back.

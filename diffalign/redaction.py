@@ -58,7 +58,13 @@ def redact(text: str) -> str:
         if len(value) >= 8:
             text = text.replace(value, HIDDEN)
     text = _QUERY.sub(rf"\g<1>{HIDDEN}", _USER.sub(rf"\g<1>{HIDDEN}@", text))
-    return _TOKEN.sub(HIDDEN, _NAMED.sub(rf"\g<1>{HIDDEN}", text))
+    return _TOKEN.sub(HIDDEN, _NAMED.sub(_without_value, text))
+
+
+def _without_value(found: re.Match[str]) -> str:
+    """Return a key with its value hidden, and the end of a quoted path as it is: 'ftp://host/passwd': no such file."""
+    path = found.string[: found.start()].endswith(("/", "\\")) and re.search("['\"]", found[1])
+    return found[0] if path else f"{found[1]}{HIDDEN}"
 
 
 def redact_argument(argument: str) -> str:

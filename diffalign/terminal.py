@@ -1,6 +1,7 @@
 """Words and tables for a terminal of 80 columns: numbers stay whole, long paths lose their beginning, and nothing is markup."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 
@@ -82,3 +83,35 @@ class NameCell:
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         full = cell_len(self.lead) + 1 + cell_len(self.name)
         return Measurement(min(full, cell_len(self.lead) + 13), full)
+
+
+class WordsCell:
+    """A cell of words, some of them addresses: lines end at blanks, and only in a word too long for one behind a slash."""
+
+    def __init__(self, text: str) -> None:
+        self.text = visible(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for line in _wrapped(self.text, max(1, options.max_width)):
+            yield Segment(f"{line}\n")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max((cell_len(part) for part in re.split(r"(?<=/)|\s", self.text)), default=1)
+        return Measurement(longest, cell_len(self.text))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Return words in lines of at most `width` columns."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines += [""] if lines[-1] else []
+        for part in [word] if cell_len(word) <= width else re.split("(?<=/)", word):
+            lines += [""] if lines[-1] and cell_len(lines[-1] + part) > width else []
+            while cell_len(part) > width:
+                lines[-1:] = [part[:width], ""]
+                part = part[width:]
+            lines[-1] += part
+    return lines

@@ -55,21 +55,27 @@ def set_attention(model: nn.Module, kind: str) -> CudnnRule | None:
     if kind == "xformers":
         _require_xformers()
     avoid_cudnn_attention()
-    trunk: Any = model
     rule = CudnnRule() if kind == "cudnn" else None
     plain, joint = _processors(kind, rule)
-    exchanged = dict(trunk.attn_processors)
-    for name, processor in trunk.attn_processors.items():
+    # Not `model.attn_processors`, which some models (Z-Image) lack.
+    for layer in _attention_layers(model):
+        processor = layer.processor
         if hasattr(processor, "_attention_backend"):
             processor._attention_backend = DISPATCHED[kind]
         elif type(processor).__name__ in EXCHANGED:
-            exchanged[name] = joint() if "Joint" in type(processor).__name__ else plain()
+            layer.set_processor(joint() if "Joint" in type(processor).__name__ else plain())
         elif kind != "sdpa":
             raise DiffalignError(
                 f"model.attention: {type(processor).__name__} of this model has one kernel only; use attention: sdpa"
             )
-    trunk.set_attn_processor(exchanged)
     return rule
+
+
+def _attention_layers(model: nn.Module) -> list[Any]:
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    return [layer for layer in model.modules() if isinstance(layer, Attention | AttentionModuleMixin)]
 
 
 def _require_xformers() -> None:

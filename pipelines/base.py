@@ -82,7 +82,8 @@ class Backbone(Sampling):
 
     def fingerprint(self) -> str:
         """Hash what decides latents and embeddings: folder, commit, configs, weights, dtype, prompt length; 16 digits."""
-        return self.source.fingerprint(str(self.dtype), str(self.prompt_tokens()), self.family)
+        marks = self.encoding_marks()
+        return self.source.fingerprint(str(self.dtype), str(self.prompt_tokens()), self.family, *marks)
 
     def vae_fingerprint(self) -> str:
         """Hash the VAE: two models with the same hash have the same latents."""

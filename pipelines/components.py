@@ -37,7 +37,7 @@ def check_files(source: Source, components: Mapping[str, Any]) -> None:
         where = f"{source.path}: {name}/"
         if not folder.is_dir():
             raise DiffalignError(f"{where} is missing; {INDEX} asks for it ({entry[1]})")
-        if name.startswith("tokenizer"):
+        if name.startswith("tokenizer") or name == "processor":
             needed = "tokenizer_config.json"
         elif name == "scheduler":
             needed = "scheduler_config.json"
@@ -76,14 +76,19 @@ def load_components(
     pipeline: type[DiffusionPipeline],
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
+    classes: Mapping[str, type] | None = None,
+    published_as: Mapping[str, str] | None = None,
+    *,
+    text_dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Module]:
     """Load the networks of a folder by name, on the CPU, each as the class that the pipeline's signature names.
 
-    dtype: of all but the VAE. Raises DiffalignError for a class that the pipeline does not take,
-    and for a component that is not whole, as `load_model` does.
+    dtype: of all but the VAE; text_dtype: of text encoders, if it differs. classes, published_as: what a family declares
+    beside the signature. Raises DiffalignError for a class that the pipeline does not take, and for a component that is not
+    whole, as `load_model` does.
     """
-    check_classes(source, components, pipeline)
-    wanted = get_type_hints(pipeline.__init__)
+    check_classes(source, components, pipeline, classes, published_as)
+    wanted = component_types(pipeline, classes)
     found: dict[str, nn.Module] = {}
     for name, entry in components.items():
         if not is_component(name, entry) or name in source.absent or name not in wanted:
@@ -100,7 +105,7 @@ def load_components(
             source.path,
             stem=stem,
             variant=_has_weights(source, name, stem),
-            dtype=vae_dtype if name == "vae" else dtype,
+            dtype=vae_dtype if name == "vae" else (text_dtype or dtype) if name.startswith("text_encoder") else dtype,
             use_safetensors=True,
         )
         found[name] = model
@@ -111,20 +116,32 @@ def _is_network(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
-def check_classes(source: Source, components: Mapping[str, Any], pipeline: type[DiffusionPipeline]) -> None:
+def component_types(pipeline: type[DiffusionPipeline], classes: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Return the class of each component as the pipeline's signature names it; `classes` stand in for some of them."""
+    return {**get_type_hints(pipeline.__init__), **(classes or {})}
+
+
+def check_classes(
+    source: Source,
+    components: Mapping[str, Any],
+    pipeline: type[DiffusionPipeline],
+    classes: Mapping[str, type] | None = None,
+    published_as: Mapping[str, str] | None = None,
+) -> None:
     """Refuse a class by which a folder would make a library load something else than the pipeline is made of."""
-    wanted = get_type_hints(pipeline.__init__)
+    wanted = component_types(pipeline, classes)
     for name, entry in components.items():
         if is_component(name, entry) and name not in source.absent and name in wanted:
-            _check_class(f"{source.path}: component {name}", name, entry, wanted)
+            other = (published_as or {}).get(name)
+            _check_class(f"{source.path}: component {name}", name, entry, wanted, other)
 
 
-def _check_class(what: str, name: str, entry: list[Any], wanted: Mapping[str, Any]) -> None:
+def _check_class(what: str, name: str, entry: list[Any], wanted: Mapping[str, Any], other: str | None) -> None:
     library, named = str(entry[0]), str(entry[1])
     expected = wanted[name].__name__ if isinstance(wanted[name], type) else ""
     if name == "scheduler":
         fits, expected = library == "diffusers" and named.endswith("Scheduler"), "a scheduler of diffusers"
     else:
-        fits = named.removesuffix("Fast") == expected.removesuffix("Fast")
+        fits = named.removesuffix("Fast") == expected.removesuffix("Fast") or named == other
     if not fits:
         raise DiffalignError(f"{what} is of class {named} ({library}); the pipeline takes {expected}")

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from diffalign.pipelines.family import Family
 
 
+PEFT_FILE = "adapter_model.safetensors"
+
+
 @dataclass(frozen=True)
 class Lora:
     """A LoRA as it was trained: tensors and peft's config, both without the trunk's name."""
@@ -81,6 +84,20 @@ def export_diffusers(weights: Path, trunk_name: str, out: Path) -> None:
     lora = read_lora(weights)
     scales = {key.rpartition(".lora_B.")[0]: lora.scale for key in lora.state if ".lora_B." in key}
     write_lora(out / LORA_FILE, lora.state, lora.config, scales, trunk_name)
+
+
+def export_peft(weights: Path, out: Path) -> None:
+    """Write the LoRA as a folder of peft's, for `PeftModel.from_pretrained`: for trunks whose pipeline loads no LoRA."""
+    from peft import LoraConfig
+
+    lora = read_lora(weights)
+    config = LoraConfig(
+        r=int(lora.config["r"]), lora_alpha=lora.config["lora_alpha"], target_modules=lora.config["target_modules"]
+    )
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+    state = {f"base_model.model.{key}": value for key, value in lora.state.items()}
+    write_tensors(out / PEFT_FILE, state, {"format": "pt"})
 
 
 def export_kohya(weights: Path, family: type[Family], config: Config, out: Path) -> None:
@@ -144,7 +161,8 @@ def _fuse(backbone: Backbone, dtype: torch.dtype) -> None:
     """Add the policy's LoRA to the trunk's weights, if it has one, then round all components to `dtype`."""
     pipeline = backbone.pipeline
     if has_adapter(backbone.trunk, POLICY):
-        pipeline.fuse_lora(components=[backbone.trunk_name], adapter_names=[POLICY])
-        pipeline.unload_lora_weights()
+        trunk: Any = backbone.trunk
+        trunk.fuse_lora(adapter_names=[POLICY])
+        trunk.unload_lora()
     if dtype != torch.float32:
         pipeline.to(dtype=dtype)

@@ -7,7 +7,8 @@ normal distribution, the scale of guidance is an argument of the call.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,19 @@ class Family(Tunable):
         """Return the components that these options leave out."""
         return ()
 
+    published_as: ClassVar[dict[str, str]] = {}
+    """Component -> another class name under which it was published."""
+
+    @classmethod
+    def component_classes(cls) -> dict[str, type]:
+        """Return the classes of components for which the pipeline's signature names a base class or several."""
+        return {}
+
+    @classmethod
+    def text_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """Return the type in which text encoders compute where the trunk's is `dtype`."""
+        return dtype
+
     @abstractmethod
     def build_process(self, scheduler: SchedulerMixin) -> NoiseProcess:
         """Read the noise process from the pipeline's scheduler. Refuse a scheduler that the family cannot have."""
@@ -78,9 +92,19 @@ class Family(Tunable):
     prompt_masks: ClassVar[tuple[str, ...]] = ()
     """Names in `conditioning` that are masks [B, L], True at tokens of the prompt; `forward` gets them as booleans."""
 
+    condition: ClassVar[str | None] = None
+    """The name in `forward`'s conditioning of the latents [B, C, h, w] of an image to edit; None where it takes none.
+
+    `encode` does not give it. A trunk that gets none draws from the prompt alone.
+    """
+
     def encoding_options(self) -> dict[str, object]:
         """Return arguments of the pipeline's `encode_prompt` that only this family takes."""
         return {}
+
+    def encoding_marks(self) -> tuple[str, ...]:
+        """Return what decides embeddings besides weights, number type and length: options that are not at their defaults."""
+        return ()
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Encode prompts to what `forward` takes: each [B, ...] under the names of `conditioning`.
@@ -111,6 +135,14 @@ class Family(Tunable):
     @abstractmethod
     def prompt_tokens(self) -> int:
         """Return the number of tokens that a prompt is padded or cut to."""
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what `encode` gives for one prompt, from the trunk's config alone."""
+        config: Any = self._model.config
+        return {
+            "prompt_embeds": (self.prompt_tokens(), config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
         """Return the tokenizers of the text encoders, each with how many tokens of a prompt its encoder reads."""
@@ -149,8 +181,10 @@ class Family(Tunable):
 
     # --- the network -------------------------------------------------------------------------------------------
 
-    guided: ClassVar[bool] = False
-    """Whether the guidance scale is an input of the network."""
+    @property
+    def guided(self) -> bool:
+        """Whether the guidance scale is an input of the network, so that a prediction without guidance has no use."""
+        return False
 
     @property
     def guidance(self) -> float | None:
@@ -164,15 +198,28 @@ class Family(Tunable):
         time: as `NoiseProcess.model_time` gives it. conditioning: as `encode` gives it.
         """
 
+    block_list: ClassVar[str] = "transformer_blocks"
+    """The name of the trunk's list of repeated blocks."""
+
     def middle_block(self) -> nn.Module:
         """Return the block in the middle of the trunk, whose features a discriminator reads."""
-        blocks = list(self.pipeline_trunk.get_submodule("transformer_blocks").children())
+        blocks = list(self.pipeline_trunk.get_submodule(self.block_list).children())
         return blocks[(len(blocks) - 1) // 2]
+
+    def image_positions(self, features: Tensor, noisy: Tensor) -> Tensor:
+        """Return those of the middle block's features [N, positions, C] that belong to the image `noisy` [N, c, h, w].
+
+        A family whose blocks hold text and image in one sequence leaves the text's out.
+        """
+        return features
 
     # --- sampling ----------------------------------------------------------------------------------------------
 
     scheduler_seeded: ClassVar[bool] = True
     """Whether the pipeline hands its generator to the scheduler; else a stochastic one draws from torch's global one."""
+
+    latents_in_float32: ClassVar[bool] = False
+    """Whether the pipeline draws and keeps latents in float32 whatever the model's number type."""
 
     def sampling_times(self, steps: int, height: int, width: int) -> Tensor:
         """Return the times that the pipeline visits for an image of this size in pixels: [steps + 1] float32, `clean` last.
@@ -189,12 +236,23 @@ class Family(Tunable):
         )
 
     def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
-        """Return what the pipeline passes to its scheduler's `set_timesteps` besides the number of steps."""
+        """Return what the pipeline passes to its scheduler's `set_timesteps` besides the number of steps.
+
+        Where it passes `sigmas`, these take the place of that number.
+        """
         return {}
+
+    def shift_at(self, steps: int, height: int, width: int) -> float:
+        """Return the shift of the sampling times in `steps` steps, for an image of this size in pixels."""
+        return self.process.shift
 
     def guidance_arguments(self, scale: float) -> dict[str, float]:
         """Return the arguments of the pipeline's call for u + scale (c - u), u being the negative prompt's prediction."""
         return {"guidance_scale": scale}
+
+    def rescale_guided(self, guided: Tensor, with_prompt: Tensor) -> Tensor:
+        """Return u + scale (c - u) as the pipeline changes it before its step; guided and with_prompt (c): [N, C, h, w]."""
+        return guided
 
     def sampling_options(self) -> dict[str, object]:
         """Return arguments of the pipeline's call that only this family takes."""
@@ -218,6 +276,8 @@ class Family(Tunable):
 
     # --- export ------------------------------------------------------------------------------------------------
 
+    lora_loader: ClassVar[bool] = True
+    """Whether diffusers' pipeline has `load_lora_weights`."""
     kohya: ClassVar[KohyaLayout | None] = None
     """How kohya's LoRA files name the base model and its layers; None where they are not known."""
     single_file: ClassVar[SingleFile | None] = None
@@ -233,3 +293,18 @@ def padded(embeds: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Te
     more = max(0, length - embeds.shape[1])
     padding = torch.nn.functional.pad
     return padding(embeds, (0, 0, 0, more))[:, :length], padding(mask, (0, more))[:, :length]
+
+
+def padded_rows(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Pad or cut embeddings of several lengths, each [L_i, D], to `length` tokens: [B, length, D] and bool [B, length]."""
+    embeds, masks = zip(*(padded(row[None], None, length) for row in rows), strict=True)
+    return torch.cat(embeds), torch.cat(masks)
+
+
+def unpadded(embeds: Tensor, mask: Tensor) -> list[Tensor]:
+    """Undo `padded_rows`: embeddings [B, L, D] as a list of [L_i, D], for networks that take no padding.
+
+    The lengths are read from the mask, for which a GPU is waited once. On the meta device all are L.
+    """
+    lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(embeds, lengths, strict=True)]

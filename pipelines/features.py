@@ -18,6 +18,8 @@ class Featured(Protocol):
 
     def middle_block(self) -> nn.Module: ...
 
+    def image_positions(self, features: Tensor, noisy: Tensor) -> Tensor: ...
+
     def predict(self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor: ...
 
 
@@ -34,10 +36,15 @@ def predict_with_features(
         prediction = backbone.predict(noisy, t, conditioning)
     finally:
         handle.remove()
-    last = found[-1]
-    output = last[1] if isinstance(last, tuple) else last  # a block of SD3 gives (text, image)
-    features: Tensor = output.flatten(2).transpose(1, 2) if output.dim() == 4 else output
-    return prediction, features.float()
+    # Some families send a batch through the network in several parts, in its order.
+    parts = [backbone.image_positions(_by_position(output), noisy) for output in found]
+    return prediction, torch.cat(parts).float()
+
+
+def _by_position(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return what a block gives for each position, [n, positions, C]."""
+    values = output[1] if isinstance(output, tuple) else output  # a block of SD3 gives (text, image)
+    return values.flatten(2).transpose(1, 2) if values.dim() == 4 else values
 
 
 @torch.no_grad()

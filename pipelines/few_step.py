@@ -8,7 +8,9 @@
 The scheduler's config holds the student's times, so that `num_inference_steps` alone brings them back: 999, 749, 499, 249 for
 four steps of SDXL; 1, .9, .75, .5 for a flow of shift 3, the even grid with the family's shift applied once. diffusers' own
 grid for a flow ends near 0 and shifts that end twice; a smaller shift with a terminal value draws the wanted grid:
-for a shift k and n steps, shift k / (k - (1 - 1/n)(k - 1)) and the terminal k / (n + k - 1). All of them start from unit
+for a shift k and n steps, shift k / (k - (1 - 1/n)(k - 1)) and the terminal k / (n + k - 1). Some pipelines hand their
+scheduler an even grid down to 1 / n (FLUX, Qwen-Image, Z-Image): there the shift k alone draws the wanted one. A shift that
+depends on the size of the image is kept at the one of the size that the student is made for. All of them start from unit
 noise.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.own_sampler import ddim_stops
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.schedulers import is_flow
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -91,23 +94,35 @@ class FewStep:
 
 
 def student_scheduler(
-    scheduler: SchedulerMixin, steps: int, sampler: Sampler, times: list[float] | None = None
+    scheduler: SchedulerMixin,
+    steps: int,
+    sampler: Sampler,
+    times: list[float] | None = None,
+    *,
+    shift: float | None = None,
+    even: bool = False,
 ) -> SchedulerMixin:
     """Build the diffusers scheduler of a student from the base model's: its config decides the student's times.
 
-    With explicit `times` the pipeline must be given them (`call_options`). Raises DiffalignError for times out of order.
+    With explicit `times` the pipeline must be given them (`call_options`). shift: of a flow at the student's size; None: the
+    scheduler's. even: whether the pipeline hands it an even grid. Raises DiffalignError for times out of order.
     """
     import diffusers
 
     config = scheduler.config
     if times is not None and (len(times) != steps or any(a <= b for a, b in pairwise(times))):
         raise DiffalignError(f"student.times: {steps} falling times are needed, not {times}")
-    if "FlowMatch" in type(scheduler).__name__:
-        shift = float(config.shift)
-        options: dict[str, Any] = {"shift": shift, "shift_terminal": None, **PLAIN_FLOW}
+    if is_flow(scheduler):
+        shift = float(config.shift) if shift is None else shift
+        options: dict[str, Any] = {
+            "shift": shift,
+            "shift_terminal": None,
+            "use_dynamic_shifting": False,
+            **PLAIN_FLOW,
+        }
         if times is not None:
             options["shift"] = 1.0
-        elif steps > 1:
+        elif steps > 1 and not even:
             options["shift"] = shift / (shift - (1.0 - 1.0 / steps) * (shift - 1.0))
             options["shift_terminal"] = shift / (steps + shift - 1.0)
         kind = diffusers.FlowMatchLCMScheduler if sampler == "renoise" else diffusers.FlowMatchEulerDiscreteScheduler
@@ -142,12 +157,16 @@ def few_step(
     sampler: Sampler,
     eta: float,
     times: list[float] | None,
+    sigmas: list[float] | None = None,
 ) -> FewStep:
-    """Build the sampler that training rolls out, on the times that `scheduler` (of `student_scheduler`) visits."""
+    """Build the sampler that training rolls out, on the times that `scheduler` (of `student_scheduler`) visits.
+
+    sigmas: the grid that the pipeline hands it; None: the number of steps.
+    """
     if times is not None:
         grid = torch.tensor(times, dtype=torch.float32)
     elif process.span == 1.0:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(**({"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}))
         grid = scheduler.sigmas[:steps].float()
     else:
         scheduler.set_timesteps(steps)

@@ -63,9 +63,39 @@ class FluxFlow(Flow):
         self.base_tokens, self.base_shift = base_tokens, base_shift
         super().__init__(self.shift_of(tokens), timesteps=timesteps, shift_terminal=shift_terminal)
 
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, tokens: int) -> FluxFlow:
+        """Read the flow from a scheduler that is given an even grid. Without dynamic shifting all sizes have the same shift.
+
+        Raises DiffalignError for a scheduler that is no FlowMatch scheduler, or shifts in another way.
+        """
+        config, name = scheduler.config, type(scheduler).__name__
+        if "FlowMatch" not in name:
+            raise DiffalignError(
+                f"scheduler: this model needs a FlowMatch scheduler, not {name}; see scheduler_config.json"
+            )
+        dynamic = bool(config.get("use_dynamic_shifting"))
+        if dynamic and config.get("time_shift_type", "exponential") != "exponential":
+            raise DiffalignError(f"scheduler: time_shift_type {config.time_shift_type!r} is not supported")
+        fixed = math.log(float(config.get("shift", 1.0)))
+        return cls(
+            tokens,
+            base_tokens=int(config.get("base_image_seq_len", 256)),
+            max_tokens=int(config.get("max_image_seq_len", 4096)),
+            base_shift=float(config.get("base_shift", 0.5)) if dynamic else fixed,
+            max_shift=float(config.get("max_shift", 1.15)) if dynamic else fixed,
+            timesteps=int(config.num_train_timesteps),
+            shift_terminal=config.get("shift_terminal"),
+        )
+
     def shift_of(self, tokens: int) -> float:
         """Return the shift for an image of so many tokens."""
         return math.exp(self.base_shift + self.slope * (tokens - self.base_tokens))
+
+    def scheduler_arguments(self, steps: int, tokens: int) -> dict[str, object]:
+        """Return what a pipeline passes to `set_timesteps` of its scheduler for an image of so many tokens."""
+        even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
+        return {"sigmas": even, "mu": math.log(self.shift_of(tokens))}
 
     def schedule(self, steps: int, tokens: int | None = None) -> Tensor:
         """Return the times as `NoiseProcess.schedule` does; `tokens`: those of the image, if not of the model's own size."""
@@ -80,7 +110,35 @@ class FluxFlow(Flow):
         return torch.cat([times.float(), torch.tensor([self.clean])])
 
 
-class Flux(TransformerBackbone):
+class PackedFlow(TransformerBackbone):
+    """A flow over 2 x 2 patches of latents whose pipeline hands its scheduler an even grid of times, and whose config states no
+    size: FLUX, Qwen-Image, Z-Image."""
+
+    process: FluxFlow
+
+    @property
+    def default_resolution(self) -> int:
+        return SIZE
+
+    @property
+    def pixel_multiple(self) -> int:
+        return self.vae_scale_factor * PATCH
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens that an image of this size in pixels has in the trunk."""
+        return (height // self.pixel_multiple) * (width // self.pixel_multiple)
+
+    def build_process(self, scheduler: SchedulerMixin) -> FluxFlow:
+        return FluxFlow.of(scheduler, self.tokens(SIZE, SIZE))
+
+    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
+        return self.process.scheduler_arguments(steps, self.tokens(height, width))
+
+    def shift_at(self, steps: int, height: int, width: int) -> float:
+        return self.process.shift_of(self.tokens(height, width))
+
+
+class Flux(PackedFlow):
     """FluxPipeline with guidance embedding. Conditioning: prompt_embeds [B, L_t5, D], pooled_prompt_embeds [B, P].
 
     The option `guidance` is what the embedding gets in `predict`. In `sample` it is `guidance_scale`, as in the pipeline, and
@@ -88,7 +146,6 @@ class Flux(TransformerBackbone):
     """
 
     family: ClassVar[str] = "flux"
-    guided: ClassVar[bool] = True
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -104,7 +161,6 @@ class Flux(TransformerBackbone):
         trunk="",
     )
 
-    process: FluxFlow
     options: FluxOptions
 
     @classmethod
@@ -112,6 +168,10 @@ class Flux(TransformerBackbone):
         from diffusers import FluxPipeline
 
         return FluxPipeline
+
+    @property
+    def guided(self) -> bool:
+        return True
 
     @property
     def guidance(self) -> float:
@@ -130,30 +190,7 @@ class Flux(TransformerBackbone):
                 f"scheduler: FLUX.1-dev needs a FlowMatch scheduler with use_dynamic_shifting, not this {name}; see "
                 "scheduler_config.json"
             )
-        if config.get("time_shift_type", "exponential") != "exponential":
-            raise DiffalignError(f"scheduler: time_shift_type {config.time_shift_type!r} is not supported")
-        return FluxFlow(
-            (SIZE // (self.pipeline.vae_scale_factor * PATCH)) ** 2,
-            base_tokens=int(config.get("base_image_seq_len", 256)),
-            max_tokens=int(config.get("max_image_seq_len", 4096)),
-            base_shift=float(config.get("base_shift", 0.5)),
-            max_shift=float(config.get("max_shift", 1.15)),
-            timesteps=int(config.num_train_timesteps),
-            shift_terminal=config.get("shift_terminal"),
-        )
-
-    @property
-    def default_resolution(self) -> int:
-        return SIZE
-
-    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
-        tokens = (height // self.pixel_multiple) * (width // self.pixel_multiple)
-        even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
-        return {"sigmas": even, "mu": math.log(self.process.shift_of(tokens))}
-
-    @property
-    def pixel_multiple(self) -> int:
-        return self.vae_scale_factor * PATCH
+        return FluxFlow.of(scheduler, self.tokens(SIZE, SIZE))
 
     def facts(self) -> dict[str, str | int]:
         return super().facts() | {"guidance": f"{self.guidance:g}"}

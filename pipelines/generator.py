@@ -1,7 +1,7 @@
-"""Draw images from any model of this package, and from a few that it only draws from.
+"""Draw images from any model of this package, and from one that it only draws from.
 
 A `Generator` has one method that matters, `draw`. Families with a backbone are drawn from through it, so that a LoRA or the
-weights of a run apply; PixArt-Sigma and Stable Cascade are plain diffusers pipelines.
+weights of a run apply; Stable Cascade is a plain diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffalign.pipelines.hub import find_index
 from diffalign.pipelines.loading import BACKBONES, load_backbone, model_index, read_index
 from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value
-from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline, pixart
+from diffalign.pipelines.plain_pipelines import cascade_decoder, cascade_prior, find_source, load_pipeline
 from diffalign.pipelines.prompt_length import count_longer
 from diffalign.pipelines.settings import SamplingKeywords, SamplingSettings, merged
 from diffalign.pipelines.source import Source
@@ -229,16 +229,6 @@ class PlainGenerator(Generator):
         )
 
 
-class PixArtGenerator(PlainGenerator):
-    """PixArt-Sigma. Prompts go in as they are, and images keep the size that was asked for."""
-
-    def _call(
-        self, prompts: list[str], generators: list[torch.Generator], arguments: dict[str, object]
-    ) -> list[Image.Image]:
-        plain = {"clean_caption": False, "use_resolution_binning": False, **arguments}
-        return super()._call(prompts, generators, plain)
-
-
 class CascadeGenerator(PlainGenerator):
     """Stable Cascade: a prior, with `steps` and `guidance_scale`, then a decoder (`decoder_steps`, `decoder_guidance`)."""
 
@@ -318,14 +308,12 @@ def load_generator(
             **options,
         )
         return BackboneGenerator(backbone)
-    if name not in ("PixArtSigmaPipeline", "StableCascadeDecoderPipeline"):
+    if name != "StableCascadeDecoderPipeline":
         raise DiffalignError(
-            f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)}, "
-            "PixArtSigmaPipeline and StableCascadeDecoderPipeline"
+            f"{path}: pipeline class {name} is not supported; supported are {', '.join(BACKBONES)} and "
+            "StableCascadeDecoderPipeline"
         )
     source = find_source(path, index, commit, variant, token, local_files_only)
-    if name == "PixArtSigmaPipeline":
-        return PixArtGenerator(load_pipeline(pixart, source, dtype, device), source, dtype)
     index, commit = find_index(prior or PRIOR, None, token, local_files_only)
     first = find_source(prior or PRIOR, index, commit, variant, token, local_files_only)
     stages = load_pipeline(cascade_prior, first, dtype, device), load_pipeline(cascade_decoder, source, dtype, device)

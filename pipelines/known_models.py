@@ -1,14 +1,15 @@
 """Published models whose sizes are known here, so that a dry run needs neither their files nor a network.
 
-`known_models.json` has, by hub id: the pipeline's class; the trunk's config as published; the scheduler; the tokens of a
-prompt; the number of weights of the other components, and the bytes of a number in the repository's files; the page of
-terms to accept, where the repository is gated.
+`known_models.json` has, by hub id: the pipeline's class; the configs of trunk and VAE as published (no VAE: one with the
+factor 8 stands in); the scheduler; the tokens of a prompt; the number of weights of the other components, and the bytes of
+a number in the repository's files; the page of terms to accept, where the repository is gated.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
 from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.checkpointing import Checkpointing
+from diffalign.pipelines.components import component_types
 from diffalign.pipelines.loading import BACKBONES
 from diffalign.pipelines.options import Value, read_options
 from diffalign.pipelines.source import Source
@@ -29,13 +30,8 @@ VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-"""A stand-in of a few weights, of the factor that all these models have."""
-TRUNKS = {
-    "StableDiffusionPipeline": "UNet2DConditionModel",
-    "StableDiffusionXLPipeline": "UNet2DConditionModel",
-    "StableDiffusion3Pipeline": "SD3Transformer2DModel",
-    "FluxPipeline": "FluxTransformer2DModel",
-}
+"""A stand-in of a few weights, of the factor that most models have."""
+CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,9 @@ class KnownModel:
     others: dict[str, int]
     bytes: dict[str, int]
     terms: str | None
+    vae: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's class, as model_index.json has them."""
 
     def download_bytes(self, variant: str | None, weights: int, left_out: tuple[str, ...] = ()) -> int:
         """Return the size of what is downloaded, about; `weights`: of the trunk. left_out: components that are not."""
@@ -62,6 +61,21 @@ class Tokens:
     """In a tokenizer's place: how long a prompt may be."""
 
     model_max_length: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return one token."""
+        return [0]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """In a processor's place: a template of no tokens."""
+
+    tokenizer: Tokens
+
+    def apply_chat_template(self, messages: object, **options: object) -> list[list[int]]:
+        """Return the tokens of one conversation."""
+        return [[]]
 
 
 @cache
@@ -83,37 +97,33 @@ def known_backbone(
 ) -> Backbone:
     """Build a known model without weights: its trunk lies on the meta device, and it has no text encoders.
 
-    It has facts, tunes and predicts shapes. Raises DiffalignError as `load_backbone` does for options, and for 4-bit weights,
-    which need the weights themselves.
+    It has facts, tunes and predicts shapes. Raises DiffalignError as `load_backbone` does for options.
     """
     import diffusers
 
     model = known_models()[path]
     kind = BACKBONES[model.pipeline]
-    if quantize == "nf4":
-        raise DiffalignError(f"model.quantize=nf4: the memory of {path} is not predicted without its weights")
+    types = component_types(kind.pipeline_class(), kind.component_classes())
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            trunk = getattr(diffusers, TRUNKS[model.pipeline])(**model.trunk)
+            trunk: Any = types[kind.trunk_name](**model.trunk)
     finally:
         torch.set_default_dtype(before)
     settings = dict(model.scheduler)
     scheduler = getattr(diffusers, settings.pop("class"))(**settings)
-    channels = trunk.config.out_channels or trunk.config.in_channels // 4  # FLUX packs 2 x 2 of a latent
     with torch.device("meta"):
-        vae = diffusers.AutoencoderKL(**VAE, latent_channels=channels)
-    tokenizer = Tokens(77)
-    parts: dict[str, Any] = {"vae": vae, "scheduler": scheduler, "text_encoder": None, "tokenizer": tokenizer}
-    if model.pipeline == "StableDiffusionPipeline":
-        parts |= {"safety_checker": None, "feature_extractor": None}
-    else:
-        parts |= {"text_encoder_2": None, "tokenizer_2": Tokens(model.tokens)}
-    if model.pipeline == "StableDiffusion3Pipeline":
-        parts |= {"text_encoder_3": None, "tokenizer_3": None}
-    unet = TRUNKS[model.pipeline].startswith("UNet")
-    pipeline = kind.pipeline_class()(**parts, **{"unet" if unet else "transformer": trunk}, **kind.loading_options)
+        vae = types["vae"](**(model.vae or {**VAE, "latent_channels": _latent_channels(trunk)}))
+    ready = {kind.trunk_name: trunk, "vae": vae, "scheduler": scheduler}
+    parts: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind.pipeline_class().__init__).parameters.items():
+        if name != "self" and parameter.default is inspect.Parameter.empty:
+            clip = "CLIP" in getattr(types[name], "__name__", "")
+            tokens = Tokens(CLIP_TOKENS if clip else model.tokens)
+            stand_ins = {"processor": Processor(tokens)} | ({name: tokens} if name.startswith("tokenizer") else {})
+            parts[name] = ready.get(name, stand_ins.get(name))
+    pipeline = kind.pipeline_class()(**parts, **kind.loading_options, **model.arguments)
     return kind(
         pipeline,
         Source(path, Path(path), None),
@@ -127,17 +137,13 @@ def known_backbone(
     )
 
 
+def _latent_channels(trunk: Any) -> int:
+    config = trunk.config
+    # FLUX packs 2 x 2 of a latent; Z-Image states one number for both sides.
+    return int(config.get("out_channels", config.in_channels) or config.in_channels // 4)
+
+
 def empty_conditioning(backbone: Backbone) -> dict[str, Tensor]:
     """Return tensors in the shapes of `encode_prompts` of one prompt, on the meta device, for a known backbone."""
-    config: Any = backbone.trunk.config
-    tokens = backbone.prompt_tokens()
-    if "cross_attention_dim" in config:
-        found = {"prompt_embeds": torch.empty(1, tokens, config.cross_attention_dim, device="meta")}
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            found["pooled_prompt_embeds"] = torch.empty(1, pooled, device="meta")
-        return found
-    return {
-        "prompt_embeds": torch.empty(1, tokens, config.joint_attention_dim, device="meta"),
-        "pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta"),
-    }
+    shapes = backbone.conditioning_shapes()
+    return {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}

@@ -17,14 +17,20 @@ from diffalign.pipelines.base import Backbone
 from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.components import check_files, is_component, load_components
 from diffalign.pipelines.flux import Flux
+from diffalign.pipelines.flux2 import Flux2, Flux2Klein
 from diffalign.pipelines.hub import INDEX, download, find_index
 from diffalign.pipelines.lora_file import TextEncoders
 from diffalign.pipelines.options import Value, read_options
+from diffalign.pipelines.pixart import PixArt
 from diffalign.pipelines.prompt_length import hide_truncation_warnings
+from diffalign.pipelines.qwen_image import QwenImage
+from diffalign.pipelines.qwen_image_21 import QwenImage21
+from diffalign.pipelines.sana import Sana
 from diffalign.pipelines.single_file import config_index, is_single_file, left_out, load_single_file
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from diffalign.pipelines.stable_diffusion_3 import StableDiffusion3
+from diffalign.pipelines.z_image import ZImage
 from diffalign.pretrained import foreign
 
 if TYPE_CHECKING:
@@ -38,6 +44,13 @@ BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
+    "PixArtSigmaPipeline": PixArt,
+    "SanaPipeline": Sana,
+    "ZImagePipeline": ZImage,
+    "QwenImagePipeline": QwenImage,
+    "QwenImage21Pipeline": QwenImage21,
 }
 # Components that are never needed: a filter for finished images, and inputs of image prompts.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -181,7 +194,16 @@ def _load_pipeline(
                 f"{source.path}: {kind.family} is not read from a single file; give a folder or hub id"
             )
         return load_single_file(source, components, wanted, dtype, kind.loading_options)
-    networks = load_components(source, components, wanted, dtype, vae_dtype=torch.float32)
+    networks = load_components(
+        source,
+        components,
+        wanted,
+        dtype,
+        torch.float32,
+        kind.component_classes(),
+        kind.published_as,
+        text_dtype=kind.text_dtype(dtype),
+    )
     options: dict[str, Any] = {**source.absent, **networks, **kind.loading_options}
     with foreign(f"{source.path} cannot be loaded as {wanted.__name__}"):
         return wanted.from_pretrained(source.folder, local_files_only=True, **options)

@@ -42,17 +42,17 @@ class SD3Options(Options):
     )
 
 
+GUIDANCE = {
+    "ge": 0,
+    "description": "guidance scale, an input of the network: the one to train under, which must be that of the data",
+}
+
+
 @dataclass(frozen=True)
 class FluxOptions(Options):
     """The options of FLUX.1-dev."""
 
-    guidance: float = field(
-        default=3.5,
-        metadata={
-            "ge": 0,
-            "description": "guidance scale, an input of the network: the one to train under, which must be that of the data",
-        },
-    )
+    guidance: float = field(default=3.5, metadata=GUIDANCE)
     max_sequence_length: int | None = field(
         default=None,
         metadata={
@@ -63,7 +63,64 @@ class FluxOptions(Options):
     )
 
 
-OPTIONS: dict[str, type[Options]] = {"sd15": Options, "sdxl": Options, "sd3": SD3Options, "flux": FluxOptions}
+@dataclass(frozen=True)
+class Flux2KleinOptions(Options):
+    """The options of FLUX.2 klein."""
+
+    max_sequence_length: int | None = field(
+        default=None, metadata={"gt": 0, "le": 512, "description": "tokens of a prompt that are encoded; null: 512"}
+    )
+
+
+@dataclass(frozen=True)
+class Flux2Options(Flux2KleinOptions):
+    """The options of FLUX.2-dev."""
+
+    guidance: float = field(default=4.0, metadata=GUIDANCE)
+
+
+@dataclass(frozen=True)
+class MaskedPromptOptions(Options):
+    """The options of PixArt-Sigma."""
+
+    max_sequence_length: int | None = field(
+        default=None, metadata={"gt": 0, "le": 300, "description": "tokens of a prompt that are encoded; null: 300"}
+    )
+
+
+@dataclass(frozen=True)
+class SanaOptions(MaskedPromptOptions):
+    """The options of Sana."""
+
+    instruction: bool = field(
+        default=True,
+        metadata={"description": "false: the prompt alone, without the instruction that the pipeline puts before it"},
+    )
+
+
+@dataclass(frozen=True)
+class PromptOptions(Options):
+    """The options of families whose text encoder is a language model."""
+
+    max_sequence_length: int = field(
+        default=512,
+        metadata={"gt": 0, "le": 1024, "description": "tokens of a prompt, with its template, that the network reads"},
+    )
+
+
+OPTIONS: dict[str, type[Options]] = {
+    "sd15": Options,
+    "sdxl": Options,
+    "sd3": SD3Options,
+    "flux": FluxOptions,
+    "flux2": Flux2Options,
+    "flux2_klein": Flux2KleinOptions,
+    "pixart": MaskedPromptOptions,
+    "sana": SanaOptions,
+    "z_image": PromptOptions,
+    "qwen_image": PromptOptions,
+    "qwen_image_21": PromptOptions,
+}
 """The options of each family, by the family's name."""
 
 

@@ -162,6 +162,37 @@ FLUX_SINGLE = {
     "attn.norm_k": "norm.key_norm",
 }
 FLUX_LINEAR1 = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+FLUX2 = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+FLUX2_BLOCK = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+FLUX2_SINGLE = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
 BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)")
 
 
@@ -189,6 +220,18 @@ def flux_place(name: str, config: Config) -> Place | None:
     if found[1] == "single_transformer_blocks":
         return _of_block(f"single_blocks.{found[2]}", found[3], FLUX_SINGLE, FLUX_LINEAR1, config)
     return _of_block(f"double_blocks.{found[2]}", found[3], FLUX_BLOCK, FLUX_QKV, config)
+
+
+def flux2_place(name: str, config: Config) -> Place | None:
+    """Place a layer of FLUX.2's transformer in the code of Black Forest Labs; None for a layer that it lacks."""
+    if name in FLUX2:
+        return Place(FLUX2[name], swapped=name == "norm_out.linear")
+    found = BLOCK.fullmatch(name)
+    if found is None:
+        return None
+    if found[1] == "single_transformer_blocks":
+        return _of_block(f"single_blocks.{found[2]}", found[3], FLUX2_SINGLE, {}, config)
+    return _of_block(f"double_blocks.{found[2]}", found[3], FLUX2_BLOCK, FLUX_QKV, config)
 
 
 def _of_block(

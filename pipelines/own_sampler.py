@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines.process import NoiseProcess
+from diffalign.pipelines.schedulers import is_flow
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -51,7 +52,7 @@ def reason_not_followed(scheduler: SchedulerMixin) -> str | None:
     """Return why training cannot unroll this scheduler, and what to set; None where it can."""
     name = type(scheduler).__name__
     followed = name in NEEDED
-    other = "FlowMatchEulerDiscreteScheduler" if "FlowMatch" in name else "DDIMScheduler"
+    other = "FlowMatchEulerDiscreteScheduler" if is_flow(scheduler) else "DDIMScheduler"
     target = name if followed else other
     wrong = {key: value for key, value in NEEDED[target].items() if scheduler.config.get(key, value) != value}
     if followed and not wrong:

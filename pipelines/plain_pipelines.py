@@ -1,4 +1,4 @@
-"""Load diffusers pipelines that have no backbone here: PixArt-Sigma and Stable Cascade, which are only drawn from."""
+"""Load a diffusers pipeline that has no backbone here: Stable Cascade, which is only drawn from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffalign.pipelines.components import check_files, load_components
-from diffalign.pipelines.hub import INDEX, download, hub_errors
+from diffalign.pipelines.hub import INDEX, hub_errors
 from diffalign.pipelines.loading import read_index
 from diffalign.pipelines.prompt_length import hide_truncation_warnings
 from diffalign.pipelines.source import Source
@@ -32,10 +32,7 @@ def find_source(
     absent: dict[str, None] = {name: None for name in ("image_encoder", "feature_extractor") if name in components}
     folder = index.parent
     if commit is not None and not local:
-        if components["_class_name"] == "PixArtSigmaPipeline":
-            folder = download(path, commit, variant, token, absent)
-        else:
-            folder = _snapshot(path, commit, variant, token)
+        folder = _snapshot(path, commit, variant, token)
     source = Source(path, folder, commit, variant, absent)
     check_files(source, components)
     return source
@@ -70,14 +67,6 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     hide_truncation_warnings()
     return pipeline.to(device)
-
-
-def pixart(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load PixArt-Sigma."""
-    from diffusers import PixArtSigmaPipeline
-
-    networks: Any = _networks(source, PixArtSigmaPipeline, dtype)
-    return PixArtSigmaPipeline.from_pretrained(source.folder, local_files_only=True, **networks, **source.absent)
 
 
 def cascade_prior(source: Source, dtype: torch.dtype) -> DiffusionPipeline:

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WARNINGS = ("part of your input was truncated because", "Token indices sequence length is longer than")
-"""What diffusers' pipelines and transformers' tokenizers say of every long prompt."""
+WARNINGS = (
+    "part of your input was truncated because",
+    "Token indices sequence length is longer than",
+    "negative_prompt is passed but classifier-free guidance is not enabled",
+)
+"""What diffusers' pipelines and transformers' tokenizers say of every long prompt, and of every prompt drawn unguided."""
 
 
 class _NoTruncation(logging.Filter):

@@ -9,6 +9,7 @@ the same quantised layers, so a fresh LoRA still leaves a margin of exactly 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from diffalign.errors import DiffalignError
 from diffalign.packages import require
 
 QUANTIZE = ("none", "int8", "nf4")
+NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256
+"""How many 4-bit weights share a scale, and how many of these scales another one (bitsandbytes' defaults)."""
 
 
 class _Int8Product(torch.autograd.Function):
@@ -93,22 +96,52 @@ def _nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     return moved
 
 
+class Linear4bit(nn.Linear):
+    """The shapes of bitsandbytes' layer of this name on the meta device, where that package does not run."""
+
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Linear4bit:
+        """Return the shapes of a layer in 4 bits: two weights a byte, 8-bit scales for 64 of them, and scales of those."""
+        new = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        new.bias, new.compute_dtype = layer.bias, layer.weight.dtype
+        weights = layer.weight.numel()
+        scales = -(-weights // NF4_BLOCK)
+
+        def state(count: int, dtype: torch.dtype, codes: int, below: SimpleNamespace | None) -> SimpleNamespace:
+            absmax, code = torch.empty(count, dtype=dtype, device="meta"), torch.empty(codes, device="meta")
+            return SimpleNamespace(absmax=absmax, code=code, nested=below is not None, state2=below)
+
+        outer = state(-(-scales // NF4_OUTER_BLOCK), torch.float32, 256, None)
+        packed = torch.empty(-(-weights // 2), 1, dtype=torch.uint8, device="meta")
+        new.weight = nn.Parameter(packed, requires_grad=False)
+        vars(new.weight)["quant_state"] = inner = state(scales, torch.uint8, 16, outer)
+        inner.shape = layer.weight.shape
+        return new
+
+
 def quantize_blocks(trunk: nn.Module, kind: str, blocks: Sequence[str], device: torch.device) -> None:
     """Replace the linear layers inside modules of these class names, one by one, so that little is held twice.
 
-    Raises DiffalignError for an unknown kind, and for nf4 without bitsandbytes.
+    Raises DiffalignError for an unknown kind, and for nf4 without bitsandbytes. On the meta device nf4 needs it not.
     """
     if kind not in QUANTIZE:
         raise DiffalignError(f"model.quantize: unknown kind '{kind}'; choose one of {', '.join(QUANTIZE)}")
     if kind == "none":
         return
-    if kind == "nf4":
+    shapes = kind == "nf4" and device.type == "meta"
+    if kind == "nf4" and not shapes:
         require("bitsandbytes", "model.quantize=nf4", "use int8")
     for block in [module for module in trunk.modules() if type(module).__name__ in blocks]:
         for parent in list(block.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) is nn.Linear:
-                    new = Int8Linear.of(layer) if kind == "int8" else _nf4(layer, device)
+                    new: nn.Module
+                    if kind == "int8":
+                        new = Int8Linear.of(layer)
+                    else:
+                        new = Linear4bit.of(layer) if shapes else _nf4(layer, device)
                     parent.register_module(name, new.requires_grad_(False))
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
 from diffalign.pipelines.drawn_noise import NoiseRecord, noise_record, seeded
 from diffalign.pipelines.encoding import Encoding
 from diffalign.pipelines.settings import SamplingKeywords, SamplingSettings, merged
@@ -73,6 +73,35 @@ class Sampling(Encoding):
         if negatives is not None:
             inputs["negative_prompt"] = negatives
         return self._sample(inputs, seeds, chosen, output_type)
+
+    def edit(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        seeds: Sequence[int],
+        settings: SamplingSettings | None = None,
+        **single: Unpack[SamplingKeywords],
+    ) -> list[Image.Image]:
+        """Edit one image per prompt and seed through the diffusers pipeline, under the current role; else as `sample`.
+
+        Raises DiffalignError for a family that takes no image, and for lists of unequal lengths.
+        """
+        if self.condition is None:
+            raise DiffalignError(f"{self.path}: family {self.family} takes no image to edit")
+        if not len(prompts) == len(images) == len(seeds) or not prompts:
+            raise DiffalignError(
+                f"edit: {len(prompts)} prompts, {len(images)} images and {len(seeds)} seeds; one of each is needed"
+            )
+        chosen = merged(settings, single)
+        found: list[Image.Image] = []
+        for prompt, image, seed in zip(prompts, images, seeds, strict=True):  # pipelines take one image for all prompts
+            try:
+                with torch.no_grad():
+                    drawn = self._sample({"prompt": [prompt], "image": image}, [seed], chosen, "pil")
+            except ValueError as error:  # diffusers refuses images that are too small or too long
+                raise DiffalignError(f"edit: image {len(found)} cannot be edited: {brief(error)}") from error
+            found += drawn if isinstance(drawn, list) else []
+        return found
 
     @overload
     def sample_encoded(
@@ -164,10 +193,11 @@ class Sampling(Encoding):
         noise = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
         # After full fine-tuning of a bf16 checkpoint the trunk is float32 while the encoders are not.
         mixed = self.base_dtype(self.pipeline_trunk) != self.dtype
+        kept = torch.float32 if self.latents_in_float32 else self.dtype
         with torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext():
             latents = self.pipeline(
                 **inputs,
-                latents=self.to_pipeline(noise.to(self.device, self.dtype)),
+                latents=self.to_pipeline(noise.to(self.device, kept)),
                 generator=generators,
                 num_inference_steps=settings.steps,
                 height=height,

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from diffalign.errors import DiffalignError, brief
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Return whether a scheduler is that of a rectified flow: FlowMatch by name, or a solver that predicts a flow."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def replace_scheduler(pipeline: DiffusionPipeline, name: str, options: Mapping[str, object]) -> None:
@@ -33,7 +38,7 @@ def replace_scheduler(pipeline: DiffusionPipeline, name: str, options: Mapping[s
     if name not in classes:
         raise DiffalignError(f"scheduler.name {name}: unknown; there are {', '.join(classes)}")
     before = pipeline.scheduler
-    flow = "FlowMatch" in type(before).__name__
+    flow = is_flow(before)
     if flow != name.startswith("flow_"):
         kind = "a rectified-flow model" if flow else "a diffusion model"
         fitting = [n for n in classes if n.startswith("flow_") == flow]
@@ -44,7 +49,9 @@ def replace_scheduler(pipeline: DiffusionPipeline, name: str, options: Mapping[s
         raise DiffalignError(f"scheduler.options: {name} has no {wrong[0]}; it has {', '.join(sorted(known))}")
     # diffusers' default for some clips an image's pixels to [-1, 1]; latents lie far outside.
     unclipped = {"clip_sample": before.config.get("clip_sample", False)} if "clip_sample" in known else {}
+    # A solver's config calls the shift of a flow flow_shift.
+    shift = {"shift": before.config.flow_shift} if flow and "flow_shift" in before.config else {}
     try:
-        pipeline.scheduler = classes[name].from_config(before.config, **{**unclipped, **options})
+        pipeline.scheduler = classes[name].from_config(before.config, **{**unclipped, **shift, **options})
     except (ValueError, TypeError, ImportError) as error:
         raise DiffalignError(f"scheduler {name}: {brief(error)}") from error

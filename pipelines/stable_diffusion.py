@@ -71,6 +71,9 @@ class _UNetBackbone(Backbone):
     def prompt_tokens(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length)
 
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.prompt_tokens(), self._model.config.cross_attention_dim)}
+
     def middle_block(self) -> nn.Module:
         return self.pipeline_trunk.get_submodule("mid_block")
 
@@ -125,6 +128,11 @@ class StableDiffusionXL(_UNetBackbone):
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self._model.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {**super().conditioning_shapes(), "pooled_prompt_embeds": (pooled,)}
 
     def forward(self, module: nn.Module, noisy: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         height, width = (side * self.vae_scale_factor for side in noisy.shape[-2:])

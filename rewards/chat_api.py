@@ -7,8 +7,6 @@ written nowhere.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 import time
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.images import data_uri, encoded
 from diffalign.redaction import redact
 
 if TYPE_CHECKING:
@@ -159,7 +158,8 @@ class ChatAPI:
         for before, image in question.images:
             if before:
                 content.append({"type": "text", "text": before})
-            content.append({"type": "image_url", "image_url": {"url": _data_url(image)}})
+            url = data_uri(encoded(image.convert("RGB"), "PNG"), "png")
+            content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": question.text})
         body: dict[str, Any] = {
             "model": self.model,
@@ -182,18 +182,30 @@ def read_answer(reply: Any) -> Answer:
     text = choice["message"].get("content")
     if not isinstance(text, str):
         raise ValueError("message.content is no text")
+    try:
+        tokens = _tokens(choice.get("logprobs"))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        tokens = ()  # the text is an answer, whatever form its probabilities have
+    return Answer(text, tokens, choice.get("finish_reason") == "length")
+
+
+def _tokens(logprobs: Any) -> tuple[Token, ...]:
+    """Return the tokens of an answer with their probabilities; none where the server gives none.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or OverflowError for another object.
+    """
     tokens = []
-    for one in (choice.get("logprobs") or {}).get("content") or []:
-        top = {str(t["token"]): math.exp(min(0.0, float(t["logprob"]))) for t in one.get("top_logprobs") or []}
-        top.setdefault(str(one["token"]), math.exp(min(0.0, float(one["logprob"]))))
+    for one in (logprobs or {}).get("content") or []:
+        top = {str(t["token"]): _probability(t["logprob"]) for t in one.get("top_logprobs") or []}
+        top.setdefault(str(one["token"]), _probability(one["logprob"]))
         tokens.append(Token(str(one["token"]), top))
-    return Answer(text, tuple(tokens), choice.get("finish_reason") == "length")
+    return tuple(tokens)
 
 
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _probability(logprob: Any) -> float:
+    if math.isnan(value := float(logprob)):
+        raise ValueError("a logprob is not a number")
+    return math.exp(min(0.0, value))
 
 
 def _message(reply: httpx.Response) -> str:

@@ -4,7 +4,6 @@ A method that is said to align should be able to raise them, and a report that l
 when the learnt one rose through mere contrast or flatness.
 """
 
-import io
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
+from diffalign.files.images import encoded
 from diffalign.rewards.base import Metadata, Reward
 from diffalign.rewards.pixels import to_tensor
 
@@ -52,9 +52,7 @@ class JpegCompressibility(Reward):
         self.reasons = [""] * len(images)
         sizes = []
         for image in images:
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, format="JPEG", quality=self.quality)
-            sizes.append(-self.sign * buffer.tell() / 1000)
+            sizes.append(-self.sign * len(encoded(image.convert("RGB"), "JPEG", quality=self.quality)) / 1000)
         return {self.columns[0]: torch.tensor(sizes, dtype=torch.float32)}
 
 

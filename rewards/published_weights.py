@@ -67,8 +67,8 @@ def fetch(
         why = "not in the local cache, and the hub gave no answer" if absent else brief(error).rstrip(".")
         raise DiffalignError(
             f"{asked} {reward}: {what} of https://huggingface.co/{repo} (revision {revision}) is not reachable: "
-            f"{why}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and point to "
-            f"the copy: --{asked} {reward}:{option}=PATH"
+            f"{why}. Download it elsewhere ({download_command(repo, 'FOLDER', file=file)}) and name "
+            f"the copy: {reward}:{option}=PATH"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -19,7 +18,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, brief
+from diffalign.files.images import encoded
 from diffalign.files.parse import valid_unicode
+from diffalign.progress import say_aside
 from diffalign.remote_address import TOKEN_KEY, RemoteAddress, remote_address
 from diffalign.rewards.base import LABEL, TAKEN_NAMES, Metadata, Prepared, Reward, by_column
 from diffalign.rewards.remote_protocol import (
@@ -45,6 +46,8 @@ COLUMN = re.compile(r"[\w@.+-]{1,64}", re.ASCII)
 """The form of a column's name, which becomes one of our tables'."""
 GONE = (502, 504)
 """Statuses of a proxy whose server does not answer."""
+SILENCE = 5.0
+"""Seconds of retries after which a busy server is reported; one that does not answer is reported at once."""
 ENCODINGS = ("auto", "png", "ppm")
 
 
@@ -146,9 +149,8 @@ class Remote(Reward):
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return the bytes of the image file that is sent, uint8 [N]."""
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG" if self.png else "PPM", compress_level=1)
-        return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        file = encoded(image.convert("RGB"), "PNG" if self.png else "PPM", compress_level=1)
+        return torch.frombuffer(bytearray(file), dtype=torch.uint8)
 
     def measure(
         self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
@@ -210,11 +212,12 @@ class Remote(Reward):
     def _ask(self, method: str, path: str, **content: Any) -> bytes:
         """Return the body of an answer; a lost connection or a busy server is tried again for `patience` seconds.
 
-        Raises DiffalignError for a refusal, and when `patience` ends.
+        A wait is reported once. Raises DiffalignError for a refusal, and when `patience` ends.
         """
         import httpx
 
         until, wait, tries = math.inf, FIRST_WAIT, 0
+        reported = False
         while True:
             tries += 1
             after = 0.0
@@ -228,17 +231,25 @@ class Remote(Reward):
                 if answer.status_code not in (*BUSY, *GONE):
                     raise DiffalignError(f"reward remote: {self.address.root}: {problem}")
                 after = _seconds(answer.headers.get("retry-after"))
+                lost = answer.status_code in GONE
             except httpx.TransportError as error:
-                problem = brief(error)
+                problem, lost = brief(error), True
             except httpx.HTTPError as error:
                 raise self._misread(brief(error)) from error
             until = min(until, time.monotonic() + self.patience)
             # At random, so that clients that were cut off together do not return together.
             pause = max(after, wait * random.SystemRandom().uniform(0.5, 1.0))
             if time.monotonic() + pause > until:
+                asked = "1 try" if tries == 1 else f"{tries} tries"
                 raise DiffalignError(
-                    f"reward remote: no answer from {self.address.root} in {tries} tries over {self.patience:g} s: {problem}; "
+                    f"reward remote: no answer from {self.address.root} in {asked} over {self.patience:g} s: {problem}; "
                     "see that the server runs, or set patience higher"
+                )
+            left = until - time.monotonic()
+            if not reported and (lost or left < self.patience - SILENCE):
+                reported = True
+                say_aside(
+                    f"reward remote: no answer from {self.address.root} ({problem}); trying for {left:.0f} s more"
                 )
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT)

@@ -94,8 +94,8 @@ class ZReward(VisionLanguageReward):
     def path(self) -> Path:
         if self.local is None and not self.repo:
             raise DiffalignError(
-                "reward zreward: no public weights exist; name a judge, --reward zreward:weights=FOLDER, or any image-text "
-                "model, --reward zreward:model=HUB_ID"
+                "reward zreward: no public weights exist; name a judge, zreward:weights=FOLDER, or any image-text model, "
+                "zreward:model=HUB_ID"
             )
         return super().path
 

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from helpers import tiny
+from helpers import tiny, tiny_qwen
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -61,6 +61,42 @@ def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny genuine FluxPipeline folder with guidance embedding (flow). Shared: do not write into it."""
     return tiny.flux(tmp_path_factory.mktemp("flux") / "model")
+
+
+@pytest.fixture(scope="session")
+def flux2_klein_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine Flux2KleinPipeline folder, not distilled (flow). Shared: do not write into it."""
+    return tiny.flux2_klein(tmp_path_factory.mktemp("flux2_klein") / "model")
+
+
+@pytest.fixture(scope="session")
+def sana_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine SanaPipeline folder (flow, DPM-Solver). Shared: do not write into it."""
+    return tiny.sana(tmp_path_factory.mktemp("sana") / "model")
+
+
+@pytest.fixture(scope="session")
+def pixart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine PixArtSigmaPipeline folder (epsilon, DPM-Solver). Shared: do not write into it."""
+    return tiny.pixart(tmp_path_factory.mktemp("pixart") / "model")
+
+
+@pytest.fixture(scope="session")
+def z_image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine ZImagePipeline folder with a fixed shift (flow). Shared: do not write into it."""
+    return tiny_qwen.z_image(tmp_path_factory.mktemp("z_image") / "model")
+
+
+@pytest.fixture(scope="session")
+def qwen_image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine QwenImagePipeline folder (flow). Shared: do not write into it."""
+    return tiny_qwen.qwen_image(tmp_path_factory.mktemp("qwen_image") / "model")
+
+
+@pytest.fixture(scope="session")
+def qwen_image_21_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny genuine QwenImage21Pipeline folder (flow). Shared: do not write into it."""
+    return tiny_qwen.qwen_image_21(tmp_path_factory.mktemp("qwen_image_21") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,20 @@
 """The group `bench`: judge a model by published suites, compare two results, list the suites."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from diffalign.cli.config_verb import DryRun
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.groups import DefaultGroup
+from diffalign.cli.help import examples
 
 
-class BenchGroup(TyperGroup):
-    """A group whose first argument may be a model instead of a command: `bench MODEL` is `bench run MODEL`.
+class BenchGroup(DefaultGroup):
+    """`bench MODEL` is `bench run MODEL`."""
 
-    The context is typed Any: its class is click's, or that of the copy of click inside typer.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Return what is left of the arguments, with the command in front."""
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
+    default = "run"
 
 
 bench = typer.Typer(
@@ -31,7 +25,7 @@ bench = typer.Typer(
 )
 
 
-@bench.command("run")
+@bench.command("run", epilog=examples("bench run"))
 def run(
     model: Annotated[
         str,
@@ -74,7 +68,7 @@ def run(
         judge_suites(config, BenchRequest(task, judge or [], data, n, dry_run))
 
 
-@bench.command("compare")
+@bench.command("compare", epilog=examples("bench compare"))
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A bench.json, or the folder that holds it.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same prompts and judges.")],
@@ -89,7 +83,7 @@ def compare(
         compare_results(first, second)
 
 
-@bench.command("suites")
+@bench.command("suites", epilog=examples("bench suites"))
 def suites() -> None:
     """List the suites.
 

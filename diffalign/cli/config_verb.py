@@ -1,6 +1,6 @@
 """What verbs with a config share: their arguments, and the config checked before torch is imported.
 
-@verbs.command()
+@verbs.command(epilog=examples("train"))
 def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     \"\"\"Train a model on preference data.\"\"\"
     with checked_config("train", config, overrides) as checked:
@@ -16,14 +16,33 @@ from typing import Annotated, Any
 
 import typer
 
+from diffalign.cli.complete import config_keys, config_names, reward_names
 from diffalign.cli.errors import plain_errors
 
 Source = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped recipe such as sdxl_dpo.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or the name of a shipped recipe; `diffalign recipes` lists them.",
+        autocompletion=config_names,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.SUB=VALUE", help="Values that replace those of CONFIG, such as train.steps=200."),
+    typer.Argument(
+        metavar="KEY.SUB=VALUE",
+        help="Values that replace those of CONFIG; docs/config.md has all keys.",
+        autocompletion=config_keys,
+    ),
+]
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        "-r",
+        help="What scores, in the place of CONFIG's: NAME or NAME:key=value,... Repeat for several.",
+        autocompletion=reward_names,
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the command would do; write nothing.")]
 
@@ -41,11 +60,18 @@ def checked_config(kind: str, source: str, overrides: list[str] | None) -> Itera
         yield config.load_for(kind, source, overrides or ())
 
 
-def reward_overrides(rewards: Sequence[str]) -> list[str]:
-    """Return the overrides of an evaluation for `--reward` options: the first is `reward`, the others are `more_rewards`.
+REWARD_KEYS = {
+    "synth": "rewards",
+    "rounds": "data.rewards",
+    "distill": "reward.terms",
+    "reward-gradient": "rewards",
+    "rank": "sources",
+}
+"""Where the `--reward` options of a verb stand in its config; those of eval are `reward` and `more_rewards`."""
 
-    A mistake in them is one line and exit code 2.
-    """
+
+def reward_overrides(kind: str, rewards: Sequence[str] | None) -> list[str]:
+    """Return the overrides of a verb's config for its `--reward` options. A mistake in them is one line and exit code 2."""
     if not rewards:
         return []
     with plain_errors():
@@ -56,8 +82,12 @@ def reward_overrides(rewards: Sequence[str]) -> list[str]:
         labelled = [one for one in specs if one.label != one.name and ":" not in one.name]
         if labelled:
             raise DiffalignError(
-                f"--reward {labelled[0].label}={labelled[0].name}: eval takes no labels; write the name"
+                f"--reward {labelled[0].label}={labelled[0].name}: {kind} takes no labels; write the name"
             )
+        if kind == "rank":
+            return [f"sources={json.dumps([one.name for one in specs])}"]
         sections = [json.dumps({"name": one.name, "options": one.options}) for one in specs]
-        return [f"reward={sections[0]}", f"more_rewards=[{', '.join(sections[1:])}]"]
+        if kind == "eval":
+            return [f"reward={sections[0]}", f"more_rewards=[{', '.join(sections[1:])}]"]
+        return [f"{REWARD_KEYS[kind]}=[{', '.join(sections)}]"]
     return []

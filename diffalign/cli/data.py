@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
+from diffalign.cli.config_verb import DryRun, Overrides, Rewards, Source, checked_config, reward_overrides
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 
 data = typer.Typer(
     help="Convert, inspect and export datasets.",
@@ -24,7 +25,7 @@ Split = Annotated[
 ]
 
 
-@verbs.command("pairs")
+@verbs.command("pairs", epilog=examples("pairs"))
 def pairs(
     sources: Annotated[
         list[Path],
@@ -47,21 +48,21 @@ def pairs(
         write_pairs(sources, out, split or [])
 
 
-@verbs.command()
-def synth(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+@verbs.command(epilog=examples("synth"))
+def synth(config: Source, overrides: Overrides = None, reward: Rewards = None, dry_run: DryRun = False) -> None:
     """Make a ranked dataset from prompts.
 
     Generators draw images, rewards score them, and the scores become preferences. The same command resumes where it
     stopped, and several processes share the work. With --dry-run: draw and score a batch or two, and print the time, disk
     and cost of all.
     """
-    with checked_config("synth", config, overrides) as checked:
+    with checked_config("synth", config, [*(overrides or ()), *reward_overrides("synth", reward)]) as checked:
         from diffalign.stages.synth import synth
 
         synth(checked, dry_run=dry_run)
 
 
-@verbs.command()
+@verbs.command(epilog=examples("rank"))
 def rank(
     source: Annotated[
         str,
@@ -70,18 +71,19 @@ def rank(
         ),
     ],
     overrides: Overrides = None,
+    reward: Rewards = None,
 ) -> None:
     """Rank a scored dataset again.
 
     From stored scores: with other rewards, without near-ties, with k of K images, filters or splits.
     """
-    with checked_config("rank", source, overrides) as checked:
+    with checked_config("rank", source, [*(overrides or ()), *reward_overrides("rank", reward)]) as checked:
         from diffalign.stages.rank import rank
 
         rank(checked)
 
 
-@verbs.command()
+@verbs.command(epilog=examples("cache"))
 def cache(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Encode a dataset before training.
 
@@ -94,7 +96,7 @@ def cache(config: Source, overrides: Overrides = None, dry_run: DryRun = False) 
         cache(checked, dry_run=dry_run)
 
 
-@data.command("convert")
+@data.command("convert", epilog=examples("data convert"))
 def data_convert(
     sources: Annotated[
         list[Path], typer.Argument(metavar="SOURCE", help="A file or folder; or two folders: winners, then losers.")
@@ -119,7 +121,7 @@ def data_convert(
         convert(sources, out, form, split)
 
 
-@data.command("inspect")
+@data.command("inspect", epilog=examples("data inspect"))
 def data_inspect(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     html: Annotated[Path | None, typer.Option(help="Write a contact sheet: images from best to worst.")] = None,
@@ -135,7 +137,7 @@ def data_inspect(
         inspect(dataset, html, groups)
 
 
-@data.command("export")
+@data.command("export", epilog=examples("data export"))
 def data_export(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import typer
 
 from diffalign import stopping
+from diffalign.error_codes import NO_ROOM
 from diffalign.errors import DiffalignError
 from diffalign.packages import extras_named
 from diffalign.progress import say_aside
@@ -19,13 +20,15 @@ NOT_THERE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno
 def plain_errors(resumes: bool = False) -> Iterator[None]:
     """End the command with one line and an exit code (`diffalign.cli` lists them). Bugs keep their traceback.
 
+    The line of a mistake ends with its code, such as [DA102]; docs/errors.md explains the codes.
+
     resumes: whether the same command resumes where it was stopped; then signals are handled (`diffalign.stopping`).
     """
     try:
         with stopping.stopping_on_signals() if resumes else nullcontext(), extras_named():
             yield
     except DiffalignError as error:
-        raise _exit(f"error: {error}", 2) from None
+        raise _exit(f"error: {error} [{error.code}]", 2) from None
     except stopping.Stopped as stopped:
         raise _exit(str(stopped), stopping.RESUME_CODE) from None
     except KeyboardInterrupt:
@@ -37,7 +40,7 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
             if isinstance(error, EOFError):  # typer takes it for Ctrl-D: it would say "Aborted!" and hide the traceback
                 raise RuntimeError("a file ended too early") from error
             raise
-        raise _exit(f"error: {complaint}", 2) from None
+        raise _exit(f"error: {complaint} [{NO_ROOM}]", 2) from None
 
 
 def _exit(message: str, code: int) -> typer.Exit:

@@ -7,14 +7,27 @@ import typer
 
 from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.groups import DefaultGroup
+from diffalign.cli.help import examples
 
 if TYPE_CHECKING:
     from diffalign.judge.predict import Thinking
 
-verbs = typer.Typer()
 
-PERSONAL = "personal"
-"""In the place of a config: the verb fits a reward of one person's taste."""
+class JudgeGroup(DefaultGroup):
+    """`judge CONFIG` is `judge train CONFIG`."""
+
+    default = "train"
+
+
+judge = typer.Typer(
+    cls=JudgeGroup,
+    help="Train a judge of images, or a reward of your taste.\n\n`judge CONFIG` is `judge train CONFIG`.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+verbs = typer.Typer()
+verbs.add_typer(judge, name="judge")
 
 JudgeFolder = Annotated[Path, typer.Argument(metavar="JUDGE", help="A judge's folder, such as RUN/weights.")]
 Records = Annotated[Path, typer.Argument(metavar="RECORDS", help="ratings.jsonl or pairs.jsonl.")]
@@ -32,36 +45,49 @@ def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int)
     return Thinking(traces, max_tokens, temperature, batch_size)
 
 
-@verbs.command("judge")
+@judge.command("train", epilog=examples("judge"))
 def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a judge of images.
 
-    A teacher that reasons, or a student that scores at once. The same command resumes where it stopped. `judge personal
-    DATA` fits a reward of one person's taste to their choices in a dataset, within seconds; its keys, such as
-    features=pickscore, are in docs/config.md.
+    A teacher that reasons, or a student that scores at once. The same command resumes where it stopped.
     """
-    if config == PERSONAL:
-        _fit_personal(overrides or [], dry_run)
-        return
     with checked_config("judge", config, overrides) as checked:
         from diffalign.stages.judge import train_from_config
 
         train_from_config(checked, dry_run=dry_run)
 
 
-def _fit_personal(arguments: list[str], dry_run: bool) -> None:
+@judge.command("personal")
+def fit_personal(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DATASET|CONFIG", help="A dataset folder with votes, or a YAML file that names one."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="source=RATER, features=pickscore, out=FOLDER and more: docs/config.md has all."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Fit a reward of one person's taste.
+
+    To their choices in a dataset, within seconds. `diffalign score -r personal:weights=FOLDER` uses it.
+    """
     with plain_errors():
         from diffalign.errors import DiffalignError
 
-        if not arguments or (arguments[0].partition("=")[0].isidentifier() and "=" in arguments[0]):
+        name, equals, _ = source.partition("=")
+        if equals and name.isidentifier():
             raise DiffalignError("judge personal: name the dataset first, as `diffalign judge personal DATA`")
-    with checked_config("judge personal", arguments[0], arguments[1:]) as checked:
+    with checked_config("judge personal", source, overrides) as checked:
         from diffalign.stages.personal import fit
 
         fit(checked, dry_run=dry_run)
 
 
-@verbs.command("judge-distributions")
+@verbs.command("judge-distributions", epilog=examples("judge-distributions"))
 def judge_distributions(
     judge: JudgeFolder,
     records: Records,
@@ -84,7 +110,7 @@ def judge_distributions(
         distributions(judge, records, out or records.parent / "distributions.jsonl", thinking, device, seed)
 
 
-@verbs.command("judge-eval")
+@verbs.command("judge-eval", epilog=examples("judge-eval"))
 def judge_eval(
     judge: JudgeFolder,
     records: Records,

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
 
-@verbs.command("score")
+@verbs.command("score", epilog=examples("score"))
 def score_images(
     images: Annotated[
         list[str],
@@ -98,7 +99,7 @@ def _place(text: str | None) -> Path | str | None:
     return text if text is None or is_address(text) else Path(text)
 
 
-@verbs.command("measure")
+@verbs.command("measure", epilog=examples("measure"))
 def measure_sets(
     images: Annotated[
         list[str],
@@ -130,7 +131,7 @@ def measure_sets(
         measure_images(MeasureRequest(images, measure, reference, output, batch_size, device))
 
 
-@verbs.command("rewards")
+@verbs.command("rewards", epilog=examples("rewards"))
 def list_rewards(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="NAME", help="Rewards, or module:Class: say more of them.")

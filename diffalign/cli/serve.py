@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
@@ -17,7 +18,7 @@ class Resident(StrEnum):
     one = "one"
 
 
-@verbs.command("serve")
+@verbs.command("serve", epilog=examples("serve"))
 def serve_rewards(
     reward: Annotated[
         list[str],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 from diffalign.errors import DiffalignError
 from diffalign.files import make_folder
 
@@ -20,7 +21,7 @@ SHAPES_MODELS = "shapes-sd3 or shapes-sdxl"
 SPLITS = ("train", "validation", "test")
 
 
-@testbed.command("prompts")
+@testbed.command("prompts", epilog=examples("testbed prompts"))
 def testbed_prompts(
     split: Annotated[str, typer.Argument(help="train, validation or test; they share no combination of objects.")],
     n: Annotated[int, typer.Option("--n", min=1, max=10_000_000, help="Number of prompts.")] = 256,
@@ -43,7 +44,7 @@ def testbed_prompts(
             out.write_text(lines, encoding="utf-8")
 
 
-@testbed.command("pretrain")
+@testbed.command("pretrain", epilog=examples("testbed pretrain"))
 def testbed_pretrain(
     name: Annotated[str, typer.Argument(help=f"Which model: {SHAPES_MODELS}.")],
     out: Annotated[Path, typer.Option(help="Folder for the model and the training's snapshots.")] = Path(
@@ -63,7 +64,7 @@ def testbed_pretrain(
             main(name, out)
 
 
-@testbed.command("quickstart")
+@testbed.command("quickstart", epilog=examples("testbed quickstart"))
 def testbed_quickstart(
     base: Annotated[str, typer.Option(help=f"The base model: {SHAPES_MODELS}.")] = "shapes-sd3",
     out: Annotated[
@@ -87,7 +88,7 @@ def testbed_quickstart(
         quickstart(base=base, out=folder, seed=seed, steps=steps, shuffle=shuffle)
 
 
-@testbed.command("judge-data")
+@testbed.command("judge-data", epilog=examples("testbed judge-data"))
 def testbed_judge_data(
     out: Annotated[Path, typer.Argument(help="The folder to write: images/, pairs.jsonl, ratings.jsonl.")],
     split: Annotated[str, typer.Option(help="train, validation or test; they share no prompt.")] = "train",
@@ -107,7 +108,7 @@ def testbed_judge_data(
         judge_data(out, split, groups, images, raters, seed)
 
 
-@testbed.command("judge-base")
+@testbed.command("judge-base", epilog=examples("testbed judge-base"))
 def testbed_judge_base(
     size: Annotated[str, typer.Argument(help="teacher (1.4 M parameters) or student (0.4 M).")],
     out: Annotated[

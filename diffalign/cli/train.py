@@ -1,18 +1,19 @@
-"""Verbs about models and runs: train, distill, reward-gradient, sample, eval, rounds, recipes, report, export."""
+"""Verbs about models and runs: train, distill, reward-gradient, sample, eval, rounds, report, export."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffalign.cli.config_verb import DryRun, Overrides, Source, checked_config, reward_overrides
+from diffalign.cli.config_verb import DryRun, Overrides, Rewards, Source, checked_config, reward_overrides
 from diffalign.cli.errors import plain_errors
-from diffalign.progress import say, say_block
+from diffalign.cli.help import examples
+from diffalign.progress import say
 
 verbs = typer.Typer()
 
 
-@verbs.command()
+@verbs.command(epilog=examples("train"))
 def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a model on preference data.
 
@@ -25,33 +26,37 @@ def train(config: Source, overrides: Overrides = None, dry_run: DryRun = False) 
         train(checked, dry_run=dry_run)
 
 
-@verbs.command()
-def distill(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+@verbs.command(epilog=examples("distill"))
+def distill(config: Source, overrides: Overrides = None, reward: Rewards = None, dry_run: DryRun = False) -> None:
     """Distil a model into a few-step student.
 
     By DMD2 or GNDM, with rewards if the config names some. The same command resumes where it stopped. With --dry-run: the
     resolved config, the student's times and the number of updates.
     """
-    with checked_config("distill", config, overrides) as checked:
+    with checked_config("distill", config, [*(overrides or ()), *reward_overrides("distill", reward)]) as checked:
         from diffalign.stages.distill import distill
 
         distill(checked, dry_run=dry_run)
 
 
-@verbs.command()
-def reward_gradient(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+@verbs.command(epilog=examples("reward-gradient"))
+def reward_gradient(
+    config: Source, overrides: Overrides = None, reward: Rewards = None, dry_run: DryRun = False
+) -> None:
     """Train a model on the gradient of rewards.
 
     By ReFL, DRaFT or AlignProp; the rewards must be differentiable. The same command resumes where it stopped. With
     --dry-run: the resolved config, and which sampling steps carry a gradient.
     """
-    with checked_config("reward-gradient", config, overrides) as checked:
+    with checked_config(
+        "reward-gradient", config, [*(overrides or ()), *reward_overrides("reward-gradient", reward)]
+    ) as checked:
         from diffalign.stages.reward_gradient import reward_gradient
 
         reward_gradient(checked, dry_run=dry_run)
 
 
-@verbs.command()
+@verbs.command(epilog=examples("sample"))
 def sample(
     config: Source,
     overrides: Overrides = None,
@@ -70,7 +75,7 @@ def sample(
         sample(checked, images, dry_run=dry_run)
 
 
-@verbs.command("eval")
+@verbs.command("eval", epilog=examples("eval"))
 def evaluate(
     source: Annotated[
         str,
@@ -79,65 +84,32 @@ def evaluate(
         ),
     ],
     overrides: Overrides = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--reward",
-            "-r",
-            help="What scores, as in `diffalign score`: NAME or NAME:key=value,... Repeat for more_rewards.",
-        ),
-    ] = None,
+    reward: Rewards = None,
     dry_run: DryRun = False,
 ) -> None:
     """Compare trained weights with the base model.
 
     Both draw images of the same prompts at the same seeds, the rewards score them, and report.html shows the differences.
     """
-    with checked_config("eval", source, [*(overrides or ()), *reward_overrides(reward or ())]) as checked:
+    with checked_config("eval", source, [*(overrides or ()), *reward_overrides("eval", reward)]) as checked:
         from diffalign.stages.evaluate import evaluate
 
         evaluate(checked, dry_run=dry_run)
 
 
-@verbs.command()
-def rounds(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+@verbs.command(epilog=examples("rounds"))
+def rounds(config: Source, overrides: Overrides = None, reward: Rewards = None, dry_run: DryRun = False) -> None:
     """Sample, score, rank, train and evaluate in rounds.
 
     Each round draws its training images from the model of the round before. The same command resumes where it stopped.
     """
-    with checked_config("rounds", config, overrides) as checked:
+    with checked_config("rounds", config, [*(overrides or ()), *reward_overrides("rounds", reward)]) as checked:
         from diffalign.stages.rounds import rounds
 
         rounds(checked, dry_run=dry_run)
 
 
-@verbs.command("recipes")
-def show_recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A recipe, or a config file: print it with every key.")
-    ] = None,
-) -> None:
-    """List the shipped recipes, or print one in full.
-
-    In full: with every key, its meaning and its default.
-    """
-    with plain_errors():
-        if name is not None:
-            from diffalign.config.commented import commented_recipe
-
-            say_block(commented_recipe(name).rstrip("\n"))
-            return
-        from diffalign.config import list_recipes
-
-        row = "{:27}{:25}{:15}{}"
-        print(row.format("name", "task", "model", "memory"))
-        for recipe in list_recipes():
-            print(row.format(recipe.name, recipe.task, recipe.model, recipe.memory))
-        print("\nmemory: of the GPU that the recipe is meant for.")
-        print("`diffalign recipes NAME` prints one with every key, its meaning and default.")
-
-
-@verbs.command("report")
+@verbs.command("report", epilog=examples("report"))
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories; several stand side by side.")],
     out: Annotated[
@@ -158,7 +130,7 @@ def report(
         say(f"report: {write_reports(runs, target, shown=images)}")
 
 
-@verbs.command("export")
+@verbs.command("export", epilog=examples("export"))
 def export_weights(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A training run's directory, or RUN/checkpoints/step-N.")],
     form: Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
@@ -23,10 +24,10 @@ Votes = Annotated[
 ]
 
 
-@verbs.command("vote")
+@verbs.command("vote", epilog=examples("vote"))
 def vote(
     sources: Sources,
-    rater: Annotated[str, typer.Option(help="The name under which votes are kept.")] = "human",
+    rater: Annotated[str, typer.Option(help="The name under which votes are kept.")] = "me",
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Votes that each rater is asked for.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Minutes after which nothing more is asked.")] = None,
     images: Annotated[
@@ -81,10 +82,10 @@ def vote(
         serve_votes(request)
 
 
-@verbs.command("vote-results")
+@verbs.command("vote-results", epilog=examples("vote-results"))
 def results(
     sources: Sources,
-    rater: Annotated[str | None, typer.Option(help="Whose votes; without it those of all.")] = None,
+    rater: Annotated[str, typer.Option(help="Whose votes; human: those of all.")] = "human",
     reward: Annotated[
         list[str] | None,
         typer.Option(

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from diffalign.cli.errors import plain_errors
+from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
 
-@verbs.command("vote-export")
+@verbs.command("vote-export", epilog=examples("vote-export"))
 def vote_export(
     sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="What was voted on, as for `vote`.")],
     out: Annotated[

@@ -38,6 +38,7 @@ from diffalign.config.load import (
 from diffalign.config.model import ModelSection, PolicySection, TuneSection
 from diffalign.config.noise import TimeSection
 from diffalign.config.objective import OBJECTIVE_SECTIONS, ObjectiveSection
+from diffalign.config.online import OnlineSection
 from diffalign.config.personal import PersonalConfig
 from diffalign.config.recipes import Recipe, config_path, list_recipes, recipes
 from diffalign.config.reward_gradient import RewardGradientConfig
@@ -53,7 +54,8 @@ from diffalign.config.run import (
     ValidationSection,
 )
 from diffalign.config.synth import GeneratorSection, PromptSection, RankConfig, RankSection, SynthConfig
-from diffalign.config.train import SampledValidationSection, TrainConfig, TrainSection
+from diffalign.config.train import SampledValidationSection, TrainConfig
+from diffalign.config.train_section import TrainSection
 
 __all__ = [
     "KINDS",
@@ -71,6 +73,7 @@ __all__ = [
     "LabelSection",
     "ModelSection",
     "ObjectiveSection",
+    "OnlineSection",
     "OptimizerSection",
     "PersonalConfig",
     "PolicySection",

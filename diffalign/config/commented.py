@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,36 +17,33 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from diffalign.config.document import Key, dump, read_document
-from diffalign.config.load import KIND, KINDS, load
-from diffalign.config.recipes import base_of, config_path
+from diffalign.config.any_kind import any_path, kind_of
+from diffalign.config.document import Key, dump
+from diffalign.config.load import KINDS, load
+from diffalign.config.recipes import bases_of
 from diffalign.config.run import StepSection
 from diffalign.config.section import Section
-from diffalign.errors import DiffalignError
 from diffalign.files.parse import compose_yaml
 
 WIDTH = 80
 Notes = dict[Key, str]
 
 
-def commented_recipe(name: str | Path) -> str:
-    """Return a recipe, or any config file, as YAML that states every key, with the schema's meanings and the file's notes.
+def commented_recipe(name: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return a recipe, a config file or a run's config as YAML that states every key, with meanings and the file's notes.
 
     `load` reads the text back to an equal config. Raises DiffalignError for a file that does not load.
     """
-    path = config_path(name)
-    document = read_document(path)
-    kind = str(document.values.get(KIND, ""))
-    if kind not in KINDS:
-        raise DiffalignError(
-            f"{path}: no kind: in it, so it is not known which verb reads it; one of {', '.join(KINDS)}"
-        )
-    base = base_of(path)
+    path = any_path(name)
+    kind = kind_of(path)
     header, notes = read_notes(path)
-    if base is not None:
+    for base in bases_of(path):
         above, below = read_notes(base)
         header, notes = [*header, *above], {**below, **notes}
-    config = load(kind, path)
+    for argument in overrides:  # what a file says of its own value says nothing of this one
+        given = tuple(argument.partition("=")[0].strip().split("."))
+        notes = {way: note for way, note in notes.items() if tuple(map(str, way))[: len(given)] != given}
+    config = load(kind, path, overrides)
     lines = [*(f"# {line}".rstrip() for line in header), *_section(config, notes, (), 0)]
     return "\n".join(lines).strip() + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PlainValidator, model_validator
@@ -38,7 +39,9 @@ class DataSection(Section):
 
     text_key: ClassVar[str | None] = "path"
 
-    path: Annotated[FilePath, NAMED] = Field(description="a dataset folder: images/, scores/, groups.parquet")
+    path: Annotated[FilePath | None, NAMED] = Field(
+        None, description="a dataset folder: images/, scores/, groups.parquet; null: train.online draws the images"
+    )
     split: str = Field("train", min_length=1, description="the groups whose split has this name")
     resolution: int | None = Field(
         None,
@@ -75,6 +78,13 @@ class DataSection(Section):
         le=MOST_IMAGES,
         description="images of a group in a step, drawn again each time the group comes up; null: all",
     )
+
+    @property
+    def folder(self) -> Path:
+        """The dataset folder. Raises ValueError in a run that draws its own images."""
+        if self.path is None:
+            raise ValueError("this run reads no dataset")
+        return self.path
 
 
 class CombineSection(Section):

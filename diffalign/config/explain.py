@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 
 from diffalign.config.document import Document, Key
 from diffalign.config.objective import FOREIGN_SECTIONS
-from diffalign.config.section import COMBINATION, Section
-from diffalign.config.synonyms import VALUES, elsewhere
+from diffalign.config.section import COMBINATION, MISSING, Section
+from diffalign.config.synonyms import VALUES, elsewhere, other_verb
 from diffalign.redaction import HIDDEN, is_secret, redact, redacted
 
 
@@ -37,7 +37,8 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
         keys: list[Key] = [(*key, *dotted.split(".")) for dotted in context["keys"]]
         written = [k for k in keys if k in document.places]  # blame what was written, not a default
         key = (written or keys)[0]
-        message = f"{_dotted(key)}: {context['message']}"
+        said = context["message"]
+        message = f"{_dotted(key)}{' ' if said.startswith(MISSING) else ': '}{said}"
     elif one["type"] == "value_error":
         message = f"{_dotted(key)}: {context['error']}"
     elif one["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -51,7 +52,7 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
     elif one["type"] == "missing":
         found = owner.model_fields.get(str(key[-1])) if owner else None
         meaning = f" ({found.description})" if found and found.description else ""
-        message = f"{_dotted(key)} is missing; give {_dotted(key)}=... or write it into the file{meaning}"
+        message = f"{_dotted(key)} {MISSING}; give {_dotted(key)}=... or write it into the file{meaning}"
     else:
         shown = HIDDEN if any(map(is_secret, key)) else f"{_shown(one['input'])}{_hint(one)}"
         message = f"{_dotted(key)} {_wanted(one)}, not {shown}"
@@ -65,7 +66,7 @@ def _objective(one: ErrorDetails, key: Key, owner: type[BaseModel] | None) -> st
     if one["type"] == "union_tag_not_found":
         return f"{_dotted(key)}.name is missing; one of {', '.join(known)}"
     name = str(one["ctx"]["tag"])
-    return f"unknown {_dotted(key)} {name}{_meant(name, known, 'known')}"
+    return f"unknown {_dotted(key)} {name}{other_verb(name) or _meant(name, known, 'known')}"
 
 
 def _hint(one: ErrorDetails) -> str:

@@ -19,6 +19,7 @@ from diffalign.config.reward_gradient import RewardGradientConfig
 from diffalign.config.rounds import RoundsConfig
 from diffalign.config.run import StepSection, divisors
 from diffalign.config.section import Section
+from diffalign.config.synonyms import in_full
 from diffalign.config.synth import RankConfig, SynthConfig
 from diffalign.config.texts import text_key
 from diffalign.config.train import TrainConfig
@@ -214,7 +215,8 @@ def _loaded(document: Document, model: type[Config], overrides: Sequence[str]) -
     """Apply the arguments, let go of what they leave without a meaning in the file, validate, and print what was let go."""
     before = {section: dict(value) for section, value in document.values.items() if isinstance(value, dict)}
     places = dict(document.places)
-    for argument in overrides:
+    field = model.model_fields.get(KIND)
+    for argument in (in_full(str(field.default) if field else "", given) for given in overrides):
         way = argument.partition("=")[0].strip().split(".")
         apply_override(document, argument, text_key(model, way) if is_text(argument) else None)
     notes = [_drop_keys_of_another(document, name, before.get(name, {}), places) for name in ("objective", "method")]

@@ -106,8 +106,9 @@ class ModelSection(Section):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="options of the model's family. SD3: use_t5, max_sequence_length; FLUX: guidance (the scale to "
-        "train under, which must be that of the data), max_sequence_length",
+        description="options of the model's family. SD3: use_t5, max_sequence_length; FLUX and FLUX.2-dev: guidance (the "
+        "scale to train under, which must be that of the data), max_sequence_length; FLUX.2 klein and PixArt-Sigma: "
+        "max_sequence_length; Sana: max_sequence_length, instruction",
     )
 
     @model_validator(mode="before")
@@ -169,10 +170,10 @@ class TuneSection(Section):
 class PolicySection(TuneSection):
     """What is trained."""
 
-    reference: Literal["init", "base", "ema"] = Field(
+    reference: Literal["init", "base", "ema", "old"] = Field(
         "init",
         description="what the policy is compared with. init: what it began with; base: the model without the LoRA of "
-        "tune.init; ema: a moving average of itself",
+        "tune.init; ema: a moving average of itself; old: the policy that draws the images of train.online",
     )
     reference_decay: float = Field(
         0.9999, ge=0, lt=1, description="how much of the average stays in a step (reference ema only)"
@@ -183,6 +184,11 @@ class PolicySection(TuneSection):
     reference_slope: float | None = Field(
         None, gt=0, description="at most slope t of it stays after step t; null: no such limit (reference ema only)"
     )
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether what the policy is compared with changes during the run."""
+        return self.reference in ("ema", "old")
 
     @property
     def reference_is_base(self) -> bool:

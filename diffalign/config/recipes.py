@@ -1,7 +1,8 @@
 """Recipes: which are shipped, what each is for, and how one file builds on another.
 
 A recipe states what differs from the defaults, and why. `extends: NAME` takes every other value from a base: a recipe, or a
-file beside this one. One level only, so that a value is found in one of two files.
+file beside this one. One level only, so that a value is found in one of two files; but a file of yours may extend any
+recipe, also one that has a base.
 """
 
 from __future__ import annotations
@@ -60,15 +61,25 @@ def config_path(name: str | Path) -> Path:
         raise DiffalignError(f"{name}: a folder, where a config file or the name of a recipe is expected")
     if len(path.parts) > 1 and not path.suffix:
         raise DiffalignError(f"{name}: no such file or folder; `diffalign recipes` lists the recipes")
-    near = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`diffalign recipes` lists the recipes"
+    hint = _meant(path.stem.lower(), list(shipped))
     raise DiffalignError(f"{name}: neither a file nor a shipped recipe; {hint}")
+
+
+def _meant(name: str, shipped: list[str]) -> str:
+    """Return which recipes a name may mean: those of the method in it, else the closest one."""
+    if "gdnm" in name:  # a slip of GNDM
+        name = name.replace("gdnm", "gndm")
+        found = [one for one in shipped if one == name] or [one for one in shipped if "gndm" in one]
+        return f"did you mean {' or '.join(found)}?"
+    near = difflib.get_close_matches(name, shipped, n=1)
+    return f"did you mean {near[0]}?" if near else "`diffalign recipes` lists the recipes"
 
 
 def read_recipe(path: Path, model: type[BaseModel]) -> Document:
     """Read a config file of this class together with what it extends; values keep the place where they stand.
 
-    Raises DiffalignError, with file and line, for a base that does not exist or extends another file itself.
+    Raises DiffalignError, with file and line, for a base that does not exist, and for a base of one's own that extends
+    another file itself.
     """
     document = read_document(path)
     _about(document)
@@ -78,11 +89,14 @@ def read_recipe(path: Path, model: type[BaseModel]) -> Document:
     if base is None:
         return document
     place = document.place((EXTENDS,))
-    below = read_document(_base_path(base, path, place))
-    if EXTENDS in below.values:
+    below_path = _base_path(base, path, place)
+    below = read_document(below_path)
+    if EXTENDS in below.values and below_path in recipes().values() and path not in recipes().values():
+        below = read_recipe(below_path, model)
+    elif EXTENDS in below.values:
         raise DiffalignError(
-            f"{place}: extends {base}, which extends {below.values[EXTENDS]} itself; one level only, so extend that and "
-            "state the rest here"
+            f"{place}: extends {base}, which extends {below.values[EXTENDS]} itself; one level only (recipes aside), so "
+            "extend that and state the rest here"
         )
     below.values.pop(ABOUT, None)
     write_out_texts(below, model)
@@ -95,6 +109,12 @@ def base_of(path: Path) -> Path | None:
     document = read_document(path)
     base = document.values.get(EXTENDS)
     return None if base is None else _base_path(base, path, document.place((EXTENDS,)))
+
+
+def bases_of(path: Path) -> list[Path]:
+    """Return the files that `path` extends: its base, then the base of that."""
+    base = base_of(path)
+    return [] if base is None else [base, *bases_of(base)]
 
 
 def _base_path(base: object, path: Path, place: str) -> Path:

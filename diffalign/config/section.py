@@ -38,6 +38,8 @@ def _plain_name(name: str) -> str:
 PlainName = Annotated[str, AfterValidator(_plain_name)]  # becomes a part of a file's name
 
 
+MISSING = "is missing"
+"""How the message begins where a key is needed that is not there."""
 LARGEST = 10**9
 """The largest whole number of a config but a seed; those that decide how much memory is taken have lower bounds."""
 LARGEST_SEED = 2**63 - 1

@@ -57,16 +57,56 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "logger": ("tracking.trackers",),
     "num_inference_steps": ("steps", "sampler.steps", "validation.steps"),
     "guidance": ("guidance_scale", "sampler.guidance_scale", "model.options.guidance"),
+    "method": ("objective.name", "group.size"),
+    "algorithm": ("objective.name", "method.name", "group.size"),
+    "reward": ("validation.rewards", "rewards", "data.rewards", "sources"),
+    "reward_model": ("reward.name", "validation.rewards", "rewards", "data.rewards"),
+    "prompt_file": ("prompts", "data.prompts", "validation.prompts"),
     "cfg_scale": ("guidance_scale", "sampler.guidance_scale", "validation.guidance_scale"),
     "size": ("data.resolution", "resolution", "height"),
 }
 VALUES = {"gpu": "cuda"}
 """Other words for our values that are spelled like another value."""
+METHODS: dict[str, tuple[str, str]] = {
+    "gndm": ("distill", "GNDM"),
+    "gdnm": ("distill", "GNDM"),
+    "dmd": ("distill", "DMD2"),
+    "dmd2": ("distill", "DMD2"),
+    "refl": ("reward-gradient", "ReFL"),
+    "draft": ("reward-gradient", "DRaFT"),
+    "alignprop": ("reward-gradient", "AlignProp"),
+}
+"""Methods that are no objective of `train`: name, or what it is mistaken for -> the verb, and how it is written."""
+IN_SHORT: dict[str, dict[str, str]] = {
+    "rounds": {"prompts": "data.prompts"},
+    "synth": {"reward": "rewards"},
+    "reward-gradient": {"reward": "rewards"},
+    "rank": {"reward": "sources"},
+}
+"""Arguments that mean the same for every verb: kind of config -> key of an argument -> the key there."""
+
+
+def in_full(kind: str, argument: str) -> str:
+    """Return an argument with the key that it has in this kind of config; a single value of a list becomes a list."""
+    key, equals, value = argument.partition("=")
+    there = IN_SHORT.get(kind, {}).get(key.strip())
+    if there is None or not equals:
+        return argument
+    listed = there != "data.prompts" and not value.lstrip().startswith("[")
+    return f"{there}=[{value}]" if listed else f"{there}={value}"
+
+
+def other_verb(name: str) -> str:
+    """Return "; NAME is a method of `diffalign VERB`..." for a method that is no objective; else ""."""
+    if name.lower() not in METHODS:
+        return ""
+    verb, written = METHODS[name.lower()]
+    return f"; {written} is a method of `diffalign {verb}`; `diffalign recipes` lists its recipes"
 
 
 def elsewhere(kind: type[BaseModel], key: Sequence[str | int]) -> str:
     """Return "; did you mean ...?" for a key that another trainer has, or that belongs to another section; else ""."""
-    there = dict.fromkeys(_ways(kind))
+    there = dict.fromkeys(keys_of(kind))
     name, given = str(key[-1]), ".".join(map(str, key))
     found = [way for way in SYNONYMS.get(name, ()) if way in there]
     if not found:
@@ -76,10 +116,10 @@ def elsewhere(kind: type[BaseModel], key: Sequence[str | int]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def _ways(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+def keys_of(kind: type[BaseModel], above: str = "") -> Iterator[str]:
     """Yield every key of a config, dotted; entries of lists are left out."""
     for name, field in kind.model_fields.items():
         yield f"{above}{name}"
         for section in (field.annotation, *get_args(field.annotation)):
             if isinstance(section, type) and issubclass(section, BaseModel):
-                yield from _ways(section, f"{above}{name}.")
+                yield from keys_of(section, f"{above}{name}.")

@@ -182,6 +182,12 @@ class SynthConfig(Section):
     price_per_hour: float | None = Field(None, gt=0, description="of the machine, for the estimate of --dry-run")
 
     @model_validator(mode="after")
+    def _check_actors(self) -> SynthConfig:
+        if self.actors is not None and self.engine == "local":
+            refuse("only a cluster has actors; set engine=ray", "actors")
+        return self
+
+    @model_validator(mode="after")
     def _check_names(self) -> SynthConfig:
         refuse_twice([generator.name for generator in self.generators], "a generator", "generators")
         names = [reward.written_name for reward in self.rewards]

@@ -4,85 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from diffalign.config.data import DataSection, LabelSection, SelectionSection
 from diffalign.config.images import SamplingSection
 from diffalign.config.model import PolicySection
 from diffalign.config.noise import GroupTimeSection, InversionSection, ReferenceSection
 from diffalign.config.objective import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
-from diffalign.config.run import (
-    AUTO,
-    MICRO_BATCH,
-    WITHOUT_VALIDATION,
-    AveragedStepSection,
-    BackboneRunConfig,
-    ValidationSection,
-)
-from diffalign.config.section import (
-    MOST_IMAGES,
-    ROUNDING,
-    UNAFFECTED,
-    refuse,
-)
-
-
-class TrainSection(AveragedStepSection):
-    """Length and shape of the training."""
-
-    groups_per_step: int = Field(
-        8, gt=0, le=MOST_IMAGES, description="groups in one optimiser step, over all processes and micro-batches"
-    )
-    micro_batch: Annotated[int, MICRO_BATCH] = Field(
-        8,
-        ge=AUTO,
-        le=MOST_IMAGES,
-        description="groups in one forward pass; must divide groups_per_step. auto: as many as the GPU is predicted to hold, "
-        "at most 16; the run's config.yaml keeps the number. Not given: the largest divisor up to 8",
-    )
-    images_per_pass: Annotated[int | None, ROUNDING] = Field(
-        None,
-        gt=0,
-        le=MOST_IMAGES,
-        description="images of a micro-batch in the model at a time, for one more forward pass and the same gradient; null: "
-        "all, or one where all do not fit the GPU's memory",
-    )
-    prompt_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of groups whose prompt is replaced by what sampling steers away from: zeros for SDXL, else the "
-        "empty prompt",
-    )
-    skip_grad_norm: float | None = Field(
-        None, gt=1, description="skip steps whose gradient norm is more than this times the recent median; null: none"
-    )
-    drift_radius: float = Field(
-        0.0, ge=0, description="mean squared difference to the reference's predictions without a penalty (drift_weight)"
-    )
-    drift_weight: float = Field(
-        0.0,
-        ge=0,
-        description="weight of what the drift exceeds drift_radius by, for any objective with a reference; 0: none",
-    )
-    auto_beta: float | None = Field(
-        None,
-        gt=0,
-        lt=0.5,
-        description="find beta so that the gradient factor becomes this, as 0.3 (dpo and smpo); null: off",
-    )
-    shard: Literal["none", "fsdp2"] = Field(
-        "none", description="fsdp2: cut weights, gradients and averages over the processes (tune.kind full, adamw)"
-    )
-
-    @field_validator("micro_batch", mode="before")
-    @classmethod
-    def _read_auto(cls, value: object) -> object:
-        return AUTO if value == "auto" else value
-
-    @field_serializer("micro_batch", when_used="json")
-    def _write_auto(self, value: int) -> int | str:
-        return "auto" if value == AUTO else value
+from diffalign.config.online import OnlineSection
+from diffalign.config.run import WITHOUT_VALIDATION, BackboneRunConfig, ValidationSection
+from diffalign.config.section import MISSING, UNAFFECTED, refuse
+from diffalign.config.train_section import TrainSection
 
 
 class SampledValidationSection(ValidationSection, SamplingSection):
@@ -96,7 +28,7 @@ class TrainConfig(BackboneRunConfig):
 
     kind: Literal["train"] = Field("train", description="which verb reads this file")
     tune: PolicySection = PolicySection()
-    data: DataSection
+    data: DataSection = DataSection()
     labels: LabelSection = LabelSection()
     selection: SelectionSection = SelectionSection()
     objective: AnyObjective = DEFAULT_OBJECTIVE
@@ -202,7 +134,7 @@ class TrainConfig(BackboneRunConfig):
 
     @model_validator(mode="after")
     def _check_average(self) -> TrainConfig:
-        if self.tune.reference != "ema":
+        if not self.tune.reference_moves:
             return self
         if not self.objective.kind.needs_reference:
             refuse(
@@ -219,10 +151,38 @@ class TrainConfig(BackboneRunConfig):
             )
         if self.train.shard != "none":
             refuse(
-                "an average as the reference was not shown to work with shard=fsdp2; use shard=none, or tune.reference=init",
+                "a reference that moves was not shown to work with shard=fsdp2; use shard=none, or tune.reference=init",
                 "tune.reference",
                 "train.shard",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_images(self) -> TrainConfig:
+        """Check that there is either a dataset or `train.online`."""
+        online = self.train.online
+        if online is None:
+            if self.data.path is None:
+                refuse(
+                    f"{MISSING}; give data.path=... or write it into the file (a dataset folder), or let train.online draw the "
+                    "images",
+                    "data.path",
+                )
+            if self.tune.reference == "old":
+                refuse(
+                    "the old policy is the one that draws images during training; set train.online, or "
+                    "tune.reference=init",
+                    "tune.reference",
+                    "train.online",
+                )
+            return self
+        if self.data.path is not None:
+            refuse(
+                "train.online draws the images that are trained on; set data.path=null, or leave train.online out",
+                "data.path",
+                "train.online",
+            )
+        check_online(self, online)
         return self
 
     @model_validator(mode="after")
@@ -291,3 +251,45 @@ class TrainConfig(BackboneRunConfig):
                 "compile with shard=fsdp2 was not shown to work; leave one of them out", "train.shard", "model.compile"
             )
         return self
+
+
+DATASET_KEYS = ("split", "buckets", "latent_sampling", "limit")
+"""Keys of `data` that choose among stored images."""
+
+
+def check_online(config: TrainConfig, online: OnlineSection) -> None:
+    """Refuse settings that concern a dataset, and those that `train.online` cannot have."""
+    plain, data = DataSection().model_dump(), config.data.model_dump()
+    stored = [key for key in DATASET_KEYS if data[key] != plain[key]]
+    if stored:
+        refuse("it concerns stored images, and train.online draws its own; leave it out", f"data.{stored[0]}")
+    if config.selection.groups != "all" or config.selection.weight != "none":
+        refuse(
+            "it looks at all groups of a dataset, and train.online has those of one draw; leave it out",
+            "selection.groups" if config.selection.groups != "all" else "selection.weight",
+        )
+    if config.reference.store is not None:
+        refuse("no later run meets the same images; leave it out with train.online", "reference.store")
+    if config.labels.source == "preference":
+        refuse(
+            "nobody ranks what is drawn; set labels.source=scores.NAME, NAME in train.online.rewards", "labels.source"
+        )
+    if config.objective.kind.label_kind == "role":
+        refuse(f"{config.objective.name} needs real images beside the drawn ones; use rounds", "objective.name")
+    if config.objective.kind.label_kind in ("advantage", "optimality") and config.tune.reference != "old":
+        refuse(
+            f"{config.objective.name} compares the policy with the one that drew the images; set tune.reference=old",
+            "tune.reference",
+            "objective.name",
+        )
+    if config.tune.reference != "old" and online.old != type(online.old)():
+        refuse(
+            "it moves the old policy, and there is none; set tune.reference=old, or leave it out", "train.online.old"
+        )
+    wanted = max(config.data.group_size or 0, *(config.selection.sizes or (0,)))
+    if wanted > online.images_per_prompt:
+        refuse(
+            f"a step looks at {wanted} images of a group, and {online.images_per_prompt} are drawn; draw as many",
+            "train.online.images_per_prompt",
+            "data.group_size" if config.data.group_size else "selection.sizes",
+        )

@@ -21,8 +21,10 @@ from diffalign.data.dataset import PreferenceDataset, bytes_of
 from diffalign.data.embeddings import LivePrompts, PromptStore, prompt_bytes
 from diffalign.data.latents import Frames, LatentStore, LiveLatents, latent_bytes
 from diffalign.data.own_parquet import IMAGES_MEND, open_parquet, read_batches
-from diffalign.data.protocols import CacheMode, Encoder, GroupSettings
+from diffalign.data.protocols import CacheMode, Encoder, GroupSettings, PromptEncoder
 from diffalign.data.records import made_bytes, read_index
+from diffalign.data.schema import CONDITIONS
+from diffalign.errors import DiffalignError
 from diffalign.files import check_space
 from diffalign.progress import Say
 
@@ -50,13 +52,7 @@ class CachePlan:
 
     def embeddings(self, say: Say = print) -> PromptStore | LivePrompts:
         """Return the prompt embeddings; encode them first if the cache should hold them and does not."""
-        for line in cut_lines({"the model": self.backbone}, self.prompts):
-            say(line)
-        if self.mode != "all":
-            return LivePrompts(self.backbone, self.frames.exact)
-        if read_index(self.prompt_folder) is None:
-            PromptStore.make(self.prompt_folder, self.prompts, self.backbone, say, self.frames.exact)
-        return PromptStore(self.prompt_folder)
+        return prompt_embeddings(self.prompts, self.backbone, self.prompt_folder, self.mode, self.frames.exact, say)
 
     @cached_property
     def latent_folder(self) -> Path:
@@ -66,8 +62,7 @@ class CachePlan:
     @cached_property
     def prompt_folder(self) -> Path:
         """The folder of the prompt embeddings."""
-        parts = (PROMPT_VERSION, self.backbone.fingerprint(), *exact_key(self.frames), *dict.fromkeys(self.prompts))
-        return self.folder / f"prompts-{_hash(*parts).hexdigest()}"
+        return self.folder / prompt_key(self.prompts, self.backbone, self.frames.exact)
 
     def missing(self) -> dict[Path, int]:
         """Return the folders that are not complete, with the bytes that they will still take."""
@@ -90,23 +85,54 @@ def plan_cache(
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
     sizes = group_sizes(dataset, groups, allowed)
+    conditions = len(dataset.condition_index) > 0
+    if conditions and backbone.condition is None:
+        raise DiffalignError(
+            f"{dataset.folder} has condition images, and {backbone.path} (family {backbone.family}) takes none; train a model "
+            f"that edits images, or delete {dataset.folder / CONDITIONS} to train on the prompts alone"
+        )
     frames = Frames(
-        dataset, groups, members, sizes, spread=data.latent_sampling == "posterior", exact=data.cache_dtype == "float32"
+        dataset,
+        groups,
+        members,
+        sizes,
+        spread=data.latent_sampling == "posterior",
+        exact=data.cache_dtype == "float32",
+        conditions=conditions,
     )
     prompts = dataset.column("prompt")
     folder = Path(data.cache_dir) if data.cache_dir else dataset.folder / "cache"
     return CachePlan(frames, [prompts[i] for i in groups], backbone, folder, data.cache)
 
 
-def exact_key(frames: Frames) -> tuple[str, ...]:
+def prompt_embeddings(
+    prompts: list[str], backbone: PromptEncoder, folder: Path, mode: CacheMode, exact: bool, say: Say = print
+) -> PromptStore | LivePrompts:
+    """Return the embeddings of prompts, kept in `folder`; encode them first if the cache should hold them and does not."""
+    for line in cut_lines({"the model": backbone}, prompts):
+        say(line)
+    if mode != "all":
+        return LivePrompts(backbone, exact)
+    if read_index(folder) is None:
+        PromptStore.make(folder, prompts, backbone, say, exact)
+    return PromptStore(folder)
+
+
+def prompt_key(prompts: list[str], backbone: Encoder, exact: bool) -> str:
+    """Return the name of the folder that keeps the embeddings of these prompts."""
+    parts = (PROMPT_VERSION, backbone.fingerprint(), *exact_key(exact), *dict.fromkeys(prompts))
+    return f"prompts-{_hash(*parts).hexdigest()}"
+
+
+def exact_key(exact: bool) -> tuple[str, ...]:
     """Return what tells a cache in float32 from others; others have the keys of versions that knew no float32."""
-    return ("data.cache_dtype=float32",) if frames.exact else ()
+    return ("data.cache_dtype=float32",) if exact else ()
 
 
 def latent_key(frames: Frames, backbone: Encoder) -> str:
     """Return the hash of everything that decides the latents."""
     dataset = frames.dataset
-    digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread), *exact_key(frames))
+    digest = _hash(VERSION, backbone.fingerprint(), str(frames.members), str(frames.spread), *exact_key(frames.exact))
     ids = dataset.column("group_id")
     for i, size in zip(frames.groups, frames.sizes, strict=True):
         digest.update(f"{ids[i]}\0{size}\0".encode())
@@ -124,6 +150,9 @@ def latent_key(frames: Frames, backbone: Encoder) -> str:
                 for name in stored:
                     value = table[name][n].as_py() or b""
                     digest.update(_bytes_hash(value.encode() if isinstance(value, str) else value))
+    for i in frames.groups if frames.conditions else ():
+        image = dataset.condition(ids[i])
+        digest.update(b"condition\0" + _bytes_hash(image.data if image else b""))
     return digest.hexdigest()
 
 

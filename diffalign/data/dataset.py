@@ -14,14 +14,14 @@ from PIL import Image
 from diffalign.data.absent_labels import has_absent_labels, without_absent_labels
 from diffalign.data.image_index import ImageIndex, row_numbers
 from diffalign.data.own_parquet import GROUPS_MEND, IMAGES_MEND, SCORES_MEND, open_parquet, read_batches, read_columns
-from diffalign.data.schema import GROUPS, GROUPS_FILE, HUMAN, GroupRow
+from diffalign.data.schema import CONDITIONS, GROUPS, GROUPS_FILE, HUMAN, GroupRow
 from diffalign.data.voted import voted_shares
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json, reading
 from diffalign.files.images import Unreadable, decode
 from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
-from diffalign.voting.log import VOTES_FILE, Vote, read_votes
+from diffalign.voting.log import VOTES_FILE, Vote, read_votes, votes_of
 
 RANKING_FILE = "ranking.json"
 NEEDED = ("group_id", "prompt_id", "prompt", "preference", "split")
@@ -140,7 +140,7 @@ class PreferenceDataset:
 
     def votes_for(self, source: str) -> list[Vote]:
         """Return the votes behind a source: all for `human`, a rater's for their name, none for a reward."""
-        return [vote for vote in self.votes if source in (HUMAN, vote.rater)]
+        return votes_of(self.votes, source)
 
     def ranking(self) -> dict[str, Any] | None:
         """Return the settings and the report of the last ranking; None if there was none."""
@@ -200,6 +200,17 @@ class PreferenceDataset:
     def image_at(self, place: int) -> ImageRow:
         """Return one image, by its position in `image_index`."""
         return _image_row(*self.image_index.read(place, IMAGE_COLUMNS))
+
+    @cached_property
+    def condition_index(self) -> ImageIndex:
+        """Where the condition images are stored; empty where the images were made from the prompt alone."""
+        return ImageIndex(sorted((self.folder / CONDITIONS).glob("*.parquet")), self._stored["group_id"])
+
+    def condition(self, group_id: str) -> ImageRow | None:
+        """Return the image that a group's images are edits of; None if there is none."""
+        row = np.array([self._row_of.get(group_id, -1)])
+        place = int(self.condition_index.find(row, np.zeros(1, np.int64))[0])
+        return None if place < 0 else _image_row(*self.condition_index.read(place, IMAGE_COLUMNS))
 
     def iter_images(self, batch: int = 64) -> Iterator[list[ImageRow]]:
         """Yield all images in lists of `batch`, in the order of the shards."""

@@ -89,6 +89,7 @@ def _rows(dataset: PreferenceDataset, scores: StoredScores, groups: list[int], o
             "generators": List(Value("string")),
             "seeds": List(Value("int64")),
             "metadata": Value("string"),
+            **({"condition": Image()} if len(dataset.condition_index) else {}),
         }
     )
 
@@ -105,9 +106,18 @@ def _rows(dataset: PreferenceDataset, scores: StoredScores, groups: list[int], o
                 "generators": [image.generator for image in images],
                 "seeds": [image.seed for image in images],
                 "metadata": json.dumps(row["metadata"], sort_keys=True),
+                **_condition(dataset, row["group_id"]),
             }
 
     return _write_parquet(out / f"{name}.parquet", features.arrow_schema, rows())
+
+
+def _condition(dataset: PreferenceDataset, group_id: str) -> dict[str, Any]:
+    """Return the column of the group's condition image, if the dataset has any."""
+    if not len(dataset.condition_index):
+        return {}
+    found = dataset.condition(group_id)
+    return {"condition": None if found is None else {"bytes": found.data, "path": None}}
 
 
 def _pickapic(

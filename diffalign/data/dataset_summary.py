@@ -92,6 +92,7 @@ def summarise_dataset(dataset: PreferenceDataset) -> dict[str, Any]:
         "sizes": _counted(picture_sizes(dataset)),
         "disk": f"{_bytes(sum(path.stat().st_size for path in dataset.shards))} in {len(dataset.shards)} files",
         "ranked": f"{len(ranked)} groups, {sum(len(set(p)) < 2 for p in ranked)} without a preference",
+        **({"condition images": str(len(dataset.condition_index))} if len(dataset.condition_index) else {}),
         **({"noise": noise_words(dataset)} if len(dataset.image_index) else {}),
         **_labelled_by(dataset),
         **({"without a label": f"{unlabelled} images"} if unlabelled else {}),

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffalign.data.protocols import PromptEncoder
 from diffalign.data.records import INDEX, MEND, Record, Records, finished_index, make_records, share
 from diffalign.files import reading
-from diffalign.progress import Say
+from diffalign.progress import ImageProgress, Say
 
 UNCONDITIONAL = "unconditional"
 """What the index calls the row that takes the place of a dropped prompt; no prompt's hash is of this length."""
@@ -86,7 +86,8 @@ class PromptStore:
 
         digests = [UNCONDITIONAL if prompt is None else prompt_digest(prompt) for prompt in distinct]
         full = {name: list(values.shape) for name, values in sorted(encoded(backbone, distinct[0], exact).items())}
-        if mine := make_records(folder, len(distinct), record, {"prompts": digests, "full": full}):
+        show = ImageProgress(say, every=60.0, unit="prompts", closing=False).named("encoding prompts")
+        if mine := make_records(folder, len(distinct), record, {"prompts": digests, "full": full}, show):
             say(f"cached embeddings of {share(mine, len(distinct))} prompts, the dropped one included")
 
 

@@ -12,7 +12,7 @@ from diffalign.data.absent_labels import FEWER_THAN_TWO
 from diffalign.data.choose_members import split_of
 from diffalign.data.containers import Origin
 from diffalign.data.prompts import PromptRow
-from diffalign.data.schema import GROUPS_FILE, GroupRow
+from diffalign.data.schema import CONDITIONS, GROUPS_FILE, GroupRow
 from diffalign.data.writer import ImageWriter, write_groups
 from diffalign.errors import DiffalignError
 from diffalign.files.images import Unreadable, decode, read_file
@@ -38,6 +38,8 @@ class ImportedGroup:
     generators: tuple[str, ...] = ()
     split: str = "train"
     metadata: dict[str, Any] = field(default_factory=dict)
+    condition: ImportedImage | None = None
+    """The image that these are edits of."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,27 @@ class Report:
     faults: list[SkippedRow] = field(default_factory=list)
 
 
+class _Part:
+    """The files of one part of a dataset that is being written: images, and condition images once there is one."""
+
+    def __init__(self, out: Path, number: int) -> None:
+        self.out, self.name, self.written = out, f"part-{number:05d}", 0
+        self.images = ImageWriter(out, self.name).__enter__()
+        self._conditions: ImageWriter | None = None
+
+    @property
+    def conditions(self) -> ImageWriter:
+        if self._conditions is None:
+            self._conditions = ImageWriter(self.out, self.name, CONDITIONS).__enter__()
+        return self._conditions
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Complete the files, or leave none behind after an error."""
+        for writer in (self.images, self._conditions):
+            if writer is not None:
+                writer.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
+
 def write_imported(
     rows: Iterable[ImportedGroup | SkippedRow], out: Path, strict: bool = False, splits: dict[str, float] | None = None
 ) -> Report:
@@ -75,8 +98,8 @@ def write_imported(
         raise DiffalignError(f"{out} holds a dataset already; choose another folder")
     report = Report()
     groups: list[GroupRow] = []
-    writer: ImageWriter | None = None
-    in_file, files = 0, 0
+    part: _Part | None = None
+    files = 0
     try:
         for row in rows:
             kept = row if isinstance(row, SkippedRow) else _loaded(row)
@@ -89,28 +112,27 @@ def write_imported(
                     report.counted[kept.reason] += 1
                 continue
             # A new file after IMAGES_PER_FILE images, so that none grows without bound.
-            if writer is not None and in_file >= IMAGES_PER_FILE:
-                writer.__exit__(None, None, None)
-                writer = None
-            if writer is None:
-                writer, in_file = ImageWriter(out, f"part-{files:05d}").__enter__(), 0
-                files += 1
+            if part is not None and part.written >= IMAGES_PER_FILE:
+                part.close()
+                part = None
+            if part is None:
+                part, files = _Part(out, files), files + 1
             if splits and kept.split == "train":
                 kept = replace(kept, split=split_of(kept.prompt, splits, 0))
-            groups.append(_write(writer, kept, len(groups)))
+            groups.append(_write(part, kept, len(groups)))
             report.splits[kept.split] += 1
             report.unlabelled += sum(not isfinite(value) for value in kept.preference)
-            in_file += len(kept.images)
+            part.written += len(kept.images)
             report.images += len(kept.images)
     except BaseException as error:
-        if writer is not None:
-            writer.__exit__(type(error), error, error.__traceback__)
+        if part is not None:
+            part.close(error)
         raise
-    if writer is None:
+    if part is None:
         first = f"; the first: {report.faults[0].where}: {report.faults[0].reason}" if report.faults else ""
         counted = "".join(f"; {n} rows: {reason}" for reason, n in report.counted.items())
         raise DiffalignError(f"no row gives a group of images{counted}{first}")
-    writer.__exit__(None, None, None)
+    part.close()
     report.groups = write_groups(out, groups)
     return report
 
@@ -155,8 +177,9 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
     if not is_plain_name(row.split):
         return SkippedRow(row.where, f"split {row.split!r} {NOT_PLAIN}")
     loaded = []
-    for n, image in enumerate(row.images):
-        name = image.name if isinstance(image, Path) else f"image {n}"
+    condition = [] if row.condition is None else [row.condition]
+    for n, image in enumerate([*row.images, *condition]):
+        name = image.name if isinstance(image, Path) else f"image {n}" if n < len(row.images) else "condition"
         try:
             data = read_file(image) if isinstance(image, Path) else image if isinstance(image, bytes) else image.read()
         except Unreadable as error:
@@ -166,16 +189,19 @@ def _loaded(row: ImportedGroup) -> ImportedGroup | SkippedRow:
         except Unreadable as error:
             return SkippedRow(row.where, f"{name} is not a complete image ({error})")
         loaded.append(data)
-    return ImportedGroup(row.prompt, tuple(loaded), row.preference, row.where, row.generators, row.split, row.metadata)
+    images = tuple(loaded[: len(row.images)])
+    return replace(row, images=images, condition=loaded[-1] if condition else None)
 
 
-def _write(writer: ImageWriter, row: ImportedGroup, number: int) -> GroupRow:
+def _write(part: _Part, row: ImportedGroup, number: int) -> GroupRow:
     prompt = PromptRow(row.prompt)
     group = f"{number:07d}-{prompt.prompt_id}"
     for index, image in enumerate(row.images):
         generator = row.generators[index] if row.generators else "imported"
         assert isinstance(image, bytes)
-        writer.write(group, index, image, generator, 0, {"from": Path(row.where).name})
+        part.images.write(group, index, image, generator, 0, {"from": Path(row.where).name})
+    if isinstance(row.condition, bytes):
+        part.conditions.write(group, 0, row.condition, "", 0, {"from": Path(row.where).name})
     labelled = [index for index, value in enumerate(row.preference) if isfinite(value)]
     return {
         "group_id": group,

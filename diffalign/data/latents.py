@@ -3,6 +3,7 @@
     latents-<key>/00000.safetensors   records (records.py), one a group:
         mean     [k, C, h, w] float16 (or float32, data.cache_dtype), the posterior's mean of the group's k images
         spread   the same shape: its standard deviation (latent_sampling: posterior)
+        condition   [C, h, w], the mean of the image that the group's images are edits of, if there is one
     latents-<key>/index.json          the size of each group's images, K
 
 Where `diffalign synth` stored a model's own latents with the images, these are used: encoding the image again would add
@@ -27,7 +28,7 @@ from diffalign.data.records import INDEX, MEND, Reader, Record, Records, finishe
 from diffalign.errors import DiffalignError
 from diffalign.files import reading
 from diffalign.files.parse import parse_json
-from diffalign.progress import Say
+from diffalign.progress import ImageProgress, Say
 
 BATCH = 8
 """Images of one group encoded at once, so a group's latents are bit-identical whatever other groups are encoded."""
@@ -39,7 +40,7 @@ STORED = ["latent", "latent_shape", "provenance"]
 class Frames:
     """The groups to encode, at most `members` images and one size each, and whether the posterior's spread is wanted.
 
-    exact: latents stay float32.
+    exact: latents stay float32. conditions: every group has a condition image, which is encoded, too.
     """
 
     dataset: PreferenceDataset
@@ -48,6 +49,7 @@ class Frames:
     sizes: list[Size]
     spread: bool = False
     exact: bool = False
+    conditions: bool = False
 
     @property
     def dtype(self) -> type[np.floating[Any]]:
@@ -87,6 +89,17 @@ class Encoder:
                 mean = self.backbone.encode_images(pixels)
             means.append(self._rounded(mean))
         return np.concatenate(means), np.concatenate(spreads) if spreads else None
+
+    def condition(self, row: int) -> np.ndarray:
+        """Return the mean [C, h, w] of the group's condition image, at the size of its images."""
+        group = self.ids[self.frames.groups[row]]
+        image = self.frames.dataset.condition(group)
+        if image is None:
+            raise DiffalignError(
+                f"{self.frames.dataset.folder}: group {group} has no condition image, and others have one"
+            )
+        pixels = to_pixels([fit(image.decode(), self.frames.sizes[row])])
+        return self._rounded(self.backbone.encode_images(pixels))[0]
 
     def _rounded(self, values: Tensor) -> np.ndarray:
         """Return the values in `frames.dtype`. Raises DiffalignError where they would overflow."""
@@ -156,6 +169,10 @@ class LiveLatents:
                 spread[n, : len(spreads)] = spreads
         return _wide(mean), _wide(spread) if self.frames.spread else None
 
+    def conditions(self, rows: list[int]) -> Tensor:
+        """Return the latents of B groups' condition images, [B, C, h, w] float32."""
+        return _wide(np.stack([self._encoder.condition(row) for row in rows]))
+
 
 class LatentStore:
     """The cached latents of groups, memory-mapped; `batch` as in `LiveLatents`."""
@@ -178,6 +195,10 @@ class LatentStore:
         assert mean is not None
         return mean, spread
 
+    def conditions(self, rows: list[int]) -> Tensor:
+        """Return the latents of B groups' condition images, [B, C, h, w] float32."""
+        return torch.stack([self._reader.read(row)["condition"] for row in rows]).float()
+
     def _padded(self, values: list[Tensor]) -> Tensor | None:
         """Return [B, K, C, h, w] float32 of tensors [k, C, h, w]; None of none."""
         if not values:
@@ -190,21 +211,18 @@ class LatentStore:
     @classmethod
     def make(cls, folder: Path, frames: Frames, backbone: ImageEncoder, say: Say) -> None:
         """Encode all groups into `folder`, together with other processes."""
-        encoder, shown = Encoder(frames, backbone), 0
+        encoder = Encoder(frames, backbone)
 
         def record(row: int) -> Record:
             means, spreads = encoder.group(row)
             found = {"mean": means, **({} if spreads is None else {"spread": spreads})}
+            if frames.conditions:
+                found["condition"] = encoder.condition(row)
             return {name: torch.from_numpy(values) for name, values in found.items()}
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            if done // 1000 > shown:
-                shown = done // 1000
-                say(f"encoded the images of {done}/{total} groups")
 
         facts = {"sizes": frames.sizes, "members": frames.members}
         total = len(frames.groups)
+        show = ImageProgress(say, every=60.0, unit="groups", closing=False).named("encoding images")
         if mine := make_records(folder, total, record, facts, show):
             say(f"cached latents of {share(mine, total)} groups{encoder.said()}")
 
@@ -213,13 +231,8 @@ def latent_bytes(frames: Frames, backbone: ImageEncoder) -> int:
     """Return the size of the cached latents in bytes, from the model's shapes."""
     side = backbone.vae_scale_factor
     pixels = sum((width // side) * (height // side) for width, height in frames.sizes)
-    return (
-        np.dtype(frames.dtype).itemsize
-        * (2 if frames.spread else 1)
-        * pixels
-        * frames.members
-        * int(backbone.latent_channels)
-    )
+    each = (2 if frames.spread else 1) * frames.members + int(frames.conditions)
+    return np.dtype(frames.dtype).itemsize * each * pixels * int(backbone.latent_channels)
 
 
 def _wide(values: np.ndarray) -> Tensor:

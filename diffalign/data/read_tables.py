@@ -141,8 +141,11 @@ def _group(row: Row, where: str, folder: Path, split: str) -> ImportedGroup | Sk
     if not prompt:
         return SkippedRow(where, "no prompt")
     split = row["split"].strip() if isinstance(row.get("split"), str) and row["split"].strip() else split
-    rest = _rest(row, set(said.used))
-    return ImportedGroup(prompt, images, said.preference, where, _generators(row, len(images)), split, rest)
+    name = column_for("condition", row)
+    condition = _image(folder, row[name], name) if name is not None and row[name] not in (None, "") else None
+    rest = _rest(row, {*said.used, *([name] if name else [])})
+    generators = _generators(row, len(images))
+    return ImportedGroup(prompt, images, said.preference, where, generators, split, rest, condition)
 
 
 def _image(folder: Path, value: object, name: str) -> Image:

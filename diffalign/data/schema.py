@@ -1,6 +1,7 @@
 """Define the columns of a dataset folder.
 
     images/part-00000.parquet   one row an image; never rewritten
+    conditions/part-00000.parquet   the same for the image that a group's images are edits of, if there is one
     scores/<reward>.parquet     a reward's columns for every image
     groups.parquet              one row a group of images of one prompt
 
@@ -11,6 +12,8 @@ import json
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
+
+from diffalign.voting.log import EVERYBODY
 
 _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = {
@@ -54,7 +57,9 @@ GROUPS = pa.schema(
 )
 
 GROUPS_FILE = "groups.parquet"
-HUMAN = "human"
+CONDITIONS = "conditions"
+"""The folder of condition images, with the columns of `IMAGES`: index 0 of a group is what its images were made from."""
+HUMAN = EVERYBODY
 """The source, beside the rewards, by which a dataset can be ranked where people gave preferences."""
 
 

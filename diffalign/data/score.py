@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
+from PIL import Image
 
 from diffalign import stopping
 from diffalign.cluster import check_same
@@ -30,11 +31,23 @@ BatchKey = tuple[int, int]
 """A batch: the number of its shard, and its own in it."""
 
 
+class Shown(Protocol):
+    """An image of a group, stored (`ImageRow`) or in memory."""
+
+    @property
+    def group_id(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+
+    def decode(self) -> Image.Image:
+        """Return the image in RGB. Raises DiffalignError where it cannot be decoded."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """An image, with its group's prompt and metadata."""
 
-    row: ImageRow
+    row: Shown
     prompt: str
     metadata: dict[str, Any]
 

@@ -39,6 +39,7 @@ COLUMNS = {
     "choice": ("choice", "label", "preference", "vote_type"),
     "rating": ("rating", "score", "stars"),
     "group": ("group", "group_id", "prompt_id"),
+    "condition": ("condition", "condition_image", "source_image", "input_image", "edited_from"),
 }
 """What columns mean -> the names they have in people's tables, the first one that is there wins."""
 

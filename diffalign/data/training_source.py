@@ -10,10 +10,10 @@ from torch import Tensor
 
 from diffalign.data.buckets import describe
 from diffalign.data.cache import CachePlan, plan_cache
-from diffalign.data.combine import calibrations, combined_labels
+from diffalign.data.combine import transformed_labels
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.embeddings import LivePrompts, PromptStore
-from diffalign.data.labels import labelled_groups, raw_labels, scaled, statistics
+from diffalign.data.labels import labelled_groups, raw_labels
 from diffalign.data.latents import LatentStore, LiveLatents
 from diffalign.data.protocols import Encoder, GroupSettings, LabelSettings
 from diffalign.data.tracked_noise import tracked_seeds
@@ -48,6 +48,7 @@ class TrainingSource:
 
     label_stats: what labels.transform took from the labels, or was given. buckets: a number for each group; only groups
     with equal numbers have one shape and may share a batch. plan: the cache that it reads. seeds: [G, K], as in `Batch`.
+    condition: under which name the trunk takes the latents of condition images, if there are any.
     """
 
     latents: LatentStore | LiveLatents
@@ -60,6 +61,7 @@ class TrainingSource:
     buckets: list[int] = field(default_factory=list)
     plan: CachePlan | None = None
     seeds: Tensor | None = None
+    condition: str | None = None
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -73,9 +75,12 @@ class TrainingSource:
         """Return the groups at these positions, in this order."""
         latents, spread = self.latents.batch(indices)
         prompts = [self.prompts[i] for i in indices]
+        conditioning = self.embeddings.batch(prompts)
+        if self.condition is not None:
+            conditioning[self.condition] = self.latents.conditions(indices)
         return Batch(
             latents,
-            self.embeddings.batch(prompts),
+            conditioning,
             self.rewards[indices],
             self.mask[indices],
             [self.group_ids[i] for i in indices],
@@ -173,18 +178,7 @@ def choose_labels(data: GroupSettings, label: LabelSettings, dataset: Preference
     """
     chosen, members, smaller = choose_groups(data, dataset)
     # From stored preferences or scores, scaled over the chosen groups unless a scale is given.
-    if label.source == "combined":
-        assert label.combine is not None  # the config is checked
-        stats = dict(label.stats or calibrations(dataset, chosen, label.combine))
-        raw = combined_labels(dataset, chosen, label.combine, stats)
-        # Those of the rewards are theirs, and a deviation of the sum comes on top.
-        stats |= {
-            key: value for key, value in statistics(raw, label.transform, label.spread).items() if key not in stats
-        }
-    else:
-        raw = raw_labels(dataset, chosen, label.source)
-        stats = dict(label.stats or statistics(raw, label.transform, label.spread))
-    values = scaled(raw, label.transform, stats)
+    values, stats = transformed_labels(lambda source: raw_labels(dataset, chosen, source), label)
     rewards = np.full((len(chosen), members), np.nan, dtype=np.float32)
     for row, value in enumerate(values):
         rewards[row, : len(value)] = value
@@ -236,4 +230,5 @@ def prepare_source(
         [sizes.index(size) for size in plan.frames.sizes],
         plan,
         seeds,
+        backbone.condition if plan.frames.conditions else None,
     )

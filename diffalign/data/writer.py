@@ -1,6 +1,5 @@
 """Write a dataset folder. Files are written beside their name and renamed, so a kill leaves only complete ones."""
 
-import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from PIL import Image
 from diffalign.data.schema import GROUPS, GROUPS_FILE, IMAGES, GroupRow
 from diffalign.errors import DiffalignError
 from diffalign.files import replacing
+from diffalign.files.images import encoded
 from diffalign.redaction import without_folders
 
 ROWS_PER_GROUP = 64  # images in a parquet row group: the most that one random access reads
@@ -43,9 +43,7 @@ def regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 def png_bytes(image: Image.Image) -> bytes:
     """Return the image as PNG without metadata: equal images have equal bytes."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encoded(image.convert("RGB"), "PNG")
 
 
 def image_row(
@@ -73,10 +71,13 @@ def image_row(
 
 
 class ImageWriter:
-    """Writes images as a stream into one shard, `images/<shard>.parquet`; at most 64 are in memory."""
+    """Writes images as a stream into one shard, `images/<shard>.parquet`; at most 64 are in memory.
 
-    def __init__(self, folder: Path, shard: str = "part-00000") -> None:
-        self.path = Path(folder) / "images" / f"{shard}.parquet"
+    kind: `conditions` for condition images, in their own folder.
+    """
+
+    def __init__(self, folder: Path, shard: str = "part-00000", kind: str = "images") -> None:
+        self.path = Path(folder) / kind / f"{shard}.parquet"
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "ImageWriter":

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,11 +63,10 @@ def fid(generated: Tensor, reference: Tensor) -> SetMeasure:
     Raises DiffalignError for fewer images than features.
     """
     check_fid(len(generated), len(reference), generated.shape[1])
-    metric = (
-        _torchmetrics("fid")
-        .image.fid.FrechetInceptionDistance(feature=_Given(generated.shape[1]))
-        .set_dtype(torch.float64)
-    )
+    with extras_named("measure fid"):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(generated.shape[1])).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(generated.double(), real=False)
     note = (
@@ -90,13 +88,14 @@ def kid(
         subsets = 1  # every subset is the whole
     if not 2 <= size <= fewest:
         raise DiffalignError(f"kid: subset_size={size}, but there are {len(generated)} and {len(reference)} images")
+    with extras_named("measure kid"):
+        from torchmetrics.image.kid import KernelInceptionDistance
+
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps all features
         # The subsets come from torch's global generator, which is put back afterwards.
         torch.random.default_generator.manual_seed(seed)
-        metric = _torchmetrics("kid").image.kid.KernelInceptionDistance(
-            feature=_Given(generated.shape[1]), subsets=subsets, subset_size=size
-        )
+        metric = KernelInceptionDistance(feature=_Given(generated.shape[1]), subsets=subsets, subset_size=size)
         metric.update(reference.double(), real=True)
         metric.update(generated.double(), real=False)
         mean, std = metric.compute()
@@ -151,11 +150,3 @@ def diversity(pairs: Sequence[tuple[str, int, int]], distances: Sequence[float])
 def batches(count: int, size: int) -> Iterator[range]:
     """Yield the places of `count` things, `size` at a time."""
     yield from (range(start, min(count, start + size)) for start in range(0, count, size))
-
-
-def _torchmetrics(measure: str) -> Any:
-    with extras_named(f"measure {measure}"):
-        import torchmetrics
-        import torchmetrics.image.fid
-        import torchmetrics.image.kid
-    return torchmetrics

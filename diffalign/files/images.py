@@ -1,5 +1,6 @@
-"""Decode bytes from any source to an RGB image, or say why that is not possible. Everything here decodes with it."""
+"""Decode bytes from any source to an RGB image, or say why that is not possible, and encode images. Everything does it here."""
 
+import base64
 import importlib
 import io
 import struct
@@ -11,6 +12,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageOps
 
+from diffalign.error_codes import UNREADABLE_IMAGE
 from diffalign.errors import DiffalignError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -43,6 +45,8 @@ ORIENTATION = 0x0112  # EXIF
 
 class Unreadable(DiffalignError):
     """One image that cannot be read; the others can."""
+
+    fixed_code = UNREADABLE_IMAGE
 
 
 def read_file(path: Path) -> bytes:
@@ -150,6 +154,18 @@ def _without_text(data: bytes) -> bytes:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return the bytes of an image file; kind: Pillow's format name, options: those of its writer."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return encoded image bytes as a data URI; kind: "png" or "jpeg"."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @cache

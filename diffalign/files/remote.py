@@ -129,6 +129,15 @@ def _shown_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts))
 
 
+def check_writable(address: str) -> None:
+    """Raise DiffalignError where no file can be written and deleted at an address; call it before work that would be lost."""
+    with _reading(address):
+        fs, path = _opened(address)
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        fs.pipe_file(path + ".part", b"")
+        fs.rm_file(path + ".part")
+
+
 def remove_below(address: str) -> None:
     """Delete a folder at an address, if it is there."""
     with _reading(address):
@@ -157,7 +166,16 @@ def _opened(address: str) -> tuple[Any, str]:
             f"{parts.scheme}://{parts.hostname}: no password belongs in an address, as results name it; set the variables "
             "of the environment that its fsspec package reads"
         )
-    fs, path = fsspec.core.url_to_fs(address)
+    try:
+        fs, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:  # fsspec says what to install in words, and its cause which module is not there
+        missing = getattr(error.__cause__ or error, "name", None)
+        if not missing:
+            raise
+        package = missing.partition(".")[0]
+        raise DiffalignError(
+            f"{parts.scheme}://: {package} is not installed, which reads such addresses; pip install {package}"
+        ) from error
     return fs, path.rstrip("/") if len(path) > 1 else path
 
 
@@ -177,8 +195,6 @@ def _reading(address: str) -> Iterator[None]:
         yield
     except DiffalignError:
         raise
-    except ImportError as error:
-        raise DiffalignError(f"{address}: {brief(error)} (a package of fsspec; pip install it)") from error
     except FileNotFoundError as error:
         raise DiffalignError(f"{address}: no such file or folder") from error
     except Exception as error:  # every file system has its own errors

@@ -6,8 +6,9 @@ from typing import Any
 from PIL import Image
 
 from diffalign.files import write_whole
+from diffalign.files.images import data_uri, encoded
 from diffalign.redaction import without_folders
-from diffalign.report.page import data_uri, encoded, render_page
+from diffalign.report.page import render_page
 
 THUMBNAIL = 224
 

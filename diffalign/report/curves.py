@@ -26,6 +26,10 @@ LAST: dict[str, tuple[str, str]] = {
     "student_loss": ("Student's loss", "half the squared step; its size says little, its jumps do"),
     "fake_loss": ("Fake network's error", "mean squared, on the student's images"),
     "reward": ("Reward in training", "mean over the images that are judged; of several rewards, by their weights"),
+    "unscored": (
+        "Images without a score",
+        "share of the drawn images that a reward could not score; they are left out",
+    ),
     "above_threshold": ("Above the threshold", "share of scores that are good enough and pull no more"),
     "diversity": ("Diversity within a prompt", "deviation over the latents of one prompt's images; should not halve"),
     "r_dm": ("R_dm", "log p_teacher / p_student of the student's images from one draw, nats; 0 where both agree"),

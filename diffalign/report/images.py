@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.files import read_json_lines, reading
-from diffalign.report.page import data_uri, encoded
+from diffalign.files.images import data_uri, encoded
 from diffalign.report.runs import Run
 
 # (side in pixels, JPEG quality), tried in turn until an image fits: 2,000 images stay below 60 MB in base64.
@@ -124,17 +124,19 @@ def comparisons(members: list[tuple[Candidate, Run]], shown: int, pictures: bool
     return rows
 
 
-def strip(run: Run, score_of: Callable[[dict[str, Any]], float | None]) -> list[dict[str, Any]]:
-    """Return the validation's grids over steps: at most 12, with the first and the last."""
-    rows = [r for r in run.validations if (run.folder / "samples" / f"step-{r['step']:08d}.png").is_file()]
+def strip(
+    run: Run, rows: list[dict[str, Any]], stem: str, score_of: Callable[[dict[str, Any]], float | None]
+) -> list[dict[str, Any]]:
+    """Return grids over steps: at most 12, with the first and the last.
+
+    rows: of the run's validations or draws; stem: what their files in samples/ are called before the step.
+    """
+
+    def path(row: dict[str, Any]) -> Path:
+        return run.folder / "samples" / f"{stem}-{row['step']:08d}.png"
+
+    rows = [row for row in rows if path(row).is_file()]
     if len(rows) > STRIP_STEPS:
         places = [round(i * (len(rows) - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)]
         rows = [rows[i] for i in places]
-    return [
-        {
-            "step": row["step"],
-            "score": score_of(row),
-            "source": thumbnail(run.folder / "samples" / f"step-{row['step']:08d}.png", wide=True),
-        }
-        for row in rows
-    ]
+    return [{"step": row["step"], "score": score_of(row), "source": thumbnail(path(row), wide=True)} for row in rows]

@@ -28,8 +28,15 @@ LICENCES: dict[str, tuple[str, str | None]] = {
     "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community"),
     "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("apache-2.0", None),
+    "black-forest-labs/FLUX.2-klein-4B": ("apache-2.0", None),
     "stabilityai/stable-cascade": ("other", "stable-cascade-nc-community"),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": ("openrail++", None),
+    "Tongyi-MAI/Z-Image": ("apache-2.0", None),
+    "Tongyi-MAI/Z-Image-Turbo": ("apache-2.0", None),
+    "Qwen/Qwen-Image": ("apache-2.0", None),
+    "Qwen/Qwen-Image-2512": ("apache-2.0", None),
+    "Qwen/Qwen-Image-2.1": ("other", "qwen-research"),
 }
 UNKNOWN = "unknown"
 

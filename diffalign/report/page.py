@@ -1,11 +1,9 @@
-"""Render HTML pages from templates, with images inside the file."""
+"""Render HTML pages from templates."""
 
 import base64
 import hashlib
-import io
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from diffalign.intervals import interval_in
 from diffalign.redaction import without_folders
@@ -40,15 +38,3 @@ def policy_of_script(script: str, images: str) -> str:
         f"default-src 'none'; img-src {images}; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """Return the bytes of an image file; kind: Pillow's format name, options: those of its writer."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    """Return encoded image bytes as a data URI; kind: "png" or "jpeg"."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -15,6 +15,8 @@ from diffalign.report.page import render_page
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 
 PAIRS_SHOWN = 12
+TELLING = {"best": 2, "worst": 1}
+"""How many of the largest gains and losses stand on the first screen."""
 # The chart on which a finding is marked, by the finding's name.
 MARKED_ON: dict[str, str] = {
     "accuracy_stuck": "accuracy",
@@ -85,6 +87,36 @@ def verdicts(members: Iterable[Candidate]) -> list[dict[str, str]]:
     return found
 
 
+def mark_telling(rows: list[dict[str, Any]]) -> None:
+    """Mark the rows of `comparisons` that stand on the first screen, with "telling": the largest gains and losses.
+
+    Each of another prompt.
+    """
+    left, seen = dict(TELLING), set()
+    for row in rows:
+        row["telling"] = left[row["kind"]] > 0 and row["prompt"] not in seen
+        if row["telling"]:
+            left[row["kind"]] -= 1
+            seen.add(row["prompt"])
+
+
+def headlines(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
+    """Return what a table of several runs says of each: progress, the first score with its verdict, health.
+
+    "score" is None for a run that was not evaluated.
+    """
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        words, tone = run.health
+        row: dict[str, Any] = {"name": name, "progress": run.progress, "health": words, "tone": tone, "score": None}
+        if run.result is not None:
+            column, kinds = next(iter(run.result["scores"].items()))
+            verdict = interval_in(kinds["all"]).verdict("better", "worse")
+            row |= {"score": column, "verdict": verdict, "all": kinds["all"]}
+        found.append(row)
+    return found
+
+
 def _over_optimisation(runs: list[Run]) -> list[dict[str, Any]]:
     """Make a chart for each score: if the trained reward still rises while others fall, the run is past its best."""
     scores = [over_checkpoints(run) for run in runs]
@@ -142,6 +174,16 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
     return found
 
 
+def strips(names: list[str], runs: list[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return (title, grids over steps) of every run's validations and draws, without those that have none."""
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        of = f": {name}" if len(runs) > 1 else ""
+        found.append((f"Validation over steps{of}", strip(run, run.validations, "step", validation_mean)))
+        found.append((f"Images drawn in training{of}", strip(run, run.draws, "drawn", validation_mean)))
+    return [(title, grids) for title, grids in found if grids]
+
+
 def write_reports(
     folders: list[Path], out: Path, *, result: dict[str, Any] | None = None, shown: int = PAIRS_SHOWN
 ) -> Path:
@@ -153,7 +195,9 @@ def write_reports(
     runs = [read_run(Path(folder), result) for folder in folders]
     names = distinct_names(runs)
     compared = trials(runs, names)
-    made = [{"members": members, "pictures": comparisons(members, shown)} for members in compared]
+    made: list[dict[str, Any]] = [{"members": members, "pictures": comparisons(members, shown)} for members in compared]
+    for trial in made:
+        mark_telling(trial["pictures"])
     tuned = [c for members in compared for c, _ in members if c.model == "tuned"]
     drawn = charts(runs)
     html = render_page(
@@ -161,11 +205,12 @@ def write_reports(
         "report.html.j2",
         title=" · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         runs=list(zip(names, runs, strict=True)),
+        headlines=headlines(runs, names),
         trials=made,
         verdicts=verdicts(tuned),
         charts=drawn,
         data={"names": names, "charts": {chart["name"]: chart["data"] for chart in drawn}},
-        strips=[(name, strip(run, validation_mean)) for name, run in zip(names, runs, strict=True)],
+        strips=strips(names, runs),
         differences=differences(runs) if len(runs) > 1 else [],
     )
     write_whole(out, html)

@@ -9,7 +9,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import dotted_keys, read_json, read_json_lines, reading
 from diffalign.files.metric_rows import read_metrics
 from diffalign.files.parse import parse_yaml
-from diffalign.health import ENDINGS, Finding, examine, examine_ending
+from diffalign.health import ENDINGS, NOT_FINISHED, Finding, examine, examine_ending
 from diffalign.redaction import without_folders
 
 # Settings worth showing first, and their names in the report.
@@ -20,6 +20,11 @@ FACTS: dict[str, str] = {
     "tune.kind": "trained",
     "tune.rank": "rank",
     "data.path": "data",
+    "train.online.prompts": "prompts that are drawn",
+    "train.online.groups": "prompts of a draw",
+    "train.online.images_per_prompt": "images of a prompt",
+    "train.online.every": "updates on a draw",
+    "train.online.rewards": "rewards that are followed",
     "student.steps": "steps of the student",
     "student.sampler": "its sampler",
     "match.guidance": "teacher's guidance",
@@ -41,7 +46,7 @@ PLACES = ("run_dir", "data.cache_dir", "tracking.trackers", "tracking.project")
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. result: its eval.json. findings: as in health.json. config: with dotted keys."""
+    """One run directory. result: its eval.json. findings: as in health.json. config: with dotted keys. draws: online.jsonl."""
 
     folder: Path
     name: str
@@ -51,11 +56,31 @@ class Run:
     result: dict[str, Any] | None
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
+    draws: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         """The last step that was logged."""
         return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def progress(self) -> str:
+        """How far training got, in words: `200 steps`, or `stopped at step 6 of 30`; empty without training."""
+        wanted = self.config.get("train.steps")
+        if not self.steps:
+            return ""
+        if any(finding["name"] == NOT_FINISHED for finding in self.findings) and isinstance(wanted, int):
+            return f"stopped at step {self.steps} of {wanted}"
+        return f"{self.steps} step{'' if self.steps == 1 else 's'}"
+
+    @property
+    def health(self) -> tuple[str, str]:
+        """What the findings say in a few words, and their tone: "good", "warn" or "bad"; empty without training."""
+        if not self.rows:
+            return "", ""
+        alarms = [str(one["title"]) for one in self.findings if one["level"] == "alarm"]
+        notes = [str(one["title"]) for one in self.findings if one["level"] != "alarm"]
+        return "; ".join([*alarms, *notes]) or "nothing found", "bad" if alarms else "warn" if notes else "good"
 
     def facts(self, instead: dict[str, str] | None = None) -> list[tuple[str, str]]:
         """Return (name, value) of the settings worth showing first; `instead` replaces values of the config."""
@@ -92,7 +117,8 @@ def read_run(folder: Path, result: dict[str, Any] | None = None) -> Run:
             config = dotted_keys(dict(parse_yaml(text, str(path))))
     if rows:
         findings = _with_ending(findings, examine_ending(rows, config.get("train.steps")))
-    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text))
+    draws = _validations(folder / "online.jsonl")
+    return Run(folder, folder.resolve().name, rows, validations, findings, result, config, without_folders(text), draws)
 
 
 def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[dict[str, Any]]:
@@ -103,6 +129,7 @@ def _with_ending(findings: list[dict[str, Any]], ending: list[Finding]) -> list[
 
 
 def _validations(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of validation.jsonl or online.jsonl, whose scores are lists of numbers, one a prompt."""
     rows = read_json_lines(path)
     for row in rows:
         with reading(path, mend=f"delete the line of step {row['step']}"):

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,7 +49,7 @@ def write_gallery(path: Path, scores: Scores, most: int = MOST) -> int:
         _card(scores.items[i], scores.rows[i], scores, columns, thumbnail, path)
         for i, thumbnail in zip(chosen, thumbnails, strict=True)
     ]
-    script = resources.files("diffalign.scoring").joinpath("templates", "gallery.js.j2").read_text(encoding="utf-8")
+    script = render_page("diffalign.scoring", "gallery.js.j2")
     html = render_page(
         "diffalign.scoring",
         "gallery.html.j2",

@@ -19,6 +19,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files.images import Unreadable, as_seen
 from diffalign.scoring.items import Item
 from diffalign.scoring.sources import Prompting, collect
+from diffalign.terminal import counted
 
 Pixels: TypeAlias = "Image.Image | np.ndarray | Tensor"
 Picture: TypeAlias = "str | Path | Pixels"
@@ -94,7 +95,9 @@ def _one_each(
         raise DiffalignError(f"{what}: {type(given).__name__} is no list; give a list with one {called} for each image")
     found = list(given)
     if len(found) != len(items):
-        raise DiffalignError(f"{what}: {len(found)} for {len(items)} images; give one {called} for each image")
+        raise DiffalignError(
+            f"{what}: {len(found)} for {counted(len(items), 'image')}; give one {called} for each image"
+        )
     wrong = next((number for number, one in enumerate(found) if not isinstance(one, kind)), None)
     if wrong is not None:
         raise DiffalignError(f"{what}: that of image {wrong} is {type(found[wrong]).__name__}; give a {called}")

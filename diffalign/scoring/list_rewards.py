@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from diffalign.files import write_whole
 from diffalign.plugins import REWARD_GROUP, offered_names
+from diffalign.terminal import WordsCell
 
 if TYPE_CHECKING:
     from diffalign.scoring.describe_rewards import Described
@@ -38,10 +40,10 @@ def rewards_table(names: Iterable[str] = ()) -> tuple[Table, list[str]]:
         found |= others
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     shown.add_column(no_wrap=True)
-    shown.add_column(overflow="fold")
+    shown.add_column()
     for name, one in found.items():
         lines = [*one["facts"], *(one["details"] if names else ())]
-        shown.add_row(Text(name, "bold"), Text("\n".join(lines)))  # as text: rich would take diffalign[ocr] for a style
+        shown.add_row(Text(name, "bold"), Group(*map(WordsCell, lines)))
     return shown, problems
 
 

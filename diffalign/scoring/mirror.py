@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from diffalign.files import write_whole
-from diffalign.files.remote import RemoteFolder, exists, join, read_address, remove_below, upload
+from diffalign.files.remote import RemoteFolder, check_writable, exists, join, read_address, remove_below, upload
 
 EVERY = 30.0
 """Seconds between two files of the journal: what a kill costs at most."""
@@ -27,6 +27,7 @@ class Mirror:
         self.journal = self.path.with_name(self.path.name + ".journal")
         self._sent: dict[str, int] = {}  # bytes of each file of the journal that are at the address
         self._last, self._parts = time.monotonic(), 0
+        check_writable(address)
         if exists(address):
             self.path.write_bytes(read_address(address))
         if exists(f"{address}.journal"):

@@ -34,7 +34,7 @@ from diffalign.scoring.mirror import Mirror
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 FIXED = ("image", "sha256", "prompt", "reason")
-ROW_MEND = "delete this row, and the same command scores its image again, or choose another --output"
+ROW_MEND = "delete this row, and the same command scores its image again, or choose another output"
 IDENTITY, REASON = ".identity", ".reason"
 
 
@@ -65,11 +65,17 @@ def with_facts(identity: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any
 
 
 class Store:
-    """Scores by key. Without a path nothing is read or written. mirror: sends what is written to an address."""
+    """Scores by key. Without a path nothing is read or written. mirror: sends what is written to an address.
 
-    def __init__(self, path: Path | None, process: int = 0, mirror: Mirror | None = None) -> None:
+    said_as: how the user named the path, for messages: `--output`, or the argument of Python.
+    """
+
+    def __init__(
+        self, path: Path | None, process: int = 0, mirror: Mirror | None = None, said_as: str = "--output"
+    ) -> None:
+        self._said_as = said_as
         if path is not None and path.suffix not in ENDINGS:
-            raise DiffalignError(f"--output {path}: unknown suffix; one of {', '.join(ENDINGS)}")
+            raise DiffalignError(f"{said_as} {path}: unknown suffix; one of {', '.join(ENDINGS)}")
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.known: dict[str, Result] = {}
@@ -86,13 +92,13 @@ class Store:
         if not path.is_file():
             return
         if path.suffix == ".parquet":
-            open_parquet(path, "delete it, and the same command scores again, or choose another --output")
+            open_parquet(path, "delete it, and the same command scores again, or choose another output")
         for where, raw in table_rows(path):
             if isinstance(raw, str):
-                raise DiffalignError(f"--output {where}: {raw}; {ROW_MEND}")
+                raise DiffalignError(f"{self._said_as} {where}: {raw}; {ROW_MEND}")
             if not {"image", "sha256"} <= set(raw):
-                raise DiffalignError(f"{where}: not a file of `diffalign score`; choose another --output")
-            with reading(Path(where), "--output ", ROW_MEND):
+                raise DiffalignError(f"{where}: not a file of `diffalign score`; choose another output")
+            with reading(Path(where), f"{self._said_as} ", ROW_MEND):
                 row = _unpacked(raw)
                 for name in [n for n in row if n.endswith(IDENTITY) and row[n]]:
                     label = name.removesuffix(IDENTITY)

@@ -12,8 +12,7 @@ from PIL import Image
 
 from diffalign.errors import DiffalignError
 from diffalign.files import make_folder, replacing
-from diffalign.files.images import Unreadable, decode
-from diffalign.report.page import data_uri, encoded
+from diffalign.files.images import Unreadable, data_uri, decode, encoded
 from diffalign.scoring.items import Item, digest
 
 THUMBNAIL = 256

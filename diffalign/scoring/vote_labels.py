@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.schema import HUMAN
 from diffalign.errors import DiffalignError
 from diffalign.files.parse import parse_json
 from diffalign.scoring.items import Item
-from diffalign.voting.log import VOTES_FILE, Vote, read_votes
+from diffalign.voting.log import VOTES_FILE, Vote, read_votes, votes_of
 
 
 def vote_rows(path: Path, items: Sequence[Item]) -> tuple[Path, list[tuple[str, dict[str, Any]]]] | None:
@@ -26,7 +25,7 @@ def vote_rows(path: Path, items: Sequence[Item]) -> tuple[Path, list[tuple[str, 
         return None
     log = folders.pop() / VOTES_FILE
     votes = read_votes(log)
-    own = [vote for vote in votes if str(path) in (HUMAN, vote.rater)]
+    own = votes_of(votes, str(path))
     if votes and not own:
         raters = ", ".join(sorted({vote.rater for vote in votes}))
         raise DiffalignError(f"--labels {path}: no such file, and nobody of this name in {log}; there are {raters}")

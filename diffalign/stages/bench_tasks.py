@@ -54,7 +54,7 @@ def open_tasks(
     named = [part.strip() for text in texts for part in text.split(",") if part.strip()]
     if not named:
         raise DiffalignError("--task: name a suite; `diffalign bench suites` lists them")
-    changed = [parse(text) for text in judges]
+    changed = [parse(text, "--judge") for text in judges]
     suites = [(find_suite(name), path) for name, _, path in (part.partition(":") for part in named)]
     names = [suite.name for suite, _ in suites]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -121,7 +121,7 @@ def export_data(folder: Path, out: Path, form: str, pairs: str) -> dict[str, int
 
 def cache(config: TrainConfig, dry_run: bool = False) -> None:
     """Encode what `diffalign train` would encode before its first step: `diffalign cache`. dry_run: print its size only."""
-    config, dataset = settled(config), PreferenceDataset(config.data.path)
+    config, dataset = settled(config), PreferenceDataset(config.data.folder)
     chosen, members, _ = choose_groups(config.data, dataset)
     backbone = open_backbone(config.model, "cpu" if dry_run else process_device(config.device))
     plan = plan_cache(config.data, dataset, chosen, members, backbone)

@@ -75,8 +75,17 @@ def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, An
             "distil a model that is guided at sampling, such as SDXL or SD3"
         )
     wanted = config.student
-    scheduler = student_scheduler(backbone.pipeline.scheduler, wanted.steps, wanted.sampler, wanted.times)
-    student = few_step(backbone.process, scheduler, wanted.steps, wanted.sampler, wanted.eta, wanted.times)
+    side = config.resolution or backbone.default_resolution
+    grid: Any = backbone.schedule_arguments(wanted.steps, side, side).get("sigmas")
+    scheduler = student_scheduler(
+        backbone.pipeline.scheduler,
+        wanted.steps,
+        wanted.sampler,
+        wanted.times,
+        shift=backbone.shift_at(wanted.steps, side, side),
+        even=grid is not None,
+    )
+    student = few_step(backbone.process, scheduler, wanted.steps, wanted.sampler, wanted.eta, wanted.times, grid)
     top = backbone.process.span if backbone.process.span == 1.0 else backbone.process.span - 1
     if wanted.times is not None and not (wanted.times[-1] > 0 and wanted.times[0] <= top):
         raise DiffalignError(f"student.times: times of this model lie in (0, {top:g}], not {wanted.times}")
@@ -229,11 +238,8 @@ def save_student(config: DistillConfig, weights: Path, out: Path) -> Path:
     backbone.pipeline.scheduler = scheduler
     export_merged(backbone, out)
     wanted = config.student
-    options: dict[str, Any] = {"num_inference_steps": wanted.steps, "guidance_scale": 0.0}
-    explicit = call_options(scheduler, wanted.times)
-    if explicit:
-        options = {**explicit, "guidance_scale": 0.0}
-    options |= backbone.call_options()
+    chosen = call_options(scheduler, wanted.times) or {"num_inference_steps": wanted.steps}
+    options: dict[str, Any] = {**chosen, **backbone.guidance_arguments(0.0), **backbone.call_options()}
     note = GLOBAL_NOISE if wanted.sampler == "renoise" and not backbone.scheduler_seeded else ""
     if wanted.sampler == "cps":
         note = CPS.format(eta=wanted.eta)

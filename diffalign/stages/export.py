@@ -11,9 +11,11 @@ from diffalign.files.lock import holds_files, writing_folder
 from diffalign.files.published import is_local, load_base, public_name
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.export import (
+    PEFT_FILE,
     export_diffusers,
     export_kohya,
     export_merged,
+    export_peft,
     export_single_file,
     export_trunk,
 )
@@ -27,10 +29,13 @@ from diffalign.report.model_card import licence_name, write_card
 from diffalign.report.runs import read_run
 from diffalign.stages.resolve import DTYPES, model_folder, open_plain_backbone
 
-FORMATS = ("weights", "diffusers", "kohya", "merged", "single-file")
+FORMATS = ("weights", "diffusers", "kohya", "peft", "merged", "single-file")
 WHOLE = ("merged", "single-file")
 """Formats that hold the base model, too."""
 LOAD_LORA = 'pipeline.load_lora_weights("{out}", weight_name="{file}"){here}'
+LOAD_PEFT = """from peft import PeftModel
+
+pipeline.{trunk} = PeftModel.from_pretrained(pipeline.{trunk}, "{out}"){here}"""
 LOAD_MERGED = 'from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{out}"){here}'
 LOAD_FILE = """from diffusers import {pipeline}
 
@@ -39,16 +44,26 @@ LOAD_TRUNK = """{trunk}_class = type(pipeline.{trunk})
 pipeline.register_modules({trunk}={trunk}_class.from_pretrained("{out}", subfolder="{trunk}")){here}"""
 READERS = {
     LORA_FILE: "diffusers; ComfyUI for SD3 and FLUX",
+    PEFT_FILE: "peft's `PeftModel.from_pretrained`, on the pipeline's trunk",
     KOHYA_FILE: "ComfyUI, Forge and kohya's sd-scripts; A1111 for SD1.5 and SDXL",
 }
 FILES = {
     "weights": (LORA_FILE, KOHYA_FILE),
     "diffusers": (LORA_FILE,),
     "kohya": (KOHYA_FILE,),
+    "peft": (PEFT_FILE,),
     "merged": (),
     "single-file": (),
 }
 """The files of a LoRA in each format."""
+
+
+def lora_files(form: str, family: type[Backbone]) -> tuple[str, ...]:
+    """Return the files of a LoRA of this family in a format; `weights` are those that its programs read."""
+    if form != "weights":
+        return FILES[form]
+    known = {LORA_FILE: True, KOHYA_FILE: family.kohya is not None, PEFT_FILE: not family.lora_loader}
+    return tuple(file for file, written in known.items() if written)
 
 
 def _config(run_dir: Path) -> TrainConfig | RewardGradientConfig:
@@ -86,9 +101,10 @@ def _weights(run_dir: Path, best: bool) -> Path:
 
 def _generators(config: TrainConfig | RewardGradientConfig) -> dict[str, str]:
     """Return the licence of each generator of the training images; none if the dataset is not on disk any more."""
-    if isinstance(config, RewardGradientConfig) or not (config.data.path / "groups.parquet").is_file():
+    path = None if isinstance(config, RewardGradientConfig) else config.data.path
+    if path is None or not (path / "groups.parquet").is_file():
         return {}
-    names = sorted(set(PreferenceDataset(config.data.path).generators().values()) - {""})
+    names = sorted(set(PreferenceDataset(path).generators().values()) - {""})
     return {public_name(name): licence_name(name) or "licence unknown; check it" for name in names}
 
 
@@ -107,6 +123,8 @@ def _usage(form: str, base: str, folder: str | None, family: type[Backbone], ful
         )
     elif full:
         loaded = load_base(base, published=True) + "\n" + LOAD_TRUNK.format(trunk=trunk, out=out, here=here)
+    elif form == "peft" or (form == "weights" and not family.lora_loader):
+        loaded = load_base(base, published=True) + "\n" + LOAD_PEFT.format(trunk=trunk, out=out, here=here)
     else:
         file = KOHYA_FILE if form == "kohya" else LORA_FILE
         loaded = load_base(base, published=True) + "\n" + LOAD_LORA.format(out=out, file=file, here=here)
@@ -127,9 +145,12 @@ def _write(
     elif config.tune.kind == "full":
         export_trunk(weights, family.trunk_name, out)
     else:
-        if LORA_FILE in FILES[form]:
+        files = lora_files(form, family)
+        if LORA_FILE in files:
             export_diffusers(weights, family.trunk_name, out)
-        if KOHYA_FILE in FILES[form]:
+        if PEFT_FILE in files:
+            export_peft(weights, out)
+        if KOHYA_FILE in files:
             index, commit = model_index(path, model.config, model.revision, *access)
             export_kohya(weights, family, component_config(path, index, commit, family.trunk_name, *access), out)
     return family
@@ -207,8 +228,10 @@ def _export(
         raise DiffalignError(f"--out {out}: not empty, and not an earlier export; choose another folder")
     name = _base_name(config, base, push, form)
     full = config.tune.kind == "full"
-    if full and form == "kohya":
-        raise DiffalignError("--format kohya is for a LoRA, and this run trained all weights; use diffusers or merged")
+    if full and form in ("kohya", "peft"):
+        raise DiffalignError(
+            f"--format {form} is for a LoRA, and this run trained all weights; use diffusers or merged"
+        )
     if checkpoint is not None and form not in WHOLE:
         backbone = open_plain_backbone(config.model)
         backbone.load_weights(checkpoint)
@@ -217,7 +240,7 @@ def _export(
     # Write the weights, then the card.
     make_folder(out)
     family = _write(form, config, weights, out, dtype)
-    files = {} if full else {file: READERS[file] for file in FILES[form]}
+    files = {} if full else {file: READERS[file] for file in lora_files(form, family)}
     if form == "single-file" and family.single_file is not None:
         files = {SINGLE_FILE: family.single_file.readers}
     write_card(

@@ -24,7 +24,7 @@ from diffalign.scoring.items import Item
 from diffalign.scoring.sources import collect
 from diffalign.scoring.spec import parse_options
 from diffalign.stages.resolve_rewards import resolve_device
-from diffalign.terminal import counted, name_cell, number, plain_table, show_table
+from diffalign.terminal import WordsCell, counted, name_cell, number, plain_table, show_table
 
 NETWORKS: dict[str, Callable[..., Embedding]] = {"fid": Inception, "kid": Inception, "clip-i": Clip, "dino": Dino}
 OPTIONS: dict[str, dict[str, type]] = {
@@ -103,6 +103,10 @@ def _parse(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         for name in (part.strip() for part in head.split(",") if part.strip()):
             if name not in OPTIONS:
                 raise DiffalignError(f"-m {name}: unknown measure; one of {', '.join(MEASURES)}")
+            if name in asked:
+                raise DiffalignError(
+                    f"-m {name}: named twice; name it once, with all its options: -m {name}:key=value,..."
+                )
             options = parse_options(tail, f"-m {text!r}") if colon else {}
             for key, value in options.items():
                 kind = OPTIONS[name].get(key)
@@ -110,9 +114,7 @@ def _parse(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
                     raise DiffalignError(f"-m {name}: unknown option {key!r}; it has {', '.join(OPTIONS[name])}")
                 if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < (key != "seed")):
                     raise DiffalignError(f"-m {name}:{key}={value}: a whole number is needed")
-            asked.setdefault(name, {}).update(
-                {key: str(v) if OPTIONS[name][key] is str else v for key, v in options.items()}
-            )
+            asked[name] = {key: str(v) if OPTIONS[name][key] is str else v for key, v in options.items()}
     if not asked:
         raise DiffalignError(f"-m: name a measure, one of {', '.join(MEASURES)}")
     return asked
@@ -177,12 +179,16 @@ def _lpips(network: Lpips, items: list[Item], pairs: list[tuple[str, int, int]],
 
 def _show(request: MeasureRequest, found: dict[str, dict[str, Any]]) -> None:
     shown = plain_table("measure", "value", "generated", "reference", title="Measures of sets")
-    shown.add_column("spread, features", overflow="fold")
+    shown.add_column("spread, features")
     for name, row in found.items():
         words = ", ".join(filter(None, (row["spread"], row["features"])))
         reference = str(row["reference"]) if "reference" in row else "–"
         shown.add_row(
-            name_cell(name), number(row["value"], FORMS.get(name, ".4f")), str(row["generated"]), reference, words
+            name_cell(name),
+            number(row["value"], FORMS.get(name, ".4f")),
+            str(row["generated"]),
+            reference,
+            WordsCell(words),
         )
     show_table(shown)
     for name, row in found.items():

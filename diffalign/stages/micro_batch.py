@@ -6,14 +6,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from diffalign.config import TrainConfig, load_run_config
 from diffalign.config.run import AUTO, divisors
+from diffalign.data.schema import CONDITIONS
 from diffalign.pipelines import Backbone
 from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.progress import say
-from diffalign.stages.resolve import open_backbone, planned_backbone
+from diffalign.stages.resolve import note_other_base, open_backbone, planned_backbone
 from diffalign.training.memory import MemoryPrediction, fitting_checkpointing, fitting_micro_batch
 
 SHARE, CONTEXT = 0.92, 2**30
@@ -59,6 +61,17 @@ def with_micro_batch(
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found[0]})})
 
 
+def open_fitting(config: TrainConfig, members: int, accelerator: Accelerator) -> tuple[TrainConfig, Backbone]:
+    """Return the config with the micro-batch in the place of `auto`, and its backbone, checkpointed as it fits."""
+    checkpointing = chosen_checkpointing(config, members, accelerator)
+    config = with_micro_batch(config, members, accelerator, checkpointing)
+    note_other_base(config.tune.init, config.model)
+    backbone = open_backbone(config.model, str(accelerator.device))
+    if config.model.gradient_checkpointing == "auto":
+        backbone.checkpoint(checkpointing)
+    return config, backbone
+
+
 def chosen_checkpointing(config: TrainConfig, members: int, accelerator: Accelerator) -> Checkpointing:
     """Return what `model.gradient_checkpointing` stands for, the same on all processes.
 
@@ -100,9 +113,19 @@ def _found(config: TrainConfig, members: int, accelerator: Accelerator, checkpoi
     return found
 
 
-def predicted(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> MemoryPrediction:
-    """Return the prediction for this run; uses the backbone up."""
+def planned_conditioning(config: TrainConfig, backbone: Backbone) -> dict[str, Tensor]:
+    """Return the conditioning of one prompt to plan with, and of an image to edit where the dataset has such images."""
     known = backbone.device.type == "meta"
     conditioning = empty_conditioning(backbone) if known else backbone.encode_prompts([""])
+    folder = config.data.path
+    if backbone.condition is not None and folder is not None and any((folder / CONDITIONS).glob("*.parquet")):
+        side = (config.data.resolution or backbone.default_resolution) // backbone.vae_scale_factor
+        conditioning[backbone.condition] = torch.empty(1, backbone.latent_channels, side, side, device="meta")
+    return conditioning
+
+
+def predicted(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> MemoryPrediction:
+    """Return the prediction for this run; uses the backbone up."""
     cuda = accelerator.device.type == "cuda"
+    conditioning = planned_conditioning(config, backbone)
     return MemoryPrediction(config, backbone, conditioning, cuda=cuda, processes=accelerator.num_processes)

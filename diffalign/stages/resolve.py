@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,7 +44,7 @@ from diffalign.pipelines.lora_file import checkpoint_file, is_checkpoint, stated
 from diffalign.pipelines.schedulers import replace_scheduler
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.pretrained import quiet_progress
-from diffalign.progress import say
+from diffalign.progress import say, waiting_for
 from diffalign.rewards import Reward
 from diffalign.rewards.judge import Judge, load_judge
 from diffalign.rewards.rubric import load_rubrics
@@ -67,7 +68,9 @@ def model_folder(path: str) -> str:
 
 def open_backbone(model: ModelSection, device: str) -> Backbone:
     """Load the backbone that a `model` section names."""
-    return load_backbone(model_folder(model.path), device=device, **_loading(model, device))
+    # A download has bars of its own.
+    with waiting_for(f"loading {model.path}") if model_is_here(model) else nullcontext():
+        return load_backbone(model_folder(model.path), device=device, **_loading(model, device))
 
 
 def planned_backbone(model: ModelSection) -> Backbone | None:
@@ -75,8 +78,7 @@ def planned_backbone(model: ModelSection) -> Backbone | None:
 
     None where that is not on this machine: nothing is downloaded. Raises DiffalignError as `load_backbone`.
     """
-    # 4-bit weights have no shapes without the weights themselves.
-    if model.path in known_models() and not Path(model.path).exists() and model.quantize != "nf4":
+    if model.path in known_models() and not Path(model.path).exists():
         wanted = ("dtype", "attention", "gradient_checkpointing", "quantize", "channels_last", *model.options)
         given = {key: value for key, value in _loading(model, "cpu").items() if key in wanted}
         return known_backbone(model.path, **given)

@@ -22,6 +22,7 @@ from diffalign.testbed.detector import ShapeDetector
 if TYPE_CHECKING:
     from diffalign.config import RewardSection
     from diffalign.data.prompts import PromptRow
+    from diffalign.scoring.spec import RewardSpec
 
 DEVICES = ("auto", "cpu", "cuda")
 DETECTORS: dict[str, type[Detector]] = {"shapes": ShapeDetector}
@@ -109,6 +110,14 @@ def build_reward(name: str, options: Mapping[str, Any], device: str) -> Reward:
     elif detector is not None and name in REWARDS:  # a reward of another package may have detectors of its own
         raise DiffalignError(f"reward {name}: unknown detector {detector!r}; there are {', '.join(DETECTORS)}")
     return load_reward(name, **given)
+
+
+def build_rewards(specs: Sequence[RewardSpec], device: str, *, served: bool) -> dict[str, Reward]:
+    """Build the rewards that are computed here or, with `served`, those behind an address; return them by label.
+
+    An address may not answer for minutes: whoever checks something else asks for those last.
+    """
+    return {s.label: build_reward(s.name, s.options, device) for s in specs if (s.name == "remote") == served}
 
 
 def open_rewards(

@@ -52,7 +52,7 @@ def gradient_scores(
 ) -> LatentScores:
     """Return a function that decodes latents and scores them and keeps the gradient. The VAE stays in float32 from here."""
     vae = backbone.pipeline.vae.float()
-    if config.decoder.checkpointing:
+    if config.decoder.checkpointing and vae._supports_gradient_checkpointing:  # DC-AE's code does not
         vae.enable_gradient_checkpointing()
 
     def scores(latents: Tensor, indices: list[int]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from diffalign.scoring.sources import Prompting, collect
 from diffalign.scoring.spec import RewardSpec, parse_all
 from diffalign.scoring.store import Store
 from diffalign.scoring.thumbnails import folder_beside
-from diffalign.stages.resolve_rewards import build_reward, process_device
+from diffalign.stages.resolve_rewards import build_reward, build_rewards, process_device
 from diffalign.terminal import counted, show_table
 
 PAGES = (".html", ".htm")
@@ -91,14 +91,19 @@ def score(request: ScoreRequest) -> int:
 
 
 @contextmanager
-def place_of_output(output: Path | str | None) -> Iterator[tuple[Path | None, Mirror | None]]:
-    """Yield where the output is written here, and what sends it on if it belongs to an address."""
+def place_of_output(
+    output: Path | str | None, said_as: str = "--output"
+) -> Iterator[tuple[Path | None, Mirror | None]]:
+    """Yield where the output is written here, and what sends it on if it belongs to an address.
+
+    said_as: how the user named it, for messages.
+    """
     if not isinstance(output, str):
         yield output, None
     elif not is_address(output):
         yield Path(output), None
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DiffalignError(f"--output {output}: several processes write to a disk; name a file there")
+        raise DiffalignError(f"{said_as} {output}: several processes write to a disk; name a file there")
     else:
         with mirror(output) as made:
             yield made.path, made
@@ -113,7 +118,7 @@ def _score(
     # Resolve what the options name.
     device = process_device("cpu" if engine else request.device)
     specs = parse_all(request.rewards)
-    rewards = {spec.label: build_reward(spec.name, spec.options, device) for spec in specs}
+    built = build_rewards(specs, device, served=False)
     given = _prompt_table(request.prompts, request.prompt_column) if request.prompts else None
     prompting = Prompting(request.prompt, given, request.prompt_from, request.prompt_column)
     sources = {"A": request.images, "B": request.against or []}
@@ -129,6 +134,9 @@ def _score(
         both_sides = {item.name for item in items["A"]} & {item.name for item in items["B"]}
         if both_sides:
             raise DiffalignError(f"--against: {min(both_sides)!r} is on both sides")
+    # Only now a server is asked: it may not answer for minutes.
+    built |= build_rewards(specs, device, served=True)
+    rewards = {spec.label: built[spec.label] for spec in specs}
     # Before any weights are asked for.
     every = [item for side in items.values() for item in side]
     refuse_without_prompts(every, rewards, "give --prompt or --prompts, or write a.txt beside a.png")
@@ -174,15 +182,17 @@ def score_and_store(
     processes: Processes | None = None,
     mirrored: Mirror | None = None,
     cluster: OnCluster | None = None,
+    said_as: str = "--output",
     on_progress: OnNamedImages | None = None,
 ) -> tuple[Scores, int]:
     """Score items, and write the output if one is wanted. Return the scores, and how many rows of other images it keeps.
 
     What the output holds already is not scored again. sources: what the user named; rows of other images stay. Of several
     processes the first one writes. mirrored: what sends the output on to an address. cluster: where the rewards run.
+    said_as: how the user named the output, for messages.
     """
     processes = processes or Processes()
-    with Store(output, processes.rank, mirrored) as store:
+    with Store(output, processes.rank, mirrored, said_as) as store:
         scores = score_items(
             items,
             rewards,
@@ -195,6 +205,31 @@ def score_and_store(
         )
         kept = store.finish(scores.rows, [_as_written(source) for source in sources]) if processes.main else 0
     return scores, kept
+
+
+def score_for_python(
+    items: list[Item],
+    rewards: dict[str, Reward],
+    output: str | Path | None,
+    *,
+    batch_size: int,
+    workers: int | None,
+    progress: bool,
+) -> Scores:
+    """Score items for `diffalign.score`, and write its `output` if one is given."""
+    with place_of_output(output, "output") as (path, mirrored), writing_file(None if mirrored else path, "output"):
+        scores, _ = score_and_store(
+            items,
+            rewards,
+            path,
+            [],
+            batch_size=batch_size,
+            workers=workers,
+            mirrored=mirrored,
+            said_as="output",
+            on_progress=ImageProgress(say_aside) if progress else None,
+        )
+    return scores
 
 
 def _on_cluster(engine: Engine, specs: list[RewardSpec]) -> OnCluster:
@@ -251,10 +286,12 @@ def _show(
         say(compared)
     elif request.html:
         shown, beside = write_gallery(request.html, both), folder_beside(request.html)
-        say(f"gallery: {request.html} ({shown} images{f', thumbnails in {beside}' if beside.is_dir() else ''})")
+        say(
+            f"gallery: {request.html} ({counted(shown, 'image')}{f', thumbnails in {beside}' if beside.is_dir() else ''})"
+        )
     if request.output:
         others = f", {kept} rows of other images kept" if kept else ""
-        say(f"output: {request.output} ({both.computed} scores new, {both.known} known{others})")
+        say(f"output: {request.output} ({counted(both.computed, 'score')} new, {both.known} known{others})")
 
 
 def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
@@ -270,7 +307,7 @@ def _show_comparison(request: ScoreRequest, a: Scores, b: Scores) -> str | None:
     if request.html is None:
         return None
     pairs = write_side_by_side(request.html, a, b, pairing, names)
-    return f"side by side: {request.html} ({pairs} pairs)"
+    return f"side by side: {request.html} ({counted(pairs, 'pair')})"
 
 
 def _split(both: Scores, first: int) -> list[Scores]:

@@ -41,7 +41,7 @@ from diffalign.data.writer import png_bytes
 from diffalign.errors import DiffalignError
 from diffalign.files import free_bytes, read_json, write_whole
 from diffalign.files.lock import writing_folder
-from diffalign.files.remote import is_address, upload
+from diffalign.files.remote import check_writable, is_address, join, upload
 from diffalign.progress import ImageProgress, say
 from diffalign.rewards import Reward
 from diffalign.stages.data import write_sheet
@@ -64,6 +64,8 @@ def synth(config: SynthConfig, dry_run: bool = False) -> None:
         raise DiffalignError(f"engine={config.engine}: --dry-run measures this machine; use engine=local with it")
     if config.upload and not is_address(config.upload):
         raise DiffalignError(f"upload={config.upload}: no address, such as s3://bucket/data")
+    if config.upload and not dry_run:
+        check_writable(join(config.upload, "dataset"))
     if config.threads:
         torch.set_num_threads(config.threads)
     # On a cluster this process alone writes the folder.

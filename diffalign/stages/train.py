@@ -1,7 +1,5 @@
 """`diffalign train`: a preference dataset and a model to trained weights."""
 
-import os
-
 import torch
 
 from diffalign.config import TrainConfig
@@ -13,40 +11,30 @@ from diffalign.files.images import displayed_size
 from diffalign.files.lock import writing_folder
 from diffalign.health import examine_labels
 from diffalign.objectives import check_labels, has_preference
-from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say
 from diffalign.stages.checks import check_packages, check_validation
+from diffalign.stages.describe_training import describe_training
 from diffalign.stages.dry_run import (
     MANY_EPOCHS,
     TIME_UNKNOWN,
-    model_facts,
     print_config,
     print_facts,
-    print_where,
     warn,
 )
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.micro_batch import (
-    chosen_checkpointing,
-    gpu_room,
-    kept_micro_batch,
-    usual_micro_batch,
-    with_micro_batch,
-)
+from diffalign.stages.micro_batch import kept_micro_batch, open_fitting
 from diffalign.stages.resolve import (
-    note_other_base,
-    open_backbone,
     open_validation,
     planned_backbone,
     settled,
     with_judges,
 )
 from diffalign.stages.resolve_rewards import resolve_device
+from diffalign.stages.train_online import train_online
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
 from diffalign.training.device import precision_of, start_accelerator
-from diffalign.training.memory import MemoryPrediction, described, fitting_checkpointing, fitting_micro_batch
 from diffalign.training.preference.method import Preference
 
 LOOKED_AT = 32
@@ -60,13 +48,17 @@ def train(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def _train(config: TrainConfig, dry_run: bool) -> None:
-    config, device = kept_micro_batch(with_judges(settled(config))), resolve_device(config.device)
+    learnt = [reward.name for reward in config.train.online.rewards] if config.train.online else []
+    config, device = kept_micro_batch(with_judges(settled(config), learnt)), resolve_device(config.device)
     check_before_loading(config)
     if dry_run:
         print_config(config)
     else:
         check_packages(config)
-    dataset = PreferenceDataset(config.data.path)
+    if config.train.online is not None:
+        train_online(config, config.train.online, device, dry_run)
+        return
+    dataset = PreferenceDataset(config.data.folder)
     labels = choose_labels(config.data, config.labels, dataset)
     _check_preferences(config, labels)
     judged, judges = check_validation(config.validation, device, dry_run)
@@ -78,12 +70,7 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    checkpointing = chosen_checkpointing(config, labels.members, accelerator)
-    config = with_micro_batch(config, labels.members, accelerator, checkpointing)
-    note_other_base(config.tune.init, config.model)
-    backbone = open_backbone(config.model, str(accelerator.device))
-    if config.model.gradient_checkpointing == "auto":
-        backbone.checkpoint(checkpointing)
+    config, backbone = open_fitting(config, labels.members, accelerator)
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
     source = prepare_source(
@@ -145,32 +132,10 @@ def _describe(
         warn("no validation: nothing tells when to stop; set validation.every and validation.prompts=FILE")
 
     backbone = planned_backbone(config.model)
-    model = model_facts(backbone, config.model)
-    if backbone is None:
-        print_facts("model", model)
-    else:
+    if backbone is not None:
         check_guidance(config.data, dataset, backbone)
         _warn_of_size(config, dataset, chosen, backbone.default_resolution)
-        conditioning = empty_conditioning(backbone) if backbone.device.type == "meta" else backbone.encode_prompts([""])
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        prediction = MemoryPrediction(config, backbone, conditioning, cuda=device != "cpu", processes=processes)
-        print_facts("model", model | {"trainable": f"{prediction.trainable:,}"})
-        each = max(1, config.train.groups_per_step // processes)
-        micro_batch = min(config.train.micro_batch or usual_micro_batch(each), each)
-        if device != "cpu" and config.model.gradient_checkpointing == "auto":
-            fitting_checkpointing(
-                prediction, micro_batch, members, gpu_room()
-            )  # what follows is predicted for that kind
-        memory = described(prediction, micro_batch, members)
-        if device != "cpu":
-            fitting = fitting_micro_batch(prediction, members, gpu_room())
-            memory["this GPU holds"] = f"train.micro_batch={fitting}" + (
-                "" if config.train.micro_batch else ", as auto takes"
-            )
-        print_facts("memory of a process, predicted", memory)
-    print_facts("rewards of the validation", judges)
-    print_where(config.model, model)
-    check_packages(config)
+    describe_training(config, backbone, members, device, judges)
 
 
 def _warn_of_size(config: TrainConfig, dataset: PreferenceDataset, chosen: list[int], own: int) -> None:

@@ -16,8 +16,8 @@ from diffalign.terminal import counted
 from diffalign.vote_page.app import LONGEST_BODY, VotePage
 from diffalign.vote_page.gallery import Gallery, open_gallery
 from diffalign.vote_page.session import Sessions
-from diffalign.voting.log import VoteLog, check_rater
-from diffalign.web import Address, Limits, Listener, build_app, listen, serve
+from diffalign.voting.log import DEFAULT_RATER, VoteLog, check_rater
+from diffalign.web import Address, Limits, Listener, build_app, listen, serve, show_address
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class VoteRequest:
     """The options of `diffalign vote` as the user gave them."""
 
     sources: list[Path]
-    rater: str = "human"
+    rater: str = DEFAULT_RATER
     images: int = 2
     most: int | None = None
     minutes: float | None = None
@@ -76,7 +76,8 @@ def vote(request: VoteRequest) -> None:
 def _announce(gallery: Gallery, before: int, listener: Listener) -> None:
     say(gallery.about)
     say(f"votes: {gallery.log}" + (f" ({counted(before, 'vote')} so far)" if before else ""))
-    say(f"open {listener.url} in a browser; Ctrl-C ends, and every vote is kept")
+    show_address(listener, "open in a browser")
+    say("Ctrl-C ends; every vote is kept")
 
 
 def _next_steps(gallery: Gallery, request: VoteRequest) -> list[str]:

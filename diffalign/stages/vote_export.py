@@ -9,16 +9,19 @@ from diffalign.progress import say
 from diffalign.terminal import counted
 from diffalign.vote_page.export import write_judge_records, write_table
 from diffalign.vote_page.gallery import open_gallery
-from diffalign.voting.log import read_votes
+from diffalign.voting.log import EVERYBODY, read_votes
 
 
 def export_votes(sources: Sequence[Path], out: Path, raters: Sequence[str] = (), log: Path | None = None) -> None:
     """Write the votes on sources as a table (`out` ends in .csv or .jsonl) or as the records of a judge (a folder).
 
-    raters: whose votes; none: all. log: as `open_gallery` takes it. Raises DiffalignError where there is no such vote.
+    raters: whose votes; none, or `human`: all. log: as `open_gallery` takes it. Raises DiffalignError where there is no such
+    vote.
     """
     gallery = open_gallery(sources, log)
     every = read_votes(gallery.log)
+    if EVERYBODY in raters:
+        raters = ()
     missing = set(raters) - {vote.rater for vote in every}
     if not every or missing:
         who = f" of {min(missing)!r}" if missing else ""

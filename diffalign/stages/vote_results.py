@@ -13,7 +13,7 @@ from diffalign.stages.vote_scores import scores_by, stored_scores
 from diffalign.terminal import counted, name_cell, number, plain_table, show_table
 from diffalign.vote_page.gallery import open_gallery
 from diffalign.vote_page.results_page import write_results
-from diffalign.voting.log import read_votes
+from diffalign.voting.log import EVERYBODY, read_votes, votes_of
 from diffalign.voting.results import Results, results
 
 
@@ -21,21 +21,21 @@ def vote_results(
     sources: Sequence[Path],
     votes: Path | None,
     rewards: Sequence[str],
-    rater: str | None,
+    rater: str,
     html: Path | None,
     device: str,
     seed: int,
 ) -> Results:
     """Print what votes say, and write the page if `html` names one: `diffalign vote-results`.
 
-    rewards: to compare with beside those that a dataset stores. rater: one person's votes alone.
+    rewards: to compare with beside those that a dataset stores. rater: whose votes; `human`: of all.
     """
     gallery = open_gallery(sources, votes)
     if html is not None:
         check_place(html)
-    given = [vote for vote in read_votes(gallery.log) if rater in (None, vote.rater)]
+    given = votes_of(read_votes(gallery.log), rater)
     if not given:
-        whose = "nobody has voted" if rater is None else f"{rater} has not voted"
+        whose = "nobody has voted" if rater == EVERYBODY else f"{rater} has not voted"
         command = " ".join(map(str, sources))
         raise DiffalignError(f"{gallery.log}: {whose} yet; vote with `diffalign vote {command}`")
     scores = stored_scores(gallery) | dict(scores_by(gallery, reward, device) for reward in rewards)

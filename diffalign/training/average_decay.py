@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffalign.config.model import PolicySection
+from diffalign.config.online import OldPolicySection
 from diffalign.config.run import AveragedStepSection
 
 
 @dataclass(frozen=True)
 class AverageDecay:
-    """min(largest, (1 + t) / (10 + t) with warm-up, slope t where there is one), t being the steps before this one.
+    """min(largest, (1 + t) / (10 + t) with warm-up, slope (t - after) where there is one), t being the steps before this one.
 
     The warm-up is that of TensorFlow's and diffusers' averages. GDRO states min(0.001 t, 0.5): largest 0.5, slope 0.001, no
     warm-up. Read as the weight of the old average; its paper leaves open which of the two it multiplies.
@@ -19,6 +20,7 @@ class AverageDecay:
     largest: float
     warmup: bool = True
     slope: float | None = None
+    after: int = 0
 
     def at(self, step: int) -> float:
         """Return how much of the average stays in the update after step 0, 1, ..."""
@@ -26,7 +28,7 @@ class AverageDecay:
         if self.warmup:
             limits.append((1 + step) / (10 + step))
         if self.slope is not None:
-            limits.append(self.slope * step)
+            limits.append(self.slope * max(step - self.after, 0))
         return min(limits)
 
     def share_of_start(self, steps: int) -> float:
@@ -49,3 +51,8 @@ def reference_decay(tune: PolicySection) -> AverageDecay | None:
     if tune.reference != "ema":
         return None
     return AverageDecay(tune.reference_decay, tune.reference_warmup, tune.reference_slope)
+
+
+def old_decay(old: OldPolicySection) -> AverageDecay:
+    """Return how much of the old policy stays before a draw, after so many updates (DiffusionNFT: min(0.001 s, 0.5))."""
+    return AverageDecay(old.decay, warmup=False, slope=old.slope, after=old.after)

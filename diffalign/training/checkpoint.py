@@ -2,6 +2,7 @@
 
 checkpoints/step-00000100/  policy.safetensors, optimizer.safetensors, ema.safetensors (if kept), state.json
                             reference.safetensors (if the reference moves)
+                            drawn.safetensors (if the next step trains on images that the run has drawn before)
 A run that trains further networks (distillation: "fake") has NAME.safetensors and NAME_optimizer.safetensors of each.
 """
 
@@ -49,13 +50,20 @@ class Flushable(Protocol):
         """Write what has gathered since the last time."""
 
 
+class Drawn(Protocol):
+    """Images that a run has drawn and trains on for several steps."""
+
+    def kept(self, step: int) -> Weights:
+        """Return the tensors that a resume after `step` steps cannot draw again; none where the next step draws anew."""
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes, and so what a checkpoint holds.
 
     ema: a second set of the policy's weights: their moving average where `decay` is set; a judge keeps the policy of its
-    outer iteration there. reference: the weights of a reference that moves. sharded: weights are cut over the processes, so
-    all of them take part in saving. store: written before a checkpoint is.
+    outer iteration there. reference: the weights of a reference that moves. drawn: images that the run has drawn itself.
+    sharded: weights are cut over the processes, so all of them take part in saving. store: written before a checkpoint is.
     """
 
     policy: Parameters
@@ -68,6 +76,7 @@ class TrainState:
     sharded: bool = False
     store: Flushable | None = None
     reference: Parameters | None = None
+    drawn: Drawn | None = None
 
     @property
     def average(self) -> Weights | None:
@@ -139,6 +148,8 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         if state.reference is not None:
             moving = {k: v.detach().cpu().contiguous() for k, v in state.reference.items()}
             save_file(moving, part / "reference.safetensors")
+        if state.drawn is not None and (kept := state.drawn.kept(step)):
+            save_file(kept, part / "drawn.safetensors")
         for name, partner in state.partners.items():
             own = {k: v.detach().cpu().contiguous() for k, v in partner.parameters.items()}
             save_file(own, part / f"{name}.safetensors")
@@ -195,6 +206,8 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
     moving = {}
     if state.reference is not None:
         moving = read_tensors(path, record, "reference.safetensors", state.reference)
+    images = state.drawn.kept(int(record["step"])) if state.drawn is not None else {}
+    found = read_tensors(path, record, "drawn.safetensors", images) if images else {}
     others = {
         name: (
             read_tensors(path, record, f"{name}.safetensors", partner.parameters),
@@ -209,6 +222,8 @@ def load_checkpoint(path: Path, state: TrainState, record: dict[str, Any]) -> No
             average.copy_(placed(averages[name], average))
         for name, weight in (state.reference or {}).items():
             weight.copy_(moving[name])
+        for name, values in images.items():
+            values.copy_(found[name])
         for name, partner in state.partners.items():
             for key, parameter in partner.parameters.items():
                 parameter.copy_(others[name][0][key])

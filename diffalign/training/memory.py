@@ -167,7 +167,7 @@ class MemoryPrediction:
         )
         states = optimizer_bytes(config.optimizer.name, self.trained)
         cut = self.processes if config.train.shard == "fsdp2" else 1
-        moves = tune.reference == "ema"
+        moves = tune.reference_moves
         own_reference = moves or (tune.init is not None and tune.reference == "init")
         full = tune.kind == "full"
         if full:

@@ -16,15 +16,15 @@ from diffalign.errors import DiffalignError
 
 
 @lru_cache(maxsize=2)
-def permutation(n_groups: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(n_groups: int, seed: int, epoch: int, stream: str = "epoch") -> np.ndarray:
     """Draw the order of all groups in one epoch, [n_groups]."""
-    return draw(seed, "epoch", step=epoch).permutation(n_groups)
+    return draw(seed, stream, step=epoch).permutation(n_groups)
 
 
-def groups_for_step(n_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
+def groups_for_step(n_groups: int, groups_per_step: int, step: int, seed: int, stream: str = "epoch") -> list[int]:
     """Return slice `step` of the endless concatenation of the epochs' permutations."""
     positions = range(step * groups_per_step, (step + 1) * groups_per_step)
-    return [int(permutation(n_groups, seed, p // n_groups)[p % n_groups]) for p in positions]
+    return [int(permutation(n_groups, seed, p // n_groups, stream)[p % n_groups]) for p in positions]
 
 
 class BucketOrder:

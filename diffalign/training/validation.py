@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from diffalign.draws import draw
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder, read_json_lines
+from diffalign.files import read_json_lines
 from diffalign.training.alone import Alone
+from diffalign.training.drawing import drawing, own_random_numbers, save_grid
 from diffalign.training.protocols import Say
 from diffalign.training.protocols import ValidationRow as Row
 from diffalign.training.tracking import cut_rows
@@ -60,22 +60,18 @@ class Validation:
 
     def run(self, run_dir: Path, done: int) -> Row:
         """Draw and score with the policy's weights as they are; write the grid and return the row (not yet written)."""
-        device = self.backbone.device
-        # Some pipelines give their scheduler no generator, and it then draws from the global one.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+        with own_random_numbers(self.backbone, self.seed):
             cells = [(p, k) for p in range(len(self.prompts)) for k in range(self.settings.seeds)]
             images = self._draw(cells)
-            self._save_grid(images, run_dir / "samples" / f"step-{done:08d}.png")
+            shown = images[:: self.settings.seeds][:SHOWN_PROMPTS]
+            save_grid([shown], run_dir / "samples" / f"step-{done:08d}.png")
             return {"step": done, "scores": self._scores(images, cells)}
 
     def _draw(self, cells: list[tuple[int, int]]) -> list[Image.Image]:
         """Draw images of (prompt, number among its images)."""
         backbone, settings = self.backbone, self.settings
         images: list[Image.Image] = []
-        training = backbone.trunk.training
-        backbone.trunk.eval()
-        with backbone.borrowed_vae(), backbone.role("policy"):
+        with drawing(backbone, "policy"):
             for start in range(0, len(cells), settings.batch_size):
                 batch = cells[start : start + settings.batch_size]
                 rows = [p for p, _ in batch]
@@ -84,7 +80,6 @@ class Validation:
                     [int(draw(self.seed, "validation", inner=p, member=k).integers(2**32)) for p, k in batch],
                     self.sampling,
                 )
-        backbone.trunk.train(training)
         return images
 
     def _scores(self, images: list[Image.Image], cells: list[tuple[int, int]]) -> dict[str, list[float | None]]:
@@ -96,14 +91,6 @@ class Validation:
                 by_prompt = values.view(len(self.prompts), self.settings.seeds).double().nanmean(dim=1).tolist()
                 scores[f"{name}.{column}"] = [round(v, 6) if math.isfinite(v) else None for v in by_prompt]
         return scores
-
-    def _save_grid(self, images: list[Image.Image], path: Path) -> None:
-        shown = images[:: self.settings.seeds][:SHOWN_PROMPTS]
-        grid = Image.new("RGB", (sum(i.width for i in shown), shown[0].height))
-        for n, image in enumerate(shown):
-            grid.paste(image, (n * shown[0].width, 0))
-        make_folder(path.parent)
-        grid.save(path)
 
 
 def score_of(row: Row) -> float:

@@ -10,6 +10,7 @@ from diffalign.errors import DiffalignError
 from diffalign.vote_page.gallery import Gallery
 from diffalign.voting.log import Answer, Undo, Vote, VoteLog, check_rater, effective, new_id, now
 from diffalign.voting.questions import Question, Sampler, State, shown_order
+from diffalign.voting.repeats import Repeats
 
 AHEAD = 4
 """Questions that a page holds: the one that is shown, and those whose images it loads meanwhile."""
@@ -43,7 +44,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rater is. done: votes without skipped questions. total: votes in all. seconds_left: of `--minutes`."""
+    """How far a rater is. done: votes without skipped questions. total: votes in all, repeats too. seconds_left: of
+    `--minutes`.
+    """
 
     done: int
     total: int
@@ -174,8 +177,10 @@ class Sessions:
         one = self._rater(rater)
         skipped = sum(vote.answer == "skip" for vote in one.state.votes)
         done = len(one.state.votes) - skipped
-        total = max(self._available - skipped, done)
-        total = total if self.most is None else min(self.most, total)
+        new = max(0, self._available - one.state.done.total())
+        after = self.sampler.left(one.state, new) if isinstance(self.sampler, Repeats) else new
+        total = done + len(one.state.waiting) + after
+        total = total if self.most is None else max(done, min(self.most, total))
         left = None if self.minutes is None else max(0.0, 60 * self.minutes - (self.clock() - one.started))
         return Progress(done, total, left)
 

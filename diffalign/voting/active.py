@@ -38,7 +38,7 @@ class Active:
     def next_question(self, state: State) -> Question | None:
         """Return the next question, or None where each one was asked."""
         generator = draw(state.seed, "vote active", step=state.turn)
-        left = [i for i, group in enumerate(state.groups) if state.per_group[i] < group.count(state.size)]
+        left = state.open_groups()
         for asked in sorted({state.per_group[i] for i in left}):
             level = [(i, self._closest(i, state)) for i in left if state.per_group[i] == asked]
             found = [(i, closest) for i, closest in level if closest is not None]

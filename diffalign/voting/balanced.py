@@ -27,7 +27,7 @@ class Balanced:
     def next_question(self, state: State) -> Question | None:
         """Return the next question, or None where each one was asked."""
         generator = draw(state.seed, "vote question", step=state.turn)
-        left = [i for i, group in enumerate(state.groups) if state.per_group[i] < group.count(state.size)]
+        left = state.open_groups()
         while left:
             least = min(state.per_group[i] for i in left)
             group = int(generator.choice([i for i in left if state.per_group[i] == least]))

@@ -34,6 +34,11 @@ VOTES_FILE = "votes.jsonl"
 Answer: TypeAlias = Literal["left", "right", "tie", "both_bad", "skip", "ranking"]
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
 
+EVERYBODY = "human"
+"""The votes of all raters together, where a rater or a source is named: nobody votes under this name."""
+DEFAULT_RATER = "me"
+"""The name of a person who gives none."""
+
 LONGEST_NOTE = 2_000
 """Characters of a note."""
 
@@ -108,6 +113,10 @@ def check_rater(name: str, taken: Iterable[str] = ()) -> str:
     """
     if not is_plain_name(name) or "." in name:
         raise DiffalignError(f"rater {name[:60]!r}: use letters, digits, `_` and `-`")
+    if name.lower() == EVERYBODY:
+        raise DiffalignError(
+            f"rater {name!r}: stands for the votes of all; choose another one, such as {DEFAULT_RATER}"
+        )
     if name in taken:
         raise DiffalignError(f"rater {name!r}: a reward has this name already; choose another one")
     return name
@@ -144,6 +153,11 @@ def effective(entries: Iterable[Entry]) -> list[Vote]:
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes of a log that count; see `read_entries` and `effective`."""
     return effective(read_entries(path))
+
+
+def votes_of(votes: Iterable[Vote], rater: str) -> list[Vote]:
+    """Return the votes of a rater, or all for `human`."""
+    return [vote for vote in votes if rater in (EVERYBODY, vote.rater)]
 
 
 def votes_digest(votes: Iterable[Vote]) -> str:
@@ -189,6 +203,8 @@ def now() -> str:
 
 def _entry(row: dict[str, Any], where: str) -> Entry:
     """Return the entry of a row. Raises DiffalignError, naming `where`."""
+    if row["rater"] == EVERYBODY:  # the default before it was kept for the votes of all
+        row = {**row, "rater": DEFAULT_RATER}
     try:
         return (_UNDO if "undo" in row else _VOTE).validate_python(row)
     except ValidationError as error:

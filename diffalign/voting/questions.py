@@ -64,7 +64,8 @@ class State:
     groups: all of them. size: images of a question, 2 for pairs. votes: this rater's that count, oldest first. waiting:
     questions that are shown or preloaded, and not answered. everybody: the votes of all raters that count. seed: of the
     draws. asked, per_group, per_image and per_models count this rater's votes and waiting questions: by what they ask, by
-    group, by image (group, place), and by the set of models in them.
+    group, by image (group, place), and by the set of models in them. done: questions of `size` images by group, each
+    counted once however often it was asked.
     """
 
     groups: Sequence[Group]
@@ -78,20 +79,28 @@ class State:
     per_group: Counter[int] = field(default_factory=Counter)
     per_image: Counter[tuple[int, int]] = field(default_factory=Counter)
     per_models: Counter[frozenset[str]] = field(default_factory=Counter)
+    done: Counter[int] = field(default_factory=Counter)
 
     @property
     def turn(self) -> int:
         """The number of the next question."""
         return len(self.votes) + len(self.waiting)
 
-    def count(self, key: Key, by: int = 1) -> None:
-        """Count a question as asked; -1 takes it back."""
+    def count(self, key: Key) -> None:
+        """Count a question as asked."""
         group, places = key
-        self.asked[key] += by
-        self.per_group[group] += by
-        self.per_models[frozenset(self.groups[group].models[place] for place in places)] += by
+        known = self.groups[group]
+        if not self.asked[key] and len(places) == min(self.size, len(known.images)):
+            self.done[group] += 1
+        self.asked[key] += 1
+        self.per_group[group] += 1
+        self.per_models[frozenset(known.models[place] for place in places)] += 1
         for place in places:
-            self.per_image[group, place] += by
+            self.per_image[group, place] += 1
+
+    def open_groups(self) -> list[int]:
+        """Return the numbers of the groups with a question that was not asked."""
+        return [i for i, group in enumerate(self.groups) if self.done[i] < group.count(self.size)]
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:

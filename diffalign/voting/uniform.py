@@ -43,10 +43,10 @@ def _any(group: Group, size: int, generator: np.random.Generator) -> tuple[int, 
 def _among_the_last(state: State, generator: np.random.Generator, name: str) -> Question | None:
     """Return one of the questions that are left, where few are; None where there is none.
 
-    Of groups from which more than two images are asked at once, each set of images is a question, so a group is done when it
-    was asked as often as `Group.count` says.
+    Of groups from which more than two images are asked at once, each set of images is a question, so a group is done when
+    `Group.count` of them were asked.
     """
-    left = [i for i, group in enumerate(state.groups) if state.per_group[i] < group.count(state.size)]
+    left = state.open_groups()
     for group in generator.permutation(left).tolist() if left else []:
         known = state.groups[group]
         if state.size == 2:

@@ -4,6 +4,7 @@ import errno
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from diffalign.progress import say
 from diffalign.web.address import Address
 
 BACKLOG = 1024
+EVERY_HOST = ("0.0.0.0", "::")
+"""Hosts that stand for all addresses of the machine."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,48 @@ class Listener:
     @property
     def root(self) -> str:
         """Return the address of the server, without a token: `http://127.0.0.1:8000`."""
-        host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(self.address.host, self.address.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return self._root(socket.gethostname() if self.address.host in EVERY_HOST else self.address.host)
 
     @property
     def url(self) -> str:
         """Return what to open in a browser: the root, with the token if there is one."""
-        return f"{self.root}/" + (f"?token={self.address.token}" if self.address.token else "")
+        return self._with_token(self.root)
+
+    @property
+    def urls(self) -> list[str]:
+        """Return `url`, and the same by IP address where the server listens on all: phones seldom know a machine's name."""
+        number = own_ip() if self.address.host in EVERY_HOST else None
+        return [self.url, *([self._with_token(self._root(number))] if number else [])]
+
+    def _root(self, host: str) -> str:
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def _with_token(self, root: str) -> str:
+        return f"{root}/" + (f"?token={self.address.token}" if self.address.token else "")
+
+
+def own_ip() -> str | None:
+    """Return the IP address by which the network reaches this machine; None without a network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for examples: a datagram socket only asks for the route
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
 
 
 def show_address(listener: Listener, what: str) -> None:
-    """Print what lies at the address, and the address; with a token that was made here, since nobody else knows it."""
-    if listener.address.made_token:
-        print(f"{what}: {listener.url}", flush=True)  # not say, which hides tokens
-    else:
-        say(f"{what}: {listener.url}")
+    """Print what lies at the address, and the address to open.
+
+    The token stands in it on a terminal, and wherever the token was made here, since nobody else knows it.
+    """
+    whole = listener.address.made_token or sys.stdout.isatty()
+    for place, url in enumerate(listener.urls):
+        line = f"{'or' if place else what}: {url}"
+        if whole:
+            print(line, flush=True)  # not say, which hides tokens
+        else:
+            say(line)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class DiffalignScore:
         if self._built is None or self._built[0] != wanted:
             if self._built is not None:
                 self._built[1].free()
-            spec = parse(f"{name}:{options.strip()}")
+            spec = parse(f"{name}:{options.strip()}", "reward")
             given = dict(spec.options)
             if takes(name, "device"):
                 given.setdefault("device", device)

@@ -52,7 +52,7 @@ class Server:
         line = [sys.executable, "-m", "diffalign", "vote", str(self.data), "--port", str(self.port), "--no-browser"]
         self.process = subprocess.Popen([*line, *self.options], env=environment(), stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        assert any("open http" in said for said in iter(self.process.stdout.readline, ""))
+        assert any("open in a browser" in said for said in iter(self.process.stdout.readline, ""))
 
     def stop(self, how: signal.Signals) -> None:
         self.process.send_signal(how)  # nothing, where it has ended
@@ -106,12 +106,12 @@ def test_what_was_pressed_is_what_the_file_holds(serve: list[Server], open_page:
     pressed = []
     for n, key in enumerate(keys):
         pressed.append(press(page, key))
-        assert written(server.log, "human") == pressed  # it was on the disk before the next pair was shown
+        assert written(server.log, "me") == pressed  # it was on the disk before the next pair was shown
         if n in (4, 5, 20):
             page.keyboard.press("u")
             taken_back = pressed.pop()
             assert shown(page) == taken_back[1]  # the same pair, on the same sides
-            assert written(server.log, "human") == pressed
+            assert written(server.log, "me") == pressed
             pressed.append(press(page, "2"))
         if n == 10:
             before = shown(page)
@@ -128,9 +128,9 @@ def test_what_was_pressed_is_what_the_file_holds(serve: list[Server], open_page:
             page.get_by_text("The server does not answer").wait_for(state="hidden")
             pressed.append(("left", waiting))
             shown(page)
-            assert written(server.log, "human") == pressed
+            assert written(server.log, "me") == pressed
     rows = lines(server.log)
-    assert len(kept(server.log, "human")) == 31 and sum("undo" in row for row in rows) == 3
+    assert len(kept(server.log, "me")) == 31 and sum("undo" in row for row in rows) == 3
     assert all(
         row["models"] == [("base", "tuned")[int(i[-1]) % 2] for i in row["images"]] for row in rows if "models" in row
     )
@@ -173,7 +173,7 @@ def test_nothing_tells_the_model_before_the_end_and_prompts_are_text(
     assert "tuned" in page.locator("#end table").inner_text()
     page.get_by_role("button", name="Undo the last vote").click()
     press(page, "2")
-    assert [row["answer"] for row in kept(server.log, "human")] == ["right"]
+    assert [row["answer"] for row in kept(server.log, "me")] == ["right"]
 
 
 def test_ranking_by_numbers_and_by_dragging_with_scores_and_a_note(
@@ -201,7 +201,7 @@ def test_ranking_by_numbers_and_by_dragging_with_scores_and_a_note(
     page.mouse.up()
     page.keyboard.press("Enter")
     page.get_by_text("There is nothing more to ask").wait_for()
-    rows = kept(server.log, "human")
+    rows = kept(server.log, "me")
     assert [[colour_of(name) for name in row["images"]] for row in rows] == [first, second]
     assert [(row["answer"], row["ranking"]) for row in rows] == [("ranking", [2, 4, 1, 2]), ("ranking", [2, 3, 4, 1])]
     assert rows[0]["scores"] == {"alignment": [None, 4, None, None]} and rows[0]["note"] == "1 is blurred"
@@ -262,7 +262,7 @@ def test_a_phone_votes_by_touch(serve: list[Server], browser: Browser, tmp_path:
     upper, lower = (page.locator("figure").nth(n).bounding_box() for n in (0, 1))
     assert upper is not None and lower is not None and upper["y"] + upper["height"] <= lower["y"]
     context.close()
-    assert written(server.log, "human") == pressed
+    assert written(server.log, "me") == pressed
 
 
 def test_a_pair_waits_until_both_images_are_there(serve: list[Server], open_page: OpenPage, tmp_path: Path) -> None:
@@ -293,4 +293,4 @@ def test_an_unreadable_image_can_only_be_skipped(serve: list[Server], open_page:
     page.keyboard.press("1")
     page.keyboard.press("s")
     page.get_by_text("There is nothing more to ask").wait_for()
-    assert [row["answer"] for row in kept(server.log, "human")] == ["skip"]
+    assert [row["answer"] for row in kept(server.log, "me")] == ["skip"]

@@ -80,3 +80,54 @@ def test_what_exists_already_has_no_bar() -> None:
     terminal, said = Terminal(80), []
     ImageProgress(said.append, console=terminal)("sampling", 4, 4)
     assert not said and terminal.written == ""
+
+
+def test_other_processes_draw_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    terminal, said = Terminal(80), []
+    show = ImageProgress(said.append, console=terminal, unit="groups", closing=False)
+    for done in range(3):
+        show("encoding", done, 2)
+    assert terminal.written == "" and said == []
+
+
+def test_loading_is_a_line_where_it_took_long_and_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for seconds in (1.0, 7.0):
+        with progress.waiting_for("loading a model", said.append):
+            now[0] += seconds
+    assert said == ["loading a model: 7 s"]
+
+
+def test_loading_shows_the_seconds_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with pytest.raises(KeyboardInterrupt), progress.waiting_for("loading [a] model\a"):
+        raise KeyboardInterrupt
+    written = capsys.readouterr().err
+    assert "loading [a] model" in written and "0:00:0" in written and "\a" not in written
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor is back
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("one two three four five six seven", ["one two three four", "five six seven"]),
+        ("#   peak: 3 GiB of a large step", ["#   peak: 3 GiB of a", "#     large step"]),
+        ("see data/a-long-folder/with-a-long-name now", ["see", "data/a-long-folder/with-a-long-name", "now"]),
+        ("a  b", ["a  b"]),
+        ("", [""]),
+    ],
+)
+def test_a_terminal_breaks_messages_between_words(
+    line: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress.say(line)
+    assert capsys.readouterr().out == f"{line}\n"  # whole in a pipe
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: True)
+    progress.say(line)
+    assert capsys.readouterr().out.splitlines() == shown

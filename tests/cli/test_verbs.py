@@ -77,6 +77,32 @@ def test_the_rewards_of_an_evaluation_by_option(
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("verb", "recipe", "found"),
+    [
+        ("synth", "synth_one_gpu", lambda config: config.rewards),
+        ("rounds", "rounds_shapes_gdro", lambda config: config.data.rewards),
+        ("reward-gradient", "sdxl_refl", lambda config: config.rewards),
+        ("distill", "shapes_sd3_gndm", lambda config: config.reward.terms),
+    ],
+)
+def test_rewards_by_option(verb: str, recipe: str, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    name = verb.replace("-", "_")
+    install(monkeypatch, name, **{name: lambda c, dry_run: calls.append(c)})
+    assert run(verb, recipe, "-r", "hpsv2", "-r", "pickscore:dtype=bfloat16") == 0
+    assert [one.name for one in found(calls[0])] == ["hpsv2", "pickscore"]
+    assert found(calls[0])[1].options == {"dtype": "bfloat16"}
+
+
+def test_rank_by_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    install(monkeypatch, "rank", rank=calls.append)
+    assert run("rank", tmp_path, "-r", "hpsv2", "-r", "pickscore") == 0
+    assert run("rank", tmp_path, "reward=human") == 0
+    assert [c.sources for c in calls] == [["hpsv2", "pickscore"], ["human"]]
+
+
 def test_sample_and_eval(tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     install(monkeypatch, "sample", sample=lambda c, images, dry_run: calls.append(("sample", c.n, images, dry_run)))
@@ -109,7 +135,8 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pretrain_refuses_other_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("testbed", "pretrain", "shapes-sd5") == 2
     assert (
-        capsys.readouterr().err == "error: shapes-sd5: no model of the embedded world; use shapes-sd3 or shapes-sdxl\n"
+        capsys.readouterr().err
+        == "error: shapes-sd5: no model of the embedded world; use shapes-sd3 or shapes-sdxl [DA101]\n"
     )
 
 
@@ -121,7 +148,7 @@ def test_testbed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("testbed", "prompts", "test", "--n", "6", "--out", str(tmp_path / "a" / "p.jsonl")) == 0
     assert (tmp_path / "a" / "p.jsonl").read_text() == shown
     assert run("testbed", "prompts", "tests") == 2
-    assert capsys.readouterr().err == "error: split tests: unknown; one of train, validation, test\n"
+    assert capsys.readouterr().err == "error: split tests: unknown; one of train, validation, test [DA101]\n"
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +191,7 @@ def test_verbs_check_their_own_kind_of_config(verb: str, recipe: str, capsys: py
 def test_config_mistakes_come_before_anything_heavy(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", config, "train.stepz=7") == 2
     said = capsys.readouterr()
-    assert said.err == "error: argument 'train.stepz=7': unknown key train.stepz; did you mean steps?\n"
+    assert said.err == "error: argument 'train.stepz=7': unknown key train.stepz; did you mean steps? [DA102]\n"
     assert said.out == ""
 
 
@@ -173,7 +200,7 @@ def test_users_mistakes_are_one_line(
 ) -> None:
     install(monkeypatch, "train", train=fail_with(DiffalignError("model folder m\ndoes not exist")))
     assert run("train", config) == 2
-    assert capsys.readouterr().err == "error: model folder m does not exist\n"
+    assert capsys.readouterr().err == "error: model folder m does not exist [DA100]\n"
 
 
 def test_ctrl_c(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,9 +287,24 @@ def test_help_fits_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     assert run(*path, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 80 and lines[0].startswith(" ".join(("Usage: diffalign", *path)))
     verbs = lines[lines.index("Commands:") + 1 :] if "Commands:" in lines else []
     assert all(line.startswith("  ") and line.endswith(".") and "..." not in line for line in verbs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (("judge", "personal", "mine"), "judge personal [OPTIONS] {DATASET|CONFIG}"),
+        (("judge", "config.yaml"), "judge train [OPTIONS] {CONFIG}"),
+        (("bench", "model"), "bench run [OPTIONS] {MODEL}"),
+    ],
+)
+def test_a_nested_verb_has_its_own_help(
+    arguments: tuple[str, ...], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"Usage: diffalign {shown}")
 
 
 def test_objectives_are_imported_without_torch(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
 from diffalign.cli import app
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cluster"
 PAGE = FOLDER.parent / "cluster.md"
-MANIFESTS = ("kubernetes-ray.yaml", "kubernetes-job.yaml", "ray-cluster.yaml")
+MANIFESTS = ("kubernetes-ray.yaml", "kubernetes-job.yaml", "kubernetes-train.yaml", "ray-cluster.yaml")
+SCRIPTS = ("slurm.sh", "slurm-train.sh", "slurm-train-nodes.sh")  # the last two are tried in tests/reliability
 
 
 def parsed(name: str) -> Any:
@@ -37,7 +39,7 @@ def check_command(words: list[str]) -> dict[str, Any]:
 def test_the_page_names_every_file() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"cluster/{path.name}" in text for path in FOLDER.iterdir())
-    assert {path.name for path in FOLDER.iterdir()} == {*MANIFESTS, "slurm.sh"}
+    assert {path.name for path in FOLDER.iterdir()} == {*MANIFESTS, *SCRIPTS}
 
 
 def test_the_commands_of_the_ray_job() -> None:
@@ -64,6 +66,40 @@ def test_the_command_of_the_job() -> None:
     (container,) = spec["containers"]
     check_command(container["command"])
     assert container["volumeMounts"][0]["name"] == spec["volumes"][0]["name"]
+
+
+def test_the_job_on_several_nodes() -> None:
+    service, job = yaml.safe_load_all((FOLDER / "kubernetes-train.yaml").read_text(encoding="utf-8"))
+    spec, name = job["spec"], job["metadata"]["name"]
+    assert service["spec"] == {"clusterIP": "None", "selector": {"job-name": name}}
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    words = container["command"]
+    flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    assert spec["completions"] == spec["parallelism"] == int(flags["--num_machines"])
+    gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert int(flags["--num_processes"]) == spec["completions"] * gpus
+    # Pods of an indexed job are called JOB-INDEX, in the subdomain of the service.
+    assert (
+        flags["--main_process_ip"] == f"{name}-0.{pod['subdomain']}" and pod["subdomain"] == service["metadata"]["name"]
+    )
+    assert flags["--machine_rank"] == "$(JOB_COMPLETION_INDEX)" and spec["completionMode"] == "Indexed"
+    check_command(words[words.index("-m") + 1 :])
+    parsed_by_accelerate = launch_command_parser().parse_args(
+        [w.replace("$(JOB_COMPLETION_INDEX)", "1") for w in words[2:]]
+    )
+    assert parsed_by_accelerate.machine_rank == 1 and parsed_by_accelerate.training_script == "diffalign"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("name", ["kubernetes-job.yaml", "kubernetes-train.yaml"])
+def test_kubernetes_takes_the_files(name: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="part of the test extra")
+    for document in yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8")):
+        validator.validate(document, "1.31", strict=True)
+        with pytest.raises(validator.ValidationError):
+            validator.validate({**document, "spec": {**document["spec"], "nodes": 3}}, "1.31", strict=True)
 
 
 def test_the_cluster_of_rays_launcher() -> None:

@@ -292,6 +292,10 @@ def test_the_same_section_is_checked_wherever_it_stands(tmp_path: Path) -> None:
         ("reward-gradient", "cfg_scale=4", "sampler.guidance_scale"),
         ("distill", "lr=1", "optimizer.lr"),
         ("judge", "train.batch_size=1", "train.records_per_step or train.micro_batch"),
+        ("train", "reward=pickscore", "validation.rewards"),
+        ("train", "prompts=p.txt", "validation.prompts"),
+        ("train", "method=dpo", "objective.name"),
+        ("distill", "method=gndm", "group.size"),
     ],
 )
 def test_names_of_other_trainers(kind: str, argument: str, meant: str) -> None:
@@ -300,3 +304,17 @@ def test_names_of_other_trainers(kind: str, argument: str, meant: str) -> None:
         load(kind, recipes.get(kind, "shapes_judge_gdso"), [argument])
     key = argument.partition("=")[0]
     assert f"unknown key {key}; did you mean {meant}?" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gdnm", "GNDM", "refl"])
+def test_methods_of_other_verbs_are_no_objectives(name: str) -> None:
+    written, verb = {"refl": ("ReFL", "reward-gradient")}.get(name, ("GNDM", "distill"))
+    with pytest.raises(DiffalignError, match=f"unknown objective {name}; {written} is a method of `diffalign {verb}`"):
+        load("train", "sdxl_dpo", [f"objective={name}"])
+
+
+def test_a_slip_of_gndm_leads_to_its_recipes() -> None:
+    with pytest.raises(DiffalignError, match=r"did you mean sd35_medium_gndm\?$"):
+        load("distill", "sd35_medium_gdnm")
+    with pytest.raises(DiffalignError, match=r"did you mean sd35_medium_gndm or sd3_medium_gndm or shapes_sd3_gndm\?$"):
+        load("distill", "sdxl_gdnm")

@@ -242,6 +242,11 @@ def test_python_callers_get_the_same_checks() -> None:
         ("reward-gradient", "rewards=[pickscore]", "rewards=[{name: pickscore}]"),
         ("reward-gradient", "sampler.scheduler=euler", "sampler.scheduler.name=euler"),
         ("distill", "reward.terms=[sharpness]", "reward.terms=[{name: sharpness}]"),
+        # The same argument for all verbs, wherever the key stands.
+        ("rounds", "prompts=mine.txt", "data.prompts=mine.txt"),
+        ("synth", "reward=aesthetic", "rewards=[{name: aesthetic}]"),
+        ("synth", "reward=[aesthetic, sharpness]", "rewards=[{name: aesthetic}, {name: sharpness}]"),
+        ("reward-gradient", "reward=hpsv2", "rewards=[{name: hpsv2}]"),
     ],
 )
 def test_a_text_is_short_for_the_main_key_of_a_section(tmp_path: Path, kind: str, argument: str, same_as: str) -> None:
@@ -250,6 +255,7 @@ def test_a_text_is_short_for_the_main_key_of_a_section(tmp_path: Path, kind: str
         "synth": "synth_one_gpu",
         "reward-gradient": "sdxl_refl",
         "distill": "shapes_sd3_gndm",
+        "rounds": "rounds_shapes_gdro",
     }
     source: str | Path = sources.get(kind, "")
     if kind == "eval":

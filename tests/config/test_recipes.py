@@ -194,14 +194,26 @@ def test_extends_takes_the_rest_from_a_base(tmp_path: Path) -> None:
         ("seed: 1\nextends: nowhere\n", "config.yaml:2: extends nowhere, which is neither a file beside this one nor"),
         ("extends: sdxl_dpoo\n", "config.yaml:1: extends sdxl_dpoo, .*did you mean sdxl_dpo"),
         ("extends: config\n", "config.yaml:1: the file extends itself"),
-        ("extends: shapes_sd3_dpo\n", "config.yaml:1: extends shapes_sd3_dpo, which extends bases/shapes_sd3 itself"),
+        ("extends: mine\n", "config.yaml:1: extends mine, which extends sdxl_dpo itself"),
         ("extends: [a]\n", "config.yaml:1: extends takes the name of a recipe"),
         ("about: {task: x}\n", "config.yaml:1: about takes three texts"),
     ],
 )
 def test_mistakes_in_extends(tmp_path: Path, text: str, expected: str) -> None:
+    write(tmp_path, "extends: sdxl_dpo\n", "mine.yaml")
     with pytest.raises(DiffalignError, match=expected):
         load_config(write(tmp_path, text))
+
+
+def test_a_file_may_extend_a_recipe_that_has_a_base(tmp_path: Path) -> None:
+    mine = write(tmp_path, "extends: sdxl_dpo_small\ntune: {rank: 4}\ndata: {path: d}\n", "mine.yaml")
+    config = load_config(mine)
+    small, base = load_config("sdxl_dpo_small"), load_config("sdxl_dpo")
+    assert (config.tune.rank, config.data.path.name) == (4, "d")
+    assert config.optimizer.lr == small.optimizer.lr != base.optimizer.lr
+    assert config.model == small.model == base.model
+    with pytest.raises(DiffalignError, match=r"sdxl_dpo\.yaml:\d+: tune.alpha|mine.yaml:2: .*rank"):
+        load_config(write(tmp_path, "extends: sdxl_dpo_small\ntune: {rank: x}\n", "mine.yaml"))
 
 
 # --- documentation ---------------------------------------------------------------------------------------------

@@ -220,6 +220,12 @@ def test_mistakes(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     assert "give them as --reference" in refused(capsys, "measure", a, "-m", "kid")
     assert "unknown measure; one of fid, kid" in refused(capsys, "measure", a, "-m", "fidd")
+    for twice in (
+        ("-m", "kid,kid"),
+        ("-m", "fid,kid", "-m", "kid:subset_size=5"),
+        ("-m", "kid:seed=1", "-m", "kid:seed=2"),
+    ):
+        assert "-m kid: named twice" in refused(capsys, "measure", a, "--reference", b, *twice)
     assert "unknown option 'size'; it has weights, subsets" in refused(capsys, "measure", a, "-m", "kid:size=3")
     for out, words in ((tmp_path / "m.txt", "ends in .json"), (tmp_path / "m.json", "a folder; name a file")):
         (tmp_path / "m.json").mkdir(exist_ok=True)
@@ -253,6 +259,7 @@ def test_weights_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Monk
 def test_missing_packages_are_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (
         "torchmetrics",
+        "torchmetrics.image.kid",
         "torchmetrics.functional.image.lpips",
         "torch_fidelity.feature_extractor_inceptionv3",
     ):

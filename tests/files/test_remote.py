@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from diffalign.errors import DiffalignError
 from diffalign.files.images import Unreadable
-from diffalign.files.remote import RemoteFolder, is_address, local_copy, read_address, upload
+from diffalign.files.remote import RemoteFolder, check_writable, is_address, local_copy, read_address, upload
 
 
 @pytest.fixture
@@ -71,6 +72,33 @@ def test_what_is_refused_in_one_line_without_its_secret(address: str, reason: st
     with pytest.raises(DiffalignError, match=reason) as raised:
         RemoteFolder(address)
     assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs"), ("sftp", "paramiko")]
+)
+def test_a_missing_package_is_named_with_its_command(
+    scheme: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    line = f"{scheme}://: {package} is not installed, which reads such addresses; pip install {package}"
+    for read in (RemoteFolder, local_copy, check_writable):
+        with pytest.raises(DiffalignError, match=f"^{line}$"):
+            read(f"{scheme}://bucket/a")
+    with pytest.raises(Unreadable, match=line):
+        read_address(f"{scheme}://bucket/a")
+
+
+def test_a_place_is_tried_and_left_as_it_was(memory: Any, tmp_path: Path) -> None:
+    memory.pipe("/bucket/a.jsonl", b"x")
+    check_writable("memory://bucket/a.jsonl")
+    check_writable("memory://bucket/new/b.jsonl")
+    assert memory.find("/bucket") == ["/bucket/a.jsonl"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiffalignError, match="file/b.jsonl: "):
+        check_writable(f"file://{tmp_path}/file/b.jsonl")
+    with pytest.raises(DiffalignError, match="^https://127.0.0.1:1/b: |aiohttp"):
+        check_writable("https://127.0.0.1:1/b")
 
 
 def test_copies_and_uploads(memory: Any, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 It knows torch and safetensors alone: no diffalign, diffusers or peft. What it does follows these sources:
 
     ComfyUI a125cd84      comfy/lora.py (which keys a weight has), comfy/utils.py (names of diffusers' layers),
-                          comfy/weight_adapter/lora.py (alpha / rank, or 1 without an alpha tensor)
+                          comfy/weight_adapter/lora.py (alpha / rank, or 1 without an alpha tensor);
+                          for Z-Image and Qwen-Image the same files of 17358c8f
     sd-scripts 48d368fa   networks/lora.py, lora_sd3.py, lora_flux.py (names of modules, alpha; alpha = rank without a tensor)
     A1111 (Lora extension, as kept in ussoewwin/A1111-for-Python3.12 1fc455d5)
                           networks.py (names), network.py (alpha / rank, or 1 without an alpha tensor); SD3's names
@@ -193,8 +194,34 @@ def flux(config: Config, shapes: Shapes) -> Iterator[tuple[str, Target]]:
         yield f"{a}.weight", Target(f"{b}.weight", swap=a == "norm_out.linear")
 
 
+def z_image(config: Config, shapes: Shapes) -> Iterator[tuple[str, Target]]:
+    """z_image_to_diffusers."""
+    parts = {"attention.to_out.0": "attention.out"}
+    for ours in shapes:
+        block, _, layer = ours.removesuffix(".weight").partition(".attention.")
+        if layer in ("to_q", "to_k", "to_v"):
+            start = ("to_q", "to_k", "to_v").index(layer) * config["dim"]
+            yield ours, Target(f"{block}.attention.qkv.weight", start)
+        elif ours.endswith(".weight"):
+            name = ours.removesuffix(".weight")
+            tail = next((end for end in parts if name.endswith(end)), "")
+            yield ours, Target(f"{name.removesuffix(tail)}{parts.get(tail, '')}.weight")
+
+
+def qwen_image(config: Config, shapes: Shapes) -> Iterator[tuple[str, Target]]:
+    """Diffusers' names; of Qwen-Image-2.1 the gate lies above the input in one weight."""
+    for ours in shapes:
+        block, _, layer = ours.removesuffix(".weight").rpartition(".")
+        if layer in ("gate_layer", "proj") and "gate_layer" in " ".join(shapes):
+            start = 0 if layer == "gate_layer" else shapes[f"{block}.gate_layer.weight"][0]
+            yield ours, Target(f"{block}.gate_up.weight", start)
+        elif ours.endswith(".weight"):
+            yield ours, Target(ours)
+
+
 LAYOUTS: dict[str, Callable[[Config, Shapes], Iterator[tuple[str, Target]]]] = {
-    "sd15": unet, "sdxl": unet, "sd3": mmdit, "flux": flux
+    "sd15": unet, "sdxl": unet, "sd3": mmdit, "flux": flux, "z_image": z_image,
+    "qwen_image": qwen_image, "qwen_image_21": qwen_image,
 }  # fmt: skip
 
 

@@ -170,3 +170,166 @@ def flux(path: str | Path, *, seed: int = 0, guidance_embeds: bool = True, **sch
     )  # fmt: skip
     pipeline.save_pretrained(path)
     return Path(path)
+
+
+def qwen_tokenizer(template: str) -> Any:
+    """Qwen2's byte-level tokenizer without merges: every byte is a token; `template` formats a chat."""
+    from transformers import Qwen2TokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: index for index, token in enumerate([*_symbols(), *special])}
+    return Qwen2TokenizerFast(vocab=vocab, merges=[], chat_template=template, additional_special_tokens=special[1:])
+
+
+QWEN3_TEMPLATE = (  # the shape of Qwen3's own, thinking switched off
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def flux2_klein(path: str | Path, *, seed: int = 0, is_distilled: bool = False, **scheduler: Any) -> Path:
+    """FLUX.2 klein: three layers of Qwen3 side by side, a VAE with a batch norm's statistics, a shift by tokens and steps.
+
+    The layout of black-forest-labs/FLUX.2-klein-base-4B: classes of model_index.json, keys of each config. Layers 9, 18 and
+    27 of the text encoder are read, so it has 28.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    encoder = Qwen3Config(
+        vocab_size=259, hidden_size=8, intermediate_size=8, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4,
+    )  # fmt: skip
+    options = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, **scheduler}
+    pipeline: Any = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**options), vae=flux2_vae(), text_encoder=Qwen3ForCausalLM(encoder),
+        tokenizer=qwen_tokenizer(QWEN3_TEMPLATE), transformer=flux2_transformer(24, False), is_distilled=is_distilled,
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)
+
+
+def flux2_vae() -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_size=64,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def flux2_transformer(context: int, guidance_embeds: bool) -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=context, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+
+
+def gemma_tokenizer() -> Any:
+    """Gemma's tokenizer with bytes alone: every character falls back to its bytes."""
+    from transformers import GemmaTokenizerFast
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    return GemmaTokenizerFast(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def sana(path: str | Path, *, seed: int = 0) -> Path:
+    """Sana: Gemma 2, plain latents of a DC-AE, linear attention, a DPM-Solver over flow sigmas.
+
+    The layout of Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers, whose latents are 32 times smaller; here 8 times.
+    """
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_out_channels": (8, 8, 8, 8), "layers_per_block": (1,) * 4, "qkv_multiscales": ((),) * 4,
+        }.items()
+    }  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=8,
+    )  # fmt: skip
+    encoder = Gemma2Config(
+        vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    pipeline: Any = SanaPipeline(
+        tokenizer=gemma_tokenizer(), text_encoder=Gemma2Model(encoder), transformer=transformer,
+        vae=AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **sizes),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)
+
+
+def pixart(path: str | Path, *, seed: int = 0) -> Path:
+    """PixArt-Sigma: T5 with masks, a network that also predicts variances, DPM-Solver.
+
+    The layout of PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, whose index names the transformer by its former class.
+    """
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=32,
+        in_channels=4, cross_attention_dim=16, out_channels=8, norm_type="ada_norm_single", use_additional_conditions=False,
+    )  # fmt: skip
+    encoder = T5EncoderModel(T5Config(vocab_size=98, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    pipeline: Any = PixArtSigmaPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=encoder, vae=vae(), transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    index = Path(path) / "model_index.json"
+    index.write_text(index.read_text().replace('"PixArtTransformer2DModel"', '"Transformer2DModel"'))
+    return Path(path)
+
+
+def flux2_dev(path: str | Path, *, seed: int = 0) -> Path:
+    """FLUX.2-dev: klein's layout with guidance as an input and Mistral Small, an image model, for prompts (31 layers)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        MistralConfig,
+        PixtralImageProcessor,
+        PixtralProcessor,
+        PixtralVisionConfig,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer("")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content[0].text }}{% endfor %}"
+    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=template)
+    encoder = Mistral3Config(
+        text_config=MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=31, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=4,
+        ),
+        vision_config=PixtralVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4, image_size=32
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    pipeline: Any = Flux2Pipeline(
+        scheduler=scheduler, vae=flux2_vae(), text_encoder=Mistral3ForConditionalGeneration(encoder),
+        tokenizer=processor, transformer=flux2_transformer(24, True),
+    )  # fmt: skip
+    pipeline.save_pretrained(path)
+    return Path(path)

@@ -203,5 +203,8 @@ def toy_config(run_dir: Path, **sections: dict[str, Any]) -> TrainConfig:
         "tracking": {"trackers": []},
     }
     for name, values in sections.items():
-        plain[name] = {**plain.get(name, {}), **values} if isinstance(values, dict) else values
+        if name == "objective" and values.get("name", "dpo") != "dpo":
+            plain[name] = values  # another objective has no beta, or another one
+        else:
+            plain[name] = {**plain.get(name, {}), **values} if isinstance(values, dict) else values
     return TrainConfig.model_validate(plain)

@@ -106,6 +106,7 @@ def test_a_printed_recipe(tmp_path: Path) -> None:
         f"token={SECRET}", f"model.token: '{SECRET}'", f'{{"token": "{SECRET}"}}', f"{{'api_key': '{SECRET}'}}",
         f"Authorization: Bearer {SECRET}", f"https://me:{SECRET}@example.org/x", f"https://example.org/x?token={SECRET}&y=1",
         f"https://x.org/?X-Amz-Signature={SECRET}", f"password = {SECRET},", f"API_KEY={SECRET}", "hf_abcdefghijklmnop",
+        f"https://example.org/token={SECRET}", f"{{'path': 'a/b', 'token': '{SECRET}'}}",
     ],
 )  # fmt: skip
 def test_texts(text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,8 @@ def test_texts(text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     [
         "pass a token (model.token or `hf auth login`)", "token: null", "max_tokens: 512", "pad_token: <pad>", "tokens=77",
         "a key=value", "https://example.org/a?page=2", "hf_hub", "train.steps=200", "tokenizer: x", "mail me@example.org",
-        "prompt_token_count=3",
+        "prompt_token_count=3", "cannot open 'ftp://host/passwd': no such file", "'/run/secret': denied",
+        r"'C:\keys\token': gone",
     ],
 )  # fmt: skip
 def test_ordinary_texts_stay(text: str) -> None:

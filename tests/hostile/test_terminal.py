@@ -194,4 +194,4 @@ def test_an_error_is_one_line_whatever_it_says(capsys: pytest.CaptureFixture[str
 
     with pytest.raises(typer.Exit), plain_errors():
         raise DiffalignError("a\nb\r\u2028c\x1b[31m")
-    assert capsys.readouterr().err == "error: a b c\\x1b[31m\n"
+    assert capsys.readouterr().err == "error: a b c\\x1b[31m [DA100]\n"

@@ -16,29 +16,129 @@ from helpers.command_line import run
 from helpers.configs import kind_of
 from helpers.small_datasets import group_rows, write_images
 
-# The number of weights of each trunk, as the published checkpoints have it, and the sides of its latents.
+# The number of weights of each trunk, as the published checkpoints have it, channels of its latents, side, pixels of a cell.
 PUBLISHED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 4, 512),
-    "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 4, 1024),
-    "stabilityai/stable-diffusion-3-medium-diffusers": (2_028_328_000, 16, 1024),
-    "stabilityai/stable-diffusion-3.5-medium": (2_243_171_520, 16, 1024),
-    "stabilityai/stable-diffusion-3.5-large": (8_056_627_520, 16, 1024),
-    "black-forest-labs/FLUX.1-dev": (11_901_408_320, 16, 1024),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 4, 512, 8),
+    "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 4, 1024, 8),
+    "stabilityai/stable-diffusion-3-medium-diffusers": (2_028_328_000, 16, 1024, 8),
+    "stabilityai/stable-diffusion-3.5-medium": (2_243_171_520, 16, 1024, 8),
+    "stabilityai/stable-diffusion-3.5-large": (8_056_627_520, 16, 1024, 8),
+    "black-forest-labs/FLUX.1-dev": (11_901_408_320, 16, 1024, 8),
+    "black-forest-labs/FLUX.2-klein-base-4B": (3_875_544_576, 128, 1024, 16),
+    "black-forest-labs/FLUX.2-klein-4B": (3_875_544_576, 128, 1024, 16),
+    "black-forest-labs/FLUX.2-klein-base-9B": (9_078_581_248, 128, 1024, 16),
+    "black-forest-labs/FLUX.2-klein-9B": (9_078_581_248, 128, 1024, 16),
+    "black-forest-labs/FLUX.2-dev": (32_223_281_152, 128, 1024, 16),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": (1_604_462_752, 32, 1024, 32),
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": (1_604_641_952, 32, 1024, 32),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (610_856_096, 4, 1024, 8),
+    "Tongyi-MAI/Z-Image": (6_154_908_736, 16, 1024, 8),
+    "Qwen/Qwen-Image-2512": (20_430_401_088, 16, 1024, 8),
+    "Qwen/Qwen-Image-2.1": (7_115_124_736, 64, 1024, 16),
+}
+GATED = ("black-forest-labs/FLUX.1", "black-forest-labs/FLUX.2-dev", "-9B", "diffusion-3")
+# Of single files in bfloat16 as their repositories list them. A header of some kilobytes names the tensors.
+FILE_BYTES = {
+    "black-forest-labs/FLUX.2-klein-base-4B": 7_751_105_712,
+    "black-forest-labs/FLUX.2-klein-base-9B": 18_157_185_168,
 }
 
 
 def test_each_has_the_published_size() -> None:
     assert set(known_models()) == set(PUBLISHED)
-    for path, (weights, channels, side) in PUBLISHED.items():
+    for path, (weights, channels, side, cell) in PUBLISHED.items():
         backbone = known_backbone(path, dtype=torch.bfloat16)
         assert backbone.facts()["parameters"] == weights, path
-        assert (backbone.latent_channels, backbone.default_resolution, backbone.vae_scale_factor) == (channels, side, 8)
-        gated = path.startswith("black") or "diffusion-3" in path
+        sizes = backbone.latent_channels, backbone.default_resolution, backbone.vae_scale_factor
+        assert sizes == (channels, side, cell), path
+        gated = any(part in path for part in GATED)
         assert (known_models()[path].terms == f"https://huggingface.co/{path}") == gated
         backbone.add_lora(4, 4.0)
         assert sum(p.numel() for p in backbone.trainable().values()) > 100_000
         tokens = empty_conditioning(backbone)["prompt_embeds"].shape[1]
         assert tokens == backbone.prompt_tokens() == known_models()[path].tokens
+
+
+def test_published_files_have_that_size() -> None:
+    for path, size in FILE_BYTES.items():
+        assert 0 < size - 2 * PUBLISHED[path][0] < 100_000, path
+
+
+def mmdit2(double: int, single: int, width: int, text: int) -> int:
+    """FLUX.2: 13 width^2 multiplications a token and block, attention over image and text, embeddings, modulations."""
+    image, prompt = 64 * 64, 512
+    tokens = image + prompt
+    blocks = (double + single) * (13 * width**2 * tokens + 2 * tokens**2 * width)
+    return blocks + (2 * image * 128 + prompt * text) * width + (18 * width + 256) * width
+
+
+def pixart(width: int = 1152, depth: int = 28, text: int = 4096) -> int:
+    image, prompt = 64 * 64, 300
+    block = 14 * width**2 * image + 2 * width**2 * prompt + 2 * image * (image + prompt) * width
+    ends = image * (4 * 4 + 4 * 8) * width + prompt * (text + width) * width
+    return depth * block + ends + (256 + width + 6 * width) * width
+
+
+def sana(width: int = 2240, depth: int = 20, text: int = 2304) -> int:
+    """Linear attention over 70 heads of 32; the feed-forward is a 1 x 1, a 3 x 3 depthwise and a 1 x 1 convolution."""
+    image, prompt, hidden = 32 * 32, 300, 5600
+    dense = (6 * width**2 + 3 * width * hidden + 9 * 2 * hidden) * image + 2 * width**2 * prompt
+    block = dense + 2 * image * prompt * width + 2 * 70 * 33 * 32 * image
+    return depth * block + 2 * image * 32 * width + prompt * (text + width) * width + (256 + 7 * width) * width
+
+
+def z_image(width: int = 3840, layers: int = 30, text: int = 2560) -> int:
+    """A block has 4 width^2 in its attention, three of width x 8/3 width behind it, and a modulation of 256 values."""
+    image, prompt, hidden = 64 * 64, 512, 10240
+
+    def block(tokens: int, modulated: bool = True) -> int:
+        return (4 * width**2 + 3 * width * hidden) * tokens + 2 * tokens**2 * width + modulated * 4 * 256 * width
+
+    blocks = 2 * block(image) + 2 * block(prompt, False) + layers * block(image + prompt)
+    ends = (image * 64 + prompt * text + 256 + (image + prompt) * 64) * width
+    return blocks + ends + 256 * 1024 + 1024 * 256
+
+
+def qwen_image(width: int = 3072, depth: int = 60, text: int = 3584) -> int:
+    """12 width^2 a token and block in either stream, attention over both, and two modulations of 6 width^2."""
+    image, prompt = 64 * 64, 512
+    tokens = image + prompt
+    blocks = depth * (12 * width**2 * tokens + 2 * tokens**2 * width + 12 * width**2)
+    return blocks + (2 * image * 64 + prompt * text + 256) * width + 3 * width**2
+
+
+def qwen_image_21(width: int = 4096, depth: int = 32, text: int = 4096) -> int:
+    """13 width^2 a token and block; the prompt attends to itself, the image to all; one modulation at two times."""
+    image, prompt = 64 * 64, 512
+    tokens = image + prompt
+    blocks = depth * (13 * width**2 * tokens + 2 * (prompt**2 + image * tokens) * width)
+    ends = (image * 64 + prompt * (text + width) + tokens * 64) * width
+    return blocks + ends + 2 * (256 * width + 6 * width**2)
+
+
+@pytest.mark.parametrize(
+    ("path", "multiplications"),
+    [
+        ("Tongyi-MAI/Z-Image", z_image()),
+        ("Qwen/Qwen-Image-2512", qwen_image()),
+        ("Qwen/Qwen-Image-2.1", qwen_image_21()),
+        ("black-forest-labs/FLUX.2-klein-base-4B", mmdit2(5, 20, 3072, 7680)),
+        ("black-forest-labs/FLUX.2-klein-base-9B", mmdit2(8, 24, 4096, 12288)),
+        ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", pixart()),
+        ("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", sana()),
+    ],
+)
+def test_a_pass_takes_the_operations_that_the_sizes_imply(path: str, multiplications: int) -> None:
+    """One image of 1024 pixels: two operations a multiplication."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    backbone = known_backbone(path, dtype=torch.bfloat16)
+    backbone.device = torch.device("meta")
+    cells = 1024 // backbone.vae_scale_factor
+    noisy = torch.empty(1, backbone.latent_channels, cells, cells, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.predict(noisy, torch.empty(1, device="meta"), empty_conditioning(backbone))
+    assert counter.get_total_flops() == pytest.approx(2 * multiplications, rel=1e-4)
 
 
 def test_the_shapes_are_those_of_a_loaded_model(sd15_dir: Path, sdxl_dir: Path, sd3_dir: Path, flux_dir: Path) -> None:

@@ -192,7 +192,8 @@ def test_fingerprint_follows_the_content(sd15_dir: Path, sdxl_dir: Path, tmp_pat
 def test_every_family_has_its_class() -> None:
     assert {name: kind.family for name, kind in BACKBONES.items()} == {
         "StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3",
-        "FluxPipeline": "flux",
+        "FluxPipeline": "flux", "Flux2Pipeline": "flux2", "Flux2KleinPipeline": "flux2_klein",
+        "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana",
     }  # fmt: skip
 
 

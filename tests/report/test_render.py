@@ -15,7 +15,7 @@ from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES
 from diffalign.report.curves import number, series, smooth, static_svg, ticks, titles
 from diffalign.report.images import BYTES, picture_uri
-from diffalign.report.render import write_report, write_reports
+from diffalign.report.render import mark_telling, write_report, write_reports
 from diffalign.report.runs import Run, differences, distinct_names, read_run
 from helpers.page import Tags
 from helpers.run_directory import SCRIPT, make_run
@@ -97,6 +97,36 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert len([a for name, a in page.tags if name == "img"]) == 2 * 4  # base and three runs, two prompts
     lines = json.loads(page.scripts[0])["charts"]["loss"]["lines"]
     assert [line["run"] for line in lines] == [0, 1, 2]
+
+
+def test_several_runs_begin_with_a_table_of_verdicts(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name / "run") for name in "ab"]
+    (folders[1] / "eval.json").unlink()
+    (folders[1] / "config.yaml").write_text("train: {steps: 300}\n")
+    html = write_reports(folders, tmp_path / "all.html").read_text()
+    text = Tags(html).text
+    assert html.index("At a glance") < html.index("Largest gains") < html.index("What was run")
+    assert "too few prompts to tell" in text and "+0.200" in text
+    assert "not evaluated yet" in text and "stopped at step 40 of 300" in text and "not finished" in text
+
+
+def test_an_unfinished_run_says_so_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "eval.json").unlink()
+    (folder / "config.yaml").write_text("train: {steps: 41}\n")
+    text = Tags(write_report(folder).read_text()).text
+    assert "stopped at step 40 of 41" in text and "Not finished." in text and "Not evaluated yet." in text
+
+
+def test_the_most_telling_pairs_come_first_and_once() -> None:
+    rows = [
+        {"kind": kind, "prompt": prompt}
+        for kind, prompts in (("best", "aabcd"), ("worst", "bef"))
+        for prompt in prompts
+    ]
+    mark_telling(rows)
+    assert [row["prompt"] for row in rows if row["telling"]] == ["a", "b", "e"]  # each of another prompt
+    assert all("telling" in row for row in rows)
 
 
 def test_runs_on_other_prompts_are_not_mixed(tmp_path: Path) -> None:

@@ -179,6 +179,26 @@ def test_what_is_no_completion_is_no_answer(body: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "logprobs",
+    [
+        {"content": [{"token": "8", "logprob": None, "top_logprobs": []}]},
+        {"content": [{"token": "8", "logprob": -0.1, "top_logprobs": [{"token": "8", "logprob": "?"}]}]},
+        {"content": [{"token": "8", "logprob": float("nan"), "top_logprobs": [{"token": "7", "logprob": -1}]}]},
+        {"content": [{"logprob": -0.1}]},
+        {"content": 5},
+        [1],
+    ],
+)
+def test_the_label_stands_without_readable_probabilities(logprobs: Any) -> None:
+    """The answer was read as none, asked again, and the image stayed without a score."""
+    status, body = completion("8")[:2]
+    body["choices"][0]["logprobs"] = logprobs
+    with chat_server(lambda b, n: (status, json.dumps(body).encode())) as served:
+        found = judge(served, retries=1, concurrency=1).measure(IMAGES, PROMPTS)
+    assert found["vlm_judge"].tolist() == [4.5] * 3 and found["alignment_spread"].isnan().all()
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({}, "url= is needed"),

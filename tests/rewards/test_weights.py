@@ -26,7 +26,7 @@ def test_unreachable_weights_are_named(name: str, words: str, tmp_path: Path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DiffalignError) as told:
         load_reward(name, revision="nowhere").identity()
-    assert words in str(told.value) and f"--reward {name}:weights=PATH" in str(told.value)
+    assert words in str(told.value) and f"name the copy: {name}:weights=PATH" in str(told.value)
     assert "\n" not in str(told.value) and "nowhere" in str(told.value)
 
 

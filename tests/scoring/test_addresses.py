@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import diffalign
 from diffalign.cli import app
 from diffalign.errors import DiffalignError
 from diffalign.scoring import mirror
@@ -91,6 +92,24 @@ def test_a_killed_run_goes_on_from_what_was_sent(
     assert bucket.cat("/bucket/o.csv") == straight and not bucket.exists("/bucket/o.csv.journal")
 
 
+@pytest.mark.parametrize("python", [True, False])
+def test_an_output_that_cannot_be_written_costs_no_work(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, python: bool
+) -> None:
+    def refused(self: Any, path: str, value: Any = None, **_: Any) -> None:
+        raise PermissionError("403: this key may only read")
+
+    monkeypatch.setattr(type(bucket), "pipe_file", refused)
+    worked: list[int] = []
+    monkeypatch.setattr("diffalign.scoring.run.make_plan", lambda *_, **__: worked.append(1))
+    with pytest.raises(DiffalignError, match="^memory://bucket/o.jsonl: .*403: this key may only read"):
+        if python:
+            diffalign.score(PLACE, rewards="sharpness", output="memory://bucket/o.jsonl")
+        else:
+            score(ScoreRequest([PLACE], ["sharpness"], output="memory://bucket/o.jsonl"))
+    assert not worked
+
+
 def test_the_command_line_keeps_both_slashes(tmp_path: Path, bucket: Any, capsys: pytest.CaptureFixture[str]) -> None:
     bucket.pipe("/bucket/p.jsonl", b'{"file_name": "000.png", "prompt": "from the table"}\n')
     with pytest.raises(SystemExit):
@@ -101,7 +120,7 @@ def test_the_command_line_keeps_both_slashes(tmp_path: Path, bucket: Any, capsys
         )  # fmt: skip
     (row,) = rows(bucket.cat("/bucket/o.jsonl"))
     assert (row["image"], row["prompt"]) == (f"{PLACE}/000.png", "from the table")
-    assert "output: memory://bucket/o.jsonl (1 scores new" in capsys.readouterr().out
+    assert "output: memory://bucket/o.jsonl (1 score new" in capsys.readouterr().out
 
 
 def test_what_addresses_cannot_be(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:

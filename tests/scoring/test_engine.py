@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from diffalign.cluster import MOST_LOST
+from diffalign.config.load import load
 from diffalign.errors import DiffalignError
 from diffalign.scoring.processes import Processes
 from diffalign.stages.score import ScoreRequest, score
@@ -46,6 +47,13 @@ def test_the_bytes_of_one_machine(folder: Path, monkeypatch: pytest.MonkeyPatch,
     assert [row["image"] for row in rows if row["slow"] is None] == [
         str(folder / "in" / n) for n in ("001.png", "broken.png")
     ]
+
+
+def test_actors_without_a_cluster_are_refused(folder: Path) -> None:
+    with pytest.raises(DiffalignError, match="--actors 3: only a cluster has actors; add --engine ray"):
+        run(folder, "one.jsonl", actors=3)
+    with pytest.raises(DiffalignError, match="actors: .*only a cluster has actors; set engine=ray|actors=3: only a"):
+        load("synth", "synth_one_gpu", ["actors=3"])
 
 
 def test_images_at_an_address_are_read_by_the_actors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("score", str(a), "-r", "sharpness", "--against", str(a)) == 2
     assert "000.png' is on both sides" in capsys.readouterr().err
     assert run("score", str(a), "-r", "sharpnes") == 2
-    assert capsys.readouterr().err == "error: unknown reward 'sharpnes': did you mean 'sharpness'?\n"
+    assert capsys.readouterr().err == "error: unknown reward 'sharpnes': did you mean 'sharpness'? [DA202]\n"
     assert run("score", str(a), "-r", "ocr:sidee=1") == 2
     assert "unknown option 'sidee'; did you mean 'side'?" in capsys.readouterr().err
     assert run("score", str(a), "-r", "ocr", "--prompt", "no quotes") == 3

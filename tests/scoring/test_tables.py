@@ -12,6 +12,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from diffalign.bench.show import suites_table
+from diffalign.bench.suites import SUITES
 from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, accepted, find_reward
 from diffalign.scoring.compare_folders import comparison_table, outcomes
@@ -148,3 +150,14 @@ def test_one_reward_has_its_columns_and_options(names: list[str]) -> None:
 def test_an_unknown_reward_is_refused() -> None:
     with pytest.raises(DiffalignError, match="did you mean 'hpsv3'"):
         rewards_table(["hpsv9"])
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_word_is_cut(width: int) -> None:
+    """Addresses break at their slashes; a word that is cut cannot be searched for."""
+    listed = [part for name in REWARDS for part in (name, *find_reward(name).weights.split()) if part != "none"]
+    for table, words in ((suites_table(), [s.where for s in SUITES.values()]), (rewards_table()[0], listed)):
+        shown = lines(table, width)
+        assert max(map(len, shown)) <= width
+        for part in (part for text in words for part in re.split(r"(?<=/)|\s", text) if part):
+            assert any(part in line for line in shown), part

@@ -20,12 +20,14 @@ from typing import Any
 import pytest
 import torch
 
+import diffalign
 from diffalign.config.run import RewardSection
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
 from diffalign.rewards.remote_protocol import Catalogue
 from diffalign.scoring.spec import parse
 from diffalign.stages.resolve_rewards import open_reward
+from diffalign.stages.score import ScoreRequest, score
 from helpers import command_line
 from helpers.pictures import folder, smooth
 from helpers.processes import environment
@@ -136,12 +138,35 @@ def test_a_section_of_a_config_names_it() -> None:
         ("http://user:word@gpu1/hpsv2", "leave the token out of the address; put it into DIFFALIGN_TOKEN"),
         ("http://gpu1:99999/hpsv2", "Port out of range"),
         ("http://gpu1:8000/hpsv2?x=1", "write http://host:port/reward"),
-        ("http://127.0.0.1:1/hpsv2", "no answer from http://127.0.0.1:1 in 1 tries over 0 s"),
+        ("http://127.0.0.1:1/hpsv2", "no answer from http://127.0.0.1:1 in 1 try over 0 s"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_one_line(url: str | None, line: str) -> None:
     with pytest.raises(DiffalignError, match=re.escape(line)):
         load_reward("remote", url=url, patience=0)
+
+
+def test_a_wait_for_a_server_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without that, an address that is wrong is silent for `patience`, which is two minutes by default."""
+    with pytest.raises(DiffalignError, match="no answer from http://127.0.0.1:1 in 2 tries over 0.5 s"):
+        load_reward("remote", url="http://127.0.0.1:1/hpsv2", patience=0.5)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and re.search(
+        r"no answer from http://127.0.0.1:1 \(.*refused.*\); trying for \d s more", said[0]
+    )
+
+
+@pytest.mark.parametrize("python", [True, False])
+def test_a_server_is_asked_only_when_there_are_images(tmp_path: Path, python: bool) -> None:
+    (tmp_path / "empty").mkdir()
+    dead = "remote:url=http://127.0.0.1:1/hpsv2,patience=60"
+    started = time.monotonic()
+    with pytest.raises(DiffalignError, match="empty"):
+        if python:
+            diffalign.score(tmp_path / "empty", rewards=dead)
+        else:
+            score(ScoreRequest([str(tmp_path / "empty")], [dead]))
+    assert time.monotonic() - started < 10
 
 
 def test_what_a_server_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +287,7 @@ def test_busy_and_lost_connections_are_tried_again_and_refusals_are_not() -> Non
         assert len(asked) == 4
         asked.clear()
         with pytest.raises(
-            DiffalignError, match=r"no answer from \S+ in \d+ tries over 0.1 s: 503 Service Unavailable"
+            DiffalignError, match=r"no answer from \S+ in (1 try|\d+ tries) over 0.1 s: 503 Service Unavailable"
         ):
             load_reward("remote", url=url, patience=0.1)
     asked.clear()

@@ -45,9 +45,9 @@ def config(folder: Path, model: Path, more: str = "") -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "z_image", "qwen_image", "qwen_image_21"])
 def test_training_sees_the_images_that_sampling_gives(family: str, request: pytest.FixtureRequest) -> None:
-    """The unrolled sampler against the diffusers pipeline, guidance and FLUX's size-dependent times included."""
+    """The unrolled sampler against the diffusers pipeline: with guidance, Qwen-Image's own of it, and times by FLUX's size."""
     backbone: Any = load_backbone(request.getfixturevalue(f"{family}_dir"))
     scale, seeds = (3.5 if family == "flux" else 4.0), [3, 4]
     texts = PROMPTS.splitlines()[:2]
@@ -172,6 +172,9 @@ def test_decoding_in_tiles_keeps_the_gradient(tmp_path: Path, sdxl_dir: Path) ->
             "validation: {every: 1, prompts: PROMPTS, rewards: [{name: jpeg_compressibility}, {name: sharpness}]}\n",
         ),
         ("flux", "method: {name: draft_lv}\nsampler: {steps: 3, guidance_scale: 3.5}\ntune: {rank: 2, alpha: 2.0}\n"),
+        ("z_image", "method: {name: draft, last: 1}\nsampler: {steps: 2, guidance_scale: 3.0}\n"),
+        ("qwen_image", "method: {name: draft, last: 1}\nsampler: {steps: 2, guidance_scale: 3.0}\n"),
+        ("qwen_image_21", "method: {name: draft, last: 1}\nsampler: {steps: 2, guidance_scale: 3.0}\n"),
     ],
 )
 def test_a_run_on_every_family(

@@ -118,6 +118,17 @@ def test_sample_again_with_trained_weights(
     assert "weights" in capsys.readouterr().err
 
 
+def test_a_config_of_init_passes_the_dry_run(
+    own_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--data", own_pairs, "--model", "shapes-sd3", "--memory", 8, "--prompts", "testbed:validation"]
+    assert run("init", "mine.yaml", *given) == 0
+    assert "data/mine" not in capsys.readouterr().out
+    assert run("train", "mine.yaml", "--dry-run") == 0
+    assert "# warning" not in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     assert run("train", config, "--dry-run") == 0

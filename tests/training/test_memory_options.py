@@ -13,7 +13,8 @@ from torch import nn
 from diffalign.config import load_distill_config, load_judge_config, load_reward_gradient_config
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import load_backbone
-from diffalign.pipelines.quantize import Int8Linear, quantize_blocks
+from diffalign.pipelines.quantize import Int8Linear, as_shapes, number_of_weights, quantize_blocks
+from diffalign.training.memory import stored_bytes
 from diffalign.training.offload import OffloadedAdamW
 from diffalign.training.preference.policy import compiles
 from helpers import toy
@@ -73,6 +74,19 @@ def test_quantised_layers_follow_autocast(kind: str) -> None:
     x = torch.randn(2, 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert block(x).dtype == torch.bfloat16
+
+
+def test_4_bits_have_their_size_without_weights() -> None:
+    """Layers on the meta device, as a published model is planned from, against those that bitsandbytes makes."""
+    counted = []
+    for device in ("cpu", "meta"):
+        block = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 64, bias=False)).to(device, torch.bfloat16)
+        trunk = nn.ModuleList([block])
+        quantize_blocks(trunk, "nf4", ["Sequential"], torch.device(device))
+        counted.append((stored_bytes(trunk), number_of_weights(trunk)))
+        as_shapes(trunk)
+        assert block.to("meta")(torch.empty(2, 300, device="meta", dtype=torch.bfloat16)).shape == (2, 64)
+    assert counted[0] == counted[1] and counted[0][1] == 300 * 200 + 200 + 200 * 64
 
 
 def test_int8_is_its_numbers_and_their_gradient() -> None:

@@ -16,6 +16,8 @@ from diffalign.vote_page.gallery import open_gallery
 from diffalign.vote_page.session import Sessions
 from diffalign.voting.balanced import Balanced
 from diffalign.voting.log import VoteLog
+from diffalign.voting.questions import Sampler
+from diffalign.voting.repeats import Repeats
 from diffalign.web import Address, Limits, build_app
 from helpers.vote_data import EVIL, colour_of, colours, folder_of, kept, lines
 
@@ -27,10 +29,12 @@ def opened() -> Iterator[Open]:
     """Open a client of a new server on sources."""
     logs: list[VoteLog] = []
 
-    def client(*sources: Path, address: Address | None = None, **options: Any) -> TestClient:
+    def client(
+        *sources: Path, address: Address | None = None, sampler: Sampler | None = None, **options: Any
+    ) -> TestClient:
         gallery = open_gallery(list(sources))
         logs.append(VoteLog(gallery.log))
-        page = VotePage(Sessions(gallery, logs[-1], Balanced(), **options), "human", ["next <step>"])
+        page = VotePage(Sessions(gallery, logs[-1], sampler or Balanced(), **options), "me", ["next <step>"])
         app = build_app(page.routes(), address or Address(), Limits(body=LONGEST_BODY))
         return TestClient(app, base_url="http://127.0.0.1:8017")
 
@@ -39,12 +43,12 @@ def opened() -> Iterator[Open]:
         log.__exit__(None, None, None)
 
 
-def asked(client: TestClient, rater: str = "human") -> list[dict[str, Any]]:
+def asked(client: TestClient, rater: str = "me") -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = client.get(f"/questions?rater={rater}").json()["questions"]
     return found
 
 
-def give(client: TestClient, answer: str, rater: str = "human", **more: object) -> Any:
+def give(client: TestClient, answer: str, rater: str = "me", **more: object) -> Any:
     question = asked(client, rater)[0]["id"]
     answered = client.post(f"/vote?rater={rater}", json={"question": question, "answer": answer, **more})
     assert answered.status_code == 200, answered.json()
@@ -60,7 +64,7 @@ def test_a_vote_is_in_the_log_with_what_was_shown(tmp_path: Path, opened: Open) 
     [row] = lines(data / "votes.jsonl")
     assert [colour_of(name) for name in row["images"]] == [list(pixel) for pixel in pixels]
     assert row["models"] == [("base", "tuned")[int(name[-1])] for name in row["images"]]
-    assert (row["id"], row["prompt"], row["answer"], row["rater"]) == (first["id"], first["prompt"], "left", "human")
+    assert (row["id"], row["prompt"], row["answer"], row["rater"]) == (first["id"], first["prompt"], "left", "me")
     assert (row["note"], row["seconds"], row["asked_by"], row["repeat_of"]) == ("sharp", 1.25, "balanced", None)
 
 
@@ -82,7 +86,7 @@ def test_a_server_that_starts_again_asks_the_same_and_takes_the_answer(tmp_path:
     # The page may send the vote before it asks for questions.
     assert again.post("/vote", json={"question": held[0]["id"], "answer": "right"}).status_code == 200
     assert [one["id"] for one in asked(again)[:3]] == [one["id"] for one in held[1:]]
-    assert [row["answer"] for row in kept(data / "votes.jsonl", "human")] == ["left", "skip", "tie", "right"]
+    assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "skip", "tie", "right"]
     assert again.post("/vote", json={"question": "0" * 16, "answer": "right"}).status_code == 409
 
 
@@ -99,7 +103,15 @@ def test_undo_asks_the_same_pair_again_also_after_a_start(tmp_path: Path, opened
     assert asked(opened(data))[0]["id"] == back["questions"][0]["id"]
     give(client, "tie")
     assert client.post("/undo?rater=ben", json={}).json()["progress"]["done"] == 0  # nothing of others
-    assert [row["answer"] for row in kept(data / "votes.jsonl", "human")] == ["left", "tie"]
+    assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "tie"]
+
+
+def test_the_total_counts_repeats(tmp_path: Path, opened: Open) -> None:
+    client = opened(colours(tmp_path / "data", 10, 3), sampler=Repeats(Balanced(), 0.3))
+    totals = [client.get("/questions").json()["progress"]["total"]]
+    while asked(client):
+        totals.append(give(client, "left")["progress"]["total"])
+    assert set(totals) == {len(totals) - 1} and totals[0] > 33
 
 
 def test_each_pair_once_then_the_end(tmp_path: Path, opened: Open) -> None:
@@ -115,7 +127,7 @@ def test_each_pair_once_then_the_end(tmp_path: Path, opened: Open) -> None:
     result = client.get("/result").json()
     assert result["votes"] == 6 and [(one["a"], one["b"]) for one in result["tallies"]] == [("base", "tuned")]
     counts = result["tallies"][0]
-    own = [row for row in kept(data / "votes.jsonl", "human") if set(row["models"]) == {"base", "tuned"}]
+    own = [row for row in kept(data / "votes.jsonl", "me") if set(row["models"]) == {"base", "tuned"}]
     wins = [row["models"][0] for row in own if row["answer"] == "left"]
     assert (counts["a_wins"], counts["b_wins"], counts["ties"]) == (wins.count("base"), wins.count("tuned"), 0)
 

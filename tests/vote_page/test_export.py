@@ -82,6 +82,9 @@ def test_a_ranking_is_one_row_of_jsonl(data: Path, tmp_path: Path) -> None:
     assert rows[2]["ranking"] == [2, 1, 2] and len(rows[2]["images"]) == 3
     assert run("pairs", out, "--out", tmp_path / "pairs") == 0
     assert PreferenceDataset(tmp_path / "pairs").column("preference")[2] == [0, 1, 0]
+    for name in ((), ("--rater", "human"), ("--rater", "anna", "--rater", "ben")):  # human: all
+        assert run("vote-export", data, "--out", out, *name) == 0
+        assert [row["answer"] for row in table(out)] == ["left", "right", "both_bad", "ranking"]
 
 
 @pytest.mark.parametrize("labels", ["log", "folder", "human", "exported.csv", "exported.jsonl"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.errors import DiffalignError
-from diffalign.voting.log import Undo, Vote, VoteLog, check_rater, line_of, read_entries, read_votes
+from diffalign.voting.log import Undo, Vote, VoteLog, check_rater, line_of, read_entries, read_votes, votes_of
 
 LEFT = Vote("v1", "2026-01-01T00:00:00+00:00", "anna", "a fox", ("a/0", "b/0"), ("base", "tuned"), "left")
 
@@ -89,7 +89,18 @@ def test_ranks_follow_the_answer() -> None:
     assert replace(LEFT, answer="ranking", ranking=(2, 1)).ranks == (2, 1)
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "x" * 101, "pickscore", "a\nb"])
+def test_human_stands_for_all_and_a_log_that_has_it_as_a_rater_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    old = [replace(LEFT, rater="human"), replace(LEFT, id="v2", rater="human"), replace(LEFT, id="v3")]
+    entries = [*old, undo("v2", "human"), undo("v3", "human")]
+    path.write_text("".join(map(line_of, entries)))
+    votes = read_votes(path)
+    assert [(vote.id, vote.rater) for vote in votes] == [("v1", "me"), ("v3", "anna")]
+    assert votes_of(votes, "human") == votes and votes_of(votes, "me") == votes[:1] and votes_of(votes, "ben") == []
+    assert path.read_text() == "".join(map(line_of, entries))  # as it was
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "x" * 101, "pickscore", "a\nb", "human", "Human"])
 def test_a_name_that_is_no_source_is_refused(name: str) -> None:
     assert check_rater("Anna-2", {"pickscore"}) == "Anna-2"
     with pytest.raises(DiffalignError, match="rater"):

@@ -33,7 +33,16 @@ def ask(sampler: Sampler, state: State, most: int = 10_000) -> list[Question]:
         answer = "left" if len(images) == 2 else "tie"
         models = ("m",) * len(images)
         state.votes.append(
-            Vote(f"v{len(found)}", "t", state.rater, group.prompt, images, models, answer, repeat_of=question.repeat_of)  # type: ignore[arg-type]
+            Vote(
+                f"v{len(state.votes) + 1}",
+                "t",
+                state.rater,
+                group.prompt,
+                images,
+                models,
+                answer,
+                repeat_of=question.repeat_of,
+            )  # type: ignore[arg-type]
         )
     return found
 
@@ -97,6 +106,25 @@ def test_repeats() -> None:
     assert len({q.key for q in others}) == len(others) and {q.asked_by for q in others} == {"balanced"}
     none = ask(Repeats(Balanced(), 0.0), State(groups(30, 2), 2, "anna"))
     assert none == ask(Balanced(), State(groups(30, 2), 2, "anna"))
+
+
+def test_what_is_left_counts_repeats() -> None:
+    repeats, state = Repeats(Balanced(), 0.3), State(groups(40, 2), 2, "anna")
+    foreseen = []
+    while True:
+        foreseen.append(len(state.votes) + repeats.left(state, 40 - state.done.total()))
+        if not ask(repeats, state, 1):
+            break
+    assert set(foreseen) == {len(state.votes)} and len(state.votes) > 45
+    assert repeats.left(State(groups(1, 2), 2, "anna"), 100_000) == pytest.approx(100_000 / 0.7, rel=0.01)
+    assert Repeats(Balanced(), 0.0).left(State(groups(1, 2), 2, "anna"), 5) == 5
+
+
+@pytest.mark.parametrize("sampler", [Balanced(), Uniform(), Active({})], ids=lambda one: one.name)
+def test_with_repeats_every_pair_is_asked(sampler: Sampler) -> None:
+    state = State(groups(10, 3), 2, "anna")
+    asked = ask(Repeats(sampler, 0.3), state)
+    assert len({question.key for question in asked}) == 30 and len(asked) > 33
 
 
 def test_what_was_skipped_is_not_repeated() -> None:

@@ -188,6 +188,19 @@ def test_a_token_is_printed_where_nobody_else_knows_it(capsys: pytest.CaptureFix
         assert (str(address.token) in shown) == address.made_token
 
 
+def test_a_terminal_shows_the_token_and_phones_get_an_ip(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("diffalign.web.server.own_ip", lambda: "192.0.2.7")
+    with web.listen(web.Address("0.0.0.0", port=0, token=TOKEN)) as listener:
+        web.show_address(listener, "the page")
+        port = listener.port
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"the page: http://{socket.gethostname()}:{port}/?token={TOKEN}"
+    assert second == f"or: http://192.0.2.7:{port}/?token={TOKEN}"
+
+
 def test_a_port_in_use_is_named() -> None:
     stack = contextlib.ExitStack()
     taken = "another program listens there; choose another --port"

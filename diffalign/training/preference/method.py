@@ -24,6 +24,7 @@ from diffalign.training.optim import build_optimizer, learning_rate, set_rate
 from diffalign.training.order import check_units
 from diffalign.training.preference.gradient import HasBeta, StepGradient, logged
 from diffalign.training.preference.kernel_check import check_cudnn
+from diffalign.training.preference.online import Online
 from diffalign.training.preference.policy import build_objective, prepare_policy
 from diffalign.training.preference.reference_key import open_store
 from diffalign.training.preference.selection import Selection
@@ -43,14 +44,21 @@ class Preference:
     waiting_remedy: str | None = WAITING_REMEDY
 
     def __init__(
-        self, config: TrainConfig, backbone: Backbone, source: GroupSource, accelerator: Accelerator, say: Say
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        source: GroupSource,
+        accelerator: Accelerator,
+        say: Say,
+        online: Online | None = None,
     ) -> None:
         """Make `backbone` trainable and cut the step's groups over the processes.
 
-        Raises DiffalignError where they cannot be cut, where `selection` asks for more images than there are, and for a
-        reference.store of other draws.
+        online: draws the groups of `source` during the run; None: they are there. Raises DiffalignError where they cannot be
+        cut, where `selection` asks for more images than there are, and for a reference.store of other draws.
         """
         self.config, self.backbone, self.source, self.accelerator = config, backbone, source, accelerator
+        self.online = online
         train = config.train
         self.readme, self.on_alarm = train_readme(config), config.on_alarm
         self.objective = build_objective(config.objective)
@@ -71,7 +79,8 @@ class Preference:
         self.state = TrainState(
             self.policy, optimizer, start_average(self.policy, decay), decay,
             scaler=accelerator.scaler, sharded=self.sharded, store=self.store,
-            reference=backbone.followers() if self.reference_decay else None,
+            reference=backbone.followers() if config.tune.reference_moves else None,
+            drawn=online.groups if online else None,
         )  # fmt: skip
 
         # ---- Several processes: DDP averages gradients; weights that are cut over processes do so themselves ----
@@ -89,6 +98,8 @@ class Preference:
     def step(self, step: int) -> float:
         """Take one optimiser step on the groups of `step`; return the seconds of waiting for them."""
         config, accelerator, extra = self.config, self.accelerator, self.state.extra
+        if self.online is not None:
+            self.online.begin(step, self.state)
         rate = set_rate(self.optimizer, learning_rate(config.optimizer, step, config.train.steps))
         indices = self.selection.groups(step)
         objective = with_auto_beta(self.objective, config.train.auto_beta, extra)
@@ -129,7 +140,8 @@ class Preference:
 
     def row(self) -> dict[str, float]:
         """Read the last step's metrics: means over the groups that count."""
-        return logged(self.accelerator, self.totals) | {name: float(value) for name, value in self.plain.items()}
+        drawn = self.online.row() if self.online is not None else {}
+        return logged(self.accelerator, self.totals) | {k: float(v) for k, v in self.plain.items()} | drawn
 
     def save_weights(self, folder: Path) -> None:
         """Write the policy in diffusers' format."""

@@ -32,7 +32,7 @@ def prepare_policy(config: TrainConfig, backbone: Backbone, objective: Objective
     tune = config.tune
     own = tune.reference != "base"
     make_trainable(backbone, tune, config.seed, keep_reference=objective.needs_reference, init_is_reference=own)
-    if tune.reference == "ema":
+    if tune.reference_moves:
         backbone.follow_policy(keep_base=objective.needs_anchor_gap)
     if config.train.shard == "fsdp2":
         shard(backbone)
@@ -40,7 +40,7 @@ def prepare_policy(config: TrainConfig, backbone: Backbone, objective: Objective
         backbone.compile_blocks(dynamic=config.data.buckets != "none")
         # Graphs with and without gradient may round differently in 16 bits.
         return False
-    if tune.kind == "full" and tune.reference != "ema":
+    if tune.kind == "full" and not tune.reference_moves:
         # The policy trains in float32; a reference kept in half precision rounds differently.
         return backbone.dtype == torch.float32
     return own or tune.init is None

@@ -93,7 +93,9 @@ def _inputs(
     times = to_device(draws.times.repeat_interleave(k), device)
     conditioning = {}
     for name, value in batch.conditioning.items():
-        kept = torch.where(draws.dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value.dtype), value)
+        dropped = draws.dropped.view(-1, *[1] * (value.dim() - 1))
+        # A condition image stays where the prompt is dropped, as guidance at sampling has it.
+        kept = torch.where(dropped, unconditional[name].to(value.dtype), value) if name in unconditional else value
         conditioning[name] = to_device(kept, device).repeat_interleave(k, dim=0)
     if draws.noise is None:
         noise = recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning))

@@ -55,7 +55,7 @@ class UnrolledSampler:
             # One pass over both halves, as the pipelines make it.
             both = {name: torch.cat([self.empty[name], value]) for name, value in self.conditioning.items()}
             without, with_prompt = backbone.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-            return guided(with_prompt, without, self.scale)
+            return backbone.rescale_guided(guided(with_prompt, without, self.scale), with_prompt)
 
     def advance(self, x: Tensor, prediction: Tensor, index: int, judged: bool = False) -> Tensor:
         """Return the latent after step `index`; `judged`: the x0 that it points to, where the last step ends anyway."""

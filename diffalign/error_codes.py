@@ -1,0 +1,198 @@
+"""The code of every error for users: what kind of mistake it is, from where in the code it was raised.
+
+docs/errors.md explains each code. A code keeps its meaning; one that is no longer used is not given to another mistake.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+CODES: dict[str, str] = {
+    "DA100": "another mistake",
+    "DA101": "arguments",
+    "DA102": "config",
+    "DA103": "no such config or recipe",
+    "DA104": "YAML or JSON that cannot be read",
+    "DA201": "a package is missing",
+    "DA202": "objectives and rewards by name",
+    "DA203": "models and files of the Hugging Face hub",
+    "DA204": "device and memory",
+    "DA205": "disk space and rights",
+    "DA206": "clusters",
+    "DA301": "files and folders",
+    "DA302": "damaged files",
+    "DA303": "a folder that another command uses",
+    "DA304": "addresses of files",
+    "DA305": "an image that cannot be read",
+    "DA401": "dataset folders",
+    "DA402": "data of others",
+    "DA403": "prompts",
+    "DA404": "preferences and ranking",
+    "DA405": "data for training",
+    "DA501": "options of rewards",
+    "DA502": "models of rewards",
+    "DA503": "rewards behind an address",
+    "DA504": "images to score",
+    "DA505": "human choices to compare with",
+    "DA601": "loading a model",
+    "DA602": "LoRA files",
+    "DA603": "how a model samples",
+    "DA604": "what is trained of a model",
+    "DA701": "objectives",
+    "DA702": "run directories and resuming",
+    "DA703": "training",
+    "DA704": "numbers that are not finite",
+    "DA705": "judges",
+    "DA801": "evaluation",
+    "DA802": "suites",
+    "DA803": "measures of sets of images",
+    "DA804": "reports",
+    "DA805": "export",
+    "DA806": "rounds",
+    "DA901": "local servers",
+    "DA902": "votes",
+}
+
+NOT_INSTALLED = "DA201"
+NO_ROOM = "DA205"
+UNREADABLE_IMAGE = "DA305"
+
+PLACES: dict[str, str] = {
+    "api": "DA101",
+    "bench": "DA802",
+    "cli": "DA101",
+    "cluster": "DA206",
+    "config": "DA102",
+    "config.recipes": "DA103",
+    "data": "DA401",
+    "data.buckets": "DA405",
+    "data.choose_members": "DA404",
+    "data.combine": "DA404",
+    "data.containers": "DA402",
+    "data.convert": "DA402",
+    "data.folder_metadata": "DA402",
+    "data.image_index": "DA402",
+    "data.imported": "DA402",
+    "data.labels": "DA404",
+    "data.latents": "DA405",
+    "data.prompts": "DA403",
+    "data.rank": "DA404",
+    "data.read_groups": "DA402",
+    "data.read_pairs": "DA402",
+    "data.read_tables": "DA402",
+    "data.real_against_generated": "DA404",
+    "data.records": "DA402",
+    "data.suites": "DA403",
+    "data.suites_hub": "DA203",
+    "data.suites_questions": "DA403",
+    "data.tables": "DA402",
+    "data.tracked_noise": "DA405",
+    "data.training_source": "DA405",
+    "evaluation": "DA801",
+    "evaluation.set_measures": "DA803",
+    "evaluation.set_networks": "DA203",
+    "files": "DA301",
+    "files.images": UNREADABLE_IMAGE,
+    "files.lock": "DA303",
+    "files.metric_rows": "DA302",
+    "files.parse": "DA104",
+    "files.remote": "DA304",
+    "files.tensors": "DA302",
+    "hub": "DA203",
+    "judge": "DA705",
+    "kernels": "DA204",
+    "objectives": "DA701",
+    "pipelines": "DA601",
+    "pipelines.adapters": "DA602",
+    "pipelines.attention": "DA204",
+    "pipelines.drawn_noise": "DA603",
+    "pipelines.encoding": "DA603",
+    "pipelines.export": "DA805",
+    "pipelines.few_step": "DA603",
+    "pipelines.generator": "DA603",
+    "pipelines.hub": "DA203",
+    "pipelines.inversion": "DA603",
+    "pipelines.kohya": "DA602",
+    "pipelines.lora_file": "DA602",
+    "pipelines.momentum": "DA603",
+    "pipelines.own_sampler": "DA603",
+    "pipelines.process": "DA603",
+    "pipelines.quantize": "DA604",
+    "pipelines.sampling": "DA603",
+    "pipelines.save_single_file": "DA805",
+    "pipelines.schedulers": "DA603",
+    "pipelines.tuning": "DA604",
+    "plugins": "DA202",
+    "pretrained": "DA203",
+    "remote_address": "DA503",
+    "report": "DA804",
+    "rewards": "DA502",
+    "rewards.aggregate": "DA501",
+    "rewards.base": "DA501",
+    "rewards.chat_api": "DA503",
+    "rewards.group_judge": "DA503",
+    "rewards.published_weights": "DA203",
+    "rewards.remote": "DA503",
+    "rewards.rubric": "DA501",
+    "rewards.vlm_judge": "DA503",
+    "scoring": "DA504",
+    "scoring.human_agreement": "DA505",
+    "scoring.spec": "DA501",
+    "scoring.vote_labels": "DA505",
+    "serving": "DA901",
+    "stages": "DA101",
+    "stages.bench": "DA802",
+    "stages.bench_tasks": "DA802",
+    "stages.data": "DA402",
+    "stages.evaluate": "DA801",
+    "stages.export": "DA805",
+    "stages.judge": "DA705",
+    "stages.measure": "DA803",
+    "stages.personal": "DA705",
+    "stages.rank": "DA404",
+    "stages.real_images": "DA404",
+    "stages.resolve": "DA601",
+    "stages.resolve_rewards": "DA501",
+    "stages.rounds": "DA806",
+    "stages.score": "DA504",
+    "stages.serve": "DA901",
+    "stages.train": "DA703",
+    "stages.vote": "DA902",
+    "stages.vote_export": "DA902",
+    "stages.vote_results": "DA902",
+    "stages.vote_scores": "DA902",
+    "stopping": "DA703",
+    "testbed": "DA101",
+    "training": "DA703",
+    "training.alone": "DA702",
+    "training.checkpoint": "DA702",
+    "training.device": "DA204",
+    "training.finite": "DA704",
+    "training.preference.reference_store": "DA405",
+    "training.run_dir": "DA702",
+    "training.same_run": "DA702",
+    "training.sharding": "DA204",
+    "vote_page": "DA902",
+    "voting": "DA902",
+    "web": "DA901",
+}
+"""Packages and modules below `diffalign`, and the code of what is raised there. The longest name that fits counts."""
+
+
+def code_of_module(module: str) -> str:
+    """Return the code of errors that a module raises; DA100 for modules of others."""
+    name = module.removeprefix("diffalign.")
+    while name and module.startswith("diffalign."):
+        if name in PLACES:
+            return PLACES[name]
+        name = name.rpartition(".")[0]
+    return "DA100"
+
+
+def code_of_traceback(raised: TracebackType | None) -> str:
+    """Return the code of an error from where it was raised: the innermost frame."""
+    if raised is None:
+        return "DA100"
+    while raised.tb_next is not None:
+        raised = raised.tb_next
+    return code_of_module(str(raised.tb_frame.f_globals.get("__name__", "")))
