@@ -69,7 +69,8 @@ def main() -> None:
     torch.set_num_threads(1)
     path = RESULTS / "step-cost.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    document |= {"torch": torch.__version__, "pairs": PAIRS, "counts": counts()}
+    before = {name: row for name, row in document.get("counts", {}).items() if name.startswith("before")}
+    document |= {"torch": torch.__version__, "pairs": PAIRS, "counts": before | counts()}
     if not given.no_host:
         document["host"] = host()
     path.write_text(json.dumps(document, indent=1) + "\n")
