@@ -31,7 +31,10 @@ WHEEL_TESTS := tests/packaging tests/config tests/cli tests/testbed tests/report
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "diffalign needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing diffalign and its tools into $(VENV): about 3 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --editable ".[train,test,dev]"
 	touch $(STAMP)
 

@@ -52,3 +52,8 @@ def download_command(
         return f"hf download {repository} {file} --local-dir {folder}"
     weights = "*.safetensors" if variant is None else f"*.{variant}.safetensors"
     return f'hf download {repository} --include "*.json" "*.txt" "*.model" "{weights}" --local-dir {folder}'
+
+
+def dataset_command(repository: str, folder: str) -> str:
+    """Return the command that fetches a dataset's repository into `folder`."""
+    return f"hf download {repository} --repo-type dataset --local-dir {folder}"

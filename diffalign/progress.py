@@ -99,7 +99,7 @@ def say_block(text: str) -> None:
 
 
 def progress_bar(console: Console, what: str, done: int, total: int, transient: bool = False) -> Progress:
-    """Return a bar with one task: what is done, the bar, the count, the time left, and the task's `text`.
+    """Return a bar with one task: what is done, the count, the time left, the bar, and the task's `text`.
 
     Where a terminal is narrow, the text is cut; the count and the time left stay whole.
     """
@@ -109,9 +109,9 @@ def progress_bar(console: Console, what: str, done: int, total: int, transient: 
 
     bar = Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=24)),
-        BarColumn(max(8, min(24, console.width // 6))),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        BarColumn(max(8, min(24, console.width // 6))),
         TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         console=console,
         transient=transient,

@@ -249,6 +249,10 @@ class Flux2(Flux2Klein):
     def facts(self) -> dict[str, str | int]:
         return super().facts() | {"guidance": f"{self.guidance:g}"}
 
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return tokens [B, h w, C] as latents: unlike klein's, this pipeline returns them as the trunk has them."""
+        return latents.transpose(1, 2).unflatten(2, (height, width))
+
     def prompt_readers(self) -> list[tuple[PreTrainedTokenizerBase, int]]:
         return [(self.pipeline.tokenizer.tokenizer, self.prompt_tokens())]
 

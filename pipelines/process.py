@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.sde import flow_sde_step, posterior_step
 
 ERROR_SPACES = ("native", "epsilon", "x0")
 TIME_SAMPLERS = ("uniform", "logit_normal", "schedule")
@@ -121,6 +122,13 @@ class NoiseProcess(ABC):
 
         Without `noise` it is deterministic: DDIM (Song et al. 2021, eq. 12, eta = 0) or Euler on the flow. With unit
         `noise` it is ancestral: DDIM with eta = 1, or, for a flow, x0 noised again to t_next.
+        """
+
+    @abstractmethod
+    def sde_step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """Return mean [B, C, h, w] and deviation [B, 1, 1, 1] of a stochastic step; the mean is linear in the prediction.
+
+        level: of the noise, 0 for none. See `sde.py`.
         """
 
     def invert_step(
@@ -270,16 +278,15 @@ class Diffusion(NoiseProcess):
         raise _unknown_space(space)
 
     def step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None = None) -> Tensor:
-        x0, epsilon = self.x0(x, prediction, t), self.epsilon(x, prediction, t)
         if noise is None:
             a, s = self.coefficients(t_next)
-            return _like(a, x) * x0 + _like(s, x) * epsilon
-        now, then = self.alpha_cumprod(t), self.alpha_cumprod(t_next)
-        # DDIM eq. 16 with eta = 1: the variance of the DDPM posterior.
-        variance = ((1.0 - then) / (1.0 - now) * (1.0 - now / then)).clamp_min(0.0)
-        direction = (1.0 - then - variance).clamp_min(0.0).sqrt()
-        mean = _like(then.sqrt(), x) * x0 + _like(direction, x) * epsilon
-        return mean + _like(variance.sqrt(), x) * noise.float()
+            return _like(a, x) * self.x0(x, prediction, t) + _like(s, x) * self.epsilon(x, prediction, t)
+        mean, deviation = self.sde_step(x, prediction, t, t_next, 1.0)
+        return mean + deviation * noise.float()
+
+    def sde_step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        now, then = (_like(self.alpha_cumprod(time), x) for time in (t, t_next))
+        return posterior_step(self.x0(x, prediction, t), self.epsilon(x, prediction, t), now, then, level)
 
     def invert_step(
         self,
@@ -360,6 +367,9 @@ class Flow(NoiseProcess):
         if noise is None:
             return x.float() + _like(t_next.float() - t.float(), x) * prediction.float()
         return self.add_noise(self.x0(x, prediction, t), noise, t_next)
+
+    def sde_step(self, x: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        return flow_sde_step(x.float(), prediction.float(), _like(t, x), _like(t_next, x), level)
 
     def invertible_times(self, t: Tensor, steps: int) -> Tensor:
         # The velocity is (x_t - x0) / t: nearer to the image than one step it would be rounding error.

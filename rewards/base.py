@@ -141,6 +141,21 @@ class Reward(ABC):
         return
 
 
+class PreparedReward(Reward):
+    """A reward that scores what `prepare` returns; subclasses define `measure_prepared`, and `measure` follows from it."""
+
+    def measure(
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        return self.measure_prepared([self.prepare(image) for image in images], prompts, metadata)
+
+    @abstractmethod
+    def measure_prepared(
+        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
+        """Return `measure` of what `prepare` returned."""
+
+
 def by_column(columns: tuple[str, ...], rows: list[tuple[float, ...]]) -> dict[str, Tensor]:
     """Return rows of values as one float32 tensor a column."""
     return {name: torch.tensor([row[i] for row in rows], dtype=torch.float32) for i, name in enumerate(columns)}

@@ -44,7 +44,7 @@ def measure_batch(
         torch.cuda.empty_cache()
     except SYSTEMATIC:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a reward raises, it costs the images that cause it alone
         if len(items) == 1:
             return [Measured(dict.fromkeys(reward.columns, float("nan")), reason_of(error), error)]
         size = 1

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from diffalign.errors import DiffalignError
 from diffalign.files.parse import parse_json
 from diffalign.pretrained import load_part
-from diffalign.rewards.learned import LearnedOptions, TensorReward
+from diffalign.rewards.learned import CosineReward, LearnedOptions, TokenizedReward
 from diffalign.rewards.pixels import Rounding, crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fingerprint, pretrained
 
@@ -29,7 +29,7 @@ class ClipOptions(LearnedOptions, total=False):
     tokenizer: str | Path | None
 
 
-class ClipReward(TensorReward):
+class ClipReward(TokenizedReward, CosineReward):
     """A reward on image and text embeddings of a CLIPModel folder; subclasses define the score."""
 
     preprocessing = "shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
@@ -37,11 +37,6 @@ class ClipReward(TensorReward):
     rounding: Rounding = "floor"
     tokenizer_repo: str | None = None
     """The hub repository of the tokenizer if it is not beside the weights."""
-
-    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
-        super().__init__(**shared)
-        self.local_tokenizer = tokenizer
-        self._tokenizer: Any = None
 
     def build(self) -> torch.nn.Module:
         from transformers import CLIPModel
@@ -85,25 +80,16 @@ class ClipReward(TensorReward):
         return normalise(crop_square_tensor(pixels, SIDE, self.rounding))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Return unit vectors of prepared pixels, float32 [B, D]."""
         features = self.network.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
         return F.normalize(features.float(), dim=-1)
 
-    @torch.no_grad()
-    def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """Return unit vectors of prompts, float32 [B, D]; each distinct prompt is encoded once, cut at 77 tokens."""
-        unique = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Return unit vectors of texts, float32 [B, D], cut at 77 tokens."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
         features = self.network.get_text_features(
             input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
         ).pooler_output
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        return F.normalize(features.float(), dim=-1)[[place[p] for p in prompts]]
-
-    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """Return the cosine of each image with its prompt, float32 [B]."""
-        text = self.embed_prompts(prompts)
-        return (self.embed_images(pixels) * text).sum(-1)
+        return F.normalize(features.float(), dim=-1)
 
 
 class PickScore(ClipReward):

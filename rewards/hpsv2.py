@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.learned import LearnedOptions, TensorReward
+from diffalign.rewards.learned import CosineReward, LearnedOptions
 from diffalign.rewards.pixels import letterbox, normalise, to_tensor
 from diffalign.rewards.published_weights import fill_empty, load_state, without_memory
 
@@ -20,7 +20,7 @@ SIDE = 224
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
-class HPSv2(TensorReward):
+class HPSv2(CosineReward):
     """Cosine of image and prompt. Releases cannot be compared with each other, nor scores of different prompts.
 
     release: 2.1 (the default of `hpsv2.evaluate`) or 2.0 (that of `hpsv2.score`). antialias: torchvision's default for
@@ -93,18 +93,11 @@ class HPSv2(TensorReward):
         return normalise(letterbox(pixels, SIDE, self.antialias))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Return unit vectors of prepared pixels, float32 [B, D]."""
         return F.normalize(self.network.encode_image(pixels.to(self.dtype)).float(), dim=-1)
 
-    @torch.no_grad()
-    def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """Return unit vectors of prompts, float32 [B, D]; each distinct prompt is encoded once."""
-        unique = list(dict.fromkeys(prompts))
+    def embed_texts(self, texts: list[str]) -> Tensor:
         network = self.network  # before the tokenizer: loading it makes the architecture known
-        text = F.normalize(network.encode_text(self.tokenizer(unique).to(self.device)).float(), dim=-1)
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        return text[[place[p] for p in prompts]]
+        return F.normalize(network.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        text = self.embed_prompts(prompts)
-        return (self.embed_images(pixels) * text).sum(-1)
+        return self.cosine(pixels, prompts)

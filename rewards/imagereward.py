@@ -6,7 +6,7 @@ its first token gives the score, standardised by two constants of the training s
 
 import re
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.pretrained import load_part
 from diffalign.rewards.aesthetic import linear_head
-from diffalign.rewards.learned import LearnedOptions, TensorReward
+from diffalign.rewards.learned import TokenizedReward
 from diffalign.rewards.pixels import crop_square, crop_square_tensor, normalise
 from diffalign.rewards.published_weights import SMALL_FILES, fetch, fill_empty, fingerprint, load_state, without_memory
 
@@ -98,7 +98,7 @@ def _layers(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
-class ImageReward(TensorReward):
+class ImageReward(TokenizedReward):
     """About standard normal over its training images, typically -3 to 2. Prompts are cut at 35 tokens, as in the
     original.
 
@@ -118,11 +118,6 @@ class ImageReward(TensorReward):
     longest = TOKENS
     # The original resizes before it converts to RGB, so it interpolates a palette image on palette indices.
     preprocessing = "RGB, shorter side to 224 bicubic on 8 bits, centre crop, CLIP normalisation"
-
-    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
-        super().__init__(**shared)
-        self.local_tokenizer = tokenizer
-        self._tokenizer: Any = None
 
     @property
     def tokenizer_path(self) -> Path:

@@ -3,14 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.base import Metadata, Prepared, Reward
+from diffalign.rewards.base import Metadata, Prepared, PreparedReward
 from diffalign.rewards.published_weights import fetch, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,7 +24,7 @@ class LearnedOptions(TypedDict, total=False):
     dtype: str
 
 
-class LearnedReward(Reward):
+class LearnedReward(PreparedReward):
     """A reward on published weights.
 
     weights: a local copy (a file, or the folder that holds it); default: the hub's at `revision`. dtype: of the
@@ -72,17 +71,6 @@ class LearnedReward(Reward):
     def build(self) -> torch.nn.Module:
         """Return the network with its weights, in `self.dtype`, from `self.path`."""
 
-    def measure(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
-    ) -> dict[str, Tensor]:
-        return self.measure_prepared([self.prepare(image) for image in images], prompts, metadata)
-
-    @abstractmethod
-    def measure_prepared(
-        self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None
-    ) -> dict[str, Tensor]:
-        """Return `measure` of what `prepare` returned."""
-
     def weights_id(self) -> str:
         copy = "" if self.local is None else "local copy of "
         return f"{copy}{self.repo}{'/' + self.file if self.file else ''}@{fingerprint(self.path)}"
@@ -121,6 +109,39 @@ class TensorReward(LearnedReward):
         self.reasons = [""] * len(items)
         pixels = torch.stack([item for item in items if isinstance(item, Tensor)])
         return {self.columns[0]: self.forward(pixels.to(self.device), prompts).float().cpu()}
+
+
+class CosineReward(TensorReward):
+    """A reward on the cosine of an image's embedding and its prompt's."""
+
+    @abstractmethod
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Return unit vectors of prepared pixels, float32 [B, D]."""
+
+    @abstractmethod
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Return unit vectors of texts, float32 [B, D]."""
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Return unit vectors of prompts, float32 [B, D]; each distinct prompt is encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return self.embed_texts(unique)[[place[p] for p in prompts]]
+
+    def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Return the cosine of each image with its prompt, float32 [B]."""
+        text = self.embed_prompts(prompts)
+        return (self.embed_images(pixels) * text).sum(-1)
+
+
+class TokenizedReward(TensorReward):
+    """A reward whose tokenizer is transformers'. tokenizer: a local copy of its folder."""
+
+    def __init__(self, *, tokenizer: str | Path | None = None, **shared: Unpack[LearnedOptions]) -> None:
+        super().__init__(**shared)
+        self.local_tokenizer = tokenizer
+        self._tokenizer: Any = None
 
 
 def check_pixels(name: str, pixels: Tensor, prompts: list[str]) -> None:

@@ -17,7 +17,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import read_json, reading, replacing_folder
 from diffalign.files.tensors import read_tensors
 from diffalign.redaction import redacted
-from diffalign.rewards.base import Metadata, Prepared, Reward
+from diffalign.rewards.base import Metadata, Prepared, PreparedReward
 from diffalign.rewards.features import Features, load_features, probe
 from diffalign.rewards.learned import check_pixels
 
@@ -83,7 +83,7 @@ def read_head(folder: Path) -> Head:
     return Head(weight, mean, seen, named, about)
 
 
-class Personal(Reward):
+class Personal(PreparedReward):
     """How much a person would like the image, in log-odds: of two images of one prompt, a is chosen with probability
     1 / (1 + exp(b - a)). 0 is the average of the images that were voted on.
 
@@ -154,11 +154,6 @@ class Personal(Reward):
 
     def prepare(self, image: Image.Image) -> Tensor:
         return self.features.prepare(image)
-
-    def measure(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
-    ) -> dict[str, Tensor]:
-        return self.measure_prepared([self.prepare(image) for image in images], prompts, metadata)
 
     @torch.no_grad()
     def measure_prepared(

@@ -22,7 +22,7 @@ from diffalign.files.images import encoded
 from diffalign.files.parse import valid_unicode
 from diffalign.progress import say_aside
 from diffalign.remote_address import TOKEN_KEY, RemoteAddress, remote_address
-from diffalign.rewards.base import LABEL, TAKEN_NAMES, Metadata, Prepared, Reward, by_column
+from diffalign.rewards.base import LABEL, TAKEN_NAMES, Metadata, Prepared, PreparedReward, by_column
 from diffalign.rewards.remote_protocol import (
     BUSY,
     CATALOGUE,
@@ -55,7 +55,7 @@ class RemoteFailed(Exception):
     """The served reward failed on an image; another try may succeed."""
 
 
-class Remote(Reward):
+class Remote(PreparedReward):
     """The scores of a reward that `diffalign serve` runs elsewhere: the same columns, and the same identity.
 
     url: `http://host:8000/hpsv2`, the server's address and the label of a reward; without the label where one alone is
@@ -151,11 +151,6 @@ class Remote(Reward):
         """Return the bytes of the image file that is sent, uint8 [N]."""
         file = encoded(image.convert("RGB"), "PNG" if self.png else "PPM", compress_level=1)
         return torch.frombuffer(bytearray(file), dtype=torch.uint8)
-
-    def measure(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
-    ) -> dict[str, Tensor]:
-        return self.measure_prepared([self.prepare(image) for image in images], prompts, metadata)
 
     def measure_prepared(
         self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None

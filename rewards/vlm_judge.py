@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.base import Metadata, Prepared, Reward, by_column
+from diffalign.rewards.base import Metadata, Prepared, PreparedReward, Reward, by_column
 from diffalign.rewards.chat import answer_after_thought
 from diffalign.rewards.chat_api import Answer, ChatAPI, NoAnswer, Question
 from diffalign.rewards.judge_prompt import LABELS, Wording
@@ -81,7 +81,7 @@ class ChatReward(Reward):
         return f"{self.api.model} behind an address"
 
 
-class VLMJudge(ChatReward):
+class VLMJudge(ChatReward, PreparedReward):
     """The mean over dimensions of a model's rating, 1 to 5.
 
     dimensions: as of zreward, names of our rubrics, NAME=FILE, or FILE, as a list or joined by "+"; default: our four.
@@ -129,11 +129,6 @@ class VLMJudge(ChatReward):
             "mix": dict(zip(self.dimensions, self.weight, strict=True)),
             "words": hashlib.blake2b(words, digest_size=6).hexdigest(),
         }
-
-    def measure(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
-    ) -> dict[str, Tensor]:
-        return self.measure_prepared(images, prompts, metadata)
 
     def measure_prepared(
         self, items: Sequence[Prepared], prompts: list[str], metadata: list[Metadata] | None = None

@@ -45,7 +45,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "synth": (
         "synth synth_one_gpu prompts=prompts.txt out=data/drawn --dry-run",
-        "synth synth_one_gpu prompts=prompts.txt out=data/drawn -r pickscore",
+        "synth synth_one_gpu prompts=FILE out=data/drawn -r pickscore",
     ),
     "sample": (
         "sample sample_sdxl prompts=prompts.txt --images look/",
@@ -113,6 +113,21 @@ class GroupedVerbs(TyperGroup):
                 # Equal columns in all sections: each list is as wide as its longest name.
                 rows = [(name.ljust(widest), self.commands[name].get_short_help_str(100)) for name in names]
                 formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the verb that the arguments name; the name of a method is answered with the verb that has it."""
+        if args[0] not in self.commands:
+            from diffalign.config import OBJECTIVE_SECTIONS
+            from diffalign.config.synonyms import other_verb
+
+            hint = other_verb(args[0])
+            if args[0].lower() in OBJECTIVE_SECTIONS:
+                hint = (
+                    f"; {args[0].lower()} is an objective of `diffalign train`: `diffalign recipes` lists its recipes"
+                )
+            if hint:
+                ctx.fail(f"no command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the verbs in the order of their groups."""

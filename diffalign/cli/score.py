@@ -10,6 +10,30 @@ from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
+# Options whose words take several lines, or that both verbs have.
+PromptFrom = Annotated[
+    str,
+    typer.Option(
+        help="Where prompts are: auto (metadata file, else a .txt beside the image, else in the image), metadata, txt, "
+        "image, name (that of the file), or none."
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Human choices to compare with: a table that `pairs` reads, ratings (image, rating), a log of votes, or "
+        "human or a rater's name for the votes on a dataset."
+    ),
+]
+IntoDataset = Annotated[
+    bool, typer.Option("--into-dataset", help="Also write the dataset's scores/LABEL.parquet, which training reads.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Engine = Annotated[
+    str, typer.Option(help="local, or where a Ray cluster is: ray (this machine or RAY_ADDRESS) or ray://HOST:PORT.")
+]
+
 
 @verbs.command("score", epilog=examples("score"))
 def score_images(
@@ -32,13 +56,7 @@ def score_images(
         str | None,
         typer.Option(metavar="FILE", help="A .jsonl, .csv or .parquet that gives each image its prompt."),
     ] = None,
-    prompt_from: Annotated[
-        str,
-        typer.Option(
-            help="Where prompts are: auto (metadata file, else a .txt beside the image, else in the image), metadata, txt, "
-            "image, name (that of the file), or none."
-        ),
-    ] = "auto",
+    prompt_from: PromptFrom = "auto",
     prompt_column: Annotated[
         str | None, typer.Option(help="Column of the prompt; without it: prompt, text or caption.")
     ] = None,
@@ -54,24 +72,12 @@ def score_images(
     against: Annotated[
         list[str] | None, typer.Option(help="Other images of the same prompts: print paired win rates.")
     ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            help="Human choices to compare with: a table that `pairs` reads, ratings (image, rating), a log of votes, or "
-            "human or a rater's name for the votes on a dataset."
-        ),
-    ] = None,
-    into_dataset: Annotated[
-        bool,
-        typer.Option("--into-dataset", help="Also write the dataset's scores/LABEL.parquet, which training reads."),
-    ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
+    labels: Labels = None,
+    into_dataset: IntoDataset = False,
+    batch_size: BatchSize = 32,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads that read and decode.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    engine: Annotated[
-        str,
-        typer.Option(help="local, or where a Ray cluster is: ray (this machine or RAY_ADDRESS) or ray://HOST:PORT."),
-    ] = "local",
+    device: Device = "auto",
+    engine: Engine = "local",
     actors: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Models on the cluster at most; without it, as many as fit.")
     ] = None,
@@ -117,8 +123,8 @@ def measure_sets(
         list[str] | None, typer.Option(help="The images to compare with; lpips needs none. May be given again.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .json to write.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images in one batch.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
 ) -> None:
     """Measure a set of images.
 

@@ -108,7 +108,7 @@ def show_recipes(
 
             say_block(commented_recipe(name).rstrip("\n"))
             return
-        row = "{:27}{:26}{:15}{}"
+        row = "{:29}{:22}{:17}{}"
         print(row.format("name", "task", "model", "memory"))
         for recipe in listed:
             print(row.format(recipe.name, recipe.task, recipe.model, recipe.memory))

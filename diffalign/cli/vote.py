@@ -10,10 +10,18 @@ from diffalign.cli.help import examples
 
 verbs = typer.Typer()
 
+
+def _source(text: str) -> Path:
+    if not text:  # Path would take it for the current folder, as where a variable of the shell is not set
+        raise typer.BadParameter("is empty; name a folder, or . for the current one")
+    return Path(text)
+
+
 Sources = Annotated[
     list[Path],
     typer.Argument(
         metavar="SOURCE",
+        parser=_source,
         help="A dataset folder; a folder of images that share prompts; two folders or two runs, paired by prompt; or "
         "one run, its tuned model against its base.",
     ),

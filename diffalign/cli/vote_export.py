@@ -7,13 +7,14 @@ import typer
 
 from diffalign.cli.errors import plain_errors
 from diffalign.cli.help import examples
+from diffalign.cli.vote import Sources
 
 verbs = typer.Typer()
 
 
 @verbs.command("vote-export", epilog=examples("vote-export"))
 def vote_export(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="What was voted on, as for `vote`.")],
+    sources: Sources,
     out: Annotated[
         Path,
         typer.Option(

@@ -22,7 +22,7 @@ from diffalign.config.document import Key, dump
 from diffalign.config.load import KINDS, load
 from diffalign.config.recipes import bases_of
 from diffalign.config.run import StepSection
-from diffalign.config.section import Section
+from diffalign.config.section import keys_of
 from diffalign.files.parse import compose_yaml
 
 WIDTH = 80
@@ -105,7 +105,7 @@ def _gather(node: yaml.Node, key: Key, lines: list[str], notes: Notes, first: in
 def _section(section: BaseModel, notes: Notes, key: Key, depth: int) -> Iterator[str]:
     """Yield the lines of a section with its values."""
     pad = "  " * depth
-    for name in _keys(type(section)):
+    for name in keys_of(type(section)):
         field, value, way = type(section).model_fields[name], getattr(section, name), (*key, name)
         if name == "token":  # never written out
             value = None
@@ -142,7 +142,7 @@ def _entry(lines: Iterator[str], pad: str, *, comments: bool) -> Iterator[str]:
 def _schema(model: type[BaseModel], depth: int) -> Iterator[str]:
     """Yield the lines of a section's keys with their defaults; a required key stands without a value."""
     pad = "  " * depth
-    for name in _keys(model):
+    for name in keys_of(model):
         field = model.model_fields[name]
         sections = [one for one in _models(field.annotation) if one is not model]
         if not sections:
@@ -157,10 +157,6 @@ def _schema(model: type[BaseModel], depth: int) -> Iterator[str]:
             kind = "or: " if number else "a list of: " if listed else ""
             yield f"{pad}{name}: # {kind}{_title(one)}"
             yield from _schema(one, depth + 1)
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return model.reading_order() if issubclass(model, Section) else list(model.model_fields)
 
 
 def _title(section: BaseModel | type[BaseModel]) -> str:

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from diffalign.config.document import Document, Key
 from diffalign.config.objective import FOREIGN_SECTIONS
-from diffalign.config.section import COMBINATION, MISSING, Section
+from diffalign.config.section import COMBINATION, MISSING, keys_of
 from diffalign.config.synonyms import VALUES, elsewhere, other_verb
 from diffalign.redaction import HIDDEN, is_secret, redact, redacted
 
@@ -44,7 +44,7 @@ def _line(one: ErrorDetails, document: Document, kind: type[BaseModel]) -> str:
     elif one["type"] in ("union_tag_not_found", "union_tag_invalid"):
         key, message = (*key, "name"), _objective(one, key, owner)
     elif one["type"] == "extra_forbidden":
-        known = _keys(owner) if owner else []
+        known = keys_of(owner) if owner else []
         hint = elsewhere(kind, key) or _meant(str(key[-1]), known, "keys here")
         message = f"unknown key {_dotted(key)}{hint}"
     elif one["type"] == "missing" and isinstance(key[-1], int):
@@ -111,10 +111,6 @@ def _way(loc: tuple[str | int, ...], kind: type[BaseModel]) -> tuple[Key, type[B
         found = owner.model_fields.get(str(part)) if owner else None
         inside = list(models_of(found.annotation)) if found else []
     return tuple(key), owner
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return model.reading_order() if issubclass(model, Section) else list(model.model_fields)
 
 
 def models_of(annotation: object) -> Iterable[type[BaseModel]]:

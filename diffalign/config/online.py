@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from diffalign.config.images import SamplingSection
 from diffalign.config.run import PROMPT_COUNT, RewardSection
-from diffalign.config.section import MOST_IMAGES, MOST_PROMPTS, MOST_STEPS, NAMED, Section, refuse, refuse_twice
+from diffalign.config.section import MOST_IMAGES, MOST_PROMPTS, MOST_STEPS, NAMED, Section, Sizes, refuse, refuse_twice
 
 
 class OldPolicySection(Section):
@@ -31,6 +31,23 @@ class OldPolicySection(Section):
         return self
 
 
+class PathSection(Section):
+    """Steps of the sampler that draw noise, and that are learnt from (`noise: path`; Flow-GRPO)."""
+
+    noise_level: float = Field(
+        0.7,
+        gt=0,
+        description="noise of a step: a in sigma = a sqrt(t / (1 - t)) for a flow, eta of DDIM for a diffusion model",
+    )
+    window: Sizes | None = Field(
+        None, description="[first, end]: the steps from first to before end, from 0; null: all but the last"
+    )
+
+    def steps_of(self, steps: int) -> tuple[int, int]:
+        """Return the first step that draws, and the one after the last."""
+        return self.window or (0, steps - 1)
+
+
 class OnlineSection(SamplingSection):
     """Images that the model draws during training, in place of a dataset. A draw is `groups` prompts x `images_per_prompt`."""
 
@@ -51,8 +68,21 @@ class OnlineSection(SamplingSection):
         description="classifier-free guidance; 1: none, as losses want that take the images for the model's own",
     )
     old: OldPolicySection = OldPolicySection()
+    path: PathSection = PathSection()
 
     @model_validator(mode="after")
     def _check_rewards(self) -> OnlineSection:
         refuse_twice([reward.written_name for reward in self.rewards], "a reward", "rewards")
+        return self
+
+    @model_validator(mode="after")
+    def _check_window(self) -> OnlineSection:
+        first, end = self.path.steps_of(self.steps)
+        if self.path.window is not None and not 0 <= first < end < self.steps:
+            refuse(
+                f"two rising numbers of 0 to {self.steps - 1} are needed, not [{first}, {end}]: the last step leads to a "
+                "clean latent and draws nothing",
+                "path.window",
+                "steps",
+            )
         return self

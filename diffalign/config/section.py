@@ -165,3 +165,8 @@ def refuse_twice(names: Iterable[str], what: str, *keys: str) -> None:
     names = list(names)
     if len(set(names)) < len(names):
         refuse(f"{what} is named twice", *keys)
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """Return the keys of a section in reading order, and those of another model as it declares them."""
+    return model.reading_order() if issubclass(model, Section) else list(model.model_fields)

@@ -32,10 +32,10 @@ class TrainConfig(BackboneRunConfig):
     labels: LabelSection = LabelSection()
     selection: SelectionSection = SelectionSection()
     objective: AnyObjective = DEFAULT_OBJECTIVE
-    noise: Literal["shared", "independent", "inverted", "tracked"] = Field(
+    noise: Literal["shared", "independent", "inverted", "tracked", "path"] = Field(
         "shared",
-        description="one noise for all images of a group, one each, each image's own by inversion, or (tracked) the noise that "
-        "made it, from its seed",
+        description="one noise for all images of a group, one each, each image's own by inversion, (tracked) the noise that "
+        "made it, from its seed, or (path) the sampler's own steps in place of noised images (train.online)",
     )
     inversion: InversionSection = InversionSection()
     error_space: Literal["native", "epsilon", "x0"] = Field(
@@ -175,6 +175,12 @@ class TrainConfig(BackboneRunConfig):
                     "tune.reference",
                     "train.online",
                 )
+            if self.noise == "path":
+                refuse(
+                    "only images that a run draws have paths; set train.online, or another noise",
+                    "noise",
+                    "train.online",
+                )
             return self
         if self.data.path is not None:
             refuse(
@@ -293,3 +299,20 @@ def check_online(config: TrainConfig, online: OnlineSection) -> None:
             "train.online.images_per_prompt",
             "data.group_size" if config.data.group_size else "selection.sizes",
         )
+    check_path(config, online)
+
+
+def check_path(config: TrainConfig, online: OnlineSection) -> None:
+    """Refuse settings of noised images where the sampler's own steps take their place, and the other way round."""
+    if config.noise != "path":
+        if online.path != type(online.path)():
+            refuse("it shapes the sampler's own steps; set noise=path, or leave it out", "train.online.path", "noise")
+        return
+    if online.steps < 2:
+        refuse("the last step draws nothing, so a path needs two steps at least", "train.online.steps", "noise")
+    if config.error_space != "native":
+        refuse("a path's errors are log-probabilities, in no other space; leave it out with noise=path", "error_space")
+    if config.times.model_copy(update={"stratified": False}) != type(config.times)():
+        refuse("the times of a path are the sampler's; leave times out but for stratified", "times.sampler", "noise")
+    if online.negative_prompt is not None:
+        refuse("guidance within the policy steers away from no prompt; leave it out", "train.online.negative_prompt")

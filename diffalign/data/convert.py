@@ -24,6 +24,7 @@ from diffalign.data.tables import column_for, json_files, json_rows, table_kind,
 from diffalign.data.webdataset import is_export
 from diffalign.errors import DiffalignError
 from diffalign.files.paths import inside
+from diffalign.hub import dataset_command
 
 Rows = Iterator[ImportedGroup | SkippedRow]
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -48,13 +49,22 @@ def open_rows(sources: list[Path], form: str | None) -> tuple[str, Rows]:
     if len(sources) != 1:
         raise DiffalignError(f"data convert: {len(sources)} sources; give one, or two folders (winners, then losers)")
     if not sources[0].exists():
-        raise DiffalignError(f"{sources[0]}: no such file or folder")
+        raise DiffalignError(f"{sources[0]}: no such file or folder{_of_the_hub(sources[0])}")
     if form is not None and form not in READERS:
         raise DiffalignError(f"--format {form}: unknown; there are {', '.join([*READERS, 'two_folders'])}")
     if _holds_folder(sources[0]):
         return _rows_in_archive(sources[0], form)
     name = form or guess_form(sources[0])
     return name, READERS[name](sources[0])
+
+
+def _of_the_hub(source: Path) -> str:
+    """Return how to fetch a source whose name is that of a dataset on the hub, `owner/name`; else ""."""
+    name = source.as_posix()
+    if source.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        return ""
+    command = dataset_command(name, source.name)
+    return f"; if it is a dataset of the hub, fetch it with `{command}`, and give the folder {source.name}"
 
 
 def _holds_folder(path: Path) -> bool:

@@ -19,6 +19,7 @@ from diffalign.data.protocols import Encoder, GroupSettings, LabelSettings
 from diffalign.data.tracked_noise import tracked_seeds
 from diffalign.errors import DiffalignError
 from diffalign.health import LabelledGroup
+from diffalign.pipelines.paths import Paths
 from diffalign.progress import Say
 
 
@@ -29,7 +30,7 @@ class Batch:
     latents: [B, K, C, h, w] float32. conditioning: each [B, ...]. rewards: [B, K] float32, NaN without a label. mask:
     bool [B], False for a group with fewer than two images. spread: the standard deviation of the latents' posterior, of
     their shape, if `data.latent_sampling` is posterior. seeds: [B, K] int64, of the noise that made each image, if that is
-    used; -1 where there is no image.
+    used; -1 where there is no image. paths: of the sampler that drew the images, if they are learnt from.
     """
 
     latents: Tensor
@@ -40,6 +41,7 @@ class Batch:
     prompts: list[str]
     spread: Tensor | None = None
     seeds: Tensor | None = None
+    paths: Paths | None = None
 
 
 @dataclass(frozen=True)

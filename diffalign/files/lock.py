@@ -28,6 +28,7 @@ LOCK_FILE = ".lock"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 TRIES, WAIT = 5, 0.1  # how often a lock that is held is tried again, and seconds between
+MOST_OPENED = 100  # how often a lock's file is opened whose folder another process deletes meanwhile
 _said: set[int] = set()
 
 
@@ -136,13 +137,15 @@ def _take(lock: Path, mode: int) -> int | None:
 
 def _open(path: Path) -> int:
     """Open a lock's file. A process that has finished may delete the folder between the two steps."""
-    while True:
+    for left in range(MOST_OPENED - 1, -1, -1):
         path.parent.mkdir(parents=True, exist_ok=True)  # `_writing` names the option where that fails
         try:
             # A link in a folder of others might lead to any file.
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
-            continue
+            if not left:  # a folder in which no file can be made, such as /proc
+                raise
+    raise AssertionError
 
 
 def _locked(handle: int, path: Path, mode: int) -> bool:

@@ -91,19 +91,10 @@ def score_items(
             # The next reward may need all of the GPU's memory.
             reward.free()
             gc.collect()
-    rows = [
-        _row(
-            item,
-            [views[label][i] for label in rewards],
-            scanned.hashes[i],
-            scanned,
-            rewards,
-            identities,
-            store.known,
-            failures,
-        )
-        for i, item in enumerate(items)
-    ]
+    rows = []
+    for i, item in enumerate(items):
+        seen = [views[label][i] for label in rewards]
+        rows.append(_row(item, seen, scanned.hashes[i], scanned, rewards, identities, store.known, failures))
     failed = sum(any(_reason_of(row, label) for label in rewards) for row in rows)
     return Scores(rows, {label: r.columns for label, r in rewards.items()}, computed, known, failed, items)
 

@@ -137,7 +137,7 @@ class Worker(threading.Thread):
         """Return what became of each image. An error that ends a batch counts for the request that caused it alone."""
         try:
             return list(zip(units, self._measure_batch(lane, units), strict=True))
-        except Exception as error:
+        except Exception as error:  # whatever a reward raises, other requests of the batch get their scores
             if isinstance(error, torch.AcceleratorError):
                 self.broken = f"{lane.label}: {reason_of(error)}"
                 say_aside(f"error: the GPU has failed and stays so; start the server again: {self.broken}")

@@ -94,6 +94,10 @@ def _evaluate(config: EvalConfig, base_folder: Path | None, dry_run: bool) -> di
     show_table(comparison_table(result))
     (verdict,) = verdicts([Candidate("tuned", config.out, result["scores"], "tuned")])
     say(f"{verdict['headline']}: {verdict['reason']}")
+    drawn = config.out / "eval" / "images"
+    say(
+        f"images: {drawn} ({', '.join(model for model, folder in result['images'].items() if Path(folder).parent == drawn)})"
+    )
     say(f"report: {write_report(config.out, result)}")
     return result
 

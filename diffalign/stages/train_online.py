@@ -10,6 +10,8 @@ from diffalign.data.cache import prompt_embeddings, prompt_key
 from diffalign.data.prompts import PromptRow, unique_prompts
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone
+from diffalign.pipelines.own_sampler import reason_not_followed
+from diffalign.pipelines.paths import PathSteps
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.progress import say
 from diffalign.rewards import Reward
@@ -31,7 +33,7 @@ from diffalign.training.device import precision_of, start_accelerator
 from diffalign.training.preference.drawn_groups import DrawnGroups
 from diffalign.training.preference.method import Preference
 from diffalign.training.preference.online import Online
-from diffalign.training.preference.samplers import PipelineSampler
+from diffalign.training.preference.samplers import PathSampler, PipelineSampler, Sampler
 
 PROMPTS = "train.online.prompts"
 
@@ -85,9 +87,14 @@ def train_online(config: TrainConfig, online: OnlineSection, device: str, dry_ru
 
     # ---- The run ----
     places = side // backbone.vae_scale_factor
-    shapes = {"latents": (backbone.latent_channels, places, places)}
-    groups = DrawnGroups(rows, embeddings, online, config.seed, shapes, tracked=config.noise == "tracked")
-    sampler = PipelineSampler(backbone, drawn, template)
+    shapes: dict[str, tuple[int, ...]] = {"latents": (backbone.latent_channels, places, places)}
+    sampler: Sampler = PipelineSampler(backbone, drawn, template)
+    steps = path_steps(config, online, backbone, side) if config.noise == "path" else None
+    if steps is not None:
+        sampler = PathSampler(backbone, steps, embeddings.unconditional, shapes["latents"])
+        shapes["path"] = (len(steps.times) + 1, *shapes["latents"])
+    tracked = config.noise == "tracked"
+    groups = DrawnGroups(rows, embeddings, online, config.seed, shapes, tracked=tracked, steps=steps)
     loop = Online(config, backbone, groups, judges, sampler, accelerator, say)
     method = Preference(config, backbone, groups, accelerator, say, online=loop)
     resolved |= of_model(backbone, config.tune)
@@ -117,6 +124,18 @@ def check_noise(config: TrainConfig, backbone: Backbone, settings: SamplingSetti
         raise DiffalignError(
             f"noise=tracked: {record['reason']}; set noise=shared, or another scheduler in the model's folder"
         )
+
+
+def path_steps(config: TrainConfig, online: OnlineSection, backbone: Backbone, side: int) -> PathSteps:
+    """Return the steps of paths for `noise: path`. Raises DiffalignError for a sampler whose steps cannot be repeated."""
+    if reason := reason_not_followed(backbone.pipeline.scheduler):
+        raise DiffalignError(
+            f"noise=path, {config.model.path}: {reason.partition(';')[0]}; give the model DDIM or Euler"
+        )
+    first, end = online.path.steps_of(online.steps)
+    guidance = 1.0 if backbone.guided else online.guidance_scale
+    sampler = backbone.sampler_steps(online.steps, side, side)
+    return PathSteps(sampler, first, end, online.path.noise_level, guidance)
 
 
 def _describe(

@@ -30,11 +30,11 @@ def run_and_report(
     main, run_dir = method.accelerator.is_main_process, Path(config.run_dir)
     try:
         result = run(config, method, say=say, validation=validation, findings=findings, resolved=resolved)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: what the run did so far is reported
         if main and report and _has_rows(run_dir):
             try:
                 write_report(run_dir)
-            except Exception as error:
+            except Exception as error:  # what ended the run counts, whatever hinders its report
                 say(f"report:  not written ({error})")
         raise
     if main:

@@ -98,6 +98,15 @@ class About:
     rows: Sequence[PlainRow] = ()
     interim: bool = False
 
+    def record(self) -> dict[str, Any]:
+        """Return it as the checkpoint's record has it; its values are JSON."""
+        return {
+            "config": self.config,
+            "resolved": dict(self.resolved),
+            "rows": list(self.rows),
+            "interim": self.interim,
+        }
+
 
 def _sync(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
@@ -126,10 +135,7 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         return final
     record = {
         "step": step,
-        "config": about.config,
-        "resolved": dict(about.resolved),
-        "rows": list(about.rows),
-        "interim": about.interim,
+        **about.record(),
         "optimizer": optimizer,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "extra": state.extra,
@@ -159,11 +165,9 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         _sync(folder)
-    except Exception as error:
+    except Exception as error:  # whatever it is, no part of a checkpoint stays
         shutil.rmtree(part, ignore_errors=True)
-        # safetensors reports a full disk as an error of its own type with the system's words in it.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
+        if not _is_full_disk(error):
             raise
         last = checkpoints(run_dir)
         raise DiffalignError(
@@ -172,6 +176,11 @@ def save_checkpoint(run_dir: Path, step: int, state: TrainState, about: About, k
         ) from error
     drop_old_checkpoints(run_dir, keep)
     return final
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Return whether a disk is full; safetensors reports that as an error of its own type with the system's words in it."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
 
 
 def drop_old_checkpoints(run_dir: Path, keep: int) -> None:

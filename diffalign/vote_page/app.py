@@ -18,6 +18,7 @@ from diffalign.files.images import Unreadable, decode
 from diffalign.files.parse import parse_json
 from diffalign.report.page import render_page
 from diffalign.vote_page.session import Asked, Given, Sessions, Unknown, tallies
+from diffalign.voting.log import NotKept
 from diffalign.web import page
 
 LONGEST_BODY = 64 * 2**10
@@ -87,12 +88,17 @@ class VotePage:
             self.sessions.vote(rater, str(question), given)
         except Unknown as error:
             raise HTTPException(409, str(error)) from None
+        except NotKept as error:
+            raise HTTPException(507, str(error)) from None
         return self._queue(rater)
 
     async def undo(self, request: Request) -> Response:
         """Take back the last vote, and answer with what is asked next."""
         rater = self._rater(request)
-        self.sessions.undo(rater)
+        try:
+            self.sessions.undo(rater)
+        except NotKept as error:
+            raise HTTPException(507, str(error)) from None
         return self._queue(rater)
 
     async def result(self, request: Request) -> Response:

@@ -11,7 +11,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.schema import GROUPS_FILE
 from diffalign.errors import DiffalignError
 from diffalign.files import read_json
-from diffalign.files.paths import inside, member_name
+from diffalign.files.paths import inside, member_name, own_file
 from diffalign.scoring.items import Item
 from diffalign.scoring.pairing import heading, pair_up
 from diffalign.scoring.sources import collect
@@ -54,6 +54,13 @@ def open_gallery(sources: Sequence[Path], log: Path | None = None) -> Gallery:
     for source in sources:
         if not source.exists():
             raise DiffalignError(f"{source}: no such file or folder")
+    gallery = _open(sources, log)
+    if log is None:  # a link in a folder of others might lead to any file
+        own_file(gallery.log.parent, gallery.log)
+    return gallery
+
+
+def _open(sources: Sequence[Path], log: Path | None) -> Gallery:
     if len(sources) == 1 and (sources[0] / GROUPS_FILE).is_file():
         return _dataset(sources[0], log)
     if len(sources) == 1 and not (sources[0] / EVALUATION).is_file():

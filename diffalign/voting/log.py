@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, brief
 from diffalign.files import make_folder, read_json_lines
 from diffalign.files.parse import parse_json
 from diffalign.files.paths import is_plain_name
@@ -39,6 +39,8 @@ EVERYBODY = "human"
 DEFAULT_RATER = "me"
 """The name of a person who gives none."""
 
+BEGINNING = b'{"id": "'
+"""Of every line."""
 LONGEST_NOTE = 2_000
 """Characters of a note."""
 
@@ -165,21 +167,36 @@ def votes_digest(votes: Iterable[Vote]) -> str:
     return hashlib.blake2b("".join(map(line_of, votes)).encode(), digest_size=8).hexdigest()
 
 
+class NotKept(DiffalignError):
+    """An entry that could not be written, as on a full disk. The log is as it was."""
+
+
 class VoteLog:
-    """The open log: `append` returns when the entry is on the disk. One process writes it (`files.lock.writing_file`)."""
+    """The open log: `append` returns when the entry is on the disk. One process writes it (`files.lock.writing_file`).
+
+    Raises DiffalignError for a file that is no log; its bytes stay as they are.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():
+            raise DiffalignError(f"{path}: no file; name another place for the votes")
         self.entries = read_entries(path)
         make_folder(path.parent)
         _mend_end(path)
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = path.open("ab", buffering=0)  # what a full disk refuses must not be written later
 
     def append(self, entry: Entry) -> None:
-        """Write an entry, and wait until it is on the disk."""
-        self._stream.write(line_of(entry))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Write an entry, and wait until it is on the disk. Raises NotKept where that fails."""
+        end = os.fstat(self._stream.fileno()).st_size
+        rest = line_of(entry).encode()
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            os.ftruncate(self._stream.fileno(), end)  # half a line would damage the next one
+            raise NotKept(f"{self.path}: not written ({brief(error)}); mend that, and answer again") from error
         self.entries.append(entry)
 
     def __enter__(self) -> "VoteLog":
@@ -214,15 +231,24 @@ def _entry(row: dict[str, Any], where: str) -> Entry:
 
 
 def _mend_end(path: Path) -> None:
-    """Cut a last line that a kill left unfinished: nobody was told that it was kept. End a whole one that has no newline."""
+    """Cut a last line that a kill left unfinished: nobody was told that it was kept. End a whole one that has no newline.
+
+    Raises DiffalignError for a line that is no part of an entry: the file is not ours.
+    """
     if not path.is_file():
         return
     last = path.read_bytes().rpartition(b"\n")[2]
     if not last:
         return
+    ours = last[: len(BEGINNING)] == BEGINNING[: len(last)]
     try:
-        parse_json(last)
+        row = parse_json(last)
+        ours = isinstance(row, dict) and "id" in row
     except ValueError:
+        row = None
+    if not ours:
+        raise DiffalignError(f"{path}: is no log of votes; name another place for them")
+    if row is None:
         os.truncate(path, path.stat().st_size - len(last))
         return
     with path.open("ab") as stream:

@@ -48,7 +48,8 @@ class Repeats:
         firsts = [vote.repeat_of is None and vote.answer != "skip" for vote in state.votes]
         firsts += [question.repeat_of is None for question in state.waiting]
         turn = len(firsts)
-        repeated = sum(vote.repeat_of is not None for vote in (*state.votes, *state.waiting))
+        repeated = sum(vote.repeat_of is not None for vote in state.votes)
+        repeated += sum(question.repeat_of is not None for question in state.waiting)
         old = sum(firsts[: max(0, turn - FEWEST_BETWEEN)])
         near = min(new, FORESEEN)
         while near:

@@ -180,6 +180,19 @@ def test_favourites_stay_and_are_exported(small: Path, tmp_path: Path, open_page
     assert names(page) == ["0020.png"] and page.evaluate("document.activeElement.className") == "open"
 
 
+def test_a_name_with_a_line_break_is_one_line_of_the_export(tmp_path: Path, open_page: OpenPage) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a\nb.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+    score(ScoreRequest([str(tmp_path / "in")], ["sharpness"], html=tmp_path / "scores.html"))
+    page = open_page(tmp_path / "scores.html")
+    with page.expect_download() as waiting:
+        page.click("#txt")
+    waiting.value.save_as(tmp_path / "s.txt")
+    lines = (tmp_path / "s.txt").read_text().splitlines()
+    assert sorted(json.loads(line) if line.startswith('"') else line for line in lines) == ["in/a\nb.png", "in/c.png"]
+
+
 def test_of_many_images_few_are_drawn(large: Path, open_page: OpenPage) -> None:
     thumbnails = list((large.parent / "scores_thumbnails").iterdir())
     assert len(thumbnails) == COUNT

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from helpers.files import json_lines
 from helpers.processes import environment
-from helpers.vote_data import colour_of, colours, folder_of, kept, lines
+from helpers.vote_data import colour_of, colours, folder_of, kept
 
 if TYPE_CHECKING:
     from conftest import OpenPage
@@ -129,7 +130,7 @@ def test_what_was_pressed_is_what_the_file_holds(serve: list[Server], open_page:
             pressed.append(("left", waiting))
             shown(page)
             assert written(server.log, "me") == pressed
-    rows = lines(server.log)
+    rows = json_lines(server.log)
     assert len(kept(server.log, "me")) == 31 and sum("undo" in row for row in rows) == 3
     assert all(
         row["models"] == [("base", "tuned")[int(i[-1]) % 2] for i in row["images"]] for row in rows if "models" in row
@@ -222,7 +223,7 @@ def test_zoom_shows_the_same_part_of_both(serve: list[Server], open_page: OpenPa
     assert both[0] == both[1] and both[0][1].startswith("25")
     scale = float(both[0][0].removeprefix("scale(").removesuffix(")"))
     assert abs(scale * min(box["width"], box["height"]) - 2000) < 20  # a pixel of the image is one of the screen
-    assert lines(server.log) == []
+    assert json_lines(server.log) == []
     page.keyboard.press("1")  # keys still answer
     until(page, "document.getElementById('count').textContent.startsWith('1')")
 
@@ -279,7 +280,7 @@ def test_a_pair_waits_until_both_images_are_there(serve: list[Server], open_page
     for route in held:
         route.continue_()
     shown(page)
-    assert lines(server.log) == []
+    assert json_lines(server.log) == []
 
 
 def test_an_unreadable_image_can_only_be_skipped(serve: list[Server], open_page: OpenPage, tmp_path: Path) -> None:

@@ -101,3 +101,16 @@ def test_completion_in_a_shell(tmp_path: Path) -> None:
         env=environment,
     )
     assert done.stdout.split() == ["train"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("gdnm", "GNDM is a method of `diffalign distill`"),
+        ("dmd2", "DMD2 is a method of `diffalign distill`"),
+        ("dpo", "dpo is an objective of `diffalign train`"),
+    ],
+)
+def test_methods_are_no_verbs(verb: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--dry-run") == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -37,6 +37,7 @@ def test_the_count_and_the_time_left_are_never_cut(width: int, done: int, total:
     (line,) = "".join(s.text for s in terminal.render(bar.get_renderable())).splitlines()
     assert re.search(rf"\b{done}/{total}\b", line) and re.search(r"-:--:--|\d:\d\d:\d\d", line), line
     assert len(line) <= width and (TEXT in line or "…" in line)
+    assert line.index(f"{done}/{total}") < line.index("━")  # before the bar and the text
 
 
 @pytest.mark.parametrize(

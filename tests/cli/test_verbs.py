@@ -154,7 +154,7 @@ def test_testbed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes") == 0
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
-    assert listed["sdxl_dpo"].split() == ["Diffusion-DPO,", "LoRA", "SDXL", "24", "GB"]
+    assert listed["sdxl_dpo"].split() == ["DPO,", "LoRA", "SDXL", "24", "GB"]
 
 
 def test_a_recipe_is_printed_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:

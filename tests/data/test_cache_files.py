@@ -22,6 +22,7 @@ from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.records import Records, make_records, read_index
 from diffalign.errors import DiffalignError
 from diffalign.files.checksums import tensor_crc
+from helpers.files import tree
 from helpers.processes import in_a_child
 from helpers.small_datasets import Encoder, group_rows, quiet, settings, write_groups, write_images
 
@@ -50,10 +51,6 @@ def values(made: CachePlan) -> list[torch.Tensor]:
     latents, prompts = made.latents(quiet), made.embeddings(quiet)
     mean, spread = latents.batch([0, 1, 2])
     return [mean, *([] if spread is None else [spread]), *prompts.batch(PROMPTS).values()]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 class Slow(Encoder):

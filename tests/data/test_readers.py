@@ -266,6 +266,8 @@ def test_csv_goes_on_after_a_broken_row(tmp_path: Path) -> None:
 def test_what_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="no such file or folder"):
         open_rows([tmp_path / "nowhere"], None)
+    with pytest.raises(DiffalignError, match="hf download owner/pairs --repo-type dataset --local-dir pairs"):
+        open_rows([Path("owner/pairs")], None)
     with pytest.raises(DiffalignError, match="not in a known format; name it with --format"):
         open_rows([tmp_path], None)
     (tmp_path / "x.json").write_text('{"a": 1}\n{"a": 2}\n')

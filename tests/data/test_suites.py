@@ -11,12 +11,7 @@ import pytest
 
 from diffalign.data.suites import STYLES, SUITES, read_suite
 from diffalign.errors import DiffalignError
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+from helpers.files import write
 
 
 def read(name: str, path: Path) -> list[tuple[str, str]]:

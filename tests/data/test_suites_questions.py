@@ -14,6 +14,7 @@ import pytest
 
 from diffalign.data.suites import read_suite
 from diffalign.errors import DiffalignError
+from helpers.files import write
 
 DPG = (
     "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
@@ -22,12 +23,6 @@ DPG = (
     "midjourney1,A red car.,,3,0,entity,whole,entity - whole (sky),Is there a sky?\n"
     "posescript2,A man.,,1,0,entity,whole,entity - whole (man),Is there a man?\n"
 )
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def table(path: Path, rows: list[dict[str, str]]) -> Path:

@@ -24,6 +24,7 @@ from diffalign.errors import DiffalignError
 from diffalign.files import lock
 from diffalign.files.lock import LOCK_FILE, try_lock, writing_file, writing_folder
 from helpers.command_line import run
+from helpers.files import tree
 from helpers.processes import environment, in_a_child
 from helpers.small_datasets import group_rows, scored, write_groups, write_images
 
@@ -41,10 +42,6 @@ def holder(folder: Path, mode: str, ready: Path) -> subprocess.Popen[bytes]:
         assert process.poll() is None
         time.sleep(0.01)
     return process
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- the lock itself -------------------------------------------------------------------------------------------------
@@ -255,6 +252,13 @@ def test_two_scorings_into_one_file_lose_nothing(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and all(row["sharpness"] is not None for row in rows)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.timeout(20)
+def test_a_place_where_no_file_can_be_made_is_refused() -> None:
+    """Not waited for: it looks like a folder that another process deletes again and again."""
+    with pytest.raises(DiffalignError, match="--out /proc/x cannot be written"), writing_file(Path("/proc/x"), "--out"):
+        pass
 
 
 def test_two_processes_of_one_command_share_a_dataset(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from PIL import Image
+
+from helpers.http_server import Quiet, http_server
 
 Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 KEYS: dict[str, type | tuple[type, ...]] = {
@@ -77,7 +78,7 @@ def chat_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Serv
     """Serve on a free port of this machine; `answer` gets the body and the number of the request, from 0."""
     served, lock = Served(), threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
@@ -95,21 +96,9 @@ def chat_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Serv
             data = found if isinstance(found, bytes) else json.dumps(found).encode()
             with lock:
                 served.busy -= 1
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **(more[0] if more else {})}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            self.answer(data, status, **(more[0] if more else {}))
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    served.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with http_server(Handler) as url:
+        served.url = f"{url}/v1"
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
     assert not served.faults

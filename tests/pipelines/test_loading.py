@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import BACKBONES, load_backbone
 from helpers import tiny
+from helpers.http_server import Quiet, http_server
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -200,19 +199,11 @@ def test_every_family_has_its_class() -> None:
 # --- the hub ---------------------------------------------------------------------------------------------------
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Quiet):
     """As much of the Hugging Face hub as a download needs, over one folder served as acme/model."""
 
     folder: Path
     requests: list[tuple[str, str | None]]
-
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
 
     def do_GET(self) -> None:
         self.requests.append((self.path, self.headers.get("Authorization")))
@@ -252,9 +243,6 @@ class Hub(BaseHTTPRequestHandler):
             tag = f'"{name.replace("/", "-")}"'
             self.answer((self.folder / name).read_bytes(), X_Repo_Commit=COMMIT, ETag=tag)
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def hub(sd3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
@@ -267,20 +255,14 @@ def hub(sd3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         requests: list[tuple[str, str | None]] = []  # noqa: RUF012  # one server, one list
 
     shutil.copytree(sd3_dir, Here.folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.api, "endpoint", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield Here
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with http_server(Here) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(hf_api.api, "endpoint", url)
+        yield Here
 
 
 def test_a_hub_id_is_resolved_to_a_commit(hub: type[Hub], sd3_dir: Path) -> None:

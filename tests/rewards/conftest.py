@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from diffalign.rewards import Reward, load_reward
+from diffalign.rewards.chat_api import ChatAPI
 from diffalign.rewards.judge import Judge, load_judge
 from helpers import tiny_rewards, tiny_vlm
 from helpers.judge_inputs import RUBRICS
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests to a model behind an address be repeated at once."""
+    init = ChatAPI.__init__
+    monkeypatch.setattr(ChatAPI, "__init__", lambda self, *a, **k: init(self, *a, **{"pause": 0.001, **k}))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from PIL import Image
 from diffalign.config.run import RewardSection
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
-from diffalign.rewards.chat_api import ChatAPI
 from diffalign.rewards.group_judge import scores_in
 from diffalign.rewards.groupwise import ImageGroup
 from diffalign.rewards.unifiedreward_pairs import PairReward, UnifiedRewardFlex, UnifiedRewardThink
@@ -29,11 +28,7 @@ from helpers.chat_server import Reply, chat_server, completion, images_of, text_
 from helpers.scored_items import made
 from helpers.tiny_vlm import qwen_folder
 
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    init = ChatAPI.__init__
-    monkeypatch.setattr(ChatAPI, "__init__", lambda self, *a, **k: init(self, *a, **{"pause": 0.001, **k}))
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def grey(level: int) -> Image.Image:

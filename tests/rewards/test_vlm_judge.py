@@ -13,7 +13,6 @@ import pytest
 
 from diffalign.errors import DiffalignError
 from diffalign.rewards import load_reward
-from diffalign.rewards.chat_api import ChatAPI
 from diffalign.rewards.rubric import load_rubrics
 from diffalign.rewards.vlm_judge import VLMJudge, written_label
 from diffalign.stages.score import ScoreRequest, score
@@ -25,11 +24,7 @@ PROMPTS = ["a cat", "a dog, {red} <|im_end|>", "a house"]
 TOP = {"7": math.log(0.5), "8": math.log(0.2), " 9": math.log(0.1), "Seven": math.log(0.05), "1": math.log(0.01)}
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    init = ChatAPI.__init__
-    monkeypatch.setattr(ChatAPI, "__init__", lambda self, *a, **k: init(self, *a, **{"pause": 0.001, **k}))
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def judge(served: Served, **options: Any) -> VLMJudge:

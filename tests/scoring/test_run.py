@@ -25,15 +25,12 @@ from diffalign.scoring.store import Store
 from diffalign.stages.score import ScoreRequest, score
 from helpers import pictures
 from helpers.counting_reward import Counting, run
+from helpers.files import json_lines
 from helpers.page import Tags
 
 
 class Newer(Counting):
     version = "2"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- hostile folders -------------------------------------------------------------------------------------------
@@ -45,7 +42,7 @@ def test_hostile_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     evil = 'a "<script>alert(1)</script>" & more'
     code = score(ScoreRequest([str(tmp_path / "in")], ["sharpness"], prompt=evil, output=out, html=page))
     assert code == 3
-    rows = {row["image"].removeprefix(f"{tmp_path.as_posix()}/in/"): row for row in lines(out)}
+    rows = {row["image"].removeprefix(f"{tmp_path.as_posix()}/in/"): row for row in json_lines(out)}
     assert set(rows) == good | set(bad)
     for name in good:
         assert rows[name]["reason"] == "" and rows[name]["sharpness"] is not None, name
@@ -155,7 +152,7 @@ def test_stopped_runs_go_on(tmp_path: Path) -> None:
     journal.write_bytes(journal.read_bytes()[:-20])  # killed in the middle of a line
     _, reward = run([tmp_path / "in"], out)
     assert len(reward.seen) == 14 - 7
-    assert len(lines(out)) == 14 and not journal.parent.exists()
+    assert len(json_lines(out)) == 14 and not journal.parent.exists()
     straight, _ = run([tmp_path / "in"], tmp_path / "straight.jsonl")
     assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes() and straight.failed == 0
 
@@ -169,7 +166,7 @@ def test_a_run_on_other_pictures_keeps_the_journal(tmp_path: Path) -> None:
     run([tmp_path / "b"], out)
     _, reward = run([tmp_path / "a"], out)
     assert len(reward.seen) == 1
-    assert len(lines(out)) == 18
+    assert len(json_lines(out)) == 18
     assert not (tmp_path / "o.jsonl.journal").exists()
 
 
@@ -256,7 +253,7 @@ def test_rows_say_what_made_them(tmp_path: Path) -> None:
     pictures.folder(tmp_path / "in", 1)
     out = tmp_path / "o.jsonl"
     score(ScoreRequest([str(tmp_path / "in")], ["j=jpeg_compressibility:quality=50"], output=out))
-    (row,) = lines(out)
+    (row,) = json_lines(out)
     assert len(row["sha256"]) == 64 and row["prompt"] == "a cat"
     identity = row["j.identity"]
     assert identity["reward"] == "jpeg_compressibility" and identity["options"] == {"quality": 50, "sign": 1}
@@ -280,7 +277,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("11 scores new") == 1
     alone = load_reward("sharpness").score([Image.open(p) for p in sorted((tmp_path / "in").glob("*.png"))], [""] * 11)
-    assert [row["sharpness"] for row in lines(out)] == alone.tolist()
+    assert [row["sharpness"] for row in json_lines(out)] == alone.tolist()
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from diffalign.data.prompts import PromptRow
 from diffalign.data.writer import write_groups
 from diffalign.stages import fingerprints
 from helpers.command_line import refused, run
+from helpers.files import rows
 from helpers.judge_run import make_judge_run
 
 
@@ -37,10 +36,6 @@ def place(tmp_path: Path, sd3_dir: Path) -> Path:
         "train: {steps: 2, groups_per_step: 2}\ncheckpoint: {every: 1}\ntracking: {trackers: []}\n"
     )
     return tmp_path
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_moved_model_data_and_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,9 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
         images["again"] == images["tuned"] == images["step-2"] != images["step-1"]
     )  # the last checkpoint is the weights
     assert "geneval.dense over checkpoints" in (tmp_path / "run" / "report.html").read_text()
-    assert "geneval.dense" in capsys.readouterr().out and (tmp_path / "run" / "report.html").is_file()
+    said = capsys.readouterr().out
+    assert "geneval.dense" in said and (tmp_path / "run" / "report.html").is_file()
+    assert "images (base, tuned, " in said  # where the PNGs are
 
 
 def test_the_reference_of_one_run_serves_another(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from diffalign.pipelines.settings import SamplingSettings
 from diffalign.training.average import averaged
 from diffalign.training.validation import Validation, best_of, score_of
 from helpers import toy
+from helpers.files import json_lines
 from helpers.tiny_training import Source, config_for
 
 SECTION: dict[str, Any] = {
@@ -35,10 +35,6 @@ SECTION: dict[str, Any] = {
 class Brightness:
     def measure(self, images: list[Image.Image], prompts: list[str], facts: list[dict[str, Any]]) -> dict[str, Any]:
         return {"mean": torch.tensor([float(np.asarray(i).mean()) / 255 for i in images])}
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_on_a_genuine_model_training_is_the_same_with_and_without(tmp_path: Path, sdxl_dir: Path) -> None:
@@ -58,12 +54,12 @@ def test_on_a_genuine_model_training_is_the_same_with_and_without(tmp_path: Path
         given = {"validation": validation} if name == "with" else {}
         toy.train(config, backbone=backbone, source=source, say=lambda _: None, **given)
         if expected is not None:
-            assert rows(tmp_path / "with/validation.jsonl")[0]["scores"]["brightness.mean"] == expected
+            assert json_lines(tmp_path / "with/validation.jsonl")[0]["scores"]["brightness.mean"] == expected
     assert (tmp_path / "with/metrics.jsonl").read_bytes() == (tmp_path / "without/metrics.jsonl").read_bytes()
     # Tensor by tensor: safetensors writes the entries of its metadata in any order.
     a, b = (load_file(tmp_path / name / "weights/pytorch_lora_weights.safetensors") for name in ("with", "without"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    made = rows(tmp_path / "with/validation.jsonl")
+    made = json_lines(tmp_path / "with/validation.jsonl")
     assert [r["step"] for r in made] == [0, 2, 4] and made[0]["scores"] != made[1]["scores"] != made[2]["scores"]
     with Image.open(tmp_path / "with/samples/step-00000002.png") as grid:
         assert grid.size == (128, 64)
@@ -120,14 +116,14 @@ def test_patience(tmp_path: Path) -> None:
     options: dict[str, Any] = {"validation": {**SECTION, "patience": 2}, "train": {"steps": 12}}
     script = {2: 0.1, 4: 0.5, 6: 0.4, 8: 0.3, 10: 0.9}
     run(tmp_path, script, said, **options)
-    assert [r["step"] for r in rows(tmp_path / "metrics.jsonl")][-1] == 8
+    assert [r["step"] for r in json_lines(tmp_path / "metrics.jsonl")][-1] == 8
     assert any("stopped at step 8; best/ is step 4" in line for line in said)
     assert (tmp_path / "checkpoints/step-00000008").is_dir()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     run(tmp_path, script, **options)  # the same command again has nothing to do
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     run(tmp_path, script, **{**options, "validation": {**SECTION, "patience": None}})
-    assert [r["step"] for r in rows(tmp_path / "metrics.jsonl")][-1] == 12
+    assert [r["step"] for r in json_lines(tmp_path / "metrics.jsonl")][-1] == 12
 
 
 def test_a_resumed_run_has_the_same_validations(tmp_path: Path) -> None:

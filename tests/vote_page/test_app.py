@@ -19,7 +19,8 @@ from diffalign.voting.log import VoteLog
 from diffalign.voting.questions import Sampler
 from diffalign.voting.repeats import Repeats
 from diffalign.web import Address, Limits, build_app
-from helpers.vote_data import EVIL, colour_of, colours, folder_of, kept, lines
+from helpers.files import json_lines
+from helpers.vote_data import EVIL, colour_of, colours, folder_of, full_disk, kept
 
 Open = Callable[..., TestClient]
 
@@ -61,7 +62,7 @@ def test_a_vote_is_in_the_log_with_what_was_shown(tmp_path: Path, opened: Open) 
     first = asked(client)[0]
     pixels = [Image.open(io.BytesIO(client.get(url).content)).getpixel((3, 3)) for url in first["images"]]
     give(client, "left", note=" sharp ", seconds=1.25)
-    [row] = lines(data / "votes.jsonl")
+    [row] = json_lines(data / "votes.jsonl")
     assert [colour_of(name) for name in row["images"]] == [list(pixel) for pixel in pixels]
     assert row["models"] == [("base", "tuned")[int(name[-1])] for name in row["images"]]
     assert (row["id"], row["prompt"], row["answer"], row["rater"]) == (first["id"], first["prompt"], "left", "me")
@@ -73,7 +74,7 @@ def test_a_vote_that_is_sent_twice_counts_once(tmp_path: Path, opened: Open) -> 
     body = {"question": asked(client)[0]["id"], "answer": "left"}
     answers = [client.post("/vote", json=body).json() for _ in range(2)]
     assert answers[0] == answers[1]
-    assert len(lines(tmp_path / "data" / "votes.jsonl")) == 1
+    assert len(json_lines(tmp_path / "data" / "votes.jsonl")) == 1
 
 
 def test_a_server_that_starts_again_asks_the_same_and_takes_the_answer(tmp_path: Path, opened: Open) -> None:
@@ -104,6 +105,20 @@ def test_undo_asks_the_same_pair_again_also_after_a_start(tmp_path: Path, opened
     give(client, "tie")
     assert client.post("/undo?rater=ben", json={}).json()["progress"]["done"] == 0  # nothing of others
     assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "tie"]
+
+
+def test_a_full_disk_is_said_and_the_question_stays(tmp_path: Path, opened: Open) -> None:
+    data = colours(tmp_path / "data", 3)
+    client = opened(data)
+    give(client, "left")
+    before, first = (data / "votes.jsonl").read_bytes(), asked(client)[0]
+    with full_disk(len(before) + 9):
+        answered = client.post("/vote", json={"question": first["id"], "answer": "left"})
+        taken_back = client.post("/undo", json={})
+    assert answered.status_code == taken_back.status_code == 507 and "answer again" in answered.json()["error"]
+    assert asked(client)[0] == first and (data / "votes.jsonl").read_bytes() == before
+    give(client, "right")
+    assert [row["answer"] for row in kept(data / "votes.jsonl", "me")] == ["left", "right"]
 
 
 def test_the_total_counts_repeats(tmp_path: Path, opened: Open) -> None:
@@ -152,7 +167,7 @@ def test_rankings_and_scores(tmp_path: Path, opened: Open) -> None:
     client = opened(data, size=4, rubric=("alignment",))
     give(client, "ranking", ranking=[2, 1, 2, 4], scores={"alignment": [5, None, 1, 2.5]})
     give(client, "both_bad", scores={"alignment": [None] * 4})
-    rows = lines(data / "votes.jsonl")
+    rows = json_lines(data / "votes.jsonl")
     assert [row["ranking"] for row in rows] == [[2, 1, 2, 4], []]
     assert [row["scores"] for row in rows] == [{"alignment": [5, None, 1, 2.5]}, {}]
 
@@ -177,7 +192,7 @@ def test_only_answers_are_kept(tmp_path: Path, opened: Open, body: Any, status: 
     answered = client.post("/vote", json=sent)
     assert answered.status_code == status
     assert fault in answered.json().get("error", "")
-    assert len(lines(tmp_path / "data" / "votes.jsonl")) == (status == 200)
+    assert len(json_lines(tmp_path / "data" / "votes.jsonl")) == (status == 200)
 
 
 @pytest.mark.parametrize("rater", ["a.b", "../x", "sharpness", "x" * 200])

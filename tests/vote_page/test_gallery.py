@@ -98,6 +98,23 @@ def test_the_page_starts_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
 
 
+@pytest.mark.parametrize("kind", ["dataset", "folder", "two"])
+def test_a_log_that_leads_out_is_refused(tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("last line")
+    place = tmp_path / "theirs"
+    if kind == "dataset":
+        colours(place, 1)
+    else:
+        folder_of(place, {f"{a}/{n}.png": "fox" for a in "ab" for n in (1, 2)})
+    sources = [place / "a", place / "b"] if kind == "two" else [place]
+    (place / ("votes-a-b.jsonl" if kind == "two" else "votes.jsonl")).symlink_to("../mine.txt")
+    with pytest.raises(DiffalignError, match="a link that leads out of its folder"):
+        open_gallery(sources)
+    assert open_gallery(sources, mine).log == mine  # the user's own choice
+    assert mine.read_text() == "last line"
+
+
 def test_a_link_that_leads_out_is_not_shown(tmp_path: Path) -> None:
     outside = folder_of(tmp_path / "secret", {"s.png": "fox"})
     folder = folder_of(tmp_path / "mine", {"a.png": "fox", "c.png": "fox"})

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from diffalign.errors import DiffalignError
-from diffalign.voting.log import Undo, Vote, VoteLog, check_rater, line_of, read_entries, read_votes, votes_of
+from diffalign.voting.log import NotKept, Undo, Vote, VoteLog, check_rater, line_of, read_entries, read_votes, votes_of
+from helpers.vote_data import full_disk
 
 LEFT = Vote("v1", "2026-01-01T00:00:00+00:00", "anna", "a fox", ("a/0", "b/0"), ("base", "tuned"), "left")
 
@@ -57,6 +58,28 @@ def test_a_torn_last_line_is_skipped_and_the_next_entry_is_whole(tmp_path: Path,
     with VoteLog(path) as log:
         log.append(replace(LEFT, id="v3"))
     assert read_votes(path) == [*kept, replace(LEFT, id="v3")]
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    with VoteLog(tmp_path / "votes.jsonl") as log:
+        log.append(LEFT)
+        before = log.path.read_bytes()
+        with full_disk(len(before) + 30), pytest.raises(NotKept, match="not written .* answer again"):
+            log.append(replace(LEFT, id="v2"))
+        assert log.path.read_bytes() == before and len(log.entries) == 1
+        log.append(replace(LEFT, id="v3"))
+    assert read_votes(log.path) == [LEFT, replace(LEFT, id="v3")]
+
+
+@pytest.mark.parametrize("content", ["notes of mine", "{}", '{"a": 1}\nnotes', "\ufeff"])
+def test_a_file_that_is_no_log_keeps_its_bytes(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(DiffalignError, match=r"notes.txt"):
+        VoteLog(path)
+    assert path.read_text() == content
+    with pytest.raises(DiffalignError, match="no file; name another place"):
+        VoteLog(Path("/dev/full"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from helpers.files import json_lines
 from helpers.processes import environment
-from helpers.vote_data import colours, lines
+from helpers.vote_data import colours
 
 
 @pytest.mark.parametrize("verb", ["vote", "serve"])
@@ -41,7 +42,7 @@ def test_the_printed_address_opens(tmp_path: Path, verb: str) -> None:
     later = [said for said in rest.splitlines() if not said.startswith("or: ")]  # the same by IP address
     assert process.returncode == 0 and not any(token in said for said in later)
     if verb == "vote":
-        assert [row["answer"] for row in lines(data / "votes.jsonl")] == ["left"]
+        assert [row["answer"] for row in json_lines(data / "votes.jsonl")] == ["left"]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if token.encode() in path.read_bytes()]
     assert {path: path.read_bytes() for path in before} == before

@@ -11,6 +11,7 @@ from diffalign.data.embeddings import LivePrompts, PromptStore
 from diffalign.data.plan import image_seed
 from diffalign.data.prompts import PromptRow
 from diffalign.data.training_source import Batch
+from diffalign.pipelines.paths import Paths, PathSteps
 from diffalign.training.order import groups_for_step
 from diffalign.training.protocols import Conditioning, Weights
 
@@ -33,8 +34,14 @@ class DrawnGroups:
         seed: int,
         shapes: Mapping[str, Shape],
         tracked: bool = False,
+        steps: PathSteps | None = None,
     ) -> None:
-        """Make room for a draw. shapes: of `values` for one image. tracked: give the images' seeds with the batches."""
+        """Make room for a draw.
+
+        shapes: of `values` for one image. tracked: give the images' seeds with the batches. steps: give their paths, "path" of
+        `values`, which these steps made.
+        """
+        self.steps = steps
         self.prompts, self.embeddings, self.online, self.seed, self.tracked = prompts, embeddings, online, seed, tracked
         size = (online.groups, online.images_per_prompt)
         self.values = {name: torch.zeros(*size, *shape) for name, shape in shapes.items()}
@@ -99,6 +106,7 @@ class DrawnGroups:
             [names[i] for i in indices],
             prompts,
             seeds=seeds,
+            paths=Paths(self.values["path"][indices], self.steps) if self.steps else None,
         )
 
     def content(self) -> str:

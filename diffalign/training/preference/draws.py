@@ -17,7 +17,8 @@ class Draws:
     """What was drawn for a micro-batch of B groups of K images.
 
     members [B, n]: the images of each group that this step looks at, all of them or `data.group_size`. noise [B, K, C,
-    h, w] float32: drawn, or what made each image; None where it is found by inversion. times [B] in the process's units;
+    h, w] float32: drawn, or what made each image; None where it is found by inversion, or the steps of a path take its place.
+    path_step [B]: which of these; None without paths. times [B] in the process's units;
     order [B, K] breaks ties; dropped [B] bool, groups whose prompt is replaced by the empty one.
     """
 
@@ -26,6 +27,7 @@ class Draws:
     times: Tensor
     order: Tensor
     dropped: Tensor
+    path_step: Tensor | None = None
 
 
 def make_draws(
@@ -37,11 +39,12 @@ def make_draws(
     shape: torch.Size,
     labelled: Tensor | None = None,
     seeds: Tensor | None = None,
+    path_times: Tensor | None = None,
 ) -> Draws:
     """Draw for the groups at positions `slots` of a step; `shape` is that of the latents, [B, K, C, h, w].
 
     labelled: bool [B, K], which images `data.group_size` draws from first; None: all. seeds: [B, K] of the noise that made the
-    images (`noise: tracked`), -1 where there is no image.
+    images (`noise: tracked`), -1 where there is no image. path_times: of a path's steps (`noise: path`), [n].
     The slot is part of the key, so a group that a step meets twice (at the seam of two epochs) is not drawn alike.
     """
     _, members, *latent = shape
@@ -72,7 +75,12 @@ def make_draws(
     if config.times.stratified:
         # The order of the groups is random, so their places in the step say nothing about them.
         fractions = (torch.tensor(slots) + fractions) / config.train.groups_per_step
-    times = process.draw_times(fractions, **config.times.density())
+    path_step = None
+    if path_times is None:
+        times = process.draw_times(fractions, **config.times.density())
+    else:
+        path_step = (fractions * len(path_times)).long()
+        times = path_times[path_step]
     if config.noise == "inverted":
         times = process.invertible_times(times, config.inversion.steps)
     return Draws(
@@ -81,4 +89,5 @@ def make_draws(
         times,
         torch.stack([torch.from_numpy(o) for o in order]),
         torch.tensor(dropped),
+        path_step,
     )

@@ -89,6 +89,7 @@ class StepGradient:
             draws = make_draws(
                 self.config, self.backbone.process, step, slots, batch.group_ids, batch.latents.shape,
                 batch.rewards.isfinite(), batch.seeds if self.config.noise == "tracked" else None,
+                batch.paths.steps.times if batch.paths else None,
             )  # fmt: skip
             draws = self.selection.narrow(draws, batch.rewards, step, slots, batch.group_ids)
             self.drawing += time.monotonic() - began

@@ -118,7 +118,7 @@ class Online:
                     images = self._drawn(batch, number)
                     self._score(batch, images, scores, reasons)
             self._share(scores)
-            counts = sum(gather_object([reasons]), Counter())
+            counts: Counter[tuple[str, str]] = sum(gather_object([reasons]), Counter())
             if self.accelerator.is_main_process and self._shows(epoch):
                 self._save_grid(step)
 
@@ -167,8 +167,8 @@ class Online:
         device = self.accelerator.device
         for values in self.groups.values.values():
             values.copy_(self.accelerator.reduce(values.to(device), reduction="sum"))
-        for name, values in scores.items():
-            scores[name] = self.accelerator.reduce(torch.from_numpy(values).to(device), reduction="sum").cpu().numpy()
+        for name, found in scores.items():
+            scores[name] = self.accelerator.reduce(torch.from_numpy(found).to(device), reduction="sum").cpu().numpy()
 
     def _label(self, scores: Scores) -> None:
         """Turn scores into the labels of the draw, and note their mean."""

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from diffalign.pipelines.paths import PathSteps, draw_paths
 from diffalign.pipelines.settings import SamplingSettings
+from diffalign.training.preference.guided import guided_prediction
 from diffalign.training.protocols import Conditioning
 
 if TYPE_CHECKING:
@@ -43,3 +45,24 @@ class PipelineSampler:
     def __call__(self, conditioning: Conditioning, seeds: list[int]) -> dict[str, Tensor]:
         encoded = guided(conditioning, self.template)
         return {"latents": self.backbone.sample_encoded(encoded, seeds, self.settings, output_type="latent")}
+
+
+class PathSampler:
+    """Draws by steps that draw noise, through `Backbone.predict`, and keeps the paths: "path" [B, n + 1, C, h, w].
+
+    unconditional: what guidance steers away from; shape [C, h, w]: of a latent.
+    """
+
+    def __init__(
+        self, backbone: Backbone, steps: PathSteps, unconditional: Conditioning, shape: tuple[int, ...]
+    ) -> None:
+        self.backbone, self.steps, self.unconditional, self.shape = backbone, steps, unconditional, shape
+
+    def __call__(self, conditioning: Conditioning, seeds: list[int]) -> dict[str, Tensor]:
+        backbone, steps = self.backbone, self.steps
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return guided_prediction(backbone, x, t, conditioning, self.unconditional, steps.guidance)
+
+        latents, states = draw_paths(backbone.process, steps, predict, seeds, self.shape)
+        return {"latents": latents, "path": states}

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from diffalign.config import TrainConfig
 from diffalign.errors import DiffalignError
 from diffalign.objectives import GroupErrors, Objective, ObjectiveOutput, best_and_worst, check_labels, has_preference
-from diffalign.pipelines import Backbone
+from diffalign.pipelines import Backbone, NoiseProcess
 from diffalign.pipelines.image_passes import in_passes
 from diffalign.pipelines.inversion import inverted_noise
+from diffalign.pipelines.paths import Paths, step_target
 from diffalign.training.device import to_device
 from diffalign.training.preference.disagreement import halves
 from diffalign.training.preference.draws import Draws
+from diffalign.training.preference.guided import guided_prediction
 from diffalign.training.preference.mixed_sizes import by_size, labelled_first, member_means, over_sizes, sizes_of
 from diffalign.training.preference.reference_store import Recall, live
 from diffalign.training.protocols import Conditioning
@@ -69,12 +71,17 @@ class Inputs:
     """The inputs of both networks for B groups with k images each.
 
     noisy, target [B k, C, h, w]: the noisy latents and what is to be predicted; times [B k]; conditioning [B k, ...] each.
+    scale [B]: what squared errors are multiplied by. unguided: what guidance of scale `guidance` steers away from, [1, ...]
+    each, where a prediction is guided.
     """
 
     noisy: Tensor
     target: Tensor
     times: Tensor
     conditioning: Conditioning
+    scale: Tensor
+    guidance: float = 1.0
+    unguided: Conditioning | None = None
 
 
 def _inputs(
@@ -97,12 +104,35 @@ def _inputs(
         # A condition image stays where the prompt is dropped, as guidance at sampling has it.
         kept = torch.where(dropped, unconditional[name].to(value.dtype), value) if name in unconditional else value
         conditioning[name] = to_device(kept, device).repeat_interleave(k, dim=0)
+    if batch.paths is not None and draws.path_step is not None:
+        return _path_inputs(process, batch.paths, draws.path_step, chosen, times, conditioning, unconditional)
     if draws.noise is None:
         noise = recall("noise", chosen, lambda: _inverted(config, backbone, latents, times, conditioning))
     else:
         noise = draws.noise.gather(1, pick).flatten(0, 1)
     noise = to_device(noise, device)
-    return Inputs(process.add_noise(latents, noise, times), process.target(latents, noise, times), times, conditioning)
+    scale = process.error_scale(draws.times, config.error_space)
+    return Inputs(
+        process.add_noise(latents, noise, times), process.target(latents, noise, times), times, conditioning, scale
+    )
+
+
+def _path_inputs(
+    process: NoiseProcess,
+    paths: Paths,
+    step: Tensor,
+    chosen: Tensor,
+    times: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+) -> Inputs:
+    """Return the inputs for step `step` [B] of the images' paths: errors are minus log-probabilities of what was drawn."""
+    rows, device = torch.arange(len(chosen))[:, None], times.device
+    before, after = (to_device(paths.states[rows, chosen, step[:, None] + n].flatten(0, 1), device) for n in (0, 1))
+    stops = to_device(paths.steps.stops[step].repeat_interleave(chosen.shape[1]), device)
+    target, weight = step_target(process, before, after, times, stops, paths.steps.level)
+    scale = weight.unflatten(0, chosen.shape)[:, 0]
+    return Inputs(before, target, times, conditioning, scale, paths.steps.guidance, unconditional)
 
 
 def _predicted(
@@ -111,7 +141,7 @@ def _predicted(
     """Return the prediction of a role, [B k, C, h, w]; `module` stands in for its trunk."""
 
     def predict(noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return backbone.predict(noisy, t, conditioning, module=module)
+        return guided_prediction(backbone, noisy, t, conditioning, inputs.unguided, inputs.guidance, module)
 
     with backbone.role(role):
         return in_passes(predict, inputs.noisy, inputs.times, inputs.conditioning, images_per_pass)
@@ -206,7 +236,7 @@ def preference_step(
     )
 
     # ---- Objective: of each group's labelled images and no others ----
-    errors = _group_errors(config, objective, backbone, batch, draws, chosen, compared)
+    errors = _group_errors(objective, backbone, batch, draws, chosen, inputs, compared)
     sizes = sizes_of(batch.rewards.gather(1, chosen))
     output = by_size(objective, errors, sizes)
     metrics = {"policy_error": member_means(errors.policy_error, sizes), **output.metrics}
@@ -230,18 +260,21 @@ def preference_step(
 
 
 def _group_errors(
-    config: TrainConfig,
     objective: Objective,
     backbone: Backbone,
     batch: Batch,
     draws: Draws,
     chosen: Tensor,
+    inputs: Inputs,
     compared: Compared,
 ) -> GroupErrors:
     """Return what the objective sees, [B, k] each, in the error space of the config."""
     device = backbone.device
     process = backbone.process
-    scale = to_device(process.error_scale(draws.times, config.error_space), device)[:, None]
+    scale = to_device(inputs.scale, device)[:, None]
+    anchor = compared.anchor_gap if objective.needs_anchor_gap else None
+    if anchor is not None and batch.paths is not None:
+        anchor = scale * anchor  # a divergence, as the errors are log-probabilities
     reference_error, gap, residuals = compared.reference_error, compared.gap, compared.residuals
     # A group without two labels has no weight, but 0 times NaN would still be NaN.
     labels = to_device(batch.rewards.gather(1, chosen).nan_to_num(0.0, 0.0, 0.0), device)
@@ -254,6 +287,6 @@ def _group_errors(
         prediction_gap=scale * gap if gap is not None and objective.needs_gap else None,
         role=labels if objective.label_kind == "role" else None,
         time=to_device(draws.times / process.span, device),
-        anchor_gap=compared.anchor_gap if objective.needs_anchor_gap else None,
+        anchor_gap=anchor,
         policy_l1=None if residuals is None else scale.sqrt()[:, :, None] * residuals,
     )
