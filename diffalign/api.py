@@ -45,7 +45,8 @@ def score(
             dimension in front. Pixels are uint8, or float in [0, 1], which is rounded to 8 bits.
         prompts: One text for all images, or one for each. None: what stands beside or in the files.
         rewards: `"pickscore"`, `"hpsv2:release=2.0"`, `"mine=my_module:Class"`, a section such as
-            `{"name": "hpsv2", "label": "mine", "weights": PATH}`, a built reward, or several of these.
+            `{"name": "hpsv2", "label": "mine", "weights": PATH}`, a built reward, or several of these. A built reward that
+            is given alone stays loaded for the next call; of several, one is in memory at a time.
         metadata: What a reward reads besides the prompt, one mapping an image, such as GenEval's `include`.
         output: A .jsonl, .csv or .parquet file to write, also at an address such as s3://. What it holds already is not
             scored again.
@@ -79,9 +80,11 @@ def score(
         built |= build_rewards(specs, on, served=True)  # last: a server may not answer for minutes
         judges = {label: built[label] if isinstance(one, RewardSpec) else one for label, one in named.items()}
         refuse_without_prompts(items, judges, "give prompts=")
-        return ScoreTable(
-            score_for_python(items, judges, output, batch_size=batch_size, workers=workers, progress=progress)
+        alone = len(judges) == 1 and not specs
+        scores = score_for_python(
+            items, judges, output, batch_size=batch_size, workers=workers, keep=alone, progress=progress
         )
+        return ScoreTable(scores)
 
 
 def load_reward(reward: str | Mapping[str, Any] | RewardSpec, *, device: str = "auto", **options: object) -> Reward:

@@ -30,7 +30,8 @@ def config_keys(ctx: Any, incomplete: str) -> list[str]:
     from diffalign.config import KINDS
     from diffalign.config.synonyms import keys_of
 
-    kind = {"cache": "train"}.get(ctx.info_name, ctx.info_name)
+    verb = ctx.command_path.partition(" ")[2]
+    kind = {"cache": "train", "bench run": "bench", "judge train": "judge"}.get(verb, verb)
     if kind not in KINDS or "=" in incomplete:
         return []
     return [f"{key}=" for key in keys_of(KINDS[kind]) if key.startswith(incomplete)]

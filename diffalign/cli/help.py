@@ -72,7 +72,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "reward-gradient sd3_draft prompts=prompts.txt -r hpsv2",
     ),
     "rounds": ("rounds rounds_shapes_gdro rounds=2", "rounds rounds_shapes_ddo out=runs/rounds --dry-run"),
-    "judge": ("judge shapes_judge_risd --dry-run", "judge personal data/mine out=judges/mine"),
+    "judge train": ("judge shapes_judge_risd --dry-run", "judge train qwen3vl_judge_risd"),
+    "judge personal": ("judge personal data/mine features=pickscore", "judge personal data/mine source=anna out=taste"),
     "judge-distributions": ("judge-distributions runs/teacher/weights ratings.jsonl",),
     "judge-eval": ("judge-eval runs/judge/weights ratings.jsonl --out measures.json",),
     "eval": (

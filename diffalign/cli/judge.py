@@ -45,7 +45,7 @@ def _thinking(traces: int, max_tokens: int, temperature: float, batch_size: int)
     return Thinking(traces, max_tokens, temperature, batch_size)
 
 
-@judge.command("train", epilog=examples("judge"))
+@judge.command("train", epilog=examples("judge train"))
 def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a judge of images.
 
@@ -57,7 +57,7 @@ def train_judge(config: Source, overrides: Overrides = None, dry_run: DryRun = F
         train_from_config(checked, dry_run=dry_run)
 
 
-@judge.command("personal")
+@judge.command("personal", epilog=examples("judge personal"))
 def fit_personal(
     source: Annotated[
         str,

@@ -51,12 +51,14 @@ def score_items(
     workers: int = 4,
     processes: Processes | None = None,
     cluster: OnCluster | None = None,
+    keep: bool = False,
     on_progress: OnNamedImages | None = None,
 ) -> Scores:
     """Score every item with every reward (label -> reward) that has not scored it yet; all processes get all rows.
 
     An image that cannot be read or decoded gets the reason and no score; so does one whose prompt a reward cannot use, and
-    one on which a reward fails. cluster: scores the batches instead of this process.
+    one on which a reward fails. cluster: scores the batches instead of this process. keep: leave the
+    rewards in memory, for a caller who has built them and calls again.
     """
     processes = processes or Processes()
     # Of all rewards first, so that missing weights are reported before an hour is spent on another reward. A reward that
@@ -88,9 +90,9 @@ def score_items(
                 scanned.broken |= found.broken
                 failures[label] |= found.failed
                 computed += len(found.results)
-            # The next reward may need all of the GPU's memory.
-            reward.free()
-            gc.collect()
+            if not keep:  # the next reward may need all of the GPU's memory
+                reward.free()
+                gc.collect()
     rows = []
     for i, item in enumerate(items):
         seen = [views[label][i] for label in rewards]

@@ -183,13 +183,14 @@ def score_and_store(
     mirrored: Mirror | None = None,
     cluster: OnCluster | None = None,
     said_as: str = "--output",
+    keep: bool = False,
     on_progress: OnNamedImages | None = None,
 ) -> tuple[Scores, int]:
     """Score items, and write the output if one is wanted. Return the scores, and how many rows of other images it keeps.
 
     What the output holds already is not scored again. sources: what the user named; rows of other images stay. Of several
     processes the first one writes. mirrored: what sends the output on to an address. cluster: where the rewards run.
-    said_as: how the user named the output, for messages.
+    said_as: how the user named the output, for messages. keep: the rewards stay in memory.
     """
     processes = processes or Processes()
     with Store(output, processes.rank, mirrored, said_as) as store:
@@ -201,6 +202,7 @@ def score_and_store(
             workers=workers or min(8, os.cpu_count() or 1),
             processes=processes,
             cluster=cluster,
+            keep=keep,
             on_progress=on_progress,
         )
         kept = store.finish(scores.rows, [_as_written(source) for source in sources]) if processes.main else 0
@@ -214,9 +216,10 @@ def score_for_python(
     *,
     batch_size: int,
     workers: int | None,
+    keep: bool,
     progress: bool,
 ) -> Scores:
-    """Score items for `diffalign.score`, and write its `output` if one is given."""
+    """Score items for `diffalign.score`, and write its `output` if one is given. keep: the rewards stay in memory."""
     with place_of_output(output, "output") as (path, mirrored), writing_file(None if mirrored else path, "output"):
         scores, _ = score_and_store(
             items,
@@ -227,6 +230,7 @@ def score_for_python(
             workers=workers,
             mirrored=mirrored,
             said_as="output",
+            keep=keep,
             on_progress=ImageProgress(say_aside) if progress else None,
         )
     return scores

@@ -53,7 +53,7 @@ def vote(request: VoteRequest) -> None:
     scores = scores_by(gallery, request.reward)[1] if request.reward is not None else None
     sampler = sampler_of(request.ask, request.repeats, scores)
     address = Address(request.host, request.port, request.token, request.allowed)
-    with writing_file(gallery.log, "votes"), VoteLog(gallery.log) as log, listen(address) as listener:
+    with writing_file(gallery.log, "--votes"), VoteLog(gallery.log) as log, listen(address) as listener:
         sessions = Sessions(
             gallery,
             log,

@@ -103,7 +103,7 @@ def _folder(folder: Path, log: Path | None) -> Gallery:
             without += 1
     several = {prompt: items for prompt, items in by_prompt.items() if len(items) > 1}
     alone = len(by_prompt) - len(several)
-    why = f"no two images share a prompt ({counted(without, 'image')} without one)"
+    why = "no two images share a prompt" + (f" ({counted(without, 'image')} without one)" if without else "")
     _refuse_none(several, folder, f"{why}; write a.txt beside a.png, or give two folders with equal names")
     groups = [
         Group(prompt, tuple(_name(item, log) for item in items), tuple(_model(item, folder) for item in items))

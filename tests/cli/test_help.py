@@ -65,13 +65,14 @@ def test_examples_are_read(line: str, tmp_path: Path, monkeypatch: pytest.Monkey
     verb = ""
     while hasattr(command, "commands"):
         if arguments[0] not in command.commands:  # `bench MODEL` is `bench run MODEL`
-            arguments = ["run", *arguments]
+            arguments = [command.default, *arguments]
         name, command, arguments = command.resolve_command(context, arguments)
         verb = f"{verb} {name}".strip()
     parsed = command.make_context(verb, list(arguments), parent=context).params
     source = parsed.get("config") or parsed.get("source")
-    if verb in (*KINDS, "cache") and source in recipes():
-        load_for("train" if verb == "cache" else verb, source, parsed["overrides"] or ())
+    kind = {"cache": "train", "judge train": "judge"}.get(verb, verb)
+    if kind in KINDS and source in recipes():
+        load_for(kind, source, parsed["overrides"] or ())
 
 
 def test_what_the_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +82,13 @@ def test_what_the_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {"sdxl_dpo", "sdxl_mine.yaml"} <= set(config_names("sdxl_"))
     assert config_names("ru") == ["runs/"] and config_names("runs/") == ["runs/a/"]
     assert reward_names("pick") == ["pickscore"]
-    context = ROOT.make_context("train", ["train"], resilient_parsing=True)
+    above = ROOT.make_context("diffalign", ["train"], resilient_parsing=True)
+    context = ROOT.commands["train"].make_context("train", ["x"], parent=above)
     assert "train.steps=" in config_keys(context, "train.st") and not config_keys(context, "train.steps=4")
+    assert "train.groups_per_step=" in config_keys(context, "train.")
+    judge = ROOT.commands["judge"].make_context("judge", ["train", "x"], parent=above)
+    context = ROOT.commands["judge"].commands["train"].make_context("train", ["x"], parent=judge)
+    assert "train.records_per_step=" in config_keys(context, "train.")
 
 
 def test_completion_in_a_shell(tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def test_every_family_has_its_class() -> None:
     assert {name: kind.family for name, kind in BACKBONES.items()} == {
         "StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3",
         "FluxPipeline": "flux", "Flux2Pipeline": "flux2", "Flux2KleinPipeline": "flux2_klein",
-        "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana",
+        "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "ZImagePipeline": "z_image",
+        "QwenImagePipeline": "qwen_image", "QwenImage21Pipeline": "qwen_image_21",
     }  # fmt: skip
 
 

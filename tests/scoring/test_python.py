@@ -19,6 +19,7 @@ from diffalign.rewards import load_reward
 from diffalign.stages import evaluate, sample, train
 from helpers import pictures
 from helpers.processes import environment
+from helpers.served import Slow
 
 SHAPE = r"image 0: shape .*; \[H, W\], \[H, W, C\] or \[C, H, W\] with 1, 3 or 4 channels"
 
@@ -166,6 +167,15 @@ def test_rewards_by_text_section_and_object() -> None:
     assert built.score([Image.fromarray(noise(32, 32, 3))], ["x"]).tolist() == table["own"]
     geneval = diffalign.load_reward("geneval", detector="shapes")  # resolved as by the command
     assert type(geneval.detector).__name__ == "ShapeDetector"  # type: ignore[attr-defined]
+
+
+def test_a_built_reward_that_is_alone_stays_loaded() -> None:
+    """Else a loop over batches would load its weights again for each."""
+    reward = Slow(2.0)
+    assert diffalign.score(noise(8, 9, 3), "x", rewards=reward)["slow"] == [18.0]
+    assert reward.loaded == {2.0}
+    diffalign.score(noise(8, 9, 3), "x", rewards=[reward, "sharpness"])
+    assert reward.loaded == set()
 
 
 def test_the_output_is_that_of_the_command_and_is_read_again(tmp_path: Path) -> None:
