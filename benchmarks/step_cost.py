@@ -44,7 +44,8 @@ def host() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for model in ("deep-sdxl", "deep-sd35"):
         for way, autocast in {"autocast, peft's layers": torch.bfloat16, **WAYS}.items():
-            backbone = tuned(model)
+            # A CPU's kernels for bfloat16 take longer than launching them, so without autocast the weights are float32.
+            backbone = tuned(model, torch.float32 if autocast is None else torch.bfloat16)
             if "peft" in way:
                 use_peft_forward(backbone.trunk)
             if autocast is None:
