@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.attention import set_attention
+from diffalign.pipelines.attention import ATTENTION, set_attention
 from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.low_adapters import installed, lowered
 from diffalign.pipelines.options import OPTIONS, Options
@@ -62,6 +62,10 @@ class Backbone(Sampling):
                 module.requires_grad_(False).eval()
         self.trunk = self.pipeline_trunk
         self._model = self.pipeline_trunk
+        if attention in ATTENTION and attention not in self.kernels:
+            raise DiffalignError(
+                f"model.attention: {attention} is not possible with {self.family}; use {' or '.join(self.kernels)}"
+            )
         self.cudnn = set_attention(self.trunk, attention)
         if gradient_checkpointing:
             self.checkpoint(gradient_checkpointing)

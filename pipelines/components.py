@@ -24,7 +24,8 @@ STEMS = {"diffusers": DIFFUSERS, "transformers": "model"}
 
 def is_component(name: str, entry: Any) -> bool:
     """Return whether an entry of a model_index.json names a component, [library, class]."""
-    return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2
+    pair = not name.startswith("_") and isinstance(entry, list) and len(entry) == 2
+    return pair and not all(isinstance(part, float) for part in entry)  # numbers are an argument of the pipeline
 
 
 def check_files(source: Source, components: Mapping[str, Any]) -> None:

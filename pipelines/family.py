@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffalign.pipelines.attention import ATTENTION
 from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options
 from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
@@ -180,6 +181,9 @@ class Family(Tunable):
         return None
 
     # --- the network -------------------------------------------------------------------------------------------
+
+    kernels: ClassVar[tuple[str, ...]] = ATTENTION
+    """Attention kernels that the trunk can have: flash kernels take no masks."""
 
     @property
     def guided(self) -> bool:

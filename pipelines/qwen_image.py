@@ -72,6 +72,7 @@ class QwenImage(QwenPrompts):
     """
 
     family: ClassVar[str] = "qwen_image"
+    kernels: ClassVar[tuple[str, ...]] = ("sdpa", "xformers")
     blocks: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
     lora_targets: ClassVar[tuple[str, ...]] = (
         *QwenPrompts.lora_targets, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

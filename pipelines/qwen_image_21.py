@@ -42,6 +42,7 @@ class QwenImage21(QwenPrompts):
     """
 
     family: ClassVar[str] = "qwen_image_21"
+    kernels: ClassVar[tuple[str, ...]] = ("sdpa",)  # diffusers' processor ignores any other in training
     blocks: ClassVar[tuple[str, ...]] = ("QwenImage21TransformerBlock",)
     vae_kind: ClassVar[type[NormalVAE]] = OpaqueVAE
     text_width: ClassVar[str] = "context_in_dim"

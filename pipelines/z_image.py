@@ -27,6 +27,7 @@ class ZImage(PackedFlow):
     family: ClassVar[str] = "z_image"
     scheduler_seeded: ClassVar[bool] = False
     latents_in_float32: ClassVar[bool] = True
+    kernels: ClassVar[tuple[str, ...]] = ("sdpa", "xformers")  # prompts of several lengths are masked
     blocks: ClassVar[tuple[str, ...]] = ("ZImageTransformerBlock",)
     block_list: ClassVar[str] = "layers"
     lora_targets: ClassVar[tuple[str, ...]] = (

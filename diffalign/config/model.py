@@ -108,7 +108,7 @@ class ModelSection(Section):
         default_factory=dict,
         description="options of the model's family. SD3: use_t5, max_sequence_length; FLUX and FLUX.2-dev: guidance (the "
         "scale to train under, which must be that of the data), max_sequence_length; FLUX.2 klein and PixArt-Sigma: "
-        "max_sequence_length; Sana: max_sequence_length, instruction",
+        "max_sequence_length; Sana: max_sequence_length, instruction; Z-Image and Qwen-Image: max_sequence_length",
     )
 
     @model_validator(mode="before")

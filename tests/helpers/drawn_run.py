@@ -66,6 +66,9 @@ class DrawingToy(toy.ToyBackbone):
     def borrowed_vae(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def rescale_guided(self, guided: Tensor, with_prompt: Tensor) -> Tensor:
+        return guided
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(torch.stack([latents[:, 0], latents[:, 1], -latents[:, 0]], dim=1))
 

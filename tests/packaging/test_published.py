@@ -58,6 +58,14 @@ def test_the_metadata_is_complete() -> None:
     assert set(PROJECT["classifiers"]) <= set(trove.classifiers)
 
 
+def test_the_citation_names_a_release() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert set(citation) >= {"cff-version", "message", "title", "authors", "version", "date-released", "license"}
+    assert citation["license"] == PROJECT["license"] and citation["authors"] == PROJECT["authors"]
+    released = f"## {citation['version']} - {citation['date-released']}"
+    assert released in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_the_issue_templates_are_forms() -> None:
     forms = [p for p in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").iterdir()) if p.name != "config.yml"]
     assert forms

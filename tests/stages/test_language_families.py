@@ -29,7 +29,7 @@ from diffalign.pipelines.export import export_kohya, export_merged
 from diffalign.pipelines.features import predict_with_features
 from diffalign.pipelines.few_step import few_step, student_scheduler
 from diffalign.pipelines.lora_file import LORA_FILE
-from helpers import toy
+from helpers import tiny_qwen, toy
 from helpers.lora_readers import PROGRAMS, Model, largest_difference
 from helpers.small_datasets import LABELS, group_rows, quiet, settings, write_images
 from helpers.tiny_training import Source, config_for
@@ -234,3 +234,22 @@ def test_a_few_step_student_draws_as_training_rolls_out(folder: Path, steps: int
                 x, backbone.predict(x, student.at(index, x), backbone.encode_prompts(PROMPTS[:1])), index, None
             )
     torch.testing.assert_close(x, backbone.from_pipeline(found, 64 // side, 96 // side), atol=1e-4, rtol=0)
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match=r"model\.attention: flash is not possible with .*; use sdpa"):
+        load_backbone(folder, attention="flash")
+    backbone: Any = load_backbone(folder)
+    multiple = backbone.pixel_multiple
+    with pytest.raises(DiffalignError, match=f"multiples of {multiple}"):
+        backbone.encode_images(torch.zeros(1, 3, 64, 64 + multiple // 2))
+    with pytest.raises(DiffalignError, match="this is a rectified-flow model"):
+        backbone.use_scheduler("ddim", {})
+
+
+def test_distilled_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match="guidance embedding is not supported"):
+        load_backbone(tiny_qwen.qwen_image(tmp_path / "guided", guidance_embeds=True))
+    turbo = tiny_qwen.qwen_image_21(tmp_path / "turbo", sample_sigmas=[1.0, 0.5])
+    with pytest.raises(DiffalignError, match=r"distilled to a few steps \(Turbo\) and cannot be trained"):
+        load_backbone(turbo)

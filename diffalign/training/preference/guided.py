@@ -19,7 +19,9 @@ def guided_prediction(
     scale: float,
     module: nn.Module | None = None,
 ) -> Tensor:
-    """Return u + scale (c - u) of the current role, [N, C, h, w]; c alone for a scale of 1 or without `unconditional`.
+    """Return u + scale (c - u) of the current role, as the pipeline changes it, [N, C, h, w].
+
+    c alone for a scale of 1 or without `unconditional`.
 
     unconditional: [1, ...] each. Both come from one forward of 2 N, with a gradient through both. module: as
     `Backbone.predict` takes it.
@@ -31,4 +33,4 @@ def guided_prediction(
     }
     found = backbone.predict(torch.cat([noisy, noisy]), torch.cat([t, t]), both, module=module)
     conditional, other = found.chunk(2)
-    return guided(conditional, other, scale)
+    return backbone.rescale_guided(guided(conditional, other, scale), conditional)
