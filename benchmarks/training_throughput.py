@@ -156,9 +156,10 @@ def grid(
     if not wanted:
         sys.exit(f"no cell's name holds {only!r}; one is called {cells(small, cuda)[0]}")
     before = measured_before(results, wanted) if resume else {}
+    rows += before.values()  # first, so that a run that is cut off keeps them
+    path = results_path(results)
     for cell in wanted:
         if str(cell) in before:
-            rows.append(before[str(cell)])
             continue
         if time.monotonic() - began > seconds:
             print(f"{cell}: no time left; the same command with --resume continues here", flush=True)

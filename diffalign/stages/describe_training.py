@@ -27,9 +27,14 @@ def describe_training(
         print_facts("model", model | {"trainable": f"{prediction.trainable:,}"})
         each = max(1, config.train.groups_per_step // processes)
         micro_batch = min(config.train.micro_batch or usual_micro_batch(each), each)
-        if device != "cpu" and config.model.gradient_checkpointing == "auto":
-            fitting_checkpointing(prediction, micro_batch, members, gpu_room())  # the rest is predicted for that kind
-        memory = described(prediction, micro_batch, members)
+        memory: dict[str, str] = {}
+        if config.model.gradient_checkpointing == "auto":
+            if device != "cpu":
+                fitting_checkpointing(prediction, micro_batch, members, gpu_room())
+            else:
+                prediction.backbone.checkpoint(True)
+            memory["gradient_checkpointing"] = f"auto, predicted as {str(prediction.backbone.checkpointing).lower()}"
+        memory |= described(prediction, micro_batch, members)
         if device != "cpu":
             fitting = fitting_micro_batch(prediction, members, gpu_room())
             memory["this GPU holds"] = f"train.micro_batch={fitting}" + (

@@ -15,7 +15,7 @@ from diffalign.pipelines import Backbone
 from diffalign.pipelines.checkpointing import Checkpointing
 from diffalign.pipelines.known_models import empty_conditioning
 from diffalign.progress import say
-from diffalign.stages.resolve import open_backbone, planned_backbone
+from diffalign.stages.resolve import note_other_base, open_backbone, planned_backbone
 from diffalign.training.memory import MemoryPrediction, fitting_checkpointing, fitting_micro_batch
 
 SHARE, CONTEXT = 0.92, 2**30
@@ -59,6 +59,17 @@ def with_micro_batch(
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found[0]})})
+
+
+def open_fitting(config: TrainConfig, members: int, accelerator: Accelerator) -> tuple[TrainConfig, Backbone]:
+    """Return the config with the micro-batch in the place of `auto`, and its backbone, checkpointed as it fits."""
+    checkpointing = chosen_checkpointing(config, members, accelerator)
+    config = with_micro_batch(config, members, accelerator, checkpointing)
+    note_other_base(config.tune.init, config.model)
+    backbone = open_backbone(config.model, str(accelerator.device))
+    if config.model.gradient_checkpointing == "auto":
+        backbone.checkpoint(checkpointing)
+    return config, backbone
 
 
 def chosen_checkpointing(config: TrainConfig, members: int, accelerator: Accelerator) -> Checkpointing:

@@ -23,10 +23,8 @@ from diffalign.stages.dry_run import (
     warn,
 )
 from diffalign.stages.fingerprints import of_data, of_model
-from diffalign.stages.micro_batch import chosen_checkpointing, kept_micro_batch, with_micro_batch
+from diffalign.stages.micro_batch import kept_micro_batch, open_fitting
 from diffalign.stages.resolve import (
-    note_other_base,
-    open_backbone,
     open_validation,
     planned_backbone,
     settled,
@@ -72,12 +70,7 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    checkpointing = chosen_checkpointing(config, labels.members, accelerator)
-    config = with_micro_batch(config, labels.members, accelerator, checkpointing)
-    note_other_base(config.tune.init, config.model)
-    backbone = open_backbone(config.model, str(accelerator.device))
-    if config.model.gradient_checkpointing == "auto":
-        backbone.checkpoint(checkpointing)
+    config, backbone = open_fitting(config, labels.members, accelerator)
     check_guidance(config.data, dataset, backbone)
     # The processes fill the cache together, and wait for each other's files; no collective waits meanwhile.
     source = prepare_source(

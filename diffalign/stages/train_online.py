@@ -19,11 +19,9 @@ from diffalign.stages.checks import check_validation, check_weights
 from diffalign.stages.describe_training import describe_training
 from diffalign.stages.dry_run import TIME_UNKNOWN, print_facts, warn
 from diffalign.stages.fingerprints import of_model, of_prompts
-from diffalign.stages.micro_batch import with_micro_batch
+from diffalign.stages.micro_batch import open_fitting
 from diffalign.stages.resolve import (
     check_guidance_scale,
-    note_other_base,
-    open_backbone,
     open_validation,
     planned_backbone,
     resolve_prompts,
@@ -31,7 +29,7 @@ from diffalign.stages.resolve import (
 from diffalign.stages.resolve_rewards import open_rewards, process_device, settled_rewards
 from diffalign.stages.trainer import run_and_report
 from diffalign.training.checkpoint import check_before_loading
-from diffalign.training.device import start_accelerator
+from diffalign.training.device import precision_of, start_accelerator
 from diffalign.training.preference.drawn_groups import DrawnGroups
 from diffalign.training.preference.method import Preference
 from diffalign.training.preference.online import Online
@@ -59,15 +57,16 @@ def train_online(config: TrainConfig, online: OnlineSection, device: str, dry_ru
         _describe(config, online, rows, device, said | held_out)
         return
     accelerator = start_accelerator(config)
-    resolved = {"train.mixed_precision": accelerator.mixed_precision, PROMPTS: of_prompts(rows)["prompts"]}
+    resolved = {
+        "train.mixed_precision": precision_of(config, cuda=accelerator.device.type == "cuda"),
+        PROMPTS: of_prompts(rows)["prompts"],
+    }
     check_before_loading(config, resolved)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    config = with_micro_batch(config, online.images_per_prompt, accelerator)
 
     # ---- Model, and everything that its text encoders are needed for ----
-    note_other_base(config.tune.init, config.model)
-    backbone = open_backbone(config.model, str(accelerator.device))
+    config, backbone = open_fitting(config, online.images_per_prompt, accelerator)
     check_guidance_scale(online.guidance_scale, backbone, "train.online.guidance_scale")
     side = config.data.resolution or backbone.default_resolution
     drawn = SamplingSettings(online.steps, online.guidance_scale, online.negative_prompt, side, side)

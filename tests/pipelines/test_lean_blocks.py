@@ -67,7 +67,7 @@ def test_a_fused_norm_rounds_once() -> None:
     ):
         norm = nn.Sequential(RMSNorm(32, eps=1e-6))
         norm[0].weight.data.normal_()
-        norm = norm.to(weights)
+        norm = norm.to(weights).requires_grad_(False)
         before = norm(x.to(dtype))
         fuse_norms(norm)
         after = norm(x.to(dtype))
