@@ -322,7 +322,9 @@ TUTORIALS = ("pairs-to-lora", "rank-a-folder", "make-a-dataset")
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_a_tutorial_runs_from_start_to_end(name: str, tmp_path: Path) -> None:
+def test_a_tutorial_runs_from_start_to_end(name: str, tmp_path: Path, soak: bool) -> None:
+    if not soak:
+        pytest.skip("takes minutes; make soak runs it")
     page = ROOT / "docs" / "tutorials" / f"{name}.md"
     for file, text in files(page).items():
         (tmp_path / file).write_text(text)
