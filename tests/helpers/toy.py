@@ -86,6 +86,12 @@ class ToyBackbone:
     ) -> Tensor:
         return (module or self.trunk)(noisy, conditioning["prompt"], t)
 
+    def rescale_guided(self, guided: Tensor, with_prompt: Tensor) -> Tensor:
+        return guided
+
+    def image_positions(self, features: Tensor, noisy: Tensor) -> Tensor:
+        return features
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return {"down": self.trunk.down, "up": self.trunk.up}
 

@@ -81,6 +81,9 @@ class ToyBackbone:
     def predict(self, noisy: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return self.trunk(noisy, conditioning["prompt"], t)
 
+    def image_positions(self, features: Tensor, noisy: Tensor) -> Tensor:
+        return features
+
     def trainable(self, role: str = "student") -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.trunk.named_parameters() if n.startswith(role)}
 

@@ -11,7 +11,18 @@ from diffalign.config import RewardSection, load_config
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.writer import write_groups
 from diffalign.errors import DiffalignError
-from diffalign.stages import distill, evaluate, judge, resolve, resolve_rewards, reward_gradient, rounds, sample, train
+from diffalign.stages import (
+    distill,
+    evaluate,
+    judge,
+    micro_batch,
+    resolve,
+    resolve_rewards,
+    reward_gradient,
+    rounds,
+    sample,
+    train,
+)
 from diffalign.stages.resolve_rewards import settled_rewards
 from helpers.command_line import run
 from helpers.small_datasets import group_rows, scored, write_images
@@ -33,7 +44,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def loaded(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    for module in (train, distill, evaluate, reward_gradient, sample):
+    for module in (micro_batch, distill, evaluate, reward_gradient, sample):
         monkeypatch.setattr(module, "open_backbone", loaded)
     for module in (train, distill, reward_gradient):
         monkeypatch.setattr(module, "planned_backbone", loaded)

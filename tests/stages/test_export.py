@@ -182,7 +182,7 @@ def test_a_kohya_file_is_what_its_definition_says(family: str, tmp_path: Path, r
 def test_mistakes(tmp_path: Path, sdxl_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not a run directory" in refused(capsys, "export", tmp_path)
     tuned_run(tmp_path / "run", sdxl_dir)
-    assert "one of weights, diffusers, kohya, merged, single-file" in refused(
+    assert "one of weights, diffusers, kohya, peft, merged, single-file" in refused(
         capsys, "export", tmp_path / "run", "--format", "safetensors"
     )
     for given in (

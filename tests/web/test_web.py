@@ -250,4 +250,4 @@ def test_a_signal_ends_it_after_the_running_requests(number: signal.Signals) -> 
 def test_without_the_packages_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['uvicorn'] = None\nimport diffalign.web"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert "DiffalignError: a local server: uvicorn is not installed; pip install 'diffalign[serve]'" in done.stderr
+    assert "NotInstalled: a local server: uvicorn is not installed; pip install 'diffalign[serve]'" in done.stderr

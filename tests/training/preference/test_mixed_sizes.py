@@ -209,6 +209,7 @@ def test_draws_of_equal_groups_are_those_of_before(tmp_path: Path) -> None:
     """All labelled: nothing is cut, so a run has the numbers that it had."""
     draws = drawn(3, torch.ones(4, 8, dtype=torch.bool), 5)
     for name, value in vars(drawn(3, None, 5)).items():
-        assert torch.equal(vars(draws)[name], value)
+        found = vars(draws)[name]
+        assert (found is None and value is None) if name == "path_step" else torch.equal(found, value)
     plain = replace(draws, members=torch.arange(8).expand(4, 8))
     assert used_members(GDRO(), torch.rand(4, 8), plain) is plain.members
