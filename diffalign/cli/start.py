@@ -1,6 +1,8 @@
 """Verbs to begin with: init, doctor, recipes, and the group `config`."""
 
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -44,25 +46,48 @@ def init(
     """
     ask = not yes and sys.stdin.isatty()
     with plain_errors():
-        from diffalign.stages.init import BASES, Answers, write_config
+        from diffalign.stages.init import BASES, Answers, check_new, write_config
 
-        def answer(given: object, question: str, default: object) -> str:
+        check_new(file)
+
+        def answer(given: object, question: str, default: object, check: Callable[[str], str] = str) -> str:
             if given is not None:
                 return str(given)
-            return str(typer.prompt(question, default=default)) if ask else str(default)
+            return str(typer.prompt(question, default=default, value_proc=check)) if ask else str(default)
+
+        def known(name: str) -> str:
+            if name not in BASES:
+                raise typer.BadParameter(f"{name} is unknown here; one of {', '.join(BASES)}")
+            return name
 
         folder = answer(data, "Dataset folder (of `diffalign pairs` or `synth`)", "data/mine")
-        base = answer(model, f"Base model ({', '.join(BASES)})", "sdxl")
-        size = memory if memory is not None else float(answer(None, "Memory of the GPU in GB", _gpu_memory()))
+        base = answer(model, f"Base model ({', '.join(BASES)})", "sdxl", known)
+        size = (
+            memory if memory is not None else float(answer(None, "Memory of the GPU in GB", _gpu_memory(), _gigabytes))
+        )
         held_out = answer(prompts, "File of held-out prompts, or none", "none")
         runs = answer(run_dir, "Folder of the run", f"runs/{Path(folder).name}")
         write_config(file, Answers(Path(folder), base, size, None if held_out == "none" else held_out, Path(runs)))
 
 
-def _gpu_memory() -> int:
-    """Return the GB of this machine's first GPU, or 24 where there is none."""
-    import torch
+def _gigabytes(answer: str) -> str:
+    """Return the answer if it is a number of GB; else typer asks again."""
+    try:
+        size = float(answer)
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < math.inf:
+        raise typer.BadParameter(f"{answer} is no number of GB; one from 1 on, such as 24")
+    return answer
 
+
+def _gpu_memory() -> int:
+    """Return the GB of this machine's first GPU, or 24 where there is none or torch cannot be imported."""
+    from diffalign.packages import imported_torch
+
+    torch = imported_torch()
+    if isinstance(torch, str):
+        return 24
     return round(torch.cuda.get_device_properties(0).total_memory / 1e9) if torch.cuda.is_available() else 24
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from diffalign.errors import brief
 from diffalign.files import free_bytes
 from diffalign.hub import hub_answers
-from diffalign.packages import EXTRAS, install_command
+from diffalign.packages import EXTRAS, imported_torch, install_command
 from diffalign.progress import say
 from diffalign.version import __version__
 
@@ -68,10 +68,9 @@ def _versions() -> Iterator[Fact]:
 
 
 def _devices() -> Iterator[Fact]:
-    try:
-        import torch
-    except Exception as error:  # a broken installation fails in many ways
-        yield "torch", "cannot be imported", f"{brief(error)}; install it again, from https://pytorch.org"
+    torch = imported_torch()
+    if isinstance(torch, str):
+        yield "torch", "cannot be imported", torch
         return
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
@@ -91,9 +90,9 @@ def _devices() -> Iterator[Fact]:
 
 
 def _kernels() -> Iterator[Fact]:
-    try:
-        import torch
-    except Exception:  # said above
+    torch = imported_torch()
+    if isinstance(torch, str):
+        yield "unknown", "torch cannot be imported", ""
         return
     cuda = torch.cuda.is_available()
     yield "bfloat16", "yes" if not cuda or torch.cuda.is_bf16_supported() else "no: model.dtype=float16 or float32", ""

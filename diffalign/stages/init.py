@@ -9,7 +9,7 @@ from typing import Any
 from diffalign.config import load_config
 from diffalign.config.document import dump
 from diffalign.errors import DiffalignError
-from diffalign.files import make_folder, write_whole
+from diffalign.files import check_place, write_whole
 from diffalign.progress import say
 
 FEW_PAIRS = 2000
@@ -68,18 +68,23 @@ def count_groups(data: Path) -> int | None:
         return None
 
 
+def check_new(path: Path) -> None:
+    """Raise DiffalignError where the config exists already, or cannot be written: before the questions, not after."""
+    if path.exists():
+        raise DiffalignError(f"{path}: exists already; name another file, or delete it")
+    check_place(path)
+
+
 def write_config(path: Path, answers: Answers) -> None:
     """Write the config and say what comes next: `diffalign init`.
 
     Raises DiffalignError for a file that exists, an unknown model, and a config that `diffalign train` would refuse.
     """
-    if path.exists():
-        raise DiffalignError(f"{path}: exists already; name another file, or delete it")
+    check_new(path)
     if answers.model not in BASES:
         raise DiffalignError(f"--model {answers.model}: unknown here; one of {', '.join(BASES)}")
     groups = count_groups(answers.data)
     recipe, values = _values(answers, groups)
-    make_folder(path.parent)
     write_whole(path, _text(path, recipe, values, groups))
     try:
         load_config(path)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,9 +73,9 @@ def test_the_number_of_pairs_chooses_recipe_and_steps(model: str, groups: int, r
 def test_init_asks_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def answer(question: str, default: object) -> object:
+    def answer(question: str, default: object, value_proc: Callable[[str], str]) -> object:
         asked.append(question)
-        return {"Base": "shapes-sd3", "Folder": "runs/z"}.get(question.split()[0], default)
+        return value_proc({"Base": "shapes-sd3", "Folder": "runs/z"}.get(question.split()[0], str(default)))
 
     monkeypatch.setattr(start.sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(start.typer, "prompt", answer)
@@ -81,6 +85,65 @@ def test_init_asks_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.model.path, str(config.run_dir)) == ("shapes-sd3", "runs/z")
     assert run("init", "other.yaml", "--data", "d", "--memory", "9") == 0
     assert len(asked) == 8
+
+
+class Terminal(io.StringIO):
+    """What somebody types; at its end comes end of file, as from Ctrl-D."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_init_asks_again_after_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("data/mine\nsdxxl\nshapes-sd3\nmuch\nnan\n0\n24\nnone\nruns/a\n"))
+    assert run("init") == 0
+    said = "".join(capsys.readouterr())
+    assert "sdxxl is unknown here" in said and "much is no number of GB" in said and "nan is no number" in said
+    assert load_config("train.yaml").model.path == "shapes-sd3"
+
+
+def test_a_question_without_an_answer_ends_init(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("data/mine\n"))
+    assert run("init") == 130
+    assert "stopped at a question; nothing was written" in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+def test_init_refuses_a_place_before_it_asks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("there.yaml").write_text("mine")
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    assert "exists already" in refused(capsys, "init", "there.yaml")
+    assert "choose another place" in refused(capsys, "init", "/proc/x.yaml")
+    assert "choose another place" in refused(capsys, "init", "there.yaml/x.yaml")
+    assert Path("there.yaml").read_text() == "mine"
+
+
+@pytest.fixture
+def _broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `import torch` fail as it does where a shared library is missing."""
+    genuine = builtins.__import__
+
+    def refuse(name: str, *rest: object, **named: object) -> object:
+        if name == "torch":
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        return genuine(name, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+@pytest.mark.usefixtures("_broken_torch")
+def test_init_and_doctor_work_where_torch_is_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("init", "--yes") == 0
+    assert Path("train.yaml").exists()
+    capsys.readouterr()
+    assert run("doctor") == 1
+    said = capsys.readouterr().out
+    assert "problem: torch: libcudart.so.12: cannot open shared object file; install torch again" in said
+    assert "disk\n" in said and said.count("torch cannot be imported") == 1
 
 
 def test_config_show_validate_and_diff(capsys: pytest.CaptureFixture[str]) -> None:
