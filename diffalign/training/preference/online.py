@@ -29,6 +29,7 @@ from diffalign.data.combine import transformed_labels
 from diffalign.data.plan import chunks
 from diffalign.data.score import Asked, score_asked
 from diffalign.draws import draw
+from diffalign.errors import DiffalignError
 from diffalign.training.average import move_average
 from diffalign.training.average_decay import old_decay
 from diffalign.training.checkpoint import TrainState
@@ -123,7 +124,7 @@ class Online:
                 self._save_grid(step)
 
         # ---- Labels: over the whole draw ----
-        self._label(scores)
+        self._label(scores, counts)
         if self.accelerator.is_main_process:
             self._report(epoch, step, scores, counts)
 
@@ -170,16 +171,24 @@ class Online:
         for name, found in scores.items():
             scores[name] = self.accelerator.reduce(torch.from_numpy(found).to(device), reduction="sum").cpu().numpy()
 
-    def _label(self, scores: Scores) -> None:
-        """Turn scores into the labels of the draw, and note their mean."""
+    def _label(self, scores: Scores, reasons: Counter[tuple[str, str]]) -> None:
+        """Turn scores into the labels of the draw, and note their mean. Raises DiffalignError where no image has a score."""
         label = self.config.labels
 
         def read(source: str) -> list[np.ndarray]:
             return list(scores[self._column(source)])
 
+        weights = {f"scores.{k}": w for k, w in label.combine.weights.items()} if label.combine else {label.source: 1.0}
+        for source in weights:
+            if not np.isfinite(scores[self._column(source)]).any():
+                name = source.split(".")[1]
+                why = next((reason for (reward, reason), _ in reasons.most_common() if reward == name and reason), "")
+                raise DiffalignError(
+                    f"draw {self.groups.epoch + 1}: {name} scored no image ({why or 'its scores are not finite'}), so there is "
+                    "nothing to learn; mend the reward, then run the same command again"
+                )
         labels, _ = transformed_labels(read, label)
         self.groups.rewards.copy_(torch.from_numpy(np.stack(labels)))
-        weights = {f"scores.{k}": w for k, w in label.combine.weights.items()} if label.combine else {label.source: 1.0}
         reward = sum(weight * _mean(scores[self._column(source)]) for source, weight in weights.items())
         unscored = 1.0 - float(self.groups.rewards.isfinite().double().mean())
         self.groups.facts.copy_(torch.tensor([reward, unscored], dtype=torch.float64))
@@ -207,7 +216,7 @@ class Online:
         unscored: Counter[str] = Counter()
         for (label, reason), count in reasons.most_common():
             unscored[label] += count
-            self.say(f"draw {epoch + 1}: {label} did not score {count} images: {reason}")
+            self.say(f"draw {epoch + 1}: {label} did not score {count} images: {reason or 'not finite'}")
         labels = self.groups.rewards
         high, low = labels.nan_to_num(-math.inf).amax(1), labels.nan_to_num(math.inf).amin(1)
         row: dict[str, Any] = {

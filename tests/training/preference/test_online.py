@@ -145,6 +145,14 @@ def test_labels_are_those_of_the_whole_draw_and_a_failure_is_counted_and_never_a
     assert method.row()["reward"] == pytest.approx(np.nanmean(scores), abs=1e-6)
 
 
+@pytest.mark.parametrize("labels", [{"transform": "none"}, {"transform": "advantage"}])
+def test_a_draw_without_any_score_ends_the_run_and_says_why(tmp_path: Path, labels: dict[str, str]) -> None:
+    config = drawn_config(tmp_path, 2, labels=labels, objective={"name": "awm"})
+    method = method_for(config, Red(unscored=1))
+    with pytest.raises(DiffalignError, match=r"draw 1: red scored no image \(too dark\), .* mend the reward"):
+        method.step(0)
+
+
 @pytest.mark.parametrize(
     ("objective", "transform", "reference"),
     [
