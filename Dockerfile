@@ -1,5 +1,5 @@
 # diffalign for NVIDIA GPUs:  docker build -t diffalign .
-# For CPUs only (no CUDA, 2 GB smaller):  docker build -t diffalign:cpu --build-arg TORCH=cpu .
+# For CPUs only (without CUDA's libraries):  docker build -t diffalign:cpu --build-arg TORCH=cpu .
 # docs/container.md shows how to run it.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build

@@ -15,7 +15,7 @@ def build_objective(section: ObjectiveSection) -> Objective:
 
 
 PAYS = 2000
-"""Steps from which on minutes of compiling pay with `compile: auto`: saving 0.1 s each they come back in the first half."""
+"""Steps from which on `compile: auto` compiles. Ours, and not measured on a GPU: 0.1 s less a step would save 200 s."""
 
 
 def compiles(config: TrainConfig, *, cuda: bool) -> bool:
