@@ -78,6 +78,18 @@ class CachePlan:
         check_space(self.folder, sum(self.missing().values()), "data.cache_dir")
 
 
+def check_conditions(dataset: PreferenceDataset, groups: list[int]) -> None:
+    """Raise DiffalignError where some of the groups have a condition image and others none."""
+    ids = dataset.column("group_id")
+    places = dataset.condition_places([ids[i] for i in groups])
+    missing = [ids[i] for i, place in zip(groups, places, strict=True) if place < 0]
+    if 0 < len(missing) < len(groups):
+        raise DiffalignError(
+            f"{dataset.folder}: {len(missing)} of {len(groups)} groups have no condition image, such as {missing[0]}, and "
+            f"others have one; convert pairs with and without one into two datasets, or delete {dataset.folder / CONDITIONS}"
+        )
+
+
 def plan_cache(
     data: GroupSettings, dataset: PreferenceDataset, groups: list[int], members: int, backbone: Encoder
 ) -> CachePlan:
@@ -85,6 +97,7 @@ def plan_cache(
     resolution = data.resolution or backbone.default_resolution
     allowed = bucket_sizes(data.buckets, resolution, backbone.pixel_multiple, backbone.max_side)
     sizes = group_sizes(dataset, groups, allowed)
+    check_conditions(dataset, groups)
     conditions = len(dataset.condition_index) > 0
     if conditions and backbone.condition is None:
         raise DiffalignError(

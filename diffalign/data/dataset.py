@@ -1,6 +1,6 @@
 """Read a dataset folder without loading it: columns when asked for, images one by one or streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -206,10 +206,14 @@ class PreferenceDataset:
         """Where the condition images are stored; empty where the images were made from the prompt alone."""
         return ImageIndex(sorted((self.folder / CONDITIONS).glob("*.parquet")), self._stored["group_id"])
 
+    def condition_places(self, group_ids: Sequence[str]) -> np.ndarray:
+        """Return the positions of the groups' condition images in `condition_index`, [n]; -1 where there is none."""
+        rows = np.array([self._row_of.get(group_id, -1) for group_id in group_ids], dtype=np.int64)
+        return self.condition_index.find(rows, np.zeros(len(rows), np.int64))
+
     def condition(self, group_id: str) -> ImageRow | None:
         """Return the image that a group's images are edits of; None if there is none."""
-        row = np.array([self._row_of.get(group_id, -1)])
-        place = int(self.condition_index.find(row, np.zeros(1, np.int64))[0])
+        place = int(self.condition_places([group_id])[0])
         return None if place < 0 else _image_row(*self.condition_index.read(place, IMAGE_COLUMNS))
 
     def iter_images(self, batch: int = 64) -> Iterator[list[ImageRow]]:

@@ -92,12 +92,8 @@ class Encoder:
 
     def condition(self, row: int) -> np.ndarray:
         """Return the mean [C, h, w] of the group's condition image, at the size of its images."""
-        group = self.ids[self.frames.groups[row]]
-        image = self.frames.dataset.condition(group)
-        if image is None:
-            raise DiffalignError(
-                f"{self.frames.dataset.folder}: group {group} has no condition image, and others have one"
-            )
+        image = self.frames.dataset.condition(self.ids[self.frames.groups[row]])
+        assert image is not None, "the plan has checked that every group has one"
         pixels = to_pixels([fit(image.decode(), self.frames.sizes[row])])
         return self._rounded(self.backbone.encode_images(pixels))[0]
 

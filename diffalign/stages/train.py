@@ -3,6 +3,7 @@
 import torch
 
 from diffalign.config import TrainConfig
+from diffalign.data.cache import check_conditions
 from diffalign.data.dataset import PreferenceDataset
 from diffalign.data.labels import shuffled_labels
 from diffalign.data.training_source import ChosenLabels, check_guidance, choose_labels, prepare_source
@@ -60,7 +61,7 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
         return
     dataset = PreferenceDataset(config.data.folder)
     labels = choose_labels(config.data, config.labels, dataset)
-    _check_preferences(config, labels)
+    _check_preferences(config, dataset, labels)
     judged, judges = check_validation(config.validation, device, dry_run)
     if dry_run:
         _describe(config, dataset, labels, device, judges)
@@ -99,10 +100,11 @@ def _train(config: TrainConfig, dry_run: bool) -> None:
     run_and_report(config, method, validation=validation, findings=findings, resolved=resolved)
 
 
-def _check_preferences(config: TrainConfig, labels: ChosenLabels) -> None:
-    """Refuse labels that the objective does not take, and data in which no group prefers an image to another."""
+def _check_preferences(config: TrainConfig, dataset: PreferenceDataset, labels: ChosenLabels) -> None:
+    """Refuse labels that the objective does not take, condition images for some groups alone, and data without preferences."""
     if problem := check_labels(labels.rewards, config.objective.kind.label_kind):
         raise DiffalignError(f"labels.source={config.labels.source}: {problem}")
+    check_conditions(dataset, labels.rows)
     if config.objective.kind.label_kind != "none" and not has_preference(labels.rewards, labels.mask).any():
         raise DiffalignError(
             f"data.path {config.data.path}: no group states a preference, there is nothing to learn; "

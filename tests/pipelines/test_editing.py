@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.config import load_config
 from diffalign.data.buckets import fit, to_pixels
 from diffalign.data.cache import latent_key
 from diffalign.data.convert import import_pairs, open_rows
@@ -19,6 +20,7 @@ from diffalign.data.imported import write_imported
 from diffalign.data.training_source import prepare_source
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import Backbone, load_backbone
+from diffalign.stages.train import train
 from helpers import toy
 from helpers.files import rows
 from helpers.small_datasets import LABELS, picture, quiet, settings
@@ -156,8 +158,12 @@ def test_dpo_on_pairs_of_edits(flux2_klein_dir: Path, tmp_path: Path) -> None:
 def test_mistakes_are_named(editor: Backbone, sd3_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match=r"has condition images, and .* \(family sd3\) takes none; train a model"):
         _source(load_backbone(sd3_dir), edits(tmp_path / "a"))
-    with pytest.raises(DiffalignError, match=r"group .* has no condition image, and others have one"):
-        _source(editor, edits(tmp_path / "b", conditions="a")).batch([0, 1])
+    mixed = edits(tmp_path / "b", conditions="a")
+    with pytest.raises(DiffalignError, match=r"1 of 2 groups have no condition image, such as .*; convert pairs"):
+        _source(editor, mixed)
+    config = load_config("flux2_klein_4b_edit_dpo", [f"data.path={mixed}"])
+    with pytest.raises(DiffalignError, match="1 of 2 groups have no condition image"):  # before a model is loaded
+        train(config, dry_run=True)
     (tmp_path / "c").mkdir()
     broken = tmp_path / "c" / "pairs.csv"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "c" / "x.png")
