@@ -31,7 +31,8 @@ def plain_errors(resumes: bool = False) -> Iterator[None]:
         raise _exit(f"error: {error} [{error.code}]", 2) from None
     except stopping.Stopped as stopped:
         raise _exit(str(stopped), stopping.RESUME_CODE) from None
-    except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+    except typer.Abort:  # Ctrl-C or Ctrl-D at a question, whose line has not ended
+        say_aside("")
         raise _exit("stopped at a question; nothing was written", 130) from None
     except KeyboardInterrupt:
         advice = f": {stopping.what_is_kept()}" if resumes else ""
