@@ -235,7 +235,7 @@ def finish_cell(
     steps: int,
     spent: float,
     more_rewards: tuple[str, ...] = (),
-    **more: Any,
+    **more: float,
 ) -> None:
     """Evaluate the weights in `folder` and write cell.json. spent: CPU-seconds of training; more: further facts.
 

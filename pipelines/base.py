@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from diffalign.pipelines.source import Source
 
 
+JOINT_ATTENTION = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+"""The projections of attention over image and text together, as diffusers names them: what a LoRA of these families adapts."""
+
+
 class Backbone(Sampling):
     """A text-to-image model: encode, predict, sample, adapt, save. Build it with `load_backbone`.
 

@@ -19,6 +19,7 @@ from diffalign.pipelines.options import Options
 from diffalign.pipelines.own_sampler import SamplerSteps, sampler_steps
 from diffalign.pipelines.process import NoiseProcess
 from diffalign.pipelines.save_single_file import SingleFile
+from diffalign.pipelines.settings import ScheduleArguments
 from diffalign.pipelines.tuning import Tunable
 from diffalign.pipelines.vae import NormalVAE
 
@@ -239,7 +240,7 @@ class Family(Tunable):
             self.pipeline.scheduler, self.process, steps, **self.schedule_arguments(steps, height, width)
         )
 
-    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
+    def schedule_arguments(self, steps: int, height: int, width: int) -> ScheduleArguments:
         """Return what the pipeline passes to its scheduler's `set_timesteps` besides the number of steps.
 
         Where it passes `sigmas`, these take the place of that number.

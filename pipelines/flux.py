@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.base import JOINT_ATTENTION, TransformerBackbone
 from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import FluxOptions
 from diffalign.pipelines.original_names import flux_place
 from diffalign.pipelines.process import Flow
 from diffalign.pipelines.save_single_file import SingleFile
+from diffalign.pipelines.settings import ScheduleArguments
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, SchedulerMixin
@@ -92,7 +93,7 @@ class FluxFlow(Flow):
         """Return the shift for an image of so many tokens."""
         return math.exp(self.base_shift + self.slope * (tokens - self.base_tokens))
 
-    def scheduler_arguments(self, steps: int, tokens: int) -> dict[str, object]:
+    def scheduler_arguments(self, steps: int, tokens: int) -> ScheduleArguments:
         """Return what a pipeline passes to `set_timesteps` of its scheduler for an image of so many tokens."""
         even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
         return {"sigmas": even, "mu": math.log(self.shift_of(tokens))}
@@ -131,7 +132,7 @@ class PackedFlow(TransformerBackbone):
     def build_process(self, scheduler: SchedulerMixin) -> FluxFlow:
         return FluxFlow.of(scheduler, self.tokens(SIZE, SIZE))
 
-    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
+    def schedule_arguments(self, steps: int, height: int, width: int) -> ScheduleArguments:
         return self.process.scheduler_arguments(steps, self.tokens(height, width))
 
     def shift_at(self, steps: int, height: int, width: int) -> float:
@@ -148,10 +149,7 @@ class Flux(PackedFlow):
     family: ClassVar[str] = "flux"
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
 
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux1", "networks.lora_flux", flux_place)
     single_file: ClassVar[SingleFile | None] = SingleFile(

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.base import JOINT_ATTENTION, TransformerBackbone
 from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Flux2KleinOptions, Flux2Options
 from diffalign.pipelines.original_names import flux2_place
 from diffalign.pipelines.process import Flow
 from diffalign.pipelines.save_single_file import SingleFile
+from diffalign.pipelines.settings import ScheduleArguments
 from diffalign.pipelines.vae import NormalVAE
 
 if TYPE_CHECKING:
@@ -100,10 +101,7 @@ class Flux2Klein(TransformerBackbone):
     encoder_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "text_ids")
     condition: ClassVar[str | None] = "image_latents"
     blocks: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_qkv_mlp_proj",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj")
 
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("flux2", "networks.lora_flux_2", flux2_place)
     single_file: ClassVar[SingleFile | None] = SingleFile(
@@ -181,7 +179,7 @@ class Flux2Klein(TransformerBackbone):
         """Return the number of tokens that an image of this size in pixels has in the trunk."""
         return (height // self.vae_scale_factor) * (width // self.vae_scale_factor)
 
-    def schedule_arguments(self, steps: int, height: int, width: int) -> dict[str, object]:
+    def schedule_arguments(self, steps: int, height: int, width: int) -> ScheduleArguments:
         even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()
         return {"sigmas": even, "mu": math.log(self.shift_at(steps, height, width))}
 

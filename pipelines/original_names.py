@@ -212,26 +212,31 @@ def sd3_place(name: str, config: Config) -> Place | None:
 
 def flux_place(name: str, config: Config) -> Place | None:
     """Place a layer of FLUX's transformer in the code of Black Forest Labs; None for a layer that it lacks."""
-    if name in FLUX:
-        return Place(FLUX[name], swapped=name == "norm_out.linear")
-    found = BLOCK.fullmatch(name)
-    if found is None:
-        return None
-    if found[1] == "single_transformer_blocks":
-        return _of_block(f"single_blocks.{found[2]}", found[3], FLUX_SINGLE, FLUX_LINEAR1, config)
-    return _of_block(f"double_blocks.{found[2]}", found[3], FLUX_BLOCK, FLUX_QKV, config)
+    return _in_double_or_single(name, config, FLUX, FLUX_BLOCK, FLUX_SINGLE, FLUX_LINEAR1)
 
 
 def flux2_place(name: str, config: Config) -> Place | None:
     """Place a layer of FLUX.2's transformer in the code of Black Forest Labs; None for a layer that it lacks."""
-    if name in FLUX2:
-        return Place(FLUX2[name], swapped=name == "norm_out.linear")
+    return _in_double_or_single(name, config, FLUX2, FLUX2_BLOCK, FLUX2_SINGLE, {})
+
+
+def _in_double_or_single(
+    name: str,
+    config: Config,
+    outside: Mapping[str, str],
+    double: Mapping[str, str],
+    single: Mapping[str, str],
+    fused_in_single: Mapping[str, tuple[str, ...]],
+) -> Place | None:
+    """Place a layer by the names of those outside the blocks, in double and in single blocks."""
+    if name in outside:
+        return Place(outside[name], swapped=name == "norm_out.linear")
     found = BLOCK.fullmatch(name)
     if found is None:
         return None
     if found[1] == "single_transformer_blocks":
-        return _of_block(f"single_blocks.{found[2]}", found[3], FLUX2_SINGLE, {}, config)
-    return _of_block(f"double_blocks.{found[2]}", found[3], FLUX2_BLOCK, FLUX_QKV, config)
+        return _of_block(f"single_blocks.{found[2]}", found[3], single, fused_in_single, config)
+    return _of_block(f"double_blocks.{found[2]}", found[3], double, FLUX_QKV, config)
 
 
 def _of_block(

@@ -66,7 +66,7 @@ def reason_not_followed(scheduler: SchedulerMixin) -> str | None:
     return f"{why}, which a step with a gradient does not repeat; set sampler.scheduler={wanted}"
 
 
-def sampler_steps(scheduler: SchedulerMixin, process: NoiseProcess, steps: int, **arguments: Any) -> SamplerSteps:
+def sampler_steps(scheduler: SchedulerMixin, process: NoiseProcess, steps: int, **arguments: object) -> SamplerSteps:
     """Return the steps that a pipeline with this scheduler takes.
 
     arguments: what the pipeline passes to `set_timesteps` besides the number of steps. Raises DiffalignError for a scheduler

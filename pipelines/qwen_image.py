@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
+from diffalign.pipelines.base import JOINT_ATTENTION
 from diffalign.pipelines.family import padded
 from diffalign.pipelines.flux import FluxFlow, PackedFlow, pack, unpack
 from diffalign.pipelines.options import PromptOptions
@@ -74,9 +75,7 @@ class QwenImage(QwenPrompts):
     family: ClassVar[str] = "qwen_image"
     kernels: ClassVar[tuple[str, ...]] = ("sdpa", "xformers")
     blocks: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *QwenPrompts.lora_targets, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
 
     @classmethod
     def pipeline_class(cls) -> type[QwenImagePipeline]:

@@ -34,3 +34,10 @@ class SamplingKeywords(TypedDict, total=False):
 def merged(settings: SamplingSettings | None, single: SamplingKeywords) -> SamplingSettings:
     """Return `settings` with the fields in `single` replaced; without settings, `single` must name steps and scale."""
     return SamplingSettings(**single) if settings is None else replace(settings, **single)
+
+
+class ScheduleArguments(TypedDict, total=False):
+    """What a pipeline passes to its scheduler's `set_timesteps` besides the number of steps."""
+
+    sigmas: list[float]
+    mu: float

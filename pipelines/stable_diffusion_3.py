@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
-from diffalign.pipelines.base import TransformerBackbone
+from diffalign.pipelines.base import JOINT_ATTENTION, TransformerBackbone
 from diffalign.pipelines.kohya import KohyaLayout
 from diffalign.pipelines.options import Options, SD3Options
 from diffalign.pipelines.original_names import sd3_place
@@ -33,10 +33,7 @@ class StableDiffusion3(TransformerBackbone):
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     scheduler_seeded: ClassVar[bool] = False
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
 
     kohya: ClassVar[KohyaLayout | None] = KohyaLayout("sd3", "networks.lora_sd3", sd3_place)
     single_file: ClassVar[SingleFile | None] = SingleFile(

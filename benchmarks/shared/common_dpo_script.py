@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -49,7 +49,9 @@ def text_encoders(device: str = "cpu") -> tuple[CLIPTextModel, CLIPTextModelWith
 class CommonScript:
     """One step a call, on a UNet with a LoRA. pixels [B, 2, 3, H, W], winners first; captions [B, TOKENS] token numbers."""
 
-    def __init__(self, unet: Any, optimizer: torch.optim.Optimizer, beta: float, side: int, pairs: int) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, beta: float, side: int, pairs: int
+    ) -> None:
         use_peft_forward(unet)  # as peft and diffusers have them, without our leaner ones
         unet.set_attn_processor(AttnProcessor2_0())
         self.unet, self.optimizer, self.beta, self.side = unet, optimizer, beta, side

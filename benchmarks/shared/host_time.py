@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from diffalign.pipelines import Backbone
 from shared import random_models
 
 LOOP = 10_000
@@ -35,7 +35,7 @@ def fixed_loop() -> float:
     return cpu_seconds(add)
 
 
-def tuned(name: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+def tuned(name: str, dtype: torch.dtype = torch.bfloat16, **options: object) -> Backbone:
     """Return a backbone with a LoRA of rank 16 in train mode, on the CPU."""
     backbone = random_models.backbone(name, "cpu", dtype, **options)
     backbone.add_lora(16, 16.0)
@@ -49,7 +49,7 @@ class Step:
     autocast: as a GPU's mixed precision has it, None without.
     """
 
-    def __init__(self, name: str, backbone: Any, autocast: torch.dtype | None) -> None:
+    def __init__(self, name: str, backbone: Backbone, autocast: torch.dtype | None) -> None:
         self.backbone, self.autocast = backbone, autocast
         shape = (2, *random_models.latent_shape(name, random_models.MODELS[name].side))
         self.noisy, self.times = torch.randn(shape), torch.full((2,), 0.5)
@@ -69,7 +69,7 @@ class Step:
             weight.grad = None
 
 
-def role_switch(backbone: Any) -> float:
+def role_switch(backbone: Backbone) -> float:
     """Return the CPU seconds of entering and leaving a role."""
 
     def switch() -> None:

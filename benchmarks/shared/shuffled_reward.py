@@ -1,6 +1,6 @@
 """The embedded world's GenEval reward with the scores of each prompt's images shuffled: there is nothing to learn."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffalign.draws import draw
 from diffalign.rewards import Reward, load_reward
+from diffalign.rewards.base import Metadata
 from diffalign.testbed.detector import ShapeDetector
 
 
@@ -24,7 +25,9 @@ class Shuffled(Reward):
         self.reward = load_reward("geneval", detector=ShapeDetector())
         self.reasons: list[str] = []
 
-    def measure(self, images: list[Image.Image], prompts: list[str], metadata: Any = None) -> dict[str, Tensor]:
+    def measure(
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> dict[str, Tensor]:
         found = self.reward.measure(images, prompts, metadata)
         self.reasons = self.reward.reasons
         places = np.arange(len(images))

@@ -8,14 +8,16 @@ kernel moves its inputs and its outputs once.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffalign.pipelines import Backbone
 from diffalign.training.cuda_rules import step_on_meta
 from shared import random_models
 
@@ -61,9 +63,15 @@ class _Counting(TorchDispatchMode):
     def __init__(self, cost: StepCost) -> None:
         super().__init__()
         self.cost = cost
-        self._free: dict[Any, bool] = {}
+        self._free: dict[OpOverload, bool] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         made = func(*args, **(kwargs or {}))
         if func not in self._free:
             views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -72,7 +80,7 @@ class _Counting(TorchDispatchMode):
             self._add(func.overloadpacket.__name__, (args, kwargs), made)
         return made
 
-    def _add(self, name: str, given: Any, made: Any) -> None:
+    def _add(self, name: str, given: object, made: object) -> None:
         cost = self.cost
         inputs = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
@@ -83,7 +91,7 @@ class _Counting(TorchDispatchMode):
         cost.host_reads += name in READS
 
 
-def step_cost(name: str, pairs: int, autocast: torch.dtype | None, backbone: Any = None) -> StepCost:
+def step_cost(name: str, pairs: int, autocast: torch.dtype | None, backbone: Backbone | None = None) -> StepCost:
     """Count a LoRA step of a model of `random_models`, of pairs of images at the size of its own.
 
     autocast: None where the step computes in bfloat16 throughout, as `diffalign train` does on bfloat16 weights.

@@ -1,7 +1,8 @@
 """What the shell offers when Tab is pressed: recipes, keys of a config, rewards. Only words; files come from the disk."""
 
 import json
-from typing import Any
+
+import typer
 
 
 def config_names(incomplete: str) -> list[str]:
@@ -25,8 +26,8 @@ def files(incomplete: str) -> list[str]:
     return [f"{lead}{path.name}{'/' if path.is_dir() else ''}" for path in found if not path.name.startswith(".")]
 
 
-def config_keys(ctx: Any, incomplete: str) -> list[str]:
-    """Return `key.sub=` of the verb's config, for the keys that begin so. The context is click's, or typer's copy of it."""
+def config_keys(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return `key.sub=` of the verb's config, for the keys that begin so."""
     from diffalign.config import KINDS
     from diffalign.config.synonyms import keys_of
 

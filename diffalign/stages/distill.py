@@ -76,7 +76,7 @@ def open_student(config: DistillConfig, backbone: Backbone) -> tuple[FewStep, An
         )
     wanted = config.student
     side = config.resolution or backbone.default_resolution
-    grid: Any = backbone.schedule_arguments(wanted.steps, side, side).get("sigmas")
+    grid = backbone.schedule_arguments(wanted.steps, side, side).get("sigmas")
     scheduler = student_scheduler(
         backbone.pipeline.scheduler,
         wanted.steps,

@@ -91,7 +91,7 @@ def chosen_checkpointing(config: TrainConfig, members: int, accelerator: Acceler
 def _chosen(config: TrainConfig, members: int, accelerator: Accelerator) -> Checkpointing:
     each = max(1, config.train.groups_per_step // accelerator.num_processes)
     micro_batch = min(config.train.micro_batch or usual_micro_batch(each), each)
-    prediction = predicted(config, planned_backbone(config.model) or open_backbone(config.model, "cpu"), accelerator)
+    prediction = predicted(config, accelerator)
     found = fitting_checkpointing(prediction, micro_batch, members, gpu_room())
     name = "kept outputs of attention" if found == "attention" else "on" if found else "off"
     say(
@@ -105,7 +105,7 @@ def _found(config: TrainConfig, members: int, accelerator: Accelerator, checkpoi
     each = max(1, config.train.groups_per_step // accelerator.num_processes)
     if accelerator.device.type != "cuda":
         return usual_micro_batch(each)
-    prediction = predicted(config, planned_backbone(config.model) or open_backbone(config.model, "cpu"), accelerator)
+    prediction = predicted(config, accelerator)
     if config.model.gradient_checkpointing == "auto":
         prediction.backbone.checkpoint(checkpointing)
     found = fitting_micro_batch(prediction, members, gpu_room())
@@ -124,8 +124,9 @@ def planned_conditioning(config: TrainConfig, backbone: Backbone) -> dict[str, T
     return conditioning
 
 
-def predicted(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> MemoryPrediction:
-    """Return the prediction for this run; uses the backbone up."""
+def predicted(config: TrainConfig, accelerator: Accelerator) -> MemoryPrediction:
+    """Return the prediction for this run, on a model without weights where its shapes are known."""
     cuda = accelerator.device.type == "cuda"
+    backbone = planned_backbone(config.model) or open_backbone(config.model, "cpu")
     conditioning = planned_conditioning(config, backbone)
     return MemoryPrediction(config, backbone, conditioning, cuda=cuda, processes=accelerator.num_processes)

@@ -7,13 +7,14 @@ Prediction of memory (`memory.py`) and the count of a step's cost (`benchmarks/s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -37,7 +38,13 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
@@ -64,7 +71,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """CUDA's fused norm in shapes: one kernel forward, which keeps its input and one float32 a row, and one backward."""
+    """CUDA's fused norm in shapes: one kernel forward, which keeps its input and one float32 a row, and one backward.
+
+    The context is typed Any, since autograd lets a function put attributes of its own on it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -90,12 +100,14 @@ class CudaRules(TorchFunctionMode):
         self.autocast = autocast
         self._copies: dict[int, Tensor] = {}
         self._keeps = True
-        tensor: Any = Tensor
-        self._low: set[Any] = {F.linear, F.conv2d, torch.conv2d, torch.matmul, tensor.matmul, torch.bmm, tensor.bmm}
-        self._low |= {tensor.__matmul__, torch.baddbmm, torch.addmm, F.scaled_dot_product_attention}
-        self._full: set[Any] = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, tensor.softmax, F.mse_loss}
-        self._full |= {torch.exp, tensor.exp, torch.pow, tensor.pow, torch.rsqrt, tensor.rsqrt, torch.sum, tensor.sum}
-        self._full |= {torch.nn.functional.rms_norm}
+        self._low: set[Callable[..., object]] = {
+            F.linear, F.conv2d, torch.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm,
+            torch.baddbmm, torch.addmm, F.scaled_dot_product_attention,
+        }  # fmt: skip
+        self._full: set[Callable[..., object]] = {
+            F.layer_norm, F.group_norm, F.rms_norm, F.softmax, torch.softmax, Tensor.softmax, F.mse_loss,
+            torch.exp, Tensor.exp, torch.pow, Tensor.pow, torch.rsqrt, Tensor.rsqrt, torch.sum, Tensor.sum,
+        }  # fmt: skip
 
     def __enter__(self) -> Self:
         self._before = meta_autocast.set(self.autocast is not None)

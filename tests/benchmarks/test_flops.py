@@ -1,6 +1,5 @@
 """What the speed benchmark counts: FLOPs of the published sizes, and of the phases of a step."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Benchmarks are scripts, not a package: their folder is on the path for the time of a test."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("shared", "training_throughput")]:
-        del sys.modules[name]
 
 
 def _shape(*sizes: int) -> torch.Tensor:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # As counted when each bound was last lowered: four pairs at 1024 px, LoRA of rank 16, bfloat16.
 BOUNDS = {
     "sdxl": {"kernels": 8_821, "casts": 17, "host reads": 0, "gigabytes moved": 617, "gigabytes saved": 44.9},
     "sd35": {"kernels": 5_563, "casts": 15, "host reads": 0, "gigabytes moved": 794, "gigabytes saved": 44.3},
 }
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in [n for n in sys.modules if n.partition(".")[0] == "shared"]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize("model", BOUNDS)

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from helpers.run_directory import comparison
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in [n for n in sys.modules if n.partition(".")[0] == "shared"]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize(("prompts", "intervals"), [([3], 0), ([7, 3], 0), ([8, 3], 1), ([256, 64], 2)])

@@ -239,15 +239,10 @@ def gemma_tokenizer() -> Any:
     return GemmaTokenizerFast(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
 
 
-def sana(path: str | Path, *, seed: int = 0) -> Path:
-    """Sana: Gemma 2, plain latents of a DC-AE, linear attention, a DPM-Solver over flow sigmas.
+def dc_ae() -> Any:
+    """A DC-AE whose latents are 8 times smaller than the image."""
+    from diffusers import AutoencoderDC
 
-    The layout of Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers, whose latents are 32 times smaller; here 8 times.
-    """
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
-
-    torch.manual_seed(seed)
     sizes: dict[str, Any] = {
         f"{side}_{name}": value
         for side in ("encoder", "decoder")
@@ -255,6 +250,18 @@ def sana(path: str | Path, *, seed: int = 0) -> Path:
             "block_out_channels": (8, 8, 8, 8), "layers_per_block": (1,) * 4, "qkv_multiscales": ((),) * 4,
         }.items()
     }  # fmt: skip
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **sizes)
+
+
+def sana(path: str | Path, *, seed: int = 0) -> Path:
+    """Sana: Gemma 2, plain latents of a DC-AE, linear attention, a DPM-Solver over flow sigmas.
+
+    The layout of Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers, whose latents are 32 times smaller; here 8 times.
+    """
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(seed)
     transformer = SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
@@ -266,7 +273,7 @@ def sana(path: str | Path, *, seed: int = 0) -> Path:
     )  # fmt: skip
     pipeline: Any = SanaPipeline(
         tokenizer=gemma_tokenizer(), text_encoder=Gemma2Model(encoder), transformer=transformer,
-        vae=AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **sizes),
+        vae=dc_ae(),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),

@@ -32,6 +32,7 @@ from diffalign.pipelines.process import Flow
 from diffalign.pipelines.settings import SamplingSettings
 from diffalign.pipelines.source import Source
 from diffalign.pipelines.vae import FrameVAE, PlainVAE
+from helpers import tiny
 
 WIDTH, LONGEST = 16, 12
 PROMPTS, SEEDS = ["a dog", "two cats"], [3, 4]
@@ -161,14 +162,7 @@ class Qwen(Toy):
 
 def plain_vae() -> AutoencoderDC:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {
-            "block_out_channels": (8, 8, 8, 8), "layers_per_block": (1,) * 4, "qkv_multiscales": ((),) * 4,
-        }.items()
-    }  # fmt: skip
-    return AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **sizes).eval()
+    return tiny.dc_ae().eval()
 
 
 def frame_vae() -> AutoencoderKLQwenImage:

@@ -83,9 +83,8 @@ class Online:
         self.decay = old_decay(self.online.old)
         self.role = "reference" if config.tune.reference == "old" else "policy"
         self.path = Path(config.run_dir) / "online.jsonl"
-        self._proven: set[str] = (
-            set()
-        )  # rewards that have scored an image, so that whatever fails is that image's fault
+        # Rewards that have scored an image: what fails from then on is that image's fault.
+        self._proven: set[str] = set()
 
     def begin(self, step: int, state: TrainState) -> None:
         """Before update `step`, counted from 0: move the old policy and draw, if it is time."""
