@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from types import ModuleType
 
-from diffalign.errors import NotInstalled, brief
+from diffalign.errors import NotInstalled
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("diffusers", "accelerate", "peft", "datasets", "tensorboard", "scipy"),
@@ -45,15 +44,6 @@ def require(module: str, what: str, instead: str = "") -> None:
     """Raise DiffalignError if a module of an extra is absent. Nothing is imported; arguments as of `not_installed`."""
     if find_spec(module) is None:
         raise not_installed(module, what, instead)
-
-
-def imported_torch() -> ModuleType | str:
-    """Return torch, or the reason why it cannot be imported. For commands that also help where torch is broken."""
-    try:
-        import torch
-    except Exception as error:  # a broken installation fails in many ways
-        return f"{brief(error)}; install torch again, from https://pytorch.org"
-    return torch
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def _gigabytes(answer: str) -> str:
 
 def _gpu_memory() -> int:
     """Return the GB of this machine's first GPU, or 24 where there is none or torch cannot be imported."""
-    from diffalign.packages import imported_torch
+    from diffalign.stages.doctor import imported_torch
 
     torch = imported_torch()
     if isinstance(torch, str):

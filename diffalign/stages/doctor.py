@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from diffalign.errors import brief
 from diffalign.files import free_bytes
 from diffalign.hub import hub_answers
-from diffalign.packages import EXTRAS, imported_torch, install_command
+from diffalign.packages import EXTRAS, install_command
 from diffalign.progress import say
 from diffalign.version import __version__
 
@@ -50,6 +51,15 @@ def doctor() -> bool:
     if not problems:
         say("no problem found")
     return not problems
+
+
+def imported_torch() -> ModuleType | str:
+    """Return torch, or the reason why it cannot be imported. For commands that also help where torch is broken."""
+    try:
+        import torch
+    except Exception as error:  # a broken installation fails in many ways
+        return f"{brief(error)}; install torch again, from https://pytorch.org"
+    return torch
 
 
 def _versions() -> Iterator[Fact]:
