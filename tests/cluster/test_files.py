@@ -17,6 +17,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from diffalign.cli import app
+from diffalign.config.load import load
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cluster"
 PAGE = FOLDER.parent / "cluster.md"
@@ -29,10 +30,13 @@ def parsed(name: str) -> Any:
 
 
 def check_command(words: list[str]) -> dict[str, Any]:
-    """Return the options of a command; the parser raises for one that does not exist."""
+    """Return the options of a command; the parser raises for one that does not exist, and so does a recipe."""
     group = typer.main.get_command(app)
     name, verb, *rest = words
     assert name == "diffalign"
+    if verb in ("synth", "train"):
+        recipe, *overrides = [word for word in rest if not word.startswith("-")]
+        load(verb, recipe, overrides)
     return group.commands[verb].make_context(verb, rest).params  # type: ignore[attr-defined]
 
 

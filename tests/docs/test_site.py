@@ -97,6 +97,43 @@ def test_a_notebook_and_a_folder_become_pages(hooks: Any, tmp_path: Path) -> Non
     assert hooks._content(tmp_path) == f"# {tmp_path.name}/\n\n- [n.ipynb]({tmp_path.name}/n.ipynb)\n"
 
 
+class Page(types.SimpleNamespace):
+    """A file of the site, as the hook makes one and reads one."""
+
+    @classmethod
+    def generated(cls, config: Any, uri: str, *, content: str | bytes) -> Page:
+        return cls(src_uri=uri, content_string=content)
+
+
+class Pages(list[Page]):
+    def documentation_pages(self) -> list[Page]:
+        return [page for page in self if page.src_uri.endswith(".md")]
+
+
+def test_what_pages_and_the_navigation_name_is_added(
+    hooks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what those copies link to; nothing that a block of code shows, is not there, or lies above the repository."""
+    monkeypatch.setattr(hooks, "File", Page)
+    root = tmp_path / "root"
+    for name in ("MORE.md", "NAMED.md", "DEEP.md", "SHOWN.md", "x.yaml", "docs/a.md", "../OUT.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    (root / "MORE.md").write_text("[d](DEEP.md) [a](docs/a.md)")
+    text = "[m](../MORE.md#part) [x](../x.yaml) [no](../NO.md) [o](../../OUT.md)\n```\n[s](../SHOWN.md)\n```\n"
+    files = Pages([Page(src_uri="a.md", content_string=text), Page(src_uri="a.png", content_string="")])
+    config = types.SimpleNamespace(
+        config_file_path=str(root / "mkdocs.yml"),
+        docs_dir=str(root / "docs"),
+        nav=["a.md", {"N": "repository/NAMED.md"}],
+    )
+    found = {page.src_uri: page.content_string for page in hooks.on_files(files, config)}
+    copies = {name for name in found if name.startswith("repository/")}
+    assert copies == {f"repository/{name}" for name in ("MORE.md", "NAMED.md", "DEEP.md", "x.yaml")}
+    assert found["a.md"] == text.replace("../MORE", "repository/MORE").replace("../x.yaml", "repository/x.yaml")
+    assert found["repository/MORE.md"] == "[d](DEEP.md) [a](../a.md)" and found["repository/x.yaml"] == b""
+
+
 def cited(folder: Path, pattern: str) -> set[str]:
     texts = (path.read_text(encoding="utf-8") for path in folder.rglob(pattern))
     return {number for text in texts for found in ARXIV.findall(text) for number in found if number}

@@ -132,6 +132,21 @@ def test_a_folder_that_cannot_be_made(folder: str, tmp_path: Path) -> None:
     _refused(tmp_path / folder, r"out .* cannot be written \(.+\); choose another one")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_called_that(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another place, which the refusal of a folder suggests, would be no better on the same disk."""
+
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(os, "open", full)
+    for target in (writing_folder(tmp_path / "data", "out"), writing_file(tmp_path / "s.csv", "out")):
+        with pytest.raises(OSError, match=os.strerror(number)) as raised, target:
+            pass
+        assert raised.value.errno == number
+
+
 def test_a_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,7 +265,7 @@ def sana(path: str | Path, *, seed: int = 0) -> Path:
     transformer = SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
-        sample_size=8,
+        sample_size=8, timestep_scale=0.7,
     )  # fmt: skip
     encoder = Gemma2Config(
         vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,

@@ -49,6 +49,18 @@ def test_with_an_address_links_are_absolute(setup_module_: Any) -> None:
     assert full.count("](") == README.count("](")
 
 
+def test_each_kind_of_link(setup_module_: Any) -> None:
+    """Also those that README.md has none of now."""
+    text = '[a](docs/a.md) ![b](b.png) [c](#c) [d](https://h/d) <img src="e.png" width="9"> <img src="https://h/f.png">'
+    plain = 'a  [c](#c) [d](https://h/d)  <img src="https://h/f.png">'
+    full = (
+        "[a](https://r/blob/main/docs/a.md) ![b](https://r/raw/main/b.png) [c](#c) [d](https://h/d) "
+        '<img src="https://r/raw/main/e.png" width="9"> <img src="https://h/f.png">'
+    )
+    found = setup_module_.long_description
+    assert found(text, None) == plain and found(text, "https://r") == full
+
+
 def test_the_metadata_is_complete() -> None:
     assert PROJECT["authors"] == [{"name": "diffalign contributors"}] and set(PROJECT["dynamic"]) == {
         "version",

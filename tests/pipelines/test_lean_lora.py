@@ -38,6 +38,7 @@ def outputs(backbone: Any, low: torch.dtype | None) -> dict[str, Tensor]:
         (torch.float32, None, 6),
         (torch.float32, torch.bfloat16, 4),
         (torch.bfloat16, torch.bfloat16, 6),
+        (torch.bfloat16, None, 4),
     ],
     ids=str,
 )

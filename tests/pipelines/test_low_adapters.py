@@ -101,6 +101,18 @@ def test_copies_hold_the_scale_and_do_not_outlive_the_pass(sd3_dir: Path) -> Non
     assert not torch.equal(lowered(backbone.trunk, torch.bfloat16)[0][1][0], pairs[0][1][0])
 
 
+def test_gradients_are_scaled_in_float32(sd3_dir: Path) -> None:
+    """What comes back in 16 bits is not rounded a second time by alpha / rank."""
+    backbone = low_backbone(sd3_dir, alpha=5)
+    layer, (down, up) = lowered(backbone.trunk, torch.bfloat16)[0]
+    generator = torch.Generator().manual_seed(0)
+    above = [torch.randn(copy.shape, generator=generator).bfloat16() for copy in (down, up)]
+    torch.autograd.backward([down, up], above)
+    weights: Any = layer
+    assert torch.equal(weights.lora_A["policy"].weight.grad, above[0].float())
+    assert torch.equal(weights.lora_B["policy"].weight.grad, 2.5 * above[1].float())
+
+
 def test_a_step_of_gradients_adds_up_in_float32(sd3_dir: Path) -> None:
     """Two micro-batches: the sum of what each gives alone, without rounding to 16 bits in between."""
     backbone = low_backbone(sd3_dir)

@@ -155,6 +155,17 @@ def test_a_wait_for_a_server_is_said_at_once(capsys: pytest.CaptureFixture[str])
     )
 
 
+@pytest.mark.parametrize(("status", "said"), [(503, False), (429, False), (502, True), (504, True)])
+def test_a_short_wait_for_a_busy_server_is_not_said(
+    status: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A proxy whose server is gone is no busy server."""
+    answers = [(status, b""), (status, b""), (404, b"{}")]
+    with stranger(lambda path: answers.pop(0)) as url, pytest.raises(DiffalignError, match="404"):
+        load_reward("remote", url=url, patience=20)
+    assert not answers and len(capsys.readouterr().err.splitlines()) == said
+
+
 @pytest.mark.parametrize("python", [True, False])
 def test_a_server_is_asked_only_when_there_are_images(tmp_path: Path, python: bool) -> None:
     (tmp_path / "empty").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def test_an_entry_is_in_the_file_before_append_returns(tmp_path: Path) -> None:
     with VoteLog(tmp_path / "votes.jsonl") as log:
         log.append(LEFT)
         assert read_votes(log.path) == [LEFT]
+
+
+def test_an_entry_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole line the system is asked that it survives a power cut."""
+    synced: list[bytes] = []
+    with VoteLog(tmp_path / "votes.jsonl") as log:
+        monkeypatch.setattr(os, "fsync", lambda handle: synced.append(log.path.read_bytes()))
+        log.append(LEFT)
+        log.append(undo("v1"))
+    lines = [line_of(entry).encode() for entry in (LEFT, undo("v1"))]
+    assert synced == [lines[0], lines[0] + lines[1]]
 
 
 def test_an_undo_is_an_entry_and_counts_for_its_own_rater_alone(tmp_path: Path) -> None:
